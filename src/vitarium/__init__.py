@@ -1,0 +1,48 @@
+"""Vitarium: 103 published vision-transformer and diffusion-transformer systems that compose, in one library.
+
+    import vitarium
+
+    model = vitarium.create_model("swin_tiny", num_classes=10)
+    vitarium.save(model, "model.safetensors")
+    model = vitarium.load("model.safetensors")
+
+Importing the package imports nothing heavy; each name below is looked up when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vitarium.catalog.create import create_model as create_model
+    from vitarium.catalog.registry import list_models as list_models
+    from vitarium.catalog.saving import load as load
+    from vitarium.catalog.saving import save as save
+    from vitarium.catalog.systems import systems as systems
+    from vitarium.catalog.timm_registry import register_with_timm as register_with_timm
+    from vitarium.data import open_data as open_data
+
+__version__ = "0.1.0"
+
+_FRONT_DOOR = {
+    "create_model": "vitarium.catalog.create",
+    "list_models": "vitarium.catalog.registry",
+    "save": "vitarium.catalog.saving",
+    "load": "vitarium.catalog.saving",
+    "systems": "vitarium.catalog.systems",
+    "register_with_timm": "vitarium.catalog.timm_registry",
+    "open_data": "vitarium.data",
+}
+
+__all__ = ["__version__", *_FRONT_DOOR]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FRONT_DOOR:
+        return getattr(importlib.import_module(_FRONT_DOOR[name]), name)
+    raise AttributeError(f"module 'vitarium' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

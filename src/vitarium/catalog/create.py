@@ -1,0 +1,99 @@
+"""create_model: one call for ours, timm's and transformers' image models."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from vitarium.catalog.preprocessing import Preprocessing
+from vitarium.catalog.registry import find_model
+from vitarium.errors import UsageError, nearest
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What `create_model` was asked for, so that a saved file can ask again: a name and plain arguments."""
+
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    checkpoint: str | None = None,
+    pretrained: bool = False,
+    image_size: int | None = None,
+    strict: bool = True,
+    **arguments: Any,
+) -> nn.Module:
+    """Build a model by name.
+
+    Args:
+        name: ours ("swin_tiny", or with the tag of its weights "swin_tiny.in22k"), "timm/NAME", or "hf/OWNER/NAME" (a local folder in
+            transformers' layout also works: "hf/./folder").
+        num_classes: classes of the head, 0 for none; by default what the variant or the checkpoint has, else 1000.
+        checkpoint: weights to load: a path, "hf:owner/name[/file]", or an http(s) address. The authors' and timm's names are recognised.
+        pretrained: whether to find published weights by the variant's table; a tag in the name asks for it too.
+        image_size: side of the square input, pixels, for the preprocessing (and for architectures that fix it).
+        strict: refuse a checkpoint that does not fill every parameter (a head of other classes is always allowed).
+        arguments: any of the constructor's.
+
+    Returns:
+        the model in training mode with float32 weights, with `spec`, `preprocessing` and, where known, `labels` set.
+
+    Raises:
+        UsageError: unknown name or argument; the message names near ones.
+        CheckpointError: the weights are unreadable, unsafe or of another model.
+    """
+    name, _, tag = name.partition(".") if not name.startswith(("timm/", "hf/")) else (name, "", "")
+    given = dict(arguments)
+    if num_classes is not None:
+        if num_classes < 0:
+            raise UsageError(f"num_classes must be 0 or more, got {num_classes}")
+        given["num_classes"] = num_classes
+    if image_size is not None:
+        given["image_size"] = image_size
+
+    if name.startswith("timm/"):
+        from vitarium.catalog.foreign import create_timm
+
+        model = create_timm(name.removeprefix("timm/"), pretrained=pretrained, **given)
+    elif name.startswith("hf/"):
+        from vitarium.catalog.foreign import create_transformers
+
+        model = create_transformers(name.removeprefix("hf/"), pretrained=pretrained, **given)
+    else:
+        model = _create_ours(name, **given)
+    model.spec = ModelSpec(name, given)  # type: ignore[assignment]
+
+    if checkpoint is None and (tag or pretrained) and not name.startswith(("timm/", "hf/")):
+        from vitarium.catalog.weights import fetch_pretrained
+
+        checkpoint = str(fetch_pretrained(name, tag or None))
+    if checkpoint is not None:
+        from vitarium.catalog.checkpoints import load_checkpoint
+
+        load_checkpoint(model, checkpoint, strict=strict)
+    return model
+
+
+def _create_ours(name: str, **given: Any) -> nn.Module:
+    family, variant = find_model(name)
+    parameters = inspect.signature(family.cls).parameters
+    image_size = given.get("image_size") if "image_size" in parameters else given.pop("image_size", None)
+    if wrong := [k for k in given if k not in parameters]:
+        hint = nearest(wrong[0], parameters)
+        raise UsageError(f"{name} takes no argument {wrong[0]!r}{hint} (it takes {', '.join(parameters)})")
+    model = family.cls(**{**family.arguments(variant), **given})
+    model.preprocessing = family.preprocessing(variant, image_size=image_size, in_chans=getattr(model, "in_chans", 3))  # type: ignore[assignment]
+    return model
+
+
+def preprocessing_of(model: nn.Module) -> Preprocessing:
+    """The preprocessing that a model carries, or the usual one of ImageNet at 224 pixels."""
+    return getattr(model, "preprocessing", None) or Preprocessing()

@@ -1,0 +1,118 @@
+"""Image models that others wrote: timm's by name, transformers' vision models by repository or folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from vitarium.catalog.preprocessing import Preprocessing
+from vitarium.errors import CheckpointError, UsageError, nearest, require
+
+# Small forms of timm's classics for 16x16 inputs and 16 tokens: they learn digits in seconds. (architecture, its arguments)
+TIMM_PICO: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit_pico": ("vit_tiny_patch16_224", dict(img_size=16, patch_size=4, embed_dim=48, depth=3, num_heads=3, mlp_ratio=3)),
+    "deit_pico": ("deit_tiny_distilled_patch16_224", dict(img_size=16, patch_size=4, embed_dim=48, depth=3, num_heads=3, mlp_ratio=3)),
+    "resnet_pico": ("resnet18", dict(layers=(1, 1, 1), channels=(24, 48, 96), stem_width=16, stem_type="deep")),
+}
+
+
+def create_timm(name: str, *, pretrained: bool = False, image_size: int | None = None, **arguments: Any) -> nn.Module:
+    """A model of timm's registry, with `preprocessing` from its own configuration. Extra arguments go to timm unchanged.
+
+    Raises:
+        UsageError: timm knows no such model or refuses an argument.
+        CheckpointError: pretrained weights cannot be fetched.
+    """
+    import timm
+
+    architecture, extra = TIMM_PICO.get(name, (name, {}))
+    if not timm.is_model(architecture):
+        raise UsageError(f"timm has no model {name!r}{nearest(name, [*TIMM_PICO, *timm.list_models()])}")
+    arguments = {**extra, **arguments}
+    if image_size is not None and "img_size" in arguments:
+        arguments["img_size"] = image_size
+    try:
+        model = _timm_create(architecture, pretrained, image_size, arguments)
+    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+        raise UsageError(f"timm refuses {name!r} with {arguments or 'no arguments'}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot fetch timm's weights of {name!r}: {error}; pass checkpoint=PATH to a file you have") from error
+    cfg = timm.data.resolve_data_config({}, model=model)
+    size = image_size or (extra.get("img_size", 16) if name in TIMM_PICO else cfg["input_size"][-1])
+    channels = arguments.get("in_chans", 3)
+    mean, std = (cfg["mean"], cfg["std"]) if channels == 3 else ((0.5,), (0.5,))
+    crop = 1.0 if size < 128 else cfg["crop_pct"]
+    model.preprocessing = Preprocessing(size, mean, std, cfg["interpolation"], crop)
+    model.labels = None
+    return model
+
+
+def _timm_create(architecture: str, pretrained: bool, image_size: int | None, arguments: dict[str, Any]) -> nn.Module:
+    """Tell a model with a fixed input its size; one without says that it takes none, and needs none."""
+    import timm
+
+    if image_size is not None and "img_size" not in arguments:
+        try:
+            return timm.create_model(architecture, pretrained=pretrained, img_size=image_size, **arguments)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+    return timm.create_model(architecture, pretrained=pretrained, **arguments)
+
+
+class TransformersClassifier(nn.Module):
+    """A vision model of transformers behind our convention: image (B, 3, H, W) -> logits (B, num_classes)."""
+
+    labels: list[str] | None = None
+
+    def __init__(self, model: nn.Module, preprocessing: Preprocessing):
+        super().__init__()
+        self.model = model
+        self.preprocessing = preprocessing
+        self.num_classes = model.config.num_labels
+        if len(model.config.id2label) == self.num_classes and not str(model.config.id2label[0]).startswith("LABEL_"):
+            self.labels = [model.config.id2label[i] for i in range(self.num_classes)]
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.model(pixel_values=image).logits
+
+
+def create_transformers(
+    name: str, *, pretrained: bool = False, image_size: int | None = None, num_classes: int | None = None, **arguments: Any
+) -> nn.Module:
+    """An image classifier of transformers, from its configuration (random weights) or, with `pretrained`, with its weights.
+
+    Args:
+        name: "owner/name" on the hub (from the local cache when offline), or a folder beginning with "." or "/".
+
+    Raises:
+        MissingExtra: transformers is not installed.
+        UsageError: it is no image classifier, or cannot be fetched.
+    """
+    transformers = require("transformers", "transformers")
+    if num_classes is not None:
+        arguments |= dict(num_labels=num_classes, id2label={i: f"LABEL_{i}" for i in range(num_classes)})
+    if image_size is not None:
+        arguments["image_size"] = image_size
+    auto = transformers.AutoModelForImageClassification
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, **arguments)
+        model = auto.from_pretrained(name, config=config, ignore_mismatched_sizes=True) if pretrained else auto.from_config(config)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"cannot open 'hf/{name}': {first} (without a network, pass a folder in transformers' layout: hf/./FOLDER)"
+        ) from error
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(name).to_dict()
+    except (OSError, ValueError):
+        processor = {}
+    size = image_size or getattr(config, "image_size", None) or 224
+    size = size[0] if isinstance(size, list | tuple) else size
+    plain = Preprocessing(size)
+    crop = 1.0
+    preprocessing = Preprocessing(
+        size, tuple(processor.get("image_mean", plain.mean)), tuple(processor.get("image_std", plain.std)), "bicubic", crop
+    )
+    return TransformersClassifier(model, preprocessing)

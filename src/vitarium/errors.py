@@ -1,0 +1,83 @@
+"""Every error that a user can cause: what was wrong, what is accepted, what to do. One class per kind, each with its exit code.
+
+| exit code | kind |
+|---|---|
+| 2 | usage or configuration (`UsageError`, `InputError`, `MissingExtra`) |
+| 3 | data (`DataError`) |
+| 4 | checkpoint (`CheckpointError`) |
+| 5 | training stopped for cause (`TrainingStopped`) |
+| 130 | interrupted |
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+
+class VitariumError(Exception):
+    """Base of all; the command line prints the message without a traceback and leaves with `exit_code`."""
+
+    exit_code = 1
+
+
+class UsageError(VitariumError, ValueError):
+    """An option, a name or a configuration that cannot be used."""
+
+    exit_code = 2
+
+
+class InputError(VitariumError, ValueError):
+    """A tensor that a model cannot take: wrong rank, channels, dtype, layout or size."""
+
+    exit_code = 2
+
+
+class MissingExtra(VitariumError, ImportError):
+    """An optional package is not installed; the message holds the line that installs it."""
+
+    exit_code = 2
+
+
+class DataError(VitariumError, ValueError):
+    """Data that cannot be used: empty, one class, too many broken images, foreign layout."""
+
+    exit_code = 3
+
+
+class CheckpointError(VitariumError, ValueError):
+    """A weights file that is truncated, changed, unsafe or of another model."""
+
+    exit_code = 4
+
+
+class TrainingStopped(VitariumError, RuntimeError):
+    """Training ended for cause: losses that are not finite, a full disk at the last save."""
+
+    exit_code = 5
+
+
+def nearest(name: str, names: Iterable[str], *, count: int = 3) -> str:
+    """'; did you mean a, b?' for a misspelt name, or '' when nothing is near. For the end of an error message."""
+    names = list(names)
+    near = difflib.get_close_matches(name, names, n=count, cutoff=0.5) or [n for n in names if name and name.lower() in n.lower()][:count]
+    return f"; did you mean {', '.join(near)}?" if near else ""
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional package.
+
+    Args:
+        module: name to import, such as "onnxruntime".
+        extra: the extra of this project that installs it, such as "export".
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        raise MissingExtra(f"{package} is not installed ({error}); install it with: pip install 'vitarium[{extra}]'") from error

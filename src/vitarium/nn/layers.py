@@ -1,0 +1,95 @@
+"""The small parts: stochastic depth, layer scale, channels-first layer norm, the two-layer perceptron, initialisation.
+
+timm has equal ones; ours exist because importing timm takes longer than importing torch, and a model file should open at once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training a sample's whole branch is dropped with probability `drop_prob`, the others are scaled by 1/(1 - p).
+
+    Any (B, ...) -> the same shape. Identity in eval. Source: Huang et al. 2016, per sample as in timm.
+
+    Raises:
+        ValueError: drop_prob outside [0, 1).
+    """
+
+    def __init__(self, drop_prob: float = 0.0):
+        if not 0 <= drop_prob < 1:
+            raise ValueError(f"drop_prob must lie in [0, 1), got {drop_prob}")
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.drop_prob == 0:
+            return x
+        keep = 1 - self.drop_prob
+        kept = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
+        return x * kept.div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:.3g}"
+
+
+def drop_path_rates(rate: float, depths: list[int] | tuple[int, ...]) -> list[list[float]]:
+    """Rates that rise linearly from 0 at the first block to `rate` at the last, cut into stages of `depths` blocks."""
+    rates = iter(torch.linspace(0, rate, sum(depths), device="cpu", dtype=torch.float64).tolist())
+    return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+class LayerScale(nn.Module):
+    """A learned factor a channel on a residual branch, (..., C) -> (..., C). Source: Touvron et al., "Going deeper with Image Transformers"."""
+
+    def __init__(self, dim: int, init_value: float = 1e-5):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init_value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """Layer norm over the channels of a map, (B, C, H, W) -> (B, C, H, W).
+
+    The statistics are taken in a channels-last view: for a map that already lies so in memory, nothing is copied.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Mlp(nn.Module):
+    """Linear, activation, dropout, linear, dropout on the last axis: (..., dim) -> (..., dim).
+
+    Args:
+        dim: channels in and out.
+        hidden_dim: channels between.
+        act_layer: activation class; exact GELU by default.
+        drop: dropout rate after each linear layer.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, act_layer: type[nn.Module] = nn.GELU, *, drop: float = 0.0):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop_rate = drop
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(self.act(self.fc1(x)), self.drop_rate, self.training)
+        return F.dropout(self.fc2(x), self.drop_rate, self.training)
+
+
+def init_weights(module: nn.Module, *, std: float = 0.02, conv: bool = True) -> None:
+    """Truncated normal weights and zero biases for every linear (and, with `conv`, convolution) layer below `module`, in place."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) if conv else (nn.Linear,)
+    for part in module.modules():
+        if isinstance(part, kinds):
+            nn.init.trunc_normal_(part.weight, std=std)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
