@@ -13,7 +13,7 @@ from vitarium.errors import CheckpointError, UsageError, nearest, require
 TIMM_PICO: dict[str, tuple[str, dict[str, Any]]] = {
     "vit_pico": ("vit_tiny_patch16_224", dict(img_size=16, patch_size=4, embed_dim=48, depth=3, num_heads=3, mlp_ratio=3)),
     "deit_pico": ("deit_tiny_distilled_patch16_224", dict(img_size=16, patch_size=4, embed_dim=48, depth=3, num_heads=3, mlp_ratio=3)),
-    "resnet_pico": ("resnet18", dict(layers=(1, 1, 1), channels=(24, 48, 96), stem_width=16, stem_type="deep")),
+    "resnet_pico": ("resnet18", dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 96))),
 }
 
 
@@ -66,13 +66,14 @@ class TransformersClassifier(nn.Module):
 
     labels: list[str] | None = None
 
-    def __init__(self, model: nn.Module, preprocessing: Preprocessing):
+    def __init__(self, model: Any, preprocessing: Preprocessing):
         super().__init__()
         self.model = model
         self.preprocessing = preprocessing
-        self.num_classes = model.config.num_labels
-        if len(model.config.id2label) == self.num_classes and not str(model.config.id2label[0]).startswith("LABEL_"):
-            self.labels = [model.config.id2label[i] for i in range(self.num_classes)]
+        self.num_classes: int = model.config.num_labels
+        names = [str(model.config.id2label.get(i)) for i in range(self.num_classes)]
+        if not any(name.startswith("LABEL_") for name in names):
+            self.labels = names
 
     def forward(self, image: Tensor) -> Tensor:
         return self.model(pixel_values=image).logits

@@ -225,7 +225,7 @@ class Backbone(nn.Module):
         return set()
 
     def group_matcher(self, coarse: bool = False) -> Any:
-        """Layer groups for layer-wise decay, in timm's form: one group for the stem, one a block (one a stage if `coarse`), one for the end."""
+        """Layer groups for layer-wise decay, in timm's form: stem, one a block (one a stage if `coarse`), end."""
         return dict(
             stem=r"^(stem|patch_embed|pos_embed|cls_token)",
             blocks=r"^(?:stages|blocks)\.(\d+)"

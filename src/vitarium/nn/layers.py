@@ -43,7 +43,7 @@ def drop_path_rates(rate: float, depths: list[int] | tuple[int, ...]) -> list[li
 
 
 class LayerScale(nn.Module):
-    """A learned factor a channel on a residual branch, (..., C) -> (..., C). Source: Touvron et al., "Going deeper with Image Transformers"."""
+    """A learned factor a channel on a residual branch, (..., C) -> (..., C). Source: CaiT (Touvron et al. 2021)."""
 
     def __init__(self, dim: int, init_value: float = 1e-5):
         super().__init__()
