@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from vitarium.catalog.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
@@ -47,6 +48,34 @@ def rename(*rules: tuple[str, str | None]) -> Renamer:
                 raise ValueError(f"two tensors would be called {new!r}; the second is {name!r}")
             renamed[new] = tensor
         return renamed
+
+    return apply
+
+
+def join(new: str, *parts: str) -> Renamer:
+    """A function that joins tensors along their first axis: join("qkv", "query", "key", "value") makes `*.qkv.weight` of the three.
+
+    `parts` are the parts of a dotted name that differ. Raises KeyError where one of them is missing beside the first.
+    """
+
+    def apply(state: State) -> State:
+        joined = dict(state)
+        for name in state:
+            before, found, after = name.rpartition(f".{parts[0]}.")
+            if found:
+                joined[f"{before}.{new}.{after}"] = torch.cat([joined.pop(f"{before}.{part}.{after}") for part in parts])
+        return joined
+
+    return apply
+
+
+def chain(*renamers: Renamer) -> Renamer:
+    """Renamers one after the other."""
+
+    def apply(state: State) -> State:
+        for renamer in renamers:
+            state = renamer(state)
+        return state
 
     return apply
 

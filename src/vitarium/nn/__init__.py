@@ -1,7 +1,26 @@
 """Modules that two or more systems use, under the field's standard names."""
 
+from vitarium.nn.attention import Attention
 from vitarium.nn.backbone import Backbone, Stage
 from vitarium.nn.layers import DropPath, LayerNorm2d, LayerScale, Mlp, drop_path_rates, init_weights
 from vitarium.nn.patch_embed import PatchEmbed
+from vitarium.nn.positions import EvalCache, RelativePositionBias, apply_rotary, resize_position_table, rotary_2d, sincos_2d
 
-__all__ = ["Backbone", "DropPath", "LayerNorm2d", "LayerScale", "Mlp", "PatchEmbed", "Stage", "drop_path_rates", "init_weights"]
+__all__ = [
+    "Attention",
+    "Backbone",
+    "DropPath",
+    "EvalCache",
+    "LayerNorm2d",
+    "LayerScale",
+    "Mlp",
+    "PatchEmbed",
+    "RelativePositionBias",
+    "Stage",
+    "apply_rotary",
+    "drop_path_rates",
+    "init_weights",
+    "resize_position_table",
+    "rotary_2d",
+    "sincos_2d",
+]

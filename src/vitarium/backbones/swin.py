@@ -1,0 +1,370 @@
+"""Swin Transformer: attention inside windows that move (Liu et al., "Hierarchical Vision Transformer using Shifted Windows", 2021).
+
+The idea: attend inside M x M windows, at a cost linear in image area, and let every second block move the grid of windows by half a
+window, so that neighbours talk. Tokens are merged 2 x 2 between stages, which gives a pyramid of strides 4, 8, 16, 32.
+
+    x <- x + WindowAttention(LN(x))       softmax(q k^T / sqrt(d) + table[query - key] + mask) v
+    x <- x + MLP(LN(x))
+
+Swin-MLP keeps the skeleton and replaces attention by one learned M^2 x M^2 matrix a head.
+
+Follows the authors' code (github microsoft/Swin-Transformer), whose checkpoints load by name; without its absolute position embedding,
+which no released model uses. Any image size: maps are padded with zeros after the norm, as torchvision and the detection code do.
+Cost: linear in image area at a fixed window.
+
+How it is fast: only attention cares in what order tokens stand. A stage keeps them in window order and re-orders once where the grid
+moves, instead of rolling, partitioning and undoing both in each block; the bias (with the mask in it) is gathered once in eval.
+
+Legend: B batch, H W map, N = H' W' tokens of the padded map, C channels, M window side, n = M * M, nW = N / n windows, h heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitarium.catalog import chain, family, join, rename
+from vitarium.nn import (
+    Attention,
+    Backbone,
+    DropPath,
+    EvalCache,
+    LayerNorm2d,
+    Mlp,
+    PatchEmbed,
+    RelativePositionBias,
+    Stage,
+    drop_path_rates,
+    init_weights,
+)
+from vitarium.nn.positions import resize_bias_table
+from vitarium.ops.windows import WindowLayout, pad_to_multiple, window_layout, window_partition, window_reverse
+
+
+class WindowAttention(Attention):
+    """Self-attention inside windows with a relative position bias: (B, N, C) in window order -> the same."""
+
+    def __init__(self, dim: int, num_heads: int, window_size: int, *, qkv_bias: bool = True):
+        super().__init__(dim, num_heads, qkv_bias=qkv_bias)
+        self.position_bias = RelativePositionBias(window_size, num_heads)
+        self.cache = EvalCache()
+
+    def forward(self, x: Tensor, layout: WindowLayout) -> Tensor:  # type: ignore[override]
+        batch, count, dim = x.shape
+        bias = self.cache.get(self, (layout, x.dtype), self.position_bias.table, lambda: self.bias(layout, x.dtype))
+        n = bias.shape[-1]
+        if bias.shape[0] > 1 and batch > 1:  # each image has the same windows
+            bias = bias.expand(batch, *bias.shape).reshape(-1, *bias.shape[1:])
+        return super().forward(x.view(-1, n, dim), bias).view(batch, count, dim)
+
+    def bias(self, layout: WindowLayout, dtype: torch.dtype) -> Tensor:
+        """What is added to the logits: (1, h, n, n), or (nW, h, n, n) where a layout keeps regions of a window apart."""
+        bias = self.position_bias()[None]
+        if layout.region is not None:
+            apart = layout.region[:, :, None] != layout.region[:, None]
+            bias = bias - 100.0 * apart[:, None]  # the authors' -100, not -inf
+        return bias.to(dtype)
+
+
+class SwinBlock(nn.Module):
+    """(B, N, C) in window order -> the same."""
+
+    def __init__(self, dim: int, num_heads: int, window_size: int, mlp_ratio: float, qkv_bias: bool, drop: float, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = WindowAttention(dim, num_heads, window_size, qkv_bias=qkv_bias)
+        self.attn.proj_drop = drop
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(mlp_ratio * dim), drop=drop)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, layout: WindowLayout) -> Tensor:
+        y = self.norm1(x)
+        if layout.inside is not None:
+            y = y * layout.inside  # padding is zero after the norm; it is an ordinary key
+        x = x + self.drop_path(self.attn(y, layout))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchMerging(nn.Module):
+    """Four neighbours become one token: (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2 C)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = pad_to_multiple(x, 2)
+        batch, height, width, dim = x.shape
+        x = x.view(batch, height // 2, 2, width // 2, 2, dim).permute(0, 1, 3, 4, 2, 5)  # (column, row) parity: the authors' order
+        return self.reduction(self.norm(x.reshape(batch, height // 2, width // 2, 4 * dim)))
+
+
+class SwinStage(nn.Module):
+    """Blocks at one resolution, every second one on the moved grid of windows: (B, H, W, C_in) -> (B, H', W', C)."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], window_size: int):
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(blocks)
+        self.window_size = window_size
+        self._layouts: dict[tuple[int, int, torch.device], tuple[WindowLayout, WindowLayout]] = {}
+
+    def shift(self, height: int, width: int) -> tuple[int, int]:
+        """How far the grid moves on each axis: half a window, but not where one window covers the map.
+
+        Without padding the authors' rule holds (no shift at all if a window covers the shorter side), with padding torchvision's (axis
+        by axis).
+        """
+        size, half = self.window_size, self.window_size // 2
+        if height % size == 0 and width % size == 0 and min(height, width) <= size:
+            return 0, 0
+        return (half if height > size else 0), (half if width > size else 0)
+
+    def layouts(self, height: int, width: int, device: torch.device) -> tuple[WindowLayout, WindowLayout]:
+        """The resting and the moved layout of a map, kept for the sizes seen last."""
+        key, tracing = (height, width, device), torch.compiler.is_compiling()
+        if not tracing and key in self._layouts:
+            return self._layouts[key]
+        still = moved = window_layout(height, width, self.window_size, (0, 0), device)
+        if any(shift := self.shift(height, width)):
+            moved = window_layout(height, width, self.window_size, shift, device)
+        if not tracing:
+            self._layouts = {**dict(list(self._layouts.items())[-15:]), key: (still, moved)}
+        return still, moved
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "_layouts": {}}
+
+    def forward(self, x: Tensor, run: Callable[..., Tensor]) -> Tensor:
+        x = self.downsample(x)
+        height, width = x.shape[1:3]
+        layouts = self.layouts(height, width, x.device)
+        x = pad_to_multiple(x, self.window_size)
+        padded = x.shape
+        place = layouts[0]
+        x = x.flatten(1, 2).index_select(1, place.order)
+        for i, block in enumerate(self.blocks):
+            layout = layouts[i % 2]
+            if layout is not place:
+                x = x.index_select(1, place.inverse[layout.order])
+                place = layout
+            x = run([block], x, layout)
+        return x.index_select(1, place.inverse).view(padded)[:, :height, :width]
+
+
+class SpatialMlp(nn.Conv1d):
+    """A learned n x n matrix a head over the places of a window: (B * nW, n, C) -> the same. The authors' grouped convolution."""
+
+    def __init__(self, num_heads: int, window_size: int):
+        super().__init__(num_heads * window_size**2, num_heads * window_size**2, 1, groups=num_heads)
+
+    def forward(self, windows: Tensor) -> Tensor:
+        count, n, dim = windows.shape
+        x = windows.view(count, n, self.groups, -1).transpose(1, 2).reshape(count, self.groups * n, -1)
+        return super().forward(x).view(count, self.groups, n, -1).transpose(1, 2).reshape(count, n, dim)
+
+
+class SwinMlpBlock(nn.Module):
+    """Swin's block with the spatial MLP in place of attention: (B, H, W, C) -> the same. A moved grid pads; it neither rolls nor masks."""
+
+    def __init__(self, dim: int, num_heads: int, window_size: int, mlp_ratio: float, drop: float, drop_path: float):
+        super().__init__()
+        self.window_size = window_size
+        self.norm1 = nn.LayerNorm(dim)
+        self.spatial_mlp = SpatialMlp(num_heads, window_size)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(mlp_ratio * dim), drop=drop)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, shift: tuple[int, int]) -> Tensor:
+        height, width, size = x.shape[1], x.shape[2], self.window_size
+        top, left = (size - s if s else 0 for s in shift)
+        y = pad_to_multiple(F.pad(self.norm1(x), (0, 0, left, 0, top, 0)), size)
+        y = window_reverse(self.spatial_mlp(window_partition(y, size)), size, *y.shape[1:3])
+        x = x + self.drop_path(y[:, top : top + height, left : left + width])
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class SwinMlpStage(SwinStage):
+    """Blocks of Swin-MLP at one resolution: (B, H, W, C_in) -> (B, H', W', C)."""
+
+    def forward(self, x: Tensor, run: Callable[..., Tensor]) -> Tensor:
+        x = self.downsample(x)
+        moved = self.shift(*x.shape[1:3])
+        for i, block in enumerate(self.blocks):
+            x = run([block], x, moved if i % 2 else (0, 0))
+        return x
+
+
+def _layers(*renames: tuple[str, str | None]):
+    """The authors' names (also timm's, but for where it puts the merging): layers.K.blocks.I..., merging at the end of stage K."""
+    return rename(
+        (r"relative_position_index$|attn_mask$", None),
+        *renames,
+        (r"^layers\.(\d+)\.blocks\.(\d+)\.attn\.relative_position_bias_table$", r"stages.\1.blocks.\2.attn.position_bias.table"),
+        (r"^layers\.", "stages."),
+    )
+
+
+OFFICIAL = _layers(*((rf"^layers\.{k}\.downsample\.", f"stages.{k + 1}.downsample.") for k in range(3)))
+TIMM = _layers((r"^head\.fc\.", "head."))
+TORCHVISION = rename(
+    (r"relative_position_index$", None),
+    (r"^features\.0\.0\.", "patch_embed.proj."),
+    (r"^features\.0\.2\.", "patch_embed.norm."),
+    *((rf"^features\.{2 * k}\.", f"stages.{k}.downsample.") for k in (1, 2, 3)),
+    *(
+        rule
+        for k in range(4)
+        for rule in (
+            (rf"^features\.{2 * k + 1}\.(\d+)\.attn\.relative_position_bias_table$", rf"stages.{k}.blocks.\1.attn.position_bias.table"),
+            (rf"^features\.{2 * k + 1}\.(\d+)\.mlp\.0\.", rf"stages.{k}.blocks.\1.mlp.fc1."),
+            (rf"^features\.{2 * k + 1}\.(\d+)\.mlp\.3\.", rf"stages.{k}.blocks.\1.mlp.fc2."),
+            (rf"^features\.{2 * k + 1}\.(\d+)\.", rf"stages.{k}.blocks.\1."),
+        )
+    ),
+)
+_LAYER = r"^(?:swin\.)?encoder\.layers\.(\d+)\.blocks\.(\d+)\."
+TRANSFORMERS = chain(
+    join("qkv", "query", "key", "value"),
+    rename(
+        (r"relative_position_index$", None),
+        (r"^(?:swin\.)?embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+        (r"^(?:swin\.)?embeddings\.norm\.", "patch_embed.norm."),
+        (_LAYER + r"layernorm_before\.", r"stages.\1.blocks.\2.norm1."),
+        (_LAYER + r"layernorm_after\.", r"stages.\1.blocks.\2.norm2."),
+        (_LAYER + r"attention\.self\.qkv\.", r"stages.\1.blocks.\2.attn.qkv."),
+        (_LAYER + r"attention\.self\.relative_position_bias_table$", r"stages.\1.blocks.\2.attn.position_bias.table"),
+        (_LAYER + r"attention\.output\.dense\.", r"stages.\1.blocks.\2.attn.proj."),
+        (_LAYER + r"intermediate\.dense\.", r"stages.\1.blocks.\2.mlp.fc1."),
+        (_LAYER + r"output\.dense\.", r"stages.\1.blocks.\2.mlp.fc2."),
+        *((rf"^(?:swin\.)?encoder\.layers\.{k}\.downsample\.", f"stages.{k + 1}.downsample.") for k in range(3)),
+        (r"^(?:swin\.)?layernorm\.", "norm."),
+        (r"^classifier\.", "head."),
+    ),
+)
+DIALECTS = {"timm": TIMM, "torchvision": TORCHVISION, "transformers": TRANSFORMERS}
+
+
+def _weights(timm_name: str, *tags: str, hf: str = "") -> dict[str, tuple[str, ...]]:
+    """tag -> sources; timm's table also knows the authors' release addresses."""
+    first = (f"hf:microsoft/{hf}",) if hf else ()
+    return {tag: (f"timm:{timm_name}.ms_{tag}", *(first if i == 0 else ())) for i, tag in enumerate(tags)}
+
+
+@family(
+    "swin",
+    variants={
+        "pico": dict(embed_dim=32, depths=(2, 2), num_heads=(2, 4), window_size=4, patch_size=2, image_size=16),
+        "tiny": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),  # 28.3 M, 81.2 % top-1
+        "small": dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),  # 50 M, 83.2 %
+        "base": dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),  # 88 M, 83.5 %
+        "base_384": dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), window_size=12, image_size=384),  # 84.5 %
+        "large": dict(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48)),  # 197 M, 86.3 % from 22K
+        "large_384": dict(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48), window_size=12, image_size=384),  # 87.3 %
+        "tiny_c24": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(4, 8, 16, 32), window_size=8, image_size=256),
+    },
+    official=OFFICIAL,
+    dialects=DIALECTS,
+    weights={
+        "tiny": _weights("swin_tiny_patch4_window7_224", "in1k", "in22k", "in22k_ft_in1k", hf="swin-tiny-patch4-window7-224"),
+        "small": _weights("swin_small_patch4_window7_224", "in1k", "in22k", "in22k_ft_in1k", hf="swin-small-patch4-window7-224"),
+        "base": _weights("swin_base_patch4_window7_224", "in1k", "in22k", "in22k_ft_in1k", hf="swin-base-patch4-window7-224"),
+        "base_384": _weights("swin_base_patch4_window12_384", "in1k", "in22k", "in22k_ft_in1k", hf="swin-base-patch4-window12-384"),
+        "large": _weights("swin_large_patch4_window7_224", "in22k_ft_in1k", "in22k", hf="swin-large-patch4-window7-224"),
+        "large_384": _weights("swin_large_patch4_window12_384", "in22k_ft_in1k", "in22k", hf="swin-large-patch4-window12-384"),
+    },
+    crop_pct=0.875,
+)
+class Swin(Backbone):
+    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes).
+
+    Args:
+        embed_dim: channels C of the first stage; each later stage doubles them.
+        depths: blocks a stage.
+        num_heads: heads a stage.
+        window_size: side M of a window, tokens.
+        patch_size: side of a patch, pixels.
+        mlp_ratio: hidden channels of the MLP over C.
+        qkv_bias: whether queries, keys and values have a bias.
+        drop_rate: dropout after the patches, after each projection, in the MLPs and before the head.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+
+    Raises:
+        ValueError: depths and num_heads differ in length, or a stage's channels do not divide by its heads.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        depths: Sequence[int],
+        num_heads: Sequence[int],
+        window_size: int = 7,
+        patch_size: int = 4,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+    ):
+        if len(depths) != len(num_heads):
+            raise ValueError(f"depths and num_heads need one value a stage, got {depths} and {num_heads}")
+        dims = [embed_dim * 2**k for k in range(len(depths))]
+        stages = [Stage(dim, patch_size * 2**k) for k, dim in enumerate(dims)]
+        super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, norm=True)
+        rates = drop_path_rates(drop_path_rate, depths)
+        self.stages = nn.ModuleList(
+            self._stage(dim, heads, window_size, mlp_ratio, qkv_bias, drop_rate, rates[k], PatchMerging(dim // 2) if k else nn.Identity())
+            for k, (dim, heads) in enumerate(zip(dims, num_heads, strict=True))
+        )
+        self.norm = LayerNorm2d(dims[-1])
+        init_weights(self, conv=False)
+
+    def _stage(
+        self, dim: int, heads: int, size: int, mlp_ratio: float, qkv_bias: bool, drop: float, rates: list[float], downsample: nn.Module
+    ) -> SwinStage:
+        return SwinStage(downsample, [SwinBlock(dim, heads, size, mlp_ratio, qkv_bias, drop, rate) for rate in rates], size)
+
+    def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
+        x = self.patch_embed(image).permute(0, 2, 3, 1)
+        x = F.dropout(x, self.drop_rate, self.training)
+        for stage in self.stages:
+            x = stage(x, self.run_blocks)
+            yield x.permute(0, 3, 1, 2)
+
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith("position_bias.table")}
+
+    def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
+        """A checkpoint's bias table for this model's window; None for any other tensor that does not fit."""
+        return resize_bias_table(tensor, shape[0]) if name.endswith("position_bias.table") and tensor.shape[1:] == shape[1:] else None
+
+
+@family(
+    "swin",
+    name="swin_mlp",
+    variants={
+        "pico": dict(embed_dim=32, depths=(2, 2), num_heads=(4, 8), window_size=4, patch_size=2, image_size=16),
+        "tiny_c24": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(4, 8, 16, 32), window_size=8, image_size=256),  # 20 M, 79.4 % top-1
+        "tiny_c12": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(8, 16, 32, 64), window_size=8, image_size=256),  # 21 M, 79.6 %
+        "tiny_c6": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(16, 32, 64, 128), window_size=8, image_size=256),  # 23 M, 79.7 %
+        "base": dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),  # 61 M, 81.3 %
+    },
+    official=OFFICIAL,
+    crop_pct=0.875,
+)
+class SwinMlp(Swin):
+    """Swin with spatial MLPs in place of attention. Arguments as `Swin`; qkv_bias has no meaning here."""
+
+    def _stage(
+        self, dim: int, heads: int, size: int, mlp_ratio: float, qkv_bias: bool, drop: float, rates: list[float], downsample: nn.Module
+    ) -> SwinStage:
+        return SwinMlpStage(downsample, [SwinMlpBlock(dim, heads, size, mlp_ratio, drop, rate) for rate in rates], size)

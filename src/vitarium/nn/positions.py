@@ -1,0 +1,131 @@
+"""Where a token is, told to attention: relative position biases, sin-cos tables, rotary tables, and their resizing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitarium.ops.windows import relative_position_index
+
+
+class EvalCache:
+    """Keeps what a module derives from its parameters while nothing can change it: in eval mode and without gradients to them.
+
+    A change of a parameter in place (an optimizer's step, load_state_dict) or of its storage (`.to(...)`) is seen and invalidates the
+    value. A copy or a pickle of the module starts empty.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[Any, tuple[Any, Any]] = {}
+
+    def get(self, module: nn.Module, key: Any, source: Tensor, build: Callable[[], Any]) -> Any:
+        """The value of `build()`, kept under `key` for as long as `source`, the parameter it derives from, stays the same."""
+        live = torch.is_grad_enabled() and source.requires_grad
+        if module.training or live or torch.compiler.is_compiling() or source.is_inference():
+            self._values.clear()
+            return build()
+        stamp = (source.data_ptr(), source._version, source.dtype, source.device)
+        kept = self._values.get(key)
+        if kept is None or kept[0] != stamp:
+            if len(self._values) >= 16:  # many image sizes in turn must not fill the memory
+                self._values.clear()
+            with torch.inference_mode(False), torch.no_grad():  # an inference tensor would be refused by a later autograd pass
+                kept = self._values[key] = (stamp, build())
+        return kept[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_values": {}}
+
+
+class RelativePositionBias(nn.Module):
+    """A learned number a head for each offset between two tokens of a window: () -> (heads, n, n), query by key.
+
+    Args:
+        window_size: side M of the window, tokens; n = M * M.
+        num_heads: number of heads.
+
+    Source: Swin (query minus key, row-major inside the window).
+    """
+
+    def __init__(self, window_size: int, num_heads: int):
+        super().__init__()
+        self.window_size = window_size
+        self.table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, num_heads))
+        self.register_buffer("index", relative_position_index(window_size, window_size), persistent=False)
+        nn.init.trunc_normal_(self.table, std=0.02)
+
+    def forward(self) -> Tensor:
+        n = self.index.shape[0]
+        return self.table[self.index.flatten()].view(n, n, -1).permute(2, 0, 1)
+
+
+def resize_bias_table(table: Tensor, rows: int) -> Tensor:
+    """A square window's offset table for another window side, bicubic: ((2M-1)^2, heads) -> (rows, heads), rows again a square.
+
+    Source: Swin's own loading code (align_corners False). Raises ValueError where a side is no whole number.
+    """
+    sides = [round(n**0.5) for n in (table.shape[0], rows)]
+    if sides[0] ** 2 != table.shape[0] or sides[1] ** 2 != rows:
+        raise ValueError(f"offset tables of square windows have a square number of rows, got {table.shape[0]} -> {rows}")
+    image = table.T.reshape(1, -1, sides[0], sides[0])
+    image = F.interpolate(image.float(), size=(sides[1], sides[1]), mode="bicubic", align_corners=False)
+    return image.flatten(2)[0].T.to(table.dtype)
+
+
+def sincos_2d(dim: int, height: int, width: int, *, temperature: float = 10000.0, device: torch.device | None = None) -> Tensor:
+    """Fixed position table of a token grid, (height * width, dim): the first half tells the column, the second the row (as MAE does).
+
+    Each half is [sin, cos] of position * temperature^(-i / (dim / 4)), i = 0 .. dim/4 - 1. Computed in float64, returned in float32.
+
+    Raises:
+        ValueError: dim is no multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"a 2-D sin-cos table needs dim divisible by 4, got {dim}; try {dim + -dim % 4}")
+    rate = temperature ** (-torch.arange(dim // 4, device=device, dtype=torch.float64) / (dim // 4))
+    row, column = (torch.arange(side, device=device, dtype=torch.float64)[:, None] * rate for side in (height, width))
+    row = torch.cat([row.sin(), row.cos()], 1)[:, None].expand(height, width, -1)
+    column = torch.cat([column.sin(), column.cos()], 1)[None].expand(height, width, -1)
+    return torch.cat([column, row], 2).flatten(0, 1).float()
+
+
+def rotary_2d(head_dim: int, height: int, width: int, *, temperature: float = 10000.0, device: torch.device | None = None) -> Tensor:
+    """Rotation table of a token grid for `apply_rotary`, (2, height * width, head_dim): cosines, then sines.
+
+    The first half of a head's channels turns with the row, the second with the column; channels 2i and 2i + 1 are a pair.
+
+    Raises:
+        ValueError: head_dim is no multiple of 4.
+    """
+    if head_dim % 4:
+        raise ValueError(f"2-D rotary positions need head_dim divisible by 4, got {head_dim}")
+    rate = temperature ** (-torch.arange(head_dim // 4, device=device, dtype=torch.float64) / (head_dim // 4))
+    row, column = (torch.arange(side, device=device, dtype=torch.float64)[:, None] * rate for side in (height, width))
+    angle = torch.cat([row[:, None].expand(height, width, -1), column[None].expand(height, width, -1)], 2).flatten(0, 1)
+    angle = angle.repeat_interleave(2, dim=1)
+    return torch.stack([angle.cos(), angle.sin()]).float()
+
+
+def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
+    """Turn each pair of channels of queries or keys by its token's angle: (B, heads, N, d), (2, N, d) -> (B, heads, N, d)."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    turned = torch.stack([-odd, even], -1).flatten(-2)
+    cos, sin = table.to(x.dtype)
+    return x * cos + turned * sin
+
+
+def resize_position_table(table: Tensor, old: tuple[int, int], new: tuple[int, int], *, prefix: int = 0) -> Tensor:
+    """A learned position table for another grid, bicubic with antialiasing: (1, prefix + h w, C) -> (1, prefix + h' w', C).
+
+    Args:
+        table: one row a token; the first `prefix` rows belong to class or register tokens and stay.
+        old, new: grid heights and widths, tokens.
+    """
+    fixed, grid = table[:, :prefix], table[:, prefix:]
+    image = grid.reshape(1, *old, -1).permute(0, 3, 1, 2).float()
+    image = F.interpolate(image, size=new, mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([fixed, image.flatten(2).transpose(1, 2).to(table.dtype)], 1)

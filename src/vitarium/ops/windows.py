@@ -1,0 +1,87 @@
+"""Windows on a map: partition and its inverse, and the order in which the tokens of (shifted) windows lie.
+
+Legend: B batch, H W map, C channels, M window side, n = M * M tokens a window, nW windows of the padded map.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def pad_to_multiple(x: Tensor, size: int) -> Tensor:
+    """Zeros at the bottom and the right until both sides divide by `size`: (B, H, W, C) -> (B, H', W', C)."""
+    bottom, right = -x.shape[1] % size, -x.shape[2] % size
+    return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
+
+
+def window_partition(x: Tensor, size: int) -> Tensor:
+    """(B, H, W, C) with sides that divide by `size` -> (B * nW, size * size, C); windows row-major, batch outermost."""
+    batch, height, width, dim = x.shape
+    x = x.view(batch, height // size, size, width // size, size, dim)
+    return x.transpose(2, 3).reshape(-1, size * size, dim)
+
+
+def window_reverse(windows: Tensor, size: int, height: int, width: int) -> Tensor:
+    """The inverse of `window_partition`: (B * nW, size * size, C) -> (B, height, width, C)."""
+    dim = windows.shape[-1]
+    x = windows.view(-1, height // size, width // size, size, size, dim)
+    return x.transpose(2, 3).reshape(-1, height, width, dim)
+
+
+@dataclass(frozen=True, eq=False)
+class WindowLayout:
+    """How the tokens of a padded map lie when each window's tokens stand together.
+
+    Attributes:
+        order: (H' * W',) int64; place i of the window order holds token order[i] of the row-major padded map.
+        inverse: (H' * W',) int64; token t of the padded map stands at place inverse[t].
+        inside: (H' * W', 1) bool in window order, False for padding; None where nothing is padded.
+        region: (nW, n) int64; tokens of a window may see one another only where their numbers are equal; None where all may.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    inside: Tensor | None
+    region: Tensor | None
+
+
+def window_layout(height: int, width: int, size: int, shift: tuple[int, int], device: torch.device | None = None) -> WindowLayout:
+    """The layout of windows of side `size` on a map whose grid is moved down and right by `shift` tokens, cyclically.
+
+    A shifted grid's last windows hold tokens from opposite borders of the map. Their `region` follows the Swin authors: on each axis
+    cuts at -size and at -shift.
+    """
+    padded = (height + -height % size, width + -width % size)
+    axes = [torch.arange(side, device=device) for side in padded]
+    rolled = [axis.roll(-s) for axis, s in zip(axes, shift, strict=True)]
+    order = _in_windows(rolled[0][:, None] * padded[1] + rolled[1], size)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=device))
+    inside = region = None
+    if padded != (height, width):
+        inside = _in_windows((rolled[0][:, None] < height) & (rolled[1] < width), size)[:, None]
+    if any(shift):
+        rows, columns = (
+            (axis >= side - size).long() + (axis >= side - s).long() if s else torch.zeros_like(axis)
+            for axis, side, s in zip(axes, padded, shift, strict=True)
+        )
+        region = _in_windows(3 * rows[:, None] + columns, size).view(-1, size * size)
+    return WindowLayout(order, inverse, inside, region)
+
+
+def _in_windows(grid: Tensor, size: int) -> Tensor:
+    """(H', W') -> (H' * W',) in window order."""
+    return window_partition(grid[None, :, :, None], size).flatten()
+
+
+def relative_position_index(height: int, width: int, device: torch.device | None = None) -> Tensor:
+    """Row of a table of (2 height - 1) * (2 width - 1) offsets, for query i and key j of a height x width window: query minus key.
+
+    Returns (height * width, height * width) int64.
+    """
+    y = torch.arange(height, device=device).repeat_interleave(width)
+    x = torch.arange(width, device=device).repeat(height)
+    return (y[:, None] - y + height - 1) * (2 * width - 1) + (x[:, None] - x + width - 1)
