@@ -251,7 +251,7 @@ TRANSFORMERS = chain(
 DIALECTS = {"timm": TIMM, "torchvision": TORCHVISION, "transformers": TRANSFORMERS}
 
 
-def _weights(timm_name: str, *tags: str, hf: str = "") -> dict[str, tuple[str, ...]]:
+def _tags(timm_name: str, *tags: str, hf: str = "") -> dict[str, tuple[str, ...]]:
     """tag -> sources; timm's table also knows the authors' release addresses."""
     first = (f"hf:microsoft/{hf}",) if hf else ()
     return {tag: (f"timm:{timm_name}.ms_{tag}", *(first if i == 0 else ())) for i, tag in enumerate(tags)}
@@ -272,12 +272,12 @@ def _weights(timm_name: str, *tags: str, hf: str = "") -> dict[str, tuple[str, .
     official=OFFICIAL,
     dialects=DIALECTS,
     weights={
-        "tiny": _weights("swin_tiny_patch4_window7_224", "in1k", "in22k", "in22k_ft_in1k", hf="swin-tiny-patch4-window7-224"),
-        "small": _weights("swin_small_patch4_window7_224", "in1k", "in22k", "in22k_ft_in1k", hf="swin-small-patch4-window7-224"),
-        "base": _weights("swin_base_patch4_window7_224", "in1k", "in22k", "in22k_ft_in1k", hf="swin-base-patch4-window7-224"),
-        "base_384": _weights("swin_base_patch4_window12_384", "in1k", "in22k", "in22k_ft_in1k", hf="swin-base-patch4-window12-384"),
-        "large": _weights("swin_large_patch4_window7_224", "in22k_ft_in1k", "in22k", hf="swin-large-patch4-window7-224"),
-        "large_384": _weights("swin_large_patch4_window12_384", "in22k_ft_in1k", "in22k", hf="swin-large-patch4-window12-384"),
+        "tiny": _tags("swin_tiny_patch4_window7_224", "in1k", "in22k", "in22k_ft_in1k", hf="swin-tiny-patch4-window7-224"),
+        "small": _tags("swin_small_patch4_window7_224", "in1k", "in22k", "in22k_ft_in1k", hf="swin-small-patch4-window7-224"),
+        "base": _tags("swin_base_patch4_window7_224", "in1k", "in22k", "in22k_ft_in1k", hf="swin-base-patch4-window7-224"),
+        "base_384": _tags("swin_base_patch4_window12_384", "in1k", "in22k", "in22k_ft_in1k", hf="swin-base-patch4-window12-384"),
+        "large": _tags("swin_large_patch4_window7_224", "in22k_ft_in1k", "in22k", hf="swin-large-patch4-window7-224"),
+        "large_384": _tags("swin_large_patch4_window12_384", "in22k_ft_in1k", "in22k", hf="swin-large-patch4-window12-384"),
     },
     crop_pct=0.875,
 )

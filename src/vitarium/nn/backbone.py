@@ -73,7 +73,7 @@ class Backbone(nn.Module):
     # ---- what a subclass defines
 
     def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
-        """Yields the map of each stage, (B, dim_i, ceil(H / stride_i), ceil(W / stride_i)), before any final norm."""
+        """Yields the map of each stage before any final norm, (B, dim_i, H / stride_i, W / stride_i); rounded as the authors' code does."""
         raise NotImplementedError(f"{type(self).__name__} does not define forward_stages")
 
     # ---- the forward passes

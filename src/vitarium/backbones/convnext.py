@@ -1,0 +1,297 @@
+"""ConvNeXt: a ResNet given the design of Swin, without attention (Liu et al., "A ConvNet for the 2020s", 2022).
+
+The idea: patches for a stem, stages in the ratio 1:1:3:1, and one kind of block: a large depth-wise convolution mixes space, an inverted
+bottleneck mixes channels; one norm, one activation.
+
+    x <- x + gamma * MLP(LN(DWConv_7x7(x)))
+
+The isotropic form keeps one resolution, as a ViT does, and has no layer scale.
+
+Follows the authors' code (github facebookresearch/ConvNeXt), whose checkpoints load by name.
+Cost: linear in image area.
+
+How it is fast: maps lie channels-last in memory from the stem on, so that the norm and the two linear layers read them in place.
+
+Legend: B batch, C channels, H W map.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitarium.catalog import chain, family, rename
+from vitarium.nn import Backbone, DropPath, LayerNorm2d, Mlp, Stage, drop_path_rates, init_weights
+
+
+class ConvNeXtBlock(nn.Module):
+    """(B, C, H, W) -> the same, channels-last in memory.
+
+    Args:
+        dim: channels C.
+        kernel_size: side of the depth-wise kernel, odd.
+        mlp_ratio: hidden channels over C.
+        layer_scale: first value of gamma; 0 leaves gamma out.
+        drop_path: stochastic depth rate.
+    """
+
+    def __init__(self, dim: int, kernel_size: int, mlp_ratio: float, layer_scale: float, drop_path: float):
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(mlp_ratio * dim))
+        self.gamma = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale > 0 else None
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.mlp(self.norm(self.dwconv(x).permute(0, 2, 3, 1)))
+        if self.gamma is not None:
+            branch = branch * self.gamma
+        return x + self.drop_path(branch.permute(0, 3, 1, 2))
+
+
+class ConvNeXtStage(nn.Module):
+    """(B, C_in, H, W) -> (B, C, H', W')."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]):
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, run: Callable[..., Tensor]) -> Tensor:
+        return run(self.blocks, self.downsample(x))
+
+
+def _patches(in_dim: int, dim: int, size: int, *, norm: str) -> nn.Sequential:
+    """A convolution of stride `size` with a norm on the map "before" or "after" it: (B, in_dim, H, W) -> (B, dim, H // size, W // size)."""
+    conv = nn.Conv2d(in_dim, dim, size, size)
+    if norm == "before":
+        return nn.Sequential(OrderedDict(norm=LayerNorm2d(in_dim, eps=1e-6), conv=conv))
+    return nn.Sequential(OrderedDict(conv=conv, norm=LayerNorm2d(dim, eps=1e-6)))
+
+
+_MLP = ((r"\.pwconv1\.", ".mlp.fc1."), (r"\.pwconv2\.", ".mlp.fc2."))
+OFFICIAL = chain(
+    rename(
+        (r"^downsample_layers\.0\.0\.", "stem.conv."),
+        (r"^downsample_layers\.0\.1\.", "stem.norm."),
+        (r"^downsample_layers\.(\d)\.0\.", r"stages.\1.downsample.norm."),
+        (r"^downsample_layers\.(\d)\.1\.", r"stages.\1.downsample.conv."),
+        (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
+        (r"^norm\.", "head_norm."),
+    ),
+    rename(*_MLP),
+)
+TIMM = rename(
+    (r"^stem\.0\.", "stem.conv."),
+    (r"^stem\.1\.", "stem.norm."),
+    (r"\.downsample\.0\.", ".downsample.norm."),
+    (r"\.downsample\.1\.", ".downsample.conv."),
+    (r"\.conv_dw\.", ".dwconv."),
+    (r"^head\.norm\.", "head_norm."),
+    (r"^head\.fc\.", "head."),
+)
+
+
+def _torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """torchvision keeps gamma as (C, 1, 1)."""
+    flat = {name: tensor.flatten() if name.endswith("layer_scale") else tensor for name, tensor in state.items()}
+    stage = [
+        rule
+        for k in range(4)
+        for rule in (
+            (rf"^features\.{2 * k}\.0\.", f"stages.{k}.downsample.norm."),
+            (rf"^features\.{2 * k}\.1\.", f"stages.{k}.downsample.conv."),
+            (rf"^features\.{2 * k + 1}\.(\d+)\.layer_scale$", rf"stages.{k}.blocks.\1.gamma"),
+            (rf"^features\.{2 * k + 1}\.(\d+)\.block\.0\.", rf"stages.{k}.blocks.\1.dwconv."),
+            (rf"^features\.{2 * k + 1}\.(\d+)\.block\.2\.", rf"stages.{k}.blocks.\1.norm."),
+            (rf"^features\.{2 * k + 1}\.(\d+)\.block\.3\.", rf"stages.{k}.blocks.\1.mlp.fc1."),
+            (rf"^features\.{2 * k + 1}\.(\d+)\.block\.5\.", rf"stages.{k}.blocks.\1.mlp.fc2."),
+        )
+    ]
+    stem = ((r"^features\.0\.0\.", "stem.conv."), (r"^features\.0\.1\.", "stem.norm."))
+    head = ((r"^classifier\.0\.", "head_norm."), (r"^classifier\.2\.", "head."))
+    return rename(*stem, *stage, *head)(flat)
+
+
+_STAGE = r"^(?:convnext\.)?encoder\.stages\.(\d+)\."
+TRANSFORMERS = chain(
+    rename(
+        (r"^(?:convnext\.)?embeddings\.patch_embeddings\.", "stem.conv."),
+        (r"^(?:convnext\.)?embeddings\.layernorm\.", "stem.norm."),
+        (_STAGE + r"downsampling_layer\.0\.", r"stages.\1.downsample.norm."),
+        (_STAGE + r"downsampling_layer\.1\.", r"stages.\1.downsample.conv."),
+        (_STAGE + r"layers\.(\d+)\.", r"stages.\1.blocks.\2."),
+        (r"^(?:convnext\.)?layernorm\.", "head_norm."),
+        (r"^classifier\.", "head."),
+    ),
+    rename((r"\.layer_scale_parameter$", ".gamma"), (r"\.layernorm\.", ".norm."), *_MLP),
+)
+
+
+def _tags(timm_name: str, *tags: str, hf: str = "") -> dict[str, tuple[str, ...]]:
+    """tag -> sources; timm's table also knows the authors' release addresses."""
+    return {tag: (f"timm:{timm_name}.fb_{tag}", *((f"hf:facebook/{hf}",) if hf and not i else ())) for i, tag in enumerate(tags)}
+
+
+@family(
+    "convnext",
+    variants={
+        "pico": dict(depths=(2, 2), dims=(32, 64), patch_size=2, layer_scale_init_value=1.0, image_size=16),
+        "tiny": dict(depths=(3, 3, 9, 3), dims=(96, 192, 384, 768)),  # 28.6 M, 82.1 % top-1
+        "small": dict(depths=(3, 3, 27, 3), dims=(96, 192, 384, 768)),  # 50 M, 83.1 %
+        "base": dict(depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024)),  # 89 M, 83.8 %
+        "large": dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536)),  # 198 M, 84.3 %
+        "xlarge": dict(depths=(3, 3, 27, 3), dims=(256, 512, 1024, 2048)),  # 350 M, 87.0 % from 22K
+    },
+    official=OFFICIAL,
+    dialects={"timm": TIMM, "torchvision": _torchvision, "transformers": TRANSFORMERS},
+    weights={
+        "tiny": _tags("convnext_tiny", "in1k", "in22k", "in22k_ft_in1k", "in22k_ft_in1k_384", hf="convnext-tiny-224"),
+        "small": _tags("convnext_small", "in1k", "in22k", "in22k_ft_in1k", "in22k_ft_in1k_384", hf="convnext-small-224"),
+        "base": _tags("convnext_base", "in1k", "in22k", "in22k_ft_in1k", "in22k_ft_in1k_384", hf="convnext-base-224"),
+        "large": _tags("convnext_large", "in1k", "in22k", "in22k_ft_in1k", "in22k_ft_in1k_384", hf="convnext-large-224"),
+        "xlarge": _tags("convnext_xlarge", "in22k_ft_in1k", "in22k", "in22k_ft_in1k_384", hf="convnext-xlarge-224-22k-1k"),
+    },
+)
+class ConvNeXt(Backbone):
+    """Image (B, in_chans, H, W), H and W of at least the last stage's stride (32) -> logits (B, num_classes).
+
+    A stride that does not divide its map drops the remainder at the right and the bottom, as the authors' code does.
+
+    Args:
+        depths: blocks a stage.
+        dims: channels a stage.
+        kernel_size: side of the depth-wise kernels, odd.
+        patch_size: side of the stem's patches, pixels.
+        mlp_ratio: hidden channels of a block over its channels.
+        layer_scale_init_value: first value of gamma; 0 leaves it out.
+        head_init_scale: factor on the fresh head's weights (0.001 to fine-tune from 22K).
+        drop_rate: dropout before the head.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+
+    Raises:
+        ValueError: depths and dims differ in length, or an even kernel_size.
+    """
+
+    def __init__(
+        self,
+        *,
+        depths: Sequence[int],
+        dims: Sequence[int],
+        kernel_size: int = 7,
+        patch_size: int = 4,
+        mlp_ratio: float = 4.0,
+        layer_scale_init_value: float = 1e-6,
+        head_init_scale: float = 1.0,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        if len(depths) != len(dims):
+            raise ValueError(f"depths and dims need one value a stage, got {depths} and {dims}")
+        _check_kernel(kernel_size)
+        strides = [patch_size * 2**k for k in range(len(dims))]
+        stages = [Stage(dim, stride) for dim, stride in zip(dims, strides, strict=True)]
+        super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, min_size=strides[-1])
+        self.stem = _patches(in_chans, dims[0], patch_size, norm="after")
+        self.stages = nn.ModuleList(
+            ConvNeXtStage(
+                _patches(dims[k - 1], dim, 2, norm="before") if k else nn.Identity(),
+                [ConvNeXtBlock(dim, kernel_size, mlp_ratio, layer_scale_init_value, rate) for rate in rates],
+            )
+            for k, (dim, rates) in enumerate(zip(dims, drop_path_rates(drop_path_rate, depths), strict=True))
+        )
+        self.head_norm = nn.LayerNorm(dims[-1], eps=1e-6)
+        init_weights(self)
+        _scale_head(self.head, head_init_scale)
+
+    def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
+        x = self.stem(image.contiguous(memory_format=torch.channels_last))
+        for stage in self.stages:
+            x = stage(x, self.run_blocks)
+            yield x
+
+    def group_matcher(self, coarse: bool = False) -> Any:
+        """The authors' thirteen layers for layer-wise decay, as a function of a parameter's name: stage 3 in groups of three blocks."""
+
+        def layer(name: str) -> int:
+            stage = int(found[1]) if (found := re.match(r"stages\.(\d+)\.", name)) else None
+            if stage is None:
+                return 0 if name.startswith("stem.") else 13
+            block = int(found[1]) if (found := re.search(r"\.blocks\.(\d+)\.", name)) else 0
+            return (1, 2, 3 + block // 3, 12)[stage]
+
+        return super().group_matcher(coarse=True) if coarse else layer
+
+
+@family(
+    "convnext",
+    name="convnext_iso",
+    variants={
+        "pico": dict(dim=64, depth=4, patch_size=4, image_size=16),
+        "small": dict(dim=384, depth=18),  # 22 M, 78.7 % top-1
+        "base": dict(dim=768, depth=18),  # 87 M, 82.0 %
+        "large": dict(dim=1024, depth=36, layer_scale_init_value=1e-6),  # 306 M, 82.6 %
+    },
+    official=chain(rename((r"^norm\.", "head_norm.")), rename(*_MLP)),
+)
+class ConvNeXtIsotropic(Backbone):
+    """Image (B, in_chans, H, W), H and W of at least patch_size -> logits (B, num_classes), at one resolution and width.
+
+    Args:
+        dim: channels.
+        depth: blocks.
+        patch_size: side of the stem's patches, pixels; there is no norm behind it.
+        The others as in `ConvNeXt`.
+
+    Raises:
+        ValueError: an even kernel_size.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        depth: int,
+        kernel_size: int = 7,
+        patch_size: int = 16,
+        mlp_ratio: float = 4.0,
+        layer_scale_init_value: float = 0.0,
+        head_init_scale: float = 1.0,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        _check_kernel(kernel_size)
+        super().__init__(
+            stages=[Stage(dim, patch_size)], num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, min_size=patch_size
+        )
+        self.stem = nn.Conv2d(in_chans, dim, patch_size, patch_size)
+        (rates,) = drop_path_rates(drop_path_rate, [depth])
+        self.blocks = nn.ModuleList(ConvNeXtBlock(dim, kernel_size, mlp_ratio, layer_scale_init_value, rate) for rate in rates)
+        self.head_norm = nn.LayerNorm(dim, eps=1e-6)
+        init_weights(self)
+        _scale_head(self.head, head_init_scale)
+
+    def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
+        yield self.run_blocks(self.blocks, self.stem(image.contiguous(memory_format=torch.channels_last)))
+
+
+def _check_kernel(kernel_size: int) -> None:
+    if kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd so that maps keep their size, got {kernel_size}; try {kernel_size + 1}")
+
+
+def _scale_head(head: nn.Module, scale: float) -> None:
+    if isinstance(head, nn.Linear):
+        with torch.no_grad():
+            head.weight.mul_(scale)
+            head.bias.mul_(scale)
