@@ -1,0 +1,5 @@
+"""The command line: `vitarium`. One file a command; heavy libraries are imported when a command runs, not when the help is read."""
+
+from vitarium.cli.app import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,77 @@
+"""The application: its commands, its global options, and what becomes of an error."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from vitarium.cli import env, info, models
+from vitarium.cli.console import err
+from vitarium.errors import VitariumError
+
+
+class Commands(TyperGroup):
+    """Every command ends with its result, or with one message on stderr and an exit code (see vitarium.errors)."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            err().print("\n[yellow]Interrupted.[/] A run that has a folder goes on when the same command is given again.")
+            raise typer.Exit(130) from None
+        except Exception as error:
+            if type(error).__module__.split(".")[0] in ("typer", "click") or isinstance(error, BrokenPipeError):
+                raise  # typer's own ways to leave, and its own usage errors (exit code 2)
+            explain(error, debug=ctx.params.get("debug", False))
+            raise typer.Exit(getattr(error, "exit_code", 1) if isinstance(error, VitariumError) else 1) from None
+
+
+def explain(error: Exception, *, debug: bool = False) -> None:
+    """Print an error for a person: the message of ours; of others the kind as well, and how to see more."""
+    console = err()
+    if debug:
+        console.print_exception(show_locals=False)
+    name = "" if isinstance(error, VitariumError) else f"{type(error).__name__}: "
+    console.print("[bold red]error:[/] ", end="")
+    console.print(f"{name}{str(error).strip() or 'no message'}", markup=False, soft_wrap=not console.is_terminal)
+    if not debug and not isinstance(error, VitariumError):
+        console.print(f"  vitarium --debug {' '.join(sys.argv[1:])}", style="dim", markup=False, soft_wrap=True)
+
+
+app = typer.Typer(
+    name="vitarium",
+    cls=Commands,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 unexpected, 2 usage, 3 data, 4 checkpoint, 5 training stopped, 130 interrupted.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from vitarium import __version__
+
+        typer.echo(f"vitarium {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")] = False,
+) -> None:
+    """Vision models that compose: which works best on your data and your hardware, and can it be smaller?"""
+
+
+for command in (models.models, info.info, env.env):
+    app.command()(command)
+
+
+def main() -> None:
+    """Entry point of the `vitarium` command."""
+    app(prog_name="vitarium")

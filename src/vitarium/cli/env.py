@@ -1,0 +1,104 @@
+"""`vitarium env`: what this installation consists of, and what is missing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vitarium.cli.console import out, pairs, print_json, table
+
+EXTRAS_OF_DEVELOPERS = ("all", "dev", "docs")
+
+
+def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False) -> None:
+    """Versions, devices, threads, optional packages and cache folders of this installation."""
+    report = describe()
+    if as_json:
+        return print_json(report)
+    console = out()
+    console.print(pairs(report["system"] | report["versions"]))
+    devices = table("device", "name", ">memory", title="Devices")
+    for row in report["devices"]:
+        devices.add_row(row["device"], row["name"], row["memory"] or "")
+    console.print(devices)
+    extras = table("extra", "state", "~install", title="Extras")
+    for name, extra in report["extras"].items():
+        state = f"[yellow]needs {', '.join(extra['missing'])}[/]" if extra["missing"] else "[green]installed[/]"
+        extras.add_row(name, state, extra["install"].replace("[", r"\[") if extra["missing"] else "")
+    console.print(extras)
+    console.print(pairs(report["caches"], title="Caches"))
+
+
+def describe() -> dict[str, Any]:
+    """The report as plain values."""
+    import torch
+
+    versions = {
+        name: version(name) or "missing" for name in ("vitarium", "torch", "torchvision", "timm", "lightning-fabric", "safetensors")
+    }
+    return {
+        "system": {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "versions": versions,
+        "devices": devices(),
+        "extras": extras(),
+        "caches": caches(),
+    }
+
+
+def version(package: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def devices() -> list[dict[str, str | None]]:
+    """The CPU and every accelerator that torch sees."""
+    import torch
+
+    found: list[dict[str, str | None]] = [{"device": "cpu", "name": platform.processor() or platform.machine(), "memory": None}]
+    for i in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(i)
+        found.append({"device": f"cuda:{i}", "name": card.name, "memory": f"{card.total_memory / 1e9:.0f} GB"})
+    if torch.backends.mps.is_available():
+        found.append({"device": "mps", "name": "Apple GPU", "memory": None})
+    return found
+
+
+def extras() -> dict[str, dict[str, Any]]:
+    """The optional parts of the package: what each needs, what of it is missing, the line that installs it."""
+    needs: dict[str, list[str]] = {}
+    for requirement in metadata.requires("vitarium") or []:
+        name, _, marker = requirement.partition(";")
+        extra = re.search(r"extra == ['\"](.+?)['\"]", marker)
+        package = re.match(r"[\w.-]+", name)
+        if extra and package and extra[1] not in EXTRAS_OF_DEVELOPERS:
+            needs.setdefault(extra[1], []).append(package[0])
+    return {
+        extra: {
+            "packages": packages,
+            "missing": [p for p in packages if version(p) is None],
+            "install": f"pip install 'vitarium[{extra}]'",
+        }
+        for extra, packages in sorted(needs.items())
+    }
+
+
+def caches() -> dict[str, str]:
+    """Folders in which downloaded weights and data lie."""
+    import torch
+    from huggingface_hub import constants
+
+    return {"hugging face": str(Path(constants.HF_HUB_CACHE)), "torch": torch.hub.get_dir()}

@@ -1,0 +1,44 @@
+"""Conditions on a model's cost, as one types them: "params<30M", "gmacs<=5", "mb<100"."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vitarium.errors import UsageError
+
+QUANTITIES = {"params": 1, "macs": 1, "gmacs": 1e9, "mb": 1e6}
+SUFFIXES = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9}
+OPERATORS: dict[str, Callable[[float, float], bool]] = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+FORM = re.compile(r"\s*(params|gmacs|macs|mb)\s*(<=|>=|<|>)\s*(\d+(?:\.\d+)?)\s*([KMG]?)\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A bound on one quantity. `quantity` is "params", "macs" or "mb" (of weights); the bound is in units (parameters, MACs, bytes)."""
+
+    quantity: str
+    compare: Callable[[float, float], bool]
+    bound: float
+
+    def holds(self, value: float | None) -> bool:
+        """Whether a value of the quantity passes; an unknown one does not."""
+        return value is not None and self.compare(value, self.bound)
+
+
+def parse(text: str) -> Condition:
+    """A condition from its text.
+
+    Raises:
+        UsageError: not of the form QUANTITY OPERATOR NUMBER[K|M|G].
+    """
+    match = FORM.fullmatch(text)
+    if match is None:
+        raise UsageError(
+            f"cannot read the condition {text!r}; write params, macs, gmacs or mb, then < <= > >=, then a number: 'params<30M'"
+        )
+    quantity = match[1].lower()
+    bound = float(match[3]) * SUFFIXES[match[4].upper()] * QUANTITIES[quantity]
+    return Condition("macs" if quantity == "gmacs" else quantity, OPERATORS[match[2]], bound)

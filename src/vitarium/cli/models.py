@@ -1,0 +1,87 @@
+"""`vitarium models`: the models that there are, and what they cost."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from vitarium.cli import filters
+from vitarium.cli.console import err, out, print_json, short, table
+from vitarium.cli.opening import describe_model, matcher
+from vitarium.cli.systems import check_room
+from vitarium.errors import InputError, UsageError, nearest
+
+
+def models(
+    pattern: Annotated[str, typer.Argument(help="Part of a name, or a shell pattern such as '*_pico'; 'timm/...' searches timm's.")] = "*",
+    room: Annotated[str | None, typer.Option(help="Only models of this room, such as 'backbones'.")] = None,
+    fits: Annotated[
+        list[str] | None,
+        typer.Option(help="Only models of such a cost: params, macs, gmacs or mb (10^6 bytes), as 'params<30M'. Repeatable."),
+    ] = None,
+    macs: Annotated[bool, typer.Option("--macs", help="Count multiply-accumulates too (each model runs once, without weights).")] = False,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the image for MACs, pixels.", show_default="each model's own")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List models: ours, and the small ones of timm's that comparisons use. Every other model of timm's works by the name timm/NAME."""
+    conditions = [filters.parse(text) for text in fits or []]
+    rows = find(pattern, room)
+    if not rows:
+        raise UsageError(f"no model matches {pattern!r}{nearest(pattern.strip('*'), [r['name'] for r in find('*', None)])}")
+    need_macs = macs or any(c.quantity == "macs" for c in conditions)
+    with err().status("Building the models without weights") as status:
+        for row in rows:
+            status.update(f"Building {row['name']} without weights")
+            row.update(cost(row["name"], need_macs, image_size))
+    kept = [r for r in rows if all(c.holds(r["bytes" if c.quantity == "mb" else c.quantity]) for c in conditions)]
+    if as_json:
+        return print_json(kept)
+    _print(kept, len(rows), need_macs)
+
+
+def find(pattern: str, room: str | None) -> list[dict[str, Any]]:
+    """Name, family and room of the models that a pattern matches, ours first."""
+    from vitarium.catalog import families, find_system
+    from vitarium.catalog.foreign import TIMM_PICO
+
+    check_room(room)
+    rows = [
+        {"name": name, "family": f.name, "room": find_system(f.slug).room} for f in families() for name in f.model_names()
+    ]  # fmt: skip
+    rows += [{"name": f"timm/{name}", "family": "timm", "room": "backbones"} for name in TIMM_PICO]
+    if pattern.startswith("timm/"):
+        import timm
+
+        rows += [{"name": f"timm/{name}", "family": "timm", "room": "backbones"} for name in timm.list_models()]
+    wanted = matcher(pattern)
+    return [r for r in rows if wanted.match(r["name"]) and (room is None or r["room"] == room or r["room"].startswith(f"{room}/"))]
+
+
+def cost(name: str, macs: bool, image_size: int | None) -> dict[str, Any]:
+    """Parameters, bytes, image size and, if asked for, MACs (None at a size it refuses) of a model that is built without weights."""
+    from vitarium.catalog import preprocessing_of
+    from vitarium.efficiency.profiler import count_macs, count_params, weight_bytes
+
+    model = describe_model(name, **({} if image_size is None else {"image_size": image_size}))
+    size = image_size or preprocessing_of(model).image_size
+    found: dict[str, Any] = {"params": count_params(model), "bytes": weight_bytes(model), "image_size": size}
+    if macs:
+        try:
+            found["macs"] = count_macs(model, size)
+        except InputError:  # a size that this model does not take
+            found["macs"] = None
+    return found
+
+
+def _print(rows: list[dict[str, Any]], searched: int, macs: bool) -> None:
+    result = table("model", "family", ">params", *([">MACs"] if macs else []), ">image")
+    for row in rows:
+        counted = [short(row["macs"])] if macs else []
+        result.add_row(row["name"], row["family"], short(row["params"]), *counted, f"{row['image_size']} px")
+    console = out()
+    if rows:
+        console.print(result)
+    console.print(f"{len(rows)} of {searched} models fit" if len(rows) < searched else f"{len(rows)} models", style="dim")

@@ -1,0 +1,85 @@
+"""What commands share: a model from a file or a name, a device from a word."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vitarium.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+FILE_ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
+
+
+def is_file(source: str) -> bool:
+    """Whether a MODEL argument means a saved file and not a name."""
+    return source.endswith(FILE_ENDINGS) or Path(source).is_file()
+
+
+def open_model(source: str, checkpoint: str | None = None, **options: Any) -> nn.Module:
+    """A trained model in eval mode: a file of `vitarium.save`, or a name with a checkpoint, or a name with its published weights.
+
+    Raises:
+        UsageError: unknown name, a file that is not there, or both a file and a checkpoint.
+        CheckpointError: weights that cannot be read or fetched.
+    """
+    import vitarium
+
+    if is_file(source):
+        if checkpoint is not None:
+            raise UsageError(f"{source} holds its own weights; give --checkpoint only with a model's name")
+        if not Path(source).is_file():
+            raise UsageError(f"no file {source}")
+        return vitarium.load(source).eval()
+    return vitarium.create_model(source, checkpoint=checkpoint, pretrained=checkpoint is None, **options).eval()
+
+
+def describe_model(name: str, **options: Any) -> nn.Module:
+    """A model without weights, on the meta device: for its shapes and its cost."""
+    import torch
+
+    import vitarium
+
+    with torch.device("meta"), quiet():
+        return vitarium.create_model(name, **options)
+
+
+def find_device(word: str) -> torch.device:
+    """ "auto" (an accelerator if there is one), "cpu", "cuda", "cuda:1", "mps" ...
+
+    Raises:
+        UsageError: not a device, or not one of this machine's.
+    """
+    import torch
+
+    if word == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(word)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"no device {word!r} here; 'vitarium env' lists those that there are ('auto' picks)") from error
+    return device
+
+
+def matcher(pattern: str) -> re.Pattern[str]:
+    """A shell pattern as an expression; a word without wildcards is looked for anywhere."""
+    import fnmatch
+
+    return re.compile(fnmatch.translate(pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"), re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Other libraries' warnings are not a user's business."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,200 @@
+"""What a model costs: parameters, bytes, multiply-accumulates, time, memory. Counted where it can be counted, timed where it must be.
+
+    profile(model, 224).latency_ms
+
+MACs are half of what torch's flop counter counts in the graph that really runs, fused attention included; so a method that skips work shows
+it here, and one that only promises to does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitarium.errors import UsageError
+
+WARM_UP = 2  # runs before the clock starts: allocators, kernel choice, caches
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The cost of inference. MB are 10^6 bytes.
+
+    Args:
+        params: number of parameters.
+        bytes: size of parameters and buffers in memory.
+        macs: multiply-accumulates for one image.
+        latency_ms: milliseconds for one image at batch 1 (median).
+        throughput: images a second at the batch asked for (median).
+        peak_memory_mb: most memory that is alive at once in a forward pass at that batch: weights, image and activations.
+    """
+
+    params: int
+    bytes: int
+    macs: int
+    latency_ms: float
+    throughput: float
+    peak_memory_mb: float
+
+    def to_dict(self) -> dict[str, float]:
+        """For JSON."""
+        return asdict(self)
+
+
+def profile(
+    model: nn.Module, image_size: int | tuple[int, int], *, batch: int = 1, device: str | torch.device | None = None, runs: int = 10
+) -> Profile:
+    """Measure a model in eval mode, without gradients. Its mode and its device are as before afterwards.
+
+    Args:
+        model: takes an image (B, C, H, W) of the dtype of its weights.
+        image_size: side, or (height, width), in pixels.
+        batch: images at once, for throughput and memory.
+        device: where to measure; the model's own by default.
+        runs: timed forward passes at batch 1; a third as many (at least three) at `batch`.
+
+    Raises:
+        UsageError: batch or runs below 1, or a model on the meta device, which has no time.
+    """
+    if batch < 1 or runs < 1:
+        raise UsageError(f"batch and runs must be at least 1, got batch={batch} and runs={runs}")
+    with _evaluating(model, device):
+        one = example_image(model, image_size)
+        if one.is_meta:
+            raise UsageError("a model on the meta device has no weights to time; use count_macs, or create it on a real device")
+        many = one if batch == 1 else example_image(model, image_size, batch)
+        peak = peak_memory(model, many)
+        seconds = _median_seconds(lambda: model(one), one.device, runs)
+        together = seconds if batch == 1 else _median_seconds(lambda: model(many), one.device, max(3, runs // 3))
+        return Profile(
+            params=count_params(model),
+            bytes=weight_bytes(model),
+            macs=count_macs(model, image_size),
+            latency_ms=1e3 * seconds,
+            throughput=batch / together,
+            peak_memory_mb=peak / 1e6,
+        )
+
+
+def count_params(model: nn.Module) -> int:
+    """Number of parameters; one that is shared counts once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes that parameters and buffers take in memory."""
+    return sum(t.numel() * t.element_size() for t in _weights(model))
+
+
+def count_macs(model: nn.Module, image_size: int | tuple[int, int]) -> int:
+    """Multiply-accumulates of one image through the model, as torch counts. Works on the meta device, without arithmetic."""
+    with _evaluating(model), FlopCounterMode(display=False) as counter:
+        model(example_image(model, image_size))
+    return counter.get_total_flops() // 2
+
+
+def peak_memory(model: nn.Module, image: Tensor) -> int:
+    """Bytes alive at the worst moment of a forward pass: weights, image and activations.
+
+    On CUDA it is the allocator's own peak. Elsewhere it is the sum of the tensors that operations make, followed as each is made and
+    freed: the same on every system, and without the private scratch space of a kernel.
+
+    Args:
+        image: (B, C, H, W) on the model's device.
+    """
+    with _evaluating(model):
+        if image.device.type == "cuda":
+            torch.cuda.synchronize(image.device)
+            torch.cuda.reset_peak_memory_stats(image.device)
+            before = torch.cuda.memory_allocated(image.device)
+            model(image)
+            torch.cuda.synchronize(image.device)
+            return weight_bytes(model) + image.nbytes + torch.cuda.max_memory_allocated(image.device) - before
+        with _LiveBytes([*_weights(model), image]) as live:
+            model(image)
+        return live.peak
+
+
+def example_image(model: nn.Module, image_size: int | tuple[int, int], batch: int = 1) -> Tensor:
+    """A random image (batch, C, H, W) with the channels, dtype and device that a model takes; always the same one."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    preprocessing = getattr(model, "preprocessing", None)
+    channels = preprocessing.channels if preprocessing is not None else getattr(model, "in_chans", 3)
+    weight = next((w for w in _weights(model) if w.is_floating_point()), torch.empty(0))
+    image = torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(0), device="cpu")
+    return image.to(weight.device, weight.dtype)
+
+
+def _weights(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _median_seconds(call: Callable[[], Any], device: torch.device, runs: int) -> float:
+    times = []
+    for i in range(WARM_UP + runs):
+        start = time.perf_counter()
+        call()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        if i >= WARM_UP:
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module, device: str | torch.device | None = None) -> Iterator[None]:
+    """Eval mode, no gradients, another device for a while."""
+    modes = {module: module.training for module in model.modules()}
+    home = next(iter(_weights(model)), torch.empty(0)).device
+    try:
+        if device is not None:
+            model.to(device)
+        model.eval()
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        if device is not None:
+            model.to(home)
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Adds up the storages that are alive while operations run; `peak` is the most bytes at once."""
+
+    def __init__(self, known: list[Tensor]):
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: set[int] = set()
+        self._watch(known)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._watch(tree_leaves((args, result)))  # arguments too: what a module has cached is memory as well
+        return result
+
+    def _watch(self, values: list[Any]) -> None:
+        for value in values:
+            if isinstance(value, Tensor):
+                storage = value.untyped_storage()
+                key = storage._cdata
+                if key not in self._seen:
+                    self._seen.add(key)
+                    self.live += storage.nbytes()
+                    weakref.finalize(storage, self._freed, key, storage.nbytes()).atexit = False
+        self.peak = max(self.peak, self.live)
+
+    def _freed(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
