@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -25,7 +26,7 @@ def create_model(
     name: str,
     *,
     num_classes: int | None = None,
-    checkpoint: str | None = None,
+    checkpoint: str | Path | None = None,
     pretrained: bool = False,
     image_size: int | None = None,
     strict: bool = True,
@@ -74,11 +75,11 @@ def create_model(
     if checkpoint is None and (tag or pretrained) and not name.startswith(("timm/", "hf/")):
         from vitarium.catalog.weights import fetch_pretrained
 
-        checkpoint = str(fetch_pretrained(name, tag or None))
+        checkpoint = fetch_pretrained(name, tag or None)
     if checkpoint is not None:
         from vitarium.catalog.checkpoints import load_checkpoint
 
-        load_checkpoint(model, checkpoint, strict=strict)
+        load_checkpoint(model, checkpoint, strict=strict, follow_head=num_classes is None)
     return model
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from typing import Any
 
 from torch import Tensor, nn
 
 from vitarium.catalog.preprocessing import Preprocessing
+from vitarium.catalog.registry import Renamer
 from vitarium.errors import CheckpointError, UsageError, nearest, require
 
 # Small forms of timm's classics for 16x16 inputs and 16 tokens: they learn digits in seconds. (architecture, its arguments)
@@ -43,8 +46,8 @@ def create_timm(name: str, *, pretrained: bool = False, image_size: int | None =
     channels = arguments.get("in_chans", 3)
     mean, std = (cfg["mean"], cfg["std"]) if channels == 3 else ((0.5,), (0.5,))
     crop = 1.0 if size < 128 else cfg["crop_pct"]
-    model.preprocessing = Preprocessing(size, mean, std, cfg["interpolation"], crop)
-    model.labels = None
+    model.preprocessing = Preprocessing(size, mean, std, cfg["interpolation"], crop)  # type: ignore[assignment]
+    model.labels = None  # type: ignore[assignment]
     return model
 
 
@@ -77,6 +80,32 @@ class TransformersClassifier(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         return self.model(pixel_values=image).logits
+
+    def get_classifier(self) -> nn.Module:
+        """The head: a linear layer, or identity where there are no classes."""
+        return getattr(self.model, "classifier", None) or nn.Identity()
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A fresh head for `num_classes` (0: none).
+
+        Raises:
+            UsageError: the head is no plain linear layer; then `num_classes` must be given when the model is made.
+        """
+        old = self.get_classifier()
+        if not isinstance(old, nn.Linear):
+            raise UsageError(f"the head of {type(self.model).__name__} is a {type(old).__name__}; pass num_classes to create_model instead")
+        fresh = nn.Linear(old.in_features, num_classes).to(old.weight) if num_classes else nn.Identity()
+        self.model.classifier = fresh
+        self.model.config.num_labels = self.num_classes = num_classes
+        self.labels = None
+
+
+def dialects_of_foreign(model: nn.Module) -> dict[str, Renamer]:
+    """How the files of a foreign model's own world name its tensors: (dialect -> renamer), as a family's table."""
+    if isinstance(model, TransformersClassifier):
+        return {"transformers": lambda state: {f"model.{name}": tensor for name, tensor in state.items()}}
+    convert = getattr(sys.modules.get(type(model).__module__), "checkpoint_filter_fn", None)
+    return {"timm": lambda state: convert(state, model)} if convert else {}  # authors' names -> timm's, position tables resized
 
 
 def create_transformers(
@@ -117,3 +146,24 @@ def create_transformers(
         size, tuple(processor.get("image_mean", plain.mean)), tuple(processor.get("image_std", plain.std)), "bicubic", crop
     )
     return TransformersClassifier(model, preprocessing)
+
+
+def configuration_of(model: Any) -> dict[str, Any]:
+    """transformers' own configuration of a classifier, in plain values; `rebuild_transformers` makes the model again from it."""
+    return json.loads(model.model.config.to_json_string(use_diff=False))
+
+
+def rebuild_transformers(config: dict[str, Any]) -> TransformersClassifier:
+    """The classifier of a saved configuration, with fresh weights; nothing is fetched, and no code but transformers' own runs.
+
+    Raises:
+        MissingExtra: transformers is not installed.
+        UsageError: this transformers knows no such configuration.
+    """
+    transformers = require("transformers", "transformers")
+    try:
+        known = transformers.AutoConfig.for_model(**config)
+        model = transformers.AutoModelForImageClassification.from_config(known)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"transformers {transformers.__version__} refuses the saved configuration: {error}") from error
+    return TransformersClassifier(model, Preprocessing())

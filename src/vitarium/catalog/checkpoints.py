@@ -1,0 +1,302 @@
+"""Weights into a model: the names of several codes recognised, what differs reported, nothing changed unless all of it fits.
+
+report = load_checkpoint(model, "swin_tiny_patch4_window7_224.pth")
+print(report)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vitarium.catalog.registry import Family, Renamer, families, find_model
+from vitarium.catalog.states import State, Weights, read_state, read_weights
+from vitarium.catalog.weights import fetch
+from vitarium.errors import CheckpointError, UsageError
+
+__all__ = ["LoadReport", "load_checkpoint", "read_state"]
+
+log = logging.getLogger("vitarium")
+
+OURS = "ours"
+"""The dialect of files that already speak our names."""
+TOLD = 5
+"""Names told of each kind in a report."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of each tensor when a file was loaded. Lists hold names of the model; `unexpected` holds names after renaming."""
+
+    source: str
+    dialect: str = OURS
+    """Whose names the file has: "ours", or a key of the family's dialects such as "official"."""
+    opened: list[str] = field(default_factory=list)
+    """Containers and prefixes around the weights in the file."""
+    matched: list[str] = field(default_factory=list)
+    resized: list[str] = field(default_factory=list)
+    """Fitted to another size, each as "name (169, 3) -> (529, 3)"; they count as loaded."""
+    head: str = ""
+    """Why the head was left as it was, "" where it was loaded (or there is none on either side)."""
+    mismatched: list[str] = field(default_factory=list)
+    """Of another shape or kind, each as "name (96, 3) -> (128, 3)"; not loaded."""
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every tensor of the model (but a head of other classes) was filled and none of the file was left over."""
+        return not (self.mismatched or self.missing or self.unexpected)
+
+    @property
+    def filled(self) -> int:
+        """Number of the model's tensors that the file fills."""
+        return len(self.matched) + len(self.resized)
+
+    def __str__(self) -> str:
+        names = "" if self.dialect == OURS else f", renamed from {self.dialect} names"
+        inside = f", found inside {' '.join(self.opened)}" if self.opened else ""
+        lines = [f"{self.source}: {self.filled} of {self.filled + len(self.mismatched) + len(self.missing)} tensors loaded{names}{inside}"]
+        for kind in ("resized", "mismatched", "missing", "unexpected"):
+            if found := getattr(self, kind):
+                rest = f", and {len(found) - TOLD} more" if len(found) > TOLD else ""
+                lines.append(f"  {kind} ({len(found)}): {', '.join(found[:TOLD])}{rest}")
+        if self.head:
+            lines.append(f"  head: {self.head}")
+        if not self.complete:
+            lines.append(f"  likely cause: {self._cause()}")
+        return "\n".join(lines)
+
+    def _cause(self) -> str:
+        if self.filled + len(self.mismatched) == 0:
+            return "a file of another architecture, or of a code whose names are not known here"
+        if self.mismatched:
+            return "the same architecture in another size or with other arguments"
+        if self.missing and self.unexpected:
+            return "a relative of this architecture, or one made with other arguments"
+        return "the file holds only a part of the model" if self.missing else "the file holds more than this model"
+
+
+def load_checkpoint(model: nn.Module, source: str | Path, *, strict: bool = True, follow_head: bool = False) -> LoadReport:
+    """Fill a model from a file, by our names or by those of the authors, timm, torchvision or transformers where its family knows them.
+
+    Of the ways to read the names, the one that fits most tensors is taken. A head of other classes stays as it is; tables of positions are
+    resized where the model knows how (`Backbone.resize_tensor`); a first convolution for other channels is summed or repeated. The
+    model keeps its dtype and device, and is unchanged if anything fails.
+
+    Args:
+        model: one that `create_model` made, or any module whose names the file has.
+        source: a path, "hf:owner/name[/file]", or an http(s) address, optionally with "#sha256=HEX".
+        strict: refuse a file that does not fill every tensor, or holds others (but for the head).
+        follow_head: give the model the file's number of classes first, where it has another.
+
+    Raises:
+        CheckpointError: unreadable, unsafe or unreachable; or of another model, then with the report and the models that it would fit.
+    """
+    weights = read_weights(fetch(str(source)))
+    fits = [
+        _fit(model, state, LoadReport(str(source), dialect, weights.opened)) for dialect, state in _readings(dialects_of(model), weights)
+    ]
+    best = max(fits, key=_Fit.quality)
+    report = best.report
+    if report.filled == 0 or (strict and not report.complete):
+        raise CheckpointError(_refusal(model, report, weights))
+    if follow_head and best.classes is not None and best.classes != getattr(model, "num_classes", best.classes):
+        model.reset_classifier(best.classes)  # type: ignore[operator]
+        best = _fit(model, best.state, LoadReport(str(source), report.dialect, weights.opened))
+        report = best.report
+    model.load_state_dict(best.ready, strict=False)
+    log.log(logging.WARNING if report.resized or report.head or not report.complete else logging.INFO, "%s", report)
+    return report
+
+
+def _refusal(model: nn.Module, report: LoadReport, weights: Weights) -> str:
+    name = getattr(getattr(model, "spec", None), "name", type(model).__name__)
+    others = [other for other in models_that_fit(weights, near=name) if other != name]
+    advice = f"this looks like {' or '.join(others[:3])}: create that model" if others else "choose the model that the file was made for"
+    partly = ", or pass strict=False to load what fits" if report.filled else ""
+    return f"the weights do not fit {name}; {advice}{partly}\n{report}"
+
+
+# ---- how the names may be meant
+
+
+def _readings(dialects: Mapping[str, Renamer], weights: Weights) -> Iterator[tuple[str, State]]:
+    """(dialect, state in our names) for every way to read the file; ours first."""
+    for dialect, renamer in {OURS: dict, **dialects}.items():
+        for form in weights.forms:
+            # a table for other names may stumble over these: then they are not its dialect
+            with contextlib.suppress(ValueError, LookupError, RuntimeError, TypeError, AttributeError):
+                yield dialect, renamer(dict(form))
+
+
+def dialects_of(model: nn.Module) -> Mapping[str, Renamer]:
+    """The renamers that know this model's relatives: of its family, or of the library that it comes from."""
+    name = getattr(getattr(model, "spec", None), "name", "")
+    if name.startswith(("timm/", "hf/")):
+        from vitarium.catalog.foreign import dialects_of_foreign
+
+        return dialects_of_foreign(model)
+    try:
+        return find_model(name)[0].dialects
+    except UsageError:  # a module of the user's own
+        return {}
+
+
+# ---- what fits
+
+
+@dataclass
+class _Fit:
+    """One way to read the file, tried on the model without touching it."""
+
+    state: State
+    report: LoadReport
+    ready: State
+    """Model's name -> tensor of the model's shape."""
+    classes: int | None
+    """Classes of the file's head; 0 where it has none, None where that is not known."""
+
+    def quality(self) -> tuple[int, int, int]:
+        """Larger is better: exact tensors first, then names, then fewest left over."""
+        r = self.report
+        return len(r.matched), r.filled + len(r.mismatched), -len(r.unexpected)
+
+
+def _fit(model: nn.Module, state: State, blank: LoadReport) -> _Fit:
+    wanted = model.state_dict()
+    heads, first = _heads(model), _first_convolution(model)
+    ready: State = {}
+    report = replace(blank, matched=[], resized=[], mismatched=[], missing=[], unexpected=[])
+    fresh = _fresh_heads(heads, wanted, state)
+    for name, target in wanted.items():
+        if name in fresh:
+            continue
+        if name not in state:
+            if not name.endswith("num_batches_tracked"):  # older files lack them, and nothing depends on them
+                report.missing.append(name)
+            continue
+        tensor = state[name]
+        change = f"{name} {tuple(tensor.shape)} -> {tuple(target.shape)}"
+        if tensor.is_floating_point() != target.is_floating_point():
+            report.mismatched.append(f"{change} ({tensor.dtype} for {target.dtype})")
+        elif tensor.shape == target.shape:
+            ready[name] = tensor
+            report.matched.append(name)
+        elif (fitted := _resized(model, name, tensor, target.shape, is_first=name == first)) is not None:
+            ready[name] = fitted
+            report.resized.append(change)
+        else:
+            report.mismatched.append(change)
+    report.unexpected.extend(n for n in state if n not in wanted and not n.startswith(tuple(heads)))
+    classes = _classes(heads, state)
+    if report.filled:
+        report = replace(report, head=_head_remark(fresh, heads, classes, wanted, state))
+    return _Fit(state, report, ready, classes)
+
+
+def _resized(model: nn.Module, name: str, tensor: Tensor, shape: torch.Size, *, is_first: bool) -> Tensor | None:
+    """A tensor of another size fitted to the model, or None where there is no sound way."""
+    if is_first and tensor.ndim == len(shape) and tensor.shape[:1] + tensor.shape[2:] == shape[:1] + shape[2:]:
+        return adapt_channels(tensor, shape[1])
+    hook = getattr(model, "resize_tensor", None)
+    fitted = hook(name, tensor, shape) if hook else None
+    return fitted if fitted is not None and fitted.shape == shape else None
+
+
+def adapt_channels(weight: Tensor, channels: int) -> Tensor:
+    """A first convolution's weight (out, I, ...) for images of other channels, (out, channels, ...).
+
+    One channel: the sum over the channels, so that a grey image gives what its RGB copy gave. More: repeated and scaled by I / channels,
+    so that outputs keep their size. The rule is timm's.
+    """
+    if channels == 1:
+        return weight.sum(1, keepdim=True)
+    count = weight.shape[1]
+    repeats = -(-channels // count)
+    return weight.repeat(1, repeats, *[1] * (weight.ndim - 2))[:, :channels] * (count / channels)
+
+
+def _first_convolution(model: nn.Module) -> str:
+    """Name of the weight that sees the image's channels, "" where the model does not begin with a convolution."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    first = next(((name, part) for name, part in model.named_modules() if isinstance(part, kinds)), None)
+    return f"{first[0]}.weight" if first and first[1].groups == 1 else ""
+
+
+# ---- the head
+
+
+def _heads(model: nn.Module) -> list[str]:
+    """Prefixes of the classifier's tensors, such as "head." (two for a distilled model)."""
+    if not hasattr(model, "get_classifier"):
+        return []
+    found = model.get_classifier()  # type: ignore[operator]
+    parts = found if isinstance(found, tuple | list) else (found,)
+    return [f"{name}." for name, part in model.named_modules() if name and any(part is p for p in parts)]
+
+
+def _fresh_heads(heads: list[str], wanted: Mapping[str, Tensor], state: State) -> set[str]:
+    """Names of the model's head tensors that stay as they are: of a head that the file lacks or has for other classes."""
+    fresh: set[str] = set()
+    for prefix in heads:
+        names = [n for n in wanted if n.startswith(prefix)]
+        absent = not any(n in state for n in names)
+        other = any(n in state and state[n].shape != wanted[n].shape and state[n].shape[1:] == wanted[n].shape[1:] for n in names)
+        if absent or other:
+            fresh.update(names)
+    return fresh
+
+
+def _classes(heads: list[str], state: State) -> int | None:
+    if not heads:
+        return None
+    sizes = [t.shape[0] for n, t in state.items() if n.startswith(tuple(heads)) and n.endswith("weight") and t.ndim >= 2]
+    return sizes[0] if sizes else 0
+
+
+def _head_remark(fresh: set[str], heads: list[str], classes: int | None, wanted: Mapping[str, Tensor], state: State) -> str:
+    if fresh:
+        mine = next((wanted[n].shape[0] for n in sorted(fresh) if n.endswith("weight")), 0)
+        theirs = f"the file's has {classes} classes" if classes else "the file has none"
+        return f"left as it was, for {mine} classes; {theirs}"
+    dropped = heads and any(n.startswith(tuple(heads)) and n not in wanted for n in state)
+    return f"the file's, of {classes} classes, was dropped; the model has none" if dropped else ""
+
+
+# ---- which model it would fit
+
+
+def models_that_fit(weights: Weights, *, near: str = "") -> list[str]:
+    """Names of our models that the file fills completely, the best fits only.
+
+    Models are built without memory (on the meta device) and compared by names and shapes.
+
+    Args:
+        near: a model's name; its own family is tried first, and the others only if none of it fits.
+    """
+    every = families()
+    own = [f for f in every if near.startswith(f.name + "_")]
+    for group in (own, [f for f in every if f not in own]):
+        found = [pair for f in group for pair in _fitting_variants(f, weights)]
+        if found:
+            most = max(quality for quality, _ in found)
+            return [name for quality, name in found if quality == most]
+    return []
+
+
+def _fitting_variants(f: Family, weights: Weights) -> Iterator[tuple[tuple[int, int, int], str]]:
+    shapes = replace(weights, forms=[{name: tensor.to("meta") for name, tensor in form.items()} for form in weights.forms])
+    readings = list(_readings(f.dialects, shapes))
+    for variant, name in zip(f.variants, f.model_names(), strict=True):
+        with torch.device("meta"):
+            model = f.cls(**f.arguments(variant))
+        fits = [_fit(model, state, LoadReport("")) for _, state in readings]
+        if good := [fit.quality() for fit in fits if fit.report.complete and fit.report.filled]:
+            yield max(good), name

@@ -1,0 +1,248 @@
+"""One file that remembers the whole model: `save` writes it, `load` needs nothing else.
+
+It is a safetensors file, readable by anything that reads those. Its header's metadata holds
+
+    vitarium           JSON: the fields of `Record` below
+    vitarium_sha256    the file's own sha256, taken with these digits as zeros: one changed byte anywhere, and the file is refused
+    format             "pt", which other libraries ask for
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+import vitarium
+from vitarium.catalog.create import ModelSpec, create_model
+from vitarium.catalog.foreign import configuration_of, rebuild_transformers
+from vitarium.catalog.preprocessing import Preprocessing
+from vitarium.catalog.states import RECORD, SEAL, existing, looks_like_safetensors, read_safetensors, seal_of
+from vitarium.errors import CheckpointError, UsageError, VitariumError
+from vitarium.files import atomic_path
+
+FORMAT = 1
+"""Version of the record. It rises when an older vitarium could no longer read the file."""
+
+
+class Record(BaseModel):
+    """What the header remembers of a model."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    vitarium: str
+    """Version that wrote the file."""
+    format: int
+    name: str
+    arguments: dict[str, Any]
+    """What `create_model(name, ...)` is asked for."""
+    preprocessing: dict[str, Any] | None
+    labels: list[str] | None
+    methods: list[dict[str, Any]] = []
+    """What `vitarium.apply` did, in its order, each as {"slug": ..., "options": {...}}; always empty until there are methods."""
+    tied: dict[str, str] = {}
+    """Name of a tensor that shares its memory -> the name under which it is stored."""
+    config: dict[str, Any] | None = None
+    """transformers' own configuration, for hf/ models."""
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Write a model to one file, whole or not at all.
+
+    Args:
+        model: one that `create_model` or `load` made, in any dtype, on any device, of any number of classes since.
+        path: where; the usual ending is ".safetensors". An older file there is replaced.
+
+    Raises:
+        UsageError: the model cannot be rebuilt from its name and arguments (which, is said), or the path is no regular file.
+        OSError: the disk is full or read-only; an older file stays intact.
+    """
+    from safetensors.torch import save_file
+
+    tensors, tied = _stored(model.state_dict())
+    record = _record(model).model_copy(update=dict(tied=tied))
+    metadata = {"format": "pt", RECORD: record.model_dump_json(), SEAL: "0" * 64}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata)
+        _seal(temporary)
+
+
+def load(path: str | Path, *, device: str | torch.device | None = None) -> nn.Module:
+    """The model of a file that `save` wrote: same name, arguments, dtypes and outputs, in eval mode. Fetches nothing.
+
+    Raises:
+        CheckpointError: missing, damaged, changed, written by a newer version, or not written by `save`.
+    """
+    path = existing(path)
+    if not looks_like_safetensors(path):
+        raise _foreign(path)
+    state, metadata = read_safetensors(path)
+    if RECORD not in metadata:
+        raise _foreign(path)
+    record = _parse(path, metadata[RECORD])
+    try:
+        model = _rebuild(record)
+    except VitariumError as error:
+        raise CheckpointError(f"{path} holds {record.name}, which this installation cannot build: {error}") from error
+    state |= {name: state[stored] for name, stored in record.tied.items() if stored in state}
+    _fill(model, state, path)
+    return model.eval().to(device) if device is not None else model.eval()
+
+
+# ---- the record
+
+
+def _record(model: nn.Module) -> Record:
+    spec = getattr(model, "spec", None)
+    if not isinstance(spec, ModelSpec):
+        raise UsageError(
+            f"a {type(model).__name__} that create_model did not make cannot be rebuilt from a file; save its state_dict() with safetensors"
+        )
+    arguments = dict(spec.arguments)
+    classes = getattr(model, "num_classes", None)
+    if isinstance(classes, int):
+        arguments["num_classes"] = classes  # reset_classifier may have changed it since
+    for name, value in arguments.items():
+        if not _is_plain(value):
+            raise UsageError(
+                f"{spec.name} cannot be saved: its argument {name}={value!r} is no plain value (number, text, list, table of these)"
+            )
+    labels = getattr(model, "labels", None)
+    if labels is not None and classes is not None and len(labels) != classes:
+        raise UsageError(f"{spec.name} has {classes} classes and {len(labels)} labels; set model.labels to their names, or to None")
+    preprocessing = getattr(model, "preprocessing", None)
+    record = Record(
+        vitarium=vitarium.__version__,
+        format=FORMAT,
+        name=spec.name,
+        arguments=arguments,
+        preprocessing=preprocessing and preprocessing.to_dict(),
+        labels=labels and [str(label) for label in labels],
+        config=configuration_of(model) if spec.name.startswith("hf/") else None,
+    )
+    _check_rebuilds(model, record)
+    return record
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
+    return value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _check_rebuilds(model: nn.Module, record: Record) -> None:
+    """Refuse to write what `load` could not read: a model whose parts were exchanged since it was made."""
+    if record.name.startswith(("timm/", "hf/")):
+        return  # not every foreign model can be built without memory
+    with torch.device("meta"):
+        twin = _rebuild(record).state_dict()
+    mine = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    theirs = {name: tensor.shape for name, tensor in twin.items()}
+    if mine != theirs:
+        odd = sorted(set(mine.items()) ^ set(theirs.items()))[0][0]
+        raise UsageError(f"{record.name} was changed since it was made (at {odd}), so a file could not rebuild it; save its state_dict()")
+
+
+def _parse(path: Path, text: str) -> Record:
+    try:
+        values = json.loads(text)
+        version = int(values["format"])
+        if version <= FORMAT:
+            record = Record.model_validate(values)
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} has a damaged record of its model; its tensors can be loaded with checkpoint={str(path)!r}"
+        ) from error
+    if version > FORMAT or record.methods:
+        raise CheckpointError(
+            f"{path} was written by vitarium {values.get('vitarium')} (format {version}); this is {vitarium.__version__} "
+            f"(format {FORMAT}, without methods): pip install --upgrade vitarium"
+        )
+    return record
+
+
+def _rebuild(record: Record) -> nn.Module:
+    """The model of a record, with fresh weights.
+
+    Raises:
+        VitariumError: there is no such model here, or the record asks for more than a model (only a forged one does).
+    """
+    if forbidden := {"checkpoint", "checkpoint_path", "pretrained", "strict"} & set(record.arguments):
+        raise UsageError(f"a saved model takes no {', '.join(sorted(forbidden))}")
+    name = record.name
+    if name.startswith("hf/"):
+        model: nn.Module = rebuild_transformers(record.config or {})
+        model.spec = ModelSpec(name, record.arguments)  # type: ignore[assignment]
+    else:
+        model = create_model(name if name.startswith("timm/") else name.partition(".")[0], **record.arguments)
+    if record.preprocessing is not None:
+        model.preprocessing = Preprocessing(**record.preprocessing)  # type: ignore[assignment]
+    model.labels = record.labels  # type: ignore[assignment]
+    return model
+
+
+# ---- the tensors
+
+
+def _stored(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors as safetensors wants them (contiguous, each once), and for the names of tied ones the name that is stored."""
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[Any, str] = {}
+    for name, tensor in state.items():
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and place in first:
+            tied[name] = first[place]
+            continue
+        first[place] = name
+        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+        tensors[name] = tensor.detach() if whole else tensor.detach().clone(memory_format=torch.contiguous_format)
+    return tensors, tied
+
+
+def _seal(path: Path) -> None:
+    """Order the header's metadata, so that equal models make equal files, and write the file's hash into it."""
+    with open(path, "r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(ordered) == length:
+            file.seek(8)
+            file.write(ordered)
+    digest, place = seal_of(path)
+    with open(path, "r+b") as file:
+        file.seek(place)
+        file.write(digest.encode())
+
+
+def _fill(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """The file's tensors into the model, in the file's dtypes."""
+    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    wanted = model.state_dict()
+    odd = [n for n in wanted if n not in state or state[n].shape != wanted[n].shape] + [n for n in state if n not in wanted]
+    if odd:
+        raise CheckpointError(f"{path} does not fit the model that its record names (at {odd[0]}): it was written by another version")
+    sizes = Counter[torch.dtype]()
+    for tensor in state.values():
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] += tensor.numel()
+    if sizes:
+        model.to(sizes.most_common(1)[0][0])  # tables that no file holds, too
+    for name, tensor in state.items():
+        own[name].data = own[name].data.to(tensor.dtype)
+    model.load_state_dict(dict(state))
+
+
+def _foreign(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} was not written by vitarium.save: name its model, create_model(NAME, checkpoint={str(path)!r})")

@@ -1,0 +1,286 @@
+"""Weights in files: read without running anything that they hold, refuse what is damaged in plain words, and find the tensors inside.
+
+Two formats: safetensors, and torch's own through `weights_only=True`. Beyond what torch allows by itself, exactly `argparse.Namespace`
+and numpy's scalars and dtypes may be in a file: the authors of many checkpoints left their options in, and these run nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitarium.errors import CheckpointError, nearest
+
+State = dict[str, Tensor]
+
+SEAL = "vitarium_sha256"
+"""Key of a safetensors header: the file's own sha256, taken with these 64 digits as zeros. Written by `save`, checked whenever present."""
+RECORD = "vitarium"
+"""Key of a safetensors header: how to rebuild the model (see vitarium.catalog.saving)."""
+
+# Averaged weights come first: where a file has both, the published numbers are theirs.
+CONTAINERS = ("state_dict_ema", "model_ema", "params_ema", "ema", "teacher", "model", "state_dict", "params", "module", "student")
+PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.", "model.")
+NEARLY_ALL = 0.9
+"""Share of the tensors that must carry a prefix for it to be a wrapper's."""
+DEPTH_LIMIT = 4
+"""Containers inside containers that are opened."""
+HEADER_LIMIT = 100 * 2**20
+"""Bytes; the safetensors format's own limit."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a file, and how they lay in it."""
+
+    path: Path
+    forms: list[State]
+    """The names as they are first, then with one wrapper's prefix after another taken off."""
+    opened: list[str] = field(default_factory=list)
+    """Containers that were opened, such as "model_ema", and prefixes, such as "module."."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """A safetensors file's own remarks."""
+
+
+def read_state(path: str | Path) -> State:
+    """Name -> tensor (on the CPU, in the file's dtypes) of a weights file, without containers and wrappers' prefixes.
+
+    Raises:
+        CheckpointError: missing, empty, truncated, changed, unsafe, or no weights at all; the message says which and what to do.
+    """
+    return read_weights(path).forms[-1]
+
+
+def read_weights(path: str | Path) -> Weights:
+    """As `read_state`, with the names in every form that they may be meant in."""
+    path = existing(path)
+    metadata: Mapping[str, str] = {}
+    if looks_like_safetensors(path):
+        content, metadata = read_safetensors(path)
+    else:
+        content = _read_torch(path)
+    state, opened = _open_containers(content, path)
+    forms = [state]
+    while prefix := next((p for p in PREFIXES if _is_wrapped(forms[-1], p)), None):
+        forms.append({name.removeprefix(prefix): tensor for name, tensor in forms[-1].items()})
+        opened.append(prefix)
+    return Weights(path, forms, opened, metadata)
+
+
+def existing(path: str | Path) -> Path:
+    """The path of a file with something in it that may be weights.
+
+    Raises:
+        CheckpointError: no such file (near names in its folder are told), a folder, empty, or a page or pointer in the place of weights.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        inside = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".pth", ".pt", ".bin"))
+        raise CheckpointError(f"{path} is a folder; name the file in it" + (f": {', '.join(inside[:5])}" if inside else ""))
+    if not path.is_file():
+        names = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
+        where = "" if path.parent.is_dir() else f" (there is no folder {path.parent})"
+        raise CheckpointError(f"there is no file {path}{where}{nearest(path.name, names)}")
+    with _reading(path), open(path, "rb") as file:
+        start = file.read(512)
+    if not start:
+        raise CheckpointError(f"{path} is empty (0 bytes): the download or copy failed; fetch it again")
+    text = start.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise CheckpointError(f"{path} is a web page, not weights: the server sent a login or error page; fetch the file itself")
+    if text.startswith(b"version https://git-lfs"):
+        size = re.search(rb"size (\d+)", start)
+        told = f" of {int(size[1]):,} bytes" if size else ""
+        raise CheckpointError(f"{path} is a git-lfs pointer to a file{told}, not the file; run `git lfs pull` in its repository")
+    return path
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+# ---- safetensors
+
+
+def looks_like_safetensors(path: Path) -> bool:
+    """By content (eight bytes of length, then a JSON object), or by name."""
+    with _reading(path), open(path, "rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" or (path.suffix == ".safetensors" and not start.startswith(b"PK"))
+
+
+def read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
+    """The tensors and the header's metadata; a sealed file (see `SEAL`) is checked to the last byte first.
+
+    Raises:
+        CheckpointError: truncated, damaged, changed, or no safetensors file.
+    """
+    import safetensors
+
+    with _reading(path):
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if RECORD in metadata or SEAL in metadata:
+                    check_seal(path, metadata)
+                return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a dict
+        except (safetensors.SafetensorError, UnicodeError, ValueError, RuntimeError, OverflowError, TypeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{path} is {_what_is_wrong(path)}") from error
+
+
+def seal_of(path: Path) -> tuple[str, int]:
+    """What the seal of a safetensors file should be, and the place of its digits in the file (-1 where there is none)."""
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        start = struct.pack("<Q", length) + file.read(min(length, HEADER_LIMIT))
+        found = re.search(rb'"%b":"([0-9a-f]{64})"' % SEAL.encode(), start)
+        if found:
+            start = start[: found.start(1)] + b"0" * 64 + start[found.end(1) :]
+        digest = hashlib.sha256(start)
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest(), found.start(1) if found else -1
+
+
+def check_seal(path: Path, metadata: Mapping[str, str]) -> None:
+    """Raises CheckpointError unless the file is, byte for byte, what `save` wrote."""
+    actual, place = seal_of(path)
+    if place < 0 or metadata.get(SEAL) != actual:
+        expected = metadata.get(SEAL, "")[:16] if place >= 0 else "none"
+        raise CheckpointError(f"{path} was changed after it was saved: expected sha256 {expected}..., got {actual[:16]}...; copy it again")
+
+
+def _what_is_wrong(path: Path) -> str:
+    """Plain words for a safetensors file that its reader refuses, from its sizes."""
+    actual = path.stat().st_size
+    if actual < 10:
+        return f"no whole safetensors file: expected at least 10 bytes, got {actual}; fetch it again"
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > HEADER_LIMIT:
+            return f"no safetensors file: its header claims {length:,} bytes, the format allows {HEADER_LIMIT:,}"
+        text = file.read(length)
+    if len(text) < length:
+        return f"truncated: expected at least {8 + length:,} bytes, got {actual:,}; fetch it again"
+    try:
+        header = json.loads(text)
+        expected = 8 + length + max((t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"), default=0)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return "damaged, or no safetensors file: its header is not a table of tensors; fetch it again"
+    if actual != expected:
+        return f"{'truncated' if actual < expected else 'damaged'}: expected {expected:,} bytes, got {actual:,}; fetch it again"
+    return "damaged: its table of tensors contradicts itself; fetch it again"
+
+
+# ---- torch files
+
+
+def _allowed() -> list[Any]:
+    import numpy as np
+    from numpy._core.multiarray import scalar
+
+    kinds = [getattr(np.dtypes, name) for name in np.dtypes.__all__ if name != "ObjectDType"]
+    return [argparse.Namespace, np.dtype, scalar, (scalar, "numpy.core.multiarray.scalar"), *kinds]
+
+
+def _read_torch(path: Path) -> Any:
+    """What a torch file holds, through weights_only and nothing else."""
+    with _reading(path), torch.serialization.safe_globals(_allowed()):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(_why_unsafe(path, str(error))) from error
+        except MemoryError:
+            raise
+        except Exception as error:  # a hostile or broken pickle can fail anywhere in torch's reader; it has run nothing
+            raise CheckpointError(f"{path} is {_what_is_wrong_with_torch(path, error)}") from error
+
+
+def _why_unsafe(path: Path, message: str) -> str:
+    names: list[str] = []
+    with contextlib.suppress(Exception):  # the file is hostile or broken: what it names is a courtesy
+        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    names = names or sorted(set(re.findall(r"(?:GLOBAL|global:?) ([\w.]+\.[\w.]+)", message)))
+    if not names and not re.search(r"[Uu]nsupported (global|class|operand)|weights_only", message):
+        return f"{path} is no weights file that torch can read ({_first_line(message)})"
+    return (
+        f"{path} holds more than weights{': it names ' + ', '.join(names[:8]) if names else ''}. Reading it could run code, so it was not "
+        f'read. If you trust its author, convert it once, on a machine that may be lost: python -c "import torch; c = torch.load('
+        f"'{path.name}', weights_only=False); torch.save(c.get('model', c), 'weights.pth')\""
+    )
+
+
+def _what_is_wrong_with_torch(path: Path, error: Exception) -> str:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if start == b"PK\x03\x04" and not zipfile.is_zipfile(path):
+        return f"truncated: a torch file ends with a list of its parts, and this one stops after {size:,} bytes; fetch it again"
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if "TorchScript" in str(error) or any(name.endswith("/constants.pkl") for name in names):
+            return "a TorchScript program, not weights; save its state_dict() with safetensors and pass that"
+        if not any(name.endswith("data.pkl") for name in names):
+            return (
+                f"a zip archive without torch's weights (it holds {', '.join(names[:3]) or 'nothing'}); unpack it and pass the file in it"
+            )
+    return f"no whole weights file ({size:,} bytes; {_first_line(str(error)) or type(error).__name__}); fetch it again"
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip()[:160] for line in text.splitlines() if line.strip()), "")
+
+
+# ---- what is inside
+
+
+def _open_containers(content: Any, path: Path) -> tuple[State, list[str]]:
+    """The mapping of tensors inside what training scripts wrap around it, and the containers on the way."""
+    opened: list[str] = []
+    while isinstance(content, Mapping) and len(opened) < DEPTH_LIMIT:  # a hostile file can hold itself
+        inner = next((key for key in CONTAINERS if _has_tensors(content.get(key))), None)
+        if inner is None:
+            break
+        content = content[inner]
+        opened.append(inner)
+    state = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    if not state:
+        what = (
+            f"a table of {', '.join(map(repr, list(content)[:5])) or 'nothing'}" if isinstance(content, Mapping) else type(content).__name__
+        )
+        raise CheckpointError(f"{path} holds no named tensors, but {what}; pass a file with a model's state_dict")
+    return state, opened
+
+
+def _has_tensors(value: Any, depth: int = DEPTH_LIMIT) -> bool:
+    if not isinstance(value, Mapping) or depth == 0:
+        return False
+    return any(isinstance(v, Tensor) or (k in CONTAINERS and _has_tensors(v, depth - 1)) for k, v in value.items())
+
+
+def _is_wrapped(state: State, prefix: str) -> bool:
+    wrapped = [name.removeprefix(prefix) for name in state if name.startswith(prefix)]
+    clashes = any(name in state for name in wrapped)
+    return len(wrapped) >= NEARLY_ALL * len(state) and not clashes and "" not in wrapped

@@ -1,0 +1,197 @@
+"""Where published weights lie, and the only function of the house that fetches anything.
+
+A file that is in the hub client's or torch's cache is used as it is, without a word over the network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import urllib.error
+import urllib.request
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from vitarium.catalog.registry import find_model
+from vitarium.errors import CheckpointError, UsageError, nearest
+from vitarium.files import atomic_path
+
+DEFAULT_FILES = ("model.safetensors", "pytorch_model.bin")
+"""What a repository's weights are called, first choice first."""
+TIMEOUT = 30
+"""Seconds without a byte before a server counts as dead."""
+
+
+def fetch_pretrained(name: str, tag: str | None = None) -> Path:
+    """The file with a model's published weights, from the first of the family's sources that answers.
+
+    Args:
+        name: one of our models, such as "swin_tiny".
+        tag: which weights, a key of the variant's table such as "in22k"; None for the first.
+
+    Raises:
+        UsageError: the model has no published weights, or none of this tag.
+        CheckpointError: no source answers; the message says which file to fetch and how to pass it.
+    """
+    family, variant = find_model(name)
+    tags = family.weights.get(variant, {})
+    if not tags:
+        having = [f"{family.name}_{v}" for v, table in family.weights.items() if table]
+        told = f"; those of the family with weights: {', '.join(having)}" if having else ""
+        raise UsageError(f"no published weights of {name} are known{told}; pass checkpoint=PATH to a file you have")
+    if tag is not None and tag not in tags:
+        raise UsageError(f"{name} has no weights {tag!r}{nearest(tag, tags)} (there are {', '.join(tags)})")
+    sources = tags[tag] if tag is not None else next(iter(tags.values()))
+    failures = []
+    for source in sources:
+        try:
+            return fetch(source)
+        except CheckpointError as error:
+            failures.append(str(error))
+    raise CheckpointError(f"cannot fetch the weights of {name}: " + "; ".join(failures))
+
+
+def fetch(source: str) -> Path:
+    """The local file of a source, downloaded where it is not in a cache.
+
+    Args:
+        source: a path; "hf:OWNER/NAME[/FILE]"; "timm:NAME.TAG" (looked up in timm's registry); or an http(s) address. All but the path
+            may end in "#sha256=HEX" (at least the first 8 digits), which is checked.
+
+    Raises:
+        CheckpointError: it cannot be had, or is not the file that the hash names.
+        UsageError: a source of no known form.
+    """
+    if not source.startswith(("hf:", "timm:", "http://", "https://")):
+        return Path(source)  # whether it exists is for the reader to say
+    place, digest = _split_digest(source)
+    if place.startswith("timm:"):
+        return _fetch_timm(place.removeprefix("timm:"), digest)
+    if place.startswith("hf:"):
+        path = _fetch_hub(place.removeprefix("hf:"))
+        _check_digest(path, digest, place)
+        return path
+    return _fetch_url(place, digest)
+
+
+def _split_digest(source: str) -> tuple[str, str]:
+    place, _, fragment = source.partition("#")
+    if fragment and not re.fullmatch(r"sha256=[0-9a-f]{8,64}", fragment):
+        raise UsageError(f"after # a source takes sha256= and 8 to 64 hex digits, got {fragment!r} in {source!r}")
+    if place.startswith("https://download.pytorch.org/") and not fragment:  # there, file names end in their hash
+        found = re.search(r"-([0-9a-f]{8,64})\.\w+$", place)
+        return place, found[1] if found else ""
+    return place, fragment.removeprefix("sha256=")
+
+
+def _check_digest(path: Path, digest: str, place: str) -> None:
+    if digest:
+        with open(path, "rb") as file:
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        if not actual.startswith(digest):
+            got = actual[: len(digest)]
+            raise CheckpointError(f"{path} is not the file that {place} names: expected sha256 {digest}, got {got}; delete it, fetch again")
+
+
+def _by_hand(url: str) -> str:
+    return f"fetch {url} on a machine with a network and pass checkpoint=PATH"
+
+
+# ---- timm's registry
+
+
+def _fetch_timm(name: str, digest: str) -> Path:
+    """Weights that timm knows by NAME.TAG: its hub repository, else the address of the original."""
+    import timm
+
+    cfg = timm.models.get_pretrained_cfg(name)
+    if cfg is None or not (cfg.hf_hub_id or cfg.url):
+        raise CheckpointError(f"timm {timm.__version__} knows no weights {name!r}; a newer or older timm may")
+    suffix = f"#sha256={digest}" if digest else ""
+    if cfg.hf_hub_id:
+        file = f"/{cfg.hf_hub_filename}" if cfg.hf_hub_filename else ""
+        return fetch(f"hf:{cfg.hf_hub_id}{file}{suffix}")
+    url = cfg.url if isinstance(cfg.url, str) or cfg.url is None else cfg.url[0]
+    return fetch(f"{url}{suffix}")
+
+
+# ---- the Hugging Face hub
+
+
+def _fetch_hub(place: str) -> Path:
+    """OWNER/NAME[/FILE] from the hub client's cache, else from the hub."""
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    parts = place.split("/")
+    if len(parts) < 2 or not all(parts):
+        raise UsageError(f"a hub source is hf:OWNER/NAME or hf:OWNER/NAME/FILE, got 'hf:{place}'")
+    repository = "/".join(parts[:2])
+    files = ["/".join(parts[2:])] if len(parts) > 2 else list(DEFAULT_FILES)
+    url = f"https://huggingface.co/{repository}/resolve/main/{files[0]}"
+    try:
+        for file in files:
+            cached = huggingface_hub.try_to_load_from_cache(repository, file)
+            if isinstance(cached, str):
+                return Path(cached)
+        for file in files:
+            try:
+                return Path(huggingface_hub.hf_hub_download(repository, file))
+            except EntryNotFoundError as error:
+                if isinstance(error, LocalEntryNotFoundError):  # no network, rather than no such file
+                    raise
+        raise CheckpointError(f"the hub's {repository} holds no {' or '.join(files)}; name its file: hf:{repository}/FILE")
+    except HFValidationError as error:
+        raise UsageError(f"the hub takes no repository called {repository!r}: {error}") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"the hub shows no {repository} (misspelt, private, or gated: accept its terms and log in with `hf auth login`)"
+        ) from error
+    except OSError as error:  # every other failure of the client, offline mode and the network's own
+        raise CheckpointError(f"cannot reach the hub for {repository} ({_reason(error)}): {_by_hand(url)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    return next((line.strip()[:120] for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+# ---- addresses
+
+
+def _fetch_url(url: str, digest: str) -> Path:
+    """An address's file from torch's hub cache, else downloaded into it: whole, checked, or not at all."""
+    import torch
+
+    name = os.path.basename(unquote(urlsplit(url).path))
+    if not name or name in (".", ".."):
+        raise UsageError(f"{url} names no file")
+    path = Path(torch.hub.get_dir(), "checkpoints", name)
+    if path.exists():
+        _check_digest(path, digest, url)
+        return path
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise CheckpointError(f"offline (HF_HUB_OFFLINE is set), and {path} is not there: {_by_hand(url)}")
+    try:
+        with atomic_path(path) as temporary:
+            _download(url, temporary, name)
+            _check_digest(temporary, digest, url)
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"cannot download {name} ({_reason(error)}): {_by_hand(url)}") from error
+    return path
+
+
+def _download(url: str, path: Path, name: str) -> None:
+    from rich.console import Console
+    from rich.progress import wrap_file
+
+    request = urllib.request.Request(url, headers={"User-Agent": "vitarium"})
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response, open(path, "wb") as file:
+        size = int(response.headers.get("Content-Length") or 0)
+        with wrap_file(response, size, description=name, console=Console(stderr=True), transient=True) as reader:
+            shutil.copyfileobj(reader, file, 2**20)
+    if size and path.stat().st_size != size:
+        raise CheckpointError(f"the download of {url} broke off: expected {size:,} bytes, got {path.stat().st_size:,}; try again")
