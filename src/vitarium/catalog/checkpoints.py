@@ -205,8 +205,9 @@ def _resized(model: nn.Module, name: str, tensor: Tensor, shape: torch.Size, *, 
     """A tensor of another size fitted to the model, or None where there is no sound way."""
     if is_first and tensor.ndim == len(shape) and tensor.shape[:1] + tensor.shape[2:] == shape[:1] + shape[2:]:
         return adapt_channels(tensor, shape[1])
-    hook = getattr(model, "resize_tensor", None)
-    fitted = hook(name, tensor, shape) if hook else None
+    fitted = None
+    with contextlib.suppress(ValueError):  # "no such size", where a hook has a reason to say so
+        fitted = model.resize_tensor(name, tensor, shape) if hasattr(model, "resize_tensor") else None  # type: ignore[operator]
     return fitted if fitted is not None and fitted.shape == shape else None
 
 

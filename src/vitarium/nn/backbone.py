@@ -245,7 +245,9 @@ class Backbone(nn.Module):
 
     @property
     def default_cfg(self) -> dict[str, Any]:
-        """timm's description of the input and the head."""
+        """timm's description of the input and the head; timm's own factory sets it."""
+        if "_timm_cfg" in self.__dict__:
+            return self.__dict__["_timm_cfg"]
         first_conv = next((name for name, part in self.named_modules() if isinstance(part, nn.Conv2d)), None)
         pre = self.preprocessing
         values = {} if pre is None else dict(mean=pre.mean, std=pre.std, interpolation=pre.interpolation, crop_pct=pre.crop_pct)
@@ -259,10 +261,12 @@ class Backbone(nn.Module):
             **values,
         )
 
-    @property
-    def pretrained_cfg(self) -> dict[str, Any]:
-        """The same, under timm's newer name."""
-        return self.default_cfg
+    @default_cfg.setter
+    def default_cfg(self, cfg: dict[str, Any]) -> None:
+        self.__dict__["_timm_cfg"] = cfg
+
+    pretrained_cfg = default_cfg
+    """The same, under timm's newer name."""
 
 
 def init_head(head: nn.Linear, std: float = 0.02) -> None:
