@@ -1,0 +1,112 @@
+"""An exported graph equals its model, takes any batch, remembers its labels, and does not survive being wrong."""
+
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import vitarium
+from vitarium.efficiency import export as exporting
+from vitarium.efficiency.export import compare, export
+from vitarium.efficiency.profiler import example_image
+from vitarium.errors import CheckpointError, MissingExtra, UsageError
+
+onnx = pytest.importorskip("onnx")
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = vitarium.create_model("timm/resnet_pico", num_classes=3)
+    model.labels = ["cat", "dog", "emu"]
+    return model
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch-export"])
+def test_the_file_equals_the_model_at_any_batch(model, tmp_path, format):
+    modes = [m.training for m in model.modules()]
+    done = export(model, tmp_path / "sub" / "model", format=format)
+    assert done.error < 1e-5
+    assert done.bytes == done.path.stat().st_size
+    assert [m.training for m in model.modules()] == modes
+    graph = exporting.FORMATS[format][1](done.path)
+    for batch in (1, 2, 5):
+        image = example_image(model, 16, batch)
+        torch.testing.assert_close(graph(image), model.eval()(image), rtol=1e-4, atol=1e-5)
+
+
+def test_a_fixed_batch_is_fixed(model, tmp_path):
+    done = export(model, tmp_path / "model.onnx", batch=2)
+    shape = onnx.load(done.path).graph.input[0].type.tensor_type.shape
+    assert [d.dim_value for d in shape.dim] == [2, 3, 16, 16]
+
+
+def test_the_onnx_file_names_its_axes_and_remembers_the_model(model, tmp_path):
+    written = onnx.load(export(model, tmp_path / "model.onnx").path)
+    assert written.graph.input[0].name == "image"
+    assert written.graph.output[0].name == "logits"
+    assert written.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    record = json.loads({p.key: p.value for p in written.metadata_props}["vitarium"])
+    assert record["labels"] == ["cat", "dog", "emu"]
+    assert record["preprocessing"]["image_size"] == 16
+
+
+def tamper(path):
+    """Change one weight of a written ONNX file."""
+    graph = onnx.load(path)
+    tensor = next(t for t in graph.graph.initializer if len(t.dims) == 4)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * 1.1, tensor.name))
+    onnx.save(graph, path)
+
+
+def test_a_tampered_graph_is_deleted_and_the_old_file_kept(model, tmp_path, monkeypatch):
+    path = tmp_path / "model.onnx"
+    path.write_text("the old one")
+    write, read, packages = exporting.FORMATS["onnx"]
+
+    def write_wrong(program, where, record):
+        write(program, where, record)
+        tamper(where)
+
+    monkeypatch.setitem(exporting.FORMATS, "onnx", (write_wrong, read, packages))
+    with pytest.raises(CheckpointError, match=r"differs from the model by .* was not written"):
+        export(model, path)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+    assert path.read_text() == "the old one"
+
+
+def test_outputs_that_are_not_numbers_never_pass(model):
+    assert compare(lambda image: model.eval()(image) * float("nan"), model.eval(), 16, [1, 2]) != 0
+    assert not compare(lambda image: model(image) * float("nan"), model, 16, [1]) <= 1e9
+    assert compare(lambda image: model(image)[:, :2], model, 16, [1]) == float("inf")
+
+
+class Untraceable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, image):
+        pooled = image.mean((2, 3))
+        return self.layer(pooled) if pooled.sum() > 0 else self.layer(-pooled)
+
+
+def test_a_model_that_cannot_be_traced_is_a_usage_error(tmp_path):
+    with pytest.raises(UsageError, match=r"Untraceable cannot be traced at \(2, 3, 8, 8\)"):
+        export(Untraceable(), tmp_path / "model.onnx", image_size=8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_options_name_what_is_accepted(model, tmp_path):
+    with pytest.raises(UsageError, match="did you mean onnx"):
+        export(model, tmp_path / "x", format="onxx")
+    with pytest.raises(UsageError, match="at least 1"):
+        export(model, tmp_path / "x", batch=0)
+
+
+def test_missing_onnx_names_the_line_that_installs_it(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'vitarium\[export\]'"):
+        export(model, tmp_path / "model.onnx")
