@@ -36,7 +36,7 @@ bench: $(VENV)/.dev
 	$(BIN)/vitarium bench swin_tiny convnext_tiny --peers
 
 evidence: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --record-evidence tests/backbones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --record-evidence
 
 clean:
 	rm -rf build dist site .mypy_cache .ruff_cache .pytest_cache
