@@ -11,8 +11,10 @@ import contextlib
 import hashlib
 import json
 import pickle
+import pickletools
 import re
 import struct
+import threading
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -194,6 +196,10 @@ def _what_is_wrong(path: Path) -> str:
 # ---- torch files
 
 
+_ALLOWING = threading.Lock()
+"""torch keeps its allow-list in one place for all threads: two that extend and restore it at once would leave it extended."""
+
+
 def _allowed() -> list[Any]:
     import numpy as np
     from numpy._core.multiarray import scalar
@@ -204,7 +210,7 @@ def _allowed() -> list[Any]:
 
 def _read_torch(path: Path) -> Any:
     """What a torch file holds, through weights_only and nothing else."""
-    with _reading(path), torch.serialization.safe_globals(_allowed()):
+    with _reading(path), _ALLOWING, torch.serialization.safe_globals(_allowed()):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except OSError:
@@ -218,23 +224,43 @@ def _read_torch(path: Path) -> Any:
 
 
 def _why_unsafe(path: Path, message: str) -> str:
-    names: list[str] = []
-    with contextlib.suppress(Exception):  # the file is hostile or broken: what it names is a courtesy
-        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    names = names or sorted(set(re.findall(r"(?:GLOBAL|global:?) ([\w.]+\.[\w.]+)", message)))
-    if not names and not re.search(r"[Uu]nsupported (global|class|operand)|weights_only", message):
-        return f"{path} is no weights file that torch can read ({_first_line(message)})"
+    names = _globals_named(path, message)
+    if not names:
+        detail = _first_line(message.partition("WeightsUnpickler error:")[2] or message)
+        return f"{path} is no weights file that torch can read safely ({detail})"
     return (
-        f"{path} holds more than weights{': it names ' + ', '.join(names[:8]) if names else ''}. Reading it could run code, so it was not "
-        f'read. If you trust its author, convert it once, on a machine that may be lost: python -c "import torch; c = torch.load('
-        f"'{path.name}', weights_only=False); torch.save(c.get('model', c), 'weights.pth')\""
+        f"{path} holds more than weights: it names {', '.join(names[:8])}. Reading it could run code, so it was not read. If you trust "
+        f"its author, convert it once, on a machine that may be lost: python -c \"import torch; c = torch.load('{path.name}', "
+        f"weights_only=False); torch.save(c.get('model', c), 'weights.pth')\""
     )
+
+
+def _globals_named(path: Path, message: str) -> list[str]:
+    """Functions and classes that a refused pickle asks for, read without running it."""
+    if zipfile.is_zipfile(path):
+        with contextlib.suppress(Exception):  # a hostile archive may be broken as well
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    if found := re.findall(r"(?:GLOBAL|class) ([\w.]+)", message):
+        return sorted(set(found))
+    names: list[str] = []
+    texts: list[str] = []
+    with contextlib.suppress(Exception), open(path, "rb") as file:
+        for opcode, argument, _ in pickletools.genops(file):
+            if opcode.name in ("GLOBAL", "INST"):
+                names.append(str(argument).replace(" ", "."))
+            elif opcode.name == "STACK_GLOBAL":
+                names.append(".".join(texts[-2:]))
+            elif isinstance(argument, str):
+                texts.append(argument)
+    return sorted(set(names))
 
 
 def _what_is_wrong_with_torch(path: Path, error: Exception) -> str:
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(4)
+    if "legacy .tar format" in str(error):
+        return "in torch's format of 2016, which cannot be read safely; convert it with an old torch on a machine that may be lost"
     if start == b"PK\x03\x04" and not zipfile.is_zipfile(path):
         return f"truncated: a torch file ends with a list of its parts, and this one stops after {size:,} bytes; fetch it again"
     if zipfile.is_zipfile(path):
