@@ -1,0 +1,61 @@
+"""What a weights file holds, for `vitarium info FILE`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from vitarium.cli.console import out, pairs, short, table
+
+
+def describe_file(path: str) -> dict[str, Any]:
+    """The contents of a file: of ours what it remembers, of anyone else's the models that it fits.
+
+    Raises:
+        CheckpointError: missing, damaged or unsafe.
+    """
+    from vitarium.catalog.checkpoints import models_that_fit
+    from vitarium.catalog.states import RECORD, read_weights
+
+    weights = read_weights(path)
+    tensors = weights.forms[0]
+    report: dict[str, Any] = {
+        "file": str(weights.path),
+        "bytes": weights.path.stat().st_size,
+        "tensors": len(tensors),
+        "values": sum(t.numel() for t in tensors.values()),
+        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}),
+        "inside": weights.opened,
+    }
+    if RECORD in weights.metadata:
+        return report | {"model": json.loads(weights.metadata[RECORD])}
+    first = {name: list(t.shape) for name, t in list(tensors.items())[:5]}
+    return report | {"model": None, "first_tensors": first, "fits": models_that_fit(weights)}
+
+
+def print_file(report: dict[str, Any]) -> None:
+    """The contents of a file as tables."""
+    console, record = out(), report["model"]
+    rows = {
+        "size": f"{report['bytes'] / 1e6:.1f} MB",
+        "tensors": f"{report['tensors']} with {short(report['values'])} values ({', '.join(report['dtypes'])})",
+    }
+    if record is None:
+        console.print(f"[bold]{report['file']}[/]  [dim]weights that others wrote[/]\n")
+        rows |= {"inside": " > ".join(report["inside"])} if report["inside"] else {}
+        rows["fits"] = ", ".join(report["fits"]) or "no model of ours"
+        console.print(pairs(rows))
+        first = table("tensor", "shape", title="The first tensors")
+        for name, shape in report["first_tensors"].items():
+            first.add_row(name, " x ".join(map(str, shape)) or "scalar")
+        return console.print(first)
+    console.print(f"[bold]{report['file']}[/]  [dim]whole, as vitarium {record['vitarium']} saved it[/]\n")
+    labels, pre = record["labels"] or [], record["preprocessing"]
+    rows |= {
+        "model": record["name"],
+        "arguments": ", ".join(f"{k}={v}" for k, v in record["arguments"].items()) or "the variant's",
+        "labels": ", ".join(labels[:10]) + (f" ... ({len(labels)})" if len(labels) > 10 else "") if labels else "none",
+        "preprocessing": "none" if pre is None else ", ".join(f"{k} {v}" for k, v in pre.items()),
+        "methods": ", ".join(m["slug"] for m in record["methods"]) or "none",
+    }
+    console.print(pairs(rows))

@@ -1,0 +1,111 @@
+"""The frame around all commands: the public surface, what errors become, what the start costs."""
+
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from vitarium.cli import app
+from vitarium.errors import CheckpointError, DataError, TrainingStopped, UsageError
+
+# The names that scripts of users rely on. Change them on purpose, and tell it in the changelog.
+SURFACE = {
+    "models": "pattern --room --fits --macs --image-size --json",
+    "info": "model --image-size --json",
+    "export": "model --checkpoint --format --output --image-size --batch --tolerance",
+    "env": "--json",
+}
+GLOBAL = "--debug --version --install-completion --show-completion"
+
+
+def words(command):
+    """Arguments by name, options by their first long name."""
+    options = [next((o for o in p.opts if o.startswith("--")), p.name) for p in command.params]
+    return " ".join(o for o in options if o != "--help")
+
+
+def test_the_public_surface_changes_only_on_purpose():
+    group = typer.main.get_command(app)
+    assert words(group) == GLOBAL
+    assert {name: words(command) for name, command in group.commands.items()} == SURFACE
+
+
+def test_every_option_has_a_help_text():
+    group = typer.main.get_command(app)
+    silent = [(name, p.name) for name, c in group.commands.items() for p in c.params if not getattr(p, "help", None)]
+    assert not silent
+
+
+@pytest.mark.parametrize("command", [None, *SURFACE])
+def test_help_shows(run, command):
+    result = run(*([command] if command else []), "--help")
+    assert result.code == 0
+    assert "Usage: vitarium" in result.out
+
+
+def test_help_imports_nothing_heavy():
+    heavy = ("torch", "timm", "numpy", "sklearn", "torchvision", "plotly", "lightning_fabric", "pydantic")
+    code = (
+        "import sys; from vitarium.cli import app\n"
+        "try: app(['--help'])\n"
+        f"except SystemExit as e: print('LOADED', [m for m in {heavy!r} if m in sys.modules], e.code)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip().endswith("LOADED [] 0")
+
+
+def test_version(run):
+    from vitarium import __version__
+
+    assert run("--version").out == f"vitarium {__version__}\n"
+
+
+def test_unknown_commands_and_options_are_usage_errors_with_near_names(run):
+    assert run("modles").code == 2
+    assert "models" in run("modles").err
+    assert run("models", "--jsn").code == 2
+    assert "--json" in run("models", "--jsn").err
+
+
+def failing(error):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (UsageError("use it so"), 2, "error: use it so"),
+        (DataError("a [bold] folder"), 3, "error: a [bold] folder"),  # what looks like markup is printed as it is
+        (CheckpointError("cut off"), 4, "error: cut off"),
+        (TrainingStopped("not finite"), 5, "error: not finite"),
+        (OSError(28, "No space left on device"), 1, "No space left on device"),
+        (ZeroDivisionError("by zero"), 1, "ZeroDivisionError: by zero"),
+        (KeyboardInterrupt(), 130, "Interrupted"),
+    ],
+)
+def test_every_error_ends_in_one_message_and_its_exit_code(run, monkeypatch, error, code, text):
+    monkeypatch.setattr("vitarium.cli.env.describe", failing(error))
+    result = run("env")
+    assert result.code == code
+    assert text in result.err
+    assert "Traceback" not in result.err + result.out
+    assert not result.out
+    assert ("vitarium --debug" in result.err) == (code == 1)
+
+
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(run, monkeypatch):
+    monkeypatch.setattr("vitarium.cli.env.describe", failing(DataError("none")))
+    result = run("--debug", "env")
+    assert result.code == 3
+    assert "Traceback" in result.err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes of POSIX")
+def test_a_closed_pipe_is_quiet():
+    reader = f"{sys.executable} -m vitarium models --json | head -c 1"
+    done = subprocess.run(["bash", "-c", reader], capture_output=True, text=True, check=False)
+    assert done.stderr == ""

@@ -1,0 +1,164 @@
+"""`models`, `info` and `env`."""
+
+import json
+
+import pytest
+import torch
+
+import vitarium
+from vitarium.cli.console import short
+from vitarium.cli.filters import parse
+from vitarium.cli.info import told_arguments
+from vitarium.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("text", "quantity", "inside", "outside"),
+    [
+        ("params<30M", "params", 29e6, 30e6),
+        ("params <= 30m", "params", 30e6, 31e6),
+        ("gmacs<4.5", "macs", 4.4e9, 4.5e9),
+        ("macs>=1G", "macs", 1e9, 0.9e9),
+        ("MB>100", "mb", 101e6, 100e6),
+    ],
+)
+def test_conditions_know_their_units(text, quantity, inside, outside):
+    condition = parse(text)
+    assert condition.quantity == quantity
+    assert condition.holds(inside)
+    assert not condition.holds(outside)
+    assert not condition.holds(None)
+
+
+@pytest.mark.parametrize("text", ["", "params", "params=3", "speed<3", "params<", "params<3X", "params<-1", "params<1e6"])
+def test_other_conditions_are_refused(text):
+    with pytest.raises(UsageError, match="params<30M"):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (7, "7"), (999, "999"), (1000, "1.00 K"), (28_288_354, "28.3 M"), (999_900, "1.00 M"), (197e6, "197 M"), (None, "-")],
+)
+def test_numbers_are_shown_with_three_digits(value, text):
+    assert short(value) == text
+
+
+def test_models_as_json(run):
+    rows = json.loads(run("models", "*_pico", "--macs", "--json").out)
+    by_name = {row["name"]: row for row in rows}
+    assert {"swin_pico", "convnext_pico", "timm/vit_pico"} <= set(by_name)
+    swin = by_name["swin_pico"]
+    assert swin["params"] == sum(p.numel() for p in vitarium.create_model("swin_pico").parameters())
+    assert swin["bytes"] >= 4 * swin["params"]
+    assert swin["macs"] > 1e5
+    assert swin["room"] == "backbones"
+    assert swin["image_size"] == 16
+
+
+def test_models_that_fit(run):
+    every = run("models", "swin")
+    assert every.code == 0
+    assert "swin_large" in every.out
+    few = run("models", "swin", "--fits", "params<30M", "--fits", "gmacs<=4.6", "--fits", "mb<1000")
+    assert "swin_tiny " in few.out
+    assert "swin_large" not in few.out
+    assert "models fit" in few.out
+
+
+def test_no_model_fits_is_an_answer_and_no_error(run):
+    result = run("models", "swin_pico", "--fits", "params<1")
+    assert result.code == 0
+    assert "0 of 1 models fit" in result.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["swim_tiny"], "did you mean swin_tiny"),
+        (["--room", "backbone"], "did you mean backbones"),
+        (["--fits", "size<3"], "params<30M"),
+        (["--image-size", "0"], "--image-size"),
+    ],
+)
+def test_wrong_questions_about_models(run, arguments, text):
+    result = run("models", *arguments)
+    assert result.code == 2
+    assert text in result.err
+
+
+def test_info_of_a_model(run):
+    report = json.loads(run("info", "swin_tiny", "--json").out)
+    assert report["params"] == 28_288_354
+    assert [s["stride"] for s in report["stages"]] == [4, 8, 16, 32]
+    assert report["preprocessing"]["image_size"] == 224
+    assert report["weights"]["in1k"]
+    arguments = {a["name"]: a for a in report["arguments"]}
+    assert arguments["depths"] == {"name": "depths", "value": [2, 2, 6, 2], "set_by": "variant", "help": arguments["depths"]["help"]}
+    assert all(a["help"] for a in arguments.values())
+    shown = run("info", "swin_tiny").out
+    assert "28.3 M" in shown
+    assert "microsoft/Swin-Transformer" in shown
+
+
+def test_info_of_a_foreign_model_and_another_size(run):
+    small, large = (json.loads(run("info", "timm/resnet_pico", "--image-size", size, "--json").out) for size in (16, 32))
+    assert large["macs"] > 3 * small["macs"]
+    assert "arguments" not in small
+
+
+def test_info_of_a_saved_file(run, tmp_path):
+    model = vitarium.create_model("convnext_pico", num_classes=3)
+    model.labels = ["cat", "dog", "emu"]
+    vitarium.save(model, tmp_path / "mine.safetensors")
+    report = json.loads(run("info", "mine.safetensors", "--json").out)
+    assert report["model"]["name"] == "convnext_pico"
+    assert report["model"]["labels"] == ["cat", "dog", "emu"]
+    assert "cat, dog, emu" in run("info", "mine.safetensors").out
+
+
+def test_info_of_a_foreign_file_says_which_model_it_fits(run, tmp_path):
+    torch.save({"model": vitarium.create_model("convnext_pico").state_dict()}, tmp_path / "theirs.pth")
+    report = json.loads(run("info", "theirs.pth", "--json").out)
+    assert report["fits"] == ["convnext_pico"]
+    assert report["inside"] == ["model"]
+    assert "convnext_pico" in run("info", "theirs.pth").out
+
+
+def test_info_of_what_is_not_there(run):
+    assert run("info", "swin_tinny").code == 2
+    assert "did you mean swin_tiny" in run("info", "swin_tinny").err
+    assert run("info", "gone.safetensors").code == 4
+    assert "gone.safetensors" in run("info", "gone.safetensors").err
+
+
+def test_arguments_are_read_from_docstrings():
+    doc = """Title.
+
+    Args:
+        depth: number of blocks,
+            at least one.
+        mean, std: a value a channel.
+
+    Raises:
+        ValueError: never.
+    """
+    assert told_arguments(doc) == {"depth": "number of blocks, at least one.", "mean": "a value a channel.", "std": "a value a channel."}
+    assert told_arguments(None) == {}
+
+
+def test_env(run):
+    report = json.loads(run("env", "--json").out)
+    assert report["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert report["devices"][0]["device"] == "cpu"
+    assert report["extras"]["export"]["packages"] == ["onnx", "onnxruntime", "onnxscript"]
+    assert "Extras" in run("env").out
+
+
+def test_env_says_how_to_install_what_is_missing(run, monkeypatch):
+    from vitarium.cli import env
+
+    monkeypatch.setattr(env, "version", lambda package: None if package == "onnx" else "1.0")
+    shown = run("env").out
+    assert "needs onnx" in shown
+    assert "pip install 'vitarium[export]'" in shown
