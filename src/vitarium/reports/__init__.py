@@ -1,0 +1,1 @@
+"""What a comparison of models found: numbers, a recommendation, one page."""

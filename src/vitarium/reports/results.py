@@ -1,0 +1,178 @@
+"""What a comparison found, as plain values: one `Trial` a model, and the `Comparison` that holds them, written as JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vitarium.files import write_json, write_text
+from vitarium.reports.recommend import Recommendation, recommend, standard_error
+
+COLUMNS = ("name", "accuracy", "latency_ms", "throughput", "peak_memory_mb", "params", "macs", "image_size", "steps", "seconds")
+"""What a table of the results shows, in this order."""
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A held-out image that the model took for something else."""
+
+    index: int
+    """Place in the held-out part."""
+    image: str
+    """Path or identifier."""
+    true: int
+    predicted: int
+    confidence: float
+    """Softmax probability of the predicted class, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One model, trained, evaluated and measured.
+
+    Args:
+        name: as given to `create_model`.
+        accuracy: share of the held-out images that it names rightly, 0 to 1.
+        loss: mean cross-entropy on the held-out images.
+        evaluated: number of held-out images that could be read.
+        latency_ms: milliseconds for one image at batch 1.
+        throughput: images a second at the comparison's batch for measuring.
+        peak_memory_mb: weights, images and activations of a forward pass at that batch, 10^6 bytes.
+        params: number of parameters.
+        macs: multiply-accumulates for one image.
+        bytes: size of the weights in memory.
+        image_size: side of the model's input, pixels.
+        steps: optimizer steps.
+        seconds: time of training, of all attempts together.
+        history: the learning curves, a dictionary of numbers a point, each with "step".
+        confusion: rows true, columns predicted, counts.
+        mistakes: the most confident ones, most confident first.
+        bad_files: {"path", "reason"} of each image that could not be read.
+        file: the trained model's file, relative to the comparison's folder.
+    """
+
+    name: str
+    accuracy: float
+    loss: float
+    evaluated: int
+    latency_ms: float
+    throughput: float
+    peak_memory_mb: float
+    params: int
+    macs: int
+    bytes: int
+    image_size: int
+    steps: int
+    seconds: float
+    history: list[dict[str, float]] = field(repr=False)
+    confusion: list[list[int]] = field(repr=False)
+    mistakes: list[Mistake] = field(repr=False)
+    bad_files: list[dict[str, str]] = field(repr=False)
+    file: str
+
+    @property
+    def standard_error(self) -> float:
+        """Of the accuracy, from the number of held-out images."""
+        return standard_error(self.accuracy, self.evaluated)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Trial:
+        """Back from JSON."""
+        return cls(**{**values, "mistakes": [Mistake(**m) for m in values["mistakes"]]})
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A model that could not be trained or measured, and why."""
+
+    name: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The whole result.
+
+    Args:
+        folder: where everything was written.
+        data: name of the data.
+        images: number of images, {"train": ..., "val": ...}.
+        classes: names of the classes, in the order of the logits.
+        budget: what each model was given, such as {"steps": 300}.
+        settings: everything else that was the same for all: recipe, batch size, seed, ...
+        machine: what it ran on.
+        created: when, ISO 8601.
+        trials: the finished models, in the order asked for; at least one.
+        failures: the others.
+    """
+
+    folder: Path
+    data: str
+    images: dict[str, int]
+    classes: list[str]
+    budget: dict[str, Any]
+    settings: dict[str, Any]
+    machine: dict[str, Any]
+    created: str
+    trials: list[Trial]
+    failures: list[Failure]
+
+    @property
+    def best(self) -> Trial:
+        """The most accurate model; of equals the one with the lower latency."""
+        return min(self.trials, key=lambda t: (-t.accuracy, t.latency_ms))
+
+    @property
+    def recommendation(self) -> Recommendation:
+        """Which model to use, and why."""
+        return recommend(self.trials)
+
+    @property
+    def report(self) -> Path:
+        """The page."""
+        return self.folder / "report.html"
+
+    @property
+    def bad_files(self) -> list[dict[str, str]]:
+        """Each image that could not be read, once."""
+        return list({bad["path"]: bad for trial in self.trials for bad in trial.bad_files}.values())
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row a finished model, most accurate first; keys are `COLUMNS`, values plain numbers."""
+        rows = sorted(self.trials, key=lambda t: (-t.accuracy, t.latency_ms))
+        return [{column: getattr(trial, column) for column in COLUMNS} for trial in rows]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of results.json. `models` holds the finished ones; those that failed are apart, in `failed`."""
+        return {
+            "data": self.data,
+            "images": self.images,
+            "classes": self.classes,
+            "budget": self.budget,
+            "settings": self.settings,
+            "machine": self.machine,
+            "created": self.created,
+            "best": self.best.name,
+            "recommended": self.recommendation.model,
+            "recommendation": self.recommendation.sentence,
+            "bad_files": self.bad_files,
+            "failed": [asdict(failure) for failure in self.failures],
+            "models": [trial.to_dict() for trial in self.trials],
+        }
+
+    def write(self) -> None:
+        """results.json and results.csv, whole or not at all."""
+        write_json(self.folder / "results.json", self.to_dict())
+        text = io.StringIO()
+        writer = csv.DictWriter(text, [*COLUMNS, "error"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.table())
+        writer.writerows({"name": failure.name, "error": failure.error} for failure in self.failures)
+        write_text(self.folder / "results.csv", text.getvalue())
