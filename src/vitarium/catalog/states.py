@@ -210,9 +210,9 @@ def _allowed() -> list[Any]:
 
 def _read_torch(path: Path) -> Any:
     """What a torch file holds, through weights_only and nothing else."""
-    with _reading(path), _ALLOWING, torch.serialization.safe_globals(_allowed()):
+    with _reading(path), _ALLOWING, torch.serialization.safe_globals(_allowed()), open(path, "rb") as file:
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
         except OSError:
             raise
         except pickle.UnpicklingError as error:

@@ -64,7 +64,7 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
         tag = arguments.get("pretrained_cfg")
         weights = _weights(name, tag, arguments.get("pretrained_cfg_overlay")) if pretrained else {}
         feature_cfg = dict(out_indices=None, feature_cls="getter")
-        model = build_model_with_cfg(_Builder(name, weights), PREFIX + name, False, feature_cfg=feature_cfg, **arguments)
+        model: Any = build_model_with_cfg(_Builder(name, weights), PREFIX + name, False, feature_cfg=feature_cfg, **arguments)
         model.pretrained_cfg.setdefault("num_classes", getattr(model, "num_classes", 0))
         return model
 
