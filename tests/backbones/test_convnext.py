@@ -31,8 +31,16 @@ def test_isotropic_equals_the_authors_model():
 
 @pytest.mark.parametrize(
     ("name", "millions"),
-    [("tiny", 28.589128), ("small", 50.22), ("base", 88.59), ("large", 197.77), ("xlarge", 350.20)]
-    + [("iso_small", 22.3), ("iso_base", 87.1), ("iso_large", 305.9)],
+    [
+        ("tiny", 28.589128),
+        ("small", 50.22),
+        ("base", 88.59),
+        ("large", 197.77),
+        ("xlarge", 350.20),
+        ("iso_small", 22.3),
+        ("iso_base", 87.1),
+        ("iso_large", 305.9),
+    ],
 )
 def test_parameter_counts(name: str, millions: float):
     with torch.device("meta"):

@@ -128,15 +128,19 @@ class SwinStage(nn.Module):
 
     def layouts(self, height: int, width: int, device: torch.device) -> tuple[WindowLayout, WindowLayout]:
         """The resting and the moved layout of a map, kept for the sizes seen last."""
-        key, tracing = (height, width, device), torch.compiler.is_compiling()
-        if not tracing and key in self._layouts:
-            return self._layouts[key]
-        still = moved = window_layout(height, width, self.window_size, (0, 0), device)
-        if any(shift := self.shift(height, width)):
-            moved = window_layout(height, width, self.window_size, shift, device)
-        if not tracing:
-            self._layouts = {**dict(list(self._layouts.items())[-15:]), key: (still, moved)}
-        return still, moved
+        if torch.compiler.is_compiling():
+            return self._build_layouts(height, width, device)
+        key = (height, width, device)
+        if key not in self._layouts:
+            with torch.inference_mode(False):  # an inference tensor would be refused by a later training step
+                both = self._build_layouts(height, width, device)
+            self._layouts = {**dict(list(self._layouts.items())[-15:]), key: both}
+        return self._layouts[key]
+
+    def _build_layouts(self, height: int, width: int, device: torch.device) -> tuple[WindowLayout, WindowLayout]:
+        still = window_layout(height, width, self.window_size, (0, 0), device)
+        shift = self.shift(height, width)
+        return still, window_layout(height, width, self.window_size, shift, device) if any(shift) else still
 
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "_layouts": {}}
@@ -166,8 +170,9 @@ class SpatialMlp(nn.Conv1d):
 
     def forward(self, windows: Tensor) -> Tensor:
         count, n, dim = windows.shape
-        x = windows.view(count, n, self.groups, -1).transpose(1, 2).reshape(count, self.groups * n, -1)
-        return super().forward(x).view(count, self.groups, n, -1).transpose(1, 2).reshape(count, n, dim)
+        heads, head_dim = self.groups, dim // self.groups
+        x = windows.view(count, n, heads, head_dim).transpose(1, 2).reshape(count, heads * n, head_dim)
+        return super().forward(x).view(count, heads, n, head_dim).transpose(1, 2).reshape(count, n, dim)
 
 
 class SwinMlpBlock(nn.Module):

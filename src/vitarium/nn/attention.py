@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -61,5 +62,8 @@ class Attention(nn.Module):
         if rotary is not None:
             q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=self.attn_drop if self.training else 0.0, scale=self.scale)
-        x = self.proj(x.transpose(1, 2).reshape(batch, count, dim))
+        x = x.transpose(1, 2)
+        if torch.compiler.is_exporting():  # elsewhere the kernel's output may lie otherwise in memory, and a recorded view would fail
+            x = x.clone(memory_format=torch.contiguous_format)
+        x = self.proj(x.reshape(batch, count, dim))
         return F.dropout(x, self.proj_drop, self.training)

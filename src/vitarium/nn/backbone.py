@@ -20,11 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vitarium.errors import InputError
 
-POOLS: dict[str, Callable[[Tensor], Tensor]] = {
-    "avg": lambda x: x.mean((-2, -1)),
-    "max": lambda x: x.amax((-2, -1)),
-    "": lambda x: x,
-}
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {"avg": lambda x: x.mean((-2, -1)), "max": lambda x: x.amax((-2, -1))}
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,12 @@ class Backbone(nn.Module):
         return self.norm(x)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Map (B, num_features, h, w) -> logits (B, num_classes), or with `pre_logits` the pooled and normed features."""
+        """Map (B, num_features, h, w) -> logits (B, num_classes), or with `pre_logits` the pooled and normed features (B, num_features).
+
+        With global_pool "" the map itself.
+        """
+        if self.global_pool == "":
+            return features
         x = self.head_norm(POOLS[self.global_pool](features))
         x = F.dropout(x, self.drop_rate, self.training)
         return x if pre_logits else self.head(x)
@@ -210,7 +211,7 @@ class Backbone(nn.Module):
             InputError: another pooling, or none with classes.
         """
         pool = self.global_pool if global_pool is None else global_pool
-        if pool not in POOLS or (pool == "" and num_classes > 0):
+        if pool not in (*POOLS, "") or (pool == "" and num_classes > 0):
             raise InputError(
                 f"global_pool must be 'avg', 'max', or '' with num_classes=0; got {global_pool!r} with num_classes={num_classes}"
             )
@@ -227,7 +228,7 @@ class Backbone(nn.Module):
     def group_matcher(self, coarse: bool = False) -> Any:
         """Layer groups for layer-wise decay, in timm's form: stem, one a block (one a stage if `coarse`), end."""
         return dict(
-            stem=r"^(stem|patch_embed|pos_embed|cls_token)",
+            stem=r"^(?:stem|patch_embed|pos_embed|cls_token)",
             blocks=r"^(?:stages|blocks)\.(\d+)"
             if coarse
             else [
@@ -235,7 +236,7 @@ class Backbone(nn.Module):
                 (r"^stages\.(\d+)\.blocks\.(\d+)", None),
                 (r"^stages\.(\d+)", (99998,)),
                 (r"^blocks\.(\d+)", None),
-                (r"^(norm|head_norm)", (99999,)),
+                (r"^(?:norm|head_norm)", (99999,)),
             ],
         )
 

@@ -5,6 +5,8 @@ timm has equal ones; ours exist because importing timm takes longer than importi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,7 +43,7 @@ class DropPath(nn.Module):
         return f"drop_prob={self.drop_prob:.3g}"
 
 
-def drop_path_rates(rate: float, depths: list[int] | tuple[int, ...]) -> list[list[float]]:
+def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     """Rates that rise linearly from 0 at the first block to `rate` at the last, cut into stages of `depths` blocks."""
     rates = iter(torch.linspace(0, rate, sum(depths), device="cpu", dtype=torch.float64).tolist())
     return [[next(rates) for _ in range(depth)] for depth in depths]

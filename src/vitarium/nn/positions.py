@@ -51,6 +51,8 @@ class RelativePositionBias(nn.Module):
     Source: Swin (query minus key, row-major inside the window).
     """
 
+    index: Tensor
+
     def __init__(self, window_size: int, num_heads: int):
         super().__init__()
         self.window_size = window_size

@@ -14,20 +14,18 @@ from torch.nn import functional as F
 
 def in_plain_inference(*tensors: Tensor | None) -> bool:
     """Whether nothing observes the operators that are called: no gradient wanted, no tracing, no dispatch mode, no function transform."""
+    if torch.compiler.is_compiling():
+        return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return False
-    return not (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    return not (torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b: (..., in), (out, in), (out,) -> (..., out)."""
     if (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
         and x.dtype is torch.float32 is weight.dtype
         and x.numel() > 0
         and x.is_contiguous()

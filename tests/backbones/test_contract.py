@@ -1,0 +1,305 @@
+"""What every registered backbone keeps, each in its smallest variant. A model joins by being registered."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vitarium
+from vitarium.catalog import families, find_model
+from vitarium.errors import InputError, UsageError
+from vitarium.nn import Backbone, DropPath
+
+FAMILIES = [f for f in families() if issubclass(f.cls, Backbone)]
+NAMES = [f"{f.name}_pico" for f in FAMILIES]
+CLASSES = 5
+
+
+@functools.cache
+def _built(name: str) -> Backbone:
+    torch.manual_seed(0)
+    model = vitarium.create_model(name, num_classes=CLASSES)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # away from the initial zeros and ones, so that every parameter matters
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.fixture(params=NAMES)
+def model(request: pytest.FixtureRequest) -> Backbone:
+    """A fresh copy in eval mode."""
+    return copy.deepcopy(_built(request.param))
+
+
+def image_for(model: Backbone, batch: int = 2, height: int | None = None, width: int | None = None, **options) -> Tensor:
+    side = model.preprocessing.image_size
+    return torch.randn(batch, model.in_chans, height or side, width or side, generator=torch.Generator().manual_seed(2), **options)
+
+
+def largest_error(a: Tensor, b: Tensor) -> float:
+    return (a.double() - b.double()).abs().max().item()
+
+
+def test_every_family_has_a_small_variant_that_learns_fast():
+    for family in FAMILIES:
+        assert "pico" in family.variants, f"{family.name} needs a pico variant"
+        assert sum(p.numel() for p in _built(f"{family.name}_pico").parameters()) < 3.2e5
+
+
+@pytest.mark.parametrize("name", vitarium.list_models())
+def test_every_variant_builds(name: str):
+    """On the meta device, without memory; the constructor takes every key of the variants table."""
+    with torch.device("meta"):
+        model = vitarium.create_model(name)
+    assert model.spec.name == name
+    assert model.num_classes == 1000
+
+
+def test_forward(model: Backbone):
+    logits = model(image_for(model))
+    assert logits.shape == (2, CLASSES)
+    assert torch.isfinite(logits).all()
+
+
+def test_every_parameter_gets_a_gradient(model: Backbone):
+    model.train()
+    for part in model.modules():
+        if isinstance(part, DropPath):
+            part.drop_prob = 0.0  # two samples may both lose a branch
+    model(image_for(model)).square().sum().backward()
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum() > 0)]
+    assert not missing
+
+
+def test_checkpointing_changes_nothing(model: Backbone):
+    image = image_for(model)
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.train().zero_grad()
+        torch.manual_seed(3)
+        model(image).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("size", [(2, 2), (1, 3), (1.5, 1)])
+def test_other_sizes(model: Backbone, size: tuple[float, float]):
+    side = model.preprocessing.image_size
+    assert model(image_for(model, height=int(size[0] * side), width=int(size[1] * side))).shape == (2, CLASSES)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 7), (17, 23), (31, 31), (33, 20), (1, 100), (50, 1)])
+def test_odd_sizes_work_or_are_refused_at_the_door(model: Backbone, size: tuple[int, int]):
+    image = image_for(model, height=size[0], width=size[1])
+    if min(size) < model.min_size:
+        with pytest.raises(InputError, match=f"at least {model.min_size}x{model.min_size} pixels, got {size[0]}x{size[1]}"):
+            model(image)
+    else:
+        assert torch.isfinite(model(image)).all()
+
+
+def test_bad_inputs_are_input_errors(model: Backbone):
+    good = image_for(model)
+    bad = {
+        "2 axes": good[0, 0],
+        r"image\[None\]": good[0],
+        "permute": good.permute(0, 2, 3, 1),
+        "channels": torch.cat([good, good], 1),
+        "uint8": (good * 50).byte(),
+        "float64": good.double(),
+    }
+    for words, image in bad.items():
+        with pytest.raises(InputError, match=words):
+            model(image)
+    with pytest.raises(UsageError, match="did you mean num_classes"):
+        vitarium.create_model(model.spec.name, num_clases=3)
+    assert model(good[:0]).shape == (0, CLASSES)
+
+
+def test_images_do_not_touch_one_another(model: Backbone):
+    image = image_for(model, batch=3)
+    together = model(image)
+    assert largest_error(together[1:2], model(image[1:2])) < 1e-4
+    assert largest_error(model(image.flip(0)).flip(0), together) < 1e-4
+
+
+def test_deterministic_in_eval(model: Backbone):
+    image = image_for(model)
+    assert torch.equal(model(image), model(image))
+
+
+def test_inference_mode_equals_training_graph(model: Backbone):
+    """The fast paths of inference say what the ordinary operators say."""
+    image = image_for(model, batch=2)
+    with torch.inference_mode():
+        fast = model(image)
+    assert largest_error(fast, model(image)) < 1e-4
+
+
+def test_forward_intermediates(model: Backbone):
+    image = image_for(model)
+    features, maps = model.forward_intermediates(image)
+    assert torch.equal(features, model.forward_features(image))
+    assert len(maps) == len(model.feature_info)
+    for info, m in zip(model.feature_info, maps, strict=True):
+        assert m.shape[:2] == (2, info["num_chs"])
+        assert abs(m.shape[2] - image.shape[2] / info["reduction"]) < 1
+    (last,) = model.forward_intermediates(image, indices=1, norm=True, intermediates_only=True)
+    assert torch.equal(last, features)
+    (first,) = model.forward_intermediates(image, indices=[0], stop_early=True, intermediates_only=True)
+    assert torch.equal(first, maps[0])
+    with pytest.raises(InputError, match="stages"):
+        model.forward_intermediates(image, indices=[99])
+
+
+def test_features_only_through_timm(model: Backbone):
+    import timm
+
+    vitarium.register_with_timm()
+    backbone = timm.create_model(f"vitarium_{model.spec.name}", features_only=True).eval()
+    maps = backbone(image_for(model))
+    assert [m.shape[1] for m in maps] == backbone.feature_info.channels() == [info["num_chs"] for info in model.feature_info]
+    classifier = timm.create_model(f"vitarium_{model.spec.name}", num_classes=3, in_chans=1).eval()
+    assert classifier(image_for(model)[:, :1]).shape == (2, 3)
+
+
+def test_reset_classifier(model: Backbone):
+    image = image_for(model)
+    pooled = model.forward_head(model.forward_features(image), pre_logits=True)
+    assert pooled.shape == (2, model.num_features)
+    assert isinstance(model.get_classifier(), nn.Linear)
+    model.reset_classifier(0)
+    assert torch.equal(model(image), pooled)
+    model.reset_classifier(7)
+    assert model(image).shape == (2, 7)
+    model.reset_classifier(0, "")
+    assert model(image).ndim == 4
+    with pytest.raises(InputError, match="global_pool"):
+        model.reset_classifier(3, "avgmax")
+
+
+def test_float64(model: Backbone):
+    image = image_for(model)
+    single = model(image)
+    assert largest_error(model.double()(image.double()), single) < 1e-3
+
+
+def test_bf16_autocast(model: Backbone):
+    image = image_for(model)
+    full = model(image)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(image)
+    assert torch.isfinite(half).all()
+    assert largest_error(half, full) < 0.1 * full.abs().max().item() + 0.1
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(image).float().square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_with_large_weights_stays_finite(model: Backbone, dtype: torch.dtype):
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("qkv.weight"):
+                p.mul_(10)
+    assert torch.isfinite(model.to(dtype)(image_for(model).to(dtype))).all()
+
+
+def test_channels_last_input(model: Backbone):
+    image = image_for(model)
+    assert largest_error(model(image.contiguous(memory_format=torch.channels_last)), model(image)) < 1e-4
+
+
+def test_compiles_without_a_break(model: Backbone):
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+    image = image_for(model)
+    with torch.no_grad():
+        assert largest_error(compiled(image), model(image)) < 1e-4
+    model.train()
+    loss = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)(image).square().sum()
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_exports(model: Backbone):
+    image = image_for(model)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(model, (image,), dynamic_shapes=({0: batch},))
+    for count in (2, 5):
+        other = image_for(model, batch=count)
+        assert largest_error(program.module()(other), model(other)) < 1e-4
+
+
+def test_onnx(model: Backbone, tmp_path: Path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    image = image_for(model)
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(model, (image,), path, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+    assert np.abs(logits - model(image).detach().numpy()).max() < 1e-3
+
+
+def test_saves_and_loads(model: Backbone, tmp_path: Path):
+    path = tmp_path / "model.safetensors"
+    model.labels = [f"class {i}" for i in range(CLASSES)]
+    vitarium.save(model, path)
+    loaded = vitarium.load(path)
+    assert torch.equal(loaded(image_for(model)), model(image_for(model)))
+    assert (loaded.spec, loaded.preprocessing, loaded.labels) == (model.spec, model.preprocessing, model.labels)
+
+
+def test_groups_cover_each_parameter_once(model: Backbone):
+    from timm.models import group_parameters
+    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+
+    names = {name for name, _ in model.named_parameters()}
+    for coarse in (False, True):
+        layers = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+        assert set(layers) == names
+        assert len(set(layers.values())) > 2
+    assert model.no_weight_decay() <= names
+    for groups in (
+        param_groups_weight_decay(model, no_weight_decay_list=model.no_weight_decay()),
+        param_groups_layer_decay(model, no_weight_decay_list=model.no_weight_decay()),
+    ):
+        grouped = [id(p) for group in groups for p in group["params"]]
+        assert len(grouped) == len(set(grouped)) == len(names)
+
+
+def test_deepcopy_and_pickle(model: Backbone):
+    image = image_for(model)
+    logits = model(image)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(image), logits)
+        with torch.no_grad():
+            next(twin.parameters()).zero_()
+    assert torch.equal(model(image), logits)
+
+
+def test_default_cfg_is_timms(model: Backbone):
+    from timm.data import resolve_data_config
+
+    config = resolve_data_config({}, model=model)
+    assert config["input_size"] == (model.in_chans, *2 * [model.preprocessing.image_size])
+    assert config["mean"] == model.preprocessing.mean
+    assert model.get_submodule(model.default_cfg["first_conv"]).in_channels == model.in_chans
+    assert model.get_submodule(model.default_cfg["classifier"]) is model.get_classifier()
+
+
+def test_authors_names_load(model: Backbone):
+    """A state of ours under the authors' names comes back whole; the table's two directions are tested by the goldens."""
+    family, _ = find_model(model.spec.name)
+    assert "official" in family.dialects, f"{family.name} does not say how the authors name its tensors"
