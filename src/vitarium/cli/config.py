@@ -15,7 +15,6 @@ import typer
 from vitarium.errors import UsageError, nearest
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-SIZE_LIMIT = 1_000_000  # bytes; a file of options is small, and a large one is something else
 OWN = ("config", "print_config", "help")
 
 
@@ -53,49 +52,42 @@ def configurable(command: Command) -> Command:
 def _read(ctx: typer.Context, path: Path | None) -> Path | None:
     """Callback of --config: the file's values become the command's defaults, so that each is typed and checked like any option."""
     if path is not None:
-        names = {p.name: p for p in ctx.command.params if p.name not in OWN}
+        from vitarium.training.settings import read_settings
+
+        given = read_settings(path) or {}
+        if not isinstance(given, dict):
+            raise UsageError(f"{path} must hold 'option: value' lines, got a {type(given).__name__}")
+        names = keys(ctx)
         values = {}
-        for key, value in load_mapping(path).items():
-            name = str(key).replace("-", "_")
-            if name not in names:
-                options = [n.replace("_", "-") for n in names if n]
-                hint = nearest(str(key).replace("_", "-"), options) or f"; it takes {', '.join(options)}"
-                raise UsageError(f"{path}: {ctx.info_name} has no option {key!r}{hint}")
+        for given_key, value in given.items():
+            key = str(given_key).replace("_", "-")
+            if key not in names:
+                raise UsageError(f"{path}: {ctx.info_name} has no option {given_key!r}{nearest(key, names)} (it takes {', '.join(names)})")
             if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, dict | list) for v in value)):
                 raise UsageError(f"{path}: {key} must be a single value or a plain list")
+            if isinstance(value, list) and not takes_several(ctx, names[key]):
+                value = ",".join(map(str, value))  # names with commas, as one types them
             if value is not None:
-                values[name] = value
+                values[names[key]] = value
         ctx.default_map = values
     return path
 
 
-def load_mapping(path: Path) -> dict[Any, Any]:
-    """A YAML file whose top is a mapping.
+def keys(ctx: typer.Context) -> dict[str, str]:
+    """What a command's options and arguments are called in a file (the long name, without dashes in front) -> the parameter's name."""
+    named = {next((o for o in p.opts if o.startswith("--")), p.name or "").lstrip("-").replace("_", "-"): p for p in ctx.command.params}
+    return {key: p.name for key, p in named.items() if p.name and p.name not in OWN}
 
-    Raises:
-        UsageError: no file, too large, not YAML, or not a mapping; the message names the file and the line.
-    """
-    import yaml
 
-    try:
-        if path.stat().st_size > SIZE_LIMIT:
-            raise UsageError(f"{path} has {path.stat().st_size} bytes; a file of options has at most {SIZE_LIMIT}")
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise UsageError(f"{path} must hold 'option: value' lines, got a {type(loaded).__name__}")
-    return loaded
+def takes_several(ctx: typer.Context, name: str) -> bool:
+    """Whether a parameter may be given more than once."""
+    return any(p.name == name and (getattr(p, "multiple", False) or p.nargs != 1) for p in ctx.command.params)
 
 
 def _to_yaml(ctx: typer.Context) -> str:
     import yaml
 
-    values = {p.name.replace("_", "-"): _plain(ctx.params.get(p.name)) for p in ctx.command.params if p.name and p.name not in OWN}
+    values = {key: _plain(ctx.params.get(name)) for key, name in keys(ctx).items()}
     return f"# {ctx.command_path} --config FILE\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 

@@ -41,7 +41,7 @@ def table(*columns: str, title: str | None = None) -> Table:
     result = Table(box=box.SIMPLE_HEAD, title=title and f"\n{title}", **style)  # type: ignore[arg-type]
     for name in columns:
         result.add_column(
-            name.lstrip(">~"), justify="right" if name[0] == ">" else "left", overflow="fold", no_wrap=not name.startswith("~")
+            name.lstrip(">~"), justify="right" if name[:1] == ">" else "left", overflow="fold", no_wrap=not name.startswith("~")
         )
     return result
 

@@ -10,6 +10,7 @@ import typer
 
 from vitarium.cli.console import err, out, pairs
 from vitarium.cli.opening import open_model
+from vitarium.cli.options import Checkpoint
 from vitarium.errors import UsageError
 
 
@@ -27,9 +28,7 @@ class Format(StrEnum):
 
 def export(
     model: Annotated[str, typer.Argument(metavar="MODEL|FILE", help="A file that `vitarium.save` wrote, or a model's name.")],
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Weights for a model's name: file, hf:OWNER/NAME, or address.", show_default="the published ones")
-    ] = None,
+    checkpoint: Checkpoint = None,
     format: Annotated[Format, typer.Option(help="What to write.")] = Format.ONNX,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write.", show_default="MODEL.onnx or MODEL.pt2")] = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Side of the square input, pixels.", show_default="the model's own")] = None,

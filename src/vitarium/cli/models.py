@@ -9,7 +9,7 @@ import typer
 from vitarium.cli import filters
 from vitarium.cli.console import err, out, print_json, short, table
 from vitarium.cli.opening import describe_model, matcher
-from vitarium.cli.systems import check_room
+from vitarium.cli.systems import check_room, in_room
 from vitarium.errors import InputError, UsageError, nearest
 
 
@@ -57,7 +57,7 @@ def find(pattern: str, room: str | None) -> list[dict[str, Any]]:
 
         rows += [{"name": f"timm/{name}", "family": "timm", "room": "backbones"} for name in timm.list_models()]
     wanted = matcher(pattern)
-    return [r for r in rows if wanted.match(r["name"]) and (room is None or r["room"] == room or r["room"].startswith(f"{room}/"))]
+    return [r for r in rows if wanted.match(r["name"]) and in_room(r["room"], room)]
 
 
 def cost(name: str, macs: bool, image_size: int | None) -> dict[str, Any]:

@@ -2,7 +2,67 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vitarium.cli.console import out, print_json, table
 from vitarium.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    from vitarium.catalog.evidence import Evidence
+
+
+class Word(StrEnum):
+    """How far a system has come."""
+
+    WORKING = "working"
+    PARTIAL = "partial"
+    MISSING = "missing"
+
+
+STYLES = {Word.WORKING: "green", Word.PARTIAL: "yellow", Word.MISSING: "dim"}
+
+
+def systems(
+    room: Annotated[str | None, typer.Option(help="Only this room, such as 'efficiency' or 'efficiency/tokens'.")] = None,
+    status: Annotated[Word | None, typer.Option(help="Only systems of this status.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List the 103 systems with their status, computed from what is there: models, golden vectors, identities, claims."""
+    from vitarium.catalog.evidence import system_statuses
+
+    check_room(room)
+    found = [s for s in system_statuses() if in_room(s.room, room) and status in (None, s.status)]
+    if as_json:
+        return print_json([s.to_dict() for s in found])
+    rows = table("system", "room", "status", "evidence", "title")
+    rows.expand, rows.columns[-1].ratio, rows.columns[-1].overflow = True, 1, "ellipsis"  # a long title gives way
+    for s in sorted(found, key=lambda s: (s.room, list(Word).index(Word(s.status)), s.slug)):
+        rows.add_row(s.slug, s.room, f"[{STYLES[Word(s.status)]}]{s.status}[/]", told(s.evidence), s.title)
+    console = out()
+    if found:
+        console.print(rows)
+    counts = Counter(s.status for s in found)
+    parts = [f"[{STYLES[word]}]{counts[word.value]} {word}[/]" for word in Word]
+    console.print(f"\n{len(found)} systems: {', '.join(parts)}")
+
+
+def told(evidence: Evidence) -> str:
+    """What there is, in a few words; "" for nothing."""
+    parts = [f"{len(evidence.models)} models"] if evidence.models else []
+    if evidence.goldens_wired:
+        parts.append(f"{evidence.goldens_passed}/{evidence.goldens_wired} goldens")
+    if evidence.identities:
+        parts.append(f"{evidence.identities} identities")
+    return ", ".join(parts + ([f"claim {evidence.claim}"] if evidence.claim else []))
+
+
+def in_room(room: str, wanted: str | None) -> bool:
+    """Whether a room is the wanted one or lies in it; any is, if none is wanted."""
+    return wanted is None or room == wanted or room.startswith(f"{wanted}/")
 
 
 def check_room(room: str | None) -> None:

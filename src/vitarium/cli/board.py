@@ -1,0 +1,87 @@
+"""Live progress: a line a model, with its bar, loss and accuracy; in a log file, a line a change."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from vitarium.cli.console import err, table
+
+if TYPE_CHECKING:
+    from vitarium.reports.events import Event
+
+BAR_WIDTH = 24  # characters
+WORDS = {
+    "started": "[cyan]training[/]",
+    "step": "[cyan]training[/]",
+    "measuring": "[cyan]measuring[/]",
+    "finished": "[green]done[/]",
+    "kept": "[green]done before[/]",
+    "failed": "[red]failed[/]",
+}
+
+
+class Board:
+    """Shows events as they come. A context manager: the picture is alive inside, and its last state stays on the screen.
+
+    Args:
+        models: names of all that will be trained, so that the waiting ones are seen too.
+    """
+
+    def __init__(self, models: list[str]):
+        self.latest: dict[str, Event | None] = dict.fromkeys(models)
+        self.console = err()
+        self.live = Live(self, console=self.console, refresh_per_second=8, transient=False)
+
+    def __enter__(self) -> Board:
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.live.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Take in an event."""
+        before = self.latest.get(event.model)
+        self.latest[event.model] = event
+        if not self.console.is_terminal and (before is None or before.kind != event.kind):
+            self.console.print(line(event), markup=False, soft_wrap=True)
+
+    def __rich__(self) -> Table:
+        rows = table("model", "", "state", ">step", ">loss", ">held-out accuracy", ">left")
+        for model, event in self.latest.items():
+            if event is None:
+                rows.add_row(f"[dim]{model}", "", "[dim]waiting[/]")
+                continue
+            done = 1.0 if event.kind in ("measuring", "finished", "kept") else event.fraction
+            bar = ProgressBar(total=1.0, completed=done, width=BAR_WIDTH, complete_style="cyan", finished_style="green")
+            rows.add_row(model, bar, WORDS[event.kind], *numbers(event))
+        return rows
+
+
+def numbers(event: Event) -> list[str]:
+    """Step, loss, accuracy and time left, "" where unknown."""
+    step = f"{event.step}/{event.steps}" if event.steps else str(event.step or "")
+    loss = "" if event.loss is None else f"{event.loss:.3f}"
+    accuracy = "" if event.accuracy is None else f"{100 * event.accuracy:.1f} %"
+    left = clock(event.seconds_left) if event.kind == "step" and event.seconds_left is not None else ""
+    return [step, loss, accuracy, left]
+
+
+def line(event: Event) -> str:
+    """An event as a line of a log."""
+    place = f"[{event.position + 1}/{event.count}] {event.model}: {event.kind}"
+    known = [f"step {event.step}" if event.step else "", f"accuracy {100 * event.accuracy:.1f} %" if event.accuracy is not None else ""]
+    return ", ".join(filter(None, [place, *known, event.message]))
+
+
+def clock(seconds: float) -> str:
+    """75 -> "1:15"; 3700 -> "1:01:40"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

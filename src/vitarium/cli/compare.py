@@ -1,0 +1,126 @@
+"""`vitarium compare`: which model works best on these images, under the same budget for each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vitarium.cli.config import configurable
+from vitarium.cli.console import out, pairs, short, table
+from vitarium.cli.options import Accelerator, DataSpec, Devices, ImageSize, NumNodes, Strategy
+from vitarium.errors import UsageError
+
+if TYPE_CHECKING:
+    from vitarium.reports.results import Comparison
+
+BUDGET, OUTPUT = "Budget of each model (one of them)", "Output"
+
+
+@configurable
+def compare(
+    data: DataSpec = "digits",
+    models: Annotated[
+        str | None,
+        typer.Option(help="Names and patterns such as '*_pico', with commas.", show_default="six small ones of different families"),
+    ] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from published weights.")] = False,
+    recipe: Annotated[str, typer.Option(help="How to train: a recipe's name, or a YAML file.")] = "pico",
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.", rich_help_panel=BUDGET)] = None,
+    epochs: Annotated[float | None, typer.Option(min=0, help="Passes over the training images.", rich_help_panel=BUDGET)] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="Minutes of training.", rich_help_panel=BUDGET)] = None,
+    image_size: ImageSize = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step.", show_default="the recipe's")] = None,
+    val_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share held out of data that has no val/ part.")] = 0.2,
+    seed: Annotated[int, typer.Option(min=0, help="Of the split, the weights and the order of the images.")] = 0,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder for results and report.", show_default="runs/DATA-DATE", rich_help_panel=OUTPUT)
+    ] = None,
+    devices: Devices = 1,
+    num_nodes: NumNodes = 1,
+    strategy: Strategy = "auto",
+    accelerator: Accelerator = "auto",
+) -> None:
+    """Train models on your images under the same budget, measure them, and say which one to use.
+
+    Interrupted or killed, the same command goes on where it was.
+    """
+    from vitarium.cli.board import Board
+    from vitarium.reports.compare import DEFAULT_MODELS
+    from vitarium.reports.compare import compare as run
+
+    names = chosen(models) if models is not None else None
+    with Board(names or list(DEFAULT_MODELS)) as board:
+        comparison = run(
+            data,
+            names,
+            steps=steps,
+            epochs=epochs,
+            minutes=minutes,
+            image_size=image_size,
+            recipe=recipe,
+            batch_size=batch_size,
+            val_fraction=val_fraction,
+            pretrained=pretrained,
+            seed=seed,
+            out=out_folder,
+            devices=devices,
+            num_nodes=num_nodes,
+            strategy=strategy,
+            accelerator=accelerator,
+            progress=board,
+        )
+    show(comparison)
+
+
+def chosen(text: str) -> list[str]:
+    """Names from a list with commas; patterns become the names that they match, and a name comes once.
+
+    Raises:
+        UsageError: an empty list, or a pattern that nothing matches.
+    """
+    from vitarium.cli.models import find
+
+    names: list[str] = []
+    for part in filter(None, map(str.strip, text.split(","))):
+        matches = [row["name"] for row in find(part, None)] if any(c in part for c in "*?[") else [part]
+        if not matches:
+            raise UsageError(f"no model matches {part!r} ('vitarium models' lists all)")
+        names += [name for name in matches if name not in names]
+    if not names:
+        raise UsageError("--models names no model; write names with commas, such as swin_pico,timm/vit_pico")
+    return names
+
+
+def show(comparison: Comparison) -> None:
+    """The table of a comparison, what failed, and the sentence that recommends a model."""
+    console = out()
+    chosen = comparison.recommendation.model
+    rows = table("model", ">accuracy", ">latency", ">throughput", ">memory", ">params", ">MACs", ">trained")
+    for row in comparison.table():
+        rows.add_row(*cells(row), style="bold green" if row["name"] == chosen else None)
+    console.print()
+    console.print(rows)
+    for failure in comparison.failures:
+        console.print(f"[red]{failure.name} failed:[/] ", end="")
+        console.print(failure.error, markup=False)
+    if bad := comparison.bad_files:
+        console.print(f"[yellow]{len(bad)} images could not be read[/], the first: {bad[0]['path']} ({bad[0]['reason']})")
+    console.print(f"\n[bold]{comparison.recommendation}[/]\n")
+    best = comparison.folder / "best.safetensors"
+    console.print(pairs({"report": comparison.report, "model": best, "use it": f"vitarium predict IMAGE --model {best}"}))
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row of results as text with units."""
+    return [
+        row["name"],
+        f"{100 * row['accuracy']:.1f} %",
+        f"{row['latency_ms']:.2f} ms",
+        f"{short(row['throughput'])}/s",
+        f"{row['peak_memory_mb']:.1f} MB",
+        short(row["params"]),
+        short(row["macs"]),
+        f"{row['seconds']:.0f} s",
+    ]

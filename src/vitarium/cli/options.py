@@ -1,0 +1,23 @@
+"""Options that several commands have, with one wording."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+MACHINE = "Machine"
+
+DataSpec = Annotated[
+    str, typer.Option(help="Images: digits, photos, scenes, a folder of class folders, WebDataset shards, or a saved Hugging Face dataset.")
+]
+ImageSize = Annotated[int | None, typer.Option(min=1, help="Side of the model's input, pixels.", show_default="the images' or model's own")]
+Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps; auto takes an accelerator if there is one.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images at once.")]
+Checkpoint = Annotated[
+    str | None, typer.Option(help="Weights for a model's name: file, hf:OWNER/NAME, or address.", show_default="the published ones")
+]
+Devices = Annotated[int, typer.Option(min=1, help="Processes on this machine, one a device, data-parallel.", rich_help_panel=MACHINE)]
+NumNodes = Annotated[int, typer.Option(min=1, help="Machines (started by torchrun or SLURM).", rich_help_panel=MACHINE)]
+Strategy = Annotated[str, typer.Option(help="How processes share the work: auto, ddp or fsdp.", rich_help_panel=MACHINE)]
+Accelerator = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.", rich_help_panel=MACHINE)]

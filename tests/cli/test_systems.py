@@ -1,0 +1,50 @@
+"""`systems`: a row a system, filtered, with totals."""
+
+import json
+
+import pytest
+
+from vitarium.catalog import evidence
+
+
+@pytest.fixture
+def swin_works(monkeypatch):
+    """A world in which swin has all its evidence."""
+    real = evidence.system_statuses()
+    proof = evidence.Evidence(["swin_tiny"], 2, 2, 1, "held")
+    statuses = [
+        evidence.Status(s.slug, s.title, s.room, "working", proof) if s.slug == "swin" else s for s in real
+    ]  # fmt: skip
+    monkeypatch.setattr(evidence, "system_statuses", lambda: statuses)
+
+
+def test_all_103_as_json(run):
+    rows = json.loads(run("systems", "--json").out)
+    assert len(rows) == len({row["slug"] for row in rows}) == 103
+    assert all(set(row) == {"slug", "title", "room", "status", "evidence"} for row in rows)
+    assert {row["status"] for row in rows} <= {"working", "partial", "missing"}
+
+
+def test_the_table_has_totals(run, swin_works):
+    shown = run("systems").out
+    assert "swin " in shown
+    assert "1 models, 2/2 goldens, 1 identities, claim held" in shown
+    assert "103 systems: 1 working," in shown.splitlines()[-1]
+
+
+def test_filters(run, swin_works):
+    rows = json.loads(run("systems", "--status", "working", "--json").out)
+    assert [row["slug"] for row in rows] == ["swin"]
+    assert rows[0]["evidence"]["claim"] == "held"
+    rooms = {row["room"] for row in json.loads(run("systems", "--room", "efficiency", "--json").out)}
+    assert len(rooms) > 1
+    assert all(room.startswith("efficiency") for room in rooms)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"), [(["--room", "backbone"], "did you mean backbones"), (["--status", "done"], "'working', 'partial', 'missing'")]
+)
+def test_wrong_filters(run, arguments, text):
+    result = run("systems", *arguments)
+    assert result.code == 2
+    assert text in result.err
