@@ -59,10 +59,15 @@ class LoadReport:
         """Number of the model's tensors that the file fills."""
         return len(self.matched) + len(self.resized)
 
+    @property
+    def known(self) -> int:
+        """Number of the model's tensors whose names the file has."""
+        return self.filled + len(self.mismatched)
+
     def __str__(self) -> str:
         names = "" if self.dialect == OURS else f", renamed from {self.dialect} names"
         inside = f", found inside {' '.join(self.opened)}" if self.opened else ""
-        lines = [f"{self.source}: {self.filled} of {self.filled + len(self.mismatched) + len(self.missing)} tensors loaded{names}{inside}"]
+        lines = [f"{self.source}: {self.filled} of {self.known + len(self.missing)} tensors loaded{names}{inside}"]
         for kind in ("resized", "mismatched", "missing", "unexpected"):
             if found := getattr(self, kind):
                 rest = f", and {len(found) - TOLD} more" if len(found) > TOLD else ""
@@ -74,7 +79,7 @@ class LoadReport:
         return "\n".join(lines)
 
     def _cause(self) -> str:
-        if self.filled + len(self.mismatched) == 0:
+        if self.known == 0:
             return "a file of another architecture, or of a code whose names are not known here"
         if self.mismatched:
             return "the same architecture in another size or with other arguments"
@@ -166,7 +171,7 @@ class _Fit:
     def quality(self) -> tuple[int, int, int]:
         """Larger is better: exact tensors first, then names, then fewest left over."""
         r = self.report
-        return len(r.matched), r.filled + len(r.mismatched), -len(r.unexpected)
+        return len(r.matched), r.known, -len(r.unexpected)
 
 
 def _fit(model: nn.Module, state: State, blank: LoadReport) -> _Fit:
@@ -203,6 +208,8 @@ def _fit(model: nn.Module, state: State, blank: LoadReport) -> _Fit:
 
 def _resized(model: nn.Module, name: str, tensor: Tensor, shape: torch.Size, *, is_first: bool) -> Tensor | None:
     """A tensor of another size fitted to the model, or None where there is no sound way."""
+    if tensor.is_meta:  # only the shapes are asked for; interpolation is a thousand times slower on the meta device than on numbers
+        tensor = torch.zeros((), dtype=tensor.dtype, device="cpu").expand(tensor.shape)
     if is_first and tensor.ndim == len(shape) and tensor.shape[:1] + tensor.shape[2:] == shape[:1] + shape[2:]:
         return adapt_channels(tensor, shape[1])
     fitted = None
@@ -294,10 +301,12 @@ def models_that_fit(weights: Weights, *, near: str = "") -> list[str]:
 
 def _fitting_variants(f: Family, weights: Weights) -> Iterator[tuple[tuple[int, int, int], str]]:
     shapes = replace(weights, forms=[{name: tensor.to("meta") for name, tensor in form.items()} for form in weights.forms])
-    readings = list(_readings(f.dialects, shapes))
-    for variant, name in zip(f.variants, f.model_names(), strict=True):
+    readings = [state for _, state in _readings(f.dialects, shapes)]
+    for i, (variant, name) in enumerate(zip(f.variants, f.model_names(), strict=True)):
         with torch.device("meta"):
             model = f.cls(**f.arguments(variant))
-        fits = [_fit(model, state, LoadReport("")) for _, state in readings]
+        fits = [_fit(model, state, LoadReport("")) for state in readings]
         if good := [fit.quality() for fit in fits if fit.report.complete and fit.report.filled]:
             yield max(good), name
+        if i == 0:  # a reading that knows less than half of the smallest variant's names is of another architecture
+            readings = [fit.state for fit in fits if fit.report.known >= len(fit.report.missing)]

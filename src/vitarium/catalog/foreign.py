@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import sys
 from typing import Any
@@ -146,6 +147,12 @@ def create_transformers(
         size, tuple(processor.get("image_mean", plain.mean)), tuple(processor.get("image_std", plain.std)), "bicubic", crop
     )
     return TransformersClassifier(model, preprocessing)
+
+
+def library_of(name: str) -> str:
+    """What builds a model of this name besides us, with its version, such as "timm 1.0.31"; "" for our own."""
+    library = {"timm": "timm", "hf": "transformers"}.get(name.partition("/")[0], "")
+    return f"{library} {importlib.metadata.version(library)}" if library else ""
 
 
 def configuration_of(model: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import vitarium
 from vitarium.catalog.create import ModelSpec, create_model
-from vitarium.catalog.foreign import configuration_of, rebuild_transformers
+from vitarium.catalog.foreign import configuration_of, library_of, rebuild_transformers
 from vitarium.catalog.preprocessing import Preprocessing
 from vitarium.catalog.states import RECORD, SEAL, existing, looks_like_safetensors, read_safetensors, seal_of
 from vitarium.errors import CheckpointError, UsageError, VitariumError
@@ -50,6 +50,8 @@ class Record(BaseModel):
     """What `vitarium.apply` did, in its order, each as {"slug": ..., "options": {...}}; always empty until there are methods."""
     tied: dict[str, str] = {}
     """Name of a tensor that shares its memory -> the name under which it is stored."""
+    library: str = ""
+    """What else built the model, such as "timm 1.0.31"; "" for ours."""
     config: dict[str, Any] | None = None
     """transformers' own configuration, for hf/ models."""
 
@@ -93,7 +95,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None) -> nn.Mo
     except VitariumError as error:
         raise CheckpointError(f"{path} holds {record.name}, which this installation cannot build: {error}") from error
     state |= {name: state[stored] for name, stored in record.tied.items() if stored in state}
-    _fill(model, state, path)
+    _fill(model, state, path, record)
     return model.eval().to(device) if device is not None else model.eval()
 
 
@@ -126,6 +128,7 @@ def _record(model: nn.Module) -> Record:
         arguments=arguments,
         preprocessing=preprocessing and preprocessing.to_dict(),
         labels=labels and [str(label) for label in labels],
+        library=library_of(spec.name),
         config=configuration_of(model) if spec.name.startswith("hf/") else None,
     )
     _check_rebuilds(model, record)
@@ -226,13 +229,14 @@ def _seal(path: Path) -> None:
         file.write(digest.encode())
 
 
-def _fill(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+def _fill(model: nn.Module, state: Mapping[str, Tensor], path: Path, record: Record) -> None:
     """The file's tensors into the model, in the file's dtypes."""
     own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     wanted = model.state_dict()
     odd = [n for n in wanted if n not in state or state[n].shape != wanted[n].shape] + [n for n in state if n not in wanted]
     if odd:
-        raise CheckpointError(f"{path} does not fit the model that its record names (at {odd[0]}): it was written by another version")
+        maker = " and ".join(filter(None, (f"vitarium {record.vitarium}", record.library)))
+        raise CheckpointError(f"{path} does not fit the {record.name} of this installation (at {odd[0]}); it was written with {maker}")
     sizes = Counter[torch.dtype]()
     for tensor in state.values():
         if tensor.is_floating_point():
