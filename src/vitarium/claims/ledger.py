@@ -1,0 +1,65 @@
+"""The ledger: what came out of each claim, whichever way, with its numbers, spread, machine and commit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from vitarium.catalog import systems
+from vitarium.claims.experiment import Verdict
+from vitarium.errors import DataError
+from vitarium.files import write_json
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What came out of one claim.
+
+    Attributes:
+        comparisons: a dict each: says, method and baseline (label, values, mean, unit), gain, error (standard), at_least, verdict.
+        seconds: wall time that the run took.
+        machine: as reports.machine describes it.
+        commit: of the code, with "+" where files were changed since; "" outside a checkout.
+    """
+
+    slug: str
+    says: str
+    method: str
+    verdict: Verdict
+    comparisons: list[dict[str, Any]]
+    seconds: float
+    date: str
+    machine: dict[str, Any]
+    commit: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def ledger_folder() -> Path:
+    """Where the ledger lies: inside the package, so that an installed one carries it."""
+    return Path(str(resources.files("vitarium") / "claims" / "ledger"))
+
+
+def write_entry(entry: Entry, folder: Path | None = None) -> Path:
+    """Write an entry (to the package's ledger, or to `folder`) atomically. Returns the file.
+
+    Raises:
+        DataError: the folder cannot be written (an installed package on a read-only disk); pass another one.
+    """
+    path = (folder or ledger_folder()) / f"{entry.slug}.json"
+    try:
+        write_json(path, entry.to_dict())
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}; choose a folder that can be written with --out") from error
+    return path
+
+
+def read_ledger(folder: Path | None = None) -> list[Entry]:
+    """All entries, in the order of systems.toml."""
+    files = [(folder or ledger_folder()) / f"{system.slug}.json" for system in systems()]
+    return [Entry(**json.loads(file.read_text(encoding="utf-8"))) for file in files if file.is_file()]

@@ -1,0 +1,132 @@
+"""Running a claim: train the arms, judge, write the ledger. A killed run goes on where it was, arm by arm."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vitarium.claims.experiment import Arm, Comparison, Measured, find_claim, gain_and_error, judge, together
+from vitarium.claims.ledger import Entry, write_entry
+from vitarium.files import write_json
+
+Progress = Callable[[str], None]
+
+
+def run_claim(slug: str, *, out: Path | None = None, cache: Path | None = None, progress: Progress = lambda _: None) -> Entry:
+    """Run one claim and write its entry.
+
+    Args:
+        slug: the system.
+        out: folder of the ledger; the package's own by default.
+        cache: folder in which each trained arm's value is kept, so that a run that was killed goes on; None keeps nothing.
+        progress: called with a line for each arm and seed.
+
+    Returns:
+        the entry, as written.
+
+    Raises:
+        UsageError: unknown slug, or no claim yet.
+    """
+    from vitarium.reports.machine import describe_machine
+
+    claim, start = find_claim(slug), time.perf_counter()
+    trainer = _Trainer(cache / f"{slug}.json" if cache else None, progress)
+    comparisons = [_compare(comparison, trainer) for comparison in claim.compare()]
+    entry = Entry(
+        slug=slug,
+        says=claim.says,
+        method=claim.method,
+        verdict=together([c["verdict"] for c in comparisons]),
+        comparisons=comparisons,
+        seconds=round(time.perf_counter() - start + trainer.saved_seconds, 1),
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        machine=describe_machine(),
+        commit=_commit(),
+    )
+    write_entry(entry, out)
+    trainer.forget()
+    return entry
+
+
+def _compare(comparison: Comparison, trainer: _Trainer) -> dict[str, Any]:
+    method = trainer.values(comparison.method)
+    baseline = None if comparison.baseline is None else trainer.values(comparison.baseline)
+    gain, error = gain_and_error(method["values"], baseline["values"] if baseline else None)
+    return {
+        "says": comparison.says,
+        "method": method,
+        "baseline": baseline,
+        "gain": gain,
+        "error": error,
+        "at_least": comparison.at_least,
+        "verdict": judge(gain, error, comparison.at_least),
+    }
+
+
+class _Trainer:
+    """Values of arms; equal arms of one claim are trained once, and kept in a file while the claim runs."""
+
+    def __init__(self, file: Path | None, progress: Progress):
+        self.file, self.progress = file, progress
+        self.known: dict[str, dict[str, float]] = json.loads(file.read_text()) if file and file.exists() else {}
+        self.saved_seconds = sum(value["seconds"] for value in self.known.values())
+
+    def values(self, arm: Arm | Measured) -> dict[str, Any]:
+        if isinstance(arm, Measured):
+            values, unit = list(map(float, arm.values)), arm.unit
+        else:
+            values, unit = [self._value(arm, seed) for seed in range(arm.seeds)], "%"
+        return {"label": arm.label, "values": values, "mean": sum(values) / len(values), "unit": unit}
+
+    def _value(self, arm: Arm, seed: int) -> float:
+        key = hashlib.sha256(f"{arm.key()} {seed}".encode()).hexdigest()
+        if key not in self.known:
+            start = time.perf_counter()
+            accuracy = 100 * train_arm(arm, seed)
+            self.known[key] = {"value": accuracy, "seconds": time.perf_counter() - start}
+            self.progress(f"{arm.label}, seed {seed}: {accuracy:.1f} % in {self.known[key]['seconds']:.0f} s")
+            if self.file:
+                write_json(self.file, self.known)
+        return self.known[key]["value"]
+
+    def forget(self) -> None:
+        if self.file:
+            self.file.unlink(missing_ok=True)
+
+
+def train_arm(arm: Arm, seed: int) -> float:
+    """Train one arm with one seed; its accuracy on the held-out part, 0 to 1."""
+    import torch
+
+    from vitarium.catalog import create_model
+    from vitarium.data import open_data
+    from vitarium.training import ClassificationLearner, fit, load_recipe
+
+    budget = f"budget.steps={arm.steps}" if arm.steps else f"budget.minutes={(arm.seconds or 0) / 60}"
+    rest = [f"{key}={json.dumps(value)}" for key, value in arm.overrides.items()]
+    recipe = load_recipe(arm.recipe, [budget, f"seed={seed}", "eval_every=1.0", *rest])
+    data = open_data(arm.data)
+    torch.manual_seed(seed)
+    model = create_model(arm.model, num_classes=len(data.classes), image_size=arm.image_size or data.image_size, **arm.options)
+    with tempfile.TemporaryDirectory() as folder:
+        result = fit(ClassificationLearner.from_recipe(model, recipe), data, recipe, Path(folder))
+    return result.metrics["accuracy"]
+
+
+def _commit() -> str:
+    """Short hash of the checkout that this code runs from; "" where there is none."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "-C", here, "describe", "--always", "--dirty=+"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return found.stdout.strip()

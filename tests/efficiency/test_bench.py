@@ -1,0 +1,68 @@
+"""Benchmarks: how they pair, what they prove before timing, when they keep silent. No test asserts a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from vitarium.catalog import find_model
+from vitarium.efficiency import bench as module
+from vitarium.efficiency.bench import Row, bench, paired, peer_of
+from vitarium.errors import UsageError
+
+
+def row(ratio: float | None, aa: tuple[float, float, float]) -> Row:
+    spread = (None, None, None) if ratio is None else (ratio, ratio, ratio)
+    same = dict(zip(("aa", "aa_low", "aa_high"), aa, strict=True))
+    measured = dict(zip(("ratio", "ratio_low", "ratio_high"), spread, strict=True))
+    setting = dict(kind="inference", batch=1, image_size=16, dtype="float32", device="cpu", threads=1, rounds=7, load=0.0)
+    return Row("ours", "peer", params=1, bytes=4, macs=1, error=0.0, ours_ms=1.0, peer_ms=1.0, **setting, **measured, **same)
+
+
+def test_no_verdict_inside_the_spread_of_ours_against_ours():
+    assert row(1.20, (1.0, 0.95, 1.05)).verdict == "1.20x faster"
+    assert row(0.80, (1.0, 0.95, 1.05)).verdict == "1.25x slower"
+    assert row(1.04, (1.0, 0.95, 1.05)).verdict == "no difference beyond the noise"
+    assert row(None, (1.0, 0.95, 1.05)).verdict == ""
+
+
+def test_arms_take_turns_in_changing_order():
+    order: list[str] = []
+    times = paired({arm: lambda arm=arm: order.append(arm) for arm in "abc"}, rounds=3, least_seconds=0)
+    assert {arm: len(values) for arm, values in times.items()} == {"a": 3, "b": 3, "c": 3}
+    assert order[-9:] == [*"abc", *"bca", *"cab"]
+
+
+def test_a_model_beside_itself(monkeypatch: pytest.MonkeyPatch):
+    """The whole path on a tiny model, with a copy of the family as its peer."""
+    family, _ = find_model("convnext_pico")
+    monkeypatch.setattr(module, "peer_of", lambda *_: "convnext_pico")
+    monkeypatch.setitem(family.dialects, "timm", lambda state: state)
+    rows = list(bench(["convnext_pico"], kinds=("inference", "training"), batches=(1, 2), rounds=3))
+    assert [(r.kind, r.batch) for r in rows] == [("inference", 1), ("inference", 2), ("training", 2)]
+    assert all(r.error == 0 and r.ratio > 0 and r.aa > 0 and r.macs > 0 for r in rows)
+    assert rows[0].to_dict()["verdict"] == rows[0].verdict
+
+
+def test_different_outputs_are_not_timed():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+    other = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+    with pytest.raises(RuntimeError, match="nothing is timed"):
+        module._difference(model, other, 2)
+
+
+def test_peers_are_those_whose_weights_load():
+    assert peer_of(*find_model("swin_tiny")) == "timm/swin_tiny_patch4_window7_224"
+    assert peer_of(*find_model("convnext_tiny")) == "timm/convnext_tiny"
+    assert peer_of(*find_model("swin_pico")) == ""
+
+
+def test_bad_options():
+    with pytest.raises(UsageError, match="at least 3"):
+        next(bench(["swin_pico"], rounds=1))
+    with pytest.raises(UsageError, match="unknown kind"):
+        next(bench(["swin_pico"], kinds=("inferenc",)))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="unknown model"):
+        next(bench(["swin_tinny"]))
+    assert torch.get_num_threads() >= 1
