@@ -122,35 +122,32 @@ def _fetch_timm(name: str, digest: str) -> Path:
 
 def _fetch_hub(place: str) -> Path:
     """OWNER/NAME[/FILE] from the hub client's cache, else from the hub."""
-    import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    import huggingface_hub as hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     parts = place.split("/")
-    if len(parts) < 2 or not all(parts):
+    if len(parts) < 2 or not all(re.fullmatch(r"[\w.-]+", part) for part in parts):
         raise UsageError(f"a hub source is hf:OWNER/NAME or hf:OWNER/NAME/FILE, got 'hf:{place}'")
     repository = "/".join(parts[:2])
     files = ["/".join(parts[2:])] if len(parts) > 2 else list(DEFAULT_FILES)
-    url = f"https://huggingface.co/{repository}/resolve/main/{files[0]}"
-    try:
-        for file in files:
-            cached = huggingface_hub.try_to_load_from_cache(repository, file)
-            if isinstance(cached, str):
-                return Path(cached)
-        for file in files:
-            try:
-                return Path(huggingface_hub.hf_hub_download(repository, file))
-            except EntryNotFoundError as error:
-                if isinstance(error, LocalEntryNotFoundError):  # no network, rather than no such file
-                    raise
-        raise CheckpointError(f"the hub's {repository} holds no {' or '.join(files)}; name its file: hf:{repository}/FILE")
-    except HFValidationError as error:
-        raise UsageError(f"the hub takes no repository called {repository!r}: {error}") from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"the hub shows no {repository} (misspelt, private, or gated: accept its terms and log in with `hf auth login`)"
-        ) from error
-    except OSError as error:  # every other failure of the client, offline mode and the network's own
-        raise CheckpointError(f"cannot reach the hub for {repository} ({_reason(error)}): {_by_hand(url)}") from error
+    for file in files:
+        cached = hub.try_to_load_from_cache(repository, file)
+        if isinstance(cached, str):
+            return Path(cached)
+    for file in files:
+        url = hub.hf_hub_url(repository, file)
+        try:
+            hub.get_hf_file_metadata(url)  # fails at once without a network, where the download would try again for half a minute
+            return Path(hub.hf_hub_download(repository, file))
+        except RepositoryNotFoundError as error:
+            raise CheckpointError(
+                f"the hub shows no {repository} (misspelt, private, or gated: accept its terms and log in with `hf auth login`)"
+            ) from error
+        except Exception as error:  # whatever the client's HTTP library of the day raises
+            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+                continue  # the hub answers that there is no such file
+            raise CheckpointError(f"cannot reach the hub for {repository} ({_reason(error)}): {_by_hand(url)}") from error
+    raise CheckpointError(f"the hub's {repository} holds no {' or '.join(files)}; name its file: hf:{repository}/FILE")
 
 
 def _reason(error: BaseException) -> str:
