@@ -1,0 +1,70 @@
+"""Images that cannot be read: each is named, counted and left out; too many of them stop the run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from vitarium.errors import DataError
+from vitarium.files import write_text
+
+
+class BrokenImage(DataError):
+    """One image that cannot be read. A loader leaves it out and records it; whoever asks for it alone sees the message.
+
+    Attributes:
+        path: the file, or the name of the sample in its archive.
+        reason: what was wrong, in plain words.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], reason: str):
+        super().__init__(str(path), reason)
+        self.path, self.reason = str(path), reason
+
+    def __str__(self) -> str:
+        return f"cannot read {self.path}: {self.reason}"
+
+
+class BadFiles:
+    """The broken images of a run, each once.
+
+    Args:
+        limit: share of all images that may be broken before the run stops.
+    """
+
+    def __init__(self, limit: float = 0.01):
+        if not 0 <= limit <= 1:
+            raise DataError(f"the share of images that may be broken must lie in 0..1, got {limit}")
+        self.limit = limit
+        self._reasons: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._reasons)
+
+    def record(self, path: str, reason: str) -> None:
+        """Keep one; the same path counts once."""
+        self._reasons.setdefault(path, reason)
+
+    def items(self) -> list[tuple[str, str]]:
+        """(path, reason) pairs, in the order in which they were met."""
+        return list(self._reasons.items())
+
+    def check(self, total: int) -> None:
+        """Stop when more than `limit` of `total` images are broken.
+
+        Raises:
+            DataError: with the first twenty.
+        """
+        if len(self) > self.limit * total:
+            listed = "\n".join(f"  {path}: {reason}" for path, reason in self.items()[:20])
+            more = f"\n  and {len(self) - 20} more" if len(self) > 20 else ""
+            share = f"{100 * len(self) / max(total, 1):.1f} %"
+            raise DataError(
+                f"{len(self)} of {total} images cannot be read ({share}; at most {100 * self.limit:g} % may be broken):\n{listed}{more}\n"
+                "repair or remove them"
+            )
+
+    def write(self, folder: Path) -> None:
+        """bad_files.txt in `folder`: path, tab, reason a line. Nothing is written where there are none."""
+        if self._reasons:
+            write_text(folder / "bad_files.txt", "".join(f"{path}\t{reason}\n" for path, reason in self.items()))
