@@ -82,7 +82,7 @@ class _ToNormalised:
         self.mean, self.std = list(preprocessing.mean), list(preprocessing.std)
 
     def __call__(self, image: Tensor) -> Tensor:
-        from torchvision.transforms.v2 import functional as T  # noqa: N812
+        from torchvision.transforms.v2 import functional as T
 
         return T.normalize(T.to_dtype(image, scale=True), self.mean, self.std)
 
@@ -106,7 +106,11 @@ def _policy(name: str, size: int, preprocessing: Preprocessing) -> Callable[[Ima
     hints = dict(translate_const=int(size * 0.45), img_mean=tuple(round(255 * m) for m in preprocessing.mean))
     try:
         if kind == "rand":
-            return auto_augment.rand_augment_transform(name, hints)
+            transform = auto_augment.rand_augment_transform(name, hints)
+            for op in transform.ops:
+                if op.name.startswith("Posterize"):
+                    op.level_fn = _at_least_one_bit(op.level_fn)
+            return transform
         if kind == "augmix":
             return auto_augment.augment_and_mix_transform(name, hints)
         if kind == "3a":
@@ -115,3 +119,8 @@ def _policy(name: str, size: int, preprocessing: Preprocessing) -> Callable[[Ima
         return auto_augment.auto_augment_transform(name, hints)
     except (AssertionError, ValueError, KeyError) as error:
         raise UsageError(f"augmentation policy {name!r} is not in timm's form, such as 'rand-m9-mstd0.5-inc1': {error}") from error
+
+
+def _at_least_one_bit(level_fn: Callable[..., tuple[int, ...]]) -> Callable[..., tuple[int, ...]]:
+    """timm asks strong posterising for 0 bits, which Pillow refuses since version 13; 1 bit is the strongest that is left."""
+    return lambda level, hparams: tuple(max(1, bits) for bits in level_fn(level, hparams))
