@@ -16,6 +16,8 @@ SURFACE = {
     "info": "model --image-size --json",
     "compare": "--data --models --pretrained --recipe --steps --epochs --minutes --image-size --batch-size --val-fraction --seed --out "
     "--devices --num-nodes --strategy --accelerator --config --print-config",
+    "bench": "models --peers --kind --batch --image-size --dtype --device --rounds --threads --json --config --print-config",
+    "claim": "slug --all --out --json",
     "export": "model --checkpoint --format --output --image-size --batch --tolerance",
     "env": "--json",
 }

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from vitarium.cli import compare, env, export, info, models, systems
+from vitarium.cli import bench, claim, compare, env, export, info, models, systems
 from vitarium.cli.console import err
 from vitarium.errors import VitariumError
 
@@ -68,7 +68,7 @@ def options(
     """Vision models that compose: which works best on your data and your hardware, and can it be smaller?"""
 
 
-for command in (systems.systems, models.models, info.info, compare.compare, export.export, env.env):
+for command in (systems.systems, models.models, info.info, compare.compare, bench.bench, export.export, claim.claim, env.env):
     app.command()(command)
 
 

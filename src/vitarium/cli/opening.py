@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,17 +27,16 @@ def open_model(source: str, checkpoint: str | None = None, **options: Any) -> nn
     """A trained model in eval mode: a file of `vitarium.save`, or a name with a checkpoint, or a name with its published weights.
 
     Raises:
-        UsageError: unknown name, a file that is not there, or both a file and a checkpoint.
-        CheckpointError: weights that cannot be read or fetched.
+        UsageError: unknown name, or both a file and a checkpoint.
+        CheckpointError: weights that are not there, or cannot be read or fetched.
     """
     import vitarium
 
     if is_file(source):
         if checkpoint is not None:
             raise UsageError(f"{source} holds its own weights; give --checkpoint only with a model's name")
-        if not Path(source).is_file():
-            raise UsageError(f"no file {source}")
-        return vitarium.load(source).eval()
+        return vitarium.load(source)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells each try; the error at the end says it once
     return vitarium.create_model(source, checkpoint=checkpoint, pretrained=checkpoint is None, **options).eval()
 
 

@@ -1,0 +1,132 @@
+"""`vitarium evaluate`: what a model is worth on labelled images."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vitarium.cli.config import configurable
+from vitarium.cli.console import err, out, pairs, print_json, table
+from vitarium.cli.opening import find_device, open_model
+from vitarium.cli.options import BatchSize, Checkpoint, DataSpec, Device
+from vitarium.errors import DataError, nearest
+
+if TYPE_CHECKING:
+    from vitarium.data import ImageSet
+
+WORST = 5  # classes that are shown
+NAMES = {"accuracy": "accuracy", "top5": "accuracy of the first five", "loss": "cross entropy", "calibration_error": "calibration error"}
+
+
+class Split(StrEnum):
+    """Parts of a data set."""
+
+    VAL = "val"
+    TRAIN = "train"
+
+
+@configurable
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL|FILE", help="A file that `vitarium.save` wrote, or a model's name.")],
+    data: DataSpec = "digits",
+    checkpoint: Checkpoint = None,
+    split: Annotated[Split, typer.Option(help="Which part of the data.")] = Split.VAL,
+    val_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share held out of data that has no val/ part.")] = 0.2,
+    seed: Annotated[int, typer.Option(min=0, help="Of the split.")] = 0,
+    batch_size: BatchSize = 64,
+    device: Device = "auto",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for all metrics.", show_default="none")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Measure a trained model on labelled images: accuracy, loss, calibration, and the classes it knows least."""
+    from vitarium.data import open_data
+    from vitarium.files import write_json
+
+    opened = open_model(model, checkpoint).to(find_device(device))
+    images = open_data(data, seed=seed, val_fraction=val_fraction)
+    part = images.val if split is Split.VAL else images.train
+    with err().status(f"Evaluating on {len(part)} images"):
+        report = {"model": model, "data": images.name, "split": split.value, **measure(opened, part, images.classes, batch_size)}
+    if output is not None:
+        write_json(output, report)
+    (print_json if as_json else show)(report)
+
+
+def measure(model: Any, images: ImageSet, classes: list[str], batch_size: int) -> dict[str, Any]:
+    """Metrics of a classifier; classes are matched by their names where the model knows them.
+
+    Raises:
+        DataError: the data's classes are not the model's, or too many images cannot be read.
+    """
+    from vitarium.data import BadFiles
+    from vitarium.training import evaluate as run
+
+    labels = getattr(model, "labels", None)
+    if labels is not None and labels != classes:
+        images, classes = Renumbered(images, numbers_of(classes, labels)), labels
+    elif labels is None and getattr(model, "num_classes", len(classes)) != len(classes):
+        raise DataError(f"the model tells {model.num_classes} classes apart, the data has {len(classes)}: {', '.join(classes[:8])}")
+    bad_files = BadFiles()
+    metrics = run(model, images, batch_size=batch_size, bad_files=bad_files)
+    bad_files.check(len(images))
+    confusion = metrics.pop("confusion_matrix")
+    return {
+        **metrics,
+        "images": sum(map(sum, confusion)),
+        "classes": [
+            {"name": name, "images": sum(row), "accuracy": row[i] / sum(row) if sum(row) else None}
+            for i, (name, row) in enumerate(zip(classes, confusion, strict=False))
+        ],
+        "confusion_matrix": confusion,
+        "broken": [{"path": path, "reason": reason} for path, reason in bad_files.items()],
+    }
+
+
+def numbers_of(classes: list[str], labels: list[str]) -> list[int]:
+    """The model's number of each class of the data.
+
+    Raises:
+        DataError: a class that the model does not know.
+    """
+    if unknown := [name for name in classes if name not in labels]:
+        known = ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")
+        count = f"{len(unknown)} of the data's {len(classes)} classes"
+        raise DataError(f"the model does not know {count}, such as {unknown[0]!r}{nearest(unknown[0], labels)} (it knows {known})")
+    return [labels.index(name) for name in classes]
+
+
+class Renumbered:
+    """An image set whose classes have the model's numbers."""
+
+    def __init__(self, images: ImageSet, numbers: list[int]):
+        self.images, self.numbers = images, numbers
+        self.targets = [numbers[target] for target in images.targets]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, target = self.images[index]
+        return image, self.numbers[target]
+
+    def describe(self, index: int) -> str:
+        """As the set does."""
+        return self.images.describe(index)
+
+
+def show(report: dict[str, Any]) -> None:
+    """The metrics as tables."""
+    rows = {
+        told: f"{100 * report[name]:.2f} %" if name != "loss" else f"{report[name]:.4f}" for name, told in NAMES.items() if name in report
+    }
+    console = out()
+    console.print(pairs({"images": f"{report['images']} ({report['data']}, {report['split']})", **rows}))
+    known = sorted((c for c in report["classes"] if c["accuracy"] is not None), key=lambda c: c["accuracy"])
+    if len(known) > 1:
+        worst = table("class", ">images", ">accuracy", title="The classes it knows least")
+        for row in known[:WORST]:
+            worst.add_row(row["name"], str(row["images"]), f"{100 * row['accuracy']:.1f} %")
+        console.print(worst)

@@ -1,0 +1,135 @@
+"""`vitarium predict`: what a model sees in pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vitarium.cli.console import err, out, print_json, table
+from vitarium.cli.opening import find_device, open_model
+from vitarium.cli.options import BatchSize, Checkpoint, Device
+from vitarium.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+ENDINGS = (".csv", ".json")
+
+
+def predict(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Pictures, and folders that are searched to the bottom.")],
+    model: Annotated[str, typer.Option(metavar="MODEL|FILE", help="A file that `vitarium.save` wrote, or a model's name.")],
+    checkpoint: Checkpoint = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Classes told for each picture, the most probable first.")] = 5,
+    batch_size: BatchSize = 32,
+    device: Device = "auto",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write, .csv or .json.", show_default="none")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Name what is in pictures. One that cannot be read is named and counted, and the others go on (exit code 3 if none can be read)."""
+    if output is not None and output.suffix not in ENDINGS:
+        raise UsageError(f"--output must end in {' or '.join(ENDINGS)}, got {output}")
+    files = find_pictures(images)
+    opened = open_model(model, checkpoint).to(find_device(device))
+    with err().status(f"Looking at {len(files)} pictures"):
+        rows = look(opened, files, top_k, batch_size)
+    broken = [row for row in rows if "error" in row]
+    if len(broken) == len(rows):
+        raise DataError("no picture could be read:\n" + "\n".join(f"  {row['image']}: {row['error']}" for row in broken[:10]))
+    if output is not None:
+        write(rows, output, top_k)
+    (print_json if as_json else show)(rows)
+    if broken:
+        err().print(f"[yellow]{len(broken)} of {len(rows)} pictures could not be read[/]")
+    if output is not None:
+        err().print(f"written: {output}", markup=False, style="dim")
+
+
+def find_pictures(paths: list[Path]) -> list[Path]:
+    """The files that are named, and the pictures below the folders that are named, in order.
+
+    Raises:
+        DataError: a folder without pictures.
+    """
+    from vitarium.data.images import is_image_file
+
+    found: list[Path] = []
+    for path in paths:
+        inside = sorted(p for p in path.rglob("*") if is_image_file(p)) if path.is_dir() else [path]
+        if not inside:
+            raise DataError(f"{path} holds no pictures")
+        found += inside
+    return found
+
+
+class Pictures:
+    """Files as an image set without classes."""
+
+    def __init__(self, files: list[Path]):
+        self.files = files
+        self.targets = [0] * len(files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        from vitarium.data.images import open_image
+
+        return open_image(self.files[index]), 0
+
+    def describe(self, index: int) -> str:
+        """The path."""
+        return str(self.files[index])
+
+
+def look(model: nn.Module, files: list[Path], top_k: int, batch_size: int) -> list[dict[str, Any]]:
+    """For each file {"image", "predictions": [{"label", "probability"}, ...]}, or {"image", "error"}; in the order of the files."""
+    from vitarium.data import BadFiles
+    from vitarium.training import predict_logits
+
+    bad_files = BadFiles(1.0)
+    logits, _, indices = predict_logits(model, Pictures(files), batch_size=batch_size, bad_files=bad_files)
+    labels = getattr(model, "labels", None) or [f"class {i}" for i in range(logits.shape[-1])]
+    probabilities, classes = logits.softmax(-1).topk(min(top_k, logits.shape[-1]))
+    rows: dict[int, dict[str, Any]] = {}
+    for index, shares, numbers in zip(indices.tolist(), probabilities.tolist(), classes.tolist(), strict=True):
+        rows[index] = {"predictions": [{"label": labels[c], "probability": p} for p, c in zip(shares, numbers, strict=True)]}
+        if not logits[len(rows) - 1].isfinite().all():
+            rows[index] = {"error": "the model's output is not finite"}
+    reasons = dict(bad_files.items())
+    return [{"image": str(f), **rows.get(i, {"error": reasons.get(str(f), "cannot be read")})} for i, f in enumerate(files)]
+
+
+def write(rows: list[dict[str, Any]], path: Path, top_k: int) -> None:
+    """Predictions to a file, by its ending; in a CSV a line a picture, with columns label_1, probability_1, label_2, ..."""
+    from vitarium.files import write_json, write_text
+
+    if path.suffix == ".json":
+        return write_json(path, rows)
+    places = range(1, 1 + max(len(row.get("predictions", [])) for row in rows))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", *(f"{kind}_{i}" for i in places for kind in ("label", "probability")), "error"])
+    for row in rows:
+        cells = [cell for p in row.get("predictions", []) for cell in (p["label"], f"{p['probability']:.6f}")]
+        writer.writerow([row["image"], *(cells or [""] * 2 * len(places)), row.get("error", "")])
+    write_text(path, text.getvalue())
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """A line a picture."""
+    from rich.markup import escape
+
+    result = table("picture", "label", ">probability", "~then")
+    for row in rows:
+        if "error" in row:
+            result.add_row(escape(row["image"]), "[yellow]unreadable[/]", "", f"[yellow]{escape(row['error'])}[/]")
+            continue
+        first, *others = row["predictions"]
+        then = ", ".join(f"{escape(p['label'])} {100 * p['probability']:.1f} %" for p in others)
+        result.add_row(escape(row["image"]), f"[bold]{escape(first['label'])}[/]", f"{100 * first['probability']:.1f} %", f"[dim]{then}[/]")
+    out().print(result)
