@@ -82,7 +82,7 @@ def show(rows: Iterator[Row]) -> None:
 
     with err().status("Measuring the first"):
         row = next(rows)
-    result, console = table("model", "peer", "kind", ">batch", ">ours", ">peer", ">peer / ours", ">ours / ours", "verdict"), out()
+    result, console = table("~model", "~peer", "kind", ">batch", ">ours", ">peer", ">peer / ours", ">ours / ours", "verdict"), out()
     add(result, row)
     with Live(result, console=console, auto_refresh=False) if console.is_terminal else contextlib.nullcontext() as live:
         for row in rows:

@@ -14,7 +14,7 @@ from vitarium.cli.console import err, table
 if TYPE_CHECKING:
     from vitarium.reports.events import Event
 
-BAR_WIDTH = 24  # characters
+BAR_WIDTH = 20  # characters
 WORDS = {
     "started": "[cyan]training[/]",
     "step": "[cyan]training[/]",
@@ -53,7 +53,7 @@ class Board:
             self.console.print(line(event), markup=False, soft_wrap=True)
 
     def __rich__(self) -> Table:
-        rows = table("model", "", "state", ">step", ">loss", ">held-out accuracy", ">left")
+        rows = table("~model", "", "state", ">step", ">loss", ">accuracy", ">left")
         for model, event in self.latest.items():
             if event is None:
                 rows.add_row(f"[dim]{model}", "", "[dim]waiting[/]")

@@ -97,7 +97,7 @@ def show(comparison: Comparison) -> None:
     """The table of a comparison, what failed, and the sentence that recommends a model."""
     console = out()
     chosen = comparison.recommendation.model
-    rows = table("model", ">accuracy", ">latency", ">throughput", ">memory", ">params", ">MACs", ">trained")
+    rows = table("~model", ">accuracy", ">latency", ">images/s", ">memory", ">params", ">MACs")
     for row in comparison.table():
         rows.add_row(*cells(row), style="bold green" if row["name"] == chosen else None)
     console.print()
@@ -118,9 +118,8 @@ def cells(row: dict[str, Any]) -> list[str]:
         row["name"],
         f"{100 * row['accuracy']:.1f} %",
         f"{row['latency_ms']:.2f} ms",
-        f"{short(row['throughput'])}/s",
+        short(row["throughput"]),
         f"{row['peak_memory_mb']:.1f} MB",
         short(row["params"]),
         short(row["macs"]),
-        f"{row['seconds']:.0f} s",
     ]

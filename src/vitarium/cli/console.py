@@ -36,8 +36,9 @@ def print_json(value: Any) -> None:
 
 
 def table(*columns: str, title: str | None = None) -> Table:
-    """An empty table. A column's name that begins with ">" is set to the right, as numbers want it; one that begins with "~" may fold."""
-    style = dict(title_justify="left", title_style="bold", header_style="cyan", pad_edge=False, show_edge=False)
+    """An empty table. A column whose name begins with ">" is set to the right, as numbers want it; one with "~" folds first where the
+    terminal is narrow."""
+    style = dict(title_justify="left", title_style="bold", header_style="cyan", pad_edge=False, show_edge=False, collapse_padding=True)
     result = Table(box=box.SIMPLE_HEAD, title=title and f"\n{title}", **style)  # type: ignore[arg-type]
     for name in columns:
         result.add_column(
