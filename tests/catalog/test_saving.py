@@ -149,13 +149,23 @@ def test_every_single_byte_is_sealed(tmp_path):
             vitarium.load(path)
 
 
-def test_a_failed_save_leaves_the_old_file(model, tmp_path, monkeypatch):
+@pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
+def test_a_full_disk_leaves_the_old_file(model, tmp_path):
+    """A limit on file sizes stands for the full disk."""
+    import resource
+    import signal
+
     path = tmp_path / "m.safetensors"
     vitarium.save(model, path)
     before = path.read_bytes()
-    monkeypatch.setattr("vitarium.catalog.saving._seal", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space"):
-        vitarium.save(model, path)
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            vitarium.save(model, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
 

@@ -53,12 +53,12 @@ def create_model(
     """
     name, _, tag = name.partition(".") if not name.startswith(("timm/", "hf/")) else (name, "", "")
     given = dict(arguments)
-    if num_classes is not None:
-        if num_classes < 0:
-            raise UsageError(f"num_classes must be 0 or more, got {num_classes}")
-        given["num_classes"] = num_classes
-    if image_size is not None:
-        given["image_size"] = image_size
+    for option, value, least in (("num_classes", num_classes, 0), ("image_size", image_size, 1)):
+        if value is None:
+            continue
+        if not isinstance(value, int) or value < least:
+            raise UsageError(f"{option} must be a whole number of at least {least}, got {value!r}")
+        given[option] = value
 
     if name.startswith("timm/"):
         from vitarium.catalog.foreign import create_timm
@@ -90,7 +90,10 @@ def _create_ours(name: str, **given: Any) -> nn.Module:
     if wrong := [k for k in given if k not in parameters]:
         hint = nearest(wrong[0], parameters)
         raise UsageError(f"{name} takes no argument {wrong[0]!r}{hint} (it takes {', '.join(parameters)})")
-    model = family.cls(**{**family.arguments(variant), **given})
+    try:
+        model = family.cls(**{**family.arguments(variant), **given})
+    except (ValueError, TypeError, RuntimeError) as error:  # the constructor's own checks, or torch's of a size or a kind
+        raise UsageError(f"{name} cannot be built with {given}: {error}") from error
     model.preprocessing = family.preprocessing(variant, image_size=image_size, in_chans=getattr(model, "in_chans", 3))  # type: ignore[assignment]
     return model
 

@@ -33,6 +33,8 @@ def create_timm(name: str, *, pretrained: bool = False, image_size: int | None =
     architecture, extra = TIMM_PICO.get(name, (name, {}))
     if not timm.is_model(architecture):
         raise UsageError(f"timm has no model {name!r}{nearest(name, [*TIMM_PICO, *timm.list_models()])}")
+    if pretrained and name in TIMM_PICO:
+        raise UsageError(f"timm/{name} is a small form for demos and has no pretrained weights; timm/{architecture} has")
     arguments = {**extra, **arguments}
     if image_size is not None and "img_size" in arguments:
         arguments["img_size"] = image_size

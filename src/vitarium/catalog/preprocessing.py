@@ -82,4 +82,6 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
     elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode not in ("1", "L", "RGB"):
+        image = image.convert("RGB")  # Pillow knows no direct way from some of its modes (LAB) to grey
     return image.convert("L" if channels == 1 else "RGB")

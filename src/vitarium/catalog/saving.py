@@ -67,13 +67,17 @@ def save(model: nn.Module, path: str | Path) -> None:
         UsageError: the model cannot be rebuilt from its name and arguments (which, is said), or the path is no regular file.
         OSError: the disk is full or read-only; an older file stays intact.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors, tied = _stored(model.state_dict())
     record = _record(model).model_copy(update=dict(tied=tied))
     metadata = {"format": "pt", RECORD: record.model_dump_json(), SEAL: "0" * 64}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:  # its writer knows no other error than the disk's
+            raise OSError(f"cannot write {path}: {error}") from error
         _seal(temporary)
 
 

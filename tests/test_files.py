@@ -1,0 +1,111 @@
+"""Files: whole or not at all, readable as the umask says, one run a folder."""
+
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from vitarium.errors import UsageError
+from vitarium.files import atomic_path, lock_folder, sha256, write_json, write_text
+
+POSIX = pytest.mark.skipif(os.name != "posix", reason="POSIX")
+
+
+def test_writes_and_replaces(tmp_path):
+    path = tmp_path / "new folder" / "größe 模型.txt"
+    write_text(path, "one")
+    write_text(path, "größer")
+    assert path.read_text(encoding="utf-8") == "größer"
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_json_is_readable(tmp_path):
+    write_json(tmp_path / "x.json", {"ä": [1, 2.5]})
+    assert (tmp_path / "x.json").read_text(encoding="utf-8") == '{\n  "ä": [\n    1,\n    2.5\n  ]\n}\n'
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_leaves_the_old_file_and_no_litter(tmp_path, error):
+    write_text(tmp_path / "x", "old")
+    with pytest.raises(error), atomic_path(tmp_path / "x") as temporary:  # noqa: PT012
+        temporary.write_text("half")
+        raise error
+    assert (tmp_path / "x").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+@POSIX
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
+def test_permissions_follow_the_umask(tmp_path, umask, mode):
+    old = os.umask(umask)
+    try:
+        write_text(tmp_path / "x", "")
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == mode
+
+
+@POSIX
+def test_refuses_what_is_no_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(UsageError, match="not a regular file"):
+            write_text(path, "")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+@POSIX
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    """A limit on file sizes stands for the full disk: the write fails half-way."""
+    write_text(tmp_path / "x", "old")
+    code = """
+        import resource, signal, sys
+        from vitarium.files import write_text
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        try:
+            write_text(sys.argv[1], "x" * 1_000_000)
+        except OSError as error:
+            print(error.strerror)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), tmp_path / "x"], capture_output=True, text=True)
+    assert done.stdout == "File too large\n", done.stderr
+    assert (tmp_path / "x").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_sha256(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    assert sha256(tmp_path / "x").startswith("ba7816bf8f01cfea414140de5dae2223")
+
+
+def test_one_run_a_folder(tmp_path):
+    """Another process is refused with the holder's number; after it, even killed, the folder is free."""
+    code = """
+        import sys
+        from vitarium.files import lock_folder
+        with lock_folder(sys.argv[1]):
+            print("held", flush=True)
+            sys.stdin.read()
+    """
+    holder = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with (
+            pytest.raises(UsageError, match=f"in use by another run \\(process {holder.pid} on .*choose another folder"),
+            lock_folder(tmp_path),
+        ):
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+    with lock_folder(tmp_path):
+        pass
+    with lock_folder(tmp_path):
+        pass
