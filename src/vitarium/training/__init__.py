@@ -1,0 +1,44 @@
+"""Training: the loop, the learners' contract, recipes and the state of a run.
+
+recipe = load_recipe("pico", ["budget.steps=500"])
+learner = ClassificationLearner.from_recipe(model, recipe)
+result = fit(learner, data, recipe, "runs/mine")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vitarium.training.classification import ClassificationLearner as ClassificationLearner
+    from vitarium.training.evaluation import evaluate as evaluate
+    from vitarium.training.evaluation import predict_logits as predict_logits
+    from vitarium.training.fitting import FitResult as FitResult
+    from vitarium.training.fitting import fit as fit
+    from vitarium.training.learner import Learner as Learner
+    from vitarium.training.recipe import Recipe as Recipe
+    from vitarium.training.recipe import list_recipes as list_recipes
+    from vitarium.training.recipe import load_recipe as load_recipe
+    from vitarium.training.run import Progress as Progress
+
+_PLACES = {
+    "ClassificationLearner": "classification",
+    "FitResult": "fitting",
+    "Learner": "learner",
+    "Progress": "run",
+    "Recipe": "recipe",
+    "evaluate": "evaluation",
+    "fit": "fitting",
+    "list_recipes": "recipe",
+    "load_recipe": "recipe",
+    "predict_logits": "evaluation",
+}
+
+__all__ = sorted(_PLACES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,318 @@
+"""Batches whose order and augmentation are pure functions of seed, epoch and index, however many workers read them.
+
+    order        (seed, epoch)               -> a permutation of the samples
+    randomness   (seed, epoch, index, copy)  -> the state of Python's, NumPy's and torch's generators while one sample is read
+
+So an epoch can begin at any step without reading what comes before it, and a resumed run sees what an unbroken one sees.
+
+Over W ranks with batches of b, step s of an epoch covers samples s*W*b to (s+1)*W*b of the order, and rank r takes the r-th block of
+b: the union over ranks is the batch that one process would see with W*b. Training (`drop_last`) leaves out the last incomplete global
+batch, so that all ranks make the same number of full steps; evaluation deals the samples out in turn and pads nothing, so that none
+is counted twice (ranks may then differ by one batch).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate, get_worker_info
+
+from vitarium.catalog.preprocessing import Preprocessing
+from vitarium.data.bad_files import BadFiles, BrokenImage
+from vitarium.errors import DataError
+
+MEMORY_BYTES = 256 * 2**20
+"""Up to this size, samples whose preparation is not random are kept in memory after their first reading (in-process only)."""
+
+_MASK = 2**64 - 1
+
+
+def mix(*values: int) -> int:
+    """One well-stirred 64-bit number from several (splitmix64): near keys give unrelated numbers."""
+    state = 0
+    for value in values:
+        state = ((state ^ (value & _MASK)) + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state
+
+
+def seed_generators(*key: int) -> None:
+    """Set Python's, NumPy's and torch's CPU generator from a key. About 10 us; `torch.manual_seed` alone takes ten times that."""
+    seed = mix(*key)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def generators_kept() -> Iterator[None]:
+    """What is drawn inside leaves Python's, NumPy's and torch's CPU generator as they were."""
+    numpy_generator = np.random.get_bit_generator()
+    states = random.getstate(), numpy_generator.state, torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        numpy_generator.state = states[1]
+        torch.default_generator.set_state(states[2])
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One batch to read: which samples, and which copy of each (see `repeats`)."""
+
+    epoch: int
+    indices: list[int]
+    copies: list[int]
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What went wrong in a worker, as plain text: an exception itself may not survive the way to the main process."""
+
+    index: int
+    reason: str
+
+
+class _Reader:
+    """Reads whole batches, in the main process or in a worker (torch asks a dataset with `__getitems__` for a batch at once)."""
+
+    def __init__(
+        self, dataset: Any, transform: Callable[[Any], Tensor], seed: int, memory: dict[int, tuple[Tensor, Any]] | None, workers: int
+    ):
+        self.dataset, self.transform, self.seed, self.memory = dataset, transform, seed, memory
+        self.reading = torch.full((max(1, workers),), -1).share_memory_()  # the sample each worker is at, for the post-mortem
+
+    def __getitems__(self, plan: _Plan) -> dict[str, Any] | _Failure:
+        worker = get_worker_info()
+        place = worker.id if worker else 0
+        images, targets, indices, broken = [], [], [], []
+        for index, copy in zip(plan.indices, plan.copies, strict=True):
+            self.reading[place] = index
+            try:
+                image, target = self._sample(plan.epoch, index, copy)
+            except BrokenImage as error:
+                broken.append((error.path, error.reason))
+                continue
+            except Exception as error:
+                failure = _Failure(index, f"{type(error).__name__}: {error}")
+                if worker:
+                    return failure
+                raise _data_error(self.dataset, failure) from error
+            images.append(image)
+            targets.append(target)
+            indices.append(index)
+        self.reading[place] = -1
+        return {
+            "image": torch.stack(images) if images else torch.empty(0),
+            "target": default_collate(targets) if targets else torch.empty(0, dtype=torch.int64),
+            "index": torch.tensor(indices, dtype=torch.int64),
+            "broken": broken,
+        }
+
+    def _sample(self, epoch: int, index: int, copy: int) -> tuple[Tensor, Any]:
+        if self.memory is not None and index in self.memory:
+            return self.memory[index]
+        seed_generators(self.seed, epoch, index, copy)
+        picture, target = self.dataset[index]
+        sample = self.transform(picture), target
+        if self.memory is not None:
+            self.memory[index] = sample
+        return sample
+
+
+class _Sampler:
+    """The batches of the epoch under way; its content changes while the workers stay."""
+
+    def __init__(self) -> None:
+        self.plans: list[_Plan] = []
+
+    def __iter__(self) -> Iterator[_Plan]:
+        return iter(self.plans)
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+
+class Loader:
+    """Batches of an image set, `{"image": (B, C, H, W) float32, "target": (B,) int64, "index": (B,) int64}`.
+
+    An image that raises `BrokenImage` is recorded and left out: its batch is smaller by one, nothing takes its place, and the order of
+    the others does not change. A batch of which no image can be read comes out empty (B = 0).
+
+    Args:
+        dataset: gives (picture, target) by index; its length is fixed. `describe(index)`, where it has it, names a sample in messages.
+        transform: picture -> (C, H, W); may draw from Python's, NumPy's and torch's global generators.
+        batch_size: samples a batch on this rank.
+        seed: of the order and of the augmentation.
+        shuffle: a new order each epoch; else the order of the set.
+        drop_last: leave out the last incomplete global batch (training); else evaluate every sample once.
+        rank, world_size: this process among those that share each epoch.
+        num_workers: processes that read ahead; 0 reads in this process, which is best for small pictures in memory.
+        bad_files: where broken images of this set are recorded; more than it allows stop the epoch.
+        repeats: how many differently augmented copies of a sample lie in an epoch (repeated augmentation; the epoch keeps its length
+            and sees fewer different samples).
+        timeout: seconds without a batch after which the workers count as stuck.
+
+    Raises:
+        DataError: no samples; or with `drop_last` fewer than one global batch.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        transform: Callable[[Any], Tensor],
+        *,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        bad_files: BadFiles | None = None,
+        repeats: int = 1,
+        timeout: float = 50.0,
+    ):
+        if len(dataset) == 0:
+            raise DataError("the data holds no samples")
+        if drop_last and len(dataset) < batch_size * world_size:
+            raise DataError(
+                f"{len(dataset)} training pictures are fewer than one batch ({batch_size} a process, {world_size} process"
+                f"{'es' if world_size > 1 else ''}); use batch_size={max(1, len(dataset) // world_size)} or less, or more data"
+            )
+        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        self.shuffle, self.drop_last, self.repeats = shuffle, drop_last, repeats
+        self.rank, self.world_size = rank, world_size
+        self.num_workers, self.timeout, self.bad_files = num_workers, timeout, bad_files
+        keep = num_workers == 0 and isinstance(transform, Preprocessing) and _bytes(transform) * len(dataset) <= MEMORY_BYTES
+        self._reader = _Reader(dataset, transform, seed, {} if keep else None, num_workers)
+        self._sampler = _Sampler()
+        self._workers: DataLoader | None = None
+
+    @property
+    def steps(self) -> int:
+        """Batches an epoch on this rank."""
+        count = len(self.dataset)
+        if self.drop_last:
+            return count // (self.batch_size * self.world_size)
+        return -(-len(range(self.rank, count, self.world_size)) // self.batch_size)
+
+    def plan(self, epoch: int, start_step: int = 0) -> list[_Plan]:
+        """The batches of an epoch on this rank from a step on. Reads nothing."""
+        count = len(self.dataset)
+        order = np.random.default_rng([self.seed, epoch]).permutation(count) if self.shuffle else np.arange(count)
+        copies = np.tile(np.arange(self.repeats), -(-count // self.repeats))[:count]
+        order = np.repeat(order, self.repeats)[:count]
+        if self.drop_last:
+            shape = self.steps, self.world_size, self.batch_size
+            used = self.steps * self.world_size * self.batch_size
+            order, copies = (values[:used].reshape(shape)[:, self.rank].reshape(-1) for values in (order, copies))
+        else:
+            order, copies = order[self.rank :: self.world_size], copies[self.rank :: self.world_size]
+        size = self.batch_size
+        return [
+            _Plan(epoch, order[s * size : (s + 1) * size].tolist(), copies[s * size : (s + 1) * size].tolist())
+            for s in range(start_step, self.steps)
+        ]
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[dict[str, Any]]:
+        """The batches of an epoch, from a step on (what comes before is not read).
+
+        Raises:
+            DataError: a sample cannot be read for a reason other than a broken file, a worker dies or hangs (the message names the
+                sample), or more images are broken than `bad_files` allows.
+        """
+        plans = self.plan(epoch, start_step)
+        batches = self._from_workers(plans) if self.num_workers else self._in_process(plans)
+        for batch in batches:
+            if isinstance(batch, _Failure):
+                self.close()
+                raise _data_error(self.dataset, batch)
+            broken = batch.pop("broken")
+            if broken and self.bad_files is not None:
+                for path, reason in broken:
+                    self.bad_files.record(path, reason)
+                self.bad_files.check(len(self.dataset))
+            yield batch
+
+    def close(self) -> None:
+        """Let the workers go; the next epoch starts new ones."""
+        self._workers = None
+
+    def _in_process(self, plans: list[_Plan]) -> Iterator[dict[str, Any] | _Failure]:
+        for plan in plans:
+            with generators_kept():
+                batch = self._reader.__getitems__(plan)
+            yield batch
+
+    def _from_workers(self, plans: list[_Plan]) -> Iterator[dict[str, Any] | _Failure]:
+        self._sampler.plans = plans
+        if self._workers is None:
+            self._workers = DataLoader(
+                self._reader,  # type: ignore[arg-type]
+                batch_sampler=self._sampler,  # type: ignore[arg-type]
+                num_workers=self.num_workers,
+                collate_fn=_unchanged,
+                persistent_workers=True,
+                timeout=self.timeout,
+                pin_memory=torch.cuda.is_available(),
+                worker_init_fn=_start_worker,
+            )
+        self._reader.reading.fill_(-1)
+        batches = iter(self._workers)
+        while True:
+            try:
+                yield next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:  # the reader itself never raises in a worker: one was killed, or hangs
+                self.close()
+                raise DataError(self._post_mortem(batches, error)) from error
+
+    def _post_mortem(self, batches: Any, error: RuntimeError) -> str:
+        processes = getattr(batches, "_workers", [])
+        dead = [i for i, process in enumerate(processes) if not process.is_alive()]
+        reading = self._reader.reading.tolist()
+        samples = [reading[i] for i in dead or range(len(reading)) if reading[i] >= 0]
+        if dead:
+            codes = ", ".join(str(processes[i].exitcode) for i in dead)
+            what = f"{len(dead)} of {self.num_workers} data workers died (exit code {codes})"
+        elif "timed out" in str(error):
+            what = f"the data workers gave no batch for {self.timeout:g} seconds"
+        else:
+            what = f"the data workers failed ({error})"
+        where = f" while reading {', '.join(_name(self.dataset, i) for i in samples)}" if samples else ""
+        return f"{what}{where}; num_workers=0 reads in the main process and shows what happens (too little memory is a common cause)"
+
+
+def _start_worker(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which then ends the workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked worker would else inherit the main process's handler
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _bytes(transform: Preprocessing) -> int:
+    return 4 * transform.channels * transform.image_size**2
+
+
+def _name(dataset: Any, index: int) -> str:
+    describe = getattr(dataset, "describe", None)
+    return f"sample {index} ({describe(index)})" if describe else f"sample {index}"
+
+
+def _data_error(dataset: Any, failure: _Failure) -> DataError:
+    return DataError(f"cannot read {_name(dataset, failure.index)}: {failure.reason}")

@@ -1,0 +1,163 @@
+"""The state of a run on disk: one file, whole or not at all, that knows whether it was changed and which run it belongs to.
+
+`last.ckpt` is a plain torch file (readable with `torch.load(..., weights_only=True)`) followed by one line with its SHA-256. The old file
+stays until the new one is complete; a kill at any instant leaves one of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitarium.errors import CheckpointError, UsageError
+from vitarium.files import atomic_path
+
+LAST = "last.ckpt"
+_MARK = b"\nvitarium sha256 "
+_TRAILER_BYTES = len(_MARK) + 64 + 1
+
+
+@dataclass
+class RunState:
+    """Everything of a run that is not a tensor of the model or the optimizer; all of it plain values.
+
+    Args:
+        identity: what makes this run this run: recipe, data, model, processes (see `identity_of`).
+        total_steps: optimizer steps of the whole training.
+        step: steps done.
+        evaluated: the step that was evaluated last, -1 for none.
+        seconds: spent in training steps so far, over all sessions.
+        best: the best value of the learner's primary metric so far.
+        history: one entry an evaluation.
+        skipped: steps left out because a loss or gradient was not finite; `in_a_row` of them directly before now.
+        bad_files: (path, reason) of images that could not be read.
+        finished: whether all steps are done and evaluated.
+    """
+
+    identity: dict[str, Any]
+    total_steps: int
+    step: int = 0
+    evaluated: int = -1
+    seconds: float = 0.0
+    best: float | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    skipped: int = 0
+    in_a_row: int = 0
+    bad_files: list[tuple[str, str]] = field(default_factory=list)
+    meters: dict[str, Any] = field(default_factory=dict)
+    finished: bool = False
+
+
+def identity_of(recipe: Any, data: Any, learner: nn.Module, processes: int) -> dict[str, Any]:
+    """What two runs must share so that one may go on with the other's checkpoint."""
+    model = getattr(learner, "model", learner)
+    spec = getattr(model, "spec", None)
+    shapes = [(name, list(tensor.shape)) for name, tensor in learner.state_dict().items()]
+    return {
+        "recipe": recipe.identity(),
+        "data": fingerprint(data),
+        "model": {
+            "learner": type(learner).__name__,
+            "name": spec.name if spec else type(model).__name__,
+            "arguments": json.loads(json.dumps(spec.arguments if spec else {}, default=str)),
+            "tensors": _digest(shapes),
+        },
+        "processes": processes,
+    }
+
+
+def fingerprint(data: Any) -> dict[str, Any]:
+    """Name, sizes, classes, and digests of the targets and of up to a thousand samples' names of each part."""
+    described: dict[str, Any] = {"name": str(data.name), "classes": len(data.classes), "class_names": _digest(list(data.classes))}
+    for part, images in (("train", data.train), ("val", data.val)):
+        count = len(images)
+        names = [images.describe(i) for i in range(0, count, max(1, count // 1000))] if hasattr(images, "describe") else []
+        targets = [t if isinstance(t, int) else str(t) for t in getattr(images, "targets", [])]
+        described[part] = {"pictures": count, "targets": _digest(targets), "files": _digest([str(name) for name in names])}
+    return described
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def save_run(path: Path, state: RunState, tensors: dict[str, Any]) -> None:
+    """Write a run's state.
+
+    Args:
+        tensors: "learner", "optimizer", "ema" -> state dicts.
+
+    Raises:
+        OSError: no space, no permission, read-only disk; the old file is intact and nothing else is left behind.
+    """
+    with atomic_path(path) as temporary:
+        try:
+            torch.save({"run": asdict(state), **tensors}, temporary)
+        except RuntimeError as error:  # torch's writer says a full disk in its own way
+            raise OSError(f"{error}".splitlines()[0]) from error
+        with open(temporary, "rb+") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0, os.SEEK_END)
+            file.write(_MARK + digest.encode() + b"\n")
+
+
+def load_run(path: Path) -> tuple[RunState, dict[str, Any]]:
+    """What `save_run` wrote, on the CPU.
+
+    Raises:
+        CheckpointError: truncated, changed, or not such a file.
+    """
+    size = path.stat().st_size
+    advice = "delete it to begin anew, or put back a copy"
+    with open(path, "rb") as file:
+        file.seek(max(0, size - _TRAILER_BYTES))
+        trailer = file.read()
+        if not trailer.startswith(_MARK) or len(trailer) != _TRAILER_BYTES:
+            raise CheckpointError(f"{path} is cut off or is no run of Vitarium ({size:,} bytes without the closing line); {advice}")
+        expected = trailer[len(_MARK) : -1].decode("ascii", "replace")
+        found = _digest_of_first(file, size - _TRAILER_BYTES)
+    if found != expected:
+        raise CheckpointError(
+            f"{path} was changed after it was written: expected SHA-256 {expected[:16]}..., got {found[:16]}...; {advice}"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return RunState(**content.pop("run")), content
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} cannot be read ({first}); it may come from another version: {advice}") from error
+
+
+def _digest_of_first(file: Any, count: int) -> str:
+    file.seek(0)
+    digest = hashlib.sha256()
+    while count > 0 and (block := file.read(min(count, 2**20))):
+        digest.update(block)
+        count -= len(block)
+    return digest.hexdigest()
+
+
+def check_same_run(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Refuse to go on with another run's checkpoint.
+
+    Raises:
+        UsageError: says what differs.
+    """
+    differences = [f"{name}: {a} there, {b} now" for name, a, b in _differences("", there, here)]
+    if differences:
+        more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
+        raise UsageError(f"{folder} holds another run; choose another folder. They differ in " + "; ".join(differences[:5]) + more)
+
+
+def _differences(prefix: str, a: Any, b: Any) -> list[tuple[str, Any, Any]]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = list(dict.fromkeys([*a, *b]))
+        return [d for key in keys for d in _differences(f"{prefix}.{key}" if prefix else str(key), a.get(key), b.get(key))]
+    return [] if a == b else [(prefix, a, b)]

@@ -1,0 +1,124 @@
+"""What a trained model is worth on held-out images: metrics, and raw logits for reports."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitarium.catalog.create import preprocessing_of
+from vitarium.data.bad_files import BadFiles
+from vitarium.data.loader import Loader
+from vitarium.training.learner import Batch, Learner
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, without gradients; the mode of every part is put back afterwards."""
+    training = [part for part in model.modules() if part.training]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def run_evaluation(
+    learner: Learner,
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device,
+    autocast: Callable[[], Any] = contextlib.nullcontext,
+    between: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """The learner's metrics of a model over batches; over several processes, of all their batches together.
+
+    Args:
+        model: `learner.eval_model()` or its moving average, on `device`.
+        between: called after each batch (to notice a request to stop).
+    """
+    metrics = learner.metrics()
+    if metrics is None:
+        return {}
+    metrics.to(device)
+    with evaluating(model):
+        for batch in batches:
+            if len(batch["index"]):
+                with autocast():
+                    learner.evaluate_batch(model, to_device(batch, device), metrics)
+            between()
+        return learner.summary(metrics)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on a device, copied while the device works on."""
+    if device.type == "cpu":
+        return batch
+    return {name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def evaluate(
+    learner_or_model: nn.Module,
+    images: Any,
+    *,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    bad_files: BadFiles | None = None,
+) -> dict[str, Any]:
+    """Metrics on an image set, on the device that the model is on.
+
+    Args:
+        learner_or_model: a learner, or a classifier (then measured as `ClassificationLearner` does).
+        images: an ImageSet.
+        batch_size: images a forward pass.
+        num_workers: processes that read ahead.
+        bad_files: where images that cannot be read are recorded; they do not count.
+
+    Returns:
+        numbers by name, such as accuracy (0 to 1), and under "confusion_matrix" a list of rows (truth) of counts (prediction).
+    """
+    if isinstance(learner_or_model, Learner):
+        learner = learner_or_model
+    else:
+        from vitarium.training.classification import ClassificationLearner
+
+        learner = ClassificationLearner(learner_or_model)
+    model = learner.eval_model()
+    loader = Loader(images, preprocessing_of(model), batch_size=batch_size, num_workers=num_workers, bad_files=bad_files)
+    return run_evaluation(learner, model, loader.epoch(0), device=_device_of(model))
+
+
+def predict_logits(
+    model: nn.Module,
+    images: Any,
+    *,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    bad_files: BadFiles | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a classifier says of every image of a set that can be read.
+
+    Returns:
+        logits (N, num_classes) float32, targets (N,) and indices into the set (N,), on the CPU, in the order of the set.
+    """
+    device = _device_of(model)
+    loader = Loader(images, preprocessing_of(model), batch_size=batch_size, num_workers=num_workers, bad_files=bad_files)
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    with evaluating(model):
+        for batch in loader.epoch(0):
+            if len(batch["index"]):
+                rows.append((model(batch["image"].to(device)).float().cpu(), batch["target"], batch["index"]))
+    if not rows:
+        return torch.empty(0, int(getattr(model, "num_classes", 0))), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+    logits, targets, indices = (torch.cat(column) for column in zip(*rows, strict=True))
+    return logits.clone(), targets.clone(), indices.clone()  # cloned outside inference mode, so that autograd accepts them
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -1,0 +1,263 @@
+"""fit: train a learner on data by a recipe in a folder; where the folder holds a part of the same run, go on from there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+
+from vitarium.catalog.create import preprocessing_of
+from vitarium.data.bad_files import BadFiles
+from vitarium.data.image_set import ImageData
+from vitarium.data.loader import Loader
+from vitarium.data.transforms import train_transform
+from vitarium.errors import DataError, TrainingStopped
+from vitarium.files import lock_folder
+from vitarium.training.checkpoint import LAST, RunState, check_same_run, identity_of, load_run
+from vitarium.training.learner import Learner
+from vitarium.training.logs import Logs
+from vitarium.training.loop import take_step, train
+from vitarium.training.optim import Rates, create_ema, create_optimizer
+from vitarium.training.processes import create_fabric, lost_processes_named, run_in_processes, spawns
+from vitarium.training.recipe import Recipe
+from vitarium.training.run import Progress, Run
+
+TINY = 64
+"""Pictures up to this side are read in the main process: workers would cost more than they save."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What came of a training.
+
+    Attributes:
+        metrics: numbers of the last evaluation.
+        history: one entry an evaluation: step, epoch, seconds, lr, train_loss and the metrics.
+        steps: optimizer steps taken in all.
+        seconds: spent in them, over all sessions.
+        bad_files: (path, reason) of images that could not be read.
+        skipped: steps left out because a loss or gradient was not finite.
+    """
+
+    metrics: dict[str, float]
+    history: list[dict[str, Any]]
+    steps: int
+    seconds: float
+    bad_files: list[tuple[str, str]] = field(default_factory=list)
+    skipped: int = 0
+
+
+def fit(
+    learner: Learner,
+    data: ImageData,
+    recipe: Recipe,
+    folder: str | os.PathLike[str],
+    *,
+    devices: int = 1,
+    num_nodes: int = 1,
+    strategy: str = "auto",
+    accelerator: str = "auto",
+    progress: Callable[[Progress], None] | None = None,
+) -> FitResult:
+    """Train, and leave `learner.eval_model()` with the final weights (their moving average where the recipe has one).
+
+    The folder receives last.ckpt (the state of the run), log.csv, evaluations.jsonl, TensorBoard's events where that is installed, and
+    bad_files.txt where images could not be read. Called again after a kill, it goes on from last.ckpt and ends with the weights of an
+    unbroken run, bit for bit (same machine, same number of threads); called again after the end, it returns the result.
+
+    Args:
+        learner: on the CPU; its model's `preprocessing` says how images are prepared.
+        data: images to learn from and held-out ones.
+        recipe: see `load_recipe`.
+        folder: of this run alone.
+        devices: processes on this machine, one a device.
+        num_nodes: machines; with several, start the same command on each under torchrun or SLURM. The folder must be shared.
+        strategy: "auto", "ddp", "fsdp", or another of Lightning Fabric's.
+        accelerator: "auto", "cpu", "cuda", "mps".
+        progress: called some times a second in this process.
+
+    Raises:
+        UsageError: the folder holds another run (the message says what differs) or is in use.
+        DataError: no data, fewer pictures than a batch, or too many that cannot be read.
+        CheckpointError: last.ckpt is damaged.
+        TrainingStopped: losses not finite, out of memory, a process lost, or the last checkpoint could not be written.
+        KeyboardInterrupt: SIGINT or SIGTERM came; the state is saved.
+    """
+    folder = Path(folder)
+    fabric = create_fabric(devices, num_nodes, strategy, accelerator, recipe.precision)
+    if spawns(fabric):
+        with lock_folder(folder):
+            run_in_processes(fabric, _fit_here, (learner, data, recipe, folder), progress)
+            return _result_of(folder, learner, data, recipe, fabric.world_size)
+    fabric.launch()
+    with lock_folder(folder) if fabric.is_global_zero else contextlib.nullcontext():
+        return _fit_here(fabric, learner, data, recipe, folder, progress)
+
+
+def _fit_here(
+    fabric: Fabric, learner: Learner, data: ImageData, recipe: Recipe, folder: Path, progress: Callable[[Progress], None] | None
+) -> FitResult:
+    """The whole of `fit` in one of its processes."""
+    run, tensors = _prepare(fabric, learner, data, recipe, folder, progress)
+    with lost_processes_named(), _told_out_of_memory(run), run.stop:
+        if run.state.finished:
+            run.restore(tensors or {})
+        else:
+            _set_up(run, tensors)
+            train(run)
+    return _finish(run)
+
+
+def _prepare(
+    fabric: Fabric, learner: Learner, data: ImageData, recipe: Recipe, folder: Path, progress: Callable[[Progress], None] | None
+) -> tuple[Run, dict[str, Any] | None]:
+    """A run from its beginning or from its checkpoint, and the checkpoint's tensors."""
+    identity = identity_of(recipe, data, learner, fabric.world_size)
+    state, tensors = RunState(identity, total_steps=0), None
+    if (folder / LAST).exists():
+        state, tensors = load_run(folder / LAST)
+        check_same_run(folder, state.identity, identity)
+    preprocessing = preprocessing_of(learner.model)
+    shared: dict[str, Any] = dict(
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+        num_workers=_workers(recipe, data, fabric),
+    )
+    loader = Loader(
+        data.train,
+        train_transform(preprocessing, recipe.augment),
+        shuffle=True,
+        drop_last=True,
+        repeats=recipe.repeats,
+        bad_files=BadFiles(),
+        **shared,
+    )
+    val_loader = Loader(data.val, preprocessing, bad_files=BadFiles(), **shared)
+    for path, reason in state.bad_files:
+        loader.bad_files.record(path, reason)  # type: ignore[union-attr]
+    fabric.to_device(learner)
+    ema = create_ema(learner.eval_model(), recipe.ema) if recipe.ema else None
+    run = Run(fabric, learner, recipe, state, folder, loader, val_loader, ema, progress if fabric.is_global_zero else None)
+    if not run.steps_per_epoch:
+        raise DataError(
+            f"{len(data.train)} training pictures are fewer than one step takes ({run.images_per_step} = batch_size x accumulate x "
+            f"processes); use a smaller batch_size or accumulate={loader.steps}"
+        )
+    return run, tensors
+
+
+def _set_up(run: Run, tensors: dict[str, Any] | None) -> None:
+    """Optimizer, wrappers, rates and logs of a run that has steps to take."""
+    fabric, recipe, state = run.fabric, run.recipe, run.state
+    run.module, run.optimizer = fabric.setup(run.learner, create_optimizer(run.learner, recipe.optimizer))
+    if tensors is not None:
+        run.restore(tensors)
+    else:
+        state.total_steps = _total_steps(run)
+    run.rates = _rates(run)
+    if fabric.is_global_zero:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        run.logs = Logs(run.folder, state.step)
+
+
+def _rates(run: Run) -> Rates:
+    recipe = run.recipe
+    return Rates(
+        recipe.schedule,
+        recipe.optimizer,
+        total_steps=run.state.total_steps,
+        steps_per_epoch=run.steps_per_epoch,
+        total_batch=run.images_per_step,
+    )
+
+
+def _total_steps(run: Run) -> int:
+    """The budget in optimizer steps."""
+    budget = run.recipe.budget
+    if budget.steps is not None:
+        return budget.steps
+    if budget.epochs is not None:
+        return max(1, round(budget.epochs * run.steps_per_epoch))
+    assert budget.minutes is not None
+    return _steps_in(run, 60 * budget.minutes)
+
+
+def _steps_in(run: Run, seconds: float) -> int:
+    """How many steps fit into a time, from the speed of the first ones, which are then undone. At most a tenth of it is spent on that."""
+    before = {name: tensor.clone() for name, tensor in run.learner.state_dict().items()}
+    run.state.total_steps = 1
+    rates = _rates(run)
+    batches = run.batches()
+    begin = time.perf_counter()
+    times: list[float] = []
+    while len(times) < 24 and (len(times) < 4 or time.perf_counter() - begin < 0.1 * seconds):
+        began = time.perf_counter()
+        take_step(run, batches, rates)
+        times.append(time.perf_counter() - began)
+    spent = time.perf_counter() - begin
+    typical = sorted(times[2:])[len(times[2:]) // 2]  # the first steps allocate and compile
+    steps = torch.tensor(max(1, int((seconds - spent) / typical)))
+    run.learner.load_state_dict(before)
+    run.optimizer.state.clear()
+    if run.ema:
+        run.ema.set(run.learner.eval_model())
+    return int(run.fabric.broadcast(steps.item()))
+
+
+def _finish(run: Run) -> FitResult:
+    """The result, with the final weights in place."""
+    run.loader.close()
+    run.val_loader.close()
+    if run.logs:
+        run.logs.close()
+    if run.ema:
+        run.learner.eval_model().load_state_dict(run.ema.module.state_dict())
+    state = run.state
+    last = state.history[-1] if state.history else {}
+    metrics = {name: value for name, value in last.items() if name not in ("step", "epoch", "seconds", "lr")}
+    return FitResult(metrics, state.history, state.step, state.seconds, [tuple(pair) for pair in state.bad_files], state.skipped)  # type: ignore[misc]
+
+
+def _result_of(folder: Path, learner: Learner, data: ImageData, recipe: Recipe, processes: int) -> FitResult:
+    """The result of a run that other processes have finished."""
+    fabric = Fabric(accelerator="cpu", devices=1)
+    run, tensors = _prepare(fabric, learner, data, recipe, folder, None)
+    run.restore(tensors or {})
+    return _finish(run)
+
+
+def _workers(recipe: Recipe, data: ImageData, fabric: Fabric) -> int:
+    if recipe.num_workers is not None:
+        return recipe.num_workers
+    if data.image_size is not None and data.image_size <= TINY:
+        return 0
+    return max(1, min(8, (os.cpu_count() or 1) // max(1, fabric.world_size) - 1))
+
+
+@contextlib.contextmanager
+def _told_out_of_memory(run: Run) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error).lower()
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in text and "out of memory" not in text:
+            raise
+        size, batch = preprocessing_of(run.learner.model).image_size, run.recipe.batch_size
+        half = (
+            f"batch_size={max(1, batch // 2)} accumulate={run.recipe.accumulate * 2} (the same total batch)"
+            if batch > 1
+            else "a smaller model"
+        )
+        raise TrainingStopped(
+            f"out of memory at batch_size={batch} with {size} pixels on {run.fabric.device}: try {half}, model.set_grad_checkpointing(), "
+            f"or precision=bf16-mixed ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        ) from error

@@ -1,0 +1,111 @@
+"""What a run writes while it works: log.csv, evaluations.jsonl and, where TensorBoard is installed, its events."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitarium.files import write_text
+
+
+class Meters:
+    """Means of logged scalars since the last line, added up on the device without waiting for it.
+
+    Args:
+        saved: what `state` gave, when a run is resumed; so that the next line is the one of an unbroken run.
+    """
+
+    def __init__(self, saved: dict[str, Any], device: torch.device):
+        self.sums: dict[str, Tensor] = {name: total.to(device) for name, total in saved.get("sums", {}).items()}
+        self.count: int = saved.get("count", 0)
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Count one step's scalars."""
+        for name, value in values.items():
+            known = self.sums.get(name)
+            self.sums[name] = value.detach().clone() if known is None else known.add_(value.detach())
+        self.count += 1
+
+    def means(self) -> dict[str, float]:
+        """The means, and begin anew. Without a counted step: nan."""
+        means = {name: float(total) / self.count for name, total in self.sums.items()} if self.count else {"loss": math.nan}
+        self.sums, self.count = {}, 0
+        return means
+
+    def state(self) -> dict[str, Any]:
+        """For `saved`."""
+        return {"sums": dict(self.sums), "count": self.count}
+
+
+class Logs:
+    """The files of one run; only the first process has one.
+
+    On resuming, lines that lie after the checkpoint are dropped, because they come again.
+
+    Args:
+        folder: of the run.
+        step: from where the run goes on.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        self.path = folder / "log.csv"
+        self.evaluations = folder / "evaluations.jsonl"
+        self.columns: list[str] = []
+        kept = self._kept_rows(step) if step and self.path.exists() else []
+        if kept:
+            write_text(self.path, _csv_text(self.columns, kept, header=True))
+        else:
+            self.path.unlink(missing_ok=True)
+        self._board: Any = None
+        if importlib.util.find_spec("tensorboard"):
+            self._board_folder, self._board_step = folder / "tensorboard", step
+
+    def _kept_rows(self, step: int) -> list[dict[str, Any]]:
+        with open(self.path, encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            self.columns = list(reader.fieldnames or [])
+            # a power cut may leave half a line
+            return [row for row in reader if None not in row.values() and (row.get("step") or "").isdigit() and int(row["step"]) <= step]
+
+    def line(self, row: dict[str, Any]) -> None:
+        """Append a line to log.csv. The first line decides the columns."""
+        header = not self.columns
+        self.columns = self.columns or list(row)
+        with open(self.path, "a", encoding="utf-8", newline="") as file:
+            file.write(_csv_text(self.columns, [row], header=header))
+        self._plot("train", row)
+
+    def evaluation(self, history: list[dict[str, Any]]) -> None:
+        """Rewrite evaluations.jsonl, one object an evaluation."""
+        write_text(self.evaluations, "".join(json.dumps(entry) + "\n" for entry in history))
+        self._plot("val", history[-1])
+
+    def _plot(self, group: str, values: dict[str, Any]) -> None:
+        if not hasattr(self, "_board_folder"):
+            return
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(self._board_folder, purge_step=self._board_step + 1 if self._board_step else None)
+        for name, value in values.items():
+            if name not in ("step", "epoch") and isinstance(value, int | float):
+                self._board.add_scalar(f"{group}/{name}", value, values["step"])
+
+    def close(self) -> None:
+        """Flush what TensorBoard holds."""
+        if self._board is not None:
+            self._board.close()
+
+
+def _csv_text(columns: list[str], rows: list[dict[str, Any]], *, header: bool) -> str:
+    lines = [",".join(columns)] if header else []
+    for row in rows:
+        lines.append(",".join(f"{value:.7g}" if isinstance(value := row.get(column, ""), float) else str(value) for column in columns))
+    return "\n".join(lines) + "\n"

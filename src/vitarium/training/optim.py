@@ -1,0 +1,150 @@
+"""What a step of the optimizer needs: parameter groups, rates as pure functions of the step, clipping, moving averages."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitarium.errors import UsageError
+from vitarium.training.recipe import Clip, Ema, Optimizer, Schedule
+
+
+def cosine(
+    step: float, *, base: float, final: float, total: float, warmup: float = 0, start: float = 0.0, inclusive: bool = False
+) -> float:
+    """A linear rise from `start` to `base`, then half a cosine to `final`: the schedule of DeiT, MAE, Swin, ConvNeXt and DINO.
+
+    Rates, weight decays, teacher momenta and temperatures all follow it. `step`, `total` and `warmup` share any unit (steps, or
+    fractional epochs as in MAE).
+
+    Args:
+        inclusive: whether the last step of the rise already has `base` (DINO's table of whole steps), not the first step after it.
+    """
+    if step < warmup:
+        return start + (base - start) * step / (warmup - 1 if inclusive and warmup > 1 else warmup)
+    if total <= warmup:
+        return final
+    return final + (base - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / (total - warmup))))
+
+
+class Rates:
+    """The learning rate of every step, as a pure function of it: nothing to save, nothing to get out of step.
+
+    Args:
+        schedule, optimizer: from the recipe.
+        total_steps: optimizer steps of the whole training.
+        steps_per_epoch: to place a warm-up given in epochs.
+        total_batch: pictures a step over accumulation and processes, for the linear scaling rule.
+    """
+
+    def __init__(self, schedule: Schedule, optimizer: Optimizer, *, total_steps: int, steps_per_epoch: int, total_batch: int):
+        factor = total_batch / optimizer.reference_batch if optimizer.reference_batch else 1.0
+        self.total = total_steps
+        self.warmup = min(schedule.warmup.steps(total_steps, steps_per_epoch), total_steps)
+        self.base = optimizer.lr * factor
+        self.start = schedule.warmup_lr * factor
+        self.final = self.base if schedule.name == "constant" else schedule.min_lr * factor
+
+    def at(self, step: int) -> float:
+        """The rate of step 0, 1, ... (of a group whose lr_scale is 1)."""
+        return cosine(step, base=self.base, final=self.final, total=self.total, warmup=self.warmup, start=self.start)
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        """Set the rate of every group, times its lr_scale; returns the unscaled rate."""
+        rate = self.at(step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        return rate
+
+
+def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
+    """Share of the rate that each parameter takes under layer-wise decay: decay^(last - layer).
+
+    Layers come from the model's `group_matcher` (timm's contract): a dict of patterns, or a function from a parameter's name to its
+    layer, whose numbers are then taken as they are (the authors of ConvNeXt skip numbers in their smaller models).
+
+    Raises:
+        UsageError: the model has no layers to tell apart.
+    """
+    from timm.models import group_parameters
+
+    if not hasattr(model, "group_matcher"):
+        raise UsageError(f"{type(model).__name__} does not say its layers (group_matcher); set optimizer.layer_decay=null")
+    matcher: Any = model.group_matcher(coarse=False)
+    names = [name for name, _ in model.named_parameters()]
+    numbered = callable(matcher) and all(isinstance(matcher(name), int) for name in names)
+    layers: dict[str, int] = {n: matcher(n) for n in names} if numbered else group_parameters(model, matcher, reverse=True)
+    last = max(layers.values(), default=0)
+    return {name: decay ** (last - layers.get(name, last)) for name in names}
+
+
+def parameter_groups(learner: nn.Module, settings: Optimizer) -> list[dict[str, Any]]:
+    """Groups of a learner's trainable parameters, each parameter once, by layer and by whether weight decay applies.
+
+    No decay on tensors with fewer than two axes and on what `model.no_weight_decay()` names (shell patterns allowed). Layer-wise decay
+    concerns `learner.model`; whatever else a learner trains takes the full rate.
+    """
+    model = getattr(learner, "model", None)
+    scales: dict[str, float] = {}
+    exempt: list[str] = []
+    if isinstance(model, nn.Module):
+        if settings.layer_decay is not None and settings.layer_decay < 1:
+            scales = {f"model.{name}": scale for name, scale in layer_scales(model, settings.layer_decay).items()}
+        named: Any = getattr(model, "no_weight_decay", set)
+        exempt = [f"model.{name}" for name in named()]
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in learner.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        free = parameter.ndim < 2 or any(name == e or fnmatch.fnmatchcase(name, e) for e in exempt)
+        decay, scale = 0.0 if free else settings.weight_decay, scales.get(name, 1.0)
+        group = groups.setdefault((scale, decay), {"params": [], "lr_scale": scale, "weight_decay": decay})
+        group["params"].append(parameter)
+    if not groups:
+        raise UsageError(f"{type(learner).__name__} has no parameters to train")
+    return list(groups.values())
+
+
+def create_optimizer(learner: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
+    """The recipe's optimizer over a learner's parameters; one fused kernel where torch has it."""
+    from timm.optim import create_optimizer_v2
+
+    given: dict[str, Any] = {name: getattr(settings, name) for name in ("betas", "eps", "momentum") if getattr(settings, name) is not None}
+    if settings.name in ("adamw", "adam", "sgd"):
+        given["fused"] = True
+    groups = parameter_groups(learner, settings)
+    try:
+        optimizer = create_optimizer_v2(groups, settings.name, lr=settings.lr, weight_decay=settings.weight_decay, **given)
+    except TypeError as error:
+        raise UsageError(f"optimizer {settings.name!r} refuses its settings: {error}; leave out betas, eps or momentum") from error
+    for group in optimizer.param_groups:
+        group.setdefault("lr_scale", 1.0)
+    return optimizer
+
+
+def clip_gradients(parameters: Iterable[Tensor], clip: Clip) -> Tensor:
+    """Limit the gradients in place; returns their norm over all tensors before that, a scalar (not finite if any value is not)."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    total = norms.norm()
+    if clip.norm is not None:
+        torch._foreach_mul_(gradients, (clip.norm / (total + 1e-6)).clamp(max=1.0))
+    elif clip.tensor_norm is not None:
+        torch._foreach_mul_(gradients, list((clip.tensor_norm / (norms + 1e-6)).clamp(max=1.0)))
+    elif clip.value is not None:
+        torch._foreach_clamp_max_(gradients, clip.value)
+        torch._foreach_clamp_min_(gradients, -clip.value)
+    return total
+
+
+def create_ema(model: nn.Module, settings: Ema) -> Any:
+    """timm's moving average of a model; `update(model, step)` after each step. Averages the statistics of batch norms as well."""
+    from timm.utils import ModelEmaV3
+
+    averages_buffers = any(isinstance(part, nn.modules.batchnorm._NormBase) for part in model.modules())
+    return ModelEmaV3(model, decay=settings.decay, use_warmup=settings.warmup, exclude_buffers=not averages_buffers)

@@ -1,0 +1,152 @@
+"""Several processes: which of Fabric's strategies, and how errors, progress and signals cross between them.
+
+A single command with `devices=2` spawns its processes itself. Under torchrun, SLURM or MPI the processes are there already, and Fabric
+takes their rank and address from the environment. FSDP runs the command again for each device, as Fabric does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch.multiprocessing
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import MPIEnvironment, SLURMEnvironment, TorchElasticEnvironment
+
+from vitarium import errors
+from vitarium.errors import TrainingStopped, UsageError, VitariumError
+
+LOST = ("connection closed", "connection reset", "connection refused", "nccl", "gloo", "broken pipe", "timed out", "process group")
+"""Words by which a RuntimeError of torch.distributed tells that another process is gone."""
+
+
+def create_fabric(devices: int, num_nodes: int, strategy: str, accelerator: str, precision: str) -> Fabric:
+    """Fabric for these processes.
+
+    Raises:
+        UsageError: a count below one, or what Fabric refuses (more devices than there are, unknown strategy).
+    """
+    if devices < 1 or num_nodes < 1:
+        raise UsageError(f"devices and num_nodes must be at least 1, got {devices} and {num_nodes}")
+    if devices * num_nodes > 1 and strategy in ("auto", "ddp"):
+        strategy = "ddp" if _started_from_outside() or num_nodes > 1 else "ddp_spawn"
+    try:
+        return Fabric(accelerator=accelerator, strategy=strategy, devices=devices, num_nodes=num_nodes, precision=precision)  # type: ignore[arg-type]
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
+        wanted = f"devices={devices}, num_nodes={num_nodes}, strategy={strategy!r}, accelerator={accelerator!r}"
+        raise UsageError(f"cannot use {wanted}: {error}") from error
+
+
+def _started_from_outside() -> bool:
+    environments = (TorchElasticEnvironment, SLURMEnvironment, MPIEnvironment)
+    return "LOCAL_RANK" in os.environ or any(environment.detect() for environment in environments)
+
+
+def spawns(fabric: Fabric) -> bool:
+    """Whether this process has to start the others itself, by spawning a function."""
+    from lightning_fabric.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+
+    return isinstance(fabric.strategy.launcher, _MultiProcessingLauncher)
+
+
+def run_in_processes(fabric: Fabric, work: Callable[..., Any], arguments: tuple[Any, ...], progress: Callable[[Any], None] | None) -> None:
+    """Run `work(fabric, *arguments, progress)` in the processes of a spawning Fabric; errors and interrupts come out as if from here.
+
+    Raises:
+        VitariumError: what `work` raised first in any of them.
+        TrainingStopped: one of them was killed.
+        KeyboardInterrupt: they were asked to stop, and have saved.
+    """
+    channel = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    endings: list[tuple[str, str]] = []
+
+    def listen() -> None:
+        while (message := channel.get()) is not None:
+            kind, content = message
+            if kind == "progress":
+                if progress:
+                    progress(content)
+            else:
+                endings.append((kind, content))
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    failure: Exception | None = None
+    with _ForwardedSignals():
+        try:
+            fabric.launch(_work_in_child, work, arguments, channel, progress is not None)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise UsageError(
+                f"the learner or the data cannot be sent to other processes ({error}); start the processes with torchrun instead"
+            ) from error
+        except (torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException) as error:
+            failure = error
+        finally:
+            channel.put(None)
+            listener.join()
+    if endings:
+        kind, message = endings[0]
+        raise KeyboardInterrupt(message) if kind == "KeyboardInterrupt" else getattr(errors, kind)(message)
+    if isinstance(failure, torch.multiprocessing.ProcessExitedException):
+        raise TrainingStopped(
+            f"{str(failure).splitlines()[0]} (out of memory is a common cause); the others were ended; run again: training goes on "
+            "from the last checkpoint"
+        ) from failure
+    if failure:
+        raise failure
+
+
+def _work_in_child(fabric: Fabric, *given: Any) -> None:
+    """In a spawned process: do the work, and send how it ended. Leaves with an exit code, so that the parent ends the other processes."""
+    work, arguments, channel, wants_progress = given
+    report = (lambda progress: channel.put(("progress", progress))) if wants_progress else None
+    try:
+        work(fabric, *arguments, report)
+    except KeyboardInterrupt as error:
+        channel.put(("KeyboardInterrupt", str(error)))
+        sys.exit(130)
+    except VitariumError as error:
+        kind = next(cls.__name__ for cls in type(error).__mro__ if cls.__module__ == errors.__name__)
+        channel.put((kind, str(error)))
+        sys.exit(error.exit_code)
+
+
+@contextlib.contextmanager
+def lost_processes_named() -> Iterator[None]:
+    """Turns torch.distributed's complaint about a vanished peer into `TrainingStopped`."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = torch.distributed.is_initialized() and any(word in str(error).lower() for word in LOST)
+        if isinstance(error, VitariumError) or not lost:
+            raise
+        first = str(error).splitlines()[0]
+        raise TrainingStopped(
+            f"another process of this run is gone ({first}); run again: training goes on from the last checkpoint"
+        ) from error
+
+
+class _ForwardedSignals:
+    """While entered, SIGINT and SIGTERM to this process reach its children as SIGTERM; they save and end, and this process after them."""
+
+    def __enter__(self) -> None:
+        self.previous: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self._forward)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    @staticmethod
+    def _forward(number: int, frame: Any) -> None:
+        for child in multiprocessing.active_children():
+            child.terminate()

@@ -1,0 +1,248 @@
+"""A recipe: every number of a training run, in a YAML file that is checked before anything starts.
+
+    recipe = load_recipe("deit", ["optimizer.lr=5e-4", "budget.epochs=100"])
+
+The recipes of the house lie in `training/recipes/`; each begins with its command, expected time and expected result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from vitarium.data.transforms import Augment
+from vitarium.errors import UsageError, nearest
+from vitarium.training.settings import Section, check, override, read_settings
+
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Span(Section):
+    """A stretch of training: "5 epochs", "200 steps", or a share of the whole such as 0.05."""
+
+    amount: Annotated[float, Field(ge=0)]
+    unit: Literal["epochs", "steps", "share"]
+
+    def steps(self, total: int, per_epoch: int) -> int:
+        """Its length in optimizer steps, when the whole has `total`."""
+        return round(self.amount * {"epochs": per_epoch, "steps": 1, "share": total}[self.unit])
+
+
+def _span(value: Any) -> Any:
+    if isinstance(value, dict | Span):
+        return value
+    found = (
+        re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)(?:e(-?\d+))?\s*(epochs?|steps?|%)?\s*", str(value)) if not isinstance(value, bool) else None
+    )
+    if not found:
+        raise ValueError("must be a share of the training from 0 to 1, 'N epochs' or 'N steps'")
+    amount = float(found[1]) * 10.0 ** int(found[2] or 0)
+    unit = (found[3] or "share").rstrip("s")
+    amount, unit = (amount / 100, "share") if unit == "%" else (amount, unit)
+    if unit == "share" and amount > 1:
+        raise ValueError("must be a share of the training from 0 to 1, 'N epochs' or 'N steps'")
+    return {"amount": amount, "unit": unit if unit == "share" else unit + "s"}
+
+
+Stretch = Annotated[Span, BeforeValidator(_span)]
+
+
+class Budget(Section):
+    """How long to train: exactly one of optimizer steps, passes over the data, or minutes of training (evaluation comes on top).
+
+    Minutes are turned into steps once, by the speed of the first steps; so a run that is resumed ends at the same step.
+    """
+
+    steps: Count | None = None
+    epochs: Positive | None = None
+    minutes: Positive | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Budget:
+        given = [name for name in ("steps", "epochs", "minutes") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of steps, epochs, minutes (given: {', '.join(given) or 'none'})")
+        return self
+
+
+KNOWN_OPTIMIZERS = ("adamw", "sgd", "lamb", "lars", "lion", "muon", "adan")
+
+
+class Optimizer(Section):
+    """An optimizer of timm's registry and its numbers.
+
+    Args:
+        name: "adamw", "sgd", "lamb", "lars", "lion", "muon", or any other of timm's.
+        lr: peak learning rate, at a total batch of `reference_batch`.
+        reference_batch: the total batch (over accumulation and processes) that `lr` and the schedule's rates are meant for: they
+            are scaled in proportion to the real one. None: taken as they are.
+        weight_decay: on tensors with two or more axes, but for those that the model exempts.
+        layer_decay: each layer's rate is this times the rate of the layer above it; None: one rate for all.
+        betas, eps, momentum: where the optimizer has them; None: its own defaults.
+    """
+
+    name: str = "adamw"
+    lr: Positive
+    reference_batch: Count | None = None
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None = None
+    eps: Positive | None = None
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _exists(cls, name: str) -> str:
+        if name not in KNOWN_OPTIMIZERS:
+            from timm.optim import list_optimizers
+
+            names = [str(known) for known in list_optimizers()]
+            if name not in names:
+                raise ValueError(f"timm has no such optimizer{nearest(name, names)}")
+        return name
+
+
+class Schedule(Section):
+    """Learning rate over the steps: linear from `warmup_lr` to the peak, then a half cosine down to `min_lr` (or constant)."""
+
+    name: Literal["cosine", "constant"] = "cosine"
+    warmup: Stretch = Span(amount=0.05, unit="share")
+    warmup_lr: Annotated[float, Field(ge=0)] = 0.0
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+
+
+class Loss(Section):
+    """Cross entropy on hard or soft targets; or binary cross entropy, each class a yes or no (DeiT-III)."""
+
+    name: Literal["cross_entropy", "binary"] = "cross_entropy"
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class Mixing(Section):
+    """Mixup and CutMix (timm's): Beta parameters (0: off), how often a batch is mixed, how often by CutMix where both are on."""
+
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    probability: Share = 1.0
+    cutmix_probability: Share = 0.5
+    mode: Literal["batch", "pair", "elem"] = "batch"
+
+    @property
+    def on(self) -> bool:
+        """Whether anything is mixed at all."""
+        return (self.mixup > 0 or self.cutmix > 0) and self.probability > 0
+
+
+class Ema(Section):
+    """A moving average of the weights, which is what is evaluated and saved.
+
+    Args:
+        decay: share of the old average that a step keeps.
+        warmup: let the decay rise from 0 with the steps, for short trainings.
+    """
+
+    decay: Annotated[float, Field(ge=0, lt=1)]
+    warmup: bool = False
+
+
+class Clip(Section):
+    """Limits on the gradient: on its norm over all tensors, on each tensor's norm, or on each value. At most one."""
+
+    norm: Positive | None = None
+    tensor_norm: Positive | None = None
+    value: Positive | None = None
+
+    @model_validator(mode="after")
+    def _at_most_one(self) -> Clip:
+        if sum(limit is not None for limit in (self.norm, self.tensor_norm, self.value)) > 1:
+            raise ValueError("give at most one of norm, tensor_norm, value")
+        return self
+
+
+class Recipe(Section):
+    """Every number of a training run.
+
+    Args:
+        model: what `vitarium train` builds when no model is named.
+        model_arguments: arguments of `create_model` that belong to the recipe, such as drop_path_rate.
+        image_size: side of the square input, pixels; None: the model's own.
+        batch_size: pictures a step of one process holds in memory.
+        accumulate: such batches a step of the optimizer; the total batch is batch_size x accumulate x processes.
+        repeats: augmented copies of a picture in an epoch (repeated augmentation).
+        precision: "32-true", "bf16-mixed" or "64-true".
+        eval_every: between evaluations; the end is always evaluated.
+        log_every: optimizer steps between lines of log.csv.
+        checkpoint_minutes: between checkpoints of the run.
+        num_workers: processes that read pictures; None: none for small pictures in memory, else by the cores.
+        seed: of the order, the augmentation and everything else that is random.
+    """
+
+    version: Literal[1] = 1
+    model: str | None = None
+    model_arguments: dict[str, str | bool | int | float | list[int] | None] = Field(default_factory=dict)
+    image_size: Annotated[int, Field(ge=1, le=8192)] | None = None
+    budget: Budget
+    batch_size: Count = 64
+    accumulate: Count = 1
+    repeats: Count = 1
+    optimizer: Optimizer
+    schedule: Schedule = Schedule()
+    loss: Loss = Loss()
+    mixing: Mixing = Mixing()
+    augment: Augment = Augment()
+    ema: Ema | None = None
+    clip: Clip = Clip()
+    precision: Literal["32-true", "bf16-mixed", "64-true"] = "32-true"
+    eval_every: Stretch = Span(amount=1, unit="epochs")
+    log_every: Count = 50
+    checkpoint_minutes: Positive = 10.0
+    num_workers: Annotated[int, Field(ge=0, le=256)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    def identity(self) -> dict[str, Any]:
+        """What makes the outcome of a run, as plain values; how often it logs and saves, and who reads the pictures, does not."""
+        return self.model_dump(mode="json", exclude={"log_every", "checkpoint_minutes", "num_workers", "model", "model_arguments"})
+
+    def digest(self) -> str:
+        """Hex digest of `identity`."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+
+def list_recipes() -> list[str]:
+    """Names of the recipes of the house."""
+    files = resources.files("vitarium.training").joinpath("recipes").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """A recipe of the house by name, or a YAML file of one's own, checked.
+
+    Args:
+        name_or_path: "deit", or a path that ends in .yaml or .yml.
+        overrides: "KEY=VALUE" each, such as "optimizer.lr=1e-4"; one for the budget replaces the recipe's ("budget.steps=500").
+
+    Raises:
+        UsageError: no such recipe or file, or settings that are unknown or out of range; the message names key, bounds and near names.
+    """
+    name = str(name_or_path)
+    if name in list_recipes():
+        values = read_settings(Path(str(resources.files("vitarium.training").joinpath("recipes", f"{name}.yaml"))))
+    elif name.endswith((".yaml", ".yml")):
+        values = read_settings(name)
+    else:
+        hint = nearest(name, list_recipes())
+        raise UsageError(f"no recipe {name!r}{hint} (there are: {', '.join(list_recipes())}; or give a path that ends in .yaml)")
+    assignments = list(overrides or [])
+    if isinstance(values, dict):
+        if any(a.strip().startswith("budget.") for a in assignments):
+            values = {**values, "budget": {}}
+        values = override(values, assignments)
+    return check(Recipe, values, f"recipe {name}")

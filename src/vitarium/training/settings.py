@@ -1,0 +1,158 @@
+"""Reading settings that people write: YAML that cannot hurt, and errors that name the key, what is accepted and what is near."""
+
+from __future__ import annotations
+
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from vitarium.errors import UsageError, nearest
+
+MAX_BYTES = 64 * 1024
+"""A settings file larger than this is a mistake."""
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Section(BaseModel):
+    """A group of settings: frozen, unknown keys and values that are not finite refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """YAML of plain values (no tags, no anchors) -> Python values.
+
+    Args:
+        text: the YAML.
+        source: what to call it in messages.
+
+    Raises:
+        UsageError: too long, not YAML, anchors (they can blow up to any size), a key given twice, or nested too deeply.
+    """
+    if len(text) > MAX_BYTES:
+        raise UsageError(f"{source} has {len(text):,} characters; settings have at most {MAX_BYTES:,}")
+    try:
+        return yaml.load(text, Loader=_PlainLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UsageError(f"{source} is not plain YAML{where}: {problem}") from error
+    except (RecursionError, ValueError) as error:  # ValueError: a date that does not exist, and the like
+        raise UsageError(f"{source} is not plain YAML: {str(error) or 'nested too deeply'}") from error
+
+
+class _PlainLoader(yaml.SafeLoader):
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.composer.ComposerError(
+                None, None, "anchors and aliases are not accepted here; write the value out", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen if isinstance(key.value, str) else False:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value if isinstance(key.value, str) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+def read_settings(path: str | Path) -> Any:
+    """The values of a YAML file.
+
+    Raises:
+        UsageError: it cannot be read, is too large or is not plain YAML.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UsageError(f"{path} has {path.stat().st_size:,} bytes; settings have at most {MAX_BYTES:,}")
+        return parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from error
+
+
+def check(model: type[Model], values: Any, source: str) -> Model:
+    """Values -> a checked settings object.
+
+    Raises:
+        UsageError: up to five problems, each with the path to its key, what is accepted and near names.
+    """
+    if not isinstance(values, dict):
+        raise UsageError(f"{source} must be a table of settings ({', '.join(model.model_fields)}), got {_short(values)}")
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems = list(dict.fromkeys(_problem(model, e) for e in error.errors(include_url=False)))
+        more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UsageError(f"{source}: " + "\n  ".join(problems[:5]) + more) from error
+    except RecursionError as error:
+        raise UsageError(f"{source}: nested too deeply") from error
+
+
+def _problem(model: type[BaseModel], error: Any) -> str:
+    path = [str(part) for part in error["loc"]]
+    name = ".".join(path) or "settings"
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument", "missing"):
+        keys = keys_at(model, path[:-1])
+        if error["type"] == "missing":
+            return f"{name} is missing"
+        return f"{name} is not a setting{nearest(path[-1], keys)} (accepted: {', '.join(keys)})"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    return f"{name}: {message}, got {_short(error['input'])}"
+
+
+def keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    """The keys that the section at a path takes; those of `model` itself for an empty path."""
+    for part in path:
+        field = model.model_fields.get(part)
+        sections = _sections(field.annotation) if field else []
+        if not sections:
+            break
+        model = sections[0]
+    return list(getattr(model, "model_fields", None) or getattr(model, "__pydantic_fields__", {}))
+
+
+def _sections(annotation: Any) -> list[Any]:
+    """The settings classes inside an annotation such as `Ema | None`."""
+    if isinstance(annotation, type) and (issubclass(annotation, BaseModel) or hasattr(annotation, "__dataclass_fields__")):
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
+        return [section for part in typing.get_args(annotation) for section in _sections(part)]
+    return []
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """A copy of nested settings with `PATH=VALUE` assignments applied, such as "optimizer.lr=1e-4"; the value is read as YAML.
+
+    Raises:
+        UsageError: an assignment of another form.
+    """
+    result = dict(values)
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            raise UsageError(f"an override has the form KEY=VALUE, such as optimizer.lr=1e-4; got {assignment!r}")
+        value = parse_yaml(text, f"the value of {path!r}")
+        here = result
+        for key in keys[:-1]:
+            inner = here.get(key)
+            here[key] = dict(inner) if isinstance(inner, dict) else {}
+            here = here[key]
+        here[keys[-1]] = value
+    return result
