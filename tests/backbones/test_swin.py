@@ -87,11 +87,11 @@ def test_whole_windows_shift_with_a_cyclic_image():
     model = vitarium.create_model("swin_pico").double().eval()
     stage = model.stages[0]
     image = torch.randn(1, 3, 32, 32, dtype=torch.float64)
-    for layout in stage.layouts(16, 16, image.device):
+    for layout in stage.layouts(8, 8, image.device):
         object.__setattr__(layout, "region", None)  # the kept layouts, now without masks
-    move = 4 * model.patch_embed.patch_size
+    move = stage.window_size * model.patch_embed.patch_size
     (first, *_), (moved, *_) = (model.forward_intermediates(x, intermediates_only=True) for x in (image, image.roll(move, 3)))
-    torch.testing.assert_close(moved, first.roll(4, 3))
+    torch.testing.assert_close(moved, first.roll(stage.window_size, 3))
 
 
 def test_merging_takes_the_columns_of_a_pair_last():

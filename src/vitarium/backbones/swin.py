@@ -266,7 +266,7 @@ def _tags(timm_name: str, *tags: str, hf: str = "") -> dict[str, tuple[str, ...]
 @family(
     "swin",
     variants={
-        "pico": dict(embed_dim=32, depths=(2, 2), num_heads=(2, 4), window_size=4, patch_size=2, image_size=16),
+        "pico": dict(embed_dim=40, depths=(2, 2), num_heads=(2, 4), window_size=2, drop_path_rate=0.0, image_size=16),
         "tiny": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),  # 28.3 M, 81.2 % top-1
         "small": dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),  # 50 M, 83.2 %
         "base": dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),  # 88 M, 83.5 %
@@ -358,7 +358,7 @@ class Swin(Backbone):
     "swin",
     name="swin_mlp",
     variants={
-        "pico": dict(embed_dim=32, depths=(2, 2), num_heads=(4, 8), window_size=4, patch_size=2, image_size=16),
+        "pico": dict(embed_dim=32, depths=(2, 2), num_heads=(4, 8), window_size=4, patch_size=2, drop_path_rate=0.0, image_size=16),
         "tiny_c24": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(4, 8, 16, 32), window_size=8, image_size=256),  # 20 M, 79.4 % top-1
         "tiny_c12": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(8, 16, 32, 64), window_size=8, image_size=256),  # 21 M, 79.6 %
         "tiny_c6": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(16, 32, 64, 128), window_size=8, image_size=256),  # 23 M, 79.7 %
