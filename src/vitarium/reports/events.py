@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["started", "step", "measuring", "finished", "kept", "failed"]
-"""started: training begins (or goes on) · step: it moves · measuring: evaluation and timing · finished: all of it is done · kept: done by an
-earlier run of the same comparison · failed: this model cannot be compared, the others go on."""
+"""
+started: training begins, or goes on; step: it moves; measuring: training is over, evaluation and timing run; finished: the model is done;
+kept: it was done by an earlier run of the same comparison; failed: it cannot be compared, the others go on.
+"""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,70 @@
+"""The folder of a comparison: what was asked is written in it, so that the same comparison goes on there and another is refused."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import vitarium
+from vitarium.data import ImageData
+from vitarium.errors import UsageError
+from vitarium.files import write_json
+from vitarium.training import Recipe
+from vitarium.training.checkpoint import check_same_run, fingerprint
+
+PLAN = "comparison.json"
+
+
+def plan_of(images: ImageData, names: Sequence[str], recipe: Recipe, pretrained: bool, *, processes: int) -> dict[str, Any]:
+    """Everything that decides the outcome, as plain values: two comparisons are the same if these are."""
+    return {
+        "vitarium": vitarium.__version__,
+        "data": fingerprint(images),
+        "models": ", ".join(names),
+        "recipe": recipe.identity(),
+        "model_arguments": recipe.model_arguments,
+        "pretrained": pretrained,
+        "processes": processes,
+    }
+
+
+def default_folder(root: Path, data: str, plan: dict[str, Any]) -> Path:
+    """The newest folder of this very comparison, else a new one: runs/digits-2026-01-31, then -2, -3 ..."""
+    found = [path for path in root.glob(f"*/{PLAN}") if read_json(path) == plan]
+    if found:
+        return max(found, key=lambda path: path.stat().st_mtime_ns).parent
+    name = f"{slug(data)}-{datetime.date.today()}"
+    candidates = (root / (name if i == 1 else f"{name}-{i}") for i in itertools.count(1))
+    return next(folder for folder in candidates if not folder.exists())
+
+
+def claim(folder: Path, plan: dict[str, Any]) -> None:
+    """Make the folder this comparison's, or find that it is already.
+
+    Raises:
+        UsageError: it holds another comparison (the message says what differs), or other files.
+    """
+    there = read_json(folder / PLAN)
+    if there is not None:
+        return check_same_run(folder, there, plan)
+    if any(path.name != ".lock" and not path.name.endswith(".tmp") for path in folder.iterdir()):
+        raise UsageError(f"{folder} holds other files and no comparison; choose a new or empty folder")
+    write_json(folder / PLAN, plan)
+
+
+def read_json(path: Path) -> Any:
+    """The content, or None where there is no such file or no JSON in it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def slug(name: str) -> str:
+    """A name that is safe as a file's: "timm/vit_pico" -> "timm-vit_pico"."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "data"

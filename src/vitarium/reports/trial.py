@@ -1,0 +1,125 @@
+"""One model of a comparison: built, trained, evaluated, measured, saved."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vitarium
+from vitarium.catalog import preprocessing_of
+from vitarium.data import ImageData, ImageSet
+from vitarium.data.loader import generators_kept, seed_generators
+from vitarium.efficiency.profiler import profile
+from vitarium.reports.results import Mistake, Trial
+from vitarium.training import ClassificationLearner, Progress, Recipe, fit, predict_logits
+
+MISTAKES = 24
+"""How many of the most confident mistakes are kept."""
+MEASURING_BATCH = 32
+"""Images at once for throughput and peak memory, the same for every model."""
+MODEL = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Where training runs, as Lightning Fabric takes it."""
+
+    devices: int = 1
+    num_nodes: int = 1
+    strategy: str = "auto"
+    accelerator: str = "auto"
+
+
+def is_main_process() -> bool:
+    """Whether this is the only process, or the first of several (started by torchrun, SLURM or Fabric): the one that writes."""
+    environment = os.environ
+    rank = environment.get("RANK", environment.get("SLURM_PROCID"))
+    return int(rank) == 0 if rank else environment.get("LOCAL_RANK", "0") == "0" == environment.get("NODE_RANK", "0")
+
+
+def build_model(name: str, data: ImageData, recipe: Recipe, *, pretrained: bool) -> nn.Module:
+    """A model for the data's classes; its random weights depend on the recipe's seed alone."""
+    arguments: dict[str, Any] = {"num_classes": len(data.classes), "image_size": recipe.image_size, **recipe.model_arguments}
+    with generators_kept():
+        seed_generators(recipe.seed)
+        model = vitarium.create_model(name, pretrained=pretrained, **arguments)
+    model.labels = list(data.classes)  # type: ignore[assignment]
+    return model
+
+
+def run_trial(
+    name: str,
+    data: ImageData,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    pretrained: bool,
+    devices: Devices,
+    progress: Callable[[Progress], None] | None,
+    measuring: Callable[[], None],
+) -> Trial | None:
+    """Train a model (or go on where it was), then evaluate and measure it. The model's file is written last.
+
+    Args:
+        folder: of this model alone.
+        progress: hears how training goes.
+        measuring: called when training is over.
+
+    Returns:
+        the result; None in the helping processes of data-parallel training.
+
+    Raises:
+        whatever `create_model`, `fit` and the model itself raise.
+    """
+    model = build_model(name, data, recipe, pretrained=pretrained)
+    learner = ClassificationLearner.from_recipe(model, recipe)
+    fitted = fit(learner, data, recipe, folder, **asdict(devices), progress=progress)
+    if not is_main_process():
+        return None
+    measuring()
+    model = learner.eval_model()
+    size = preprocessing_of(model).image_size
+    logits, targets, indices = predict_logits(model, data.val, batch_size=recipe.batch_size)
+    cost = profile(model, size, batch=MEASURING_BATCH)
+    vitarium.save(model, folder / MODEL)
+    return Trial(
+        name=name,
+        accuracy=(logits.argmax(1) == targets).double().mean().item(),
+        loss=nn.functional.cross_entropy(logits, targets).item(),
+        evaluated=len(targets),
+        latency_ms=cost.latency_ms,
+        throughput=cost.throughput,
+        peak_memory_mb=cost.peak_memory_mb,
+        params=cost.params,
+        macs=cost.macs,
+        bytes=cost.bytes,
+        image_size=size,
+        steps=fitted.steps,
+        seconds=fitted.seconds,
+        history=fitted.history,
+        confusion=confusion_matrix(logits, targets),
+        mistakes=confident_mistakes(logits, targets, indices, data.val),
+        bad_files=[{"path": str(path), "reason": str(reason)} for path, reason in fitted.bad_files],
+        file=f"models/{folder.name}/{MODEL}",
+    )
+
+
+def confusion_matrix(logits: Tensor, targets: Tensor) -> list[list[int]]:
+    """Counts; rows true, columns predicted. Logits (N, C), targets (N,)."""
+    classes = logits.shape[1]
+    return torch.bincount(targets * classes + logits.argmax(1), minlength=classes**2).view(classes, classes).tolist()
+
+
+def confident_mistakes(logits: Tensor, targets: Tensor, indices: Tensor, images: ImageSet) -> list[Mistake]:
+    """The wrong answers of highest probability, at most `MISTAKES`. Logits (N, C), targets and indices into `images` (N,)."""
+    confidence, predicted = logits.double().softmax(1).max(1)
+    wrong = (predicted != targets).nonzero().flatten()
+    chosen = wrong[confidence[wrong].argsort(descending=True, stable=True)][:MISTAKES]
+    columns: list[list[Any]] = [t[chosen].tolist() for t in (indices, targets, predicted, confidence)]
+    return [Mistake(i, images.describe(i), true, said, sure) for i, true, said, sure in zip(*columns, strict=True)]
