@@ -2,7 +2,7 @@
 
 | exit code | kind |
 |---|---|
-| 2 | usage or configuration (`UsageError`, `InputError`, `MissingExtra`) |
+| 2 | usage or configuration (`UsageError`, `InputError`, `UnsupportedModel`, `AttachError`, `MissingExtra`) |
 | 3 | data (`DataError`) |
 | 4 | checkpoint (`CheckpointError`) |
 | 5 | training stopped for cause (`TrainingStopped`) |
@@ -33,6 +33,14 @@ class InputError(VitariumError, ValueError):
     """A tensor that a model cannot take: wrong rank, channels, dtype, layout or size."""
 
     exit_code = 2
+
+
+class UnsupportedModel(UsageError, TypeError):
+    """A model that a method cannot look into: it is of a kind, or has a part, that `anatomy` does not know; the message says which."""
+
+
+class AttachError(UsageError):
+    """A method found no place in a model, or could not prove that it leaves the model unchanged when switched off; nothing was changed."""
 
 
 class MissingExtra(VitariumError, ImportError):

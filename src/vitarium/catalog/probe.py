@@ -1,0 +1,70 @@
+"""A look at a model from outside: an input that it takes, and what one pass costs.
+
+Methods prove themselves on such an input, and report costs with it; nothing here changes a model, its mode, or the random state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def example_input(model: nn.Module, batch: int = 1) -> Tensor | None:
+    """An image (batch, C, H, W) of the size, dtype and device that an image model says it takes; always the same one.
+
+    None where the model says nothing of the kind (it has no `preprocessing`, timm configuration or transformers configuration).
+    """
+    shape = _input_shape(model)
+    if shape is None:
+        return None
+    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    image = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0), device="cpu")
+    return image.to(weight.device, weight.dtype)
+
+
+def _input_shape(model: nn.Module) -> tuple[int, int, int] | None:
+    preprocessing = getattr(model, "preprocessing", None)
+    if preprocessing is not None:
+        return preprocessing.channels, preprocessing.image_size, preprocessing.image_size
+    if isinstance(patch_embed := getattr(model, "patch_embed", None), nn.Module):  # timm's own word on the size it was built for
+        size, proj = getattr(patch_embed, "img_size", None), getattr(patch_embed, "proj", None)
+        if size is not None and isinstance(proj, nn.Conv2d):
+            return proj.in_channels, *size
+    cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    if isinstance(cfg, dict) and cfg.get("input_size"):
+        return tuple(cfg["input_size"])
+    config = getattr(model, "config", None)
+    config = getattr(config, "vision_config", config)
+    if isinstance(size := getattr(config, "image_size", None), int):
+        return getattr(config, "num_channels", 3), size, size
+    return None
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients for a while; every module has its own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def macs_of(model: nn.Module, *inputs: Any) -> int:
+    """Multiply-accumulates of one pass in eval mode, as torch counts what really runs. Works on the meta device."""
+    with evaluating(model), FlopCounterMode(display=False) as counter:
+        model(*inputs)
+    return counter.get_total_flops() // 2
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Bytes that the model's parameters and buffers take in memory."""
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
