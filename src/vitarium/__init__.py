@@ -2,7 +2,8 @@
 
     import vitarium
 
-    model = vitarium.create_model("swin_tiny", num_classes=10)
+    model = vitarium.create_model("timm/deit_small_patch16_224", num_classes=10)
+    vitarium.apply(model, "evit:keep=0.7")
     vitarium.save(model, "model.safetensors")
     model = vitarium.load("model.safetensors")
 
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vitarium.catalog.create import create_model as create_model
+    from vitarium.catalog.methods import apply as apply
+    from vitarium.catalog.methods import undo as undo
     from vitarium.catalog.registry import list_models as list_models
     from vitarium.catalog.saving import load as load
     from vitarium.catalog.saving import save as save
@@ -28,6 +31,8 @@ __version__ = "0.1.0"
 _FRONT_DOOR = {
     "create_model": "vitarium.catalog.create",
     "list_models": "vitarium.catalog.registry",
+    "apply": "vitarium.catalog.methods",
+    "undo": "vitarium.catalog.methods",
     "save": "vitarium.catalog.saving",
     "load": "vitarium.catalog.saving",
     "systems": "vitarium.catalog.systems",
