@@ -159,6 +159,15 @@ def test_macs_grow_linearly_with_area():
     assert macs[1] / macs[0] == pytest.approx(4, rel=0.01)
 
 
+def test_the_papers_comparisons_are_arguments():
+    still = vitarium.create_model("swin_pico", shifted=False)
+    assert still.stages[0].shift(8, 8) == (0, 0)
+    flat = vitarium.create_model("swin_pico", position_bias=False)
+    tables = [p for name, p in flat.named_parameters() if name.endswith("table")]
+    assert tables
+    assert not any(table.requires_grad or table.any() for table in tables)
+
+
 def test_refuses_stages_that_do_not_match():
     with pytest.raises(ValueError, match="one value a stage"):
         vitarium.create_model("swin_pico", depths=(2, 2, 2))

@@ -113,6 +113,7 @@ class SwinStage(nn.Module):
         self.downsample = downsample
         self.blocks = nn.ModuleList(blocks)
         self.window_size = window_size
+        self.shifted = True
         self._layouts: dict[tuple[int, int, torch.device], tuple[WindowLayout, WindowLayout]] = {}
 
     def shift(self, height: int, width: int) -> tuple[int, int]:
@@ -122,7 +123,7 @@ class SwinStage(nn.Module):
         by axis).
         """
         size, half = self.window_size, self.window_size // 2
-        if height % size == 0 and width % size == 0 and min(height, width) <= size:
+        if not self.shifted or (height % size == 0 and width % size == 0 and min(height, width) <= size):
             return 0, 0
         return (half if height > size else 0), (half if width > size else 0)
 
@@ -298,6 +299,8 @@ class Swin(Backbone):
         patch_size: side of a patch, pixels.
         mlp_ratio: hidden channels of the MLP over C.
         qkv_bias: whether queries, keys and values have a bias.
+        shifted: whether every second block moves the windows; False for the paper's comparison.
+        position_bias: whether the bias tables are learned; False keeps them at zero, for the paper's comparison.
         drop_rate: dropout after the patches, after each projection, in the MLPs and before the head.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
 
@@ -315,6 +318,8 @@ class Swin(Backbone):
         patch_size: int = 4,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
+        shifted: bool = True,
+        position_bias: bool = True,
         in_chans: int = 3,
         num_classes: int = 1000,
         drop_rate: float = 0.0,
@@ -333,6 +338,11 @@ class Swin(Backbone):
         )
         self.norm = LayerNorm2d(dims[-1])
         init_weights(self, conv=False)
+        for stage in self.stages:
+            stage.shifted = shifted
+        for part in self.modules():
+            if isinstance(part, RelativePositionBias) and not position_bias:
+                nn.init.zeros_(part.table.requires_grad_(False))
 
     def _stage(
         self, dim: int, heads: int, size: int, mlp_ratio: float, qkv_bias: bool, drop: float, rates: list[float], downsample: nn.Module
