@@ -16,9 +16,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vitarium.catalog.applying import apply as apply
+    from vitarium.catalog.applying import undo as undo
     from vitarium.catalog.create import create_model as create_model
-    from vitarium.catalog.methods import apply as apply
-    from vitarium.catalog.methods import undo as undo
     from vitarium.catalog.registry import list_models as list_models
     from vitarium.catalog.saving import load as load
     from vitarium.catalog.saving import save as save
@@ -31,8 +31,8 @@ __version__ = "0.1.0"
 _FRONT_DOOR = {
     "create_model": "vitarium.catalog.create",
     "list_models": "vitarium.catalog.registry",
-    "apply": "vitarium.catalog.methods",
-    "undo": "vitarium.catalog.methods",
+    "apply": "vitarium.catalog.applying",
+    "undo": "vitarium.catalog.applying",
     "save": "vitarium.catalog.saving",
     "load": "vitarium.catalog.saving",
     "systems": "vitarium.catalog.systems",

@@ -1,4 +1,4 @@
-"""What changes a model that exists: methods, applied in a fixed order, reported, undone, remembered by a saved file.
+"""What a method is: something that changes a model that exists, is reported, undone, and remembered by a saved file.
 
     vitarium.apply(model, PiToMe(keep=0.925), "mptq:bits=6")
     model.methods[0].tune(keep=0.95)          # knobs that can be live, are
@@ -15,18 +15,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
-import torch
 import yaml
 from torch import Tensor, nn
 
-from vitarium.catalog.probe import bytes_of, example_input, macs_of
 from vitarium.catalog.registry import import_system, system_module
 from vitarium.catalog.systems import systems
-from vitarium.errors import AttachError, UsageError, nearest
+from vitarium.errors import UsageError, nearest
 
 Kind = Literal["prune", "reduce", "adapt", "quantize", "explain"]
 KINDS: tuple[Kind, ...] = ("prune", "reduce", "adapt", "quantize", "explain")
@@ -241,146 +239,3 @@ def _split(text: str) -> list[str]:
         else:
             parts[-1] += char
     return [part for part in parts if part.strip()]
-
-
-# ---- the two verbs
-
-
-def apply(
-    model: nn.Module, *methods: Method | str, example: Tensor | Sequence[Any] | None = None, keep_original: bool = True, quiet: bool = False
-) -> nn.Module:
-    """Apply methods to a model, in place. All of them are applied, or none.
-
-    Args:
-        model: any nn.Module; some methods ask for a plain vision transformer.
-        methods: instances, or text such as "pitome:keep=0.925", in the order prune, reduce, adapt, quantize, explain.
-        example: what the model is called with, to count multiply-accumulates; by default an image, where the model says of what size.
-        keep_original: whether to hold on to replaced weights, so that `undo` works; False frees their memory.
-        quiet: do not print the reports.
-
-    Returns:
-        the same model, with a report for each method at the end of `model.methods`.
-
-    Raises:
-        UsageError: wrong order, a method twice, unknown text.
-        AttachError, UnsupportedModel: a method cannot work on this model; the model is unchanged.
-    """
-    parsed = [parse_method(m) if isinstance(m, str) else m for m in methods]
-    done = methods_on(model)
-    _check_order([report.method for report in done], parsed)
-    inputs = _inputs(model, example)
-    applied: list[AttachReport] = []
-    try:
-        for one in parsed:
-            before = _cost(model, inputs, applied)
-            report = _attach(model, one, one.attach)
-            applied.append(report)
-            report.macs_before, report.bytes_before = before
-            report.macs_after, report.bytes_after = _cost(model, inputs)
-    except BaseException:
-        for report in reversed(applied):
-            _restore(model, report)
-        raise
-    if not keep_original:
-        for report in applied:
-            _forget(report)
-    model.methods = [*done, *applied]  # type: ignore[assignment]
-    if not quiet:
-        for report in applied:
-            print(report)
-    return model
-
-
-def undo(model: nn.Module) -> nn.Module:
-    """Take back every method, last one first: modules and values are those of before, bit by bit. Returns the same model.
-
-    Raises:
-        UsageError: the values of before are gone (applied with keep_original=False, or loaded from a file that does not hold them).
-    """
-    reports = methods_on(model)
-    if gone := [report for report in reports if not report.can_undo]:
-        raise UsageError(f"{gone[0].method.slug} cannot be undone: the weights of before are gone; load or create the original model again")
-    for report in reversed(reports):
-        _restore(model, report)
-    if reports:
-        model.methods = []  # type: ignore[assignment]
-    return model
-
-
-def methods_on(model: nn.Module) -> list[AttachReport]:
-    """The reports of the methods on a model, in the order in which they were applied."""
-    return list(getattr(model, "methods", ()))
-
-
-def rebuild_methods(model: nn.Module, saved: Sequence[Mapping[str, Any]]) -> nn.Module:
-    """Give a fresh model the methods that a file lists (`AttachReport.saved`); its weights are filled in afterwards.
-
-    Raises:
-        UsageError: unknown method or option, or the model does not fit it.
-    """
-    methods = [build_method(row["slug"], row.get("options", {})) for row in saved]
-    _check_order([], methods)
-    reports = []
-    for one, row in zip(methods, saved, strict=True):
-        report = _attach(model, one, lambda m, one=one, row=row: one.rebuild(m, row.get("state", {})))
-        report.bytes_before = report.bytes_after = bytes_of(model)
-        if not one.keeps_weights:
-            _forget(report)
-        reports.append(report)
-    if reports:
-        model.methods = reports  # type: ignore[assignment]
-    return model
-
-
-def _check_order(done: Sequence[Method], new: Sequence[Method]) -> None:
-    everything = [*done, *new]
-    for earlier, later in zip(everything, everything[1:], strict=False):
-        if KINDS.index(earlier.kind) > KINDS.index(later.kind):
-            hint = "undo the model and apply both in that order" if later in new and earlier in done else "give them in that order"
-            raise UsageError(
-                f"{later.slug} ({later.kind}) comes after {earlier.slug} ({earlier.kind}), but methods apply in the order {', '.join(KINDS)}; {hint}"
-            )
-    slugs = [m.slug for m in everything]
-    if twice := [slug for slug in slugs if slugs.count(slug) > 1]:
-        raise UsageError(f"{twice[0]} would be on the model twice; undo it first, or tune it: model.methods[i].tune(...)")
-    reducers = [m.slug for m in everything if m.kind == "reduce"]
-    if len(reducers) > 1:
-        raise UsageError(f"a model takes one token reduction, got {' and '.join(reducers)}; undo the first one")
-
-
-def _attach(model: nn.Module, one: Method, how: Callable[[nn.Module], AttachReport]) -> AttachReport:
-    report = how(model)
-    if not report.sites:
-        _restore(model, report)
-        raise AttachError(f"{one.slug} found nothing to work at in a {type(model).__name__}; the model is unchanged")
-    return report
-
-
-def _restore(model: nn.Module, report: AttachReport) -> None:
-    for name, original in report.replaced.items():
-        now = model.get_submodule(name)
-        weight = next(now.parameters(), None)
-        model.set_submodule(name, original if weight is None else original.to(weight.device))
-        original.training = now.training
-    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    with torch.no_grad():
-        for name, values in report.tensors.items():
-            own[name].data = values.to(own[name].device)
-
-
-def _forget(report: AttachReport) -> None:
-    if not report.method.keeps_weights:
-        report.replaced, report.tensors, report.can_undo = {}, {}, False
-
-
-def _inputs(model: nn.Module, example: Tensor | Sequence[Any] | None) -> tuple[Any, ...] | None:
-    if example is None:
-        image = example_input(model)
-        return None if image is None else (image,)
-    return (example,) if isinstance(example, Tensor) else tuple(example)
-
-
-def _cost(model: nn.Module, inputs: tuple[Any, ...] | None, earlier: Sequence[AttachReport] = ()) -> tuple[int | None, int]:
-    if earlier:
-        return earlier[-1].macs_after, earlier[-1].bytes_after
-    return (None if inputs is None else macs_of(model, *inputs)), bytes_of(model)

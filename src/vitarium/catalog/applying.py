@@ -1,0 +1,152 @@
+"""apply and undo: methods onto a model and off it again, in a fixed order, all or none."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitarium.catalog.methods import KINDS, AttachReport, Method, build_method, parse_method
+from vitarium.catalog.probe import bytes_of, example_input, macs_of
+from vitarium.errors import AttachError, UsageError
+
+
+def apply(
+    model: nn.Module, *methods: Method | str, example: Tensor | Sequence[Any] | None = None, keep_original: bool = True, quiet: bool = False
+) -> nn.Module:
+    """Apply methods to a model, in place. All of them are applied, or none.
+
+    Args:
+        model: any nn.Module; some methods ask for a plain vision transformer.
+        methods: instances, or text such as "pitome:keep=0.925", in the order prune, reduce, adapt, quantize, explain.
+        example: what the model is called with, to count multiply-accumulates; by default an image, where the model says of what size.
+        keep_original: whether to hold on to replaced weights, so that `undo` works; False frees their memory.
+        quiet: do not print the reports.
+
+    Returns:
+        the same model, with a report for each method at the end of `model.methods`.
+
+    Raises:
+        UsageError: wrong order, a method twice, unknown text.
+        AttachError, UnsupportedModel: a method cannot work on this model; the model is unchanged.
+    """
+    parsed = [parse_method(m) if isinstance(m, str) else m for m in methods]
+    done = methods_on(model)
+    _check_order([report.method for report in done], parsed)
+    inputs = _inputs(model, example)
+    applied: list[AttachReport] = []
+    try:
+        for one in parsed:
+            before = _cost(model, inputs, applied)
+            report = _checked(model, one.attach(model))
+            applied.append(report)
+            report.macs_before, report.bytes_before = before
+            report.macs_after, report.bytes_after = _cost(model, inputs)
+    except BaseException:
+        for report in reversed(applied):
+            _restore(model, report)
+        raise
+    if not keep_original:
+        for report in applied:
+            _forget(report)
+    model.methods = [*done, *applied]  # type: ignore[assignment]
+    if not quiet:
+        for report in applied:
+            print(report)
+    return model
+
+
+def undo(model: nn.Module) -> nn.Module:
+    """Take back every method, last one first: modules and values are those of before, bit by bit. Returns the same model.
+
+    Raises:
+        UsageError: the values of before are gone (applied with keep_original=False, or loaded from a file that does not hold them).
+    """
+    reports = methods_on(model)
+    if gone := [report for report in reports if not report.can_undo]:
+        raise UsageError(f"{gone[0].method.slug} cannot be undone: the weights of before are gone; load or create the original model again")
+    for report in reversed(reports):
+        _restore(model, report)
+    if reports:
+        model.methods = []  # type: ignore[assignment]
+    return model
+
+
+def methods_on(model: nn.Module) -> list[AttachReport]:
+    """The reports of the methods on a model, in the order in which they were applied."""
+    return list(getattr(model, "methods", ()))
+
+
+def rebuild_methods(model: nn.Module, saved: Sequence[Mapping[str, Any]]) -> nn.Module:
+    """Give a fresh model the methods that a file lists (`AttachReport.saved`); its weights are filled in afterwards.
+
+    Raises:
+        UsageError: unknown method or option, or the model does not fit it.
+    """
+    methods = [build_method(row["slug"], row.get("options", {})) for row in saved]
+    _check_order([], methods)
+    reports = []
+    for one, row in zip(methods, saved, strict=True):
+        report = _checked(model, one.rebuild(model, row.get("state", {})))
+        report.bytes_before = report.bytes_after = bytes_of(model)
+        if not one.keeps_weights:
+            _forget(report)
+        reports.append(report)
+    if reports:
+        model.methods = reports  # type: ignore[assignment]
+    return model
+
+
+def _check_order(done: Sequence[Method], new: Sequence[Method]) -> None:
+    everything = [*done, *new]
+    for earlier, later in itertools.pairwise(everything):
+        if KINDS.index(earlier.kind) > KINDS.index(later.kind):
+            hint = "undo the model, and apply both in that order" if earlier in done else "give them in that order"
+            pair = f"{later.slug} ({later.kind}) comes after {earlier.slug} ({earlier.kind})"
+            raise UsageError(f"{pair}, but methods apply in the order {', '.join(KINDS)}; {hint}")
+    slugs = [m.slug for m in everything]
+    if twice := [slug for slug in slugs if slugs.count(slug) > 1]:
+        raise UsageError(f"{twice[0]} would be on the model twice; undo it first, or tune it: model.methods[i].tune(...)")
+    reducers = [m.slug for m in everything if m.kind == "reduce"]
+    if len(reducers) > 1:
+        raise UsageError(f"a model takes one token reduction, got {' and '.join(reducers)}; undo the first one")
+
+
+def _checked(model: nn.Module, report: AttachReport) -> AttachReport:
+    if not report.sites:
+        _restore(model, report)
+        raise AttachError(f"{report.method.slug} found nothing to work at in a {type(model).__name__}; the model is unchanged")
+    return report
+
+
+def _restore(model: nn.Module, report: AttachReport) -> None:
+    for name, original in report.replaced.items():
+        now = model.get_submodule(name)
+        weight = next(now.parameters(), None)
+        model.set_submodule(name, original if weight is None else original.to(weight.device))
+        original.training = now.training
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    with torch.no_grad():
+        for name, values in report.tensors.items():
+            own[name].data = values.to(own[name].device)
+
+
+def _forget(report: AttachReport) -> None:
+    if not report.method.keeps_weights:
+        report.replaced, report.tensors, report.can_undo = {}, {}, False
+
+
+def _inputs(model: nn.Module, example: Tensor | Sequence[Any] | None) -> tuple[Any, ...] | None:
+    if example is None:
+        image = example_input(model)
+        return None if image is None else (image,)
+    return (example,) if isinstance(example, Tensor) else tuple(example)
+
+
+def _cost(model: nn.Module, inputs: tuple[Any, ...] | None, earlier: Sequence[AttachReport] = ()) -> tuple[int | None, int]:
+    if earlier:
+        return earlier[-1].macs_after, earlier[-1].bytes_after
+    return (None if inputs is None else macs_of(model, *inputs)), bytes_of(model)
