@@ -1,0 +1,111 @@
+"""Data sets of Hugging Face's `datasets` library, saved on disk with `save_to_disk`."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vitarium.data.bad_files import BrokenImage
+from vitarium.data.image_set import ImageData
+from vitarium.data.images import decode_image, open_image
+from vitarium.data.parts import Listing, assemble, few, part_names
+from vitarium.errors import DataError, require
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+LABEL_COLUMNS = ("label", "labels", "class", "cls", "target")
+
+
+class SavedImages:
+    """Rows of a saved data set, with class numbers.
+
+    Args:
+        name: of the data, for `describe`.
+        parts: split name -> (the `datasets.Dataset` with undecoded pictures, its picture column).
+        rows: (split name, row) of each sample.
+        targets: class number of each.
+    """
+
+    def __init__(self, name: str, parts: dict[str, tuple[Any, str]], rows: list[tuple[str, int]], targets: list[int]):
+        self.name, self.parts, self.rows, self.targets = name, parts, rows, targets
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        part, row = self.rows[index]
+        dataset, column = self.parts[part]
+        stored = dataset[row][column] or {}
+        if stored.get("bytes") is not None:
+            return decode_image(stored["bytes"], self.describe(index)), self.targets[index]
+        if stored.get("path"):
+            return open_image(stored["path"]), self.targets[index]
+        raise BrokenImage(self.describe(index), "the row has no picture")
+
+    def describe(self, index: int) -> str:
+        """name/split[row]"""
+        part, row = self.rows[index]
+        return f"{self.name}/{part}[{row}]"
+
+
+def open_saved(path: Path, *, seed: int = 0, val_fraction: float = 0.2) -> ImageData:
+    """A `Dataset` or `DatasetDict` saved with `save_to_disk`.
+
+    The picture and the label column are found by their types (`Image`, `ClassLabel`), the parts by their names (train; validation,
+    val, ..., test); without a held-out part one is split off with a fixed seed.
+
+    Raises:
+        MissingExtra: `datasets` is not installed.
+        DataError: it cannot be read, has no such columns, has rows without label, or cannot be trained on.
+    """
+    datasets = require("datasets", "data")
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except Exception as error:  # datasets' errors have no common base
+        raise DataError(f"cannot read the saved data set {path}: {error}") from error
+    splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+    train, val = part_names(splits)
+    if train is None:
+        raise DataError(f"{path} has no train split; it has {few(list(splits))}")
+    name, parts, listings = path.resolve().name, {}, {}
+    classes: list[str] | None = None
+    for split in (train, val) if val else (train,):
+        dataset = splits[split]
+        picture, label = _columns(dataset, f"{path} ({split})", datasets)
+        parts[split] = dataset.select_columns([picture]).cast_column(picture, datasets.Image(decode=False)), picture
+        names = getattr(dataset.features[label], "names", None)
+        classes = classes or names
+        listings[split] = Listing([(split, row) for row in range(len(dataset))], _labels(dataset[label], names, f"{path} ({split})"))
+    make = functools.partial(SavedImages, name, parts)
+    held_out = listings[val] if val else None
+    return assemble(name, make, listings[train], held_out, classes=classes, seed=seed, val_fraction=val_fraction)
+
+
+def _columns(dataset: Any, where: str, datasets: Any) -> tuple[str, str]:
+    """The picture and the label column."""
+    features = dataset.features
+    pictures = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    labels = labels or [name for name in features if name.lower() in LABEL_COLUMNS]
+    preferred = [name for name in labels if name in LABEL_COLUMNS] or labels
+    if not pictures or not preferred:
+        found = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
+        raise DataError(f"{where} needs a column of type Image and one of type ClassLabel; it has {found or 'no columns'}")
+    if len(pictures) > 1 or (len(labels) > 1 and preferred == labels):
+        several = pictures if len(pictures) > 1 else labels
+        raise DataError(f"{where} has several columns that could be meant ({few(several)}); keep one: dataset.remove_columns(...)")
+    return pictures[0], preferred[0]
+
+
+def _labels(column: Any, names: list[str] | None, where: str) -> list[str]:
+    """Class names of all rows."""
+    labels = []
+    for row, value in enumerate(column):
+        known = isinstance(value, int | str) and not isinstance(value, bool) and value != ""
+        if not known or (names is not None and not (isinstance(value, int) and 0 <= value < len(names))):
+            accepted = f"0 to {len(names) - 1}" if names else "class numbers or names"
+            raise DataError(f"{where}: row {row} has the label {value!r}; accepted: {accepted}")
+        labels.append(names[value] if names is not None else str(value))
+    return labels

@@ -1,0 +1,90 @@
+"""The one door to data: a name or a path in, a training and a held-out part out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from vitarium.data.image_set import ImageData
+from vitarium.data.parts import part_names
+from vitarium.errors import DataError, nearest
+
+EMBEDDED = ("digits", "photos", "scenes")
+KINDS = ("folder", "csv", "wds", "hf")
+ACCEPTED = (
+    "accepted: digits, photos, scenes[:KEY=VALUE,...]; or a path to a folder of class folders (or of train/ and val/), "
+    "to WebDataset shards (a folder of .tar files, or name-{000..009}.tar), to a Hugging Face data set written by save_to_disk, "
+    "or to a CSV file with columns path and label"
+)
+
+
+def open_data(spec: str | os.PathLike[str], *, seed: int = 0, val_fraction: float = 0.2, image_size: int | None = None) -> ImageData:
+    """Open a data set for classification.
+
+    Args:
+        spec: "digits" (scikit-learn's handwriting), "photos" (crops of real photographs), "scenes" (drawn on demand, with options:
+            "scenes:length=5000,task=class"); or a path: a folder of class folders, one with train/ and val/ of them, WebDataset shards
+            ("shards/", "x-{000..009}.tar"), a Hugging Face data set saved with `save_to_disk`, a CSV file with columns path and label.
+            What a path holds is recognised; a prefix "folder:", "csv:", "wds:" or "hf:" forces it.
+        seed: of the split, where the data has none, and of data that is drawn.
+        val_fraction: share that is held out, where the data has no split.
+        image_size: side of pictures that are drawn or cropped, pixels; None: their own default. Files come as they are.
+
+    Raises:
+        DataError: nothing there, or nothing that can be trained on.
+        UsageError: an option of "scenes" that does not exist.
+    """
+    text = os.fspath(spec)
+    kind, colon, rest = text.partition(":")
+    split: dict[str, Any] = {"seed": seed, "val_fraction": val_fraction}
+    if kind == "digits" and not colon:
+        from vitarium.data.digits import open_digits
+
+        return open_digits(**split)
+    if kind == "photos" and not colon:
+        from vitarium.data.photos import open_photos
+
+        return open_photos(image_size=image_size, **split)
+    if kind == "scenes":
+        from vitarium.data.scenes import open_scenes
+
+        return open_scenes(rest, image_size=image_size, **split)
+    forced = kind in KINDS and bool(colon)
+    path = Path(rest if forced else text)
+    kind = kind if forced else _recognise(path, text)
+    if kind == "csv":
+        from vitarium.data.folders import open_table
+
+        return open_table(path, **split)
+    if kind == "wds":
+        from vitarium.data.shards import open_shards
+
+        return open_shards(path, **split)
+    if kind == "hf":
+        from vitarium.data.hub import open_saved
+
+        return open_saved(path, **split)
+    from vitarium.data.folders import open_folder
+
+    return open_folder(path, **split)
+
+
+def _recognise(path: Path, spec: str) -> str:
+    """What lies at a path: "folder", "csv", "wds" or "hf"."""
+    if not spec:
+        raise DataError(f"no data was named\n{ACCEPTED}")
+    if path.suffix == ".tar":
+        return "wds"
+    if path.is_file():
+        if path.suffix.lower() == ".csv":
+            return "csv"
+        raise DataError(f"{spec} is a single file of a kind that is not read as a data set\n{ACCEPTED}")
+    if not path.is_dir():
+        siblings = [p.name for p in path.parent.iterdir() if not p.name.startswith(".")] if path.parent.is_dir() else []
+        raise DataError(f"there is no data called {spec!r}{nearest(path.name, [*EMBEDDED, *siblings])}\n{ACCEPTED}")
+    if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
+        return "hf"
+    folders = [entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    places = [path / part for part in part_names(folders) if part] if folders else [path]
+    return "wds" if any(next(place.glob("*.tar"), None) for place in places) else "folder"

@@ -1,0 +1,108 @@
+"""Real photographs without a download: those that lie inside the packages of scikit-learn and scikit-image."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vitarium.data.image_set import ImageData
+from vitarium.data.images import open_image
+from vitarium.data.parts import Listing, assemble
+from vitarium.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+FILES = {
+    "china": "sklearn/datasets/images/china.jpg",
+    "flower": "sklearn/datasets/images/flower.jpg",
+    "astronaut": "skimage/data/astronaut.png",
+    "brick": "skimage/data/brick.png",
+    "cat": "skimage/data/chelsea.png",
+    "cells": "skimage/data/cell.png",
+    "coffee": "skimage/data/coffee.png",
+    "coins": "skimage/data/coins.png",
+    "galaxies": "skimage/data/hubble_deep_field.jpg",
+    "grass": "skimage/data/grass.png",
+    "gravel": "skimage/data/gravel.png",
+    "moon": "skimage/data/moon.png",
+    "motorcycle": "skimage/data/motorcycle_left.png",
+    "photographer": "skimage/data/camera.png",
+    "retina": "skimage/data/retina.jpg",
+    "rocket": "skimage/data/rocket.jpg",
+    "tissue": "skimage/data/ihc.png",
+}
+
+TILES = 6
+"""Tiles along the shorter side of a photograph."""
+
+
+def sample_photos() -> list[tuple[str, Image.Image]]:
+    """(name, RGB picture) of every photograph that is installed: two with scikit-learn, seventeen with scikit-image as well."""
+    return [(name, _photo(name).copy()) for name in _installed()]
+
+
+class PhotoTiles:
+    """Square tiles of the photographs, resized; the class is the photograph.
+
+    Args:
+        image_size: side of the pictures, pixels.
+        tiles: (photograph, column, row) of each.
+        targets: class number of each.
+    """
+
+    def __init__(self, image_size: int, tiles: list[tuple[str, int, int]], targets: list[int]):
+        self.image_size, self.tiles, self.targets = image_size, tiles, targets
+
+    def __len__(self) -> int:
+        return len(self.tiles)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        name, column, row = self.tiles[index]
+        photo = _photo(name)
+        side = min(photo.size) // TILES
+        box = (column * side, row * side, (column + 1) * side, (row + 1) * side)
+        return photo.crop(box).resize((self.image_size, self.image_size)), self.targets[index]
+
+    def describe(self, index: int) -> str:
+        """Photograph, column and row."""
+        name, column, row = self.tiles[index]
+        return f"{name}, column {column}, row {row}"
+
+
+def open_photos(*, image_size: int | None = None, seed: int = 0, val_fraction: float = 0.2) -> ImageData:
+    """From which photograph is this tile? Tiles do not overlap, so that no pixel is both trained on and held out."""
+    image_size = image_size or 64
+    listing = Listing([], [])
+    for name in _installed():
+        width, height = _photo(name).size
+        side = min(width, height) // TILES
+        tiles = [(name, column, row) for row in range(height // side) for column in range(width // side)]
+        listing.samples.extend(tiles)
+        listing.labels.extend([name] * len(tiles))
+    data = assemble("photos", functools.partial(PhotoTiles, image_size), listing, seed=seed, val_fraction=val_fraction)
+    return ImageData(data.name, data.train, data.val, data.classes, image_size)
+
+
+@functools.cache
+def _installed() -> list[str]:
+    found = [name for name, file in FILES.items() if (path := _locate(file)) and path.is_file()]
+    if not found:
+        raise DataError("no sample photographs are installed; scikit-learn and scikit-image bring them: pip install 'vitarium[data]'")
+    return found
+
+
+def _locate(file: str) -> Path | None:
+    """A file inside a package, without importing the package."""
+    package, _, inside = file.partition("/")
+    spec = importlib.util.find_spec(package)
+    return Path(spec.submodule_search_locations[0]) / inside if spec and spec.submodule_search_locations else None
+
+
+@functools.cache
+def _photo(name: str) -> Image.Image:
+    path = _locate(FILES[name])
+    assert path is not None, name
+    return open_image(path).convert("RGB")
