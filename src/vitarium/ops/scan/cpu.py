@@ -1,0 +1,243 @@
+"""The selective scan on a CPU: loops that numba compiles on their first call (the machine code is kept on disk for the next process).
+
+State and adjoint of a channel range stay in the cache while the tokens pass; the innermost loops run along the channels, so that they
+become vector instructions. numba's own exponential is a library call a value, hence the polynomials. Nothing of size tokens times states
+is written: the backward pass computes the states again, chunk by chunk, from those kept.
+
+Threads: numba's may not be entered from two Python threads at once, so the pieces go to plain threads; the kernels release the lock.
+Legend: as in reference.py; here a is (N, D).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numba import njit, types
+from numba.extending import overload
+from torch import Tensor
+
+FAST = {"reassoc", "contract", "nsz", "arcp"}  # sums in any order and fused multiply-adds; infinities and NaN keep their meaning
+NARROWEST = 128  # channels that are worth a thread
+
+_LOG2E = np.float32(math.log2(math.e))
+_ONE, _HALF_EXPONENT, _MANTISSA = np.float32(1), np.float32(127), np.float32(2**23)
+_LOWEST, _HIGHEST = np.float32(-126), np.float32(127)
+_E0, _E1, _E2, _E3, _E4, _E5, _E6, _E7 = (np.float32(math.log(2) ** k / math.factorial(k)) for k in range(8))
+_L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7 = (np.float32(2 / (2 * k + 1)) for k in range(8))
+
+
+def _exp(v):
+    raise NotImplementedError  # compiled only
+
+
+def _log1p(v):
+    raise NotImplementedError
+
+
+@overload(_exp, jit_options={"fastmath": FAST})
+def _compile_exp(v):
+    """exp(v); in float32 as 2^k 2^r with |r| <= 1/2, the power of two put together bit by bit, to 2e-7 of the value."""
+    if v != types.float32:
+        return lambda v: math.exp(v)
+
+    def single(v):
+        t = min(max(v * _LOG2E, _LOWEST), _HIGHEST)
+        k = np.rint(t)
+        r = t - k
+        power = _E0 + r * (_E1 + r * (_E2 + r * (_E3 + r * (_E4 + r * (_E5 + r * (_E6 + r * _E7))))))
+        return power * np.int32((k + _HALF_EXPONENT) * _MANTISSA).view(np.float32)
+
+    return single
+
+
+@overload(_log1p, jit_options={"fastmath": FAST})
+def _compile_log1p(v):
+    """log(1 + v) for 0 <= v <= 1; in float32 as 2 artanh(q), q = v / (2 + v) <= 1/3, by its series, to 1e-7 of the value."""
+    if v != types.float32:
+        return lambda v: math.log1p(v)
+
+    def single(v):
+        q = v / (v + (_ONE + _ONE))
+        s = q * q
+        return q * (_L0 + s * (_L1 + s * (_L2 + s * (_L3 + s * (_L4 + s * (_L5 + s * (_L6 + s * _L7)))))))
+
+    return single
+
+
+@njit(fastmath=FAST)
+def _prepare(x, raw, bias, softplus, delta, drive):
+    """A token's step sizes, delta = raw + bias or softplus of it, and what drives its states, delta x."""
+    for d in range(len(x)):
+        v = raw[d] + bias[d]
+        soft = _log1p(_exp(-abs(v)))
+        delta[d] = ((v + soft) if v > 0 else soft) if softplus else v
+        drive[d] = delta[d] * x[d]
+
+
+@njit(fastmath=FAST)
+def _advance(delta, a, drive, b, before, after):
+    """One state of each channel, one token on: s <- exp(delta a) s + delta x b."""
+    for d in range(len(delta)):
+        after[d] = _exp(delta[d] * a[d]) * before[d] + drive[d] * b
+
+
+@njit(fastmath=FAST)
+def _advance_and_read(delta, a, drive, b, c, state, y):
+    """`_advance` in place, and y += c s."""
+    for d in range(len(delta)):
+        s = _exp(delta[d] * a[d]) * state[d] + drive[d] * b
+        state[d] = s
+        y[d] += s * c
+
+
+@njit(fastmath=FAST)
+def _retreat(delta, a, drive, b, c, before, after, grad, adjoint, grad_delta, grad_drive, grad_a):
+    """One state of each channel, one token back: the adjoint, and what the token adds to the gradients; those to b and c are returned."""
+    grad_b = grad_c = grad[0] - grad[0]
+    for d in range(len(delta)):
+        g = adjoint[d] + c * grad[d]
+        decayed = g * _exp(delta[d] * a[d])
+        ratio = decayed * before[d]
+        adjoint[d] = decayed
+        grad_delta[d] += ratio * a[d]
+        grad_a[d] += ratio * delta[d]
+        grad_drive[d] += g * b
+        grad_b += g * drive[d]
+        grad_c += grad[d] * after[d]
+    return grad_b, grad_c
+
+
+@njit(fastmath=FAST)
+def _finish(x, raw, bias, skip, softplus, grad, delta, grad_delta, grad_drive, grad_x, grad_raw, grad_skip, grad_bias):
+    """From the gradients to delta and delta x to those to the token's inputs."""
+    for d in range(len(x)):
+        grad_x[d] = skip[d] * grad[d] + grad_drive[d] * delta[d]
+        g = grad_delta[d] + grad_drive[d] * x[d]
+        if softplus:  # times its derivative, the logistic function
+            v = raw[d] + bias[d]
+            w = _exp(-abs(v))
+            g *= (_ONE if v >= 0 else w) / (_ONE + w)
+        grad_raw[d] = g
+        grad_bias[d] += g
+        grad_skip[d] += grad[d] * x[d]
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def _forward(x, raw, a, b, c, skip, bias, y, states, every, softplus, reverse, first, last, low, high):
+    """Images first..last, channels low..high: fills y, (I, L, D), and states, (I, ceil(L / every), N, D)."""
+    length, count, width = x.shape[1], a.shape[0], high - low
+    state = np.empty((count, width), x.dtype)
+    delta = np.empty(width, x.dtype)
+    drive = np.empty(width, x.dtype)
+    for i in range(first, last):
+        state[:] = 0
+        for k in range(length):
+            t = length - 1 - k if reverse else k
+            _prepare(x[i, t, low:high], raw[i, t, low:high], bias[low:high], softplus, delta, drive)
+            row = y[i, t, low:high]
+            for d in range(width):
+                row[d] = skip[low + d] * x[i, t, low + d]
+            for n in range(count):
+                _advance_and_read(delta, a[n, low:high], drive, b[i, t, n], c[i, t, n], state[n], row)
+            if (k + 1) % every == 0 or k + 1 == length:
+                states[i, k // every, :, low:high] = state
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def _backward(
+    grad, x, raw, a, b, c, skip, bias, states, every, softplus, reverse, grad_x, grad_raw, grad_a, grad_b, grad_c, grad_skip, grad_bias,
+    first, last, low, high,
+):  # fmt: skip
+    """Images first..last, channels low..high: fills grad_x and grad_raw, adds to the others."""
+    length, count, width = x.shape[1], a.shape[0], high - low
+    inside = np.empty((every + 1, count, width), x.dtype)
+    delta = np.empty((every, width), x.dtype)
+    drive = np.empty((every, width), x.dtype)
+    adjoint = np.empty((count, width), x.dtype)
+    grad_delta = np.empty(width, x.dtype)
+    grad_drive = np.empty(width, x.dtype)
+    for i in range(first, last):
+        adjoint[:] = 0
+        for chunk in range(states.shape[1] - 1, -1, -1):
+            start, stop = chunk * every, min(length, (chunk + 1) * every)
+            if chunk:
+                inside[0] = states[i, chunk - 1, :, low:high]
+            else:
+                inside[0] = 0
+            for k in range(start, stop):
+                t, j = length - 1 - k if reverse else k, k - start
+                _prepare(x[i, t, low:high], raw[i, t, low:high], bias[low:high], softplus, delta[j], drive[j])
+                for n in range(count):
+                    _advance(delta[j], a[n, low:high], drive[j], b[i, t, n], inside[j, n], inside[j + 1, n])
+            for k in range(stop - 1, start - 1, -1):
+                t, j = length - 1 - k if reverse else k, k - start
+                grad_delta[:] = 0
+                grad_drive[:] = 0
+                g = grad[i, t, low:high]
+                for n in range(count):
+                    gb, gc = _retreat(
+                        delta[j], a[n, low:high], drive[j], b[i, t, n], c[i, t, n], inside[j, n], inside[j + 1, n], g, adjoint[n],
+                        grad_delta, grad_drive, grad_a[n, low:high],
+                    )  # fmt: skip
+                    grad_b[i, t, n] += gb
+                    grad_c[i, t, n] += gc
+                _finish(
+                    x[i, t, low:high], raw[i, t, low:high], bias[low:high], skip[low:high], softplus, g, delta[j], grad_delta, grad_drive,
+                    grad_x[i, t, low:high], grad_raw[i, t, low:high], grad_skip[low:high], grad_bias[low:high],
+                )  # fmt: skip
+
+
+def forward(
+    x: Tensor, raw: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor, bias: Tensor, softplus: bool, reverse: bool, every: int
+) -> tuple[Tensor, Tensor]:
+    """See `dispatch.selective_scan`; a is (D, N). Returns y, (I, L, D), and the kept states, (I, ceil(L / every), N, D)."""
+    y = torch.empty_like(x)
+    states = x.new_empty(x.shape[0], -(-x.shape[1] // every), a.shape[1], a.shape[0])
+    arrays = _arrays(x, raw, a.T, b, c, skip, bias, y, states)
+    _run(x, lambda _, *piece: _forward(*arrays, every, softplus, reverse, *piece))
+    return y, states
+
+
+def backward(
+    grad: Tensor, x: Tensor, raw: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor, bias: Tensor, states: Tensor,
+    softplus: bool, reverse: bool, every: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients to x, raw, a, b, c, skip and bias from that to y."""
+    pieces = len(_pieces(x))
+    grad_x, grad_raw = torch.empty_like(x), torch.empty_like(x)
+    shared = [v.new_zeros(pieces, *v.shape) for v in (a.T, b, c, skip, bias)]  # each thread adds to its own
+    arrays = _arrays(grad, x, raw, a.T, b, c, skip, bias, states)
+    own = [grad_x.numpy(), grad_raw.numpy()]
+    _run(x, lambda p, *piece: _backward(*arrays, every, softplus, reverse, *own, *(v[p].numpy() for v in shared), *piece))
+    grad_a, grad_b, grad_c, grad_skip, grad_bias = (v[0] if pieces == 1 else v.sum(0) for v in shared)
+    return grad_x, grad_raw, grad_a.T.contiguous(), grad_b, grad_c, grad_skip, grad_bias
+
+
+def _arrays(*tensors: Tensor) -> list[np.ndarray]:
+    return [t.detach().contiguous().numpy() for t in tensors]
+
+
+def _pieces(x: Tensor) -> list[tuple[int, int, int, int]]:
+    """(first, last, low, high) of each thread: images where there are enough, else channels."""
+    images, _, channels = x.shape
+    threads = torch.get_num_threads()
+    if images >= threads:
+        edges = [images * k // threads for k in range(threads + 1)]
+        return [(i, j, 0, channels) for i, j in zip(edges, edges[1:], strict=False)]
+    parts = max(1, min(threads, channels // NARROWEST))
+    edges = [channels * k // parts for k in range(parts + 1)]
+    return [(0, images, i, j) for i, j in zip(edges, edges[1:], strict=False)]
+
+
+def _run(x: Tensor, kernel: Callable[..., None]) -> None:
+    """kernel(number, *piece) for each piece, at once."""
+    pieces = _pieces(x)
+    if len(pieces) == 1:
+        return kernel(0, *pieces[0])
+    with ThreadPoolExecutor(len(pieces)) as pool:
+        list(pool.map(lambda job: kernel(job[0], *job[1]), enumerate(pieces)))
+    return None

@@ -1,0 +1,248 @@
+"""The selective scan: one call, the fastest implementation that the device has.
+
+| implementation | where | what it is |
+|---|---|---|
+| "numba" | CPU, with the extra `fast` | loops compiled at run time (cpu.py) |
+| "triton" | CUDA and other devices that Triton knows | one program a block of channels (gpu.py) |
+| "loop" | anywhere | the time-major loop in tensor operators (reference.py) |
+
+Eager calls and compiled graphs see one operator, `vitarium::selective_scan`, with a hand-written backward pass and a formula for flop
+counters. Exported graphs must run without this library, and function transforms want ordinary operators: they get the parallel prefix.
+
+Memory: linear in tokens and channels; for the backward pass a state is kept every K >= 4 N tokens, a quarter of an activation at most.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from vitarium.errors import UsageError, nearest, require
+from vitarium.ops.linear import in_plain_inference
+from vitarium.ops.scan.reference import loop_backward, loop_forward, scan_doubling
+
+IMPLEMENTATIONS = ("auto", "loop", "numba", "triton")
+
+
+def selective_scan(
+    x: Tensor,
+    delta: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    skip: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    softplus: bool = False,
+    reverse: bool = False,
+    implementation: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The recurrence of Mamba along the tokens, s_t = exp(delta_t a) s_{t-1} + delta_t b_t x_t, y_t = <c_t, s_t> + skip x_t, from s = 0.
+
+    Args:
+        x: input, (I, L, D): images, tokens, channels.
+        delta: step sizes before `bias` and `softplus`, (I, L, D).
+        a: (D, N), rate of each state of each channel; negative.
+        b, c: (I, L, N), how each token writes to and reads from the states.
+        skip: (D,), weight of the input itself; None for none.
+        bias: (D,), added to delta.
+        softplus: whether delta then goes through log(1 + exp(.)).
+        reverse: whether to run from the last token to the first: the same as flipping the tokens of everything, and y back.
+        implementation: one of IMPLEMENTATIONS; "auto" takes the fastest.
+
+    Returns:
+        y, (I, L, D) in x's dtype, and the last state, (I, D, N), without gradient. Arithmetic and state are float32 (float64 for float64)
+        whatever the inputs' dtype, under autocast too.
+
+    Raises:
+        UsageError: shapes that do not fit, or an unknown implementation.
+        MissingExtra: an implementation that is asked for by name is not installed.
+
+    Source: mamba's `selective_scan_ref` and `selective_scan_fn`, with tokens before channels.
+    """
+    _check(x, delta, a, b, c, skip, bias)
+    exact = torch.float64 if x.dtype is torch.float64 else torch.float32
+    zeros = torch.zeros(a.shape[0], dtype=exact, device=x.device) if skip is None or bias is None else None
+    skip = zeros if skip is None else skip.to(exact)
+    bias = zeros if bias is None else bias.to(exact)
+    assert skip is not None
+    assert bias is not None
+    a = a.to(exact)
+    if _needs_operators():
+        y, state = _with_operators(x.to(exact), delta.to(exact), a, b.to(exact), c.to(exact), skip, bias, softplus, reverse)
+        return y.to(x.dtype), state
+    name = choose(x.device.type, implementation)
+    values = (x, delta, b, c) if name == "triton" else tuple(v.to(exact) for v in (x, delta, b, c))
+    tensors = (values[0], values[1], a, *values[2:], skip, bias)
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    every = _spacing(a.shape[1]) if wanted else max(1, x.shape[1])
+    run = _forward if in_plain_inference(*tensors) else _operator
+    y, states = run(*tensors, softplus, reverse, every, name)
+    state = states[:, -1].transpose(1, 2) if x.shape[1] else states.new_zeros(x.shape[0], *a.shape)
+    return y.to(x.dtype), state.detach()
+
+
+def choose(device: str, implementation: str = "auto") -> str:
+    """The implementation that a device type gets.
+
+    Raises:
+        UsageError: no such implementation.
+        MissingExtra: it was asked for by name and is not installed.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise UsageError(f"unknown scan {implementation!r}{nearest(implementation, IMPLEMENTATIONS)}; there are {', '.join(IMPLEMENTATIONS)}")
+    if implementation == "auto":
+        wanted = {"cpu": "numba", "cuda": "triton", "xpu": "triton"}.get(device, "loop")
+        return wanted if wanted == "loop" or _kernels(wanted) is not None else "loop"
+    if implementation != "loop" and _kernels(implementation) is None:
+        require(implementation, "fast")
+    return implementation
+
+
+@functools.cache
+def _kernels(name: str) -> ModuleType | None:
+    """The module of compiled kernels, or None where what compiles them is missing or does not fit this Python."""
+    try:
+        if name == "numba":
+            from vitarium.ops.scan import cpu
+
+            return cpu
+        from vitarium.ops.scan import gpu
+
+        return gpu
+    except ImportError:
+        return None
+
+
+def _check(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor | None, bias: Tensor | None) -> None:
+    if x.ndim != 3 or a.ndim != 2:
+        raise UsageError(f"x must be (images, tokens, channels) and a (channels, states), got {tuple(x.shape)} and {tuple(a.shape)}")
+    images, length, channels = x.shape
+    states = a.shape[1]
+    shapes = dict(delta=(images, length, channels), a=(channels, states), b=(images, length, states), c=(images, length, states))
+    given: dict[str, Tensor | None] = dict(delta=delta, a=a, b=b, c=c, skip=skip, bias=bias)
+    for name, tensor in given.items():
+        accepted = shapes.get(name, (channels,))
+        if tensor is not None and tuple(tensor.shape) != accepted:
+            raise UsageError(f"beside x {tuple(x.shape)} and {states} states, {name} must be {accepted}, got {tuple(tensor.shape)}")
+
+
+def _needs_operators() -> bool:
+    """Whether a graph is being made that must run without this library, or a function is being transformed."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _with_operators(
+    x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor, bias: Tensor, softplus: bool, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    delta = F.softplus(delta + bias) if softplus else delta + bias
+    inputs = [v.flip(1) for v in (x, delta, b, c)] if reverse else [x, delta, b, c]
+    y, state = scan_doubling(inputs[0], inputs[1], a, *inputs[2:])
+    return (y.flip(1) if reverse else y) + skip * x, state
+
+
+def _spacing(states: int) -> int:
+    """Tokens between two kept states: a power of two, at least four times the states."""
+    return max(64, 4 << max(0, states - 1).bit_length())
+
+
+def _forward(
+    x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor, bias: Tensor,
+    softplus: bool, reverse: bool, every: int, implementation: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y, (I, L, D), and the state after each `every` tokens, (I, ceil(L / every), N, D)."""
+    if not x.numel():
+        return torch.empty_like(x), _no_states(x, a, every)
+    with torch.autocast(x.device.type, enabled=False):
+        kernels = None if implementation == "loop" else _kernels(implementation)
+        if kernels is not None:
+            return kernels.forward(x, delta, a, b, c, skip, bias, softplus, reverse, every)
+        step, inputs = _loop_inputs(x, delta, b, c, bias, softplus, reverse)
+        y, states = loop_forward(*inputs[:2], a, *inputs[2:], every)
+        return (y.flip(1) if reverse else y).addcmul_(x, skip), states
+
+
+def _backward(
+    grad: Tensor, x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor, bias: Tensor, states: Tensor,
+    softplus: bool, reverse: bool, every: int, implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients to x, delta, a, b, c, skip and bias."""
+    if not x.numel():
+        zeros = [torch.zeros_like(v) for v in (x, delta, a, b, c, skip, bias)]
+        return zeros[0], zeros[1], zeros[2], zeros[3], zeros[4], zeros[5], zeros[6]
+    with torch.autocast(x.device.type, enabled=False):
+        kernels = None if implementation == "loop" else _kernels(implementation)
+        if kernels is not None:
+            return kernels.backward(grad, x, delta, a, b, c, skip, bias, states, softplus, reverse, every)
+        step, inputs = _loop_inputs(x, delta, b, c, bias, softplus, reverse)
+        found = loop_backward(grad.flip(1) if reverse else grad, *inputs[:2], a, *inputs[2:], states, every)
+        grad_x, grad_delta, grad_b, grad_c = (v.flip(1) if reverse else v for v in (found[0], found[1], found[3], found[4]))
+        if softplus:
+            grad_delta = grad_delta * torch.sigmoid(step)
+        grad_skip = (grad * x).sum((0, 1))
+        return grad_x.addcmul(grad, skip), grad_delta.contiguous(), found[2], grad_b, grad_c, grad_skip, grad_delta.sum((0, 1))
+
+
+def _loop_inputs(
+    x: Tensor, delta: Tensor, b: Tensor, c: Tensor, bias: Tensor, softplus: bool, reverse: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Step sizes before the softplus, and what the loop takes in the order of its run."""
+    step = delta + bias
+    inputs = [x, F.softplus(step) if softplus else step, b, c]
+    return step, [v.flip(1) for v in inputs] if reverse else inputs
+
+
+def _no_states(x: Tensor, a: Tensor, every: int) -> Tensor:
+    return a.new_zeros(x.shape[0], -(-x.shape[1] // every), a.shape[1], a.shape[0])
+
+
+# ---- one operator of torch's: what compilers, autograd and counters see
+
+_operator = torch.library.custom_op("vitarium::selective_scan", _forward, mutates_args=())
+_operator_backward = torch.library.custom_op("vitarium::selective_scan_backward", _backward, mutates_args=())
+
+
+@_operator.register_fake
+def _shapes(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor, bias: Tensor, softplus: bool, reverse: bool, every: int, implementation: str) -> tuple[Tensor, Tensor]:  # fmt: skip # noqa: E501
+    return torch.empty_like(x, memory_format=torch.contiguous_format), a.new_empty(
+        x.shape[0], -(-x.shape[1] // every), a.shape[1], a.shape[0]
+    )
+
+
+@_operator_backward.register_fake
+def _shapes_backward(grad: Tensor, x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor, bias: Tensor, *rest: Any) -> tuple[Tensor, ...]:  # fmt: skip # noqa: E501
+    return tuple(torch.empty_like(v, memory_format=torch.contiguous_format) for v in (x, delta, a, b, c, skip, bias))
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:7], output[1])
+    ctx.options = inputs[7:]
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    return (*_operator_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None)
+
+
+_operator.register_autograd(_gradients, setup_context=_remember)
+
+
+@register_flop_formula(torch.ops.vitarium.selective_scan)
+def _flops(x: tuple[int, ...], delta: Any, a: tuple[int, ...], *rest: Any, out_shape: Any = None, **options: Any) -> int:
+    """9 operations a state and 1 a channel, for each token: the count of VMamba's authors."""
+    return math.prod(x) * (9 * a[1] + 1)
+
+
+@register_flop_formula(torch.ops.vitarium.selective_scan_backward)
+def _flops_backward(grad: Any, x: tuple[int, ...], delta: Any, a: tuple[int, ...], *rest: Any, out_shape: Any = None, **options: Any) -> int:
+    """The states once more, and about twice as much for the adjoint."""
+    return 3 * math.prod(x) * (9 * a[1] + 1)
