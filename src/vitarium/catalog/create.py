@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from vitarium.catalog.preprocessing import Preprocessing
-from vitarium.catalog.registry import find_model
+from vitarium.catalog.registry import INPUT_KEYS, find_model
 from vitarium.errors import UsageError, nearest
 
 
@@ -29,6 +29,7 @@ def create_model(
     checkpoint: str | Path | None = None,
     pretrained: bool = False,
     image_size: int | None = None,
+    frames: int | None = None,
     strict: bool = True,
     **arguments: Any,
 ) -> nn.Module:
@@ -42,6 +43,7 @@ def create_model(
         pretrained: whether to find published weights by the variant's table; a tag in the name asks for it too.
         image_size: side of the square input, pixels, for the preprocessing (and for architectures that fix it).
         strict: refuse a checkpoint that does not fill every parameter (a head of other classes is always allowed).
+        frames: length of a video model's clip; `stride` beside it is the step between its frames (see `Preprocessing`).
         arguments: any of the constructor's.
 
     Returns:
@@ -53,7 +55,7 @@ def create_model(
     """
     name, _, tag = name.partition(".") if not name.startswith(("timm/", "hf/")) else (name, "", "")
     given = dict(arguments)
-    for option, value, least in (("num_classes", num_classes, 0), ("image_size", image_size, 1)):
+    for option, value, least in (("num_classes", num_classes, 0), ("image_size", image_size, 1), ("frames", frames, 1)):
         if value is None:
             continue
         if not isinstance(value, int) or value < least:
@@ -86,7 +88,8 @@ def create_model(
 def _create_ours(name: str, **given: Any) -> nn.Module:
     family, variant = find_model(name)
     parameters = inspect.signature(family.cls).parameters
-    image_size = given.get("image_size") if "image_size" in parameters else given.pop("image_size", None)
+    about_input = {k: v for k, v in given.items() if k in INPUT_KEYS and (k == "image_size" or "frames" in family.variants[variant])}
+    given = {k: v for k, v in given.items() if k not in about_input or k in parameters}
     if wrong := [k for k in given if k not in parameters]:
         hint = nearest(wrong[0], parameters)
         raise UsageError(f"{name} takes no argument {wrong[0]!r}{hint} (it takes {', '.join(parameters)})")
@@ -94,7 +97,7 @@ def _create_ours(name: str, **given: Any) -> nn.Module:
         model = family.cls(**{**family.arguments(variant), **given})
     except (ValueError, TypeError, RuntimeError) as error:  # the constructor's own checks, or torch's of a size or a kind
         raise UsageError(f"{name} cannot be built with {given}: {error}") from error
-    model.preprocessing = family.preprocessing(variant, image_size=image_size, in_chans=getattr(model, "in_chans", 3))  # type: ignore[assignment]
+    model.preprocessing = family.preprocessing(variant, in_chans=getattr(model, "in_chans", 3), **about_input)  # type: ignore[assignment]
     return model
 
 

@@ -1,12 +1,13 @@
-"""How a picture becomes a model's input, as a value that a saved model carries with it."""
+"""How a picture or a clip becomes a model's input, as a value that a saved model carries with it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from vitarium.errors import UsageError, nearest
+from vitarium.errors import InputError, UsageError, nearest
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -17,15 +18,28 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
+@runtime_checkable
+class Clip(Protocol):
+    """Moving pictures: `len` frames, of which `read_frames` opens those that are asked for (in rising order, some perhaps twice)."""
+
+    def __len__(self) -> int: ...
+    def read_frames(self, indices: Sequence[int]) -> list[Image.Image]: ...
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """Resize the shorter side to image_size / crop_pct, crop the centre square, scale to 0..1, normalise.
+
+    Of a clip, first take some frames; each is then treated as a picture.
 
     Args:
         image_size: side of the square that the model sees, pixels.
         mean, std: a value a channel, on the 0..1 scale; their number is the number of channels (1: grey, 3: RGB).
         interpolation: "nearest", "bilinear", "bicubic" or "lanczos".
         crop_pct: share of the shorter side that the crop keeps, in (0, 1].
+        frames: how many frames of a clip the model sees; None: it sees pictures.
+        stride: step between them, in frames of the clip, taken from its middle (the last frame is repeated where the clip is too short);
+            None: they are spread evenly over the whole clip.
 
     Raises:
         UsageError: a value out of range.
@@ -36,6 +50,8 @@ class Preprocessing:
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
+    frames: int | None = None
+    stride: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", tuple(self.mean))
@@ -44,6 +60,9 @@ class Preprocessing:
             raise UsageError(f"image_size must be at least 1 pixel, got {self.image_size}")
         if not 0 < self.crop_pct <= 1:
             raise UsageError(f"crop_pct must lie in (0, 1], got {self.crop_pct}")
+        for name, value in (("frames", self.frames), ("stride", self.stride)):
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, got {value}")
         if self.interpolation not in INTERPOLATIONS:
             hint = nearest(self.interpolation, INTERPOLATIONS)
             raise UsageError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}; got {self.interpolation!r}{hint}")
@@ -55,8 +74,49 @@ class Preprocessing:
         """1 (grey) or 3 (RGB)."""
         return len(self.mean)
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """A picture in any of Pillow's modes -> float32 (channels, image_size, image_size), normalised."""
+    def __call__(self, image: Image.Image | Clip | Sequence[Image.Image]) -> Tensor:
+        """A picture in any of Pillow's modes -> float32 (channels, image_size, image_size), normalised; a clip, if this has `frames`, a
+        `Clip` or a list of pictures -> (channels, frames, image_size, image_size).
+
+        Raises:
+            InputError: a clip where a picture is due, or the other way round.
+        """
+        return self.apply(image, self._still)
+
+    def apply(self, image: Image.Image | Clip | Sequence[Image.Image], still: Callable[[Any], Tensor], start: int | None = None) -> Tensor:
+        """As a call, with another way to treat a picture (image -> (channels, h, w)) and another first frame than the middle's."""
+        import torch
+
+        given = not hasattr(image, "convert")  # Pillow's images can be converted
+        if given and self.frames is None:
+            raise InputError("this model sees single pictures, and the data has clips; take a video model ('vitarium models video')")
+        if not given and self.frames is not None:
+            raise InputError(f"this model sees clips of {self.frames} frames, got a single picture; give it video, or a list of pictures")
+        if self.frames is None:
+            return still(image)
+        indices = self.frame_indices(len(image), start)  # type: ignore[arg-type]
+        frames = image.read_frames(indices) if isinstance(image, Clip) else [image[i] for i in indices]  # type: ignore[index]
+        return torch.stack([still(frame) for frame in frames], 1)
+
+    def frame_indices(self, count: int, start: int | None = None) -> list[int]:
+        """Which of a clip's `count` frames are taken; `start` moves the first one (only with a stride).
+
+        Raises:
+            InputError: a clip without frames.
+        """
+        if count < 1:
+            raise InputError("the clip holds no frames")
+        wanted = self.frames or 1
+        if self.stride is None:
+            return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
+        first = self.last_start(count) // 2 if start is None else start
+        return [min(first + i * self.stride, count - 1) for i in range(wanted)]
+
+    def last_start(self, count: int) -> int:
+        """The last frame of a clip of `count` from which all frames that are taken lie inside; 0 where none does."""
+        return max(0, count - 1 - ((self.frames or 1) - 1) * (self.stride or 1))
+
+    def _still(self, image: Image.Image) -> Tensor:
         from torchvision.transforms.v2 import functional as T
 
         image = to_mode(image, self.channels)

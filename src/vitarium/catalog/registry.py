@@ -101,16 +101,22 @@ class Family:
 
     def arguments(self, variant: str) -> dict[str, Any]:
         """The constructor's arguments of a variant."""
-        takes_size = "image_size" in inspect.signature(self.cls).parameters
-        return {k: v for k, v in self.variants[variant].items() if k != "image_size" or takes_size}
+        takes = inspect.signature(self.cls).parameters
+        return {k: v for k, v in self.variants[variant].items() if k not in INPUT_KEYS or k in takes}
 
-    def preprocessing(self, variant: str, *, image_size: int | None = None, in_chans: int = 3) -> Preprocessing:
-        """How the authors (or, for `pico`, the demo) prepare an image for this variant."""
-        size = image_size or self.variants[variant].get("image_size", 224)
+    def preprocessing(
+        self, variant: str, *, image_size: int | None = None, in_chans: int = 3, frames: int | None = None, stride: int | None = None
+    ) -> Preprocessing:
+        """How the authors (or, for `pico`, the demo) prepare an image or a clip for this variant."""
+        row = self.variants[variant]
+        size = image_size or row.get("image_size", 224)
         mean, std = (self.mean, self.std) if in_chans == 3 else ((0.5,), (0.5,))
         crop = 1.0 if size < 128 else self.crop_pct  # small pictures have no border to spare
-        return Preprocessing(size, mean, std, self.interpolation, crop)
+        return Preprocessing(size, mean, std, self.interpolation, crop, frames or row.get("frames"), stride or row.get("stride"))
 
+
+INPUT_KEYS = ("image_size", "frames", "stride")
+"""Keys of a variant that describe its input; a constructor gets those that it takes."""
 
 _FAMILIES: dict[str, Family] = {}
 
@@ -130,7 +136,7 @@ def family(
     Args:
         slug: the system, as in systems.toml; also the name of the file that the class is in.
         variants: name of a variant -> the constructor's arguments. The key `image_size` is the side that the variant was made for, in
-            pixels (default 224); it is passed on only to a constructor that takes it.
+            pixels (default 224), `frames` and `stride` the clip of a video model; they are passed on only to a constructor that takes them.
         official: renames the authors' checkpoint to our names.
         name: prefix of the models' names where it is not the slug ("swin_mlp" in swin.py); it must begin with the slug.
         dialects: further renamers by the code that wrote such files: "timm", "torchvision", "transformers".

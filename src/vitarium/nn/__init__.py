@@ -1,8 +1,9 @@
 """Modules that two or more systems use, under the field's standard names."""
 
 from vitarium.nn.attention import Attention
-from vitarium.nn.backbone import Backbone, Stage
-from vitarium.nn.layers import DropPath, LayerNorm2d, LayerScale, Linear, Mlp, drop_path_rates, init_weights
+from vitarium.nn.backbone import Backbone, Stage, VideoBackbone
+from vitarium.nn.inflation import inflate, inflate_kernel
+from vitarium.nn.layers import DropPath, LayerNorm2d, LayerNorm3d, LayerScale, Linear, Mlp, drop_path_rates, init_weights
 from vitarium.nn.patch_embed import PatchEmbed
 from vitarium.nn.positions import EvalCache, RelativePositionBias, apply_rotary, resize_position_table, rotary_2d, sincos_2d
 
@@ -12,14 +13,18 @@ __all__ = [
     "DropPath",
     "EvalCache",
     "LayerNorm2d",
+    "LayerNorm3d",
     "LayerScale",
     "Linear",
     "Mlp",
     "PatchEmbed",
     "RelativePositionBias",
     "Stage",
+    "VideoBackbone",
     "apply_rotary",
     "drop_path_rates",
+    "inflate",
+    "inflate_kernel",
     "init_weights",
     "resize_position_table",
     "rotary_2d",

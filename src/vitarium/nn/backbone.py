@@ -1,4 +1,4 @@
-"""What every image backbone of the house is: an iterator of maps, and timm's contract on top of it.
+"""What every backbone of the house is, of images or of clips: an iterator of maps, and timm's contract on top of it.
 
 A backbone says how its maps come about (`forward_stages`) and how wide and coarse they are (`stages`); pooling, head, intermediate
 features, gradient checkpointing, layer groups and the checks at the door are here, once.
@@ -19,16 +19,22 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vitarium.errors import InputError
+from vitarium.nn.inflation import inflate_kernel
 
-POOLS: dict[str, Callable[[Tensor], Tensor]] = {"avg": lambda x: x.mean((-2, -1)), "max": lambda x: x.amax((-2, -1))}
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "avg": lambda x: x.mean(tuple(range(2, x.ndim))),
+    "max": lambda x: x.amax(tuple(range(2, x.ndim))),
+}
+"""Map (B, C, H, W), or of a clip (B, C, T, H, W) -> (B, C)."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One map that a backbone gives out: its channels, and the stride of its cells in pixels of the image."""
+    """One map that a backbone gives out: its channels, the stride of its cells in pixels of the image, and of a clip also in frames."""
 
     dim: int
     stride: int
+    frame_stride: int = 1
 
 
 class Backbone(nn.Module):
@@ -44,6 +50,8 @@ class Backbone(nn.Module):
         min_size: smallest height and width of the image, pixels.
     """
 
+    axes = "HW"
+    """The axes of the input behind batch and channels; a map has the same."""
     preprocessing: Any = None
     """How an image becomes this model's input (vitarium.catalog.Preprocessing); set by `create_model` and `load`."""
     labels: list[str] | None = None
@@ -111,7 +119,7 @@ class Backbone(nn.Module):
             indices: which stages: an int for the last n, a list (negative counts from the end), None for all.
             norm: whether the last stage's map goes through the final norm.
             stop_early: whether to stop after the last chosen stage (only together with `intermediates_only`).
-            output_fmt: "NCHW", the only form here.
+            output_fmt: "NCHW" ("NCTHW" for clips), the only form here.
             intermediates_only: whether to leave out the final features.
 
         Returns:
@@ -120,8 +128,8 @@ class Backbone(nn.Module):
         Raises:
             InputError: an index out of range or another output_fmt.
         """
-        if output_fmt != "NCHW":
-            raise InputError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        if output_fmt not in ("NCHW", f"NC{self.axes}"):  # the first is what timm's wrapper asks for, whatever the model
+            raise InputError(f"output_fmt must be 'NC{self.axes}', got {output_fmt!r}")
         self.check_image(x)
         chosen = self.take_indices(indices)
         last = len(self.feature_info) - 1
@@ -179,19 +187,20 @@ class Backbone(nn.Module):
         """
         if torch.compiler.is_compiling():
             return
-        name, shape = type(self).__name__, tuple(image.shape)
-        accepted = f"{name} takes a floating-point image (B, {self.in_chans}, H, W)"
-        if image.ndim != 4:
-            hint = "; add a batch axis with image[None]" if image.ndim == 3 else ""
+        name, shape, rank = type(self).__name__, tuple(image.shape), 2 + len(self.axes)
+        accepted = f"{name} takes a floating-point image (B, {self.in_chans}, {', '.join(self.axes)})"
+        if image.ndim != rank:
+            hint = "; add a batch axis with image[None]" if image.ndim == rank - 1 else ""
             raise InputError(f"{accepted}, got {image.ndim} axes {shape}{hint}")
         if shape[1] != self.in_chans:
-            hint = "; the channels seem to come last: image.permute(0, 3, 1, 2)" if shape[-1] == self.in_chans else ""
+            order = ", ".join(map(str, (0, rank - 1, *range(1, rank - 1))))
+            hint = f"; the channels seem to come last: image.permute({order})" if shape[-1] == self.in_chans else ""
             hint = hint or f"; create the model with in_chans={shape[1]}"
             raise InputError(f"{accepted}, got {shape[1]} channels in {shape}{hint}")
         if not image.is_floating_point():
             raise InputError(f"{accepted}, got {image.dtype}; divide by 255 and normalise (model.preprocessing does it)")
-        if min(shape[2:]) < self.min_size:
-            raise InputError(f"{name} takes images of at least {self.min_size}x{self.min_size} pixels, got {shape[2]}x{shape[3]}")
+        if min(shape[-2:]) < self.min_size:
+            raise InputError(f"{name} takes images of at least {self.min_size}x{self.min_size} pixels, got {shape[-2]}x{shape[-1]}")
         weight = next(self.parameters(), image)
         if image.dtype != weight.dtype and not torch.is_autocast_enabled(image.device.type):
             raise InputError(f"{name} holds {weight.dtype} weights, got a {image.dtype} image; convert one of them with .to(dtype)")
@@ -249,7 +258,7 @@ class Backbone(nn.Module):
         """timm's description of the input and the head; timm's own factory sets it."""
         if "_timm_cfg" in self.__dict__:
             return self.__dict__["_timm_cfg"]
-        first_conv = next((name for name, part in self.named_modules() if isinstance(part, nn.Conv2d)), None)
+        first_conv = next((name for name, part in self.named_modules() if isinstance(part, nn.Conv2d | nn.Conv3d)), None)
         pre = self.preprocessing
         values = {} if pre is None else dict(mean=pre.mean, std=pre.std, interpolation=pre.interpolation, crop_pct=pre.crop_pct)
         size = 224 if pre is None else pre.image_size
@@ -268,6 +277,34 @@ class Backbone(nn.Module):
 
     pretrained_cfg = default_cfg
     """The same, under timm's newer name."""
+
+
+class VideoBackbone(Backbone):
+    """Clip (B, in_chans, T, H, W), floating point -> logits (B, num_classes). Maps are (B, dim_i, T / frame_stride_i, h_i, w_i).
+
+    Args:
+        min_frames: fewest frames of a clip.
+        The others as in `Backbone`.
+    """
+
+    axes = "THW"
+
+    def __init__(self, *, stages: Sequence[Stage], min_frames: int = 1, **options: Any):
+        super().__init__(stages=stages, **options)
+        self.min_frames = min_frames
+        for info, stage in zip(self.feature_info, stages, strict=True):
+            info["frame_reduction"] = stage.frame_stride
+
+    def check_image(self, image: Tensor) -> None:
+        super().check_image(image)
+        if not torch.compiler.is_compiling() and image.shape[2] < self.min_frames:
+            raise InputError(f"{type(self).__name__} takes clips of at least {self.min_frames} frames, got {image.shape[2]}")
+
+    def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
+        """An image checkpoint's kernel, repeated over the frames (see `vitarium.nn.inflation`); None for any other tensor."""
+        if tensor.ndim == 4 and len(shape) == 5 and tensor.shape == (*shape[:2], *shape[3:]):
+            return inflate_kernel(tensor, shape[2])
+        return None
 
 
 def init_head(head: nn.Linear, std: float = 0.02) -> None:

@@ -70,6 +70,13 @@ class LayerNorm2d(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+class LayerNorm3d(nn.LayerNorm):
+    """Layer norm over the channels of a clip's map, (B, C, T, H, W) -> (B, C, T, H, W). As `LayerNorm2d`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3)
+
+
 class Linear(nn.Linear):
     """nn.Linear by the fastest kernel of the device (ops/linear.py): (..., in_features) -> (..., out_features)."""
 

@@ -1,0 +1,201 @@
+"""The parts of UniFormer, for images and clips alike: the two kinds of block, patches, stages, and the authors' names.
+
+Legend: B batch, C channels, S the axes of a map (H, W or T, H, W).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitarium.catalog import chain, rename
+from vitarium.nn import Attention, DropPath, LayerNorm2d, LayerNorm3d, Linear, Mlp
+from vitarium.ops.windows import pad_to_multiple, window_partition, window_reverse
+
+CONV: dict[int, type[nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
+BATCH_NORM: dict[int, type[nn.Module]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+LAYER_NORM: dict[int, type[nn.Module]] = {2: LayerNorm2d, 3: LayerNorm3d}
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(B, C, S) -> (B, S, C), a view."""
+    return x.movedim(1, -1)
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """(B, S, C) -> (B, C, S), a view."""
+    return x.movedim(-1, 1)
+
+
+def gamma(dim: int, layer_scale: float) -> nn.Parameter | None:
+    """A learned factor a channel, or none where it would begin at 0."""
+    return nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale > 0 else None
+
+
+class Block(nn.Module):
+    """What both kinds share: (B, C, S) -> the same, channels-last in memory.
+
+    Args:
+        dim: channels C.
+        axes: 2 for images, 3 for clips.
+        norm: the norm of both branches.
+        mlp_ratio: hidden channels of the MLP over C.
+        layer_scale: first value of the two factors a channel; 0 leaves them out.
+        drop, drop_path: dropout in projection and MLP, and stochastic depth.
+    """
+
+    def __init__(self, dim: int, axes: int, norm: nn.Module, mlp_ratio: float, layer_scale: float, drop: float, drop_path: float):
+        super().__init__()
+        self.pos_embed = CONV[axes](dim, dim, 3, padding=1, groups=dim)
+        self.norm1, self.norm2 = norm, type(norm)(dim, eps=norm.eps)
+        self.mlp = Mlp(dim, int(mlp_ratio * dim), drop=drop)
+        self.gamma_1, self.gamma_2 = gamma(dim, layer_scale), gamma(dim, layer_scale)
+        self.drop_path = DropPath(drop_path)
+
+    def branch(self, x: Tensor, factor: nn.Parameter | None) -> Tensor:
+        """A branch (B, S, C), ready to be added."""
+        return self.drop_path(x if factor is None else x * factor)
+
+
+class LocalBlock(Block):
+    """Affinity by place: a depth-wise kernel between two linear layers, without an activation."""
+
+    def __init__(self, dim: int, axes: int, **options: Any):
+        super().__init__(dim, axes, BATCH_NORM[axes](dim), **options)
+        self.conv1 = Linear(dim, dim)
+        self.attn = CONV[axes](dim, dim, 5, padding=2, groups=dim)
+        self.conv2 = Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.pos_embed(x)
+        y = self.attn(channels_first(self.conv1(channels_last(self.norm1(x)))))
+        x = x + channels_first(self.branch(self.conv2(channels_last(y)), self.gamma_1))
+        return x + channels_first(self.branch(self.mlp(channels_last(self.norm2(x))), self.gamma_2))
+
+
+class GlobalBlock(Block):
+    """Affinity by content: self-attention over all tokens of the map, or with `window_size` (images only) inside windows."""
+
+    attention_class = Attention
+
+    def __init__(self, dim: int, axes: int, head_dim: int, *, window_size: int | None = None, **options: Any):
+        super().__init__(dim, axes, nn.LayerNorm(dim, eps=1e-6), **options)
+        self.attn = self.attention_class(dim, dim // head_dim, proj_drop=options["drop"])
+        self.window_size = window_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = channels_last(x + self.pos_embed(x))
+        x = x + self.branch(self.attend(self.norm1(x)), self.gamma_1)
+        x = x + self.branch(self.mlp(self.norm2(x)), self.gamma_2)
+        return channels_first(x)
+
+    def attend(self, x: Tensor) -> Tensor:
+        """(B, S, C) -> the same."""
+        if self.window_size is None:
+            return self.attn(x.flatten(1, -2)).view(x.shape)
+        height, width = x.shape[1:3]
+        x = pad_to_multiple(x, self.window_size)
+        y = self.attn(window_partition(x, self.window_size))
+        return window_reverse(y, self.window_size, *x.shape[1:3])[:, :height, :width]
+
+
+class DividedBlock(GlobalBlock):
+    """Attention along time at each place, then over the places of each frame. The residual of the second is the first's input."""
+
+    def __init__(self, dim: int, axes: int, head_dim: int, **options: Any):
+        super().__init__(dim, axes, head_dim, **options)
+        self.t_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.t_attn = Attention(dim, dim // head_dim, proj_drop=options["drop"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = channels_last(x + self.pos_embed(x))
+        batch, frames, height, width, dim = x.shape
+        y = x.permute(0, 2, 3, 1, 4).reshape(-1, frames, dim)
+        y = y + self.drop_path(self.t_attn(self.t_norm(y)))
+        y = y.view(batch, height * width, frames, dim).transpose(1, 2).reshape(-1, height * width, dim)
+        x = x + self.branch(self.attn(self.norm1(y)), self.gamma_1).view(x.shape)
+        return channels_first(x + self.branch(self.mlp(self.norm2(x)), self.gamma_2))
+
+    def start_still(self) -> None:
+        """The temporal step begins as nothing, with its output ready to learn, in place."""
+        for value, parameters in ((0.0, (*self.t_attn.qkv.parameters(), self.t_attn.proj.bias)), (1.0, (self.t_attn.proj.weight,))):
+            for parameter in parameters:
+                nn.init.constant_(parameter, value)
+
+
+class Patches(nn.Sequential):
+    """A convolution over disjoint patches, then a layer norm: (B, C_in, S) -> (B, C, S'), the remainder dropped.
+
+    With `frames` (clips only) the kernel is that long in time; it moves by `frame_stride` and reaches over the clip's ends by one frame.
+    """
+
+    def __init__(self, in_dim: int, dim: int, size: int, *, axes: int = 2, frames: int = 1, frame_stride: int = 1):
+        time = axes - 2
+        kernel, stride = (frames,) * time + (size, size), (frame_stride,) * time + (size, size)
+        conv = CONV[axes](in_dim, dim, kernel, stride, (frames // 2,) * time + (0, 0))
+        super().__init__(OrderedDict(proj=conv, norm=LAYER_NORM[axes](dim)))
+
+
+class Convolutions(nn.Sequential):
+    """3 x 3 convolutions of the given strides with batch norm, and GELU between them: (B, C_in, H, W) -> (B, C, H', W'), rounded up."""
+
+    def __init__(self, in_dim: int, dim: int, *strides: int):
+        dims = [in_dim, *(dim // 2 for _ in strides[1:]), dim]
+        parts: list[nn.Module] = []
+        for i, stride in enumerate(strides):
+            parts += [nn.Conv2d(dims[i], dims[i + 1], 3, stride, 1), nn.BatchNorm2d(dims[i + 1]), nn.GELU()]
+        super().__init__(OrderedDict(proj=nn.Sequential(*parts[:-1])))
+
+
+class UniFormerStage(nn.Module):
+    """(B, C_in, S) -> (B, C, S')."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]):
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, run: Callable[..., Tensor]) -> Tensor:
+        return run(self.blocks, self.downsample(x))
+
+
+def check_stages(depths: Sequence[int], dims: Sequence[int], mixers: str, head_dim: int) -> None:
+    if not len(depths) == len(dims) == len(mixers):
+        raise ValueError(f"depths, dims and mixers need one value a stage, got {depths}, {dims} and {mixers!r}")
+    if set(mixers) - set("LG"):
+        raise ValueError(f"mixers takes an L (local) or a G (global) a stage, such as 'LLGG', got {mixers!r}")
+    if wrong := [dim for dim, mixer in zip(dims, mixers, strict=True) if mixer == "G" and dim % head_dim]:
+        raise ValueError(f"the channels of a global stage must divide by head_dim {head_dim}, got {wrong[0]}")
+
+
+_CONV_LINEAR = re.compile(r"^blocks\d\.\d+\.(conv[12]|mlp\.fc[12])\.weight$")
+
+
+def _flat(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The authors' 1 x 1 convolutions are linear layers here, and factors a channel have one axis."""
+    flat = {}
+    for name, tensor in state.items():
+        if _CONV_LINEAR.search(name):
+            tensor = tensor.flatten(1)
+        elif ".gamma_" in name:
+            tensor = tensor.flatten()
+        flat[name] = tensor
+    return flat
+
+
+OFFICIAL = chain(
+    _flat,
+    rename(
+        (r"^patch_embed1\.", "stem."),
+        *((rf"^patch_embed{k + 1}\.", f"stages.{k}.downsample.") for k in (1, 2, 3)),
+        *((rf"^blocks{k + 1}\.(\d+)\.", rf"stages.{k}.blocks.\1.") for k in range(4)),
+        (r"^cls_upsample\.", "stages.3.cls_upsample."),
+        (r"^norm([1-4])\.", r"norms.\1."),
+    ),
+    rename(*((rf"^norms\.{k + 1}\.(weight|bias)$", rf"norms.{k}.\1") for k in range(4))),
+)

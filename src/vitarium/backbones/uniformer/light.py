@@ -1,0 +1,222 @@
+"""UniFormer's light models: global blocks that work on the tokens which the class token looks at most (after Evo-ViT).
+
+Legend: B batch, C channels, N tokens of a map, n tokens that are worked on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitarium.backbones.uniformer.blocks import (
+    OFFICIAL,
+    Convolutions,
+    GlobalBlock,
+    LocalBlock,
+    Patches,
+    UniFormerStage,
+    channels_first,
+    channels_last,
+    check_stages,
+    gamma,
+)
+from vitarium.catalog import family
+from vitarium.nn import Attention, Backbone, Linear, Stage, drop_path_rates, init_weights
+from vitarium.nn.backbone import init_head
+
+
+class ScoringAttention(Attention):
+    """Self-attention that also tells how much the first token looks at the others: (B, N, C) -> (B, N, C) and (B, N - 1)."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        batch, count, dim = x.shape
+        q, k, v = self.qkv(x).view(batch, count, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4)
+        seen = (q[:, :, :1] * self.scale @ k.transpose(-1, -2)).softmax(-1).mean(1)[:, 0, 1:]
+        x = F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2)
+        return F.dropout(self.proj(x.reshape(batch, count, dim)), self.proj_drop, self.training), seen
+
+
+Tokens = tuple[Tensor, Tensor, Tensor | None]
+"""Map (B, C, H, W), class token (B, 1, C), score of each token (B, N) or None before the first block."""
+
+
+class EvolvingBlock(GlobalBlock):
+    """A global block that works on the tokens of the highest scores and on one for all others: Tokens -> Tokens.
+
+    Args:
+        keep_ratio: share of the tokens that are worked on; 1 for all. May be changed at any time.
+        trade_off: how much of a score this block's attention of the class token replaces.
+    """
+
+    attention_class = ScoringAttention
+
+    def __init__(self, dim: int, axes: int, head_dim: int, *, keep_ratio: float, trade_off: float = 0.5, **options: Any):
+        super().__init__(dim, axes, head_dim, **options)
+        self.keep_ratio, self.trade_off = keep_ratio, trade_off
+        self.gamma_3 = gamma(dim, options["layer_scale"]) if keep_ratio < 1 else None
+
+    def forward(self, tokens: Tokens) -> Tokens:  # type: ignore[override]
+        x, cls, score = tokens
+        x = channels_last(x + self.pos_embed(x))
+        shape, x = x.shape, x.flatten(1, 2)
+        if score is None or self.keep_ratio == 1:
+            y, seen, _ = self.mix(torch.cat((cls, x), 1))
+            score = seen if score is None else torch.lerp(score, seen, self.trade_off)
+            return channels_first(y[:, 1:].view(shape)), y[:, :1], score
+        count = int(x.shape[1] * self.keep_ratio)
+        order = score.argsort(dim=1, descending=True, stable=True)
+        score, spread = score.gather(1, order), order[..., None].expand_as(x)
+        kept, rest = x.gather(1, spread).tensor_split((count,), 1)
+        share = score[:, count:] / score[:, count:].sum(1, keepdim=True)
+        y, seen, moved = self.mix(torch.cat((cls, kept, share[:, None] @ rest), 1))
+        score = torch.cat((torch.lerp(score[:, :count], seen[:, :-1], self.trade_off), score[:, count:]), 1)
+        rest = rest + (moved if self.gamma_3 is None else moved * self.gamma_3)
+        x = torch.zeros_like(x).scatter(1, spread, torch.cat((y[:, 1:-1], rest), 1))
+        return channels_first(x.view(shape)), y[:, :1], torch.zeros_like(score).scatter(1, order, score)
+
+    def mix(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, n, C) -> the same, how much the class token looks at the others (B, n - 1), and by how much the last moved (B, 1, C)."""
+        a, seen = self.attn(self.norm1(x))
+        x = x + self.branch(a, self.gamma_1)
+        m = self.mlp(self.norm2(x))
+        return x + self.branch(m, self.gamma_2), seen, a[:, -1:] + m[:, -1:]
+
+
+class EvolvingStage(UniFormerStage):
+    """A global stage, and how the class token gets to its width: Tokens -> Tokens."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], in_dim: int | None, dim: int):
+        super().__init__(downsample, blocks)
+        self.cls_upsample = Linear(in_dim, dim) if in_dim else nn.Identity()
+
+    def forward(self, tokens: Tokens, run: Callable[..., Any]) -> Tokens:  # type: ignore[override]
+        x, cls, score = tokens
+        if score is not None:  # each cell takes the mean of the four below it; the sum stays
+            pooled = F.avg_pool2d(score.view(len(x), 1, *x.shape[2:]), 2).flatten(1)
+            score = pooled * (score.sum(1, keepdim=True) / pooled.sum(1, keepdim=True))
+        return run(self.blocks, (self.downsample(x), self.cls_upsample(cls), score))
+
+
+@family(
+    "uniformer",
+    name="uniformer_light",
+    variants={
+        "pico": dict(depths=(1, 3), dims=(32, 64), mixers="LG", head_dim=16, patch_size=2, image_size=16),
+        "xxs": dict(depths=(2, 5, 8, 2), dims=(56, 112, 224, 448), head_dim=28),  # 10.2 M, 80.6 % top-1 (128: 76.8, 160: 79.1, 192: 79.9)
+        "xs": dict(depths=(3, 5, 9, 3), dims=(64, 128, 256, 512), head_dim=32),  # 16.5 M, 82.0 % (192: 81.5)
+    },
+    official=OFFICIAL,
+)
+class UniFormerLight(Backbone):
+    """Image (B, in_chans, H, W), H and W of at least 29 -> logits (B, num_classes); in training a pair, of the map and of the class token.
+
+    Args:
+        depths, dims: blocks and channels a stage.
+        mixers: an "L" (local) or a "G" (global) a stage, the local ones first.
+        head_dim: channels a head.
+        mlp_ratio: hidden channels of the MLP over its channels.
+        patch_size: stride of the stem, pixels, 2 or 4.
+        keep_ratio: share of the tokens that a global block works on (the very first works on all); `set_keep_ratio` changes it.
+        layer_scale: first value of a learned factor a channel on each branch; 0 leaves it out.
+        drop_rate: dropout after the stem, in projections and MLPs, and before the head.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+
+    Raises:
+        ValueError: values a stage that do not match, or a keep_ratio out of (0, 1].
+    """
+
+    def __init__(
+        self,
+        *,
+        depths: Sequence[int],
+        dims: Sequence[int],
+        mixers: str = "LLGG",
+        head_dim: int,
+        mlp_ratio: float = 3.0,
+        patch_size: int = 4,
+        keep_ratio: float = 0.5,
+        layer_scale: float = 0.0,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+    ):
+        check_stages(depths, dims, mixers, head_dim)
+        if not re.fullmatch("L*G+", mixers):
+            raise ValueError(f"mixers must name the local stages first, such as 'LLGG', got {mixers!r}")
+        strides = [patch_size * 2**k for k in range(len(dims))]
+        stages = [Stage(dim, stride) for dim, stride in zip(dims, strides, strict=True)]
+        least = strides[-1] - patch_size + 1  # the stem rounds up, the stages down
+        super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, min_size=least)
+        common = dict(mlp_ratio=mlp_ratio, layer_scale=layer_scale, drop=drop_rate)
+        self.stem = Convolutions(in_chans, dims[0], 2, patch_size // 2)
+        self.stages = nn.ModuleList()
+        first = mixers.index("G")
+        for k, rates in enumerate(drop_path_rates(drop_path_rate, depths)):
+            between = Patches(dims[k - 1], dims[k], 2) if k else nn.Identity()
+            if k < first:
+                local = [LocalBlock(dims[k], 2, **common, drop_path=rate) for rate in rates]
+                self.stages.append(UniFormerStage(between, local))
+                continue
+            keeps = [1.0 if (k, i) == (first, 0) else keep_ratio for i in range(depths[k])]
+            blocks = [
+                EvolvingBlock(dims[k], 2, head_dim, keep_ratio=keep, **common, drop_path=rate)
+                for keep, rate in zip(keeps, rates, strict=True)
+            ]
+            self.stages.append(EvolvingStage(between, blocks, dims[k - 1] if k > first else None, dims[k]))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dims[first]))
+        self.norm = nn.BatchNorm2d(dims[-1])
+        self.norm_cls = nn.LayerNorm(dims[-1])
+        self.head_cls = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
+        self.set_keep_ratio(keep_ratio)
+        init_weights(self, conv=False)
+
+    def set_keep_ratio(self, keep_ratio: float) -> None:
+        """Let the global blocks behind the first work on this share of their tokens, in (0, 1]; 1 is the plain model.
+
+        Raises:
+            ValueError: out of range.
+        """
+        if not 0 < keep_ratio <= 1:
+            raise ValueError(f"keep_ratio must lie in (0, 1], got {keep_ratio}")
+        for block in [part for part in self.modules() if isinstance(part, EvolvingBlock)][1:]:
+            block.keep_ratio = keep_ratio
+
+    def forward_tokens(self, image: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each stage's map (B, dim_i, h_i, w_i) and class token (B, 1, dim_i); before the global stages, the token's first value."""
+        x = self.stem(image.contiguous(memory_format=torch.channels_last))
+        x = F.dropout(x, self.drop_rate, self.training)
+        tokens: Tokens = (x, self.cls_token.expand(len(x), -1, -1), None)
+        for stage in self.stages:
+            if isinstance(stage, EvolvingStage):
+                tokens = stage(tokens, self.run_blocks)
+            else:
+                tokens = (stage(tokens[0], self.run_blocks), *tokens[1:])
+            yield tokens[:2]
+
+    def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
+        for x, _ in self.forward_tokens(image):
+            yield x
+
+    def forward(self, image: Tensor) -> Any:
+        if not (self.training and self.num_classes):
+            return super().forward(image)
+        self.check_image(image)
+        for x, cls in self.forward_tokens(image):  # noqa: B007 - earlier maps are freed as the loop goes on
+            pass
+        return self.forward_head(self.norm(x)), self.head_cls(self.norm_cls(cls[:, 0]))
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        super().reset_classifier(num_classes, global_pool)
+        self.head_cls = nn.Identity()
+        if num_classes:
+            self.head_cls = nn.Linear(self.num_features, num_classes).to(self.cls_token)
+            init_head(self.head_cls)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"cls_token"}
