@@ -1,0 +1,219 @@
+"""A block with declared sites: the places at which methods may work inside it.
+
+A wrapped block is built from the block's own parts (it holds the original's very dictionaries of modules and parameters, so names, weights
+and later exchanges are the same in both), computes what the original computes, and calls its sites in between:
+
+    x = tokens                              site.before(tokens)
+    x = x + branch1(attention(norm1(x)))    site.between(tokens, attended)
+    x = x + branch2(mlp(norm2(x)))          site.after(tokens)
+
+`install` proves it: on a probe input every block's output, and the model's, must be those of the original, before any site is set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+
+from vitarium.anatomy.finding import of
+from vitarium.anatomy.parts import Anatomy, BlockView
+from vitarium.anatomy.tokens import Tokens, carried, carry
+from vitarium.catalog.probe import evaluating, example_input
+from vitarium.errors import AttachError, InputError
+
+PROOF = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest difference to the original on the probe, in standard deviations of its output: kernels may round differently."""
+
+
+@dataclass
+class Attended:
+    """What the attention of a block looked at.
+
+    Args:
+        q, k, v: (B, H, N, D) as they were used, rotated where the model rotates; not scaled.
+        scale: factor on the logits.
+        bias: (B, 1, 1, N) added to the logits, None for nothing.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    bias: Tensor | None
+
+    def weights(self, queries: slice = slice(None)) -> Tensor:
+        """Attention weights of some queries, (B, H, n, N): only these rows are computed."""
+        logits = self.q[:, :, queries] * self.scale @ self.k.transpose(-2, -1)
+        return (logits if self.bias is None else logits + self.bias).softmax(dim=-1)
+
+
+class Site:
+    """What a method does in one block. Override what is needed; each may change the tokens through the carrier."""
+
+    proportional = False
+    """Whether the attention counts merged tokens by the number of originals that they stand for."""
+
+    def before(self, tokens: Tokens) -> None:
+        """Before the block."""
+
+    def between(self, tokens: Tokens, attended: Attended) -> None:
+        """After the attention's residual sum, before the MLP's norm."""
+
+    def after(self, tokens: Tokens) -> None:
+        """After the block."""
+
+
+class SitedBlock(nn.Module):
+    """A block of somebody's vision transformer, with sites: tokens (B, N, C) -> (B, N', C).
+
+    Args:
+        view: the original block.
+        index: its number.
+        prefix: tokens before the image tokens.
+        sites: what is called, in order.
+    """
+
+    def __init__(self, view: BlockView, index: int, prefix: int, sites: Sequence[Site] = ()):
+        super().__init__()
+        original = view.module
+        # the same dictionaries, not copies: whatever is exchanged, moved or loaded later is so in both, and `undo` gives back the truth
+        self.__dict__.update(_modules=original._modules, _parameters=original._parameters, _buffers=original._buffers)
+        self.training = original.training
+        self.name, self.layout, self.index, self.prefix = view.name, view.layout, index, prefix
+        self.sites: tuple[Site, ...] = tuple(sites)
+        self._original = (original,)  # in a tuple: not a submodule
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_original" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["_original"][0], name)
+
+    @property
+    def view(self) -> BlockView:
+        """The block's parts as they are now."""
+        return BlockView(self.name, self, self.layout)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        tokens = self._receive(x)
+        view = self.view
+        call = view.read_call(args, kwargs)
+        for site in self.sites:
+            site.before(tokens)
+        attended, y = self._attend(view, tokens, call)
+        tokens.x = tokens.x + view.branch(self.layout.branch1, y)
+        for site in self.sites:
+            site.between(tokens, attended)
+        tokens.x = tokens.x + view.branch(self.layout.branch2, view.mlp(view.norm2(tokens.x)))
+        for site in self.sites:
+            site.after(tokens)
+        return carry(tokens)
+
+    def _receive(self, x: Tensor) -> Tokens:
+        if self.index == 0:
+            return Tokens.begin(x, self.prefix)
+        state = carried(x)
+        if state is None:
+            raise InputError(
+                f"{self.name} got tokens whose history was lost on the way: gradient checkpointing, a hook or code between the blocks "
+                "makes new tensors of them; switch that off, or undo the method"
+            )
+        return dataclasses.replace(state, x=x)
+
+    def _attend(self, view: BlockView, tokens: Tokens, call: dict[str, Any]) -> tuple[Attended, Tensor]:
+        attention, normed = view.attention, view.norm1(tokens.x)
+        q, k, v = attention.qkv(normed)
+        if (rope := call.get("rope")) is not None:
+            rope = tokens.rope(rope)
+            q, k = (attention.rotate(t, rope, tokens.prefix).to(v.dtype) for t in (q, k))
+        k, v = attention.repeat_kv(k), attention.repeat_kv(v)
+        bias = tokens.bias(proportional=any(site.proportional for site in self.sites))
+        mask = call.get("attn_mask", call.get("attention_mask"))
+        if mask is not None:
+            if tokens.moved:
+                raise InputError(f"{self.name}: an attention mask does not go together with token reduction: its tokens moved")
+            bias = mask
+        if call.get("is_causal"):
+            raise InputError(f"{self.name}: causal attention does not go together with methods on blocks")
+        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=attention.dropout, scale=attention.scale)
+        return Attended(q, k, v, attention.scale, bias), attention.project(heads, normed)
+
+
+def install(model: nn.Module, make: Callable[[Anatomy], Sequence[Site]]) -> tuple[dict[str, nn.Module], list[Site]]:
+    """Wrap every block of a model, prove the wrapped model equal to the original, then set the sites.
+
+    Args:
+        model: anything that `anatomy.of` knows.
+        make: gives one site a block; it may raise AttachError.
+
+    Returns:
+        name of a block -> the block that was there (for `AttachReport.replaced`), and the sites.
+
+    Raises:
+        UnsupportedModel: anatomy does not know the model.
+        AttachError: what the wrapped model computes differs from the original; the model is as it was.
+    """
+    view = of(model)
+    sites = list(make(view))
+    if len(sites) != view.depth:
+        raise AttachError(f"{view.depth} blocks need as many sites, got {len(sites)}")
+    before = _outputs(model, view)
+    replaced = {block.name: block.module for block in view.blocks}
+    wrapped = [SitedBlock(block, i, view.prefix, getattr(block.module, "sites", ())) for i, block in enumerate(view.blocks)]
+    for block in wrapped:
+        model.set_submodule(block.name, block)
+    try:
+        if before is not None:
+            _prove(before, _outputs(model, view))
+    except BaseException:
+        for name, original in replaced.items():
+            model.set_submodule(name, original)
+        raise
+    for block, site in zip(wrapped, sites, strict=True):
+        block.sites = (*block.sites, site)
+    return replaced, sites
+
+
+def _outputs(model: nn.Module, view: Anatomy) -> list[tuple[str, Tensor]] | None:
+    """What every block, and then the model, give out on the probe; None on the meta device, where nothing can be computed."""
+    image = example_input(model, batch=2)
+    if image is None:
+        height, width = (4 * side for side in view.patch_size)
+        raise AttachError(
+            f"a {type(model).__name__} does not say what image it takes, so nothing can be proven on it; set model.preprocessing "
+            f"(vitarium.catalog.Preprocessing(image_size=...)), such as {max(height, width)}"
+        )
+    if image.is_meta:
+        return None
+    seen: list[tuple[str, Tensor]] = []
+    modules = [(block.name, model.get_submodule(block.name)) for block in view.blocks]
+    hooks = [m.register_forward_hook(lambda _, __, out, name=name: seen.append((name, out.detach()))) for name, m in modules]
+    try:
+        with evaluating(model):
+            result = model(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen + [("the output", leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def _prove(before: list[tuple[str, Tensor]], after: list[tuple[str, Tensor]] | None) -> None:
+    if after is None or [name for name, _ in before] != [name for name, _ in after]:
+        raise AttachError("the wrapped model does not run the same blocks as the original; the model is unchanged")
+    for (name, want), (_, got) in zip(before, after, strict=True):
+        spread = float(want.std()) or 1.0
+        error = float((got - want).abs().max()) / spread if got.shape == want.shape else float("inf")
+        if not error <= PROOF.get(want.dtype, 1e-4):
+            raise AttachError(
+                f"{name} of the wrapped model differs from the original by {error:.2g} standard deviations with the method switched off; "
+                "the model is unchanged. Please report the model"
+            )

@@ -1,0 +1,1 @@
+"""Fewer tokens: methods that drop, fuse or merge image tokens inside any plain vision transformer."""

@@ -1,0 +1,181 @@
+"""PiToMe: similar tokens merge in every block, and lonely ones are protected; with ToMe, which protects none, as its baseline.
+
+"Accelerating Transformers with Spectrum-Preserving Token Merging" (Tran et al., NeurIPS 2024) after "Token Merging: Your ViT But Faster"
+(Bolya et al., ICLR 2023). Both merge between attention and MLP; similarity is the cosine of the keys' mean over heads.
+
+ToMe: tokens at even and odd places are matched, the r most similar pairs become their size-weighted means. Attention to a merged token
+counts it by its size s (log s is added to the logits).
+
+PiToMe: of the T image tokens, r = floor(T - keep T) are to go. With K the unit-normalised keys and m the block's margin,
+
+    E_i = mean_j ELU(K_i K_j^T - m)          energy: high in a big cluster of near-duplicates, low for a lonely token
+
+the 2 r tokens of highest energy are candidates, alternately source and destination in the order of energy; each source goes into its most
+similar destination. The margin falls along the depth, m_i = margin (1 - i / L). In the first half of the blocks nothing is protected yet:
+all tokens are candidates, and the r best of the pairs merge.
+
+Followed: the authors' code (hchautran/PiToMe, its DeiT patch; facebookresearch/ToMe), to rounding: so PiToMe's attention is not
+proportional unless asked for, though the paper's is. Different: registers and the distillation token are protected too. A merged token of a rotary model
+turns with the place of its destination. Cost: PiToMe pays a T x T product of head_dim channels a block, ToMe a quarter of it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vitarium.anatomy import Attended, Tokens
+from vitarium.catalog.methods import method
+from vitarium.efficiency.tokens.reducer import Reducer, check_share, whole_numbers
+from vitarium.errors import UsageError
+from vitarium.ops.merging import Merge, bipartite_matching, rows
+
+
+@method("tome", kind="reduce")
+@dataclass(frozen=True)
+class ToMe(Reducer):
+    """Merge the r most similar pairs in every block.
+
+    Args:
+        r: tokens to remove in each block: a number, or one number a block. At most half of the image tokens go at once; 0 changes nothing.
+            Live.
+        inflection: how r changes along the depth, in [-1, 1]: 0 evenly; -1 falls from 2 r to 0; 1 rises from 0 to 2 r. Live.
+        proportional: whether attention counts merged tokens by their sizes; the authors switch it off for MAE models and in training. Live.
+    """
+
+    r: int | tuple[int, ...] = 8
+    inflection: float = 0.0
+    proportional: bool = True
+
+    tunable: ClassVar[tuple[str, ...]] = ("r", "inflection", "proportional")
+
+    def __post_init__(self) -> None:
+        whole_numbers("r", (self.r,) if not isinstance(self.r, tuple) else self.r)
+        if not -1 <= self.inflection <= 1:
+            raise UsageError(f"inflection lies in [-1, 1], got {self.inflection!r}")
+
+    @property
+    def counts_sizes(self) -> bool:
+        return self.proportional
+
+    def amount(self, block: int, depth: int) -> int:
+        """Tokens to remove in a block."""
+        if isinstance(self.r, tuple):
+            return self.r[block] if block < len(self.r) else 0
+        least = int(self.r * (1 - self.inflection))
+        most = 2 * self.r - least
+        return int(least + (most - least) * block / max(depth - 1, 1))
+
+    def reduce(self, tokens: Tokens, attended: Attended, block: int, depth: int) -> None:
+        merge = bipartite_matching(attended.k.mean(dim=1), self.amount(block, depth), prefix=tokens.prefix)
+        if merge is not None:
+            tokens.merge(merge)
+
+
+@method("pitome", kind="reduce")
+@dataclass(frozen=True)
+class PiToMe(Reducer):
+    """Merge within big clusters, protect lonely tokens.
+
+    Args:
+        keep: share of the image tokens that each block keeps, [0.5, 1]; 1 changes nothing. Live.
+        margin: similarity from which tokens count as near, at block 0; it falls to 0 along the depth. The authors: 0.75 for DeiT and MAE,
+            0.9 for augreg ViT, BLIP and transformers' CLIP, 0.95 for open_clip. Live.
+        protect: in which blocks lonely tokens are protected: "late" (second half: the authors' DeiT), "early" (first half: their MAE) or
+            "all".
+        prune: drop the sources instead of merging them.
+        proportional: whether attention counts merged tokens by their sizes. Live.
+    """
+
+    keep: float = 0.925
+    margin: float = 0.75
+    protect: str = "late"
+    prune: bool = False
+    proportional: bool = False
+
+    tunable: ClassVar[tuple[str, ...]] = ("keep", "margin", "proportional")
+
+    def __post_init__(self) -> None:
+        check_share("keep", self.keep)
+        if self.keep < 0.5:
+            raise UsageError(f"keep must be at least 0.5: sources and their destinations are different tokens; got {self.keep!r}")
+        if not -1 <= self.margin <= 1:
+            raise UsageError(f"margin is a cosine, in [-1, 1]; got {self.margin!r}")
+        if self.protect not in ("late", "early", "all"):
+            raise UsageError(f"protect must be 'late', 'early' or 'all', got {self.protect!r}")
+
+    @property
+    def counts_sizes(self) -> bool:
+        return self.proportional
+
+    @property
+    def can_restore(self) -> bool:
+        return not self.prune
+
+    def reduce(self, tokens: Tokens, attended: Attended, block: int, depth: int) -> None:
+        late = block >= math.ceil(depth / 2)
+        protect = self.protect == "all" or late == (self.protect == "late")
+        margin = self.margin * (1 - block / depth)
+        merge = energy_matching(attended.k.mean(dim=1), self.keep, margin, prefix=tokens.prefix, protect=protect)
+        if merge is None:
+            return
+        if self.prune:
+            assignment = merge.assignment().scatter(1, merge.source, -1)
+            tokens.move(merge.gather(tokens.x), merge.keep, assignment, None if tokens.size is None else merge.gather(tokens.size))
+        else:
+            tokens.merge(merge)
+
+
+def energy(similarity: Tensor, margin: float, alpha: float = 1.0) -> Tensor:
+    """Mean over j of ELU(similarity_ij - margin): (B, T, T) -> (B, T)."""
+    return F.elu(similarity - margin, alpha=alpha).mean(dim=-1)
+
+
+def gaussian_energy(similarity: Tensor, margin: float) -> Tensor:
+    """The energy for text: mean over j of a normal density of width 1 - margin around similarity 1. (B, T, T) -> (B, T)."""
+    sigma = 1 - margin
+    return (torch.exp(-(((1 - similarity) / sigma) ** 2) / 2) / (sigma * math.sqrt(2 * math.pi))).mean(dim=-1)
+
+
+def energy_matching(
+    metric: Tensor, keep: float, margin: float, *, prefix: int = 0, protect: bool = True, text: bool = False
+) -> Merge | None:
+    """PiToMe's decision.
+
+    Args:
+        metric: (B, N, D); no gradient flows through the decision.
+        keep: share of the N - prefix image tokens that stay.
+        margin: of the energy.
+        prefix: tokens at the start that never merge.
+        protect: whether only the 2 r tokens of highest energy may merge; else all, alternately, and the r best pairs do.
+        text: the variant for text: Gaussian energy; the first half of the candidates goes into the second half.
+
+    Returns:
+        prefix, then (protected tokens or unmerged sources), then destinations; None where nothing is removed.
+    """
+    count = metric.shape[1] - prefix
+    remove = math.floor(count - count * keep)
+    if remove <= 0:
+        return None
+    with torch.no_grad():
+        metric = F.normalize(metric.detach()[:, prefix:], dim=-1, eps=1e-20)
+        similarity = metric @ metric.transpose(1, 2)
+        order = (gaussian_energy(similarity, margin) if text else energy(similarity, margin)).argsort(dim=1, descending=True, stable=True)
+        candidates = order[:, : 2 * remove] if protect or text else order
+        half = (slice(0, remove), slice(remove, None)) if text else (slice(0, None, 2), slice(1, None, 2))
+        a, b = candidates[:, half[0]], candidates[:, half[1]]
+        best, partner = (rows(metric, a) @ rows(metric, b).transpose(1, 2)).max(dim=-1)
+        if protect or text:
+            source, rest, target = a, order[:, 2 * remove :], partner
+        else:
+            ranking = best.argsort(dim=-1, descending=True, stable=True)
+            source, rest = a.gather(1, ranking[:, :remove]), a.gather(1, ranking[:, remove:])
+            target = partner.gather(1, ranking[:, :remove])
+        start = torch.arange(prefix, device=metric.device).expand(metric.shape[0], -1)
+        kept = torch.cat((start, rest + prefix, b + prefix), dim=1)
+        return Merge(kept, source + prefix, target + (kept.shape[1] - b.shape[1]))

@@ -1,0 +1,129 @@
+"""What all token reductions share: attaching to the blocks, the books, and the way back for models that read every patch.
+
+A reducer defines `reduce`, which gets the tokens after a block's attention and before its MLP, and `acts_on`. Everything else is here and
+in `vitarium.anatomy`: prefix tokens (class, distillation, registers) are never touched, rotary models rotate each token by its own place, and
+neutral options change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from vitarium.anatomy import Anatomy, Attended, Site, SitedBlock, Tokens, carried, install
+from vitarium.catalog.methods import AttachReport, Method
+from vitarium.catalog.probe import evaluating
+from vitarium.errors import AttachError, UsageError
+
+
+@dataclass(frozen=True)
+class Reducer(Method):
+    """Base of token reductions."""
+
+    def acts_on(self, block: int, depth: int) -> bool:
+        """Whether a block (numbered from 0) may reduce, whatever the live options are."""
+        return True
+
+    def reduce(self, tokens: Tokens, attended: Attended, block: int, depth: int) -> None:
+        """Reduce the tokens of one block through the carrier, or leave them."""
+        raise NotImplementedError(f"{type(self).__name__} does not define reduce")
+
+    def check(self, view: Anatomy) -> None:
+        """Refuse a model that this reduction cannot work on, with an AttachError."""
+
+    @property
+    def counts_sizes(self) -> bool:
+        """Whether attention weighs a merged token by the number of originals that it stands for (proportional attention)."""
+        return False
+
+    @property
+    def can_restore(self) -> bool:
+        """Whether every original keeps a token that stands for it, so that the full sequence can be given to a model that reads it."""
+        return True
+
+    def attach(self, model: nn.Module) -> AttachReport:
+        """Wrap the blocks of a plain vision transformer and set a site in each.
+
+        Raises:
+            UnsupportedModel: anatomy does not know the model.
+            AttachError: the model lacks what this reduction needs, or no block is left to work in.
+        """
+
+        def sites(view: Anatomy) -> list[Site]:
+            self.check(view)
+            if not any(self.acts_on(i, view.depth) for i in range(view.depth)):
+                raise AttachError(f"{self} names no block of this model; it has {view.depth}, numbered from 0")
+            return [ReducerSite(self, i, view.depth, view.reads_patches and i == view.depth - 1) for i in range(view.depth)]
+
+        replaced, placed = install(model, sites)
+        names = tuple(name for i, name in enumerate(replaced) if self.acts_on(i, len(replaced)))
+        return AttachReport(self, replaced=replaced, sites=names, live=placed)
+
+
+class ReducerSite(Site):
+    """A reducer's place in one block.
+
+    Args:
+        method: the reducer with its options as they are now.
+        block, depth: number of the block, and how many there are.
+        restore: whether the full sequence is wanted after this block.
+    """
+
+    def __init__(self, method: Reducer, block: int, depth: int, restore: bool):
+        self.method, self.block, self.depth, self.restore = method, block, depth, restore
+
+    @property
+    def proportional(self) -> bool:  # type: ignore[override]
+        return self.method.counts_sizes
+
+    def between(self, tokens: Tokens, attended: Attended) -> None:
+        if self.method.acts_on(self.block, self.depth):
+            self.method.reduce(tokens, attended, self.block, self.depth)
+
+    def after(self, tokens: Tokens) -> None:
+        if self.restore and tokens.moved and self.method.can_restore:
+            tokens.x = tokens.restore()
+
+
+def trace(model: nn.Module, image: Tensor) -> list[Tokens]:
+    """What became of the tokens after each block of a reduced model: counts, sizes, places, and which token stands for which patch.
+
+    Args:
+        image: (B, C, H, W).
+
+    Returns:
+        one state a block, in order (its `x` is empty).
+
+    Raises:
+        UsageError: no token reduction is attached.
+    """
+    states: list[Tokens] = []
+
+    def read(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        states.append(carried(output))  # type: ignore[arg-type]
+
+    hooks = [module.register_forward_hook(read) for module in model.modules() if isinstance(module, SitedBlock)]
+    if not hooks:
+        raise UsageError("no token reduction is on this model; apply one first: vitarium.apply(model, 'evit')")
+    try:
+        with evaluating(model):
+            model(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return states
+
+
+def check_share(name: str, value: float, *, least: float = 0.0) -> None:
+    """Refuse a share that is not in (least, 1]."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not least < value <= 1:
+        raise UsageError(f"{name} is a share in ({least:g}, 1], where 1 keeps everything; got {value!r}")
+
+
+def whole_numbers(name: str, values: Sequence[Any], *, least: int = 0) -> None:
+    """Refuse anything but whole numbers of at least `least`."""
+    if wrong := [v for v in values if not isinstance(v, int) or isinstance(v, bool) or v < least]:
+        raise UsageError(f"{name} takes whole numbers of at least {least}, got {wrong[0]!r}")
