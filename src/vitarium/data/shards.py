@@ -152,8 +152,8 @@ def _index(shard: Path) -> tuple[dict[str, Member], dict[str, Any]]:
                     pictures[key] = place
                 elif kind in ("cls", "json") and (label := _read_label(file, place, kind)) is not None:
                     labels[key] = label
-            file.seek(tar.offset)  # type: ignore[attr-defined]  # tarfile takes a damaged header for the end
-            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            file.seek(tar.offset)  # type: ignore[attr-defined]  # tarfile takes zeros and damaged headers for the end
+            if file.read(1 << 16).strip(b"\0"):
                 raise DataError(f"{shard} is damaged at byte {tar.offset:,}; write or fetch it again")  # type: ignore[attr-defined]
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"{shard} is not a whole tar file ({error}); write or fetch it again (compressed ones are not read)") from error

@@ -1,0 +1,79 @@
+"""The outlines of things, as signed distances: negative inside, zero on the outline, positive outside.
+
+Every function takes coordinates u (right) and v (down), float32 arrays of one shape, in units in which the thing fits into the circle of
+radius 1 around the origin, and gives distances in the same units (exact, or near enough for a soft edge).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Field = NDArray[np.floating[Any]]
+
+
+def circle(u: Field, v: Field) -> Field:
+    """A disc."""
+    return np.sqrt(u * u + v * v) - 0.92
+
+
+def square(u: Field, v: Field) -> Field:
+    """With slightly rounded corners."""
+    return _box(u, v, 0.7, 0.7) - 0.06
+
+
+def triangle(u: Field, v: Field) -> Field:
+    """Standing on a side."""
+    return np.maximum(np.abs(u) * 0.8944 - v * 0.4472 - 0.42, v - 0.78)
+
+
+def star(u: Field, v: Field) -> Field:
+    """Five points, one up."""
+    return _star(u, v, points=5, outer=1.0, inner=0.44)
+
+
+def heart(u: Field, v: Field) -> Field:
+    """Two discs on a wedge."""
+    u = np.abs(u)
+    lobe = np.sqrt((u - 0.42) ** 2 + (v + 0.3) ** 2) - 0.47
+    wedge = np.maximum((u + v) * 0.7071 - 0.56, -(v + 0.08))
+    return np.minimum(lobe, np.maximum(wedge, u - 0.89))
+
+
+def ring(u: Field, v: Field) -> Field:
+    """A disc with a hole."""
+    return np.abs(np.sqrt(u * u + v * v) - 0.68) - 0.24
+
+
+def cross(u: Field, v: Field) -> Field:
+    """Upright plus sign."""
+    return np.minimum(_box(u, v, 0.9, 0.29), _box(u, v, 0.29, 0.9)) - 0.02
+
+
+def crescent(u: Field, v: Field) -> Field:
+    """A disc without a smaller one to its right."""
+    return np.maximum(np.sqrt(u * u + v * v) - 0.92, 0.72 - np.sqrt((u - 0.42) ** 2 + (v + 0.12) ** 2))
+
+
+SHAPES: dict[str, Callable[[Field, Field], Field]] = {
+    shape.__name__: shape for shape in (circle, square, triangle, star, heart, ring, cross, crescent)
+}
+
+
+def _box(u: Field, v: Field, half_width: float, half_height: float) -> Field:
+    du, dv = np.abs(u) - half_width, np.abs(v) - half_height
+    outside = np.sqrt(np.maximum(du, 0) ** 2 + np.maximum(dv, 0) ** 2)
+    return outside + np.minimum(np.maximum(du, dv), 0)
+
+
+def _star(u: Field, v: Field, points: int, outer: float, inner: float) -> Field:
+    sector = np.pi / points
+    angle = np.abs((np.arctan2(u, -v) + sector) % (2 * sector) - sector)  # folded onto half a point
+    radius = np.sqrt(u * u + v * v)
+    along, across = radius * np.cos(angle), radius * np.sin(angle)
+    edge_along, edge_across = inner * np.cos(sector) - outer, inner * np.sin(sector)
+    length = np.hypot(edge_along, edge_across)
+    return ((along - outer) * edge_across - across * edge_along) / np.float32(length)

@@ -1,0 +1,122 @@
+"""Classification on drawn pictures: scenes as an image set, by task."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vitarium.data.image_set import ImageData
+from vitarium.data.scenes.layout import THINGS
+from vitarium.data.scenes.same_shape import CLASSES, draw_same_shape, same_shape_label
+from vitarium.data.scenes.scene import Scenes
+from vitarium.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+IMAGE_SIZE, LENGTH = 64, 2000
+MEMORY_BYTES = 256 * 2**20
+"""Pictures that have been drawn are kept up to this size: training asks for each many times."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A way to turn numbers into labelled pictures.
+
+    Args:
+        classes: names.
+        label: picture's number -> class number, without drawing.
+        draw: (number, seed, image_size) -> uint8 (image_size, image_size, 3).
+    """
+
+    classes: Sequence[str]
+    label: Callable[[int], int]
+    draw: Callable[[int, int, int], NDArray[np.uint8]]
+
+
+TASKS = {
+    "class": Task(THINGS, Scenes().label, lambda index, seed, size: Scenes(size, seed)[index].image),
+    "same_shape": Task(CLASSES, same_shape_label, draw_same_shape),
+}
+
+
+class DrawnImages:
+    """The pictures of a task with numbers in a range. Each is drawn when it is first asked for."""
+
+    def __init__(self, task: str, numbers: range, *, seed: int, image_size: int):
+        self.task, self.numbers, self.seed, self.image_size = task, numbers, seed, image_size
+        self.targets = [TASKS[task].label(number) for number in numbers]
+        self._kept: dict[int, NDArray[np.uint8]] = {}
+        self._room = MEMORY_BYTES // (3 * image_size**2)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        from PIL import Image
+
+        pixels = self._kept.get(index)
+        if pixels is None:
+            pixels = TASKS[self.task].draw(self.numbers[index], self.seed, self.image_size)
+            if len(self._kept) < self._room:
+                self._kept[index] = pixels
+        return Image.fromarray(pixels), self.targets[index]
+
+    def describe(self, index: int) -> str:
+        """Task and number."""
+        return f"scenes {self.task} #{self.numbers[index]}"
+
+
+def open_scenes(options: str = "", *, image_size: int | None = None, seed: int = 0, val_fraction: float = 0.2) -> ImageData:
+    """Drawn pictures for classification.
+
+    Args:
+        options: "KEY=VALUE,..." of image_size (pixels, 64), length (pictures in both parts, 2000), task ("class": the kind of the
+            nearest thing; "same_shape": whether two marks far apart have the same shape).
+        image_size: where the options have none.
+        seed: of everything that is drawn.
+        val_fraction: share that is held out.
+
+    Raises:
+        UsageError: an option or value that is not accepted.
+    """
+    values = _parse(options)
+    task = values.get("task", "class")
+    if task not in TASKS:
+        raise UsageError(f"scenes have no task {task!r}{nearest(task, TASKS)} (there are: {', '.join(TASKS)})")
+    size = _number("image_size", values.get("image_size", image_size or IMAGE_SIZE), least=16)
+    classes = list(TASKS[task].classes)
+    length = _number("length", values.get("length", LENGTH), least=2 * len(classes))
+    if not 0 < val_fraction < 1:
+        raise UsageError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
+    border = min(max(round(length * (1 - val_fraction)), len(classes)), length - len(classes))
+    part = functools.partial(DrawnImages, task, seed=seed, image_size=size)
+    name = "scenes" if task == "class" else f"scenes-{task}"
+    return ImageData(name, part(range(border)), part(range(border, length)), classes, size)
+
+
+def _parse(options: str) -> dict[str, str]:
+    accepted = ("image_size", "length", "task")
+    values = {}
+    for option in filter(None, options.split(",")):
+        key, equals, value = (piece.strip() for piece in option.partition("="))
+        if key not in accepted or not equals or not value:
+            hint = nearest(key, accepted) if key not in accepted else ""
+            raise UsageError(f"scenes have no option {option!r}{hint} (accepted: image_size=64, length=2000, task=class)")
+        values[key] = value
+    return values
+
+
+def _number(name: str, value: str | int, least: int) -> int:
+    try:
+        number = int(value)
+    except ValueError:
+        number = -1
+    if number < least:
+        raise UsageError(f"{name} of scenes must be a whole number of at least {least}, got {value!r}")
+    return number
