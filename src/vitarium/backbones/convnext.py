@@ -249,7 +249,8 @@ class ConvNeXtIsotropic(Backbone):
         dim: channels.
         depth: blocks.
         patch_size: side of the stem's patches, pixels; there is no norm behind it.
-        The others as in `ConvNeXt`.
+
+    The other arguments are those of `ConvNeXt`.
 
     Raises:
         ValueError: an even kernel_size.

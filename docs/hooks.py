@@ -1,0 +1,167 @@
+"""Pages that are computed: the 103 systems with their status, a page for each that is there, the ledger, the commands."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from pathlib import Path
+
+import pictures as drawn  # mkdocs looks for a hook's imports beside it
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the computed pages to those that are written."""
+    pages = {"systems.md": systems_page(), "ledger.md": ledger_page(), "commands.md": commands_page()} | system_pages()
+    for name, text in pages.items():
+        files.append(File.generated(config, name, content=text))
+    for name, picture in pictures().items():
+        files.append(File.generated(config, name, content=picture))
+    return files
+
+
+def systems_page() -> str:
+    """All 103 with what speaks for each."""
+    from vitarium.catalog.evidence import system_statuses
+
+    statuses = system_statuses()
+    count = {word: sum(s.status == word for s in statuses) for word in ("working", "partial", "missing")}
+    rows = []
+    for s in sorted(statuses, key=lambda s: (("working", "partial", "missing").index(s.status), s.room, s.slug)):
+        e = s.evidence
+        name = f"[`{s.slug}`](systems/{s.slug}.md)" if s.status != "missing" else f"`{s.slug}`"
+        goldens = f"{e.goldens_passed} of {e.goldens_wired}" if e.goldens_wired else ""
+        rows.append(f"| {name} | {s.title} | {s.room} | {s.status} | {goldens} | {e.identities or ''} | {e.claim or ''} |")
+    return "\n".join(
+        [
+            "# The 103 systems",
+            "",
+            f"{count['working']} working, {count['partial']} partial, {count['missing']} not yet. Computed from what is there: models, "
+            "golden vectors of the original implementations, exact identities, and the outcome of the claim (`vitarium systems`).",
+            "",
+            "| system | paper | room | status | goldens passed | identities | claim |",
+            "|---|---|---|---|---|---|---|",
+            *rows,
+        ]
+    )
+
+
+def system_pages() -> dict[str, str]:
+    """systems/<slug>.md for each system whose module is there."""
+    from vitarium.catalog import families, systems
+    from vitarium.catalog.registry import system_module
+
+    pages = {}
+    for system in systems():
+        name = system_module(system.slug)
+        if name is None:
+            continue
+        module = importlib.import_module(name)
+        summary, _, rest = (inspect.getdoc(module) or system.title).partition("\n")
+        parts = [f"# {system.slug}", "", f"**{summary}**", "", _paragraphs(rest), ""]
+        if f"systems/{system.slug}.png" in pictures():
+            parts += [f"![{PICTURES[system.slug][1]}]({system.slug}.png)", "", f"*{PICTURES[system.slug][1]}*", ""]
+        for family in families(system.slug):
+            parts += [f"## Variants of `{family.name}`", "", "| name | image | arguments | weights |", "|---|---|---|---|"]
+            for variant, arguments in family.variants.items():
+                values = ", ".join(f"{k}={getattr(v, '__name__', v)}" for k, v in arguments.items() if k != "image_size")
+                tags = ", ".join(f"`{tag}`" for tag in family.weights.get(variant, {}))
+                parts.append(f"| `{family.name}_{variant}` | {arguments.get('image_size', 224)} | {values} | {tags} |")
+            parts.append("")
+        parts += [_claim(system.slug), "## In Python", ""]
+        classes = [cls for _, cls in inspect.getmembers(module, inspect.isclass) if cls.__module__ == name and cls.__doc__]
+        parts += [f"::: {name}.{cls.__name__}\n    options:\n      members: false\n" for cls in sorted(classes, key=_line)]
+        pages[f"systems/{system.slug}.md"] = "\n".join(parts)
+    return pages
+
+
+def _line(cls: type) -> int:
+    return inspect.getsourcelines(cls)[1]
+
+
+def _paragraphs(text: str) -> str:
+    """A docstring's text as Markdown: indented equations become code blocks, as they already are."""
+    return text.strip("\n")
+
+
+def ledger_page() -> str:
+    """What came out of every claim."""
+    from vitarium.claims import read_ledger
+
+    entries = read_ledger()
+    if not entries:
+        return "# Ledger\n\nNo claim has been run yet."
+    rows = [f"| [`{e.slug}`](systems/{e.slug}.md) | {e.says} | **{e.verdict}** | {e.seconds:.0f} s | {e.date} |" for e in entries]
+    head = ["# Ledger", "", "What came out of the small experiments on the papers' main claims, whichever way it came out."]
+    table = ["", "| system | claim | verdict | time | date |", "|---|---|---|---|---|", *rows, ""]
+    return "\n".join([*head, *table, *(_entry(e) for e in entries)])
+
+
+def _claim(slug: str) -> str:
+    from vitarium.claims import read_ledger
+
+    found = [e for e in read_ledger() if e.slug == slug]
+    return "\n".join(["## Its claim, measured", "", *(_entry(e, heading=False) for e in found)]) if found else ""
+
+
+def _entry(entry: object, *, heading: bool = True) -> str:
+    e = entry
+    title = [f"## {e.slug}", ""] if heading else []
+    lines = [*title, f"*{e.says[0].upper()}{e.says[1:]}*: **{e.verdict}**.", "", e.method, ""]
+    lines += ["| comparison | method | baseline | gain ± standard error | needed | verdict |", "|---|---|---|---|---|---|"]
+    for c in e.comparisons:
+        arms = [f"{a['label']}: {a['mean']:.4g} {a['unit']}" if a else "" for a in (c["method"], c["baseline"])]
+        lines.append(f"| {c['says']} | {arms[0]} | {arms[1]} | {c['gain']:.3g} ± {c['error']:.2g} | {c['at_least']:g} | {c['verdict']} |")
+    machine = e.machine
+    return "\n".join([*lines, "", f"{machine['processor']}, {machine['cores']} cores; torch {machine['torch']}; commit {e.commit}.", ""])
+
+
+def commands_page() -> str:
+    """Every command with its options, from the command line's own description."""
+    import typer
+
+    from vitarium.cli.app import app
+
+    command = typer.main.get_command(app)
+    parts = [
+        "# Commands",
+        "",
+        "Every command explains itself with `--help`. Exit codes: 2 usage, 3 data, 4 checkpoint, 5 training stopped for",
+        "cause, 130 interrupted.",
+        "",
+    ]
+    for name, sub in command.commands.items():
+        usage = " ".join(
+            f"{p.metavar or p.name.upper()}{'...' if p.nargs == -1 else ''}" for p in sub.params if p.param_type_name == "argument"
+        )
+        parts += [f"## vitarium {name}", "", sub.help or "", "", "```", f"vitarium {name} {usage} [OPTIONS]".replace("  ", " "), "```", ""]
+        example = Path(__file__).parent / "examples" / f"{name}.md"
+        if example.exists():
+            parts += [example.read_text(encoding="utf-8"), ""]
+        options = [p for p in sub.params if p.param_type_name == "option"]
+        if options:
+            parts += ["| option | meaning |", "|---|---|"]
+            parts += [f"| `{', '.join(p.opts)}` | {(getattr(p, 'help', '') or '').replace('|', chr(92) + '|')} |" for p in options]
+            parts.append("")
+    return "\n".join(parts)
+
+
+PICTURES: dict[str, tuple[str, str]] = {
+    "swin": ("swin", "Windows at rest and moved by half a window; a moved window's colours are regions that do not see one another."),
+    "convnext": (
+        "convnext",
+        "Where a cell of the last map looks: gradient over the image, four decades, for kernels of 3, 5, 7 and 9 (random weights).",
+    ),
+}
+
+
+def pictures() -> dict[str, bytes]:
+    """PNG pictures of the systems, drawn by their own code (docs/pictures.py)."""
+    global _PICTURES
+    if _PICTURES is None:
+        _PICTURES = {f"systems/{slug}.png": getattr(drawn, function)() for slug, (function, _) in PICTURES.items()}
+    return _PICTURES
+
+
+_PICTURES: dict[str, bytes] | None = None
