@@ -94,7 +94,7 @@ def compare(
     names = list(models) if models is not None else list(DEFAULT_MODELS)
     check_names(names)
     settings = _recipe(recipe, pixels=image_size, seed=seed, steps=steps, epochs=epochs, minutes=minutes, batch_size=batch_size)
-    images = open_data(data, seed=seed, val_fraction=val_fraction)
+    images = open_data(data, seed=seed, val_fraction=val_fraction, image_size=image_size)
     if settings.image_size is None:
         size = images.image_size or (PICO_SIZE if models is None else None)
         settings = settings.model_copy(update=dict(image_size=size))

@@ -214,7 +214,7 @@ def _method(comparison: Comparison) -> list[dict[str, str]]:
         "MACs": "multiply-accumulates for one image, counted in the operations that really run.",
         "Recommendation": "of the models within one standard error of the most accurate, the one with the lowest latency, "
         "if it is clearly faster; else the most accurate.",
-        "Machine": f"{device}, {machine['cores']} cores, {machine['threads']} threads; {machine['system']}.",
+        "Machine": f"{device}, {machine['cores']} cores, PyTorch threads: {machine['threads']}; {machine['system']}.",
         "Versions": f"Vitarium {machine['vitarium']}, PyTorch {machine['torch']}, timm {machine['timm']}, Python {machine['python']}.",
     }
     return [dict(name=name, value=value[0].upper() + value[1:] if name != "Data" else value) for name, value in values.items()]

@@ -19,7 +19,7 @@ from vitarium.efficiency.profiler import profile
 from vitarium.reports.results import Mistake, Trial
 from vitarium.training import ClassificationLearner, Progress, Recipe, fit, predict_logits
 
-MISTAKES = 24
+MISTAKES = 12
 """How many of the most confident mistakes are kept."""
 MEASURING_BATCH = 32
 """Images at once for throughput and peak memory, the same for every model."""

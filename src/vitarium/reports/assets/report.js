@@ -51,27 +51,34 @@ function vertical() {
 
 const SIDES = ["middle right", "middle left", "top right", "bottom right", "top left", "bottom left", "top center", "bottom center"];
 
-function placeNames(points, front, width, height) { // greedy: each name where it covers least of what is there already
+function nameBox(point, side) {
+  const w = 7.2 * point.name.length + 4, h = 17;
+  const [v, s] = side.split(" ");
+  const left = s === "right" ? point.x + 9 : s === "left" ? point.x - 9 - w : point.x - w / 2;
+  const top = v === "middle" ? point.y - h / 2 : v === "top" ? point.y - h - 6 : point.y + 6;
+  return [left, top, left + w, top + h];
+}
+
+function placeNames(points, front, width, height) { // each name where it covers least of the rest, a few rounds
   const taken = points.flatMap((p) => [[p.x - 8, p.y - 8, p.x + 8, p.y + 8], [p.x - 3, p.y - p.bar, p.x + 3, p.y + p.bar]]);
   front.forEach((i, k) => { // the steps of the front
     const from = points[i], to = points[front[k + 1]] ?? { x: width, y: from.y };
     taken.push([from.x, from.y - 3, to.x, from.y + 3], [to.x - 3, to.y, to.x + 3, from.y]);
   });
   const overlap = (a, b) => Math.max(0, Math.min(a[2], b[2]) - Math.max(a[0], b[0])) * Math.max(0, Math.min(a[3], b[3]) - Math.max(a[1], b[1]));
-  return points.map((p) => {
-    const w = 7.2 * p.name.length + 4, h = 17;
-    const options = SIDES.map((side, order) => {
-      const [v, s] = side.split(" ");
-      const left = s === "right" ? p.x + 9 : s === "left" ? p.x - 9 - w : p.x - w / 2;
-      const top = v === "middle" ? p.y - h / 2 : v === "top" ? p.y - h - 6 : p.y + 6;
-      const box = [left, top, left + w, top + h];
-      const outside = Math.max(0, -box[0]) + Math.max(0, box[2] - width) + Math.max(0, -box[1]) + Math.max(0, box[3] - height);
-      return { side, box, cost: taken.reduce((sum, other) => sum + overlap(box, other), 0) + 60 * outside + order };
+  const covered = (box, others) => others.reduce((sum, other) => sum + overlap(box, other), 0);
+  const placed = points.map(() => ({ side: SIDES[0], box: [0, 0, 0, 0] }));
+  for (let round = 0; round < 4; round++)
+    points.forEach((p, i) => {
+      const others = placed.filter((_, k) => k !== i).map((name) => name.box);
+      const options = SIDES.map((side, order) => {
+        const box = nameBox(p, side);
+        const outside = Math.max(0, -box[0]) + Math.max(0, box[2] - width) + Math.max(0, -box[1]) + Math.max(0, box[3] - height);
+        return { side, box, cost: covered(box, taken) + 3 * covered(box, others) + 60 * outside + order };
+      });
+      placed[i] = options.reduce((a, b) => (b.cost < a.cost ? b : a));
     });
-    const best = options.reduce((a, b) => (b.cost < a.cost ? b : a));
-    taken.push(best.box);
-    return best.side;
-  });
+  return placed.map((name) => name.side);
 }
 
 function drawScatter() {

@@ -1,0 +1,108 @@
+"""The page: all in one file, nothing fetched, nothing executed that came from outside."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tests.reports.fixtures import NUMBERS, make_comparison, make_pictures, make_troubled
+from vitarium.reports.page import render, three
+
+
+class Elements(HTMLParser):
+    """All elements with their attributes, and the text of the page that is not script or style."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self.inside = "", ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        self.inside = tag
+
+    def handle_endtag(self, tag):
+        self.inside = ""
+
+    def handle_data(self, data):
+        if self.inside not in ("script", "style"):
+            self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.found if name == tag]
+
+
+@pytest.fixture
+def troubled(tmp_path: Path) -> str:
+    comparison = make_troubled(tmp_path)
+    return render(comparison, make_pictures(comparison))
+
+
+def test_loads_nothing(troubled):
+    page = Elements(troubled)
+    assert not page.all("a") + page.all("iframe") + page.all("object")
+    assert all(a["href"] == "data:," for a in page.all("link"))
+    assert all("src" not in a for a in page.all("script"))
+    assert all(a["src"].startswith("data:image/png;base64,") for a in page.all("img"))
+    assert len(page.all("img")) == 5
+    ours = re.sub(r"<script>.*?</script>", "", troubled, flags=re.S)  # plotly's own code names addresses that it never asks
+    assert not re.search(r"https?://|url\(|@import", ours)
+    assert any("default-src 'none'" in (a.get("content") or "") for a in page.all("meta"))
+
+
+def test_escapes_what_comes_from_outside(troubled):
+    assert "<img src=x" not in troubled
+    assert "<script>alert" not in troubled
+    assert "IMG_0000<b>" not in troubled
+    page = Elements(troubled)
+    assert "7 models compared on <img src=x onerror=alert(1)>" in page.text
+    data = re.search(r'<script type="application/json" id="results">(.*?)</script>', troubled, re.S)[1]
+    assert json.loads(data)["classes"][:3] == ["<script>alert(1)</script>", "</script>", "a & b"]
+
+
+def test_tells_failures_and_broken_images(troubled):
+    text = Elements(troubled).text
+    assert "SwinTransformer takes images of at least 32x32 pixels, got 16x16" in text
+    assert "3 images could not be read and were left out" in text
+    assert "truncated after 2,048 bytes" in text
+
+
+def test_is_accessible(troubled):
+    page = Elements(troubled)
+    assert all(a.get("alt") for a in page.all("img"))
+    assert all(a.get("scope") in ("col", "row") for a in page.all("th"))
+    assert [a for a in page.all("th") if a.get("aria-sort") == "descending"]
+    assert len(page.all("h1")) == 1
+    assert page.all("html")[0]["lang"] == "en"
+
+
+def test_says_the_recommendation_and_all_models(tmp_path):
+    comparison = make_comparison(tmp_path)
+    text = Elements(render(comparison, make_pictures(comparison))).text
+    assert comparison.recommendation.sentence in text
+    assert all(name in text for name in NUMBERS)
+    assert "1,437 training images" in text
+    assert "600 steps each" in text
+
+
+def test_without_mistakes_and_with_one_model(tmp_path):
+    comparison = make_comparison(tmp_path)
+    best = comparison.best
+    perfect = type(best)(
+        **{**vars(best), "accuracy": 1.0, "mistakes": [], "confusion": [[36 * (i == j) for j in range(10)] for i in range(10)]}
+    )
+    text = Elements(render(make_comparison(tmp_path, trials=[perfect]), [])).text
+    assert "every held-out image was named rightly" in text
+    assert "convnext_pico on digits" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(28288354, "28.3 M"), (999.6, "1.00 K"), (0.6268, "0.627"), (123.4, "123"), (1.5e9, "1.50 G"), (0, "0.00")]
+)
+def test_three_digits(value, text):
+    assert three(value) == text
