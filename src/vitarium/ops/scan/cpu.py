@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +21,14 @@ from numba import njit, types
 from numba.extending import overload
 from torch import Tensor
 
-FAST = {"reassoc", "contract", "nsz", "arcp"}  # sums in any order and fused multiply-adds; infinities and NaN keep their meaning
+OPTIONS: dict[str, Any] = dict(
+    fastmath={"reassoc", "contract", "nsz", "arcp"},  # sums in any order, fused multiply-adds; infinities and NaN keep their meaning
+    error_model="numpy",  # a division that may raise is no vector instruction
+)
 NARROWEST = 128  # channels that are worth a thread
 
 _LOG2E = np.float32(math.log2(math.e))
-_ONE, _HALF_EXPONENT, _MANTISSA = np.float32(1), np.float32(127), np.float32(2**23)
+_ONE, _HALF, _BIAS, _MANTISSA = np.float32(1), np.float32(0.5), np.float32(127), np.float32(2**23)
 _LOWEST, _HIGHEST = np.float32(-126), np.float32(127)
 _E0, _E1, _E2, _E3, _E4, _E5, _E6, _E7 = (np.float32(math.log(2) ** k / math.factorial(k)) for k in range(8))
 _L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7 = (np.float32(2 / (2 * k + 1)) for k in range(8))
@@ -38,7 +42,7 @@ def _log1p(v):
     raise NotImplementedError
 
 
-@overload(_exp, jit_options={"fastmath": FAST})
+@overload(_exp, jit_options=OPTIONS)
 def _compile_exp(v):
     """exp(v); in float32 as 2^k 2^r with |r| <= 1/2, the power of two put together bit by bit, to 2e-7 of the value."""
     if v != types.float32:
@@ -49,12 +53,12 @@ def _compile_exp(v):
         k = np.rint(t)
         r = t - k
         power = _E0 + r * (_E1 + r * (_E2 + r * (_E3 + r * (_E4 + r * (_E5 + r * (_E6 + r * _E7))))))
-        return power * np.int32((k + _HALF_EXPONENT) * _MANTISSA).view(np.float32)
+        return power * np.int32((k + _BIAS) * _MANTISSA).view(np.float32)
 
     return single
 
 
-@overload(_log1p, jit_options={"fastmath": FAST})
+@overload(_log1p, jit_options=OPTIONS)
 def _compile_log1p(v):
     """log(1 + v) for 0 <= v <= 1; in float32 as 2 artanh(q), q = v / (2 + v) <= 1/3, by its series, to 1e-7 of the value."""
     if v != types.float32:
@@ -68,24 +72,27 @@ def _compile_log1p(v):
     return single
 
 
-@njit(fastmath=FAST)
+@njit(**OPTIONS)
 def _prepare(x, raw, bias, softplus, delta, drive):
     """A token's step sizes, delta = raw + bias or softplus of it, and what drives its states, delta x."""
     for d in range(len(x)):
-        v = raw[d] + bias[d]
-        soft = _log1p(_exp(-abs(v)))
-        delta[d] = ((v + soft) if v > 0 else soft) if softplus else v
+        delta[d] = raw[d] + bias[d]
+    if softplus:  # max(v, 0) + log(1 + exp(-|v|)), |v| by its halves: a comparison with 0 would make it float64
+        for d in range(len(x)):
+            size = abs(delta[d])
+            delta[d] = (delta[d] + size) * _HALF + _log1p(_exp(-size))
+    for d in range(len(x)):
         drive[d] = delta[d] * x[d]
 
 
-@njit(fastmath=FAST)
+@njit(**OPTIONS)
 def _advance(delta, a, drive, b, before, after):
     """One state of each channel, one token on: s <- exp(delta a) s + delta x b."""
     for d in range(len(delta)):
         after[d] = _exp(delta[d] * a[d]) * before[d] + drive[d] * b
 
 
-@njit(fastmath=FAST)
+@njit(**OPTIONS)
 def _advance_and_read(delta, a, drive, b, c, state, y):
     """`_advance` in place, and y += c s."""
     for d in range(len(delta)):
@@ -94,7 +101,7 @@ def _advance_and_read(delta, a, drive, b, c, state, y):
         y[d] += s * c
 
 
-@njit(fastmath=FAST)
+@njit(**OPTIONS)
 def _retreat(delta, a, drive, b, c, before, after, grad, adjoint, grad_delta, grad_drive, grad_a):
     """One state of each channel, one token back: the adjoint, and what the token adds to the gradients; those to b and c are returned."""
     grad_b = grad_c = grad[0] - grad[0]
@@ -111,7 +118,7 @@ def _retreat(delta, a, drive, b, c, before, after, grad, adjoint, grad_delta, gr
     return grad_b, grad_c
 
 
-@njit(fastmath=FAST)
+@njit(**OPTIONS)
 def _finish(x, raw, bias, skip, softplus, grad, delta, grad_delta, grad_drive, grad_x, grad_raw, grad_skip, grad_bias):
     """From the gradients to delta and delta x to those to the token's inputs."""
     for d in range(len(x)):
@@ -126,7 +133,7 @@ def _finish(x, raw, bias, skip, softplus, grad, delta, grad_delta, grad_drive, g
         grad_skip[d] += grad[d] * x[d]
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
+@njit(nogil=True, cache=True, **OPTIONS)
 def _forward(x, raw, a, b, c, skip, bias, y, states, every, softplus, reverse, first, last, low, high):
     """Images first..last, channels low..high: fills y, (I, L, D), and states, (I, ceil(L / every), N, D)."""
     length, count, width = x.shape[1], a.shape[0], high - low
@@ -147,7 +154,7 @@ def _forward(x, raw, a, b, c, skip, bias, y, states, every, softplus, reverse, f
                 states[i, k // every, :, low:high] = state
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
+@njit(nogil=True, cache=True, **OPTIONS)
 def _backward(
     grad, x, raw, a, b, c, skip, bias, states, every, softplus, reverse, grad_x, grad_raw, grad_a, grad_b, grad_c, grad_skip, grad_bias,
     first, last, low, high,
