@@ -6,8 +6,9 @@ import json
 import pytest
 from rich.console import Console
 
-from vitarium.cli.board import Board, clock
+from vitarium.cli.board import Board
 from vitarium.cli.compare import chosen
+from vitarium.cli.console import clock
 from vitarium.errors import DataError, UsageError
 from vitarium.reports.events import Event
 from vitarium.reports.results import Comparison, Failure, Trial

@@ -37,6 +37,22 @@ def test_fused_attention_is_counted():
     assert count_macs(Attention(), 8) == 2 * 3 * tokens * tokens * 4  # q k^T and its product with v
 
 
+class Token(nn.Module):
+    """Hands a view of a parameter to a part, as models with a class token do."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, 48))
+        self.layer = nn.Linear(48, 8, bias=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.layer(image.flatten(1)) + self.layer(self.token.expand(len(image), -1)) + self.layer(self.token)
+
+
+def test_parts_that_are_handed_parameters_are_counted():
+    assert count_macs(Token(), 4) == 3 * 48 * 8
+
+
 def test_meta_and_real_models_cost_the_same():
     with torch.device("meta"):
         ghost = vitarium.create_model("timm/vit_pico")
@@ -72,7 +88,7 @@ def test_profile_measures_all_and_leaves_the_model_as_it_was():
     assert cost.peak_memory_mb * 1e6 > cost.bytes
     assert all(m.training for m in model.modules())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())  # batch norm's statistics too
-    assert all(p.grad is None for p in model.parameters())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
 def test_images_have_the_model_s_channels_and_dtype():

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from vitarium.cli import bench, claim, compare, env, export, info, models, systems
+from vitarium.cli import bench, claim, compare, env, evaluate, export, info, models, predict, systems, train
 from vitarium.cli.console import err
 from vitarium.errors import VitariumError
 
@@ -19,8 +19,8 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            err().print("\n[yellow]Interrupted.[/] A run that has a folder goes on when the same command is given again.")
+        except KeyboardInterrupt as interrupt:  # training says how far it came, and that it can go on
+            err().print(f"[yellow]{str(interrupt) or 'interrupted'}[/]", soft_wrap=True)
             raise typer.Exit(130) from None
         except Exception as error:
             if type(error).__module__.split(".")[0] in ("typer", "click") or isinstance(error, BrokenPipeError):
@@ -68,7 +68,19 @@ def options(
     """Vision models that compose: which works best on your data and your hardware, and can it be smaller?"""
 
 
-for command in (systems.systems, models.models, info.info, compare.compare, bench.bench, export.export, claim.claim, env.env):
+for command in (
+    systems.systems,
+    models.models,
+    info.info,
+    compare.compare,
+    train.train,
+    evaluate.evaluate,
+    predict.predict,
+    bench.bench,
+    export.export,
+    claim.claim,
+    env.env,
+):
     app.command()(command)
 
 

@@ -1,7 +1,8 @@
-"""Live progress: a line a model, with its bar, loss and accuracy; in a log file, a line a change."""
+"""Live progress: a line a model, with its bar, loss and accuracy; in a log file, a line a change of state or accuracy."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from vitarium.cli.console import err, table
+from vitarium.cli.console import clock, err, table
 
 if TYPE_CHECKING:
     from vitarium.reports.events import Event
@@ -49,8 +50,13 @@ class Board:
         """Take in an event."""
         before = self.latest.get(event.model)
         self.latest[event.model] = event
-        if not self.console.is_terminal and (before is None or before.kind != event.kind):
+        if not self.console.is_terminal and (before is None or (before.kind, before.accuracy) != (event.kind, event.accuracy)):
             self.console.print(line(event), markup=False, soft_wrap=True)
+
+    def finish(self, model: str) -> None:
+        """The end of a model whose trainer tells of none."""
+        if event := self.latest[model]:
+            self(replace(event, kind="finished"))
 
     def __rich__(self) -> Table:
         rows = table("~model", "", "state", ">step", ">loss", ">accuracy", ">left")
@@ -78,10 +84,3 @@ def line(event: Event) -> str:
     place = f"[{event.position + 1}/{event.count}] {event.model}: {event.kind}"
     known = [f"step {event.step}" if event.step else "", f"accuracy {100 * event.accuracy:.1f} %" if event.accuracy is not None else ""]
     return ", ".join(filter(None, [place, *known, event.message]))
-
-
-def clock(seconds: float) -> str:
-    """75 -> "1:15"; 3700 -> "1:01:40"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -106,7 +106,8 @@ def show(comparison: Comparison) -> None:
         console.print(f"[red]{failure.name} failed:[/] ", end="")
         console.print(failure.error, markup=False)
     if bad := comparison.bad_files:
-        console.print(f"[yellow]{len(bad)} images could not be read[/], the first: {bad[0]['path']} ({bad[0]['reason']})")
+        console.print(f"[yellow]{len(bad)} images could not be read[/], the first: ", end="")
+        console.print(f"{bad[0]['path']} ({bad[0]['reason']})", markup=False)
     console.print(f"\n[bold]{comparison.recommendation}[/]\n")
     best = comparison.folder / "best.safetensors"
     console.print(pairs({"report": comparison.report, "model": best, "use it": f"vitarium predict IMAGE --model {best}"}))

@@ -67,3 +67,10 @@ def short(value: float | None) -> str:
             scaled = value / size
             return f"{scaled:.{max(0, 2 - len(str(int(abs(scaled)))) + 1)}f}{suffix}"
     return f"{value:.3g}"
+
+
+def clock(seconds: float) -> str:
+    """75 -> "1:15"; 3700 -> "1:01:40"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

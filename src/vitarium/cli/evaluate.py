@@ -17,8 +17,8 @@ from vitarium.errors import DataError, nearest
 if TYPE_CHECKING:
     from vitarium.data import ImageSet
 
-WORST = 5  # classes that are shown
-NAMES = {"accuracy": "accuracy", "top5": "accuracy of the first five", "loss": "cross entropy", "calibration_error": "calibration error"}
+WEAKEST = 5  # classes that are shown
+NAMES = {"accuracy": "accuracy", "top5": "accuracy, first five", "loss": "cross entropy", "calibration_error": "calibration error"}
 
 
 class Split(StrEnum):
@@ -71,7 +71,6 @@ def measure(model: Any, images: ImageSet, classes: list[str], batch_size: int) -
         raise DataError(f"the model tells {model.num_classes} classes apart, the data has {len(classes)}: {', '.join(classes[:8])}")
     bad_files = BadFiles()
     metrics = run(model, images, batch_size=batch_size, bad_files=bad_files)
-    bad_files.check(len(images))
     confusion = metrics.pop("confusion_matrix")
     return {
         **metrics,
@@ -117,6 +116,12 @@ class Renumbered:
         return self.images.describe(index)
 
 
+def told(metrics: dict[str, Any]) -> dict[str, str]:
+    """The known ones of some metrics, with names and units for a person."""
+    known = {name: metrics[name] for name in NAMES if name in metrics}
+    return {NAMES[name]: f"{value:.4f}" if name == "loss" else f"{100 * value:.2f} %" for name, value in known.items()}
+
+
 def show(report: dict[str, Any]) -> None:
     """The metrics as tables."""
     rows = {
@@ -126,7 +131,7 @@ def show(report: dict[str, Any]) -> None:
     console.print(pairs({"images": f"{report['images']} ({report['data']}, {report['split']})", **rows}))
     known = sorted((c for c in report["classes"] if c["accuracy"] is not None), key=lambda c: c["accuracy"])
     if len(known) > 1:
-        worst = table("class", ">images", ">accuracy", title="The classes it knows least")
-        for row in known[:WORST]:
+        worst = table("class", ">images", ">accuracy", title="Weakest classes")
+        for row in known[:WEAKEST]:
             worst.add_row(row["name"], str(row["images"]), f"{100 * row['accuracy']:.1f} %")
         console.print(worst)

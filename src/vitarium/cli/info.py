@@ -55,15 +55,12 @@ def describe(name: str, image_size: int | None = None) -> dict[str, Any]:
 
 
 def _cost(model: nn.Module, size: int) -> dict[str, Any]:
-    from vitarium.efficiency.profiler import count_macs, count_params, example_image, peak_memory, weight_bytes
+    from vitarium.cli.models import macs_of
+    from vitarium.efficiency.profiler import count_params, example_image, peak_memory, weight_bytes
 
-    return {
-        "params": count_params(model),
-        "bytes": weight_bytes(model),
-        "macs": count_macs(model, size),
-        "peak_memory_mb": peak_memory(model, example_image(model, size)) / 1e6,
-        "image_size": size,
-    }
+    macs = macs_of(model, size)
+    memory = None if macs is None else peak_memory(model, example_image(model, size)) / 1e6
+    return {"params": count_params(model), "bytes": weight_bytes(model), "macs": macs, "peak_memory_mb": memory, "image_size": size}
 
 
 def _stages(model: nn.Module) -> list[dict[str, Any]]:
@@ -129,18 +126,14 @@ def _print(report: dict[str, Any]) -> None:
     console.print(report["summary"], markup=False)
     console.print()
     size, pre = report["image_size"], report["preprocessing"]
-    console.print(
-        pairs(
-            {
-                "parameters": f"{short(report['params'])}  ({report['bytes'] / 1e6:.1f} MB)",
-                "MACs": f"{short(report['macs'])}  at {size}x{size} pixels",
-                "memory": f"{report['peak_memory_mb']:.1f} MB  at most in one forward pass of one image",
-                "classes": report["num_classes"],
-                "preprocessing": f"{pre['image_size']} px, {pre['interpolation']}, crop {pre['crop_pct']:g}, "
-                f"mean {numbers(pre['mean'])}, std {numbers(pre['std'])}",
-            }
-        )
-    )
+    rows = {"parameters": f"{short(report['params'])}  ({report['bytes'] / 1e6:.1f} MB)"}
+    if report["macs"] is not None:
+        rows["MACs"] = f"{short(report['macs'])}  at {size}x{size} pixels"
+        rows["memory"] = f"{report['peak_memory_mb']:.1f} MB  at most in one forward pass of one image"
+    rows["classes"] = str(report["num_classes"])
+    scale = f"mean {numbers(pre['mean'])}, std {numbers(pre['std'])}"
+    rows["preprocessing"] = f"{pre['image_size']} px, {pre['interpolation']}, crop {pre['crop_pct']:g}, {scale}"
+    console.print(pairs(rows))
     if report["stages"]:
         stages = table("map", ">channels", ">stride", title="Stages")
         for stage in report["stages"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +11,9 @@ from vitarium.cli.console import err, out, print_json, short, table
 from vitarium.cli.opening import describe_model, matcher
 from vitarium.cli.systems import check_room, in_room
 from vitarium.errors import InputError, UsageError, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def models(
@@ -61,19 +64,24 @@ def find(pattern: str, room: str | None) -> list[dict[str, Any]]:
 
 
 def cost(name: str, macs: bool, image_size: int | None) -> dict[str, Any]:
-    """Parameters, bytes, image size and, if asked for, MACs (None at a size it refuses) of a model that is built without weights."""
+    """Parameters, bytes, image size and, if asked for, MACs of a model that is built without weights."""
     from vitarium.catalog import preprocessing_of
-    from vitarium.efficiency.profiler import count_macs, count_params, weight_bytes
+    from vitarium.efficiency.profiler import count_params, weight_bytes
 
     model = describe_model(name, **({} if image_size is None else {"image_size": image_size}))
     size = image_size or preprocessing_of(model).image_size
-    found: dict[str, Any] = {"params": count_params(model), "bytes": weight_bytes(model), "image_size": size}
-    if macs:
-        try:
-            found["macs"] = count_macs(model, size)
-        except InputError:  # a size that this model does not take
-            found["macs"] = None
-    return found
+    counted = {"macs": macs_of(model, size)} if macs else {}
+    return {"params": count_params(model), "bytes": weight_bytes(model), **counted, "image_size": size}
+
+
+def macs_of(model: nn.Module, image_size: int) -> int | None:
+    """MACs of one image; None for a model that takes no such image (another size, or clips of video)."""
+    from vitarium.efficiency.profiler import count_macs
+
+    try:
+        return count_macs(model, image_size)
+    except InputError:
+        return None
 
 
 def _print(rows: list[dict[str, Any]], searched: int, macs: bool) -> None:

@@ -41,7 +41,7 @@ def predict(
     if len(broken) == len(rows):
         raise DataError("no picture could be read:\n" + "\n".join(f"  {row['image']}: {row['error']}" for row in broken[:10]))
     if output is not None:
-        write(rows, output, top_k)
+        write(rows, output)
     (print_json if as_json else show)(rows)
     if broken:
         err().print(f"[yellow]{len(broken)} of {len(rows)} pictures could not be read[/]")
@@ -49,62 +49,47 @@ def predict(
         err().print(f"written: {output}", markup=False, style="dim")
 
 
-def find_pictures(paths: list[Path]) -> list[Path]:
+def find_pictures(paths: list[Path]) -> list[str]:
     """The files that are named, and the pictures below the folders that are named, in order.
 
     Raises:
         DataError: a folder without pictures.
     """
-    from vitarium.data.images import is_image_file
+    from vitarium.data.folders import find_images
 
-    found: list[Path] = []
+    found: list[str] = []
     for path in paths:
-        inside = sorted(p for p in path.rglob("*") if is_image_file(p)) if path.is_dir() else [path]
+        inside = sorted(find_images(path)) if path.is_dir() else [str(path)]
         if not inside:
             raise DataError(f"{path} holds no pictures")
         found += inside
     return found
 
 
-class Pictures:
-    """Files as an image set without classes."""
-
-    def __init__(self, files: list[Path]):
-        self.files = files
-        self.targets = [0] * len(files)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        from vitarium.data.images import open_image
-
-        return open_image(self.files[index]), 0
-
-    def describe(self, index: int) -> str:
-        """The path."""
-        return str(self.files[index])
-
-
-def look(model: nn.Module, files: list[Path], top_k: int, batch_size: int) -> list[dict[str, Any]]:
+def look(model: nn.Module, files: list[str], top_k: int, batch_size: int) -> list[dict[str, Any]]:
     """For each file {"image", "predictions": [{"label", "probability"}, ...]}, or {"image", "error"}; in the order of the files."""
     from vitarium.data import BadFiles
+    from vitarium.data.folders import FileImages
     from vitarium.training import predict_logits
 
     bad_files = BadFiles(1.0)
-    logits, _, indices = predict_logits(model, Pictures(files), batch_size=batch_size, bad_files=bad_files)
+    logits, _, indices = predict_logits(model, FileImages(files, [0] * len(files)), batch_size=batch_size, bad_files=bad_files)
     labels = getattr(model, "labels", None) or [f"class {i}" for i in range(logits.shape[-1])]
-    probabilities, classes = logits.softmax(-1).topk(min(top_k, logits.shape[-1]))
-    rows: dict[int, dict[str, Any]] = {}
-    for index, shares, numbers in zip(indices.tolist(), probabilities.tolist(), classes.tolist(), strict=True):
-        rows[index] = {"predictions": [{"label": labels[c], "probability": p} for p, c in zip(shares, numbers, strict=True)]}
-        if not logits[len(rows) - 1].isfinite().all():
-            rows[index] = {"error": "the model's output is not finite"}
+    rows: list[dict[str, Any]] = [{"image": file} for file in files]
+    for index, scores in zip(indices.tolist(), logits, strict=True):
+        if scores.isfinite().all():
+            shares, classes = (found.tolist() for found in scores.softmax(-1).topk(min(top_k, len(scores))))
+            rows[index]["predictions"] = [{"label": labels[c], "probability": p} for c, p in zip(classes, shares, strict=True)]
+        else:
+            rows[index]["error"] = "the model's output is not finite"
     reasons = dict(bad_files.items())
-    return [{"image": str(f), **rows.get(i, {"error": reasons.get(str(f), "cannot be read")})} for i, f in enumerate(files)]
+    for row in rows:
+        if row["image"] in reasons:
+            row["error"] = reasons[row["image"]]
+    return rows
 
 
-def write(rows: list[dict[str, Any]], path: Path, top_k: int) -> None:
+def write(rows: list[dict[str, Any]], path: Path) -> None:
     """Predictions to a file, by its ending; in a CSV a line a picture, with columns label_1, probability_1, label_2, ..."""
     from vitarium.files import write_json, write_text
 

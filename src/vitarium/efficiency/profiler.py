@@ -156,16 +156,21 @@ def _median_seconds(call: Callable[[], Any], device: torch.device, runs: int) ->
 def _evaluating(model: nn.Module, device: str | torch.device | None = None) -> Iterator[None]:
     """Eval mode, no gradients, another device for a while."""
     modes = {module: module.training for module in model.modules()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     home = next(iter(_weights(model)), torch.empty(0)).device
     try:
         if device is not None:
             model.to(device)
         model.eval()
+        for parameter in trained:  # torch's flop counter fails on a part that is handed a parameter without a gradient function
+            parameter.requires_grad_(False)
         with torch.inference_mode():
             yield
     finally:
         for module, training in modes.items():
             module.training = training
+        for parameter in trained:
+            parameter.requires_grad_(True)
         if device is not None:
             model.to(home)
 

@@ -1,0 +1,225 @@
+"""`train`, `evaluate` and `predict`: from a recipe to a file, to its metrics, to names for pictures."""
+
+import csv
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import vitarium
+from vitarium.data import open_data
+
+SHORT = ["--set", "budget.steps=2", "--set", "eval_every=1.0"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A saved model for the digits that has learned nothing."""
+    torch.manual_seed(0)
+    model = vitarium.create_model("timm/resnet_pico", num_classes=10, image_size=16)
+    model.labels = list("0123456789")
+    path = tmp_path_factory.mktemp("trained") / "model.safetensors"
+    vitarium.save(model, path)
+    return path
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Three digits, one below another, with a damaged file and a text among them."""
+    folder = tmp_path / "pictures ü"
+    (folder / "deep").mkdir(parents=True)
+    val = open_data("digits").val
+    val[0][0].save(folder / "a.png")
+    val[1][0].convert("RGB").save(folder / "b.jpg")
+    val[2][0].save(folder / "deep" / "c.png")
+    (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:60])
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+# ---- train
+
+
+def test_a_trained_model_is_one_file_with_labels_and_preprocessing(run, tmp_path):
+    result = run("train", "pico", "--model", "timm/resnet_pico", *SHORT, "--out", "r")
+    assert result.code == 0, result.err
+    assert "accuracy" in result.out
+    assert "vitarium predict IMAGE --model r" in result.out
+    model = vitarium.load(tmp_path / "r" / "model.safetensors")
+    assert model.labels == list("0123456789")
+    assert model.preprocessing.image_size == 16
+    again = run("train", "pico", "--model", "timm/resnet_pico", *SHORT, "--out", "r")
+    assert again.code == 0, again.err
+    assert again.out == result.out  # the run was finished: its result is told again
+
+
+def test_training_goes_to_a_folder_of_its_own_by_default(run, tmp_path):
+    assert run("train", "pico", "--model", "timm/resnet_pico", "--set", "budget.steps=1").code == 0
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["pico-timm-resnet_pico-digits"]
+
+
+def test_options_reach_the_training(run, monkeypatch):
+    from vitarium.training import FitResult
+
+    got = {}
+
+    def fit(learner, data, recipe, folder, **options):
+        got.update(options, recipe=recipe, data=data)
+        return FitResult({"accuracy": 0.5}, [], 7, 75.0, [("x.png", "cut off")], skipped=2)
+
+    monkeypatch.setattr("vitarium.training.fitting.fit", fit)
+    options = ["--devices", 2, "--num-nodes", 3, "--strategy", "fsdp", "--accelerator", "cuda", "--precision", "bf16-mixed"]
+    result = run("train", "pico", "--set", "optimizer.lr=1e-5", "--set", "seed=4", "--val-fraction", 0.5, *options)
+    assert result.code == 0, result.err
+    assert (got["devices"], got["num_nodes"], got["strategy"], got["accelerator"]) == (2, 3, "fsdp", "cuda")
+    recipe = got["recipe"]
+    assert (recipe.optimizer.lr, recipe.seed, recipe.precision, recipe.image_size) == (1e-5, 4, "bf16-mixed", 16)
+    assert len(got["data"].val) > 800
+    assert "50.00 %" in result.out
+    assert "7 in 1:15" in result.out
+    assert "1 images, listed in" in result.out
+    assert "2 steps whose loss" in result.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["piko"], 2, "did you mean pico"),
+        (["gone.yaml"], 2, "gone.yaml"),
+        ([], 2, "recipe"),
+        (["pico", "--set", "optimizer.lrr=1"], 2, "did you mean lr"),
+        (["pico", "--set", "optimizer.lr=fast"], 2, "optimizer.lr"),
+        (["pico", "--set", "optimizer.lr"], 2, "KEY=VALUE"),
+        (["pico", "--precision", "16"], 2, "32-true"),
+        (["pico", "--model", "swim_pico"], 2, "did you mean swin_pico"),
+        (["pico", "--data", "nowhere"], 3, "nowhere"),
+        (["pico", "--checkpoint", "gone.pth"], 4, "gone.pth"),
+        (["pico", "--devices", "0"], 2, "--devices"),
+    ],
+)
+def test_training_that_cannot_begin(run, arguments, code, text):
+    result = run("train", *arguments)
+    assert result.code == code
+    assert text in result.err
+    assert "Traceback" not in result.err
+
+
+def test_empty_and_one_class_folders_are_data_errors(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "one" / "cat").mkdir(parents=True)
+    for i in range(4):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(tmp_path / "one" / "cat" / f"{i}.png")
+    for data in ("empty", "one"):
+        result = run("train", "pico", "--data", data)
+        assert result.code == 3
+        assert data in result.err
+
+
+# ---- evaluate
+
+
+def test_metrics_as_table_json_and_file(run, trained, tmp_path):
+    report = json.loads(run("evaluate", trained, "--output", "m.json", "--json").out)
+    assert report == json.loads((tmp_path / "m.json").read_text())
+    assert 0 <= report["accuracy"] <= 1
+    assert report["images"] == sum(c["images"] for c in report["classes"]) == len(open_data("digits").val)
+    assert report["broken"] == []
+    shown = run("evaluate", trained).out
+    assert f"{100 * report['accuracy']:.2f} %" in shown
+    assert "Weakest classes" in shown
+
+
+def test_classes_are_matched_by_name(run, trained, pictures, tmp_path):
+    """A folder that holds only some of the classes, so that its numbers are not the model's."""
+    for digit in ("3", "7"):
+        (tmp_path / "some" / digit).mkdir(parents=True)
+        val = open_data("digits").val
+        for i in [i for i, target in enumerate(val.targets) if target == int(digit)][:6]:
+            val[i][0].save(tmp_path / "some" / digit / f"{i}.png")
+    report = json.loads(run("evaluate", trained, "--data", "some", "--val-fraction", 0.5, "--json").out)
+    assert {c["name"]: c["images"] for c in report["classes"] if c["images"]} == {"3": 3, "7": 3}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["gone.safetensors"], 4, "gone.safetensors"),
+        (["swim_pico"], 2, "did you mean swin_pico"),
+        (["MODEL", "--data", "photos"], 3, "does not know"),
+        (["MODEL", "--data", "nowhere"], 3, "nowhere"),
+        (["MODEL", "--split", "test"], 2, "'val', 'train'"),
+        (["MODEL", "--device", "tpu"], 2, "no device 'tpu'"),
+        (["MODEL", "--checkpoint", "x.pth"], 2, "holds its own weights"),
+    ],
+)
+def test_evaluation_that_cannot_begin(run, trained, arguments, code, text):
+    result = run("evaluate", *[trained if a == "MODEL" else a for a in arguments])
+    assert result.code == code
+    assert text in result.err
+
+
+# ---- predict
+
+
+def test_pictures_are_named_and_broken_ones_counted(run, trained, pictures):
+    result = run("predict", pictures, "gone.png", "--model", trained, "--top-k", 3, "--json")
+    assert result.code == 0, result.err
+    rows = {row["image"].rpartition("ü/")[2]: row for row in json.loads(result.out)}
+    assert list(rows) == ["a.png", "b.jpg", "broken.png", "deep/c.png", "gone.png"]
+    shares = [p["probability"] for p in rows["a.png"]["predictions"]]
+    assert len(shares) == 3
+    assert shares == sorted(shares, reverse=True)
+    assert rows["deep/c.png"]["predictions"][0]["label"] in "0123456789"
+    assert "predictions" not in rows["broken.png"]
+    assert "no such file" in rows["gone.png"]["error"]
+    assert "2 of 5 pictures could not be read" in result.err
+
+
+def test_predictions_do_not_depend_on_the_batch(run, trained, pictures):
+    one, many = (json.loads(run("predict", pictures, "--model", trained, "--batch-size", b, "--json").out) for b in (1, 8))
+    for a, b in zip(one, many, strict=True):
+        assert a["image"] == b["image"]
+        for p, q in zip(a.get("predictions", []), b.get("predictions", []), strict=True):
+            assert p["label"] == q["label"]
+            assert p["probability"] == pytest.approx(q["probability"], abs=1e-5)
+
+
+def test_predictions_to_files(run, trained, pictures, tmp_path):
+    result = run("predict", pictures, "--model", trained, "--output", "o.csv", "--top-k", 2)
+    assert "unreadable" in result.out
+    with open(tmp_path / "o.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["image", "label_1", "probability_1", "label_2", "probability_2", "error"]
+    assert [bool(row["error"]) for row in rows] == [False, False, True, False]
+    assert run("predict", pictures, "--model", trained, "-o", "o.json").code == 0
+    assert len(json.loads((tmp_path / "o.json").read_text(encoding="utf-8"))) == 4
+
+
+def test_outputs_that_are_not_finite_are_said(run, trained, pictures, tmp_path):
+    model = vitarium.load(trained)
+    next(model.parameters()).data.fill_(float("nan"))
+    vitarium.save(model, tmp_path / "nan.safetensors")
+    result = run("predict", pictures / "a.png", "--model", "nan.safetensors")
+    assert result.code == 3
+    assert "not finite" in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        ([], 2, "image"),
+        (["a.png"], 2, "--model"),
+        (["a.png", "--model", "MODEL", "--output", "o.xlsx"], 2, ".csv or .json"),
+        (["a.png", "--model", "MODEL", "--top-k", "0"], 2, "--top-k"),
+        (["a.png", "--model", "MODEL"], 3, "no picture could be read"),
+        (["empty", "--model", "MODEL"], 3, "empty holds no pictures"),
+        (["a.png", "--model", "swim_tiny"], 2, "did you mean swin_tiny"),
+        (["a.png", "--model", "gone.safetensors"], 4, "gone.safetensors"),
+    ],
+)
+def test_prediction_that_cannot_begin(run, trained, tmp_path, arguments, code, text):
+    (tmp_path / "empty").mkdir()
+    result = run("predict", *[trained if a == "MODEL" else a for a in arguments])
+    assert result.code == code
+    assert text in result.err.lower() or text in result.err
