@@ -11,7 +11,7 @@ from vitarium.catalog import evidence
 def swin_works(monkeypatch):
     """A world in which swin has all its evidence."""
     real = evidence.system_statuses()
-    proof = evidence.Evidence(["swin_tiny"], 2, 2, 1, "held")
+    proof = evidence.Evidence(models=["a", "b"], methods=[], goldens_passed=2, goldens_wired=2, identities=1, claim="held")
     statuses = [
         evidence.Status(s.slug, s.title, s.room, "working", proof) if s.slug == "swin" else s for s in real
     ]  # fmt: skip
@@ -28,7 +28,7 @@ def test_all_103_as_json(run):
 def test_the_table_has_totals(run, swin_works):
     shown = run("systems").out
     assert "swin " in shown
-    assert "1 models, 2/2 goldens, 1 identities, claim held" in shown
+    assert "2 models, 2/2 goldens, 1 identity, claim held" in shown
     assert "103 systems: 1 working," in shown.splitlines()[-1]
 
 

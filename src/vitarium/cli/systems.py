@@ -52,12 +52,16 @@ def systems(
 
 def told(evidence: Evidence) -> str:
     """What there is, in a few words; "" for nothing."""
-    parts = [f"{len(evidence.models)} models"] if evidence.models else []
+    parts = [counted(len(evidence.models), "model"), counted(len(evidence.methods), "method")]
     if evidence.goldens_wired:
         parts.append(f"{evidence.goldens_passed}/{evidence.goldens_wired} goldens")
-    if evidence.identities:
-        parts.append(f"{evidence.identities} identities")
-    return ", ".join(parts + ([f"claim {evidence.claim}"] if evidence.claim else []))
+    parts += [counted(evidence.identities, "identity", "identities"), f"claim {evidence.claim}" if evidence.claim else ""]
+    return ", ".join(filter(None, parts))
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """ "1 model", "2 models", and "" for none."""
+    return f"{count} {one if count == 1 else many or one + 's'}" if count else ""
 
 
 def in_room(room: str, wanted: str | None) -> bool:
