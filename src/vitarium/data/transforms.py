@@ -1,11 +1,17 @@
-"""How a picture is varied in training: the field's usual augmentations, by name, on torchvision's and timm's implementations."""
+"""How a picture is varied in training: the field's usual augmentations, by name, on torchvision's and timm's implementations.
+
+What is only geometry is done in one resampling by Pillow, so that small pictures cost little more than their conversion to a tensor.
+"""
 
 from __future__ import annotations
 
+import functools
+import random
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from vitarium.catalog.preprocessing import Preprocessing, to_mode
 from vitarium.errors import UsageError, nearest
@@ -15,11 +21,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Box = tuple[float, float, float, float]
 POLICIES = ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
 
 
 class Augment(BaseModel):
-    """What training does to a picture; the default does nothing but resize.
+    """What training does to a picture; the default does what evaluation does.
 
     Args:
         scale: range of the share of the area that a random crop keeps; None crops the centre.
@@ -31,7 +38,7 @@ class Augment(BaseModel):
         pad_crop: pixels of reflection at the border before a random crop of the full size (small pictures).
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     scale: tuple[Share, Share] | None = None
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -41,50 +48,82 @@ class Augment(BaseModel):
     erase: Share = 0.0
     pad_crop: Annotated[int, Field(ge=0)] = 0
 
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _is_range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not 0 < value[0] <= value[1]:
+            raise ValueError("must be a range from a number above 0 to one that is not smaller")
+        return value
+
+    @field_validator("policy")
+    @classmethod
+    def _exists(cls, name: str | None) -> str | None:
+        if name is not None:
+            _policy(name, Preprocessing())
+        return name
+
 
 class TrainTransform:
-    """Picture -> float32 (channels, image_size, image_size), normalised. Draws from the global random generators."""
+    """Picture -> float32 (channels, image_size, image_size), normalised. Draws from Python's, NumPy's and torch's global generators."""
 
     def __init__(self, preprocessing: Preprocessing, augment: Augment):
+        from PIL import Image
         from torchvision.transforms import v2
 
-        self.preprocessing = preprocessing
-        size, mode = preprocessing.image_size, v2.InterpolationMode(preprocessing.interpolation)
-        steps: list[Any] = []
-        if augment.scale is not None:
-            steps.append(v2.RandomResizedCrop(size, augment.scale, augment.ratio, interpolation=mode, antialias=True))
-        else:
-            steps += [v2.Resize(size, interpolation=mode, antialias=True), v2.CenterCrop(size)]
-        if augment.pad_crop:
-            steps.append(v2.RandomCrop(size, padding=augment.pad_crop, padding_mode="reflect"))
-        if augment.flip:
-            steps.append(v2.RandomHorizontalFlip(augment.flip))
+        self.preprocessing, self.augment = preprocessing, augment
+        self.resampling = Image.Resampling[preprocessing.interpolation.upper()]
+        self.colours: Callable[[Image.Image], Image.Image] | None = None
         if augment.policy:
-            steps.append(_policy(augment.policy, size, preprocessing))
+            self.colours = _policy(augment.policy, preprocessing)
         elif augment.color_jitter:
-            steps.append(v2.ColorJitter(*3 * [augment.color_jitter]))
-        steps += [v2.ToImage(), _ToNormalised(preprocessing)]
-        if augment.erase:
-            from timm.data.random_erasing import RandomErasing
-
-            steps.append(RandomErasing(augment.erase, mode="pixel", device="cpu"))
-        self.steps = steps
+            self.colours = v2.ColorJitter(*3 * [augment.color_jitter])
+        self.finish = _Finish(preprocessing, augment.erase)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        result: Any = to_mode(image, self.preprocessing.channels)
-        for step in self.steps:
-            result = step(result)
-        return result
+        from PIL import Image
+
+        size = self.preprocessing.image_size
+        image = to_mode(image, self.preprocessing.channels)
+        image = image.resize((size, size), self.resampling, box=self._box(image))
+        if self.augment.pad_crop:
+            image = _shift(image, self.augment.pad_crop)
+        if self.augment.flip and random.random() < self.augment.flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return self.finish(self.colours(image) if self.colours else image)
+
+    def _box(self, image: Image.Image) -> Box:
+        """The part of the picture that is seen: left, top, right, bottom."""
+        if self.augment.scale is None:
+            side = self.preprocessing.crop_pct * min(image.size)
+            left, top = (image.width - side) / 2, (image.height - side) / 2
+            return left, top, left + side, top + side
+        from torchvision.transforms import RandomResizedCrop
+
+        top, left, height, width = RandomResizedCrop.get_params(image, list(self.augment.scale), list(self.augment.ratio))
+        return left, top, left + width, top + height
 
 
-class _ToNormalised:
-    def __init__(self, preprocessing: Preprocessing):
-        self.mean, self.std = list(preprocessing.mean), list(preprocessing.std)
+class _Finish:
+    """Picture of the right size -> normalised tensor, perhaps with an erased rectangle."""
 
-    def __call__(self, image: Tensor) -> Tensor:
-        from torchvision.transforms.v2 import functional as T
+    def __init__(self, preprocessing: Preprocessing, erase: float):
+        import torch
 
-        return T.normalize(T.to_dtype(image, scale=True), self.mean, self.std)
+        self.mean = 255 * torch.tensor(preprocessing.mean).view(-1, 1, 1)
+        self.std = 255 * torch.tensor(preprocessing.std).view(-1, 1, 1)
+        self.erase: Callable[[Tensor], Tensor] | None = None
+        if erase:
+            from timm.data.random_erasing import RandomErasing
+
+            self.erase = RandomErasing(erase, mode="pixel", device="cpu")
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        import numpy as np
+        import torch
+
+        pixels = torch.from_numpy(np.array(image)).view(image.height, image.width, -1).permute(2, 0, 1)
+        tensor = pixels.float().sub_(self.mean).div_(self.std)
+        return self.erase(tensor) if self.erase else tensor
 
 
 def train_transform(preprocessing: Preprocessing, augment: Augment) -> Callable[[Image.Image], Tensor]:
@@ -96,31 +135,56 @@ def train_transform(preprocessing: Preprocessing, augment: Augment) -> Callable[
     return preprocessing if augment == Augment() else TrainTransform(preprocessing, augment)
 
 
-def _policy(name: str, size: int, preprocessing: Preprocessing) -> Callable[[Image.Image], Image.Image]:
-    from timm.data import auto_augment
-    from torchvision.transforms import v2
+def _shift(image: Image.Image, most: int) -> Image.Image:
+    """Move a picture by up to `most` pixels each way; what comes in at the border is its reflection."""
+    import numpy as np
+    from PIL import Image
 
+    pixels = np.asarray(image)
+    most = min(most, *(side - 1 for side in image.size))
+    down, across = random.randint(-most, most), random.randint(-most, most)
+    rows, columns = (_reflected(np.arange(side) + shift, side) for side, shift in zip(pixels.shape, (down, across), strict=False))
+    return Image.fromarray(pixels[rows[:, None], columns])
+
+
+def _reflected(places: Any, side: int) -> Any:
+    places = abs(places)
+    return side - 1 - abs(side - 1 - places)
+
+
+def _policy(name: str, preprocessing: Preprocessing) -> Callable[[Image.Image], Image.Image]:
     kind = name.partition("-")[0]
     if kind not in POLICIES:
         raise UsageError(f"unknown augmentation policy {name!r}{nearest(kind, POLICIES)} (kinds: {', '.join(POLICIES)})")
-    hints = dict(translate_const=int(size * 0.45), img_mean=tuple(round(255 * m) for m in preprocessing.mean))
+    from timm.data import auto_augment
+    from torchvision.transforms import v2
+
+    mean = tuple(round(255 * m) for m in preprocessing.mean)
+    hints = dict(translate_const=int(preprocessing.image_size * 0.45), img_mean=mean)
+    sections = name.split("-")[1:]
+    if kind != "3a" and (ignored := [s for s in sections if not re.fullmatch(r"[a-z]+[\d.]+|t\w+", s)]):  # timm passes over these
+        raise UsageError(f"augmentation policy {name!r}: {ignored[0]!r} is not in timm's form, such as 'rand-m9-mstd0.5-inc1'")
     try:
         if kind == "rand":
-            transform = auto_augment.rand_augment_transform(name, hints)
-            for op in transform.ops:
-                if op.name.startswith("Posterize"):
-                    op.level_fn = _at_least_one_bit(op.level_fn)
-            return transform
+            return _posterising(auto_augment.rand_augment_transform(name, hints))
         if kind == "augmix":
-            return auto_augment.augment_and_mix_transform(name, hints)
+            return _posterising(auto_augment.augment_and_mix_transform(name, hints))
         if kind == "3a":
-            one = [v2.Grayscale(3), v2.RandomSolarize(128, 1.0), v2.GaussianBlur(5, (0.1, 2.0))]
+            one = [v2.Grayscale(preprocessing.channels), v2.RandomSolarize(128, 1.0), v2.GaussianBlur(5, (0.1, 2.0))]
             return v2.Compose([v2.RandomChoice(one), v2.ColorJitter(0.3, 0.3, 0.3)])
-        return auto_augment.auto_augment_transform(name, hints)
+        return _posterising(auto_augment.auto_augment_transform(name, hints))
     except (AssertionError, ValueError, KeyError) as error:
         raise UsageError(f"augmentation policy {name!r} is not in timm's form, such as 'rand-m9-mstd0.5-inc1': {error}") from error
 
 
-def _at_least_one_bit(level_fn: Callable[..., tuple[int, ...]]) -> Callable[..., tuple[int, ...]]:
+def _posterising(transform: Any) -> Callable[[Image.Image], Image.Image]:
     """timm asks strong posterising for 0 bits, which Pillow refuses since version 13; 1 bit is the strongest that is left."""
-    return lambda level, hparams: tuple(max(1, bits) for bits in level_fn(level, hparams))
+    ops = getattr(transform, "ops", None) or [op for pair in transform.policy for op in pair]
+    for op in ops:
+        if op.name.startswith("Posterize"):
+            op.level_fn = functools.partial(_at_least_one_bit, op.level_fn)
+    return transform
+
+
+def _at_least_one_bit(level_fn: Callable[..., tuple[int, ...]], level: float, hints: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(max(1, bits) for bits in level_fn(level, hints))
