@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import socket
 import sys
@@ -81,7 +82,8 @@ class EvidenceRecorder:
             if kind == "golden":
                 name, error = value
                 before = self.goldens.get(name, 0.0)
-                self.goldens[name] = max(error, before) if report.passed and before is not None else None
+                proven = report.passed and math.isfinite(error) and before is not None  # max() would lose a NaN
+                self.goldens[name] = max(error, before) if proven else None
             elif kind == "identity":
                 test = report.nodeid.split("::", 1)[1].partition("[")[0]
                 tests[test] = tests.get(test, True) and report.passed

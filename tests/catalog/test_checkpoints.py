@@ -176,6 +176,14 @@ def test_a_stranger_is_refused_even_when_not_strict(saved):
     assert_unchanged(model, before)
 
 
+def test_a_family_that_cannot_be_built_does_not_hide_the_report(saved, monkeypatch):
+    state = tensors_of(other("toy_wide"))
+    model = vitarium.create_model("toy_small")
+    monkeypatch.setattr(type(model), "__init__", lambda self, **options: (_ for _ in ()).throw(TypeError("half-written")))
+    with pytest.raises(CheckpointError, match="do not fit toy_small; choose the model that the file was made for"):
+        load_checkpoint(model, saved(state))
+
+
 def test_the_report_stays_short(saved):
     state = tensors_of(other()) | {f"rogue.{i}": torch.ones(1) for i in range(500)}
     with pytest.raises(CheckpointError) as caught:

@@ -84,7 +84,7 @@ def transformers_pico(name: str, transformers) -> nn.Module:
     """Our pico, as transformers would have built it."""
     family, variant = find_model(name)
     arguments = family.arguments(variant)
-    common = dict(patch_size=2, num_labels=10, depths=arguments["depths"])
+    common = dict(patch_size=arguments.get("patch_size", 4), num_labels=10, depths=arguments["depths"])
     if name == "swin_pico":
         heads, window = arguments["num_heads"], arguments["window_size"]
         config = transformers.SwinConfig(embed_dim=arguments["embed_dim"], num_heads=heads, window_size=window, image_size=16, **common)

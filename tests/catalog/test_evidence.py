@@ -125,6 +125,14 @@ def test_a_failure_anywhere_is_a_failure(recorder):
     assert rows_of(recorder)["swin"] == {"goldens": {"swin-a": None, "swin-b": None}, "identities": {"test_shift": False}}
 
 
+@pytest.mark.parametrize("error", [float("nan"), float("inf")])
+@pytest.mark.parametrize("first", [True, False])
+def test_an_error_that_is_no_number_proves_nothing(recorder, error, first):
+    for value in (error, 1e-9) if first else (1e-9, error):
+        recorder.pytest_runtest_logreport(report("tests/backbones/test_swin.py::test_golden", golden=[("swin-a", value)]))
+    assert rows_of(recorder)["swin"]["goldens"]["swin-a"] is None
+
+
 def test_a_system_that_is_run_again_loses_what_is_gone(recorder):
     recorder.pytest_runtest_logreport(report("tests/backbones/test_convnext.py::test_something"))
     assert rows_of(recorder)["convnext"] == {"goldens": {"convnext-a": None}, "identities": {}}

@@ -31,6 +31,11 @@ def assert_reads(path: Path, wanted: dict[str, torch.Tensor] = STATE) -> None:
         assert state[name].dtype == tensor.dtype
 
 
+def allowed() -> set:
+    """torch's allow-list; it keeps no order."""
+    return set(torch.serialization.get_safe_globals())
+
+
 # ---- what is found
 
 
@@ -86,14 +91,21 @@ def test_leaves_a_prefix_that_only_a_part_carries(tmp_path):
 def test_reads_beside_the_options_of_the_authors_and_restores_torchs_allow_list(tmp_path):
     options = argparse.Namespace(lr=1e-3, best=np.float64(81.2), epoch=np.int64(3), dtype=np.dtype("float32"))
     torch.save({"model": STATE, "args": options, "top1": np.float32(81.2)}, tmp_path / "w.pth")
-    before = torch.serialization.get_safe_globals()
+    before = allowed()
     assert_reads(tmp_path / "w.pth")
-    assert torch.serialization.get_safe_globals() == before
+    assert allowed() == before
+
+
+def test_what_a_user_has_allowed_stays_allowed(tmp_path):
+    torch.save({"model": STATE, "args": argparse.Namespace(lr=1e-3)}, tmp_path / "w.pth")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        assert_reads(tmp_path / "w.pth")
+        assert argparse.Namespace in allowed()
 
 
 def test_threads_read_at_once_and_leave_torchs_allow_list_as_it_was(tmp_path):
     torch.save({"model": STATE, "args": argparse.Namespace(lr=1.0)}, tmp_path / "w.pth")
-    before, failures = torch.serialization.get_safe_globals(), []
+    before, failures = allowed(), []
 
     def read() -> None:
         try:
@@ -108,7 +120,7 @@ def test_threads_read_at_once_and_leave_torchs_allow_list_as_it_was(tmp_path):
     for thread in threads:
         thread.join()
     assert not failures
-    assert torch.serialization.get_safe_globals() == before
+    assert allowed() == before
 
 
 # ---- what is refused

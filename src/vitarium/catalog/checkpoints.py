@@ -303,8 +303,11 @@ def _fitting_variants(f: Family, weights: Weights) -> Iterator[tuple[tuple[int, 
     shapes = replace(weights, forms=[{name: tensor.to("meta") for name, tensor in form.items()} for form in weights.forms])
     readings = [state for _, state in _readings(f.dialects, shapes)]
     for i, (variant, name) in enumerate(zip(f.variants, f.model_names(), strict=True)):
-        with torch.device("meta"):
-            model = f.cls(**f.arguments(variant))
+        try:
+            with torch.device("meta"):
+                model = f.cls(**f.arguments(variant))
+        except (TypeError, ValueError, RuntimeError):  # a model that cannot be built is no suggestion, and must not hide the report
+            continue
         fits = [_fit(model, state, LoadReport("")) for state in readings]
         if good := [fit.quality() for fit in fits if fit.report.complete and fit.report.filled]:
             yield max(good), name
