@@ -72,6 +72,7 @@ def compare(name: str, outputs: dict[str, Tensor]) -> float:
         for key, want in doc["outputs"].items():
             got = outputs[key]
             assert list(got.shape) == want["shape"], f"{key}: shape {list(got.shape)}, the golden has {want['shape']}"
+            assert torch.isfinite(got).all(), f"{key} is not finite"
             flat = got.detach().double().reshape(-1)[:: want["stride"]].numpy()
             worst = max(worst, float(np.abs(flat - arrays[key]).max()) / (want["std"] or 1.0))
     return worst
