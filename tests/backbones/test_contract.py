@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import vitarium
 from vitarium.catalog import families, find_model
 from vitarium.errors import InputError, UsageError
-from vitarium.nn import Backbone, DropPath
+from vitarium.nn import Backbone, DropPath, VideoBackbone
 
 FAMILIES = [f for f in families() if issubclass(f.cls, Backbone)]
 NAMES = [f"{f.name}_pico" for f in FAMILIES]
@@ -40,8 +40,16 @@ def model(request: pytest.FixtureRequest) -> Backbone:
 
 
 def image_for(model: Backbone, batch: int = 2, height: int | None = None, width: int | None = None, **options) -> Tensor:
+    """An image, or for a video model a clip, of the size that the model is made for."""
     side = model.preprocessing.image_size
-    return torch.randn(batch, model.in_chans, height or side, width or side, generator=torch.Generator().manual_seed(2), **options)
+    frames = [model.preprocessing.frames] if isinstance(model, VideoBackbone) else []
+    shape = batch, model.in_chans, *frames, height or side, width or side
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2), **options)
+
+
+def some_loss(logits: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """A scalar of all that a model gives out: in training it may be a pair (a class token's logits beside the others)."""
+    return sum(part.float().square().sum() for part in (logits if isinstance(logits, tuple) else (logits,)))
 
 
 def largest_error(a: Tensor, b: Tensor) -> float:
@@ -74,7 +82,8 @@ def test_every_parameter_gets_a_gradient(model: Backbone):
     for part in model.modules():
         if isinstance(part, DropPath):
             part.drop_prob = 0.0  # two samples may both lose a branch
-    model(image_for(model)).square().sum().backward()
+    maps = model.forward_intermediates(image_for(model), norm=True, intermediates_only=True)
+    (some_loss(model(image_for(model))) + some_loss(tuple(maps))).backward()
     missing = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum() > 0)]
     assert not missing
 
@@ -86,8 +95,8 @@ def test_checkpointing_changes_nothing(model: Backbone):
         model.set_grad_checkpointing(enable)
         model.train().zero_grad()
         torch.manual_seed(3)
-        model(image).square().sum().backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
+        some_loss(model(image)).backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients, strict=True))
 
 
@@ -110,9 +119,9 @@ def test_odd_sizes_work_or_are_refused_at_the_door(model: Backbone, size: tuple[
 def test_bad_inputs_are_input_errors(model: Backbone):
     good = image_for(model)
     bad = {
-        "2 axes": good[0, 0],
+        "2 axes": good.flatten(1),
         r"image\[None\]": good[0],
-        "permute": good.permute(0, 2, 3, 1),
+        "permute": good.movedim(1, -1),
         "channels": torch.cat([good, good], 1),
         "uint8": (good * 50).byte(),
         "float64": good.double(),
@@ -152,7 +161,7 @@ def test_forward_intermediates(model: Backbone):
     assert len(maps) == len(model.feature_info)
     for info, m in zip(model.feature_info, maps, strict=True):
         assert m.shape[:2] == (2, info["num_chs"])
-        assert abs(m.shape[2] - image.shape[2] / info["reduction"]) < 1
+        assert abs(m.shape[-1] - image.shape[-1] / info["reduction"]) < 1
     (last,) = model.forward_intermediates(image, indices=1, norm=True, intermediates_only=True)
     assert torch.equal(last, features)
     (first,) = model.forward_intermediates(image, indices=[0], stop_early=True, intermediates_only=True)
@@ -182,7 +191,7 @@ def test_reset_classifier(model: Backbone):
     model.reset_classifier(7)
     assert model(image).shape == (2, 7)
     model.reset_classifier(0, "")
-    assert model(image).ndim == 4
+    assert model(image).ndim == image.ndim
     with pytest.raises(InputError, match="global_pool"):
         model.reset_classifier(3, "avgmax")
 
@@ -202,8 +211,8 @@ def test_bf16_autocast(model: Backbone):
     assert largest_error(half, full) < 0.1 * full.abs().max().item() + 0.1
     model.train()
     with torch.autocast("cpu", torch.bfloat16):
-        model(image).float().square().sum().backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+        some_loss(model(image)).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -217,7 +226,8 @@ def test_half_precision_with_large_weights_stays_finite(model: Backbone, dtype: 
 
 def test_channels_last_input(model: Backbone):
     image = image_for(model)
-    assert largest_error(model(image.contiguous(memory_format=torch.channels_last)), model(image)) < 1e-4
+    layout = torch.channels_last if image.ndim == 4 else torch.channels_last_3d
+    assert largest_error(model(image.contiguous(memory_format=layout)), model(image)) < 1e-4
 
 
 def test_compiles_without_a_break(model: Backbone):
@@ -227,9 +237,11 @@ def test_compiles_without_a_break(model: Backbone):
     with torch.no_grad():
         assert largest_error(compiled(image), model(image)) < 1e-4
     model.train()
-    loss = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)(image).square().sum()
-    loss.backward()
-    assert all(p.grad is not None for p in model.parameters())
+    some_loss(torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)(image)).backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    some_loss(model(image)).backward()
+    assert reached == {name for name, p in model.named_parameters() if p.grad is not None}
 
 
 def test_exports(model: Backbone):

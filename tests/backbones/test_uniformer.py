@@ -57,7 +57,15 @@ def test_dense_equals_the_authors_model():
 
 @pytest.mark.parametrize(
     ("name", "millions"),
-    [("small", 21.545), ("small_plus", 24.03), ("base", 49.8), ("light_xxs", 10.215), ("light_xs", 16.5), ("tl_large", 100), ("video_small", 21.4)],
+    [
+        ("small", 21.545),
+        ("small_plus", 24.03),
+        ("base", 49.8),
+        ("light_xxs", 10.215),
+        ("light_xs", 16.5),
+        ("tl_large", 100),
+        ("video_small", 21.4),
+    ],
 )
 def test_parameter_counts(name: str, millions: float):
     classes = 400 if name.startswith("video") else 1000

@@ -162,7 +162,7 @@ class UniFormerTokenLabel(UniFormer):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         super().reset_classifier(num_classes, global_pool)
         self.add_parts()
-        init_weights(self.aux_head.to(next(self.norm.parameters())))
+        init_weights(self.aux_head.to(next(self.parameters())))
 
 
 @family(

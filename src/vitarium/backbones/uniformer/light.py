@@ -28,6 +28,12 @@ from vitarium.backbones.uniformer.blocks import (
 from vitarium.catalog import family
 from vitarium.nn import Attention, Backbone, Linear, Stage, drop_path_rates, init_weights
 from vitarium.nn.backbone import init_head
+from vitarium.ops.sorting import descending_order
+
+
+def normalised(score: Tensor) -> Tensor:
+    """(B, n) of at least 0 -> the same, with a sum of 1 (or 0, where nothing is seen at all)."""
+    return score / score.sum(1, keepdim=True).clamp_min(torch.finfo(score.dtype).tiny)
 
 
 class ScoringAttention(Attention):
@@ -36,7 +42,8 @@ class ScoringAttention(Attention):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         batch, count, dim = x.shape
         q, k, v = self.qkv(x).view(batch, count, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4)
-        seen = (q[:, :, :1] * self.scale @ k.transpose(-1, -2)).softmax(-1).mean(1)[:, 0, 1:]
+        wide = torch.promote_types(q.dtype, torch.float32)  # scores are small numbers that are compared
+        seen = (q[:, :, :1].to(wide) * self.scale @ k.transpose(-1, -2).to(wide)).softmax(-1).mean(1)[:, 0, 1:]
         x = F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2)
         return F.dropout(self.proj(x.reshape(batch, count, dim)), self.proj_drop, self.training), seen
 
@@ -69,10 +76,10 @@ class EvolvingBlock(GlobalBlock):
             score = seen if score is None else torch.lerp(score, seen, self.trade_off)
             return channels_first(y[:, 1:].view(shape)), y[:, :1], score
         count = int(x.shape[1] * self.keep_ratio)
-        order = score.argsort(dim=1, descending=True, stable=True)
+        order = descending_order(score)
         score, spread = score.gather(1, order), order[..., None].expand_as(x)
         kept, rest = x.gather(1, spread).tensor_split((count,), 1)
-        share = score[:, count:] / score[:, count:].sum(1, keepdim=True)
+        share = normalised(score[:, count:]).to(x.dtype)
         y, seen, moved = self.mix(torch.cat((cls, kept, share[:, None] @ rest), 1))
         score = torch.cat((torch.lerp(score[:, :count], seen[:, :-1], self.trade_off), score[:, count:]), 1)
         rest = rest + (moved if self.gamma_3 is None else moved * self.gamma_3)
@@ -97,8 +104,8 @@ class EvolvingStage(UniFormerStage):
     def forward(self, tokens: Tokens, run: Callable[..., Any]) -> Tokens:  # type: ignore[override]
         x, cls, score = tokens
         if score is not None:  # each cell takes the mean of the four below it; the sum stays
-            pooled = F.avg_pool2d(score.view(len(x), 1, *x.shape[2:]), 2).flatten(1)
-            score = pooled * (score.sum(1, keepdim=True) / pooled.sum(1, keepdim=True))
+            pooled = F.avg_pool2d(score.view(x.shape[0], 1, *x.shape[2:]), 2).flatten(1)
+            score = normalised(pooled) * score.sum(1, keepdim=True)
         return run(self.blocks, (self.downsample(x), self.cls_upsample(cls), score))
 
 
@@ -191,7 +198,7 @@ class UniFormerLight(Backbone):
         """Each stage's map (B, dim_i, h_i, w_i) and class token (B, 1, dim_i); before the global stages, the token's first value."""
         x = self.stem(image.contiguous(memory_format=torch.channels_last))
         x = F.dropout(x, self.drop_rate, self.training)
-        tokens: Tokens = (x, self.cls_token.expand(len(x), -1, -1), None)
+        tokens: Tokens = (x, self.cls_token.expand(x.shape[0], -1, -1), None)
         for stage in self.stages:
             if isinstance(stage, EvolvingStage):
                 tokens = stage(tokens, self.run_blocks)
