@@ -24,7 +24,7 @@ from vitarium.training.checkpoint import LAST, RunState, check_same_run, identit
 from vitarium.training.learner import Learner
 from vitarium.training.logs import Logs
 from vitarium.training.loop import take_step, train
-from vitarium.training.optim import Rates, create_ema, create_optimizer
+from vitarium.training.optim import Average, Rates, create_optimizer
 from vitarium.training.processes import create_fabric, lost_processes_named, run_in_processes, spawns
 from vitarium.training.recipe import Recipe
 from vitarium.training.run import Progress, Run
@@ -145,7 +145,7 @@ def _prepare(
     for path, reason in state.bad_files:
         loader.bad_files.record(path, reason)  # type: ignore[union-attr]
     fabric.to_device(learner)
-    ema = create_ema(learner.eval_model(), recipe.ema) if recipe.ema else None
+    ema = Average(learner.eval_model(), recipe.ema) if recipe.ema else None
     run = Run(fabric, learner, recipe, state, folder, loader, val_loader, ema, progress if fabric.is_global_zero else None)
     if not run.steps_per_epoch:
         raise DataError(
@@ -209,7 +209,7 @@ def _steps_in(run: Run, seconds: float) -> int:
     run.learner.load_state_dict(before)
     run.optimizer.state.clear()
     if run.ema:
-        run.ema.set(run.learner.eval_model())
+        run.ema.reset()
     return int(run.fabric.broadcast(steps.item()))
 
 

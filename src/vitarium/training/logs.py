@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.util
 import json
+import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ import torch
 from torch import Tensor
 
 from vitarium.files import write_text
+
+log = logging.getLogger("vitarium")
 
 
 class Meters:
@@ -45,7 +50,7 @@ class Meters:
 
 
 class Logs:
-    """The files of one run; only the first process has one.
+    """The files of one run; only the first process has one. A log that cannot be written (a full disk) is no reason to stop training.
 
     On resuming, lines that lie after the checkpoint are dropped, because they come again.
 
@@ -64,8 +69,8 @@ class Logs:
         else:
             self.path.unlink(missing_ok=True)
         self._board: Any = None
-        if importlib.util.find_spec("tensorboard"):
-            self._board_folder, self._board_step = folder / "tensorboard", step
+        self._board_folder = folder / "tensorboard" if importlib.util.find_spec("tensorboard") else None
+        self._purge = step + 1 if step else None
 
     def _kept_rows(self, step: int) -> list[dict[str, Any]]:
         with open(self.path, encoding="utf-8", newline="") as file:
@@ -78,30 +83,42 @@ class Logs:
         """Append a line to log.csv. The first line decides the columns."""
         header = not self.columns
         self.columns = self.columns or list(row)
-        with open(self.path, "a", encoding="utf-8", newline="") as file:
+        with self._forgiven(self.path), open(self.path, "a", encoding="utf-8", newline="") as file:
             file.write(_csv_text(self.columns, [row], header=header))
         self._plot("train", row)
 
     def evaluation(self, history: list[dict[str, Any]]) -> None:
         """Rewrite evaluations.jsonl, one object an evaluation."""
-        write_text(self.evaluations, "".join(json.dumps(entry) + "\n" for entry in history))
+        with self._forgiven(self.evaluations):
+            write_text(self.evaluations, "".join(json.dumps(entry) + "\n" for entry in history))
         self._plot("val", history[-1])
 
     def _plot(self, group: str, values: dict[str, Any]) -> None:
-        if not hasattr(self, "_board_folder"):
+        if self._board_folder is None:
             return
-        if self._board is None:
-            from torch.utils.tensorboard import SummaryWriter
+        with self._forgiven(self._board_folder):
+            if self._board is None:
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(self._board_folder, purge_step=self._board_step + 1 if self._board_step else None)
-        for name, value in values.items():
-            if name not in ("step", "epoch") and isinstance(value, int | float):
-                self._board.add_scalar(f"{group}/{name}", value, values["step"])
+                self._board = SummaryWriter(self._board_folder, purge_step=self._purge)
+            for name, value in values.items():
+                if name not in ("step", "epoch") and isinstance(value, int | float):
+                    self._board.add_scalar(f"{group}/{name}", value, values["step"])
+
+    @contextlib.contextmanager
+    def _forgiven(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            log.warning("cannot write %s (%s); training goes on", path, error)
+            if path == self._board_folder:  # its writer does not recover
+                self._board_folder = self._board = None
 
     def close(self) -> None:
         """Flush what TensorBoard holds."""
-        if self._board is not None:
-            self._board.close()
+        if self._board is not None and self._board_folder is not None:
+            with self._forgiven(self._board_folder):
+                self._board.close()
 
 
 def _csv_text(columns: list[str], rows: list[dict[str, Any]], *, header: bool) -> str:

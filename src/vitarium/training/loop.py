@@ -117,7 +117,7 @@ def take_step(run: Run, batches: Iterator[Batch], rates: Rates) -> Step:
         run.optimizer.step()
         learner.after_step(state.step, state.total_steps)
         if run.ema:
-            run.ema.update(learner.eval_model(), state.step + 1)
+            run.ema.update(state.step + 1)
     return Step(losses, norm, indices, not broken, stop, save)
 
 

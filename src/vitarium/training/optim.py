@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import math
 from collections.abc import Iterable
@@ -75,7 +76,8 @@ def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
 
     if not hasattr(model, "group_matcher"):
         raise UsageError(f"{type(model).__name__} does not say its layers (group_matcher); set optimizer.layer_decay=null")
-    matcher: Any = model.group_matcher(coarse=False)
+    group_matcher: Any = model.group_matcher
+    matcher = group_matcher(coarse=False)
     names = [name for name, _ in model.named_parameters()]
     numbered = callable(matcher) and all(isinstance(matcher(name), int) for name in names)
     layers: dict[str, int] = {n: matcher(n) for n in names} if numbered else group_parameters(model, matcher, reverse=True)
@@ -142,9 +144,37 @@ def clip_gradients(parameters: Iterable[Tensor], clip: Clip) -> Tensor:
     return total
 
 
-def create_ema(model: nn.Module, settings: Ema) -> Any:
-    """timm's moving average of a model; `update(model, step)` after each step. Averages the statistics of batch norms as well."""
-    from timm.utils import ModelEmaV3
+class Average:
+    """A moving average of a model, in eval mode, under `module`: its parameters and the statistics of batch norms; other buffers are copied.
 
-    averages_buffers = any(isinstance(part, nn.modules.batchnorm._NormBase) for part in model.modules())
-    return ModelEmaV3(model, decay=settings.decay, use_warmup=settings.warmup, exclude_buffers=not averages_buffers)
+    With warm-up the share kept is 1 - (1 + step)^(-2/3), up to the decay, as in timm's ModelEmaV3: short trainings forget their beginning.
+    """
+
+    def __init__(self, model: nn.Module, settings: Ema):
+        self.settings = settings
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        parts = list(zip(self.module.modules(), model.modules(), strict=True))
+        norms = [pair for pair in parts if isinstance(pair[0], nn.modules.batchnorm._NormBase)]
+        buffers = list(zip(self.module.buffers(), model.buffers(), strict=True))
+        pairs = list(zip(self.module.parameters(), model.parameters(), strict=True))
+        statistics = {id(b) for norm, _ in norms for b in norm.buffers(recurse=False) if b.is_floating_point()}
+        pairs += [(a, b) for a, b in buffers if id(a) in statistics]
+        self._copied = [(a, b) for a, b in buffers if id(a) not in statistics]
+        self._averages, self._sources = (
+            [a for a, _ in pairs],
+            [b for _, b in pairs],
+        )  # listed once: walking a model costs more than the update
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after step 1, 2, ..."""
+        decay = min(self.settings.decay, 1 - (1 + step) ** (-2 / 3)) if self.settings.warmup else self.settings.decay
+        torch._foreach_lerp_(self._averages, self._sources, 1 - decay)
+        for average, source in self._copied:
+            average.copy_(source)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Begin anew from the model's present weights."""
+        for average, source in [*zip(self._averages, self._sources, strict=True), *self._copied]:
+            average.copy_(source)

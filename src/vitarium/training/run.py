@@ -19,7 +19,7 @@ from vitarium.training.checkpoint import LAST, RunState, save_run
 from vitarium.training.evaluation import run_evaluation
 from vitarium.training.learner import Batch, Learner
 from vitarium.training.logs import Logs, Meters
-from vitarium.training.optim import Rates
+from vitarium.training.optim import Average, Rates
 from vitarium.training.recipe import Recipe
 from vitarium.training.signals import StopSignals
 
@@ -64,7 +64,7 @@ class Run:
     folder: Path
     loader: Loader
     val_loader: Loader
-    ema: Any = None
+    ema: Average | None = None
     progress: Callable[[Progress], None] | None = None
     stop: StopSignals = field(default_factory=StopSignals)
 
