@@ -145,7 +145,7 @@ def clip_gradients(parameters: Iterable[Tensor], clip: Clip) -> Tensor:
 
 
 class Average:
-    """A moving average of a model, in eval mode, under `module`: its parameters and the statistics of batch norms; other buffers are copied.
+    """A moving average of a model, in eval mode, under `module`: of parameters and batch norms' statistics; other buffers are copied.
 
     With warm-up the share kept is 1 - (1 + step)^(-2/3), up to the decay, as in timm's ModelEmaV3: short trainings forget their beginning.
     """
@@ -156,7 +156,7 @@ class Average:
         parts = list(zip(self.module.modules(), model.modules(), strict=True))
         norms = [pair for pair in parts if isinstance(pair[0], nn.modules.batchnorm._NormBase)]
         buffers = list(zip(self.module.buffers(), model.buffers(), strict=True))
-        pairs = list(zip(self.module.parameters(), model.parameters(), strict=True))
+        pairs: list[tuple[Tensor, Tensor]] = list(zip(self.module.parameters(), model.parameters(), strict=True))
         statistics = {id(b) for norm, _ in norms for b in norm.buffers(recurse=False) if b.is_floating_point()}
         pairs += [(a, b) for a, b in buffers if id(a) in statistics]
         self._copied = [(a, b) for a, b in buffers if id(a) not in statistics]
