@@ -33,7 +33,7 @@ from vitarium.reports.folder import claim, default_folder, plan_of, read_json, s
 from vitarium.reports.machine import describe_machine
 from vitarium.reports.page import write_report
 from vitarium.reports.results import Comparison, Failure, Trial
-from vitarium.reports.trial import MEASURING_BATCH, MODEL, Devices, is_main_process, run_trial
+from vitarium.reports.trial import MEASURING_BATCH, MODEL, Devices, is_main_process, run_trial, started_together
 from vitarium.training import Progress, Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ def compare(
         val_fraction: share held out of data that is not split yet.
         pretrained: start from published weights.
         seed: of the split, the weights and the order of the data.
-        out: folder for the results; by default "runs/DATA-DATE", or the newest folder there that holds this very comparison.
+        out: folder for the results; by default "runs/DATA-DATE", or the newest folder there that holds this very comparison. Under
+            torchrun or SLURM it must be given and be shared; only the first process returns, the others leave with SystemExit(0).
         devices, num_nodes, strategy, accelerator: as Lightning Fabric takes them.
         progress: called with an `Event` whenever something happens.
 
@@ -93,6 +94,8 @@ def compare(
     """
     names = list(models) if models is not None else list(DEFAULT_MODELS)
     check_names(names)
+    if out is None and started_together():
+        raise UsageError("several processes were started, and all need the same folder: name it with out (--out), on a shared disk")
     settings = _recipe(recipe, pixels=image_size, seed=seed, steps=steps, epochs=epochs, minutes=minutes, batch_size=batch_size)
     images = open_data(data, seed=seed, val_fraction=val_fraction, image_size=image_size)
     if settings.image_size is None:
