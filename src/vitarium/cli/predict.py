@@ -50,18 +50,18 @@ def predict(
 
 
 def find_pictures(paths: list[Path]) -> list[str]:
-    """The files that are named, and the pictures below the folders that are named, in order.
+    """The files that are named, and the pictures (or, where there are none, the videos) below the folders that are named, in order.
 
     Raises:
         DataError: a folder without pictures.
     """
-    from vitarium.data.folders import find_images
+    from vitarium.data.folders import find_images, find_videos
 
     found: list[str] = []
     for path in paths:
-        inside = sorted(find_images(path)) if path.is_dir() else [str(path)]
+        inside = (sorted(find_images(path)) or sorted(find_videos(path))) if path.is_dir() else [str(path)]
         if not inside:
-            raise DataError(f"{path} holds no pictures")
+            raise DataError(f"{path} holds no pictures and no videos")
         found += inside
     return found
 

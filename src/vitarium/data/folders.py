@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitarium.data.image_set import ImageData
-from vitarium.data.images import is_image_file, open_image
+from vitarium.data.clips import VideoFile, is_video_file, open_file
+from vitarium.data.images import is_image_file
 from vitarium.data.parts import Listing, assemble, few, part_names
-from vitarium.errors import DataError
+from vitarium.errors import DataError, require
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -24,7 +25,7 @@ LABEL_COLUMNS = ("label", "class", "target")
 
 
 class FileImages:
-    """Picture files with class numbers. Each is opened when it is asked for."""
+    """Picture or video files with class numbers. Each is opened when it is asked for."""
 
     def __init__(self, files: list[str], targets: list[int]):
         self.files, self.targets = files, targets
@@ -32,8 +33,8 @@ class FileImages:
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return open_image(self.files[index]), self.targets[index]
+    def __getitem__(self, index: int) -> tuple[Image.Image | VideoFile, int]:
+        return open_file(self.files[index]), self.targets[index]
 
     def describe(self, index: int) -> str:
         """The path."""
@@ -43,7 +44,7 @@ class FileImages:
 def open_folder(path: Path, *, seed: int = 0, val_fraction: float = 0.2) -> ImageData:
     """A folder of class folders, or one with a train/ and a val/ (or valid/, validation/, ..., test/) of class folders.
 
-    A class folder's name is the class's; pictures may lie at any depth below it. Hidden files and folders do not count.
+    A class folder's name is the class's; pictures (or, where there are none at all, videos) may lie at any depth below it. Hidden files and folders do not count.
 
     Raises:
         DataError: it cannot be trained on; the message says what was found and what is wanted.
@@ -59,15 +60,21 @@ def open_folder(path: Path, *, seed: int = 0, val_fraction: float = 0.2) -> Imag
 
 
 def list_classes(path: Path) -> Listing:
-    """The pictures below a folder's class folders, sorted by class and path.
+    """The pictures below a folder's class folders, sorted by class and path; the videos, where there are no pictures at all.
 
     Raises:
         DataError: no class folders, no pictures, or a class folder without pictures.
     """
     folders = _subfolders(path)
+    pictures = any(next(find_images(path / folder), None) for folder in folders)
+    if not pictures and any(next(find_videos(path / folder), None) for folder in folders):
+        require("av", "video")
+        find = find_videos
+    else:
+        find = find_images
     listing, empty = Listing([], []), []
     for folder in folders:
-        files = sorted(find_images(path / folder))
+        files = sorted(find(path / folder))
         listing.samples.extend(files)
         listing.labels.extend([unicodedata.normalize("NFC", folder)] * len(files))  # macOS writes é as e and an accent
         if not files:
@@ -83,6 +90,11 @@ def list_classes(path: Path) -> Listing:
 def find_images(path: Path) -> Iterator[str]:
     """Paths of the pictures at any depth below a folder, in no order. Links are followed, each folder once."""
     return (file for file in _walk(path) if is_image_file(file))
+
+
+def find_videos(path: Path) -> Iterator[str]:
+    """As `find_images`, for videos."""
+    return (file for file in _walk(path) if is_video_file(file))
 
 
 def open_table(path: Path, *, seed: int = 0, val_fraction: float = 0.2) -> ImageData:

@@ -145,7 +145,7 @@ class _Sampler:
 
 
 class Loader:
-    """Batches of an image set, `{"image": (B, C, H, W) float32, "target": (B,) int64, "index": (B,) int64}`.
+    """Batches of an image set, `{"image": (B, C, H, W) float32, "target": (B,) int64, "index": (B,) int64}`; clips are (B, C, T, H, W).
 
     An image that raises `BrokenImage` is recorded and left out: its batch is smaller by one, nothing takes its place, and the order of
     the others does not change. A batch of which no image can be read comes out empty (B = 0).
@@ -306,7 +306,7 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _bytes(transform: Preprocessing) -> int:
-    return 4 * transform.channels * transform.image_size**2
+    return 4 * transform.channels * (transform.frames or 1) * transform.image_size**2
 
 
 def _name(dataset: Any, index: int) -> str:

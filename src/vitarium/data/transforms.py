@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from vitarium.catalog.preprocessing import Preprocessing, to_mode
+from vitarium.data.loader import seed_generators
 from vitarium.errors import UsageError, nearest
 
 if TYPE_CHECKING:
@@ -64,7 +65,10 @@ class Augment(BaseModel):
 
 
 class TrainTransform:
-    """Picture -> float32 (channels, image_size, image_size), normalised. Draws from Python's, NumPy's and torch's global generators."""
+    """Picture -> float32 (channels, image_size, image_size), normalised. Draws from Python's, NumPy's and torch's global generators.
+
+    A clip -> (channels, frames, image_size, image_size): it begins anywhere, and all its frames are varied alike.
+    """
 
     def __init__(self, preprocessing: Preprocessing, augment: Augment):
         from PIL import Image
@@ -79,7 +83,20 @@ class TrainTransform:
             self.colours = v2.ColorJitter(*3 * [augment.color_jitter])
         self.finish = _Finish(preprocessing, augment.erase)
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, image: Any) -> Tensor:
+        preprocessing = self.preprocessing
+        if preprocessing.frames is None or not hasattr(image, "__len__"):
+            return preprocessing.apply(image, self._still)
+        start = random.randint(0, preprocessing.last_start(len(image))) if preprocessing.stride else None
+        key = random.getrandbits(63)
+
+        def alike(frame: Image.Image) -> Tensor:
+            seed_generators(key)
+            return self._still(frame)
+
+        return preprocessing.apply(image, alike, start)
+
+    def _still(self, image: Image.Image) -> Tensor:
         from PIL import Image
 
         size = self.preprocessing.image_size

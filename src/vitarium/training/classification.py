@@ -90,7 +90,7 @@ class ClassificationLearner(Learner):
         shares = mixup_target(target, self.num_classes, smoothing=smoothing)
         if even:
             image = image.clone()  # timm mixes in place
-            shares[:even] = self._mix(image[:even], target[:even])[1]
+            shares[:even] = self._mix(image[:even].flatten(1, -3), target[:even])[1]  # a clip's frames are mixed alike
         return image, shares.gt(0).to(shares.dtype) if binary else shares
 
     def metrics(self) -> Any:

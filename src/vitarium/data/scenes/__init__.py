@@ -8,6 +8,7 @@
 | language.py | captions, questions and answers |
 | scene.py | `Scenes`, and `Scene` with all labels |
 | same_shape.py | the pictures of the task same_shape |
+| actions.py | the clips of the task action |
 | tasks.py | scenes as image sets for classification |
 
 A new kind of picture (clips, views, strips, text lines, ...) is a file beside same_shape.py that draws from the same shapes.

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitarium.data.image_set import ImageData
+from vitarium.data.scenes.actions import ACTIONS, action_label, draw_action
 from vitarium.data.scenes.layout import THINGS
 from vitarium.data.scenes.same_shape import CLASSES, draw_same_shape, same_shape_label
 from vitarium.data.scenes.scene import Scenes
@@ -31,7 +32,7 @@ class Task:
     Args:
         classes: names.
         label: picture's number -> class number, without drawing.
-        draw: (number, seed, image_size) -> uint8 (image_size, image_size, 3).
+        draw: (number, seed, image_size) -> uint8 (image_size, image_size, 3), or of a clip (frames, image_size, image_size, 3).
     """
 
     classes: Sequence[str]
@@ -42,6 +43,7 @@ class Task:
 TASKS = {
     "class": Task(THINGS, Scenes().label, lambda index, seed, size: Scenes(size, seed)[index].image),
     "same_shape": Task(CLASSES, same_shape_label, draw_same_shape),
+    "action": Task(ACTIONS, action_label, draw_action),
 }
 
 
@@ -52,20 +54,22 @@ class DrawnImages:
         self.task, self.numbers, self.seed, self.image_size = task, numbers, seed, image_size
         self.targets = [TASKS[task].label(number) for number in numbers]
         self._kept: dict[int, NDArray[np.uint8]] = {}
-        self._room = MEMORY_BYTES // (3 * image_size**2)
+        self._room = MEMORY_BYTES
 
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Image.Image | list[Image.Image], int]:
         from PIL import Image
 
         pixels = self._kept.get(index)
         if pixels is None:
             pixels = TASKS[self.task].draw(self.numbers[index], self.seed, self.image_size)
-            if len(self._kept) < self._room:
+            if pixels.nbytes <= self._room:
                 self._kept[index] = pixels
-        return Image.fromarray(pixels), self.targets[index]
+                self._room -= pixels.nbytes
+        drawn = Image.fromarray(pixels) if pixels.ndim == 3 else [Image.fromarray(frame) for frame in pixels]
+        return drawn, self.targets[index]
 
     def describe(self, index: int) -> str:
         """Task and number."""
@@ -77,7 +81,7 @@ def open_scenes(options: str = "", *, image_size: int | None = None, seed: int =
 
     Args:
         options: "KEY=VALUE,..." of image_size (pixels, 64), length (pictures in both parts, 2000), task ("class": the kind of the
-            nearest thing; "same_shape": whether two marks far apart have the same shape).
+            nearest thing; "same_shape": whether two marks far apart have the same shape; "action": clips, how a thing moves).
         image_size: where the options have none.
         seed: of everything that is drawn.
         val_fraction: share that is held out.

@@ -1,0 +1,111 @@
+"""Video files as clips: only the frames that are asked for are decoded, so an hour of film takes no more memory than a second."""
+
+from __future__ import annotations
+
+import bisect
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vitarium.data.bad_files import BrokenImage
+from vitarium.data.images import MAX_PIXELS, open_image
+from vitarium.errors import require
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+EXTENSIONS = frozenset(["mp4", "m4v", "mov", "avi", "mkv", "webm", "mpg", "mpeg", "wmv", "flv", "3gp", "ogv", "ts"])
+"""Endings of the files that count as video, in lower case."""
+
+
+def is_video_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a video by its name alone; hidden ones are not."""
+    name = os.path.basename(os.fspath(path))
+    return not name.startswith(".") and name.rpartition(".")[2].lower() in EXTENSIONS
+
+
+def open_file(path: str | os.PathLike[str]) -> Image.Image | VideoFile:
+    """A picture or a video, by the file's ending.
+
+    Raises:
+        BrokenImage: it cannot be read.
+        MissingExtra: it is a video, and PyAV is not installed.
+    """
+    return VideoFile(path) if is_video_file(path) else open_image(path)
+
+
+class VideoFile:
+    """The frames of a file's first video stream, by number, in the order in which they are shown.
+
+    Args:
+        path: any format that FFmpeg reads.
+
+    Raises:
+        BrokenImage: no video, damaged at its beginning, or frames of too many pixels.
+        MissingExtra: PyAV is not installed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = os.fspath(path)
+        with self._open() as container:
+            stream = self._stream(container)
+            width, height = stream.codec_context.width, stream.codec_context.height
+            if width * height > MAX_PIXELS:
+                limit = f"at most {MAX_PIXELS / 1e6:.0f} million are read"
+                raise BrokenImage(self.path, f"frames of {width} x {height} pixels; {limit}: make them smaller")
+            # times of all packets, which are read but not decoded: exact for any frame rate
+            self.times = sorted({packet.pts for packet in self._guarded(container.demux(stream)) if packet.pts is not None})
+        if not self.times:
+            raise BrokenImage(self.path, "the video holds no frames")
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    def read_frames(self, indices: Sequence[int]) -> list[Image.Image]:
+        """RGB pictures, upright; a frame that the decoder does not give out is replaced by the one before it.
+
+        Args:
+            indices: numbers below `len`, in rising order; some may come twice.
+
+        Raises:
+            BrokenImage: none of them can be decoded.
+        """
+        wanted = [self.times[i] for i in indices]
+        found: dict[int, Image.Image] = {}
+        with self._open() as container:
+            stream = self._stream(container)
+            stream.thread_type = "AUTO"
+            if indices[0] > 0:
+                container.seek(wanted[0], stream=stream)  # to the last key frame at or before it
+            for frame in self._guarded(container.decode(stream)):
+                if frame.pts in wanted or not found:
+                    if frame.pts is not None and frame.pts < wanted[0] and frame.pts not in wanted:
+                        continue  # on the way from the key frame
+                    image = frame.to_image()
+                    found[frame.pts] = image.rotate(frame.rotation, expand=True) if getattr(frame, "rotation", 0) else image
+                if frame.pts is not None and frame.pts >= wanted[-1]:
+                    break
+        if not found:
+            raise BrokenImage(self.path, f"frame {indices[0]} and those after it cannot be decoded")
+        times = sorted(found)
+        return [found[times[max(0, bisect.bisect_right(times, time) - 1)]] for time in wanted]
+
+    def _open(self) -> Any:
+        av = require("av", "video")
+        try:
+            return av.open(self.path, metadata_errors="ignore")
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise BrokenImage(self.path, f"not a video that can be read ({error})") from error
+
+    def _stream(self, container: Any) -> Any:
+        if not container.streams.video:
+            raise BrokenImage(self.path, "the file holds no video (only sound or text)")
+        return container.streams.video[0]
+
+    def _guarded(self, items: Any) -> Any:
+        """The items up to the first that is damaged."""
+        av = require("av", "video")
+        try:
+            yield from items
+        except av.FFmpegError:
+            return
