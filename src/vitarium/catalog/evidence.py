@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from typing import Any, Literal
 
+from vitarium.catalog.methods import methods_of_system
 from vitarium.catalog.registry import families, system_module
 from vitarium.catalog.systems import find_system, systems
 
@@ -31,6 +32,8 @@ class Evidence:
     """Passed tests of exact identities."""
     claim: str | None
     """Verdict of the paper's main claim: "held", "not held", "inconclusive", or None where it was not run."""
+    methods: list[str] = field(default_factory=list)
+    """Slugs of the methods that it registers."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,14 @@ def system_status(slug: str) -> Status:
     goldens = row.get("goldens", {})
     evidence = Evidence(
         models=[name for f in families(slug) for name in f.model_names()] if there else [],
+        methods=methods_of_system(slug),
         goldens_passed=sum(error is not None for error in goldens.values()),
         goldens_wired=len(goldens),
         identities=sum(row.get("identities", {}).values()),
         claim=_verdict(slug),
     )
     proven = evidence.goldens_passed == evidence.goldens_wired and evidence.identities > 0 and evidence.claim is not None
-    word: Word = "missing" if not there else "working" if evidence.models and proven else "partial"
+    word: Word = "missing" if not there else "working" if (evidence.models or evidence.methods) and proven else "partial"
     return Status(system.slug, system.title, system.room, word, evidence)
 
 

@@ -72,8 +72,8 @@ class AttachReport:
         if self.parameters_added:
             parts.append(f"{self.parameters_added:,} parameters added")
         if self.macs_before and self.macs_after is not None:
-            parts.append(f"{self.macs_before / 1e6:,.4g} -> {self.macs_after / 1e6:,.4g} million MACs")
-        parts.append(f"{self.bytes_before / 1e6:,.4g} -> {self.bytes_after / 1e6:,.4g} MB of weights")
+            parts.append(f"{self.macs_before / 1e9:.3g} -> {self.macs_after / 1e9:.3g} GMACs")
+        parts.append(f"{self.bytes_before / 1e6:.3g} -> {self.bytes_after / 1e6:.3g} MB of weights")
         return f"{self.method}: {', '.join(parts)}"
 
     def tune(self, **options: Any) -> None:
@@ -144,7 +144,9 @@ def _plain(value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
-    return f"[{','.join(map(_text, value))}]" if isinstance(value, list | tuple) else {True: "true", False: "false"}.get(value, str(value))
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_text, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 # ---- the registry

@@ -60,8 +60,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def macs_of(model: nn.Module, *inputs: Any) -> int:
     """Multiply-accumulates of one pass in eval mode, as torch counts what really runs. Works on the meta device."""
-    with evaluating(model), FlopCounterMode(display=False) as counter:
-        model(*inputs)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in learning:  # torch's counter hooks a gradient to a parameter that is handed to a module, and fails where none flows
+            p.requires_grad_(False)
+        with evaluating(model), FlopCounterMode(display=False) as counter:
+            model(*inputs)
+    finally:
+        for p in learning:
+            p.requires_grad_(True)
     return counter.get_total_flops() // 2
 
 

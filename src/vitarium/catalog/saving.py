@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 import vitarium
+from vitarium.catalog.applying import methods_on, rebuild_methods
 from vitarium.catalog.create import ModelSpec, create_model
 from vitarium.catalog.foreign import configuration_of, library_of, rebuild_transformers
 from vitarium.catalog.preprocessing import Preprocessing
@@ -47,7 +48,7 @@ class Record(BaseModel):
     preprocessing: dict[str, Any] | None
     labels: list[str] | None
     methods: list[dict[str, Any]] = []
-    """What `vitarium.apply` did, in its order, each as {"slug": ..., "options": {...}}; always empty until there are methods."""
+    """What `vitarium.apply` did, in its order, each as {"slug": ..., "options": {...}}, and "state" where the method found something."""
     tied: dict[str, str] = {}
     """Name of a tensor that shares its memory -> the name under which it is stored."""
     library: str = ""
@@ -95,8 +96,8 @@ def load(path: str | Path, *, device: str | torch.device | None = None) -> nn.Mo
         raise _foreign(path)
     record = _parse(path, metadata[RECORD])
     try:
-        model = _rebuild(record)
-    except VitariumError as error:
+        model = rebuild_methods(_rebuild(record), record.methods)
+    except (VitariumError, LookupError) as error:
         raise CheckpointError(f"{path} holds {record.name}, which this installation cannot build: {error}") from error
     state |= {name: state[stored] for name, stored in record.tied.items() if stored in state}
     _fill(model, state, path, record)
@@ -132,6 +133,7 @@ def _record(model: nn.Module) -> Record:
         arguments=arguments,
         preprocessing=preprocessing and preprocessing.to_dict(),
         labels=labels and [str(label) for label in labels],
+        methods=[report.saved() for report in methods_on(model)],
         library=library_of(spec.name),
         config=configuration_of(model) if spec.name.startswith("hf/") else None,
     )
@@ -152,7 +154,7 @@ def _check_rebuilds(model: nn.Module, record: Record) -> None:
     if record.name.startswith(("timm/", "hf/")):
         return  # not every foreign model can be built without memory
     with torch.device("meta"):
-        twin = _rebuild(record).state_dict()
+        twin = rebuild_methods(_rebuild(record), record.methods).state_dict()
     mine = {name: tensor.shape for name, tensor in model.state_dict().items()}
     theirs = {name: tensor.shape for name, tensor in twin.items()}
     if mine != theirs:
@@ -170,10 +172,10 @@ def _parse(path: Path, text: str) -> Record:
         raise CheckpointError(
             f"{path} has a damaged record of its model; its tensors can be loaded with checkpoint={str(path)!r}"
         ) from error
-    if version > FORMAT or record.methods:
+    if version > FORMAT:
         raise CheckpointError(
             f"{path} was written by vitarium {values.get('vitarium')} (format {version}); this is {vitarium.__version__} "
-            f"(format {FORMAT}, without methods): pip install --upgrade vitarium"
+            f"(format {FORMAT}): pip install --upgrade vitarium"
         )
     return record
 
