@@ -50,6 +50,7 @@ def test_the_options_arrive_and_the_result_is_told(run, asked):
     assert "x/[b].png" in result.out
     assert "swin_pico reaches 98.0 %" in result.out  # the recommendation
     assert "report.html" in result.out
+    assert result.out.strip().endswith("runs/m")  # the recommended model's file
 
 
 def test_without_models_the_comparison_chooses(run, asked):
@@ -59,7 +60,7 @@ def test_without_models_the_comparison_chooses(run, asked):
 
 def test_a_log_gets_a_line_a_change(run, asked):
     lines = run("compare").err.strip().splitlines()
-    assert lines[0] == "[1/2] swin_pico: started, step 50, accuracy 97.0 %"
+    assert lines[0] == "[1/2] swin_pico: starting, step 50, accuracy 97.0 %"
     assert lines[-1] == "[2/2] timm/vit_pico: failed, out of memory"
     assert len(lines) == 5
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from vitarium.cli.console import clock, err, table
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 BAR_WIDTH = 20  # characters
 WORDS = {
-    "started": "[cyan]training[/]",
+    "started": "[cyan]starting[/]",
     "step": "[cyan]training[/]",
     "measuring": "[cyan]measuring[/]",
     "finished": "[green]done[/]",
@@ -81,6 +82,7 @@ def numbers(event: Event) -> list[str]:
 
 def line(event: Event) -> str:
     """An event as a line of a log."""
-    place = f"[{event.position + 1}/{event.count}] {event.model}: {event.kind}"
+    word = Text.from_markup(WORDS[event.kind]).plain
+    place = f"[{event.position + 1}/{event.count}] {event.model}: {word}"
     known = [f"step {event.step}" if event.step else "", f"accuracy {100 * event.accuracy:.1f} %" if event.accuracy is not None else ""]
     return ", ".join(filter(None, [place, *known, event.message]))

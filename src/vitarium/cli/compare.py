@@ -96,10 +96,10 @@ def chosen(text: str) -> list[str]:
 def show(comparison: Comparison) -> None:
     """The table of a comparison, what failed, and the sentence that recommends a model."""
     console = out()
-    chosen = comparison.recommendation.model
+    winner = comparison.recommendation.model
     rows = table("~model", ">accuracy", ">latency", ">images/s", ">memory", ">params", ">MACs")
     for row in comparison.table():
-        rows.add_row(*cells(row), style="bold green" if row["name"] == chosen else None)
+        rows.add_row(*cells(row), style="bold green" if row["name"] == winner else None)
     console.print()
     console.print(rows)
     for failure in comparison.failures:
@@ -109,8 +109,8 @@ def show(comparison: Comparison) -> None:
         console.print(f"[yellow]{len(bad)} images could not be read[/], the first: ", end="")
         console.print(f"{bad[0]['path']} ({bad[0]['reason']})", markup=False)
     console.print(f"\n[bold]{comparison.recommendation}[/]\n")
-    best = comparison.folder / "best.safetensors"
-    console.print(pairs({"report": comparison.report, "model": best, "use it": f"vitarium predict IMAGE --model {best}"}))
+    file = next(comparison.folder / trial.file for trial in comparison.trials if trial.name == winner)
+    console.print(pairs({"report": comparison.report, "model": file, "use it": f"vitarium predict IMAGE --model {file}"}))
 
 
 def cells(row: dict[str, Any]) -> list[str]:
