@@ -36,7 +36,7 @@ PAUSES = (0.05, 0.1, 0.2)
 def is_image_file(path: str | os.PathLike[str]) -> bool:
     """Whether a file is a picture by its name alone; hidden ones are not (macOS leaves "._photo.jpg" beside "photo.jpg")."""
     name = os.path.basename(os.fspath(path))
-    return not name.startswith(".") and name.rpartition(".")[2].lower() in EXTENSIONS
+    return not name.startswith(".") and os.path.splitext(name)[1][1:].lower() in EXTENSIONS
 
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:

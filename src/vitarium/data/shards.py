@@ -63,7 +63,8 @@ def open_shards(path: Path, *, seed: int = 0, val_fraction: float = 0.2) -> Imag
         DataError: no shards, a damaged one, samples without label, labels that do not exist, or data that cannot be trained on.
     """
     shards = find_shards(path)
-    words = {shard: _part(shard.name) or _part(shard.parent.name) for shard in shards}
+    folders = {shard.parent for shard in shards}
+    words = {shard: _part(shard.name) or (_part(shard.parent.name) if len(folders) > 1 else None) for shard in shards}
     train, val = part_names({word for word in words.values() if word})
     if train and val and (neither := [shard.name for shard in shards if words[shard] is None]):
         raise DataError(f"some shards in {path} are called {train} and {val}, but these neither: {few(neither)}; rename or remove them")
@@ -152,12 +153,19 @@ def _index(shard: Path) -> tuple[dict[str, Member], dict[str, Any]]:
                     pictures[key] = place
                 elif kind in ("cls", "json") and (label := _read_label(file, place, kind)) is not None:
                     labels[key] = label
-            file.seek(tar.offset)  # type: ignore[attr-defined]  # tarfile takes zeros and damaged headers for the end
-            if file.read(1 << 16).strip(b"\0"):
-                raise DataError(f"{shard} is damaged at byte {tar.offset:,}; write or fetch it again")  # type: ignore[attr-defined]
+            _check_end(file, tar.offset, shard)  # type: ignore[attr-defined]
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"{shard} is not a whole tar file ({error}); write or fetch it again (compressed ones are not read)") from error
     return pictures, labels
+
+
+def _check_end(file: BinaryIO, offset: int, shard: Path) -> None:
+    """tarfile takes damage, or a file that is cut off between two members, for the end; the real end is made of zeros."""
+    file.seek(offset)
+    rest = file.read(1 << 16)
+    if not rest or rest.strip(b"\0"):
+        what = f"damaged at byte {offset:,}" if rest else f"cut off at byte {offset:,} (its end mark is missing)"
+        raise DataError(f"{shard} is {what}; write or fetch it again")
 
 
 def _read_label(file: BinaryIO, place: Member, kind: str) -> Any:

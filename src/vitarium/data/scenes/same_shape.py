@@ -8,12 +8,12 @@ from numpy.typing import NDArray
 from vitarium.data.scenes.render import around, clouds_of, to_uint8
 from vitarium.data.scenes.shapes import SHAPES, Field
 
-MARKS = ("square", "cross", "ring", "triangle")
+MARKS = ("square", "ring")
 CLASSES = ("different", "same")
-MARK_SIZE = 0.17
+CELLS = 4
+"""The picture is divided into CELLS x CELLS; each mark lies wholly inside a cell, the two in different ones."""
+MARK_SIZE = 0.16
 """Diameter of a mark, in picture sides."""
-MIN_DISTANCE = 0.25
-"""Marks lie at least so far apart, across or down, in picture sides: in different windows of a 4 x 4 division."""
 
 
 def same_shape_label(index: int) -> int:
@@ -22,27 +22,27 @@ def same_shape_label(index: int) -> int:
 
 
 def draw_same_shape(index: int, seed: int, size: int) -> NDArray[np.uint8]:
-    """The picture of a number, uint8 (size, size, 3): two marks of random places, shapes, sizes, angles and colours on a cloudy ground."""
+    """The picture of a number, uint8 (size, size, 3): two marks of random places and shapes on a cloudy ground.
+
+    Who sees one cell at a time, and adds up what it saw, knows nothing of the answer: each shape is as frequent under both.
+    """
     rng = np.random.default_rng((seed, index))
     first = rng.integers(len(MARKS))
     second = first if same_shape_label(index) else (first + rng.integers(1, len(MARKS))) % len(MARKS)
-    margin = MARK_SIZE * 0.55
-    while True:
-        places = rng.uniform(margin, 1 - margin, (2, 2))
-        if np.abs(places[0] - places[1]).max() >= MIN_DISTANCE:
-            break
     image = _ground(rng, size)
-    for shape, place in zip((first, second), places, strict=True):
-        colour = rng.uniform(160, 255, 3).astype(np.float32)
-        radius = size * MARK_SIZE / 2 * rng.uniform(0.9, 1.1)
-        window, u, v = around(place[0] * size, place[1] * size, radius, rng.uniform(-0.25, 0.25), size)
+    cells = np.array(np.unravel_index(rng.choice(CELLS**2, 2, replace=False), (CELLS, CELLS))).T  # column and row of each mark
+    for shape, cell in zip((first, second), cells, strict=True):
+        radius = size * MARK_SIZE / 2 * rng.uniform(0.9, 1.0)
+        room = size / CELLS / 2 - radius
+        x, y = (cell + 0.5) * size / CELLS + rng.uniform(-room, room, 2)
+        window, u, v = around(x, y, radius, rng.uniform(-0.25, 0.25), size)
         cover = np.clip(0.5 - SHAPES[MARKS[shape]](u, v) * np.float32(radius), 0, 1)
-        image[window] += (colour - image[window]) * cover[..., None]
+        image[window] += (rng.uniform(200, 255, 3).astype(np.float32) - image[window]) * cover[..., None]
     return to_uint8(image)
 
 
 def _ground(rng: np.random.Generator, size: int) -> Field:
     noise = clouds_of(2 * size)
     y, x = rng.integers(0, size, 2)
-    colour = np.float32(rng.uniform(30, 90, 3))
-    return colour * (1 + 0.2 * np.clip(noise[y : y + size, x : x + size, None], -2, 2))
+    colour = rng.uniform(30, 80, 3).astype(np.float32)
+    return colour * (1 + 0.15 * np.clip(noise[y : y + size, x : x + size, None], -2, 2))

@@ -1,0 +1,137 @@
+import builtins
+import resource
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data.pictures import bomb, broken_kinds, encoded, exif_turned, odd_kinds, picture, put
+from vitarium.catalog.preprocessing import Preprocessing
+from vitarium.data import BadFiles, BrokenImage, images
+from vitarium.data.images import decode_image, is_image_file, open_image
+from vitarium.errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(images, "PAUSES", (0.0, 0.0, 0.0))
+
+
+@pytest.mark.parametrize("name", odd_kinds())
+def test_reads_odd_pictures(tmp_path, name):
+    image = open_image(put(tmp_path / name, odd_kinds()[name]))
+    assert image.size in ((12, 10), (24, 16))
+    for mean in ((0.5,), (0.5,) * 3):
+        tensor = Preprocessing(8, mean, mean)(image)
+        assert tensor.shape == (len(mean), 8, 8)
+        assert tensor.isfinite().all()
+
+
+def test_turns_a_picture_upright():
+    upright = picture(size=(24, 16))
+    upright.paste("black", (0, 0, 24, 8))  # the upper half
+    image = decode_image(exif_turned(upright), "turned")
+    assert image.size == (24, 16)
+    values = np.asarray(image, float)
+    assert values[:6].mean() < 20 < 90 < values[10:].mean()
+
+
+def test_takes_the_first_frame():
+    frames = [Image.new("RGB", (6, 6), colour) for colour in ("red", "lime")]
+    image = decode_image(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), "x")
+    assert image.convert("RGB").getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_picture_with_broken_exif_data_is_a_picture():
+    content = encoded(picture(), "JPEG", exif=b"Exif\0\0" + bytes(range(30)))
+    assert decode_image(content, "x").size == (12, 10)
+
+
+@pytest.mark.parametrize("name", broken_kinds())
+def test_refuses_broken_pictures(tmp_path, name):
+    content, reason = broken_kinds()[name]
+    path = put(tmp_path / name, content)
+    with pytest.raises(BrokenImage, match=reason) as caught:
+        open_image(path)
+    assert caught.value.path == str(path)
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no resource module")
+@pytest.mark.parametrize("size", [(30_000, 30_000), (12_000, 11_000)])  # above and below Pillow's own limit
+def test_a_bomb_takes_no_memory(size, recwarn):
+    content = bomb(*size)
+    unit = 1 if sys.platform == "darwin" else 1024
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    with pytest.raises(BrokenImage, match=r"megapixels would need .* GB"):
+        decode_image(content, "bomb.png")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before < 100e6
+    assert not recwarn.list
+
+
+def test_refuses_a_strip_that_resizing_would_blow_up():
+    with pytest.raises(BrokenImage, match="1 x 5000 pixels"):
+        decode_image(encoded(Image.new("L", (1, 5000))), "strip.png")
+
+
+def test_what_is_called_a_picture_is_no_program(monkeypatch):
+    with pytest.raises(BrokenImage, match="not a picture"):
+        decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "photo.jpg")
+
+
+def test_an_svg_is_told_as_one():
+    with pytest.raises(BrokenImage, match="SVG"):
+        decode_image(b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>', "x.png")
+
+
+def test_asks_a_flaky_disk_again(tmp_path, monkeypatch):
+    path = put(tmp_path / "a.png")
+    tries = []
+
+    def flaky(*args, **kwargs):
+        tries.append(args)
+        if len(tries) < 4:
+            raise OSError(5, "Input/output error")
+        return builtins.open(*args, **kwargs)
+
+    monkeypatch.setattr(images, "open", flaky, raising=False)
+    assert open_image(path).size == (12, 10)
+    assert len(tries) == 4
+
+
+def test_gives_a_file_up_that_is_gone(tmp_path):
+    with pytest.raises(BrokenImage, match=r"gone\.png: no such file or directory \(tried 4 times\)"):
+        open_image(tmp_path / "gone.png")
+
+
+def test_refuses_a_file_larger_than_any_picture(tmp_path):
+    path = tmp_path / "huge.png"
+    with open(path, "wb") as file:
+        file.truncate(4 * images.MAX_PIXELS + 1)  # sparse
+    with pytest.raises(BrokenImage, match=r"has 0\.5 GB"):
+        open_image(path)
+
+
+def test_image_files_by_name():
+    assert all(map(is_image_file, ["a.jpg", "x/ä b.JPEG", "a.b.Png", "t.tiff"]))
+    assert not any(map(is_image_file, ["a.txt", "._a.jpg", ".a.png", "jpg", "a.npy", "a.jpg.txt"]))
+
+
+def test_bad_files_are_counted_once_and_listed(tmp_path):
+    bad = BadFiles(limit=0.5)
+    bad.write(tmp_path)
+    assert not list(tmp_path.iterdir())
+    for path, reason in (("b.jpg", "empty"), ("a.jpg", "cut off"), ("b.jpg", "empty")):
+        bad.record(path, reason)
+    bad.check(4)
+    bad.write(tmp_path)
+    assert (tmp_path / "bad_files.txt").read_text() == "b.jpg\tempty\na.jpg\tcut off\n"
+    with pytest.raises(DataError, match=r"2 of 3 images cannot be read \(66.7 %; at most 50 %(.|\n)*b.jpg: empty\n  a.jpg"):
+        bad.check(3)
+
+
+@pytest.mark.parametrize("limit", [-0.1, 1.1])
+def test_bad_files_refuse_a_share_that_is_none(limit):
+    with pytest.raises(DataError, match=r"0\.\.1"):
+        BadFiles(limit)
