@@ -78,17 +78,18 @@ def compare(name: str, outputs: dict[str, Tensor]) -> float:
     return worst
 
 
-def assert_matches_golden(name: str, model: nn.Module, run: Callable[..., dict[str, Tensor]]) -> None:
+def assert_matches_golden(name: str, model: nn.Module, run: Callable[..., dict[str, Tensor]], kept: dict[str, Tensor] | None = None) -> None:
     """The model, loaded with the golden's state under the authors' names, gives the golden's outputs.
 
     Args:
         name: golden, such as "swin-tiny_w7_224".
         model: of a registered family, built with the golden's config; its parameters are overwritten.
         run: (model, **inputs) -> the golden's outputs by name.
+        kept: first values of tensors that the golden's overrides keep, by the authors' names.
     """
     doc = read_golden(name)
     official = next(f.dialects["official"] for f in families(name.split("-")[0]) if f.cls is type(model))
-    model.double().load_state_dict(official(fill_state(doc["state"], doc["overrides"])), strict=True)
+    model.double().load_state_dict(official(fill_state(doc["state"], doc["overrides"]) | (kept or {})), strict=True)
     assert sum(p.numel() for p in model.parameters()) == doc["parameters"]
     inputs = {key: make_input(key, spec) for key, spec in doc["inputs"].items()}
     model.eval()

@@ -50,6 +50,8 @@ class Backbone(nn.Module):
         min_size: smallest height and width of the image, pixels.
     """
 
+    pools: tuple[str, ...] = tuple(POOLS)
+    """Names of the poolings that `reset_classifier` takes, besides "" for none."""
     axes = "HW"
     """The axes of the input behind batch and channels; a map has the same."""
     preprocessing: Any = None
@@ -99,9 +101,17 @@ class Backbone(nn.Module):
         """
         if self.global_pool == "":
             return features
-        x = self.head_norm(POOLS[self.global_pool](features))
+        x = self.head_norm(self.pool(features))
         x = F.dropout(x, self.drop_rate, self.training)
         return x if pre_logits else self.head(x)
+
+    def pool(self, features: Tensor) -> Tensor:
+        """What `forward_features` gives, (B, C, h, w) -> (B, C), by `global_pool`."""
+        return POOLS[self.global_pool](features)
+
+    def as_map(self, features: Tensor, image_size: Sequence[int]) -> Tensor:
+        """A stage's features as the map (B, C, h, w) of an image of this height and width. Here they are one already."""
+        return features
 
     def forward_intermediates(
         self,
@@ -133,10 +143,11 @@ class Backbone(nn.Module):
         self.check_image(x)
         chosen = self.take_indices(indices)
         last = len(self.feature_info) - 1
+        size = x.shape[2:]
         maps: list[Tensor] = []
         for i, x in enumerate(self.forward_stages(x)):  # noqa: B020
             if i in chosen:
-                maps.append(self.norm(x) if norm and i == last else x)
+                maps.append(self.as_map(self.norm(x) if norm and i == last else x, size))
             if stop_early and intermediates_only and i == max(chosen):
                 break
         return maps if intermediates_only else (self.norm(x), maps)
@@ -220,9 +231,10 @@ class Backbone(nn.Module):
             InputError: another pooling, or none with classes.
         """
         pool = self.global_pool if global_pool is None else global_pool
-        if pool not in (*POOLS, "") or (pool == "" and num_classes > 0):
+        if pool not in (*self.pools, "") or (pool == "" and num_classes > 0):
             raise InputError(
-                f"global_pool must be 'avg', 'max', or '' with num_classes=0; got {global_pool!r} with num_classes={num_classes}"
+                f"global_pool must be one of {', '.join(map(repr, self.pools))}, or '' with num_classes=0; "
+                f"got {global_pool!r} with num_classes={num_classes}"
             )
         self.num_classes, self.global_pool = num_classes, pool
         old = next(self.parameters())

@@ -9,23 +9,32 @@ from vitarium.nn.layers import LayerNorm2d
 
 
 class PatchEmbed(nn.Module):
-    """(B, in_chans, H, W) -> (B, embed_dim, ceil(H / p), ceil(W / p)): zeros fill an incomplete patch at the right and the bottom.
+    """(B, in_chans, H, W) -> (B, embed_dim, h, w), h = ceil((H - p) / s) + 1: zeros fill an incomplete patch at the right and the bottom.
 
     Args:
-        patch_size: side and stride p of a patch, pixels.
+        patch_size: side p of a patch, pixels.
         in_chans: channels of the image.
         embed_dim: channels of the map.
         norm: whether a layer norm over the channels follows.
+        stride: s, pixels from patch to patch; by default p, so that they touch.
     """
 
-    def __init__(self, patch_size: int, in_chans: int, embed_dim: int, *, norm: bool = False):
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int, *, norm: bool = False, stride: int | None = None):
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
+        self.stride = stride or patch_size
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, self.stride)
         self.norm = LayerNorm2d(embed_dim) if norm else nn.Identity()
 
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the map of an image."""
+        rows, columns = (max(0, -(-(side - self.patch_size) // self.stride)) + 1 for side in (height, width))
+        return rows, columns
+
     def forward(self, image: Tensor) -> Tensor:
-        bottom, right = -image.shape[-2] % self.patch_size, -image.shape[-1] % self.patch_size
-        if bottom or right:
-            image = F.pad(image, (0, right, 0, bottom))
+        height, width = image.shape[-2:]
+        rows, columns = self.grid(height, width)
+        bottom, right = (self.patch_size + (n - 1) * self.stride - side for n, side in ((rows, height), (columns, width)))
+        if bottom > 0 or right > 0:
+            image = F.pad(image, (0, max(0, right), 0, max(0, bottom)))
         return self.norm(self.proj(image))

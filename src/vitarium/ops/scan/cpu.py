@@ -10,6 +10,7 @@ Legend: as in reference.py; here a is (N, D).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -234,10 +235,10 @@ def _pieces(x: Tensor) -> list[tuple[int, int, int, int]]:
     threads = torch.get_num_threads()
     if images >= threads:
         edges = [images * k // threads for k in range(threads + 1)]
-        return [(i, j, 0, channels) for i, j in zip(edges, edges[1:], strict=False)]
+        return [(i, j, 0, channels) for i, j in itertools.pairwise(edges)]
     parts = max(1, min(threads, channels // NARROWEST))
     edges = [channels * k // parts for k in range(parts + 1)]
-    return [(0, images, i, j) for i, j in zip(edges, edges[1:], strict=False)]
+    return [(0, images, i, j) for i, j in itertools.pairwise(edges)]
 
 
 def _run(x: Tensor, kernel: Callable[..., None]) -> None:

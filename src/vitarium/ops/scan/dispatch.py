@@ -89,6 +89,7 @@ def selective_scan(
     return y.to(x.dtype), state.detach()
 
 
+@torch.compiler.assume_constant_result
 def choose(device: str, implementation: str = "auto") -> str:
     """The implementation that a device type gets.
 
@@ -97,7 +98,9 @@ def choose(device: str, implementation: str = "auto") -> str:
         MissingExtra: it was asked for by name and is not installed.
     """
     if implementation not in IMPLEMENTATIONS:
-        raise UsageError(f"unknown scan {implementation!r}{nearest(implementation, IMPLEMENTATIONS)}; there are {', '.join(IMPLEMENTATIONS)}")
+        raise UsageError(
+            f"unknown scan {implementation!r}{nearest(implementation, IMPLEMENTATIONS)}; there are {', '.join(IMPLEMENTATIONS)}"
+        )
     if implementation == "auto":
         wanted = {"cpu": "numba", "cuda": "triton", "xpu": "triton"}.get(device, "loop")
         return wanted if wanted == "loop" or _kernels(wanted) is not None else "loop"
@@ -166,7 +169,7 @@ def _forward(
         kernels = None if implementation == "loop" else _kernels(implementation)
         if kernels is not None:
             return kernels.forward(x, delta, a, b, c, skip, bias, softplus, reverse, every)
-        step, inputs = _loop_inputs(x, delta, b, c, bias, softplus, reverse)
+        _, inputs = _loop_inputs(x, delta, b, c, bias, softplus, reverse)
         y, states = loop_forward(*inputs[:2], a, *inputs[2:], every)
         return (y.flip(1) if reverse else y).addcmul_(x, skip), states
 
@@ -243,6 +246,8 @@ def _flops(x: tuple[int, ...], delta: Any, a: tuple[int, ...], *rest: Any, out_s
 
 
 @register_flop_formula(torch.ops.vitarium.selective_scan_backward)
-def _flops_backward(grad: Any, x: tuple[int, ...], delta: Any, a: tuple[int, ...], *rest: Any, out_shape: Any = None, **options: Any) -> int:
+def _flops_backward(
+    grad: Any, x: tuple[int, ...], delta: Any, a: tuple[int, ...], *rest: Any, out_shape: Any = None, **options: Any
+) -> int:
     """The states once more, and about twice as much for the adjoint."""
     return 3 * math.prod(x) * (9 * a[1] + 1)

@@ -10,6 +10,8 @@ Without a GPU it runs in Triton's interpreter (TRITON_INTERPRET=1, set before th
 Legend: as in reference.py; i image, K tokens a chunk, W channels a block; here a is (N, D).
 """
 
+# ruff: noqa: N803 - Triton writes what is known at compile time in capitals
+
 from __future__ import annotations
 
 from typing import Any
@@ -184,7 +186,9 @@ def backward(
 
 def _check_device(x: Tensor) -> None:
     if x.device.type == "cpu" and not triton.knobs.runtime.interpret:
-        raise UsageError("Triton's scan needs a GPU, got tensors on the CPU; take implementation='auto' (or set TRITON_INTERPRET=1 to debug)")
+        raise UsageError(
+            "Triton's scan needs a GPU, got tensors on the CPU; take implementation='auto' (or set TRITON_INTERPRET=1 to debug)"
+        )
 
 
 def _grid(x: Tensor) -> tuple[int, int]:

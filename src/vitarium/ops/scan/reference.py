@@ -29,7 +29,7 @@ def scan_step(state: Tensor, x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: 
 
 
 def scan_reference(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """`scan_step` over x, delta (I, L, D) and b, c (I, L, N) -> y (I, L, D), the last state (I, D, N). Differentiable; the oracle of tests."""
+    """`scan_step` over x, delta (I, L, D) and b, c (I, L, N) -> y (I, L, D), the last state (I, D, N). The oracle of tests."""
     state = x.new_zeros(x.shape[0], *a.shape)
     outputs = []
     for t in range(x.shape[1]):

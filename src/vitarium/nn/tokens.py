@@ -1,0 +1,69 @@
+"""What a plain backbone is: tokens of one width through equal blocks, class tokens among them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitarium.nn.backbone import POOLS, Backbone, Stage
+
+
+class TokenBackbone(Backbone):
+    """A backbone whose features are tokens (B, N, dim), as those of timm's VisionTransformer; `forward_intermediates` gives maps.
+
+    `forward_stages` yields the tokens after each block. A subclass has `patch_embed` (vitarium.nn.PatchEmbed) and `blocks`, and says where
+    its class tokens stand (`class_places`).
+
+    Args:
+        dim: channels.
+        depth: blocks.
+        stride: pixels from patch to patch.
+        options: as for `Backbone`.
+    """
+
+    pools = ("token", *POOLS)
+
+    def __init__(self, *, dim: int, depth: int, stride: int, **options: Any):
+        super().__init__(stages=[Stage(dim, stride)] * depth, **options)
+        for i, info in enumerate(self.feature_info):
+            info["module"] = f"blocks.{i}"
+        self.global_pool = "token"
+
+    def class_places(self, patches: int) -> list[int]:
+        """Places of the class tokens in the sequence of an image of that many patches, ascending."""
+        return [0]
+
+    def split_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N, C) -> class tokens (B, P, C) and patch tokens (B, h w, C), row by row."""
+        count = len(self.class_places(0))
+        places = self.class_places(tokens.shape[1] - count)
+        if places == list(range(count)):
+            return tokens[:, :count], tokens[:, count:]
+        edges = [-1, *places, tokens.shape[1]]
+        patches = [tokens[:, i + 1 : j] for i, j in itertools.pairwise(edges)]
+        return torch.cat([tokens[:, p : p + 1] for p in places], 1), torch.cat(patches, 1)
+
+    def pool(self, features: Tensor) -> Tensor:
+        """Tokens (B, N, C) -> (B, C): the mean of the class tokens ("token"), the mean or the maximum of the patches ("avg", "max")."""
+        if self.global_pool == "token":
+            count = len(self.class_places(0))
+            places = self.class_places(features.shape[1] - count)
+            return features[:, places[0]] if count == 1 else features[:, places].mean(1)
+        return POOLS[self.global_pool](self.split_tokens(features)[1].transpose(1, 2))
+
+    def as_map(self, features: Tensor, image_size: Sequence[int]) -> Tensor:
+        """The patch tokens as (B, C, h, w)."""
+        rows, columns = self.patch_embed.grid(*image_size)
+        return self.split_tokens(features)[1].transpose(1, 2).unflatten(2, (rows, columns))
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        chosen = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if isinstance(self.blocks, nn.ModuleList):
+            self.blocks = self.blocks[: max(chosen) + 1]
+        return chosen
