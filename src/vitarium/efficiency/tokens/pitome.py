@@ -16,7 +16,7 @@ all tokens are candidates, and the r best of the pairs merge.
 
 Followed: the authors' code (hchautran/PiToMe, its DeiT patch; facebookresearch/ToMe), to rounding: so PiToMe's attention is not
 proportional unless asked for, though the paper's is. Different: registers and the distillation token are protected too. A merged token of
-a rotary model turns with the place of its destination. Cost: PiToMe pays a T x T product of head_dim channels a block, ToMe a quarter of it.
+a rotary model turns with the place of its destination. Cost: PiToMe pays a T x T product of head_dim channels a block, ToMe a quarter.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What all token reductions share: attaching to the blocks, the books, and the way back for models that read every patch.
 
 A reducer defines `reduce`, which gets the tokens after a block's attention and before its MLP, and `acts_on`. Everything else is here and
-in `vitarium.anatomy`: prefix tokens (class, distillation, registers) are never touched, rotary models rotate each token by its own place, and
-neutral options change nothing.
+in `vitarium.anatomy`: prefix tokens (class, distillation, registers) are never touched, rotary models rotate each token by its own place,
+and neutral options change nothing.
 """
 
 from __future__ import annotations
