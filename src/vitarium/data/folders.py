@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitarium.data.image_set import ImageData
 from vitarium.data.clips import VideoFile, is_video_file, open_file
+from vitarium.data.image_set import ImageData
 from vitarium.data.images import is_image_file
 from vitarium.data.parts import Listing, assemble, few, part_names
 from vitarium.errors import DataError, require
@@ -44,7 +44,8 @@ class FileImages:
 def open_folder(path: Path, *, seed: int = 0, val_fraction: float = 0.2) -> ImageData:
     """A folder of class folders, or one with a train/ and a val/ (or valid/, validation/, ..., test/) of class folders.
 
-    A class folder's name is the class's; pictures (or, where there are none at all, videos) may lie at any depth below it. Hidden files and folders do not count.
+    A class folder's name is the class's; pictures (or, where there are none at all, videos) may lie at any depth below it. Hidden files
+    and folders do not count.
 
     Raises:
         DataError: it cannot be trained on; the message says what was found and what is wanted.

@@ -6,24 +6,21 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
-
-if TYPE_CHECKING:
-    from PIL import Image
+from typing import Any, Protocol, runtime_checkable
 
 
 @runtime_checkable
 class ImageSet(Protocol):
     """Labelled images by index.
 
-    `images[i]` gives (picture, class number); an unreadable one raises `BrokenImage`. `targets` gives all class numbers without opening a
-    picture; `describe(i)` names a sample (a path, or a place in an archive) for reports.
+    `images[i]` gives (picture, class number), or (clip, class number) where the data is video; an unreadable one raises `BrokenImage`.
+    `targets` gives all class numbers without opening a picture; `describe(i)` names a sample (a path, or a place in an archive).
     """
 
     targets: list[int]
 
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
+    def __getitem__(self, index: int) -> tuple[Any, int]: ...
     def describe(self, index: int) -> str: ...
 
 
@@ -55,7 +52,7 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         return self.images[self.indices[index]]
 
     def describe(self, index: int) -> str:
