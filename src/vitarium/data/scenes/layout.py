@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vitarium.data.scenes.shapes import SHAPES
+from vitarium.data.scenes.shapes import FEET, SHAPES
 
 THINGS = tuple(SHAPES)
 STUFF = ("sky", "hills", "grass", "sand", "snow", "water")
@@ -65,7 +65,7 @@ class Thing:
     @property
     def y(self) -> float:
         """Of its middle, from the top edge."""
-        return self.base - self.lift - 0.45 * self.size
+        return self.base - self.lift - FEET[self.kind] * self.size / 2
 
     @property
     def category(self) -> int:
@@ -105,7 +105,7 @@ def lay_out(rng: np.random.Generator, subject: str) -> Layout:
 
 
 def _thing(rng: np.random.Generator, kind: str, horizon: float, base: float, size: float, x: float) -> Thing:
-    room = base - 0.97 * size - 0.02  # above a thing that stands on the ground
+    room = base - (1 + FEET[kind]) * size / 2 - 0.02  # above a thing that stands on the ground
     lift = rng.uniform(0.0, room) if rng.random() < 0.3 and room > 0 else 0.0
     colour, texture = list(COLOURS)[rng.integers(len(COLOURS))], TEXTURES[rng.integers(len(TEXTURES))]
     angle = rng.uniform(-0.35, 0.35)

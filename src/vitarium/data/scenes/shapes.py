@@ -6,6 +6,7 @@ radius 1 around the origin, and gives distances in the same units (exact, or nea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,12 +23,12 @@ def circle(u: Field, v: Field) -> Field:
 
 def square(u: Field, v: Field) -> Field:
     """With slightly rounded corners."""
-    return _box(u, v, 0.7, 0.7) - 0.06
+    return _box(u, v, 0.67, 0.67) - 0.06
 
 
 def triangle(u: Field, v: Field) -> Field:
     """Standing on a side."""
-    return np.maximum(np.abs(u) * 0.8944 - v * 0.4472 - 0.42, v - 0.78)
+    return np.maximum(np.abs(u) * 0.8944 - v * 0.4472 - 0.42, v - 0.62)
 
 
 def star(u: Field, v: Field) -> Field:
@@ -62,6 +63,9 @@ SHAPES: dict[str, Callable[[Field, Field], Field]] = {
     shape.__name__: shape for shape in (circle, square, triangle, star, heart, ring, cross, crescent)
 }
 
+FEET = dict(circle=0.92, square=0.73, triangle=0.62, star=0.81, heart=0.79, ring=0.92, cross=0.92, crescent=0.92)
+"""How far below its middle each shape stands on the ground."""
+
 
 def _box(u: Field, v: Field, half_width: float, half_height: float) -> Field:
     du, dv = np.abs(u) - half_width, np.abs(v) - half_height
@@ -70,10 +74,9 @@ def _box(u: Field, v: Field, half_width: float, half_height: float) -> Field:
 
 
 def _star(u: Field, v: Field, points: int, outer: float, inner: float) -> Field:
-    sector = np.pi / points
+    sector = math.pi / points
     angle = np.abs((np.arctan2(u, -v) + sector) % (2 * sector) - sector)  # folded onto half a point
     radius = np.sqrt(u * u + v * v)
     along, across = radius * np.cos(angle), radius * np.sin(angle)
-    edge_along, edge_across = inner * np.cos(sector) - outer, inner * np.sin(sector)
-    length = np.hypot(edge_along, edge_across)
-    return ((along - outer) * edge_across - across * edge_along) / np.float32(length)
+    edge_along, edge_across = inner * math.cos(sector) - outer, inner * math.sin(sector)
+    return ((along - outer) * edge_across - across * edge_along) / math.hypot(edge_along, edge_across)
