@@ -338,9 +338,9 @@ class Swin(Backbone):
         )
         self.norm = LayerNorm2d(dims[-1])
         init_weights(self, conv=False)
-        for stage in self.stages:
-            stage.shifted = shifted
         for part in self.modules():
+            if isinstance(part, SwinStage):
+                part.shifted = shifted
             if isinstance(part, RelativePositionBias) and not position_bias:
                 nn.init.zeros_(part.table.requires_grad_(False))
 

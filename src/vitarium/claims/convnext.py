@@ -9,7 +9,7 @@ from vitarium.claims import Arm, Comparison, claim
     "convnext", says="its block beats a ResNet bottleneck, 7x7 kernels are no worse than 3x3, and it matches a Swin of its size", minutes=3
 )
 def compare() -> list[Comparison]:
-    """Digits at 32x32, two stages of two blocks. Against a ResNet of bottlenecks whose MACs differ by 2 % (timm's, post-activation), against
+    """Digits at 32x32, two stages of two blocks. Against a ResNet of bottlenecks (timm's) whose MACs differ by 2 %, against
     a Swin whose parameters differ by 2 %, and against itself with 3x3 kernels; the same steps, recipe and seeds. Refuted where the other is
     better by more than 0.3 points."""
     options = dict(dims=(32, 64), patch_size=4)
