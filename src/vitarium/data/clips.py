@@ -109,3 +109,11 @@ class VideoFile:
             yield from items
         except av.FFmpegError:
             return
+
+
+def still_of(picture: Any) -> Image.Image:
+    """A picture to show: itself, or the middle frame of a clip."""
+    if hasattr(picture, "convert"):
+        return picture
+    middle = len(picture) // 2
+    return picture.read_frames([middle])[0] if hasattr(picture, "read_frames") else picture[middle]

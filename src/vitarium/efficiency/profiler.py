@@ -127,7 +127,7 @@ def peak_memory(model: nn.Module, image: Tensor) -> int:
 
 
 def example_image(model: nn.Module, image_size: int | tuple[int, int], batch: int = 1) -> Tensor:
-    """A random image (batch, C, H, W), or for a video model a clip (batch, C, T, H, W), with the channels, dtype and device that a model takes; always the same one."""
+    """A random image (batch, C, H, W), or clip (batch, C, T, H, W), of a model's channels, dtype and device; always the same one."""
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     preprocessing = getattr(model, "preprocessing", None)
     channels = preprocessing.channels if preprocessing is not None else getattr(model, "in_chans", 3)

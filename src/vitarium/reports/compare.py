@@ -148,8 +148,10 @@ def finish(comparison: Comparison, images: ImageData) -> None:
 
 
 def _picture(images: ImageData, index: int) -> Image.Image | None:
+    from vitarium.data.clips import still_of
+
     try:
-        return images.val[index][0]
+        return still_of(images.val[index][0])
     except DataError:  # it could be read before; a page without it is still a page
         return None
 
