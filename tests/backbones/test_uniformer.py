@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 
 import vitarium
 from tests.golden import assert_matches_golden, fill_value
-from vitarium.backbones.uniformer import UniFormer, UniFormerDense, UniFormerLight, UniFormerTokenLabel, UniFormerVideo
+from vitarium.backbones.uniformer import UniFormerDense, UniFormerLight, UniFormerVideo
 from vitarium.backbones.uniformer.blocks import DividedBlock, GlobalBlock
 from vitarium.backbones.uniformer.light import EvolvingBlock
-from vitarium.errors import InputError, UsageError
-from vitarium.nn import inflate, inflate_kernel
+from vitarium.efficiency.profiler import count_macs
+from vitarium.nn import inflate
+
+PLAIN = dict(mlp_ratio=2.0, layer_scale=0.0, drop=0.0, drop_path=0.0)
 
 
 def stages_and_logits(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
@@ -72,3 +75,206 @@ def test_parameter_counts(name: str, millions: float):
     with torch.device("meta"):
         model = vitarium.create_model(f"uniformer_{name}", num_classes=classes)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "size", "macs"), [("small", 224, 3.6e9), ("light_xxs", 224, 1.3e9), ("video_small", 224, 41.8e9)])
+def test_macs(name: str, size: int, macs: float):
+    with torch.device("meta"):
+        model = vitarium.create_model(f"uniformer_{name}").eval()
+        assert count_macs(model, size) == pytest.approx(macs, rel=0.06)
+
+
+@pytest.mark.identity
+def test_light_without_pruning_is_plain_attention_with_a_class_token():
+    model: UniFormerLight = filled(vitarium.create_model("uniformer_light_pico", keep_ratio=1.0, num_classes=4))
+    image = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    local, last = model.stages
+    x = last.downsample(local(model.stem(image), model.run_blocks))
+    cls = model.cls_token.expand(2, -1, -1)
+    for block in last.blocks:
+        x = x + block.pos_embed(x)
+        y = torch.cat((cls, x.flatten(2).transpose(1, 2)), 1)
+        y = y + block.attn(block.norm1(y))[0]
+        y = y + block.mlp(block.norm2(y))
+        cls, x = y[:, :1], y[:, 1:].transpose(1, 2).reshape(x.shape)
+    torch.testing.assert_close(model(image), model.head(model.norm(x).mean((2, 3))))
+
+
+@pytest.mark.identity
+@pytest.mark.parametrize("layer_scale", [0.0, 0.5])
+def test_a_pruned_block_token_by_token(layer_scale: float):
+    options = PLAIN | {"layer_scale": layer_scale}
+    block: EvolvingBlock = filled(EvolvingBlock(8, 2, 4, keep_ratio=0.5, **options))
+    x, cls = torch.randn(1, 8, 3, 3, dtype=torch.float64), torch.randn(1, 1, 8, dtype=torch.float64)
+    score = torch.rand(1, 9, dtype=torch.float64)
+    one, two, three = (getattr(block, f"gamma_{i}") if layer_scale else torch.ones(8) for i in (1, 2, 3))
+
+    tokens = (x + block.pos_embed(x)).flatten(2)[0].T
+    kept = score[0].argsort(descending=True)[:4].tolist()
+    rest = [i for i in range(9) if i not in kept]
+    shares = score[0, rest] / score[0, rest].sum()
+    stands_for_rest = (shares[:, None] * tokens[rest]).sum(0, keepdim=True)
+    y = torch.cat((cls[0], tokens[kept], stands_for_rest))[None]
+    a, seen = block.attn(block.norm1(y))
+    y = y + one * a
+    m = block.mlp(block.norm2(y))
+    y = y + two * m
+    expected, new_score = tokens.clone(), score.clone()
+    expected[kept] = y[0, 1:5]
+    expected[rest] = tokens[rest] + three * (a + m)[0, -1]
+    new_score[0, kept] = 0.5 * score[0, kept] + 0.5 * seen[0, :4]
+
+    after, cls_after, score_after = block((x, cls, score))
+    torch.testing.assert_close(after.flatten(2)[0].T, expected)
+    torch.testing.assert_close(cls_after, y[:, :1])
+    torch.testing.assert_close(score_after, new_score)
+
+
+def test_keep_ratio_is_live_and_checked():
+    model = vitarium.create_model("uniformer_light_pico").eval()
+    image = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        half = model(image)
+        model.set_keep_ratio(1.0)
+        assert not torch.allclose(model(image), half)
+    full = count_macs(model, 32)
+    model.set_keep_ratio(0.25)
+    assert count_macs(model, 32) < 0.8 * full
+    with pytest.raises(ValueError, match="keep_ratio"):
+        model.set_keep_ratio(0.0)
+
+
+def test_nothing_that_the_class_token_does_not_see_breaks_a_light_model():
+    """Where attention is so sharp that all other scores vanish, the rest still has a representative."""
+    model = vitarium.create_model("uniformer_light_pico", num_classes=3).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("qkv.weight"):
+                parameter.mul_(1e5)
+        assert torch.isfinite(model(torch.randn(2, 3, 16, 16))).all()
+
+
+def test_light_learns_from_both_heads():
+    model = vitarium.create_model("uniformer_light_pico", num_classes=3).train()
+    logits, of_token = model(torch.randn(2, 3, 16, 16))
+    assert logits.shape == of_token.shape == (2, 3)
+    model.reset_classifier(5)
+    assert [part.shape for part in model(torch.randn(2, 3, 16, 16))] == [(2, 5), (2, 5)]
+
+
+@pytest.mark.identity
+def test_centred_image_weights_see_each_frame_as_an_image():
+    image = filled(vitarium.create_model("uniformer_pico", mixers="LL", num_classes=0))
+    video = vitarium.create_model("uniformer_video_pico", mixers="LL", num_classes=0).double().eval()
+    assert inflate(image, video, "centre") == []
+    clip = torch.randn(1, 3, 6, 16, 16, dtype=torch.float64)
+    maps = video.forward_features(clip)
+    for t in range(3):  # the stem takes every second frame
+        torch.testing.assert_close(maps[:, :, t], image.forward_features(clip[:, :, 2 * t]))
+
+
+@pytest.mark.identity
+def test_averaged_image_weights_on_a_still_clip_give_the_image_away_from_its_ends():
+    image = filled(vitarium.create_model("uniformer_pico", mixers="LL", depths=(1, 1), num_classes=0))
+    video = vitarium.create_model("uniformer_video_pico", mixers="LL", depths=(1, 1), num_classes=0).double().eval()
+    inflate(image, video)
+    still = torch.randn(1, 3, 1, 16, 16, dtype=torch.float64)
+    maps = video.forward_features(still.expand(-1, -1, 40, -1, -1))
+    expected = image.forward_features(still[:, :, 0])
+    torch.testing.assert_close(maps[:, :, 8:12], expected[:, :, None].expand(-1, -1, 4, -1, -1))  # 7 frames to each end are touched
+    assert not torch.allclose(maps[:, :, 0], expected)
+
+
+@pytest.mark.identity
+def test_divided_attention_frame_by_frame():
+    block: DividedBlock = filled(DividedBlock(8, 3, 4, **PLAIN))
+    x = torch.randn(2, 8, 3, 2, 2, dtype=torch.float64)
+    moved = x + block.pos_embed(x)
+    in_time = moved.clone()
+    for row in range(2):
+        for column in range(2):
+            y = moved[:, :, :, row, column].transpose(1, 2)
+            in_time[:, :, :, row, column] = (y + block.t_attn(block.t_norm(y))).transpose(1, 2)
+    for t in range(3):
+        y = in_time[:, :, t].flatten(2).transpose(1, 2)
+        out = moved[:, :, t].flatten(2).transpose(1, 2) + block.attn(block.norm1(y))  # the residual is older than the temporal step
+        out = out + block.mlp(block.norm2(out))
+        torch.testing.assert_close(block(x)[:, :, t].flatten(2).transpose(1, 2), out)
+
+
+def test_divided_attention_begins_without_time():
+    model = vitarium.create_model("uniformer_video_pico", attention="divided", num_classes=3).eval()
+    block = model.stages[1].blocks[0]
+    y = torch.randn(4, 5, 64)
+    assert torch.equal(block.t_attn(block.t_norm(y)), torch.zeros(4, 5, 64))
+    assert block.t_attn.proj.weight.eq(1).all()
+
+
+@pytest.mark.identity
+def test_a_window_over_the_whole_map_is_global_attention():
+    whole, windowed = (filled(GlobalBlock(8, 2, 4, window_size=size, **PLAIN)) for size in (None, 6))
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    torch.testing.assert_close(windowed(x), whole(x))
+
+
+def test_hybrid_attends_globally_in_every_fourth_block():
+    model = vitarium.create_model("uniformer_dense_small_h14")
+    assert [block.window_size for block in model.stages[2].blocks] == [14, 14, 14, None] * 2
+    assert all(block.window_size is None for block in model.stages[3].blocks)
+
+
+@pytest.mark.identity
+def test_token_labels_add_half_of_the_strongest_token():
+    model = filled(vitarium.create_model("uniformer_tl_pico", num_classes=4))
+    features = model.forward_features(torch.randn(2, 3, 16, 16, dtype=torch.float64))
+    tokens = torch.stack([model.aux_head(features[:, :, i, j]) for i in range(4) for j in range(4)], 1)
+    expected = model.head(features.mean((2, 3))) + 0.5 * tokens.max(1).values
+    torch.testing.assert_close(model.forward_head(features), expected)
+    logits, dense = model.forward_dense(features)
+    assert (logits.shape, dense.shape) == ((2, 4), (2, 4, 4, 4))
+
+
+def authors_state(model: nn.Module) -> dict[str, Tensor]:
+    """An image model's state under the authors' names."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        name = re.sub(r"^stem\.", "patch_embed1.", name)
+        name = re.sub(r"^stages\.(\d)\.downsample\.", lambda m: f"patch_embed{int(m[1]) + 1}.", name)
+        name = re.sub(r"^stages\.(\d)\.blocks\.", lambda m: f"blocks{int(m[1]) + 1}.", name)
+        linear = re.search(r"^blocks1\.\d+\.(conv\d|mlp\.fc\d)\.weight", name)
+        state[name] = tensor[..., None, None] if linear else tensor
+    return state
+
+
+def test_an_image_checkpoint_of_the_authors_loads_into_a_video_model(tmp_path: Path):
+    image = vitarium.create_model("uniformer_pico", num_classes=7)
+    path = tmp_path / "uniformer.pth"
+    torch.save({"model": authors_state(image)}, path)
+    assert torch.equal(vitarium.create_model("uniformer_pico", checkpoint=path).stem.proj.weight, image.stem.proj.weight)
+    video = vitarium.create_model("uniformer_video_pico", checkpoint=path, num_classes=3)
+    assert torch.allclose(video.stem.proj.weight.sum(2), image.stem.proj.weight)
+    assert torch.equal(video.stages[1].blocks[1].mlp.fc1.weight, image.stages[1].blocks[1].mlp.fc1.weight)
+
+
+def test_clips_are_described_by_the_variant_and_may_be_longer():
+    pre = vitarium.create_model("uniformer_video_pico", frames=4, stride=3).preprocessing
+    assert (pre.frames, pre.stride) == (4, 3)
+    with pytest.raises(ValueError, match="no argument 'frames'"):
+        vitarium.create_model("uniformer_pico", frames=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("uniformer_pico", {"depths": (1, 1, 1)}, "one value|need one value"),
+        ("uniformer_pico", {"mixers": "LX"}, "mixers"),
+        ("uniformer_pico", {"head_dim": 48}, "head_dim"),
+        ("uniformer_pico", {"attention": "linear"}, "attention"),
+        ("uniformer_light_pico", {"mixers": "GL"}, "local stages first"),
+        ("uniformer_light_pico", {"keep_ratio": 2.0}, "keep_ratio"),
+        ("uniformer_video_pico", {"attention": "window"}, "joint"),
+    ],
+)
+def test_refuses(name: str, options: dict, words: str):
+    with pytest.raises(ValueError, match=words):
+        vitarium.create_model(name, **options)
