@@ -133,8 +133,8 @@ class AttentionView:
         return q, k, v
 
     def _joint(self, layer: nn.Module, x: Tensor) -> Tensor:
-        biases = [b for name in self.layout.biases if (b := self.part(name)) is not None]
-        if not biases:
+        biases = [self.part(name) for name in self.layout.biases]
+        if not biases or biases[0] is None:
             return layer(x)
         bias = torch.cat(biases)
         return F.linear(x, layer.weight, bias) if type(layer) is nn.Linear else layer(x) + bias

@@ -124,8 +124,8 @@ class SitedBlock(nn.Module):
         state = carried(x)
         if state is None:
             raise InputError(
-                f"{self.name} got tokens whose history was lost on the way: gradient checkpointing, a hook or code between the blocks "
-                "makes new tensors of them; switch that off, or undo the method"
+                f"{self.name} got tokens whose history was lost on the way: a hook, or code between the blocks, makes new tensors of them; "
+                "switch that off, or undo the method"
             )
         return dataclasses.replace(state, x=x)
 
