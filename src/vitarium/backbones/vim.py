@@ -31,9 +31,8 @@ from torch.nn import functional as F
 from vitarium.catalog import family, rename
 from vitarium.nn import DropPath, EvalCache, Linear, PatchEmbed, TokenBackbone, drop_path_rates, resize_position_table
 from vitarium.nn.backbone import init_head
-from vitarium.ops.causal_conv import causal_conv
 from vitarium.ops.linear import linear
-from vitarium.ops.scan import IMPLEMENTATIONS, selective_scan
+from vitarium.ops.scan import IMPLEMENTATIONS, causal_conv_silu, selective_scan
 
 DIRECTIONS = ("forward", "backward")
 PLACES = ("middle", "first", "none")
@@ -56,6 +55,7 @@ class ScanDirection(nn.Module):
         self.reverse = direction == "backward"
         self.scan = scan
         self.sizes = [dt_rank, d_state, d_state]
+        self.cache = EvalCache()
         self.conv1d = nn.Conv1d(dim, dim, d_conv, groups=dim)
         self.x_proj = Linear(dim, sum(self.sizes), bias=False)
         self.dt_proj = nn.Linear(dt_rank, dim)
@@ -67,13 +67,19 @@ class ScanDirection(nn.Module):
             self.dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
 
     def forward(self, u: Tensor) -> Tensor:
-        v = F.silu(causal_conv(u, self.conv1d.weight[:, 0], self.conv1d.bias, reverse=self.reverse))
+        assert self.conv1d.bias is not None
+        v = causal_conv_silu(u, self.conv1d.weight[:, 0], self.conv1d.bias, reverse=self.reverse)
         dt, b, c = self.x_proj(v).split(self.sizes, -1)
         delta = linear(dt, self.dt_proj.weight)
-        exact = torch.float64 if self.A_log.dtype is torch.float64 else torch.float32
-        rate, bias = -torch.exp(self.A_log.to(exact)), self.dt_proj.bias
+        rate = self.cache.get(self, "rate", self.A_log, self.rate)
+        bias = self.dt_proj.bias
         y, _ = selective_scan(v, delta, rate, b, c, self.D, bias=bias, softplus=True, reverse=self.reverse, implementation=self.scan)
         return y
+
+    def rate(self) -> Tensor:
+        """A, (E, N): at which each state forgets; in float32 at least."""
+        exact = torch.float64 if self.A_log.dtype is torch.float64 else torch.float32
+        return -torch.exp(self.A_log.to(exact))
 
     def extra_repr(self) -> str:
         return f"direction={'backward' if self.reverse else 'forward'}, scan={self.scan}"
@@ -236,13 +242,14 @@ class Vim(TokenBackbone):
         self._init_weights(depth)
 
     def _init_weights(self, depth: int) -> None:
-        for block in self.blocks:
-            nn.init.kaiming_uniform_(block.mixer.out_proj.weight, a=math.sqrt(5))
-            with torch.no_grad():
-                block.mixer.out_proj.weight.div_(math.sqrt(depth))
+        for part in self.modules():
+            if isinstance(part, VimMixer):
+                with torch.no_grad():
+                    part.out_proj.weight.div_(math.sqrt(depth))
         conv = self.patch_embed.proj
         nn.init.trunc_normal_(conv.weight, std=conv.weight[0].numel() ** -0.5)
-        nn.init.zeros_(conv.bias)
+        if conv.bias is not None:
+            nn.init.zeros_(conv.bias)
         for parameter in (self.cls_token, self.pos_embed):
             if parameter is not None:
                 nn.init.trunc_normal_(parameter, std=0.02)

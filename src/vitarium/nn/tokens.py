@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vitarium.nn.backbone import POOLS, Backbone, Stage
+from vitarium.nn.patch_embed import PatchEmbed
 
 
 class TokenBackbone(Backbone):
@@ -26,6 +27,8 @@ class TokenBackbone(Backbone):
     """
 
     pools = ("token", *POOLS)
+    patch_embed: PatchEmbed
+    blocks: nn.ModuleList
 
     def __init__(self, *, dim: int, depth: int, stride: int, **options: Any):
         super().__init__(stages=[Stage(dim, stride)] * depth, **options)
@@ -64,6 +67,5 @@ class TokenBackbone(Backbone):
         self, indices: int | Sequence[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         chosen = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        if isinstance(self.blocks, nn.ModuleList):
-            self.blocks = self.blocks[: max(chosen) + 1]
+        self.blocks = self.blocks[: max(chosen) + 1]
         return chosen

@@ -22,7 +22,7 @@ from numba import njit, types
 from numba.extending import overload
 from torch import Tensor
 
-OPTIONS: dict[str, Any] = dict(
+OPTIONS: Any = dict(
     fastmath={"reassoc", "contract", "nsz", "arcp"},  # sums in any order, fused multiply-adds; infinities and NaN keep their meaning
     error_model="numpy",  # a division that may raise is no vector instruction
 )
@@ -199,11 +199,38 @@ def _backward(
                 )  # fmt: skip
 
 
+@njit(nogil=True, cache=True, **OPTIONS)
+def _causal_conv_silu(x, taps, bias, y, reverse, first, last, low, high):
+    """Images first..last, channels low..high of y; taps are (K, D), the last one the token's own."""
+    length, count, width = x.shape[1], taps.shape[0], high - low
+    total = np.empty(width, x.dtype)
+    for i in range(first, last):
+        for t in range(length):
+            total[:] = bias[low:high]
+            for k in range(count):
+                source = t + (count - 1 - k) if reverse else t - (count - 1 - k)
+                if 0 <= source < length:
+                    _add_product(x[i, source, low:high], taps[k, low:high], total)
+            _silu(total, y[i, t, low:high])
+
+
+@njit(**OPTIONS)
+def _add_product(x, weight, total):
+    for d in range(len(total)):
+        total[d] += x[d] * weight[d]
+
+
+@njit(**OPTIONS)
+def _silu(x, y):
+    for d in range(len(x)):
+        y[d] = x[d] / (_ONE + _exp(-x[d]))
+
+
 def forward(
     x: Tensor, raw: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor, bias: Tensor, softplus: bool, reverse: bool, every: int
 ) -> tuple[Tensor, Tensor]:
     """See `dispatch.selective_scan`; a is (D, N). Returns y, (I, L, D), and the kept states, (I, ceil(L / every), N, D)."""
-    y = torch.empty_like(x)
+    y = x.new_empty(x.shape)  # contiguous whatever x is: the kernels must not fill a copy
     states = x.new_empty(x.shape[0], -(-x.shape[1] // every), a.shape[1], a.shape[0])
     arrays = _arrays(x, raw, a.T, b, c, skip, bias, y, states)
     _run(x, lambda _, *piece: _forward(*arrays, every, softplus, reverse, *piece))
@@ -216,13 +243,21 @@ def backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients to x, raw, a, b, c, skip and bias from that to y."""
     pieces = len(_pieces(x))
-    grad_x, grad_raw = torch.empty_like(x), torch.empty_like(x)
+    grad_x, grad_raw = x.new_empty(x.shape), x.new_empty(x.shape)
     shared = [v.new_zeros(pieces, *v.shape) for v in (a.T, b, c, skip, bias)]  # each thread adds to its own
     arrays = _arrays(grad, x, raw, a.T, b, c, skip, bias, states)
     own = [grad_x.numpy(), grad_raw.numpy()]
     _run(x, lambda p, *piece: _backward(*arrays, every, softplus, reverse, *own, *(v[p].numpy() for v in shared), *piece))
     grad_a, grad_b, grad_c, grad_skip, grad_bias = (v[0] if pieces == 1 else v.sum(0) for v in shared)
     return grad_x, grad_raw, grad_a.T.contiguous(), grad_b, grad_c, grad_skip, grad_bias
+
+
+def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
+    """See `causal_conv.causal_conv_silu`."""
+    y = torch.empty(x.shape, dtype=x.dtype)
+    arrays = _arrays(x, weight.T, bias, y)
+    _run(x, lambda _, *piece: _causal_conv_silu(*arrays, reverse, *piece))
+    return y
 
 
 def _arrays(*tensors: Tensor) -> list[np.ndarray]:

@@ -83,7 +83,7 @@ def selective_scan(
     tensors = (values[0], values[1], a, *values[2:], skip, bias)
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     every = _spacing(a.shape[1]) if wanted else max(1, x.shape[1])
-    run = _forward if in_plain_inference(*tensors) else _operator
+    run: Any = _forward if in_plain_inference(*tensors) else _operator
     y, states = run(*tensors, softplus, reverse, every, name)
     state = states[:, -1].transpose(1, 2) if x.shape[1] else states.new_zeros(x.shape[0], *a.shape)
     return y.to(x.dtype), state.detach()
@@ -103,14 +103,14 @@ def choose(device: str, implementation: str = "auto") -> str:
         )
     if implementation == "auto":
         wanted = {"cpu": "numba", "cuda": "triton", "xpu": "triton"}.get(device, "loop")
-        return wanted if wanted == "loop" or _kernels(wanted) is not None else "loop"
-    if implementation != "loop" and _kernels(implementation) is None:
+        return wanted if wanted == "loop" or kernels(wanted) is not None else "loop"
+    if implementation != "loop" and kernels(implementation) is None:
         require(implementation, "fast")
     return implementation
 
 
 @functools.cache
-def _kernels(name: str) -> ModuleType | None:
+def kernels(name: str) -> ModuleType | None:
     """The module of compiled kernels, or None where what compiles them is missing or does not fit this Python."""
     try:
         if name == "numba":
@@ -166,11 +166,11 @@ def _forward(
     if not x.numel():
         return torch.empty_like(x), _no_states(x, a, every)
     with torch.autocast(x.device.type, enabled=False):
-        kernels = None if implementation == "loop" else _kernels(implementation)
-        if kernels is not None:
-            return kernels.forward(x, delta, a, b, c, skip, bias, softplus, reverse, every)
+        fast = None if implementation == "loop" else kernels(implementation)
+        if fast is not None:
+            return fast.forward(x, delta, a, b, c, skip, bias, softplus, reverse, every)
         _, inputs = _loop_inputs(x, delta, b, c, bias, softplus, reverse)
-        y, states = loop_forward(*inputs[:2], a, *inputs[2:], every)
+        y, states = loop_forward(inputs[0], inputs[1], a, inputs[2], inputs[3], every)
         return (y.flip(1) if reverse else y).addcmul_(x, skip), states
 
 
@@ -183,11 +183,12 @@ def _backward(
         zeros = [torch.zeros_like(v) for v in (x, delta, a, b, c, skip, bias)]
         return zeros[0], zeros[1], zeros[2], zeros[3], zeros[4], zeros[5], zeros[6]
     with torch.autocast(x.device.type, enabled=False):
-        kernels = None if implementation == "loop" else _kernels(implementation)
-        if kernels is not None:
-            return kernels.backward(grad, x, delta, a, b, c, skip, bias, states, softplus, reverse, every)
+        fast = None if implementation == "loop" else kernels(implementation)
+        if fast is not None:
+            return fast.backward(grad, x, delta, a, b, c, skip, bias, states, softplus, reverse, every)
         step, inputs = _loop_inputs(x, delta, b, c, bias, softplus, reverse)
-        found = loop_backward(grad.flip(1) if reverse else grad, *inputs[:2], a, *inputs[2:], states, every)
+        flipped = grad.flip(1) if reverse else grad
+        found = loop_backward(flipped, inputs[0], inputs[1], a, inputs[2], inputs[3], states, every)
         grad_x, grad_delta, grad_b, grad_c = (v.flip(1) if reverse else v for v in (found[0], found[1], found[3], found[4]))
         if softplus:
             grad_delta = grad_delta * torch.sigmoid(step)
