@@ -277,8 +277,11 @@ class Loader:
             except StopIteration:
                 return
             except RuntimeError as error:  # the reader itself never raises in a worker: one was killed, or hangs
+                message = self._post_mortem(batches, error)
+                for process in getattr(batches, "_workers", []):
+                    process.kill()  # one that hangs would hold up the end
                 self.close()
-                raise DataError(self._post_mortem(batches, error)) from error
+                raise DataError(message) from error
 
     def _post_mortem(self, batches: Any, error: RuntimeError) -> str:
         processes = getattr(batches, "_workers", [])

@@ -94,8 +94,9 @@ def fit(
     fabric = create_fabric(devices, num_nodes, strategy, accelerator, recipe.precision)
     if spawns(fabric):
         with lock_folder(folder):
-            run_in_processes(fabric, _fit_here, (learner, data, recipe, folder), progress)
-            return _result_of(folder, learner, data, recipe, fabric.world_size)
+            if not (folder / LAST).exists() or not load_run(folder / LAST)[0].finished:
+                run_in_processes(fabric, _fit_here, (learner, data, recipe, folder), progress)
+            return _result_of(fabric.world_size, learner, data, recipe, folder)
     fabric.launch()
     with lock_folder(folder) if fabric.is_global_zero else contextlib.nullcontext():
         return _fit_here(fabric, learner, data, recipe, folder, progress)
@@ -116,10 +117,17 @@ def _fit_here(
 
 
 def _prepare(
-    fabric: Fabric, learner: Learner, data: ImageData, recipe: Recipe, folder: Path, progress: Callable[[Progress], None] | None
+    fabric: Fabric,
+    learner: Learner,
+    data: ImageData,
+    recipe: Recipe,
+    folder: Path,
+    progress: Callable[[Progress], None] | None,
+    *,
+    processes: int | None = None,
 ) -> tuple[Run, dict[str, Any] | None]:
     """A run from its beginning or from its checkpoint, and the checkpoint's tensors."""
-    identity = identity_of(recipe, data, learner, fabric.world_size)
+    identity = identity_of(recipe, data, learner, processes or fabric.world_size)
     state, tensors = RunState(identity, total_steps=0), None
     if (folder / LAST).exists():
         state, tensors = load_run(folder / LAST)
@@ -227,10 +235,9 @@ def _finish(run: Run) -> FitResult:
     return FitResult(metrics, state.history, state.step, state.seconds, [tuple(pair) for pair in state.bad_files], state.skipped)  # type: ignore[misc]
 
 
-def _result_of(folder: Path, learner: Learner, data: ImageData, recipe: Recipe, processes: int) -> FitResult:
+def _result_of(processes: int, learner: Learner, data: ImageData, recipe: Recipe, folder: Path) -> FitResult:
     """The result of a run that other processes have finished."""
-    fabric = Fabric(accelerator="cpu", devices=1)
-    run, tensors = _prepare(fabric, learner, data, recipe, folder, None)
+    run, tensors = _prepare(Fabric(accelerator="cpu", devices=1), learner, data, recipe, folder, None, processes=processes)
     run.restore(tensors or {})
     return _finish(run)
 

@@ -122,8 +122,8 @@ def create_optimizer(learner: nn.Module, settings: Optimizer) -> torch.optim.Opt
     groups = parameter_groups(learner, settings)
     try:
         optimizer = create_optimizer_v2(groups, settings.name, lr=settings.lr, weight_decay=settings.weight_decay, **given)
-    except TypeError as error:
-        raise UsageError(f"optimizer {settings.name!r} refuses its settings: {error}; leave out betas, eps or momentum") from error
+    except (TypeError, ValueError, IndexError, AssertionError, ImportError) as error:  # each optimizer has its own way
+        raise UsageError(f"optimizer {settings.name!r} refuses its settings: {error} (try without betas, eps, momentum)") from error
     for group in optimizer.param_groups:
         group.setdefault("lr_scale", 1.0)
     return optimizer
@@ -160,10 +160,8 @@ class Average:
         statistics = {id(b) for norm, _ in norms for b in norm.buffers(recurse=False) if b.is_floating_point()}
         pairs += [(a, b) for a, b in buffers if id(a) in statistics]
         self._copied = [(a, b) for a, b in buffers if id(a) not in statistics]
-        self._averages, self._sources = (
-            [a for a, _ in pairs],
-            [b for _, b in pairs],
-        )  # listed once: walking a model costs more than the update
+        # listed once, because walking a model costs more than the update
+        self._averages, self._sources = [a for a, _ in pairs], [b for _, b in pairs]
 
     @torch.no_grad()
     def update(self, step: int) -> None:

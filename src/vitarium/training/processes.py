@@ -7,6 +7,7 @@ takes their rank and address from the environment. FSDP runs the command again f
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import pickle
@@ -22,6 +23,8 @@ from lightning_fabric.plugins.environments import MPIEnvironment, SLURMEnvironme
 
 from vitarium import errors
 from vitarium.errors import TrainingStopped, UsageError, VitariumError
+
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces every process, before any code of ours runs there
 
 LOST = ("connection closed", "connection reset", "connection refused", "nccl", "gloo", "broken pipe", "timed out", "process group")
 """Words by which a RuntimeError of torch.distributed tells that another process is gone."""
@@ -64,6 +67,12 @@ def run_in_processes(fabric: Fabric, work: Callable[..., Any], arguments: tuple[
         TrainingStopped: one of them was killed.
         KeyboardInterrupt: they were asked to stop, and have saved.
     """
+    try:
+        task = pickle.dumps((work, arguments))
+    except Exception as error:  # whatever an object's own pickling raises
+        raise UsageError(
+            f"the learner or the data cannot be sent to other processes ({error}); start the processes with torchrun instead"
+        ) from error
     channel = torch.multiprocessing.get_context("spawn").SimpleQueue()
     endings: list[tuple[str, str]] = []
 
@@ -81,11 +90,7 @@ def run_in_processes(fabric: Fabric, work: Callable[..., Any], arguments: tuple[
     failure: Exception | None = None
     with _ForwardedSignals():
         try:
-            fabric.launch(_work_in_child, work, arguments, channel, progress is not None)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise UsageError(
-                f"the learner or the data cannot be sent to other processes ({error}); start the processes with torchrun instead"
-            ) from error
+            fabric.launch(_work_in_child, task, channel, progress is not None)
         except (torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException) as error:
             failure = error
         finally:
@@ -105,7 +110,8 @@ def run_in_processes(fabric: Fabric, work: Callable[..., Any], arguments: tuple[
 
 def _work_in_child(fabric: Fabric, *given: Any) -> None:
     """In a spawned process: do the work, and send how it ended. Leaves with an exit code, so that the parent ends the other processes."""
-    work, arguments, channel, wants_progress = given
+    task, channel, wants_progress = given
+    work, arguments = pickle.loads(task)
     report = (lambda progress: channel.put(("progress", progress))) if wants_progress else None
     try:
         work(fabric, *arguments, report)

@@ -94,7 +94,7 @@ class Optimizer(Section):
     reference_batch: Count | None = None
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None = None
+    betas: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=2, max_length=3)] | None = None
     eps: Positive | None = None
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
 

@@ -131,7 +131,7 @@ class Run:
             between=self.stop_if_asked,
         )
         numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
-        means = {f"train_{name}": value for name, value in self.meters["evaluation"].means().items()}
+        means = {f"train_{name}": value for name, value in self.means("evaluation").items()}
         lr = self.rates.at(max(0, state.step - 1)) if self.rates else 0.0
         state.history.append({"step": state.step, "epoch": self.epoch, "seconds": state.seconds, "lr": lr, **means, **numbers})
         state.evaluated = state.step
@@ -141,6 +141,14 @@ class Run:
         if self.logs:
             self.logs.evaluation(state.history)
         self.tell(None)
+
+    def means(self, meters: str) -> dict[str, float]:
+        """The means of logged scalars over all processes, beginning anew."""
+        means = self.meters[meters].means()
+        if self.fabric.world_size > 1:
+            together: Any = self.fabric.all_reduce(torch.tensor(list(means.values()), device=self.fabric.device), reduce_op="mean")
+            means = dict(zip(means, together.tolist(), strict=True))
+        return means
 
     # ---- saving and stopping
 
@@ -226,10 +234,10 @@ class Run:
 
     def write_line(self, norm: Tensor) -> None:
         """A line of log.csv: means since the line before, the last step's rate and gradient norm."""
+        state = self.state
+        means = self.means("line")
         if not self.logs:
             return
-        state = self.state
-        means = self.meters["line"].means()
         lr = self.rates.at(state.step - 1) if self.rates else 0.0
         speed = state.step * self.images_per_step / state.seconds if state.seconds else 0.0
         numbers = {"lr": lr, "grad_norm": float(norm), "skipped": state.skipped, "seconds": state.seconds, "images_per_second": speed}

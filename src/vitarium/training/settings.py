@@ -43,8 +43,10 @@ def parse_yaml(text: str, source: str) -> Any:
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UsageError(f"{source} is not plain YAML{where}: {problem}") from error
-    except (RecursionError, ValueError) as error:  # ValueError: a date that does not exist, and the like
-        raise UsageError(f"{source} is not plain YAML: {str(error) or 'nested too deeply'}") from error
+    except RecursionError as error:
+        raise UsageError(f"{source} is not plain YAML: nested too deeply") from error
+    except ValueError as error:  # a date that does not exist, and the like
+        raise UsageError(f"{source} is not plain YAML: {error}") from error
 
 
 class _PlainLoader(yaml.SafeLoader):

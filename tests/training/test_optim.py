@@ -1,0 +1,176 @@
+"""Rates, groups, clipping and averages against their formulas, the authors' numbers and timm's."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import vitarium
+from torch import nn
+from vitarium.errors import UsageError
+from vitarium.training.optim import Average, Rates, clip_gradients, cosine, create_optimizer, layer_scales, parameter_groups
+from vitarium.training.recipe import Clip, Ema, Optimizer, Schedule
+
+from tests.golden import FOLDER, fill_value, make_input, read_golden
+from tests.training.tiny import tiny_net
+
+GOLDEN = "training_base-schedules"
+
+
+def golden(key: str) -> torch.Tensor:
+    with np.load(FOLDER / f"{GOLDEN}.npz") as arrays:
+        return torch.from_numpy(arrays[key])
+
+
+def inputs(name: str) -> torch.Tensor:
+    return make_input(name, read_golden(GOLDEN)["inputs"][name])
+
+
+def close(a: torch.Tensor, b: torch.Tensor, rtol: float = 1e-12) -> None:
+    torch.testing.assert_close(a.reshape(-1), b, rtol=rtol, atol=1e-15)
+
+
+def test_mae_schedule_equals_the_authors():
+    c = read_golden(GOLDEN)["config"]
+    epochs = np.linspace(0, c["epochs"], 41)
+    ours = [cosine(e, base=c["lr"], final=c["min_lr"], total=c["epochs"], warmup=c["warmup_epochs"]) for e in epochs]
+    close(torch.tensor(ours, dtype=torch.float64), golden("mae_lr"))
+    close(0.5 * torch.tensor(ours, dtype=torch.float64), golden("mae_lr_scaled"))
+
+
+def test_dino_schedule_equals_the_authors():
+    c = read_golden(GOLDEN)["config"]
+    total, warmup = 7 * c["epochs"], 7 * c["warmup_epochs"]
+    ours = [cosine(i, base=c["lr"], final=c["min_lr"], total=total, warmup=warmup, inclusive=True) for i in range(total)]
+    close(torch.tensor(ours, dtype=torch.float64), golden("dino_cosine"))
+
+
+def test_lars_equals_the_authors():
+    c = read_golden(GOLDEN)["config"]
+    module = nn.Module()
+    module.w = nn.Parameter(torch.zeros(*c["shape"], dtype=torch.float64))
+    module.b = nn.Parameter(torch.zeros(c["shape"][0], dtype=torch.float64))
+    for name, parameter in module.named_parameters():
+        parameter.data = fill_value(name, parameter.data)
+    optimizer = create_optimizer(module, Optimizer(name="lars", lr=0.3, momentum=0.9, weight_decay=c["wd"], eps=1e-20))
+    for step in range(c["steps"]):
+        module.w.grad, module.b.grad = inputs(f"gw{step}"), inputs(f"gb{step}")
+        optimizer.step()
+    close(module.w.data, golden("lars_w"))
+    close(module.b.data, golden("lars_b"))
+
+
+def test_clipping_each_tensor_equals_dinos():
+    w, b = nn.Parameter(torch.zeros(8, 6, dtype=torch.float64)), nn.Parameter(torch.zeros(8, dtype=torch.float64))
+    w.grad, b.grad = 50 * inputs("gw0"), inputs("gb0")
+    total = clip_gradients([w, b], Clip(tensor_norm=3))
+    close(w.grad, golden("clip_w"))
+    close(b.grad, golden("clip_b"))
+    assert total.item() == pytest.approx(math.hypot((50 * inputs("gw0")).norm().item(), inputs("gb0").norm().item()))
+
+
+@pytest.mark.parametrize("clip", [Clip(), Clip(norm=0.5), Clip(value=0.1)])
+def test_clipping_equals_torchs(clip):
+    ours, theirs = tiny_net(), tiny_net()
+    for net in (ours, theirs):
+        for k, p in enumerate(net.parameters()):
+            p.grad = torch.linspace(-1, k + 1, p.numel()).reshape(p.shape)
+    clip_gradients(ours.parameters(), clip)
+    if clip.norm:
+        nn.utils.clip_grad_norm_(theirs.parameters(), clip.norm)
+    if clip.value:
+        nn.utils.clip_grad_value_(theirs.parameters(), clip.value)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_a_gradient_that_is_not_finite_shows_in_the_norm():
+    net = tiny_net()
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    net.head.bias.grad[0] = math.nan
+    assert not math.isfinite(clip_gradients(net.parameters(), Clip(norm=1)).item())
+
+
+def test_rates_scale_with_the_batch_and_follow_the_formula():
+    schedule = Schedule(warmup="2 epochs", warmup_lr=1e-4, min_lr=1e-3)
+    rates = Rates(schedule, Optimizer(lr=0.1, reference_batch=256), total_steps=100, steps_per_epoch=10, total_batch=128)
+    assert [rates.at(0), rates.at(20), rates.at(100)] == pytest.approx([5e-5, 0.05, 5e-4], rel=1e-12)
+    for step in range(100):
+        low, high, start = 5e-4, 0.05, 5e-5
+        expected = start + (high - start) * step / 20 if step < 20 else low + (high - low) * (1 + math.cos(math.pi * (step - 20) / 80)) / 2
+        assert abs(rates.at(step) - expected) < 1e-12
+    constant = Rates(Schedule(name="constant", warmup=0), Optimizer(lr=0.1), total_steps=5, steps_per_epoch=5, total_batch=1)
+    assert {constant.at(step) for step in range(6)} == {0.1}
+
+
+def test_layer_decay_has_the_published_scales_on_a_plain_vit():
+    vit = vitarium.create_model("timm/vit_pico", num_classes=4, depth=12)
+    scales = layer_scales(vit, 0.75)
+    assert scales["pos_embed"] == pytest.approx(0.02376, abs=5e-6)
+    expected = [0.75 ** (13 - layer) for layer in range(1, 13)]
+    assert [scales[f"blocks.{i}.mlp.fc1.weight"] for i in range(12)] == pytest.approx(expected, rel=1e-12)
+    assert (scales["head.weight"], scales["norm.weight"]) == (1.0, 0.75)
+
+
+def test_layer_decay_takes_a_models_own_numbers_even_with_gaps():
+    scales = layer_scales(vitarium.create_model("convnext_pico", num_classes=4), 0.8)
+    assert max(scales.values()) == scales["head.weight"] == 1.0
+    assert min(scales.values()) == pytest.approx(0.8**13)
+
+
+def test_layer_decay_needs_layers():
+    with pytest.raises(UsageError, match="does not say its layers"):
+        layer_scales(tiny_net(), 0.5)
+
+
+def test_groups_hold_each_parameter_once_and_spare_what_takes_no_decay():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = vitarium.create_model("timm/vit_pico", num_classes=4)
+            self.projector = nn.Linear(4, 4)
+
+    learner = Both()
+    groups = parameter_groups(learner, Optimizer(lr=1, weight_decay=0.1, layer_decay=0.5))
+    members = [p for group in groups for p in group["params"]]
+    assert len(members) == len(set(map(id, members))) == len(list(learner.parameters()))
+    where = {id(p): group for group in groups for p in group["params"]}
+    group = {name: where[id(p)] for name, p in learner.named_parameters()}
+    assert group["model.pos_embed"]["weight_decay"] == group["model.norm.weight"]["weight_decay"] == group["projector.bias"]["weight_decay"] == 0
+    assert group["model.blocks.0.attn.qkv.weight"]["weight_decay"] == 0.1
+    assert group["projector.weight"]["lr_scale"] == 1.0 > group["model.blocks.0.attn.qkv.weight"]["lr_scale"]
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion", "muon", "adan"])
+def test_optimizers_by_name_take_a_step(name):
+    net = tiny_net()
+    optimizer = create_optimizer(net, Optimizer(name=name, lr=1e-2))
+    before = net.head.weight.detach().clone()
+    net(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(before, net.head.weight)
+
+
+def test_an_optimizer_that_lacks_an_option_says_so():
+    with pytest.raises(UsageError, match="'adan' refuses its settings"):
+        create_optimizer(tiny_net(), Optimizer(name="adan", lr=1, betas=(0.9, 0.9)))  # it has three
+
+
+@pytest.mark.parametrize(("warmup", "norm"), [(False, False), (True, True)])
+def test_the_average_equals_timms(warmup, norm):
+    from timm.utils import ModelEmaV3
+
+    net = tiny_net(norm=norm)
+    ours, theirs = Average(net, Ema(decay=0.9, warmup=warmup)), ModelEmaV3(net, decay=0.9, use_warmup=warmup)
+    for step in range(1, 6):
+        with torch.no_grad():
+            for p in net.parameters():
+                p.add_(torch.randn_like(p))
+        net(torch.randn(4, 3, 8, 8))
+        ours.update(step)
+        theirs.update(net, step + 1)  # timm counts from one step earlier, and copies at its first
+    for a, b in zip(ours.module.state_dict().values(), theirs.module.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b)

@@ -1,0 +1,171 @@
+"""Recipes: the house's are runnable, and whatever a person writes gives a recipe or an error that helps."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import yaml
+from vitarium.catalog import find_model
+from vitarium.errors import UsageError
+from vitarium.training import Recipe, list_recipes, load_recipe
+from vitarium.training.settings import check, override, parse_yaml
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_each_recipe_of_the_house_is_valid_and_its_model_takes_its_arguments(name):
+    import inspect
+
+    recipe = load_recipe(name)
+    assert recipe.model is not None
+    if recipe.model.startswith("timm/"):
+        import timm
+        from vitarium.catalog.foreign import TIMM_PICO
+
+        assert timm.is_model(recipe.model[5:]) or recipe.model[5:] in TIMM_PICO
+    else:
+        family, _ = find_model(recipe.model.partition(".")[0])
+        assert set(recipe.model_arguments) <= set(inspect.signature(family.cls).parameters)
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_each_recipe_tells_its_command_in_its_header(name):
+    from importlib import resources
+
+    header = resources.files("vitarium.training").joinpath("recipes", f"{name}.yaml").read_text().split("\nmodel:")[0]
+    assert f"vitarium train {name}" in header.replace("$(which vitarium)", "vitarium") and "%" in header
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("optimizer.lrr=1", r"optimizer.lrr is not a setting; did you mean lr\? \(accepted: name, lr, "),
+        ("batchsize=3", r"batchsize is not a setting; did you mean batch_size"),
+        ("augment.flop=1", r"augment.flop is not a setting; did you mean flip"),
+        ("ema={deca: 0.9}", r"ema.deca is not a setting; did you mean decay"),
+        ("optimizer.lr=-1", r"optimizer.lr: input should be greater than 0, got -1"),
+        ("optimizer.lr=.nan", r"optimizer.lr: input should be a finite number"),
+        ("optimizer.name=adamww", r"timm has no such optimizer; did you mean adamw"),
+        ("budget={steps: 3, epochs: 1}", r"give exactly one of steps, epochs, minutes \(given: steps, epochs\)"),
+        ("budget={}", r"given: none"),
+        ("clip={norm: 1, value: 1}", r"at most one of norm, tensor_norm, value"),
+        ("schedule.warmup=7", r"a share of the training from 0 to 1, 'N epochs' or 'N steps', got 7"),
+        ("precision=16", r"'32-true', 'bf16-mixed' or '64-true', got 16"),
+        ("version=2", r"version: input should be 1, got 2"),
+        ("optimizer", r"has the form KEY=VALUE"),
+        ("a..b=1", r"has the form KEY=VALUE"),
+        ("seed={a: &x 1, b: *x}", r"anchors and aliases are not accepted"),
+        ("seed={a: 1, a: 2}", r"'a' is given twice"),
+        ("seed=!!python/object:os.system {}", r"not plain YAML"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_what_is_accepted(assignment, message):
+    with pytest.raises(UsageError, match=message):
+        load_recipe("pico", [assignment])
+
+
+def test_overrides_reach_nested_settings_and_replace_the_budget():
+    recipe = load_recipe("deit", ["optimizer.lr=1e-4", "budget.minutes=2", "schedule.warmup=100 steps", "ema.decay=0.5"])
+    assert (recipe.optimizer.lr, recipe.optimizer.weight_decay, recipe.budget.minutes, recipe.budget.epochs) == (1e-4, 0.05, 2, None)
+    assert recipe.schedule.warmup.steps(1000, 10) == 100
+    assert recipe.ema is not None and recipe.ema.decay == 0.5
+
+
+@pytest.mark.parametrize(("text", "steps"), [("0.05", 50), ("5%", 50), ("5 epochs", 500), ("1 epoch", 100), ("20 steps", 20), ("2e-2", 20)])
+def test_stretches(text, steps):
+    assert load_recipe("pico", [f"eval_every={text}"]).eval_every.steps(1000, 100) == steps
+
+
+def test_an_unknown_recipe_and_an_unreadable_file(tmp_path):
+    with pytest.raises(UsageError, match=r"no recipe 'pikko'.*there are: .*pico"):
+        load_recipe("pikko")
+    with pytest.raises(UsageError, match="cannot read"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "big.yaml").write_text("# " + "x" * 70_000)
+    with pytest.raises(UsageError, match="at most 65,536"):
+        load_recipe(tmp_path / "big.yaml")
+    (tmp_path / "binary.yaml").write_bytes(bytes(range(256)))
+    with pytest.raises(UsageError, match="cannot read"):
+        load_recipe(tmp_path / "binary.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
+    with pytest.raises(UsageError, match="must be a table of settings"):
+        load_recipe(tmp_path / "list.yaml", ["seed=1"])
+
+
+def test_a_billion_laughs_are_refused():
+    bomb = "a: &a [x, x]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(20))
+    with pytest.raises(UsageError, match="anchors"):
+        parse_yaml(bomb, "bomb")
+    with pytest.raises(UsageError, match="nested too deeply"):
+        parse_yaml("[" * 2_000, "tower")
+
+
+def test_the_identity_leaves_out_what_does_not_change_the_outcome():
+    recipe = load_recipe("pico")
+    assert recipe.digest() == load_recipe("pico", ["log_every=3", "checkpoint_minutes=1", "num_workers=2"]).digest()
+    assert recipe.digest() != load_recipe("pico", ["seed=1"]).digest()
+
+
+ODD = [None, True, -1, 0, 1e308, float("nan"), float("inf"), "", "x", "1e-3", "5 epochs", [], [1, 2], {}, {"a": 1}, {1: 2}, 10**30, b"x", "\0", "🦖"]
+
+
+def _mutate(values: dict, rng: random.Random) -> dict:
+    """One to three changes anywhere: a value replaced, a key misspelt, removed or added, a section nested into itself."""
+    values = copy.deepcopy(values)
+    for _ in range(rng.randint(1, 3)):
+        here: dict = values
+        while True:
+            inner = [v for v in here.values() if isinstance(v, dict) and v]
+            if not inner or rng.random() < 0.4:
+                break
+            here = rng.choice(inner)
+        key = rng.choice(list(here) or ["x"])
+        kind = rng.randrange(5)
+        if kind == 0:
+            here[key] = copy.deepcopy(rng.choice(ODD))
+        elif kind == 1:
+            here[str(key)[:-1] or "y"] = here.pop(key, None)
+        elif kind == 2:
+            here.pop(key, None)
+        elif kind == 3:
+            here[rng.choice(["", "lr", "steps", "Ünknown", 7, None])] = copy.deepcopy(rng.choice(ODD))
+        else:
+            here[key] = copy.deepcopy(values)
+    return values
+
+
+def test_a_thousand_mutated_recipes_give_a_recipe_or_a_usage_error():
+    rng = random.Random(0)
+    bases = [load_recipe(name).model_dump(mode="json", exclude_none=True) for name in list_recipes()]
+    outcomes = {True: 0, False: 0}
+    for _ in range(1000):
+        values = _mutate(rng.choice(bases), rng)
+        try:
+            recipe = check(Recipe, values, "mutant")
+            assert recipe == check(Recipe, recipe.model_dump(mode="json"), "again")
+            outcomes[True] += 1
+        except UsageError as error:
+            assert "mutant" in str(error)
+            outcomes[False] += 1
+    assert min(outcomes.values()) > 50
+
+
+def test_three_hundred_broken_texts_give_values_or_a_usage_error():
+    rng = random.Random(1)
+    base = yaml.safe_dump(load_recipe("swin").model_dump(mode="json"))
+    for _ in range(300):
+        text = list(base)
+        for _ in range(rng.randint(1, 6)):
+            text[rng.randrange(len(text))] = rng.choice("{}[]:,&*!|>%@`'\"\\#\t\0\n-? 0aé")
+        try:
+            values = parse_yaml("".join(text), "text")
+            check(Recipe, values, "text")
+        except UsageError as error:
+            assert "text" in str(error)
+
+
+def test_override_does_not_change_what_it_is_given():
+    values = {"a": {"b": 1}}
+    assert override(values, ["a.b=2", "a.c.d=3"]) == {"a": {"b": 2, "c": {"d": 3}}}
+    assert values == {"a": {"b": 1}}
