@@ -62,7 +62,8 @@ class Merge:
             new_size = rows(size, self.keep).view(-1, 1).index_add(0, flat, moved_size.view(-1, 1)).view(batch, count, 1)
         # sum_i size_i x_i / sum_i size_i  =  x_target + sum_source size_source (x_source - x_target) / new size
         change = (rows(x, self.source) - rows(kept, self.target)) * (moved_size / rows(new_size, self.target))
-        return kept.view(-1, x.shape[-1]).index_add(0, flat, change.view(-1, x.shape[-1])).view(batch, count, -1), new_size
+        kept.view(batch * count, -1).index_add_(0, flat, change.flatten(0, 1))
+        return kept, new_size
 
     def assignment(self) -> Tensor:
         """(B, N): the new index of the token that now stands for each old one."""
