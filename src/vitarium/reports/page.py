@@ -208,8 +208,8 @@ def _method(comparison: Comparison) -> list[dict[str, str]]:
         f"everything here is judged. Input of {' or '.join(f'{s}x{s}' for s in sizes)} pixels.",
         "Seed": f"{settings['seed']}, of the split, the first weights and the order of the images. One run a model: differences below a "
         "standard error or two may be luck.",
-        "Latency": "time of one image at batch 1 in evaluation mode, after a warm-up: the best of three medians.",
-        "Throughput and memory": f"at {settings['measuring_batch']} images a batch; throughput is the best of three medians, memory is "
+        "Latency": "time of one image at batch 1 in evaluation mode, after a warm-up: the best of several medians.",
+        "Throughput and memory": f"at {settings['measuring_batch']} images a batch; throughput is the best of several medians, memory is "
         "weights, images and activations alive at once in a forward pass.",
         "MACs": "multiply-accumulates for one image, counted in the operations that really run.",
         "Recommendation": "of the models within one standard error of the most accurate, the one with the lowest latency, "
