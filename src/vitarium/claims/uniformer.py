@@ -7,29 +7,25 @@ from vitarium.claims import Arm, Comparison, Measured, claim
 from vitarium.efficiency.profiler import count_macs
 
 TOY: dict[str, Any] = dict(dims=(32, 64, 96, 128), depths=(1, 1, 2, 1), head_dim=32, patch_size=2)
-SIDE = 32
 
 
 @claim(
     "uniformer",
-    says="convolution first and attention last is no worse than attention throughout, cheaper, and better than convolution throughout",
+    says="convolution first and attention last is no worse than attention throughout, cheaper, and no worse than convolution throughout",
     minutes=3,
 )
 def compare() -> list[Comparison]:
-    """A four-stage toy at 32x32 in the types LLGG, GGGG and LLLL under one budget, on scenes: the kind of the nearest thing, and whether
-    two marks far apart have the same shape. Refuted if GGGG is more than half a point better, costs less, or LLLL does as well on marks."""
-    budget: dict[str, Any] = dict(model="uniformer_pico", image_size=SIDE, steps=300, seeds=3)
-    things = budget | {"data": "scenes:length=2000"}
-    marks = budget | {"data": "scenes:task=same_shape,length=2000"}
+    """Digits at 16x16 and a toy of four stages in the types LLGG, GGGG and LLLL under one budget. Refuted if GGGG is more than half a point
+    better or needs no more MACs, or if LLLL is better. That convolution alone fails where distant places must be compared is not tested:
+    no type learns to compare two marks (scenes:task=same_shape) in a few hundred steps."""
 
-    def arm(mixers: str, setting: dict[str, Any]) -> Arm:
-        return Arm(mixers, **setting, options=TOY | {"mixers": mixers})
+    def arm(mixers: str) -> Arm:
+        return Arm(mixers, "uniformer_pico", options=TOY | {"mixers": mixers}, steps=300, seeds=3)
 
-    saved = _macs("GGGG") / _macs("LLGG")
     return [
-        Comparison("LLGG over GGGG, kinds of things", arm("LLGG", things), arm("GGGG", things), at_least=-0.5),
-        Comparison("MACs of GGGG over LLGG", Measured("ratio", [saved], "x"), at_least=1.0),
-        Comparison("LLGG over LLLL, far marks", arm("LLGG", marks), arm("LLLL", marks), at_least=0.0),
+        Comparison("LLGG over GGGG", arm("LLGG"), arm("GGGG"), at_least=-0.5),
+        Comparison("MACs of GGGG over LLGG", Measured("ratio", [_macs("GGGG") / _macs("LLGG")], "x"), at_least=1.05),
+        Comparison("LLGG over LLLL", arm("LLGG"), arm("LLLL"), at_least=0.0),
     ]
 
 
@@ -38,4 +34,4 @@ def _macs(mixers: str) -> int:
     import torch
 
     with torch.device("meta"):
-        return count_macs(create_model("uniformer_pico", image_size=SIDE, **TOY, mixers=mixers).eval(), SIDE)
+        return count_macs(create_model("uniformer_pico", **TOY, mixers=mixers).eval(), 16)
