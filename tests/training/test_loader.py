@@ -9,12 +9,12 @@ import time
 import numpy as np
 import pytest
 import torch
+
+from tests.training.tiny import Quadrants
 from vitarium.catalog import Preprocessing
 from vitarium.data import BadFiles, BrokenImage
 from vitarium.data.loader import Loader, seed_generators
 from vitarium.errors import DataError
-
-from tests.training.tiny import Quadrants
 
 
 def noisy(picture) -> torch.Tensor:
@@ -164,7 +164,7 @@ def test_a_worker_that_hangs_is_told_with_the_sample_it_is_at():
 def test_too_little_data_is_refused():
     with pytest.raises(DataError, match="no samples"):
         loader(Quadrants(0))
-    with pytest.raises(DataError, match="30 training pictures are fewer than one batch .*use batch_size=15"):
+    with pytest.raises(DataError, match=r"30 training pictures are fewer than one batch .*use batch_size=15"):
         loader(batch_size=31, world_size=2)
 
 

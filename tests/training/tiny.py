@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+
 from vitarium.catalog import Preprocessing
 from vitarium.data import ImageData
 from vitarium.training.recipe import Recipe

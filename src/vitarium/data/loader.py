@@ -268,6 +268,7 @@ class Loader:
                 timeout=self.timeout,
                 pin_memory=torch.cuda.is_available(),
                 worker_init_fn=_start_worker,
+                generator=torch.Generator(),  # else each epoch would draw a number from the global one
             )
         self._reader.reading.fill_(-1)
         batches = iter(self._workers)

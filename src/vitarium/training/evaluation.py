@@ -47,11 +47,13 @@ def run_evaluation(
     if metrics is None:
         return {}
     metrics.to(device)
+    dtype = _place_of(model).dtype
     with evaluating(model):
         for batch in batches:
             if len(batch["index"]):
+                batch = to_device(batch, device)
                 with autocast():
-                    learner.evaluate_batch(model, to_device(batch, device), metrics)
+                    learner.evaluate_batch(model, {**batch, "image": batch["image"].to(dtype)}, metrics)
             between()
         return learner.summary(metrics)
 
@@ -91,7 +93,7 @@ def evaluate(
         learner = ClassificationLearner(learner_or_model)
     model = learner.eval_model()
     loader = Loader(images, preprocessing_of(model), batch_size=batch_size, num_workers=num_workers, bad_files=bad_files)
-    return run_evaluation(learner, model, loader.epoch(0), device=_device_of(model))
+    return run_evaluation(learner, model, loader.epoch(0), device=_place_of(model).device)
 
 
 def predict_logits(
@@ -107,18 +109,19 @@ def predict_logits(
     Returns:
         logits (N, num_classes) float32, targets (N,) and indices into the set (N,), on the CPU, in the order of the set.
     """
-    device = _device_of(model)
+    place = _place_of(model)
     loader = Loader(images, preprocessing_of(model), batch_size=batch_size, num_workers=num_workers, bad_files=bad_files)
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
     with evaluating(model):
         for batch in loader.epoch(0):
             if len(batch["index"]):
-                rows.append((model(batch["image"].to(device)).float().cpu(), batch["target"], batch["index"]))
+                rows.append((model(batch["image"].to(place)).float().cpu(), batch["target"], batch["index"]))
     if not rows:
         return torch.empty(0, int(getattr(model, "num_classes", 0))), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
     logits, targets, indices = (torch.cat(column) for column in zip(*rows, strict=True))
     return logits.clone(), targets.clone(), indices.clone()  # cloned outside inference mode, so that autograd accepts them
 
 
-def _device_of(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+def _place_of(model: nn.Module) -> Tensor:
+    """A tensor of the device and dtype that the model computes with."""
+    return next(model.parameters(), torch.empty(0))

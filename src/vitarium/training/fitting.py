@@ -150,8 +150,8 @@ def _prepare(
         **shared,
     )
     val_loader = Loader(data.val, preprocessing, bad_files=BadFiles(), **shared)
-    for path, reason in state.bad_files:
-        loader.bad_files.record(path, reason)  # type: ignore[union-attr]
+    if recipe.precision == "64-true":
+        learner.double()  # as Fabric would, but before the average is taken
     fabric.to_device(learner)
     ema = Average(learner.eval_model(), recipe.ema) if recipe.ema else None
     run = Run(fabric, learner, recipe, state, folder, loader, val_loader, ema, progress if fabric.is_global_zero else None)

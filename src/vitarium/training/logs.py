@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitarium.data.bad_files import BadFiles
 from vitarium.files import write_text
 
 log = logging.getLogger("vitarium")
@@ -92,6 +93,11 @@ class Logs:
         with self._forgiven(self.evaluations):
             write_text(self.evaluations, "".join(json.dumps(entry) + "\n" for entry in history))
         self._plot("val", history[-1])
+
+    def bad_files(self, bad: BadFiles) -> None:
+        """Rewrite bad_files.txt."""
+        with self._forgiven(self.path.with_name("bad_files.txt")):
+            bad.write(self.path.parent)
 
     def _plot(self, group: str, values: dict[str, Any]) -> None:
         if self._board_folder is None:

@@ -13,6 +13,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from vitarium.data.bad_files import BadFiles
 from vitarium.data.loader import Loader
 from vitarium.errors import TrainingStopped
 from vitarium.training.checkpoint import LAST, RunState, save_run
@@ -138,6 +139,7 @@ class Run:
         name, better = self.learner.primary_metric
         if name in numbers:
             state.best = (max if better == "max" else min)(numbers[name], numbers[name] if state.best is None else state.best)
+        self.note_bad_files(everywhere=True)
         if self.logs:
             self.logs.evaluation(state.history)
         self.tell(None)
@@ -149,6 +151,20 @@ class Run:
             together: Any = self.fabric.all_reduce(torch.tensor(list(means.values()), device=self.fabric.device), reduce_op="mean")
             means = dict(zip(means, together.tolist(), strict=True))
         return means
+
+    def note_bad_files(self, *, everywhere: bool = False) -> None:
+        """Add the images that could not be read, of this process or of all, to the state; the first process lists them in a file."""
+        here = [pair for loader in (self.loader, self.val_loader) if loader.bad_files for pair in loader.bad_files.items()]
+        if everywhere and self.fabric.world_size > 1:
+            parts: list[Any] = [None] * self.fabric.world_size
+            torch.distributed.all_gather_object(parts, here)
+            here = [pair for part in parts for pair in part]
+        known = BadFiles(limit=1.0)
+        for path, reason in [*self.state.bad_files, *here]:
+            known.record(path, reason)
+        if self.logs and len(known) > len(self.state.bad_files):
+            self.logs.bad_files(known)
+        self.state.bad_files = known.items()
 
     # ---- saving and stopping
 
@@ -163,7 +179,7 @@ class Run:
         if not self.fabric.is_global_zero:
             return
         self.state.meters = {name: meters.state() for name, meters in self.meters.items()}
-        self.state.bad_files = [pair for loader in (self.loader, self.val_loader) if loader.bad_files for pair in loader.bad_files.items()]
+        self.note_bad_files()
         try:
             save_run(self.folder / LAST, self.state, self.tensors())
             self.save_error = None
