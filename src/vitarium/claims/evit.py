@@ -26,9 +26,6 @@ class AnyTokens(EViT):
         return torch.rand(len(tokens.x), tokens.count - tokens.prefix)
 
 
-AnyTokens.slug, AnyTokens.kind = "evit", "reduce"
-
-
 @claim(
     "evit", says="half of the tokens, chosen by class attention, cost less than three points, and a choice by chance costs more", minutes=3
 )
