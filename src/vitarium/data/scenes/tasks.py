@@ -20,7 +20,7 @@ from vitarium.errors import UsageError, nearest
 if TYPE_CHECKING:
     from PIL import Image
 
-IMAGE_SIZE, LENGTH = 64, 2000
+IMAGE_SIZE = 64
 MEMORY_BYTES = 256 * 2**20
 """Pictures that have been drawn are kept up to this size: training asks for each many times."""
 
@@ -33,16 +33,18 @@ class Task:
         classes: names.
         label: picture's number -> class number, without drawing.
         draw: (number, seed, image_size) -> uint8 (image_size, image_size, 3), or of a clip (frames, image_size, image_size, 3).
+        length: how many there are in both parts, unless it is said.
     """
 
     classes: Sequence[str]
     label: Callable[[int], int]
     draw: Callable[[int, int, int], NDArray[np.uint8]]
+    length: int = 2000
 
 
 TASKS = {
     "class": Task(THINGS, Scenes().label, lambda index, seed, size: Scenes(size, seed)[index].image),
-    "same_shape": Task(CLASSES, same_shape_label, draw_same_shape),
+    "same_shape": Task(CLASSES, same_shape_label, draw_same_shape, length=10_000),  # fewer are learned by heart
     "action": Task(ACTIONS, action_label, draw_action),
 }
 
@@ -80,8 +82,8 @@ def open_scenes(options: str = "", *, image_size: int | None = None, seed: int =
     """Drawn pictures for classification.
 
     Args:
-        options: "KEY=VALUE,..." of image_size (pixels, 64), length (pictures in both parts, 2000), task ("class": the kind of the
-            nearest thing; "same_shape": whether two marks far apart have the same shape; "action": clips, how a thing moves).
+        options: "KEY=VALUE,..." of image_size (pixels, 64), length (pictures in both parts; else the task's own), task ("class": the
+            kind of the nearest thing; "same_shape": whether two marks far apart have the same shape; "action": clips, how a thing moves).
         image_size: where the options have none.
         seed: of everything that is drawn.
         val_fraction: share that is held out.
@@ -95,7 +97,7 @@ def open_scenes(options: str = "", *, image_size: int | None = None, seed: int =
         raise UsageError(f"scenes have no task {task!r}{nearest(task, TASKS)} (there are: {', '.join(TASKS)})")
     size = _number("image_size", values.get("image_size", image_size or IMAGE_SIZE), least=16)
     classes = list(TASKS[task].classes)
-    length = _number("length", values.get("length", LENGTH), least=2 * len(classes))
+    length = _number("length", values.get("length", TASKS[task].length), least=2 * len(classes))
     if not 0 < val_fraction < 1:
         raise UsageError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
     border = min(max(round(length * (1 - val_fraction)), len(classes)), length - len(classes))
