@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from vitarium.anatomy import of_timm, of_transformers
+from vitarium.anatomy import of_open_clip, of_timm, of_transformers
 from vitarium.anatomy.parts import Anatomy
 from vitarium.errors import UnsupportedModel
 
-FAMILIES = (of_timm, of_transformers)
-SUPPORTED = (
-    "timm's VisionTransformer and Eva, transformers' ViT, DeiT, DINOv2, CLIP and SigLIP vision towers, and models with a method anatomy()"
-)
+FAMILIES = (of_timm, of_transformers, of_open_clip)
+SUPPORTED = "timm's VisionTransformer and Eva, transformers' ViT, DeiT, DINOv2, CLIP and SigLIP, open_clip's towers, or a method anatomy()"
 
 
 def of(model: nn.Module) -> Anatomy:

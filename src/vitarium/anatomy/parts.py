@@ -24,12 +24,12 @@ class AttentionLayout:
     """Attribute names inside an attention module; "" where a family has no such part.
 
     Args:
-        qkv: linear layer(s) of queries, keys and values: one name for a joint layer with output [q | k | v], or three.
+        qkv: linear layer(s) of queries, keys and values: a name for a joint layer (or its weight) with output [q | k | v], then three.
         biases: three vectors that are added to the joint layer's output.
         q_norm, k_norm: norms of each head's queries and keys.
         norm, gate: norm of the heads' joined output, and a layer whose sigmoid multiplies it.
         proj, proj_drop: output layer and its dropout.
-        heads, head_dim, scale: numbers; dropout: rate on the attention weights, a number or a module with `p`.
+        heads, head_dim, scale: numbers (scale "": head_dim ** -0.5); dropout: rate on the attention weights, a number or a module with `p`.
         kv_groups: number of query heads that share one key head.
         rotate_half: whether rotary halves are contiguous.
         other: names that are known and play no part in the computation here.
@@ -100,7 +100,7 @@ class AttentionView:
     @property
     def scale(self) -> float:
         """Factor on the logits."""
-        return float(getattr(self.module, self.layout.scale))
+        return float(getattr(self.module, self.layout.scale)) if self.layout.scale else self.head_dim**-0.5
 
     @property
     def dropout(self) -> float:
@@ -137,6 +137,8 @@ class AttentionView:
         if not biases or biases[0] is None:
             return layer(x)
         bias = torch.cat(biases)
+        if isinstance(layer, nn.Parameter):
+            return F.linear(x, layer, bias)
         return F.linear(x, layer.weight, bias) if type(layer) is nn.Linear else layer(x) + bias
 
     def rotate(self, x: Tensor, rope: Tensor, prefix: int) -> Tensor:

@@ -210,7 +210,7 @@ def _prove(before: list[tuple[str, Tensor]], after: list[tuple[str, Tensor]] | N
     if after is None or [name for name, _ in before] != [name for name, _ in after]:
         raise AttachError("the wrapped model does not run the same blocks as the original; the model is unchanged")
     for (name, want), (_, got) in zip(before, after, strict=True):
-        spread = float(want.std()) or 1.0
+        spread = (float(want.std()) if want.numel() > 1 else float(want.abs().max())) or 1.0
         error = float((got - want).abs().max()) / spread if got.shape == want.shape else float("inf")
         if not error <= PROOF.get(want.dtype, 1e-4):
             raise AttachError(

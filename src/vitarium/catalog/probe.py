@@ -38,6 +38,9 @@ def _input_shape(model: nn.Module) -> tuple[int, int, int] | None:
     cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     if isinstance(cfg, dict) and cfg.get("input_size"):
         return tuple(cfg["input_size"])
+    tower = getattr(model, "visual", model)  # open_clip's
+    if isinstance(size := getattr(tower, "image_size", None), tuple) and isinstance(conv := getattr(tower, "conv1", None), nn.Conv2d):
+        return conv.in_channels, *size
     config = getattr(model, "config", None)
     config = getattr(config, "vision_config", config)
     if isinstance(size := getattr(config, "image_size", None), int):
