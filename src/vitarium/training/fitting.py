@@ -173,7 +173,8 @@ def _set_up(run: Run, tensors: dict[str, Any] | None) -> None:
         state.total_steps = _total_steps(run)
     run.rates = _rates(run)
     if fabric.is_global_zero:
-        run.folder.mkdir(parents=True, exist_ok=True)
+        for litter in run.folder.glob(".*.tmp"):  # half a file of a run that was killed while writing it
+            litter.unlink(missing_ok=True)
         run.logs = Logs(run.folder, state.step)
 
 
