@@ -78,7 +78,9 @@ def compare(name: str, outputs: dict[str, Tensor]) -> float:
     return worst
 
 
-def assert_matches_golden(name: str, model: nn.Module, run: Callable[..., dict[str, Tensor]], kept: dict[str, Tensor] | None = None) -> None:
+def assert_matches_golden(
+    name: str, model: nn.Module, run: Callable[..., dict[str, Tensor]], kept: dict[str, Tensor] | None = None
+) -> None:
     """The model, loaded with the golden's state under the authors' names, gives the golden's outputs.
 
     Args:
