@@ -98,7 +98,7 @@ def test_mixer_equals_the_formula_with_flips_and_two_gates():
 
 
 def test_class_token_stands_before_the_middle_patch_and_is_read_there():
-    model = vitarium.create_model("vim_pico", num_classes=3).double().eval()
+    model = vitarium.create_model("vim_pico", patch_size=2, num_classes=3).double().eval()
     with torch.no_grad():
         model.cls_token.fill_(7.0)
         model.pos_embed.zero_()
@@ -114,7 +114,7 @@ def test_class_token_stands_before_the_middle_patch_and_is_read_there():
 
 @pytest.mark.parametrize("class_token", ["first", "none"])
 def test_other_places_of_the_class_token(class_token: str):
-    model = vitarium.create_model("vim_pico", num_classes=3, class_token=class_token).eval()
+    model = vitarium.create_model("vim_pico", patch_size=2, num_classes=3, class_token=class_token).eval()
     image = torch.randn(2, 3, 16, 20)
     assert model(image).shape == (2, 3)
     assert model.forward_intermediates(image, indices=2, intermediates_only=True)[0].shape == (2, 48, 8, 10)
@@ -135,9 +135,9 @@ def test_resizing_keeps_the_class_row_in_the_middle():
 
 
 def test_the_plus_variant_takes_the_plain_checkpoint(tmp_path):
-    plain = vitarium.create_model("vim_pico")
+    plain = vitarium.create_model("vim_pico", patch_size=2)
     vitarium.save(plain, tmp_path / "plain.safetensors")
-    fine = vitarium.create_model("vim_pico", stride=1, checkpoint=tmp_path / "plain.safetensors")
+    fine = vitarium.create_model("vim_pico", patch_size=2, stride=1, checkpoint=tmp_path / "plain.safetensors")
     assert fine.pos_embed.shape == (1, 15 * 15 + 1, 48)
     torch.testing.assert_close(fine.pos_embed[:, 112], plain.pos_embed[:, 32])
     assert fine.eval()(torch.randn(1, 3, 16, 16)).shape == (1, 1000)

@@ -167,7 +167,7 @@ OFFICIAL = rename(*_direction(0, ""), *_direction(1, "_b"), (r"^layers\.", "bloc
 @family(
     "vim",
     variants={
-        "pico": dict(embed_dim=48, depth=4, patch_size=2, d_state=8, image_size=16),
+        "pico": dict(embed_dim=48, depth=3, patch_size=4, d_state=8, image_size=16),
         "tiny": dict(embed_dim=192, depth=24),  # 7.1 M, 76.1 % top-1
         "tiny_plus": dict(embed_dim=192, depth=24, stride=8),  # the same, fine-tuned on overlapping patches, 78.3 %
         "small": dict(embed_dim=384, depth=24, drop_path_rate=0.05),  # 25.8 M, 80.5 %

@@ -35,6 +35,14 @@ _E0, _E1, _E2, _E3, _E4, _E5, _E6, _E7 = (np.float32(math.log(2) ** k / math.fac
 _L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7 = (np.float32(2 / (2 * k + 1)) for k in range(8))
 
 
+def _kernel(function: Callable[..., None]) -> Callable[..., None]:
+    """Compiled on the first call; from the disk where an earlier process left it and the disk may be written."""
+    try:
+        return njit(nogil=True, cache=True, **OPTIONS)(function)
+    except RuntimeError:  # no folder to keep it in
+        return njit(nogil=True, **OPTIONS)(function)
+
+
 def _exp(v):
     raise NotImplementedError  # compiled only
 
@@ -134,7 +142,7 @@ def _finish(x, raw, bias, skip, softplus, grad, delta, grad_delta, grad_drive, g
         grad_skip[d] += grad[d] * x[d]
 
 
-@njit(nogil=True, cache=True, **OPTIONS)
+@_kernel
 def _forward(x, raw, a, b, c, skip, bias, y, states, every, softplus, reverse, first, last, low, high):
     """Images first..last, channels low..high: fills y, (I, L, D), and states, (I, ceil(L / every), N, D)."""
     length, count, width = x.shape[1], a.shape[0], high - low
@@ -155,7 +163,7 @@ def _forward(x, raw, a, b, c, skip, bias, y, states, every, softplus, reverse, f
                 states[i, k // every, :, low:high] = state
 
 
-@njit(nogil=True, cache=True, **OPTIONS)
+@_kernel
 def _backward(
     grad, x, raw, a, b, c, skip, bias, states, every, softplus, reverse, grad_x, grad_raw, grad_a, grad_b, grad_c, grad_skip, grad_bias,
     first, last, low, high,
@@ -199,7 +207,7 @@ def _backward(
                 )  # fmt: skip
 
 
-@njit(nogil=True, cache=True, **OPTIONS)
+@_kernel
 def _causal_conv_silu(x, taps, bias, y, reverse, first, last, low, high):
     """Images first..last, channels low..high of y; taps are (K, D), the last one the token's own."""
     length, count, width = x.shape[1], taps.shape[0], high - low
