@@ -8,13 +8,13 @@ import sys
 
 import pytest
 import torch
+
+from tests.training.test_fit import PLAIN, timeless
+from tests.training.tiny import assert_same_weights, tiny_data, tiny_net, tiny_recipe, weights
 from vitarium.errors import DataError, TrainingStopped, UsageError
 from vitarium.training import ClassificationLearner, fit
 from vitarium.training.checkpoint import load_run
 from vitarium.training.processes import create_fabric, spawns
-
-from tests.training.test_fit import PLAIN, timeless
-from tests.training.tiny import assert_same_weights, tiny_data, tiny_net, tiny_recipe, weights
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo's processes are tested on POSIX")
 
@@ -73,7 +73,7 @@ def test_what_cannot_be_sent_to_other_processes_is_told(tmp_path):
     class Local(ClassificationLearner):
         pass
 
-    with pytest.raises(UsageError, match="cannot be sent to other processes.*torchrun"):
+    with pytest.raises(UsageError, match=r"cannot be sent to other processes.*torchrun"):
         train(tmp_path, kind=Local, devices=2)
 
 
@@ -85,5 +85,5 @@ def test_the_strategy_follows_who_starts_the_processes(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK")
     with pytest.raises(UsageError, match="at least 1"):
         create_fabric(0, 1, "auto", "cpu", "32-true")
-    with pytest.raises(UsageError, match="cannot use devices=2.*strategy='dpp'"):
+    with pytest.raises(UsageError, match=r"cannot use devices=2.*strategy='dpp'"):
         create_fabric(2, 1, "dpp", "cpu", "32-true")

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from vitarium.errors import TrainingStopped, VitariumError
-from vitarium.training.checkpoint import load_run
 
 from tests.training.test_fit import lines, timeless, train
 from tests.training.tiny import assert_same_weights
+from vitarium.errors import TrainingStopped, VitariumError
+from vitarium.training.checkpoint import load_run
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and forks of POSIX")
 EAGER = "checkpoint_minutes=1e-9"  # a checkpoint after each step, so that many kills hit one
