@@ -23,7 +23,7 @@ def compare() -> list[Comparison]:
     matrix (as the paper compares; PyTorch's fused attention needs no such memory). Refuted if one direction is as good, if four times the
     tokens cost the scan six times as much or more, or if attention grows less than twice as fast as the scan."""
     sizes = dict(embed_dim=32, depth=2, patch_size=2)
-    digits: dict[str, Any] = dict(model="vim_pico", steps=200, seeds=3)
+    digits: dict[str, Any] = dict(model="vim_pico", steps=400, seeds=3)
     both = Arm("forward and backward", options=sizes, **digits)
     one = Arm("twice forward", options=sizes | {"directions": ("forward", "forward")}, **digits)
     time, memory = _time_growth(), _memory_growth()
