@@ -76,7 +76,9 @@ class _Trainer:
     def __init__(self, file: Path | None, progress: Progress):
         self.file, self.progress = file, progress
         self.known: dict[str, dict[str, float]] = json.loads(file.read_text()) if file and file.exists() else {}
-        self.saved_seconds = sum(value["seconds"] for value in self.known.values())
+        self.saved_seconds = 0.0
+        """Time that an earlier, interrupted run spent on arms of this one."""
+        self._earlier = set(self.known)
 
     def values(self, arm: Arm | Measured) -> dict[str, Any]:
         if isinstance(arm, Measured):
@@ -94,6 +96,9 @@ class _Trainer:
             self.progress(f"{arm.label}, seed {seed}: {accuracy:.1f} % in {self.known[key]['seconds']:.0f} s")
             if self.file:
                 write_json(self.file, self.known)
+        elif key in self._earlier:
+            self._earlier.remove(key)
+            self.saved_seconds += self.known[key]["seconds"]
         return self.known[key]["value"]
 
     def forget(self) -> None:
