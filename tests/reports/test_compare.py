@@ -17,6 +17,7 @@ from vitarium.data import BrokenImage, ImageData
 from vitarium.errors import DataError, TrainingStopped, UsageError
 from vitarium.reports import compare as module
 from vitarium.reports.compare import compare
+from vitarium.reports.trial import suitable_threads
 
 MODELS = ["timm/vit_pico", "convnext_iso_pico"]
 RECIPE = """
@@ -236,3 +237,16 @@ def test_killed_twice_it_ends_as_if_never_killed(tmp_path, recipe):
         assert (a.accuracy, a.loss, a.steps, a.confusion, a.mistakes) == (b.accuracy, b.loss, b.steps, b.confusion, b.mistakes)
         curves = [[{k: v for k, v in point.items() if k != "seconds"} for point in t.history] for t in (a, b)]
         assert curves[0] == curves[1]
+
+
+def test_small_models_get_one_thread_and_it_is_given_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with suitable_threads(1_000_000):
+            assert torch.get_num_threads() == 1
+        with suitable_threads(4_000_000_000):
+            assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -197,6 +197,8 @@ def _confusion_words(comparison: Comparison) -> str:
 
 def _method(comparison: Comparison) -> list[dict[str, str]]:
     machine, settings = comparison.machine, comparison.settings
+    counts = sorted({t.threads for t in comparison.trials})
+    threads = f"{' or '.join(map(str, counts))} {'thread' if counts == [1] else 'threads'}"
     sizes = sorted({t.image_size for t in comparison.trials})
     total = sum(t.seconds for t in comparison.trials)
     device = machine["accelerator"] if settings["accelerator"] != "cpu" and machine["accelerator"] else machine["processor"]
@@ -214,7 +216,7 @@ def _method(comparison: Comparison) -> list[dict[str, str]]:
         "MACs": "multiply-accumulates for one image, counted in the operations that really run.",
         "Recommendation": "of the models within one standard error of the most accurate, the one with the lowest latency, "
         "if it is clearly faster; else the most accurate.",
-        "Machine": f"{device}, {machine['cores']} cores, PyTorch threads: {machine['threads']}; {machine['system']}.",
+        "Machine": f"{device}, {machine['cores']} cores, {threads} for PyTorch; {machine['system']}.",
         "Versions": f"Vitarium {machine['vitarium']}, PyTorch {machine['torch']}, timm {machine['timm']}, Python {machine['python']}.",
     }
     return [dict(name=name, value=value[0].upper() + value[1:] if name != "Data" else value) for name, value in values.items()]

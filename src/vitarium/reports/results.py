@@ -52,6 +52,7 @@ class Trial:
         mistakes: the most confident ones, most confident first.
         bad_files: {"path", "reason"} of each image that could not be read.
         file: the trained model's file, relative to the comparison's folder.
+        threads: of PyTorch, while it was trained and timed.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Trial:
     mistakes: list[Mistake] = field(repr=False)
     bad_files: list[dict[str, str]] = field(repr=False)
     file: str
+    threads: int = 1
 
     @property
     def standard_error(self) -> float:

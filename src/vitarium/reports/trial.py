@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import vitarium
 from vitarium.catalog import preprocessing_of
 from vitarium.data import ImageData, ImageSet
 from vitarium.data.loader import generators_kept, seed_generators
-from vitarium.efficiency.profiler import Profile, profile
+from vitarium.efficiency.profiler import Profile, count_macs, profile
 from vitarium.reports.results import Mistake, Trial
 from vitarium.training import ClassificationLearner, Progress, Recipe, fit, predict_logits
 
@@ -26,6 +27,8 @@ MEASURING_BATCH = 32
 """Images at once for throughput and peak memory, the same for every model."""
 MEASURING_SECONDS = 1.5
 """A small model is measured as often as fits into this."""
+SMALL_MACS = 20e6
+"""Below this many a picture, a model's operations are too short to share: threads that wait for each other take up to ten times as long."""
 MODEL = "model.safetensors"
 
 
@@ -86,15 +89,16 @@ def run_trial(
         whatever `create_model`, `fit` and the model itself raise.
     """
     model = build_model(name, data, recipe, pretrained=pretrained)
-    learner = ClassificationLearner.from_recipe(model, recipe)
-    fitted = fit(learner, data, recipe, folder, **asdict(devices), progress=progress)
-    if not is_main_process():
-        return None
-    measuring()
-    model = learner.eval_model()
     size = preprocessing_of(model).image_size
-    logits, targets, indices = predict_logits(model, data.val, batch_size=recipe.batch_size)
-    cost = measure(model, size)
+    learner = ClassificationLearner.from_recipe(model, recipe)
+    with suitable_threads(count_macs(model, size)):
+        fitted = fit(learner, data, recipe, folder, **asdict(devices), progress=progress)
+        if not is_main_process():
+            return None
+        measuring()
+        model = learner.eval_model()
+        logits, targets, indices = predict_logits(model, data.val, batch_size=recipe.batch_size)
+        cost, threads = measure(model, size), torch.get_num_threads()
     vitarium.save(model, folder / MODEL)
     return Trial(
         name=name,
@@ -115,7 +119,20 @@ def run_trial(
         mistakes=confident_mistakes(logits, targets, indices, data.val),
         bad_files=[{"path": str(path), "reason": str(reason)} for path, reason in fitted.bad_files],
         file=f"models/{folder.name}/{MODEL}",
+        threads=threads,
     )
+
+
+@contextlib.contextmanager
+def suitable_threads(macs: int) -> Iterator[None]:
+    """One thread inside for a small model (see `SMALL_MACS`), torch's own number for others."""
+    before = torch.get_num_threads()
+    try:
+        if macs < SMALL_MACS:
+            torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def measure(model: nn.Module, image_size: int) -> Profile:
