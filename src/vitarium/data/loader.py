@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import random
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -271,20 +272,21 @@ class Loader:
                 generator=torch.Generator(),  # else each epoch would draw a number from the global one
             )
         self._reader.reading.fill_(-1)
-        batches = iter(self._workers)
+        with _without_signals_of_children():
+            batches = iter(self._workers)
         while True:
             try:
                 yield next(batches)
             except StopIteration:
                 return
-            except RuntimeError as error:  # the reader itself never raises in a worker: one was killed, or hangs
+            except (RuntimeError, EOFError, OSError) as error:  # the reader itself never raises in a worker: one was killed, or hangs
                 message = self._post_mortem(batches, error)
                 for process in getattr(batches, "_workers", []):
                     process.kill()  # one that hangs would hold up the end
                 self.close()
                 raise DataError(message) from error
 
-    def _post_mortem(self, batches: Any, error: RuntimeError) -> str:
+    def _post_mortem(self, batches: Any, error: Exception) -> str:
         processes = getattr(batches, "_workers", [])
         dead = [i for i, process in enumerate(processes) if not process.is_alive()]
         reading = self._reader.reading.tolist()
@@ -298,6 +300,25 @@ class Loader:
             what = f"the data workers failed ({error})"
         where = f" while reading {', '.join(_name(self.dataset, i) for i in samples)}" if samples else ""
         return f"{what}{where}; num_workers=0 reads in the main process and shows what happens (too little memory is a common cause)"
+
+
+@contextlib.contextmanager
+def _without_signals_of_children() -> Iterator[None]:
+    """Start workers without the handler of SIGCHLD that torch installs: it raises when a worker dies, wherever
+    the main program happens to be.
+
+    Without it the death is noticed where the next batch is asked for, within five seconds.
+    """
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
 
 
 def _start_worker(_: int) -> None:
