@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -56,6 +57,20 @@ def test_two_processes_equal_one_with_the_double_batch(tmp_path):
     assert_same_weights(loaded, found)
     with pytest.raises(UsageError, match="processes: 2 there, 1 now"):
         train(tmp_path / "two", "batch_size=8")
+
+
+def test_sharded_under_torchrun_equals_one_process(tmp_path):
+    """fully_shard over gloo, started from outside; the checkpoint is that of a single device."""
+    _, expected = train(tmp_path / "one", "batch_size=16")
+    options = [*PLAIN, "budget.steps=7", "num_workers=0", "batch_size=8"]
+    program = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.training.tiny"]
+    done = subprocess.run([sys.executable, *program, tmp_path / "two", "fsdp", *options], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(tmp_path / "two" / "weights.pt", weights_only=True)
+    _, tensors = load_run(tmp_path / "two" / "last.ckpt")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6)
+        assert torch.equal(tensors["learner"][f"model.{name}"], found[name])
 
 
 def test_a_killed_process_ends_the_run_with_a_reason_and_it_can_go_on(tmp_path):

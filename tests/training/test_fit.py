@@ -178,6 +178,12 @@ def test_a_folder_in_use_is_refused(tmp_path):
         train(tmp_path)
 
 
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"cannot use .*file/run as the folder of the run"):
+        train(tmp_path / "file" / "run")
+
+
 @pytest.mark.parametrize("damage", ["empty", "cut", "flip", "other"])
 def test_a_damaged_checkpoint_is_told(tmp_path, damage):
     train(tmp_path, "budget.steps=2")

@@ -1,10 +1,11 @@
 """A data set, a model and a recipe that train in milliseconds; everything picklable, for the tests with several processes.
 
-As a program (`python -m tests.training.tiny FOLDER [KEY=VALUE ...]`) it trains them, for the tests that kill.
+As a program (`torchrun -m tests.training.tiny FOLDER STRATEGY [KEY=VALUE ...]`) it trains them in two processes.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -99,22 +100,14 @@ def assert_same_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 def main() -> None:
-    from vitarium.errors import VitariumError
     from vitarium.training import ClassificationLearner, fit
 
-    folder, *assignments = sys.argv[1:]
+    folder, strategy, *assignments = sys.argv[1:]
     recipe = tiny_recipe(*assignments)
-    learner = ClassificationLearner.from_recipe(tiny_net(norm=True), recipe)
-    print("ready", flush=True)
-    try:
-        result = fit(learner, tiny_data(), recipe, Path(folder))
-    except VitariumError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt as error:
-        print(error, file=sys.stderr)
-        sys.exit(130)
-    torch.save({"weights": weights(learner.model), "history": result.history}, Path(folder) / "result.pt")
+    learner = ClassificationLearner.from_recipe(tiny_net(dropout=0.0), recipe)
+    fit(learner, tiny_data(), recipe, folder, devices=2, strategy=strategy, accelerator="cpu")
+    if os.environ["RANK"] == "0":
+        torch.save(weights(learner.eval_model()), Path(folder) / "weights.pt")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ is counted twice (ranks may then differ by one batch).
 from __future__ import annotations
 
 import contextlib
+import multiprocessing.connection
 import random
 import signal
 import threading
@@ -288,6 +289,8 @@ class Loader:
 
     def _post_mortem(self, batches: Any, error: Exception) -> str:
         processes = getattr(batches, "_workers", [])
+        if "timed out" not in str(error):  # a connection breaks a moment before its process is gone
+            multiprocessing.connection.wait([process.sentinel for process in processes], timeout=5)
         dead = [i for i, process in enumerate(processes) if not process.is_alive()]
         reading = self._reader.reading.tolist()
         samples = [reading[i] for i in dead or range(len(reading)) if reading[i] >= 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -18,16 +19,17 @@ from vitarium.data.bad_files import BadFiles
 from vitarium.data.image_set import ImageData
 from vitarium.data.loader import Loader
 from vitarium.data.transforms import train_transform
-from vitarium.errors import DataError, TrainingStopped
+from vitarium.errors import DataError, TrainingStopped, UsageError
 from vitarium.files import lock_folder
 from vitarium.training.checkpoint import LAST, RunState, check_same_run, identity_of, load_run
 from vitarium.training.learner import Learner
 from vitarium.training.logs import Logs
 from vitarium.training.loop import take_step, train
-from vitarium.training.optim import Average, Rates, create_optimizer
+from vitarium.training.optim import Average, Rates
 from vitarium.training.processes import create_fabric, lost_processes_named, run_in_processes, spawns
 from vitarium.training.recipe import Recipe
 from vitarium.training.run import Progress, Run
+from vitarium.training.sharding import check_shardable, is_sharded
 
 TINY = 64
 """Pictures up to this side are read in the main process: workers would cost more than they save."""
@@ -91,6 +93,10 @@ def fit(
         KeyboardInterrupt: SIGINT or SIGTERM came; the state is saved.
     """
     folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot use {folder} as the folder of the run: {error}") from error
     fabric = create_fabric(devices, num_nodes, strategy, accelerator, recipe.precision)
     if spawns(fabric):
         with lock_folder(folder):
@@ -153,8 +159,11 @@ def _prepare(
     if recipe.precision == "64-true":
         learner.double()  # as Fabric would, but before the average is taken
     fabric.to_device(learner)
+    if is_sharded(fabric):
+        check_shardable(learner, recipe)
     ema = Average(learner.eval_model(), recipe.ema) if recipe.ema else None
-    run = Run(fabric, learner, recipe, state, folder, loader, val_loader, ema, progress if fabric.is_global_zero else None)
+    whole = copy.deepcopy(learner.model) if is_sharded(fabric) else None
+    run = Run(fabric, learner, recipe, state, folder, loader, val_loader, ema, whole, progress if fabric.is_global_zero else None)
     if not run.steps_per_epoch:
         raise DataError(
             f"{len(data.train)} training pictures are fewer than one step takes ({run.images_per_step} = batch_size x accumulate x "
@@ -165,8 +174,8 @@ def _prepare(
 
 def _set_up(run: Run, tensors: dict[str, Any] | None) -> None:
     """Optimizer, wrappers, rates and logs of a run that has steps to take."""
-    fabric, recipe, state = run.fabric, run.recipe, run.state
-    run.module, run.optimizer = fabric.setup(run.learner, create_optimizer(run.learner, recipe.optimizer))
+    fabric, state = run.fabric, run.state
+    run.set_up()
     if tensors is not None:
         run.restore(tensors)
     else:
@@ -230,6 +239,8 @@ def _finish(run: Run) -> FitResult:
         run.logs.close()
     if run.ema:
         run.learner.eval_model().load_state_dict(run.ema.module.state_dict())
+    if run.module is not None and run.whole is not None:
+        run.learner.model = run.whole  # its last evaluation gathered the final weights
     state = run.state
     last = state.history[-1] if state.history else {}
     metrics = {name: value for name, value in last.items() if name not in ("step", "epoch", "seconds", "lr")}

@@ -68,6 +68,7 @@ class Logs:
         if kept:
             write_text(self.path, _csv_text(self.columns, kept, header=True))
         else:
+            self.columns = []
             self.path.unlink(missing_ok=True)
         self._board: Any = None
         self._board_folder = folder / "tensorboard" if importlib.util.find_spec("tensorboard") else None

@@ -163,7 +163,7 @@ def describe(run: Run, step: Step, rates: Rates) -> dict[str, Any]:
 def give_up(run: Run, suspects: list[dict[str, Any]]) -> TrainingStopped:
     """The error that ends a run whose losses stay not finite; the batches are in a file beside the last good checkpoint."""
     last = suspects[-1]
-    if not (run.folder / LAST).exists():  # else it stays: it is older, and surely good
+    if not run.fabric.broadcast((run.folder / LAST).exists()):  # else it stays: it is older, and surely good
         run.save()
     path = run.folder / f"not_finite_step{last['step']}_rank{run.fabric.global_rank}.json"
     write_json(path, suspects)

@@ -134,6 +134,8 @@ def clip_gradients(parameters: Iterable[Tensor], clip: Clip) -> Tensor:
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))
     total = norms.norm()
+    if hasattr(total, "full_tensor"):  # of gradients spread over processes
+        norms, total = norms.full_tensor(), total.full_tensor()
     if clip.norm is not None:
         torch._foreach_mul_(gradients, (clip.norm / (total + 1e-6)).clamp(max=1.0))
     elif clip.tensor_norm is not None:

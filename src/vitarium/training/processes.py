@@ -1,7 +1,7 @@
 """Several processes: which of Fabric's strategies, and how errors, progress and signals cross between them.
 
 A single command with `devices=2` spawns its processes itself. Under torchrun, SLURM or MPI the processes are there already, and Fabric
-takes their rank and address from the environment. FSDP runs the command again for each device, as Fabric does.
+takes their rank and address from the environment. With strategy="fsdp" a single command is run again for each device, as Fabric does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,6 +22,7 @@ from lightning_fabric.plugins.environments import MPIEnvironment, SLURMEnvironme
 
 from vitarium import errors
 from vitarium.errors import TrainingStopped, UsageError, VitariumError
+from vitarium.training.sharding import sharded_strategy
 
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces every process, before any code of ours runs there
 
@@ -40,8 +40,9 @@ def create_fabric(devices: int, num_nodes: int, strategy: str, accelerator: str,
         raise UsageError(f"devices and num_nodes must be at least 1, got {devices} and {num_nodes}")
     if devices * num_nodes > 1 and strategy in ("auto", "ddp"):
         strategy = "ddp" if _started_from_outside() or num_nodes > 1 else "ddp_spawn"
+    how: Any = sharded_strategy(devices * num_nodes) if strategy == "fsdp" else strategy
     try:
-        return Fabric(accelerator=accelerator, strategy=strategy, devices=devices, num_nodes=num_nodes, precision=precision)  # type: ignore[arg-type]
+        return Fabric(accelerator=accelerator, strategy=how, devices=devices, num_nodes=num_nodes, precision=precision)  # type: ignore[arg-type]
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         wanted = f"devices={devices}, num_nodes={num_nodes}, strategy={strategy!r}, accelerator={accelerator!r}"
         raise UsageError(f"cannot use {wanted}: {error}") from error
@@ -88,6 +89,7 @@ def run_in_processes(fabric: Fabric, work: Callable[..., Any], arguments: tuple[
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
     failure: Exception | None = None
+    port = os.environ.get("MASTER_PORT")
     with _ForwardedSignals():
         try:
             fabric.launch(_work_in_child, task, channel, progress is not None)
@@ -96,6 +98,8 @@ def run_in_processes(fabric: Fabric, work: Callable[..., Any], arguments: tuple[
         finally:
             channel.put(None)
             listener.join()
+            if port is None:
+                os.environ.pop("MASTER_PORT", None)  # Fabric leaves it, and the next run would take a port that may be in use by then
     if endings:
         kind, message = endings[0]
         raise KeyboardInterrupt(message) if kind == "KeyboardInterrupt" else getattr(errors, kind)(message)
@@ -109,7 +113,11 @@ def run_in_processes(fabric: Fabric, work: Callable[..., Any], arguments: tuple[
 
 
 def _work_in_child(fabric: Fabric, *given: Any) -> None:
-    """In a spawned process: do the work, and send how it ended. Leaves with an exit code, so that the parent ends the other processes."""
+    """In a spawned process: do the work, and send how it ended.
+
+    After an error it leaves at once, with an exit code by which the parent ends the others: Python's orderly way out would wait for
+    threads of torch.distributed, which wait for the other processes.
+    """
     task, channel, wants_progress = given
     work, arguments = pickle.loads(task)
     report = (lambda progress: channel.put(("progress", progress))) if wants_progress else None
@@ -117,11 +125,11 @@ def _work_in_child(fabric: Fabric, *given: Any) -> None:
         work(fabric, *arguments, report)
     except KeyboardInterrupt as error:
         channel.put(("KeyboardInterrupt", str(error)))
-        sys.exit(130)
+        os._exit(130)
     except VitariumError as error:
         kind = next(cls.__name__ for cls in type(error).__mro__ if cls.__module__ == errors.__name__)
         channel.put((kind, str(error)))
-        sys.exit(error.exit_code)
+        os._exit(error.exit_code)
 
 
 @contextlib.contextmanager

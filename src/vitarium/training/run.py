@@ -20,8 +20,9 @@ from vitarium.training.checkpoint import LAST, RunState, save_run
 from vitarium.training.evaluation import run_evaluation
 from vitarium.training.learner import Batch, Learner
 from vitarium.training.logs import Logs, Meters
-from vitarium.training.optim import Average, Rates
+from vitarium.training.optim import Average, Rates, create_optimizer
 from vitarium.training.recipe import Recipe
+from vitarium.training.sharding import gather_model, restore_whole, whole_states
 from vitarium.training.signals import StopSignals
 
 log = logging.getLogger("vitarium")
@@ -66,6 +67,7 @@ class Run:
     loader: Loader
     val_loader: Loader
     ema: Average | None = None
+    whole: nn.Module | None = None  # where weights are spread over processes: a model to gather them in
     progress: Callable[[Progress], None] | None = None
     stop: StopSignals = field(default_factory=StopSignals)
 
@@ -78,11 +80,16 @@ class Run:
     _shown: tuple[float, int] = (0.0, 0)
 
     def __post_init__(self) -> None:
-        self.parameters = [p for p in self.learner.parameters() if p.requires_grad]
         norms = [m for m in self.learner.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
         self.statistics: list[Tensor] = [b for norm in norms for b in norm.buffers(recurse=False)]
         device = self.fabric.device
         self.meters = {name: Meters(self.state.meters.get(name, {}), device) for name in ("line", "evaluation")}
+
+    def set_up(self) -> None:
+        """Wrap the learner for the devices, and make its optimizer."""
+        self.module = self.fabric.setup_module(self.learner)
+        self.optimizer = self.fabric.setup_optimizers(create_optimizer(self.learner, self.recipe.optimizer))
+        self.parameters = [p for p in self.learner.parameters() if p.requires_grad]
 
     # ---- sizes and data
 
@@ -125,7 +132,7 @@ class Run:
         state = self.state
         values = run_evaluation(
             self.learner,
-            self.ema.module if self.ema else self.learner.eval_model(),
+            self.model_to_evaluate(),
             self.val_loader.epoch(0),
             device=self.fabric.device,
             autocast=self.fabric.autocast,
@@ -143,6 +150,12 @@ class Run:
         if self.logs:
             self.logs.evaluation(state.history)
         self.tell(None)
+
+    def model_to_evaluate(self) -> nn.Module:
+        """The moving average, the gathered weights, or the model itself; called in all processes."""
+        if self.whole is not None:
+            gather_model(self.learner, self.whole)
+        return self.ema.module if self.ema else self.whole or self.learner.eval_model()
 
     def means(self, meters: str) -> dict[str, float]:
         """The means of logged scalars over all processes, beginning anew."""
@@ -176,12 +189,13 @@ class Run:
     def save(self) -> None:
         """Write last.ckpt from the first process. Where that fails the old one stays, and training goes on to the next interval."""
         self.last_saved = time.monotonic()
+        tensors = self.tensors()
         if not self.fabric.is_global_zero:
             return
         self.state.meters = {name: meters.state() for name, meters in self.meters.items()}
         self.note_bad_files()
         try:
-            save_run(self.folder / LAST, self.state, self.tensors())
+            save_run(self.folder / LAST, self.state, tensors)
             self.save_error = None
         except OSError as error:
             self.save_error = str(error)
@@ -189,15 +203,21 @@ class Run:
 
     def tensors(self) -> dict[str, Any]:
         """State dicts of the learner, the moving average and (until the end) the optimizer."""
-        tensors = {"learner": self.learner.state_dict()}
+        if self.whole is not None:
+            tensors = whole_states(self.learner, self.optimizer)
+        else:
+            tensors = {"learner": self.learner.state_dict(), "optimizer": self.optimizer.state_dict()}
         if self.ema:
             tensors["ema"] = self.ema.module.state_dict()
-        if not self.state.finished:
-            tensors["optimizer"] = self.optimizer.state_dict()
+        if self.state.finished:
+            tensors.pop("optimizer")
         return tensors
 
     def restore(self, tensors: dict[str, Any]) -> None:
         """Put back what `tensors` gave."""
+        if self.whole is not None and "optimizer" in tensors:
+            restore_whole(self.learner, self.optimizer, tensors)
+            return
         self.learner.load_state_dict(tensors["learner"])
         if self.ema:
             self.ema.module.load_state_dict(tensors["ema"])

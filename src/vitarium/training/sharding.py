@@ -1,0 +1,81 @@
+"""Weights, gradients and optimizer states spread over the processes (torch's `fully_shard`), for models that one device cannot train.
+
+Each block of the model is gathered when its turn comes and let go afterwards. For evaluation and for checkpoints the whole is put
+together: checkpoints are those of a single device, and a held-out part of any size can be dealt out to the processes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_fabric import Fabric
+from lightning_fabric.strategies import ModelParallelStrategy
+from torch import nn
+
+from vitarium.errors import UsageError
+from vitarium.training.learner import Learner
+from vitarium.training.recipe import Recipe
+
+
+def sharded_strategy(processes: int) -> ModelParallelStrategy:
+    """Fabric's strategy over all processes."""
+    return ModelParallelStrategy(_shard, data_parallel_size=processes, tensor_parallel_size=1)
+
+
+def is_sharded(fabric: Fabric) -> bool:
+    """Whether parameters are spread over the processes."""
+    return isinstance(fabric.strategy, ModelParallelStrategy)
+
+
+def check_shardable(learner: Learner, recipe: Recipe) -> None:
+    """
+    Raises:
+        UsageError: the recipe or the learner needs whole weights at every step.
+    """
+    if recipe.ema:
+        raise UsageError("a moving average needs the whole weights at every step, which strategy=fsdp avoids; use ema=null or strategy=ddp")
+    if learner.eval_model() is not learner.model:
+        raise UsageError(f"strategy=fsdp serves learners that evaluate their model itself; use strategy=ddp for {type(learner).__name__}")
+
+
+def _shard(learner: nn.Module, mesh: Any) -> nn.Module:
+    """Blocks first, then what is left of the learner."""
+    from torch.distributed.fsdp import fully_shard
+
+    lists = [part for part in learner.modules() if isinstance(part, nn.ModuleList | nn.Sequential) and len(part) > 1]
+    for blocks in reversed(lists):  # inner before outer
+        for block in blocks:
+            if any(p.requires_grad for p in block.parameters()):
+                fully_shard(block, mesh=mesh["data_parallel"])
+    fully_shard(learner, mesh=mesh["data_parallel"])
+    return learner
+
+
+def whole_states(learner: nn.Module, optimizer: Any) -> dict[str, Any]:
+    """State dicts of learner and optimizer as those of a single device, in the first process; called in all of them."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    learner_state, optimizer_state = get_state_dict(learner, optimizer, options=options)
+    return {"learner": learner_state, "optimizer": optimizer_state}
+
+
+def restore_whole(learner: nn.Module, optimizer: Any, tensors: dict[str, Any]) -> None:
+    """Spread what `whole_states` gave; every process holds all of it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+    set_state_dict(
+        learner,
+        optimizer,
+        model_state_dict=tensors["learner"],
+        optim_state_dict=tensors["optimizer"],
+        options=StateDictOptions(full_state_dict=True),
+    )
+
+
+def gather_model(learner: Learner, whole: nn.Module) -> None:
+    """The present weights of `learner.model` into `whole`, a model of the same kind that is not spread; called in all processes."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    state = get_model_state_dict(learner, options=StateDictOptions(full_state_dict=True))
+    whole.load_state_dict({name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")})
