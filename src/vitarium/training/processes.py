@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -141,9 +142,9 @@ def lost_processes_named() -> Iterator[None]:
         lost = torch.distributed.is_initialized() and any(word in str(error).lower() for word in LOST)
         if isinstance(error, VitariumError) or not lost:
             raise
-        first = str(error).splitlines()[0]
+        what = re.sub(r"^\[[^]]*\]\s*", "", str(error).splitlines()[0]).split(". ")[0]  # without gloo's line of source, and its advice
         raise TrainingStopped(
-            f"another process of this run is gone ({first}); run again: training goes on from the last checkpoint"
+            f"another process of this run is gone ({what}); run again: training goes on from the last checkpoint"
         ) from error
 
 
