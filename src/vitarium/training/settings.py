@@ -54,7 +54,10 @@ class _PlainLoader(yaml.SafeLoader):
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             raise yaml.composer.ComposerError(
-                None, None, "anchors and aliases are not accepted here; write the value out", event.start_mark
+                None,
+                None,
+                "anchors and aliases are not accepted here; write the value out",
+                event.start_mark,  # type: ignore[arg-type]
             )
         return super().compose_node(parent, index)
 
