@@ -297,7 +297,7 @@ class Loader:
         if dead:
             codes = ", ".join(str(processes[i].exitcode) for i in dead)
             what = f"{len(dead)} of {self.num_workers} data workers died (exit code {codes})"
-        elif "timed out" in str(error):
+        elif hangs:
             what = f"the data workers gave no batch for {self.timeout:g} seconds"
         else:
             what = f"the data workers failed ({error})"
