@@ -289,7 +289,8 @@ class Loader:
 
     def _post_mortem(self, batches: Any, error: Exception) -> str:
         processes = getattr(batches, "_workers", [])
-        if "timed out" not in str(error):  # a connection breaks a moment before its process is gone
+        hangs = "timed out" in str(error)
+        if not hangs:  # a connection breaks a moment before its process is gone
             multiprocessing.connection.wait([process.sentinel for process in processes], timeout=5)
         dead = [i for i, process in enumerate(processes) if not process.is_alive()]
         reading = self._reader.reading.tolist()
