@@ -9,12 +9,12 @@ from vitarium.catalog import evidence
 
 @pytest.fixture
 def swin_works(monkeypatch):
-    """A world in which swin has all its evidence."""
+    """A world in which swin has all its evidence, and no other system has any."""
     real = evidence.system_statuses()
+    nothing = evidence.Evidence(models=[], methods=[], goldens_passed=0, goldens_wired=0, identities=0, claim=None)
     proof = evidence.Evidence(models=["a", "b"], methods=[], goldens_passed=2, goldens_wired=2, identities=1, claim="held")
-    statuses = [
-        evidence.Status(s.slug, s.title, s.room, "working", proof) if s.slug == "swin" else s for s in real
-    ]  # fmt: skip
+    words = {"swin": ("working", proof)}
+    statuses = [evidence.Status(s.slug, s.title, s.room, *words.get(s.slug, ("missing", nothing))) for s in real]
     monkeypatch.setattr(evidence, "system_statuses", lambda: statuses)
 
 
