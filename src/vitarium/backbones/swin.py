@@ -67,7 +67,7 @@ class WindowAttention(Attention):
         if layout.region is not None:
             apart = layout.region[:, :, None] != layout.region[:, None]
             bias = bias - 100.0 * apart[:, None]  # the authors' -100, not -inf
-        return bias.to(dtype)
+        return bias.to(dtype).contiguous()  # the fused kernel would copy it at each call
 
 
 class SwinBlock(nn.Module):
