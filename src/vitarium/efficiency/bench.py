@@ -217,7 +217,7 @@ def _call(model: nn.Module, image: Tensor, kind: Kind) -> Callable[[], Any]:
 
 
 def paired(
-    calls: dict[str, Callable[[], Any]], *, rounds: int, device: torch.device | str = "cpu", least_seconds: float = 0.05
+    calls: dict[str, Callable[[], Any]], *, rounds: int, device: torch.device | str = "cpu", least_seconds: float = 0.4
 ) -> dict[str, list[float]]:
     """Seconds a call, for each arm and round. Arms take turns, in an order that turns with the round.
 

@@ -114,17 +114,17 @@ class Mlp(nn.Module):
         tokens = x.flatten(0, -2)
         most = max(1, PIECE_BYTES // (self.fc1.out_features * x.element_size()))
         if len(tokens) <= most:
-            return self.fc2(self._activate(self.fc1(x)))
+            return self.fc2(self._hidden(x))
         out = torch.empty_like(tokens, memory_format=torch.contiguous_format)
         for piece, result in zip(tokens.split(most), out.split(most), strict=True):
-            result.copy_(self.fc2(self._activate(self.fc1(piece))))
+            result.copy_(self.fc2(self._hidden(piece)))
         return out.view(x.shape)
 
-    def _activate(self, hidden: Tensor) -> Tensor:
-        """The activation; GELU in place, since nobody else holds the hidden values."""
-        if type(self.act) is nn.GELU:
-            return torch.ops.aten.gelu_(hidden, approximate=self.act.approximate)
-        return self.act(hidden)
+    def _hidden(self, x: Tensor) -> Tensor:
+        """First layer and activation; exact GELU by the same kernel."""
+        if type(self.act) is nn.GELU and self.act.approximate == "none":
+            return linear(x, self.fc1.weight, self.fc1.bias, gelu=True)
+        return self.act(self.fc1(x))
 
     def _untouched(self) -> bool:
         """Whether the layers are still these, without hooks: a quantizer or an explainer must see all tokens at once."""

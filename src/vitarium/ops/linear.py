@@ -21,8 +21,8 @@ def in_plain_inference(*tensors: Tensor | None) -> bool:
     return not (torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b: (..., in), (out, in), (out,) -> (..., out)."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
+    """x W^T + b, with `gelu` its exact GELU: (..., in), (out, in), (out,) -> (..., out)."""
     if (
         not torch.compiler.is_compiling()
         and x.device.type == "cpu"
@@ -34,8 +34,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and not torch.is_autocast_enabled("cpu")
         and in_plain_inference(x, weight, bias)
     ):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "none" if gelu else "")
+    out = F.linear(x, weight, bias)
+    return F.gelu(out) if gelu else out
 
 
 def _has_onednn() -> bool:
