@@ -291,7 +291,10 @@ class Loader:
         processes = getattr(batches, "_workers", [])
         hangs = "timed out" in str(error)
         if not hangs:  # a connection breaks a moment before its process is gone
-            multiprocessing.connection.wait([process.sentinel for process in processes], timeout=5)
+            ended = multiprocessing.connection.wait([process.sentinel for process in processes], timeout=5)
+            for process in processes:
+                if process.sentinel in ended:
+                    process.join(timeout=5)  # its pipes close a moment before it can be reaped
         dead = [i for i, process in enumerate(processes) if not process.is_alive()]
         reading = self._reader.reading.tolist()
         samples = [reading[i] for i in dead or range(len(reading)) if reading[i] >= 0]
