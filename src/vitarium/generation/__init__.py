@@ -1,0 +1,41 @@
+"""Models that make images: denoisers and their samplers, next-scale prediction, restoration.
+
+Every model here that makes images of classes, whatever it does inside, keeps one contract, `Generator`: `vitarium generate`, the grids that
+are drawn during training, and the Fréchet distance ask nothing else of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """What makes images of classes. `num_classes` (and, where known, `labels`) say which there are."""
+
+    num_classes: int
+
+    def generate(
+        self, labels: Tensor, *, seed: int = 0, guidance: float | None = None, steps: int | None = None, **options: Any
+    ) -> Tensor:
+        """Images of the given classes, (B, C, H, W) float32 in [0, 1], on the model's device; without gradients, in eval mode.
+
+        The same labels, seed and options give the same images, whatever the state of the global generators.
+
+        Args:
+            labels: class numbers (B,) int64, 0 to num_classes - 1.
+            seed: of all randomness, 0 or more.
+            guidance: strength of classifier-free guidance; 1 is without. None: what the model was made for.
+            steps: evaluations of the sampler's loop; None: what the model was made for. A model whose number of steps is fixed
+                raises UsageError for another.
+            options: the model's own, each a plain value (`vitarium generate --set top_k=900`).
+
+        Raises:
+            UsageError: an option that the model does not have, or a value that it cannot take; the message says what is accepted.
+        """
+        ...
+
+
+__all__ = ["Generator"]
