@@ -118,6 +118,12 @@ class Family:
 INPUT_KEYS = ("image_size", "frames", "stride")
 """Keys of a variant that describe its input; a constructor gets those that it takes."""
 
+BASES = {
+    "dit": "vitarium.generation.diffusion",
+    "sit_flow": "vitarium.generation.diffusion",
+}
+"""Families that are no system's own, which several systems build on -> their module. ("sit" is another paper's slug.)"""
+
 _FAMILIES: dict[str, Family] = {}
 
 
@@ -134,7 +140,7 @@ def family(
     """Register a model class with its variants.
 
     Args:
-        slug: the system, as in systems.toml; also the name of the file that the class is in.
+        slug: the system, as in systems.toml, or a row of `BASES`; also the name of the file that the class is in.
         variants: name of a variant -> the constructor's arguments. The key `image_size` is the side that the variant was made for, in
             pixels (default 224), `frames` and `stride` the clip of a video model; they are passed on only to a constructor that takes them.
         official: renames the authors' checkpoint to our names.
@@ -145,7 +151,7 @@ def family(
         preparation: mean, std, interpolation, crop_pct where they are not ImageNet's usual ones.
     """
     name = name or slug
-    if not name.startswith(slug):
+    if not name.startswith(slug) and name not in BASES:
         raise ValueError(f"the family {name!r} must begin with its slug {slug!r}, so that its file is found by name")
 
     def register(cls: ModelClass) -> ModelClass:
@@ -177,6 +183,9 @@ def import_system(slug: str) -> bool:
 
 def families(slug: str | None = None) -> list[Family]:
     """The registered families, of one system or of all."""
+    for base, module in BASES.items():
+        if slug in (None, base):
+            importlib.import_module(module)
     for system in systems():
         if slug in (None, system.slug):
             import_system(system.slug)
@@ -196,6 +205,9 @@ def find_model(name: str) -> tuple[Family, str]:
     Raises:
         UsageError: there is none; the message names near ones.
     """
+    for base, module in BASES.items():
+        if name.startswith(base + "_"):
+            importlib.import_module(module)
     for system in sorted(systems(), key=lambda s: -len(s.slug)):  # "crossformer" before "cross"
         if name.startswith(system.slug + "_"):
             import_system(system.slug)
