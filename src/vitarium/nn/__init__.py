@@ -7,6 +7,7 @@ from vitarium.nn.layers import DropPath, LayerNorm2d, LayerNorm3d, LayerScale, L
 from vitarium.nn.patch_embed import PatchEmbed
 from vitarium.nn.positions import EvalCache, RelativePositionBias, apply_rotary, resize_position_table, rotary_2d, sincos_2d
 from vitarium.nn.tokens import TokenBackbone
+from vitarium.nn.vit import TransformerBlock, VisionTransformer
 
 __all__ = [
     "Attention",
@@ -22,7 +23,9 @@ __all__ = [
     "RelativePositionBias",
     "Stage",
     "TokenBackbone",
+    "TransformerBlock",
     "VideoBackbone",
+    "VisionTransformer",
     "apply_rotary",
     "drop_path_rates",
     "inflate",

@@ -1,0 +1,164 @@
+"""The plain vision transformer: patches, a class token, positions, equal pre-norm blocks (Dosovitskiy et al. 2021).
+
+Names and arithmetic are those of MAE's and timm's, whose checkpoints fill it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitarium.nn.attention import Attention
+from vitarium.nn.layers import DropPath, Mlp, drop_path_rates
+from vitarium.nn.patch_embed import PatchEmbed
+from vitarium.nn.positions import EvalCache, resize_position_table, sincos_2d
+from vitarium.nn.tokens import TokenBackbone
+
+EPS = 1e-6
+"""Of every norm."""
+
+
+class TransformerBlock(nn.Module):
+    """x + Attention(LN(x)), then x + MLP(LN(x)): (B, N, dim) -> the same.
+
+    Args:
+        dim, num_heads: channels and heads.
+        mlp_ratio: hidden channels of the MLP over dim.
+        drop_path: stochastic depth of both branches.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, mlp_ratio: float = 4.0, drop_path: float = 0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=EPS)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=EPS)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def sincos_table(dim: int, grid: tuple[int, int]) -> Tensor:
+    """Fixed positions of a class token (zeros) and of a grid's patches, (1, 1 + h w, dim)."""
+    return torch.cat([torch.zeros(1, dim), sincos_2d(dim, *grid)])[None]
+
+
+class VisionTransformer(TokenBackbone):
+    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes).
+
+    The norm stands where its checkpoints have it: on the tokens where the class token is read (`norm`), on the pooled features where the
+    patches are averaged (`head_norm`, timm's and MAE's fc_norm).
+
+    Args:
+        embed_dim, depth, num_heads: channels, blocks, heads.
+        patch_size: side of a patch, pixels.
+        image_size: side of the square image that the position table is made for, pixels.
+        mlp_ratio: hidden channels of the MLPs over embed_dim.
+        global_pool: "token" reads the class token, "avg" averages the patches.
+        probe_norm: normalise the pooled features over the batch, without weights, before the head, as linear probes do; tokens are then
+            normed as well, however they are pooled.
+        drop_rate: dropout before the head.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+
+    Raises:
+        ValueError: embed_dim that does not divide by num_heads or by 4, or another global_pool.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        patch_size: int = 16,
+        image_size: int = 224,
+        mlp_ratio: float = 4.0,
+        global_pool: str = "avg",
+        probe_norm: bool = False,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        if global_pool not in ("token", "avg"):
+            raise ValueError(f"global_pool must be 'token' or 'avg', got {global_pool!r}")
+        super().__init__(dim=embed_dim, depth=depth, stride=patch_size, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.table_grid = self.patch_embed.grid(image_size, image_size)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(sincos_table(embed_dim, self.table_grid))
+        self.cache = EvalCache()
+        (rates,) = drop_path_rates(drop_path_rate, [depth])
+        self.blocks = nn.ModuleList(TransformerBlock(embed_dim, num_heads, mlp_ratio=mlp_ratio, drop_path=rate) for rate in rates)
+        self.global_pool = global_pool
+        norm = nn.LayerNorm(embed_dim, eps=EPS)
+        if probe_norm:
+            self.norm, self.head_norm = norm, nn.BatchNorm1d(embed_dim, eps=EPS, affine=False)
+        elif global_pool == "token":
+            self.norm = norm
+        else:
+            self.head_norm = norm
+        nn.init.normal_(self.cls_token, std=0.02)
+        init_as_mae(self)
+        if isinstance(self.head, nn.Linear):
+            nn.init.trunc_normal_(self.head.weight, std=0.01 if probe_norm else 2e-5)
+
+    def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
+        """Yields the tokens after each block, (B, 1 + h w, C), the class token first."""
+        x = self.patch_embed(image).flatten(2).transpose(1, 2)
+        positions = self.positions(self.patch_embed.grid(*image.shape[-2:]))
+        x = self.with_class_token(x + positions[:, 1:], positions)
+        for block in self.blocks:
+            x = self.run_blocks([block], x)
+            yield x
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """The position table of a grid, (1, 1 + h w, C); resampled where it is not the one that the model was made for."""
+        if grid == self.table_grid:
+            return self.pos_embed
+        resized: Callable[[], Tensor] = lambda: resize_position_table(self.pos_embed, self.table_grid, grid, prefix=1)
+        return self.cache.get(self, grid, self.pos_embed, resized)
+
+    def with_class_token(self, patches: Tensor, positions: Tensor) -> Tensor:
+        """Patch tokens (B, K, C), all or some of them -> (B, 1 + K, C)."""
+        first = (self.cls_token + positions[:, :1]).expand(patches.shape[0], -1, -1)
+        return torch.cat([first.to(patches.dtype), patches], 1)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed", "cls_token"}
+
+    def group_matcher(self, coarse: bool = False) -> Any:
+        """The layers of MAE's layer-wise decay as a function of a parameter's name: embeddings, the blocks, and what is above them."""
+        last = len(self.blocks) + 1
+
+        def layer(name: str) -> int:
+            if name.startswith(("patch_embed.", "pos_embed", "cls_token")):
+                return 0
+            return 1 + int(found[1]) if (found := re.match(r"blocks\.(\d+)\.", name)) else last
+
+        return layer
+
+    def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
+        """A checkpoint's position table for this model's grid; None for any other tensor that does not fit."""
+        side = math.isqrt(max(0, tensor.shape[1] - 1)) if tensor.ndim == 3 else 0
+        if name != "pos_embed" or tensor.shape[2:] != shape[2:] or side**2 + 1 != tensor.shape[1]:
+            return None
+        return resize_position_table(tensor, (side, side), self.table_grid, prefix=1)
+
+
+def init_as_mae(module: nn.Module) -> None:
+    """MAE's initialisation, in place: Xavier-uniform linear layers and, as the matrix that it is, patch convolution; zero biases."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, PatchEmbed):
+            nn.init.xavier_uniform_(part.proj.weight.flatten(1))
