@@ -16,10 +16,11 @@ SURFACE = {
     "info": "model --image-size --json",
     "compare": "--data --models --pretrained --recipe --steps --epochs --minutes --image-size --batch-size --val-fraction --seed --out "
     "--devices --num-nodes --strategy --accelerator --config --print-config",
-    "train": "recipe --data --model --pretrained --checkpoint --set --val-fraction --out --precision --devices --num-nodes --strategy "
-    "--accelerator --config --print-config",
-    "evaluate": "model --data --checkpoint --split --val-fraction --seed --batch-size --device --output --json --config --print-config",
-    "predict": "images --model --checkpoint --top-k --batch-size --device --output --json",
+    "train": "recipe --data --model --pretrained --checkpoint --set --apply --val-fraction --out --precision --devices --num-nodes "
+    "--strategy --accelerator --config --print-config",
+    "evaluate": "model --data --checkpoint --apply --split --val-fraction --seed --batch-size --device --output --json "
+    "--config --print-config",
+    "predict": "images --model --checkpoint --apply --top-k --batch-size --device --output --json",
     "bench": "models --peers --kind --batch --image-size --dtype --device --rounds --threads --json --config --print-config",
     "claim": "slug --all --out --json",
     "export": "model --checkpoint --format --output --image-size --batch --tolerance",

@@ -223,3 +223,32 @@ def test_prediction_that_cannot_begin(run, trained, tmp_path, arguments, code, t
     result = run("predict", *[trained if a == "MODEL" else a for a in arguments])
     assert result.code == code
     assert text in result.err.lower() or text in result.err
+
+
+# ---- methods on the way
+
+
+def test_methods_are_applied_before_anything_is_measured_or_trained(run, tmp_path, pictures):
+    torch.manual_seed(0)
+    model = vitarium.create_model("timm/vit_pico", num_classes=10, image_size=16)
+    model.labels = list("0123456789")
+    vitarium.save(model, tmp_path / "vit.safetensors")
+    result = run("evaluate", "vit.safetensors", "--apply", "evit:keep=0.5", "--json")
+    assert result.code == 0, result.err
+    assert "GMACs" in result.err
+    assert json.loads(result.out)["images"] > 300
+    assert run("predict", str(pictures / "a.png"), "--model", "vit.safetensors", "--apply", "tome:r=2").code == 0
+    result = run("train", "pico", "--apply", "evit:keep=0.5", *SHORT, "--out", "r")
+    assert result.code == 0, result.err
+    assert [report.method.slug for report in vitarium.load(tmp_path / "r" / "model.safetensors").methods] == ["evit"]
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [("evitt", "unknown method 'evitt'; did you mean evit"), ("evit:kep=1", "did you mean keep"), ("evit:keep=7", "keep")],
+)
+def test_a_method_that_cannot_be_applied_says_why(run, trained, method, message):
+    result = run("evaluate", str(trained), "--apply", method)
+    assert result.code == 2
+    assert message in result.err
+    assert "Traceback" not in result.err

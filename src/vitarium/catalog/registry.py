@@ -90,6 +90,7 @@ class Family:
     variants: Mapping[str, Mapping[str, Any]]
     dialects: Mapping[str, Renamer] = field(default_factory=dict)
     weights: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    learner: str = "classification"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bicubic"
@@ -135,6 +136,7 @@ def family(
     name: str | None = None,
     dialects: Mapping[str, Renamer] | None = None,
     weights: Mapping[str, Mapping[str, tuple[str, ...]]] | None = None,
+    learner: str = "classification",
     **preparation: Any,
 ) -> Callable[[ModelClass], ModelClass]:
     """Register a model class with its variants.
@@ -148,6 +150,7 @@ def family(
         dialects: further renamers by the code that wrote such files: "timm", "torchvision", "transformers".
         weights: variant -> tag -> where such weights lie, first choice first: "timm:NAME.TAG" (looked up in timm's own registry),
             "hf:OWNER/NAME[/FILE]", or the authors' release address. The first tag is what `pretrained=True` means.
+        learner: name of the objective by which its models are evaluated, where it is not classification.
         preparation: mean, std, interpolation, crop_pct where they are not ImageNet's usual ones.
     """
     name = name or slug
@@ -156,7 +159,7 @@ def family(
 
     def register(cls: ModelClass) -> ModelClass:
         named = ({"official": official} if official else {}) | dict(dialects or {})
-        _FAMILIES[name] = Family(name, slug, cls, variants, named, weights or {}, **preparation)
+        _FAMILIES[name] = Family(name, slug, cls, variants, named, weights or {}, learner, **preparation)
         return cls
 
     return register

@@ -47,6 +47,8 @@ class Record(BaseModel):
     """What `create_model(name, ...)` is asked for."""
     preprocessing: dict[str, Any] | None
     labels: list[str] | None
+    objective: dict[str, Any] | None = None
+    """What it was trained for: the name of a learner and its settings; None: what its family is for."""
     methods: list[dict[str, Any]] = []
     """What `vitarium.apply` did, in its order, each as {"slug": ..., "options": {...}}, and "state" where the method found something."""
     tied: dict[str, str] = {}
@@ -133,6 +135,7 @@ def _record(model: nn.Module) -> Record:
         arguments=arguments,
         preprocessing=preprocessing and preprocessing.to_dict(),
         labels=labels and [str(label) for label in labels],
+        objective=getattr(model, "objective", None),
         methods=[report.saved() for report in methods_on(model)],
         library=library_of(spec.name),
         config=configuration_of(model) if spec.name.startswith("hf/") else None,
@@ -197,6 +200,8 @@ def _rebuild(record: Record) -> nn.Module:
     if record.preprocessing is not None:
         model.preprocessing = Preprocessing(**record.preprocessing)  # type: ignore[assignment]
     model.labels = record.labels  # type: ignore[assignment]
+    if record.objective is not None:
+        model.objective = record.objective  # type: ignore[assignment]
     return model
 
 

@@ -1,4 +1,4 @@
-"""Live progress: a line a model, with its bar, loss and accuracy; in a log file, a line a change of state or accuracy."""
+"""Live progress: a line a model, with its bar, loss and score; in a log file, a line a change of state or score."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Board:
         """Take in an event."""
         before = self.latest.get(event.model)
         self.latest[event.model] = event
-        if not self.console.is_terminal and (before is None or (before.kind, before.accuracy) != (event.kind, event.accuracy)):
+        if not self.console.is_terminal and (before is None or (before.kind, told(before)) != (event.kind, told(event))):
             self.console.print(line(event), markup=False, soft_wrap=True)
 
     def finish(self, model: str) -> None:
@@ -60,7 +60,7 @@ class Board:
             self(replace(event, kind="finished"))
 
     def __rich__(self) -> Table:
-        rows = table("~model", "", "state", ">step", ">loss", ">accuracy", ">left")
+        rows = table("~model", "", "state", ">step", ">loss", ">held out", ">left")
         for model, event in self.latest.items():
             if event is None:
                 rows.add_row(f"[dim]{model}", "", "[dim]waiting[/]")
@@ -72,17 +72,21 @@ class Board:
 
 
 def numbers(event: Event) -> list[str]:
-    """Step, loss, accuracy and time left, "" where unknown."""
+    """Step, loss, score and time left, "" where unknown."""
     step = f"{event.step}/{event.steps}" if event.steps else str(event.step or "")
     loss = "" if event.loss is None else f"{event.loss:.3f}"
-    accuracy = "" if event.accuracy is None else f"{100 * event.accuracy:.1f} %"
     left = clock(event.seconds_left) if event.kind == "step" and event.seconds_left is not None else ""
-    return [step, loss, accuracy, left]
+    return [step, loss, told(event), left]
+
+
+def told(event: Event) -> str:
+    """What the last evaluation found."""
+    return event.score if event.accuracy is None else f"accuracy {100 * event.accuracy:.1f} %"
 
 
 def line(event: Event) -> str:
     """An event as a line of a log."""
     word = Text.from_markup(WORDS[event.kind]).plain
     place = f"[{event.position + 1}/{event.count}] {event.model}: {word}"
-    known = [f"step {event.step}" if event.step else "", f"accuracy {100 * event.accuracy:.1f} %" if event.accuracy is not None else ""]
+    known = [f"step {event.step}" if event.step else "", told(event)]
     return ", ".join(filter(None, [place, *known, event.message]))

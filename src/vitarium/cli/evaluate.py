@@ -10,14 +10,16 @@ import typer
 
 from vitarium.cli.config import configurable
 from vitarium.cli.console import err, out, pairs, print_json, table
-from vitarium.cli.opening import find_device, open_model
-from vitarium.cli.options import BatchSize, Checkpoint, DataSpec, Device
-from vitarium.errors import DataError, nearest
+from vitarium.cli.opening import apply_methods, find_device, open_model
+from vitarium.cli.options import DATA_HELP, Apply, BatchSize, Checkpoint, Device
+from vitarium.errors import DataError, UsageError, nearest
 
 if TYPE_CHECKING:
     from vitarium.data import ImageSet
+    from vitarium.training import Learner
 
 WEAKEST = 5  # classes that are shown
+SHARES = ("accuracy", "top5", "calibration_error")
 NAMES = {"accuracy": "accuracy", "top5": "accuracy, first five", "loss": "cross entropy", "calibration_error": "calibration error"}
 
 
@@ -31,8 +33,9 @@ class Split(StrEnum):
 @configurable
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL|FILE", help="A file that `vitarium.save` wrote, or a model's name.")],
-    data: DataSpec = "digits",
+    data: Annotated[str | None, typer.Option(help=DATA_HELP, show_default="digits, or what suits the model's objective")] = None,
     checkpoint: Checkpoint = None,
+    methods: Apply = None,
     split: Annotated[Split, typer.Option(help="Which part of the data.")] = Split.VAL,
     val_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share held out of data that has no val/ part.")] = 0.2,
     seed: Annotated[int, typer.Option(min=0, help="Of the split.")] = 0,
@@ -42,17 +45,37 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Measure a trained model on labelled images: accuracy, loss, calibration, and the classes it knows least."""
+    from vitarium.catalog import preprocessing_of
     from vitarium.data import open_data
     from vitarium.files import write_json
+    from vitarium.training.learners import learner_of
 
-    opened = open_model(model, checkpoint).to(find_device(device))
-    images = open_data(data, seed=seed, val_fraction=val_fraction)
+    opened = open_model(model, checkpoint)
+    learner = learner_of(opened)
+    size = preprocessing_of(opened).image_size if learner.data_task != "class" else None
+    images = open_data(data or learner.default_data, task=learner.data_task, seed=seed, val_fraction=val_fraction, image_size=size)
+    apply_methods(opened, methods, images)
+    opened.to(find_device(device))
     part = images.val if split is Split.VAL else images.train
     with err().status(f"Evaluating on {len(part)} images"):
-        report = {"model": model, "data": images.name, "split": split.value, **measure(opened, part, images.classes, batch_size)}
+        classes = learner.objective == "classification"
+        measured = measure(opened, part, images.classes, batch_size) if classes else measure_other(learner, part, batch_size)
+    report = {"model": model, "data": images.name, "split": split.value, **measured}
     if output is not None:
         write_json(output, report)
-    (print_json if as_json else show)(report)
+    (print_json if as_json else show if classes else show_other)(report)
+
+
+def measure_other(learner: Learner, images: ImageSet, batch_size: int) -> dict[str, Any]:
+    """What a learner of another objective than classes measures."""
+    from vitarium.data import BadFiles
+    from vitarium.training import evaluate as run
+
+    bad_files = BadFiles()
+    metrics = run(learner, images, batch_size=batch_size, bad_files=bad_files)
+    if not metrics:
+        raise UsageError(f"models of the objective {learner.objective!r} have no metrics of their own")
+    return {**metrics, "images": len(images) - len(bad_files), "broken": [{"path": p, "reason": r} for p, r in bad_files.items()]}
 
 
 def measure(model: Any, images: ImageSet, classes: list[str], batch_size: int) -> dict[str, Any]:
@@ -117,18 +140,24 @@ class Renumbered:
 
 
 def told(metrics: dict[str, Any]) -> dict[str, str]:
-    """The known ones of some metrics, with names and units for a person."""
-    known = {name: metrics[name] for name in NAMES if name in metrics}
-    return {NAMES[name]: f"{value:.4f}" if name == "loss" else f"{100 * value:.2f} %" for name, value in known.items()}
+    """The numbers among some metrics, with names and units for a person."""
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
+    known = [name for name in NAMES if name in numbers] if "accuracy" in numbers else list(numbers)
+    return {NAMES.get(n, n.replace("_", " ")): f"{100 * numbers[n]:.2f} %" if n in SHARES else f"{numbers[n]:.4f}" for n in known}
+
+
+def show_other(report: dict[str, Any]) -> None:
+    """The numbers of another objective as a table."""
+    console = out()
+    console.print(pairs({"images": f"{report['images']} ({report['data']}, {report['split']})", **told(report)}))
+    if report["broken"]:
+        err().print(f"[yellow]{len(report['broken'])} pictures could not be read[/]")
 
 
 def show(report: dict[str, Any]) -> None:
     """The metrics as tables."""
-    rows = {
-        told: f"{100 * report[name]:.2f} %" if name != "loss" else f"{report[name]:.4f}" for name, told in NAMES.items() if name in report
-    }
     console = out()
-    console.print(pairs({"images": f"{report['images']} ({report['data']}, {report['split']})", **rows}))
+    console.print(pairs({"images": f"{report['images']} ({report['data']}, {report['split']})", **told(report)}))
     known = sorted((c for c in report["classes"] if c["accuracy"] is not None), key=lambda c: c["accuracy"])
     if len(known) > 1:
         worst = table("class", ">images", ">accuracy", title="Weakest classes")

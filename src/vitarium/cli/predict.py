@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitarium.cli.console import err, out, print_json, table
-from vitarium.cli.opening import find_device, open_model
-from vitarium.cli.options import BatchSize, Checkpoint, Device
+from vitarium.cli.opening import apply_methods, find_device, open_model
+from vitarium.cli.options import Apply, BatchSize, Checkpoint, Device
 from vitarium.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from vitarium.training import Learner
 
 ENDINGS = (".csv", ".json")
 
@@ -24,25 +26,35 @@ def predict(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Pictures, and folders that are searched to the bottom.")],
     model: Annotated[str, typer.Option(metavar="MODEL|FILE", help="A file that `vitarium.save` wrote, or a model's name.")],
     checkpoint: Checkpoint = None,
+    methods: Apply = None,
     top_k: Annotated[int, typer.Option(min=1, help="Classes told for each picture, the most probable first.")] = 5,
     batch_size: BatchSize = 32,
     device: Device = "auto",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write, .csv or .json.", show_default="none")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File to write, .csv or .json; of answers that can be drawn: a folder.", show_default="none"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Name what is in pictures. One that cannot be read is named and counted, and the others go on (exit code 3 if none can be read)."""
-    if output is not None and output.suffix not in ENDINGS:
-        raise UsageError(f"--output must end in {' or '.join(ENDINGS)}, got {output}")
+    """Say what is in pictures. One that cannot be read is named and counted, and the others go on (exit code 3 if none can be read)."""
+    from vitarium.training.learners import learner_of
+
     files = find_pictures(images)
-    opened = open_model(model, checkpoint).to(find_device(device))
+    opened = open_model(model, checkpoint)
+    learner = learner_of(opened)
+    classes = learner.objective == "classification"
+    if output is not None and classes and output.suffix not in ENDINGS:
+        raise UsageError(f"--output must end in {' or '.join(ENDINGS)}, got {output}")
+    apply_methods(opened, methods, None)
+    opened.to(find_device(device))
     with err().status(f"Looking at {len(files)} pictures"):
-        rows = look(opened, files, top_k, batch_size)
+        rows = look(opened, files, top_k, batch_size) if classes else ask(learner, files, batch_size, output)
     broken = [row for row in rows if "error" in row]
     if len(broken) == len(rows):
         raise DataError("no picture could be read:\n" + "\n".join(f"  {row['image']}: {row['error']}" for row in broken[:10]))
-    if output is not None:
+    if output is not None and classes:
         write(rows, output)
-    (print_json if as_json else show)(rows)
+    (print_json if as_json else show if classes else show_answers)(rows)
     if broken:
         err().print(f"[yellow]{len(broken)} of {len(rows)} pictures could not be read[/]")
     if output is not None:
@@ -89,6 +101,55 @@ def look(model: nn.Module, files: list[str], top_k: int, batch_size: int) -> lis
     return rows
 
 
+def ask(learner: Learner, files: list[str], batch_size: int, output: Path | None) -> list[dict[str, Any]]:
+    """As `look`, of a model that answers otherwise than by classes: {"image", ...its answer}.
+
+    With an output: the answers in OUTPUT/answers.json (or in OUTPUT itself, where that ends in .json), and beside it a drawing of each.
+    """
+    import torch
+
+    from vitarium.data import BadFiles
+    from vitarium.data.folders import FileImages
+    from vitarium.data.loader import Loader
+    from vitarium.files import atomic_path, write_json
+    from vitarium.training.evaluation import evaluating, to_device
+
+    model, bad_files = learner.eval_model(), BadFiles(1.0)
+    pictures = FileImages(files, [0] * len(files))
+    place = next(model.parameters(), torch.empty(0))
+    transform = learner.transform(None)
+    if getattr(transform, "joint", False):
+        raise UsageError(f"models of the objective {learner.objective!r} look at a picture together with its labels; predict has none")
+    loader = Loader(pictures, transform, collate=learner.collate, batch_size=batch_size, bad_files=bad_files)
+    rows: list[dict[str, Any]] = [{"image": file} for file in files]
+    folder = output if output is not None and output.suffix != ".json" else None
+    with evaluating(model):
+        for batch in loader.epoch(0):
+            if not len(batch["index"]):
+                continue
+            batch = to_device({**batch, "image": batch["image"].to(place.dtype)}, place.device)
+            for index, answer in zip(batch["index"].tolist(), learner.answers(model, batch), strict=True):
+                rows[index] |= {name: value for name, value in answer.items() if not name.startswith("_")}
+                if folder is None:
+                    continue
+                drawn = learner.picture_of(pictures[index][0], answer)  # type: ignore[arg-type]  # video models draw nothing
+                if drawn is not None:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    target = folder / f"{index:04d}-{Path(files[index]).stem}.png"
+                    with atomic_path(target) as temporary:
+                        drawn.save(temporary, format="png")
+                    rows[index]["drawing"] = str(target)
+    for path, reason in bad_files.items():
+        for row in rows:
+            if row["image"] == path:
+                row["error"] = reason
+    if output is not None:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        write_json(output / "answers.json" if folder is not None else output, rows)
+    return rows
+
+
 def write(rows: list[dict[str, Any]], path: Path) -> None:
     """Predictions to a file, by its ending; in a CSV a line a picture, with columns label_1, probability_1, label_2, ..."""
     from vitarium.files import write_json, write_text
@@ -118,3 +179,22 @@ def show(rows: list[dict[str, Any]]) -> None:
         then = ", ".join(f"{escape(p['label'])} {100 * p['probability']:.1f} %" for p in others)
         result.add_row(escape(row["image"]), f"[bold]{escape(first['label'])}[/]", f"{100 * first['probability']:.1f} %", f"[dim]{then}[/]")
     out().print(result)
+
+
+def show_answers(rows: list[dict[str, Any]]) -> None:
+    """A line a picture: what was said of it, shortened."""
+    from rich.markup import escape
+
+    result = table("picture", "answer")
+    for row in rows:
+        if "error" in row:
+            result.add_row(escape(row["image"]), f"[yellow]unreadable: {escape(row['error'])}[/]")
+            continue
+        said = ", ".join(f"{name} {_short(value)}" for name, value in row.items() if name not in ("image", "drawing"))
+        result.add_row(escape(row["image"]), escape(said or row.get("drawing", "")))
+    out().print(result)
+
+
+def _short(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -11,7 +11,8 @@ import typer
 from vitarium.cli.config import configurable
 from vitarium.cli.console import clock, out, pairs
 from vitarium.cli.evaluate import told
-from vitarium.cli.options import Accelerator, DataSpec, Devices, NumNodes, Strategy
+from vitarium.cli.opening import apply_methods
+from vitarium.cli.options import DATA_HELP, Accelerator, Apply, Devices, NumNodes, Strategy
 from vitarium.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,13 +31,14 @@ class Precision(StrEnum):
 @configurable
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe's name, or a YAML file of your own.")],
-    data: DataSpec = "digits",
+    data: Annotated[str | None, typer.Option(help=DATA_HELP, show_default="the recipe's")] = None,
     model: Annotated[str | None, typer.Option(help="A model's name.", show_default="the recipe's")] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from published weights.")] = False,
     checkpoint: Annotated[str | None, typer.Option(help="Start from these weights: file, hf:OWNER/NAME, or address.")] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe, as optimizer.lr=1e-4. Repeatable.")
     ] = None,
+    methods: Apply = None,
     val_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share held out of data that has no val/ part.")] = 0.2,
     out_folder: Annotated[
         Path | None,
@@ -48,28 +50,28 @@ def train(
     strategy: Strategy = "auto",
     accelerator: Accelerator = "auto",
 ) -> None:
-    """Train a model by a recipe and save it as one file with its labels and preprocessing.
+    """Train a model by a recipe and save it as one file with its labels, preprocessing and objective.
 
     Interrupted or killed, the same command goes on where it was.
     """
     import vitarium
-    from vitarium.catalog.checkpoints import load_checkpoint
     from vitarium.cli.board import Board
     from vitarium.reports.folder import slug
-    from vitarium.reports.trial import build_model, is_main_process
-    from vitarium.training import ClassificationLearner, fit, load_recipe
+    from vitarium.reports.trial import is_main_process
+    from vitarium.training import find_learner, fit, load_recipe
 
     settings = load_recipe(recipe, [*(changes or []), *([f"precision={precision.value}"] if precision else [])])
     name = model or settings.model
     if name is None:
         raise UsageError(f"the recipe {recipe} names no model; choose one with --model ('vitarium models' lists them)")
-    images = vitarium.open_data(data, seed=settings.seed, val_fraction=val_fraction)
-    settings = settings.model_copy(update=dict(image_size=settings.image_size or images.image_size))
-    built = build_model(name, images, settings, pretrained=pretrained)
-    if checkpoint is not None:
-        load_checkpoint(built, checkpoint)
+    kind = find_learner(settings.objective["name"])
+    size = settings.image_size
+    drawn = None if kind.data_task == "class" else size
+    images = vitarium.open_data(data or settings.data, task=kind.data_task, seed=settings.seed, val_fraction=val_fraction, image_size=drawn)
+    settings = settings.model_copy(update=dict(image_size=size or images.image_size))
     folder = out_folder or Path("runs", slug(f"{Path(recipe).stem}-{name}-{images.name}"))
-    learner = ClassificationLearner.from_recipe(built, settings)
+    learner = kind.create(name, images, settings, pretrained=pretrained, checkpoint=checkpoint)
+    apply_methods(learner.model, methods, images)
     with Board([name]) as board:
         result = fit(
             learner,
@@ -80,15 +82,18 @@ def train(
             num_nodes=num_nodes,
             strategy=strategy,
             accelerator=accelerator,
-            progress=lambda progress: board(event_of(progress, name)),
+            progress=lambda progress: board(event_of(progress, name, kind.primary_metric[0])),
         )
         board.finish(name)
     if is_main_process():
-        vitarium.save(learner.eval_model(), folder / "model.safetensors")
-        show(result, folder / "model.safetensors")
+        trained = learner.eval_model()
+        if kind.objective != "classification":
+            trained.objective = settings.objective  # type: ignore[assignment]
+        vitarium.save(trained, folder / "model.safetensors")
+        show(result, folder / "model.safetensors", kind.usage.format(file=folder / "model.safetensors"))
 
 
-def event_of(progress: Progress, model: str) -> Event:
+def event_of(progress: Progress, model: str, metric: str) -> Event:
     """What the board shows of a run."""
     from vitarium.reports.events import Event
 
@@ -105,10 +110,11 @@ def event_of(progress: Progress, model: str) -> Event:
         seconds_left=None if pace is None else pace * (p.total_steps - p.step),
         loss=p.loss,
         accuracy=p.metrics.get("accuracy"),
+        score=f"{metric.replace('_', ' ')} {p.metrics[metric]:.4g}" if metric in p.metrics else "",
     )
 
 
-def show(result: FitResult, file: Path) -> None:
+def show(result: FitResult, file: Path, use: str) -> None:
     """What came of a run, and what to do with it."""
     rows = told(result.metrics) | {"steps": f"{result.steps} in {clock(result.seconds)}"}
     if result.skipped:
@@ -118,4 +124,5 @@ def show(result: FitResult, file: Path) -> None:
     console = out()
     console.print(pairs(rows))
     console.print()
-    console.print(pairs({"model": file, "use it": f"vitarium predict IMAGE --model {file}"}))
+    pictures = file.parent / "pictures"
+    console.print(pairs({"model": file, **({"pictures": pictures} if pictures.is_dir() else {}), "use it": use}))

@@ -90,19 +90,26 @@ class _Reader:
     """Reads whole batches, in the main process or in a worker (torch asks a dataset with `__getitems__` for a batch at once)."""
 
     def __init__(
-        self, dataset: Any, transform: Callable[[Any], Tensor], seed: int, memory: dict[int, tuple[Tensor, Any]] | None, workers: int
+        self,
+        dataset: Any,
+        transform: Callable[..., Any],
+        collate: Callable[[list[Any]], dict[str, Any]],
+        seed: int,
+        memory: dict[int, tuple[Tensor, Any]] | None,
+        workers: int,
     ):
-        self.dataset, self.transform, self.seed, self.memory = dataset, transform, seed, memory
+        self.dataset, self.transform, self.collate, self.seed, self.memory = dataset, transform, collate, seed, memory
+        self.joint = bool(getattr(transform, "joint", False))
         self.reading = torch.full((max(1, workers),), -1).share_memory_()  # the sample each worker is at, for the post-mortem
 
     def __getitems__(self, plan: _Plan) -> dict[str, Any] | _Failure:
         worker = get_worker_info()
         place = worker.id if worker else 0
-        images, targets, indices, broken = [], [], [], []
+        samples, indices, broken = [], [], []
         for index, copy in zip(plan.indices, plan.copies, strict=True):
             self.reading[place] = index
             try:
-                image, target = self._sample(plan.epoch, index, copy)
+                samples.append(self._sample(plan.epoch, index, copy))
             except BrokenImage as error:
                 broken.append((error.path, error.reason))
                 continue
@@ -111,26 +118,27 @@ class _Reader:
                 if worker:
                     return failure
                 raise _data_error(self.dataset, failure) from error
-            images.append(image)
-            targets.append(target)
             indices.append(index)
         self.reading[place] = -1
-        return {
-            "image": torch.stack(images) if images else torch.empty(0),
-            "target": default_collate(targets) if targets else torch.empty(0, dtype=torch.int64),
-            "index": torch.tensor(indices, dtype=torch.int64),
-            "broken": broken,
-        }
+        return {**self.collate(samples), "index": torch.tensor(indices, dtype=torch.int64), "broken": broken}
 
     def _sample(self, epoch: int, index: int, copy: int) -> tuple[Tensor, Any]:
         if self.memory is not None and index in self.memory:
             return self.memory[index]
         seed_generators(self.seed, epoch, index, copy)
         picture, target = self.dataset[index]
-        sample = self.transform(picture), target
+        sample = self.transform(picture, target) if self.joint else (self.transform(picture), target)
         if self.memory is not None:
             self.memory[index] = sample
         return sample
+
+
+def stack(samples: list[tuple[Tensor, Any]]) -> dict[str, Any]:
+    """Samples of one size -> {"image": (B, C, H, W), "target": (B, ...)}, both empty where there are none."""
+    if not samples:
+        return {"image": torch.empty(0), "target": torch.empty(0, dtype=torch.int64)}
+    images, targets = zip(*samples, strict=True)
+    return {"image": torch.stack(images), "target": default_collate(list(targets))}
 
 
 class _Sampler:
@@ -154,7 +162,9 @@ class Loader:
 
     Args:
         dataset: gives (picture, target) by index; its length is fixed. `describe(index)`, where it has it, names a sample in messages.
-        transform: picture -> (C, H, W); may draw from Python's, NumPy's and torch's global generators.
+        transform: picture -> (C, H, W); may draw from Python's, NumPy's and torch's global generators. With a true attribute `joint`:
+            (picture, target) -> (tensor, target).
+        collate: list of (tensor, target), which may be empty -> what the batch holds besides "index".
         batch_size: samples a batch on this rank.
         seed: of the order and of the augmentation.
         shuffle: a new order each epoch; else the order of the set.
@@ -173,9 +183,10 @@ class Loader:
     def __init__(
         self,
         dataset: Any,
-        transform: Callable[[Any], Tensor],
+        transform: Callable[..., Any],
         *,
         batch_size: int,
+        collate: Callable[[list[Any]], dict[str, Any]] = stack,
         seed: int = 0,
         shuffle: bool = False,
         drop_last: bool = False,
@@ -198,7 +209,7 @@ class Loader:
         self.rank, self.world_size = rank, world_size
         self.num_workers, self.timeout, self.bad_files = num_workers, timeout, bad_files
         keep = num_workers == 0 and isinstance(transform, Preprocessing) and _bytes(transform) * len(dataset) <= MEMORY_BYTES
-        self._reader = _Reader(dataset, transform, seed, {} if keep else None, num_workers)
+        self._reader = _Reader(dataset, transform, collate, seed, {} if keep else None, num_workers)
         self._sampler = _Sampler()
         self._workers: DataLoader | None = None
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 from typing import Any
 
 from vitarium.data.image_set import ImageData
 from vitarium.data.parts import part_names
-from vitarium.errors import DataError, nearest
+from vitarium.errors import DataError, UsageError, nearest
 
+TASKS = {
+    "image": "vitarium.data.pictures:open_pictures",
+}
+"""Kinds of labels other than classes -> the function that opens such data: (spec, *, seed, val_fraction, image_size) -> ImageData."""
 EMBEDDED = ("digits", "photos", "scenes")
 KINDS = ("folder", "csv", "wds", "hf")
 ACCEPTED = (
@@ -19,23 +24,32 @@ ACCEPTED = (
 )
 
 
-def open_data(spec: str | os.PathLike[str], *, seed: int = 0, val_fraction: float = 0.2, image_size: int | None = None) -> ImageData:
-    """Open a data set for classification.
+def open_data(
+    spec: str | os.PathLike[str], *, task: str = "class", seed: int = 0, val_fraction: float = 0.2, image_size: int | None = None
+) -> ImageData:
+    """Open a data set: for classification, or with the labels of another task.
 
     Args:
         spec: "digits" (scikit-learn's handwriting), "photos" (crops of real photographs), "scenes" (drawn on demand, with options:
             "scenes:length=5000,task=class"); or a path: a folder of class folders, one with train/ and val/ of them, WebDataset shards
             ("shards/", "x-{000..009}.tar"), a Hugging Face data set saved with `save_to_disk`, a CSV file with columns path and label.
             What a path holds is recognised; a prefix "folder:", "csv:", "wds:" or "hf:" forces it.
+        task: what the labels are: "class", "image" (none are needed), or another of `TASKS`; each says in its own function what it takes.
         seed: of the split, where the data has none, and of data that is drawn.
         val_fraction: share that is held out, where the data has no split.
         image_size: side of pictures that are drawn or cropped, pixels; None: their own default. Files come as they are.
 
     Raises:
         DataError: nothing there, or nothing that can be trained on.
-        UsageError: an option of "scenes" that does not exist.
+        UsageError: an option of "scenes", or a task, that does not exist.
     """
     text = os.fspath(spec)
+    if task != "class":
+        if task not in TASKS:
+            raise UsageError(f"no data have labels of the kind {task!r}{nearest(task, TASKS)} (there are: class, {', '.join(TASKS)})")
+        module, _, function = TASKS[task].partition(":")
+        opened = getattr(importlib.import_module(module), function)
+        return opened(text, seed=seed, val_fraction=val_fraction, image_size=image_size)
     kind, colon, rest = text.partition(":")
     split: dict[str, Any] = {"seed": seed, "val_fraction": val_fraction}
     if kind == "digits" and not colon:

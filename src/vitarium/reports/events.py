@@ -28,6 +28,7 @@ class Event:
         seconds_left: of this model's training, estimated; None while unknown.
         loss: training loss, lately.
         accuracy: on the held-out part, at the last evaluation, 0 to 1.
+        score: the last evaluation's most telling number with its name, of objectives that know no accuracy.
         message: why it failed.
     """
 
@@ -41,6 +42,7 @@ class Event:
     seconds_left: float | None = None
     loss: float | None = None
     accuracy: float | None = None
+    score: str = ""
     message: str = ""
 
 

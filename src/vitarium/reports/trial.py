@@ -16,10 +16,10 @@ from torch import Tensor, nn
 import vitarium
 from vitarium.catalog import preprocessing_of
 from vitarium.data import ImageData, ImageSet
-from vitarium.data.loader import generators_kept, seed_generators
 from vitarium.efficiency.profiler import Profile, count_macs, profile
 from vitarium.reports.results import Mistake, Trial
 from vitarium.training import ClassificationLearner, Progress, Recipe, fit, predict_logits
+from vitarium.training.building import build_model
 
 MISTAKES = 12
 """How many of the most confident mistakes are kept."""
@@ -52,16 +52,6 @@ def is_main_process() -> bool:
 def started_together() -> bool:
     """Whether torchrun or SLURM started this process as one of several."""
     return any(int(os.environ.get(name, "1")) > 1 for name in ("WORLD_SIZE", "SLURM_NTASKS"))
-
-
-def build_model(name: str, data: ImageData, recipe: Recipe, *, pretrained: bool) -> nn.Module:
-    """A model for the data's classes; its random weights depend on the recipe's seed alone."""
-    arguments: dict[str, Any] = {"num_classes": len(data.classes), "image_size": recipe.image_size, **recipe.model_arguments}
-    with generators_kept():
-        seed_generators(recipe.seed)
-        model = vitarium.create_model(name, pretrained=pretrained, **arguments)
-    model.labels = list(data.classes)  # type: ignore[assignment]
-    return model
 
 
 def run_trial(

@@ -11,12 +11,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vitarium.training.base import Learner as Learner
     from vitarium.training.classification import ClassificationLearner as ClassificationLearner
     from vitarium.training.evaluation import evaluate as evaluate
     from vitarium.training.evaluation import predict_logits as predict_logits
     from vitarium.training.fitting import FitResult as FitResult
     from vitarium.training.fitting import fit as fit
-    from vitarium.training.learner import Learner as Learner
+    from vitarium.training.learners import find_learner as find_learner
+    from vitarium.training.learners import learner as learner
+    from vitarium.training.learners import list_learners as list_learners
     from vitarium.training.recipe import Recipe as Recipe
     from vitarium.training.recipe import list_recipes as list_recipes
     from vitarium.training.recipe import load_recipe as load_recipe
@@ -25,11 +28,14 @@ if TYPE_CHECKING:
 _PLACES = {
     "ClassificationLearner": "classification",
     "FitResult": "fitting",
-    "Learner": "learner",
+    "Learner": "base",
     "Progress": "run",
     "Recipe": "recipe",
     "evaluate": "evaluation",
+    "find_learner": "learners",
     "fit": "fitting",
+    "learner": "learners",
+    "list_learners": "learners",
     "list_recipes": "recipe",
     "load_recipe": "recipe",
     "predict_logits": "evaluation",

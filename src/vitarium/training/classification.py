@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitarium.errors import UsageError
-from vitarium.training.learner import Batch, Learner
+from vitarium.training.base import Batch, Learner
+from vitarium.training.building import build_model
+from vitarium.training.learners import learner
 from vitarium.training.recipe import Loss, Mixing, Recipe
 
+if TYPE_CHECKING:
+    from vitarium.data import ImageData
 
+
+@learner("classification")
 class ClassificationLearner(Learner):
     """Image -> class.
 
@@ -29,19 +35,25 @@ class ClassificationLearner(Learner):
 
     primary_metric = ("accuracy", "max")
 
-    def __init__(self, model: nn.Module, *, loss: Loss | None = None, mixing: Mixing | None = None):
-        super().__init__(model)
+    def __init__(self, model: nn.Module, settings: Any = None, *, loss: Loss | None = None, mixing: Mixing | None = None):
+        super().__init__(model, settings)
         self.num_classes = int(getattr(model, "num_classes", 0))
         if self.num_classes < 1:
             raise UsageError(f"{type(model).__name__} has no classes to learn; create it with num_classes=N")
-        self.settings = loss or Loss()
+        self.criterion_settings = loss or Loss()
         self.mixing = mixing or Mixing()
         self._mix: Any = None
 
     @classmethod
+    def create(
+        cls, name: str, data: ImageData, recipe: Recipe, *, pretrained: bool = False, checkpoint: str | None = None
+    ) -> ClassificationLearner:
+        return cls.from_recipe(build_model(name, data, recipe, pretrained=pretrained, checkpoint=checkpoint), recipe)
+
+    @classmethod
     def from_recipe(cls, model: nn.Module, recipe: Recipe) -> ClassificationLearner:
         """With the recipe's loss and mixing."""
-        return cls(model, loss=recipe.loss, mixing=recipe.mixing)
+        return cls(model, recipe.settings_of(cls), loss=recipe.loss, mixing=recipe.mixing)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Target: class numbers (B,) or soft targets (B, num_classes)."""
@@ -56,8 +68,8 @@ class ClassificationLearner(Learner):
 
     def criterion(self, logits: Tensor, target: Tensor) -> Tensor:
         """Mean loss of logits (B, num_classes) against classes (B,) or shares (B, num_classes); mixed targets are smoothed already."""
-        smoothing = self.settings.label_smoothing if target.ndim == 1 else 0.0
-        if self.settings.name == "cross_entropy":
+        smoothing = self.criterion_settings.label_smoothing if target.ndim == 1 else 0.0
+        if self.criterion_settings.name == "cross_entropy":
             return F.cross_entropy(logits, target, label_smoothing=smoothing)
         if target.ndim == 1:
             off = smoothing / self.num_classes
@@ -72,8 +84,8 @@ class ClassificationLearner(Learner):
         from timm.data import Mixup
         from timm.data.mixup import mixup_target
 
-        binary = self.settings.name == "binary"
-        smoothing = 0.0 if binary else self.settings.label_smoothing
+        binary = self.criterion_settings.name == "binary"
+        smoothing = 0.0 if binary else self.criterion_settings.label_smoothing
         if self._mix is None:
             m = self.mixing
             self._mix = Mixup(

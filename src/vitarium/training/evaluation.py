@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vitarium.catalog.create import preprocessing_of
 from vitarium.data.bad_files import BadFiles
 from vitarium.data.loader import Loader
-from vitarium.training.learner import Batch, Learner
+from vitarium.training.base import Batch, Learner
 
 
 @contextlib.contextmanager
@@ -62,7 +62,15 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on a device, copied while the device works on."""
     if device.type == "cpu":
         return batch
-    return {name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    return _moved(batch, device)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {name: _moved(part, device) for name, part in value.items()}
+    return [_moved(part, device) for part in value] if isinstance(value, list) else value
 
 
 def evaluate(
@@ -76,7 +84,7 @@ def evaluate(
     """Metrics on an image set, on the device that the model is on.
 
     Args:
-        learner_or_model: a learner, or a classifier (then measured as `ClassificationLearner` does).
+        learner_or_model: a learner, or a model (then measured by the learner of its objective, see `learner_of`).
         images: an ImageSet.
         batch_size: images a forward pass.
         num_workers: processes that read ahead.
@@ -88,11 +96,12 @@ def evaluate(
     if isinstance(learner_or_model, Learner):
         learner = learner_or_model
     else:
-        from vitarium.training.classification import ClassificationLearner
+        from vitarium.training.learners import learner_of
 
-        learner = ClassificationLearner(learner_or_model)
+        learner = learner_of(learner_or_model)
     model = learner.eval_model()
-    loader = Loader(images, preprocessing_of(model), batch_size=batch_size, num_workers=num_workers, bad_files=bad_files)
+    reading: dict[str, Any] = dict(batch_size=batch_size, num_workers=num_workers, bad_files=bad_files)
+    loader = Loader(images, learner.transform(None), collate=learner.collate, **reading)
     return run_evaluation(learner, model, loader.epoch(0), device=_place_of(model).device)
 
 

@@ -18,11 +18,10 @@ from vitarium.catalog.create import preprocessing_of
 from vitarium.data.bad_files import BadFiles
 from vitarium.data.image_set import ImageData
 from vitarium.data.loader import Loader
-from vitarium.data.transforms import train_transform
 from vitarium.errors import DataError, TrainingStopped, UsageError
 from vitarium.files import lock_folder
+from vitarium.training.base import Learner
 from vitarium.training.checkpoint import LAST, RunState, check_same_run, identity_of, load_run
-from vitarium.training.learner import Learner
 from vitarium.training.logs import Logs
 from vitarium.training.loop import take_step, train
 from vitarium.training.optim import Average, Rates
@@ -138,9 +137,9 @@ def _prepare(
     if (folder / LAST).exists():
         state, tensors = load_run(folder / LAST)
         check_same_run(folder, state.identity, identity)
-    preprocessing = preprocessing_of(learner.model)
     shared: dict[str, Any] = dict(
         batch_size=recipe.batch_size,
+        collate=learner.collate,
         seed=recipe.seed,
         rank=fabric.global_rank,
         world_size=fabric.world_size,
@@ -148,14 +147,14 @@ def _prepare(
     )
     loader = Loader(
         data.train,
-        train_transform(preprocessing, recipe.augment),
+        learner.transform(recipe.augment),
         shuffle=True,
         drop_last=True,
         repeats=recipe.repeats,
         bad_files=BadFiles(),
         **shared,
     )
-    val_loader = Loader(data.val, preprocessing, bad_files=BadFiles(), **shared)
+    val_loader = Loader(data.val, learner.transform(None), bad_files=BadFiles(), **shared)
     if recipe.precision == "64-true":
         learner.double()  # as Fabric would, but before the average is taken
     fabric.to_device(learner)

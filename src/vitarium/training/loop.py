@@ -22,9 +22,9 @@ from torch import Tensor
 from vitarium.data.loader import mix, seed_generators
 from vitarium.errors import DataError, TrainingStopped
 from vitarium.files import write_json
+from vitarium.training.base import Batch
 from vitarium.training.checkpoint import LAST
 from vitarium.training.evaluation import to_device
-from vitarium.training.learner import Batch
 from vitarium.training.optim import Rates, clip_gradients
 from vitarium.training.run import Run, same_on_all
 

@@ -171,7 +171,9 @@ class Recipe(Section):
     """Every number of a training run.
 
     Args:
+        objective: what is learned: the name of a learner, and its settings ({name: repa, coefficient: 0.5}).
         model: what `vitarium train` builds when no model is named.
+        data: what `vitarium train` opens when no data are named.
         model_arguments: arguments of `create_model` that belong to the recipe, such as drop_path_rate.
         image_size: side of the square input, pixels; None: the model's own.
         batch_size: pictures a step of one process holds in memory.
@@ -186,7 +188,9 @@ class Recipe(Section):
     """
 
     version: Literal[1] = 1
+    objective: dict[str, Any] = Field(default_factory=lambda: {"name": "classification"})
     model: str | None = None
+    data: str = "digits"
     model_arguments: dict[str, str | bool | int | float | list[int] | None] = Field(default_factory=dict)
     image_size: Annotated[int, Field(ge=1, le=8192)] | None = None
     budget: Budget
@@ -207,9 +211,25 @@ class Recipe(Section):
     num_workers: Annotated[int, Field(ge=0, le=256)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
+    @field_validator("objective")
+    @classmethod
+    def _is_known(cls, value: dict[str, Any]) -> dict[str, Any]:
+        given = dict(value)
+        name = given.pop("name", "classification")
+        if name != "classification" or given:
+            from vitarium.training.learners import find_learner
+
+            check(find_learner(str(name)).Settings, given, f"settings of {name}")
+        return {"name": str(name), **given}
+
+    def settings_of(self, learner: Any) -> Any:
+        """The objective's settings, as the learner's class checks them."""
+        given = {key: value for key, value in self.objective.items() if key != "name"}
+        return check(learner.Settings, given, f"settings of {self.objective['name']}")
+
     def identity(self) -> dict[str, Any]:
         """What makes the outcome of a run, as plain values; how often it logs and saves, and who reads the pictures, does not."""
-        return self.model_dump(mode="json", exclude={"log_every", "checkpoint_minutes", "num_workers", "model", "model_arguments"})
+        return self.model_dump(mode="json", exclude={"log_every", "checkpoint_minutes", "num_workers", "model", "model_arguments", "data"})
 
     def digest(self) -> str:
         """Hex digest of `identity`."""

@@ -14,11 +14,12 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from vitarium.data.bad_files import BadFiles
-from vitarium.data.loader import Loader
+from vitarium.data.loader import Loader, generators_kept, seed_generators
 from vitarium.errors import TrainingStopped
+from vitarium.files import atomic_path
+from vitarium.training.base import Batch, Learner
 from vitarium.training.checkpoint import LAST, RunState, save_run
-from vitarium.training.evaluation import run_evaluation
-from vitarium.training.learner import Batch, Learner
+from vitarium.training.evaluation import evaluating, run_evaluation, to_device
 from vitarium.training.logs import Logs, Meters
 from vitarium.training.optim import Average, Rates, create_optimizer
 from vitarium.training.recipe import Recipe
@@ -149,7 +150,27 @@ class Run:
         self.note_bad_files(everywhere=True)
         if self.logs:
             self.logs.evaluation(state.history)
+            self.draw()
         self.tell(None)
+
+    def draw(self) -> None:
+        """Write what the learner draws of the first held-out batch to pictures/NAME-STEP.png."""
+        if type(self.learner).pictures is Learner.pictures:
+            return
+        batch = next(self.val_loader.epoch(0))
+        if not len(batch["index"]):
+            return
+        model = self.model_to_evaluate()
+        with evaluating(model), generators_kept():
+            seed_generators(self.recipe.seed)
+            drawn = self.learner.pictures(model, to_device(batch, self.fabric.device))
+        try:
+            (self.folder / "pictures").mkdir(exist_ok=True)
+            for name, picture in drawn.items():
+                with atomic_path(self.folder / "pictures" / f"{name}-{self.state.step:06d}.png") as temporary:
+                    picture.save(temporary, format="png")
+        except OSError as error:
+            log.warning("cannot write the pictures of step %d (%s); training goes on", self.state.step, error)
 
     def model_to_evaluate(self) -> nn.Module:
         """The moving average, the gathered weights, or the model itself; called in all processes."""

@@ -13,7 +13,7 @@ from lightning_fabric.strategies import ModelParallelStrategy
 from torch import nn
 
 from vitarium.errors import UsageError
-from vitarium.training.learner import Learner
+from vitarium.training.base import Learner
 from vitarium.training.recipe import Recipe
 
 

@@ -1,0 +1,41 @@
+"""From a recipe to a model with fresh or given weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from vitarium.catalog.checkpoints import load_checkpoint
+from vitarium.catalog.create import create_model
+from vitarium.data.loader import generators_kept, seed_generators
+
+if TYPE_CHECKING:
+    from vitarium.data import ImageData
+    from vitarium.training.recipe import Recipe
+
+
+def build_model(
+    name: str, data: ImageData, recipe: Recipe, *, pretrained: bool = False, checkpoint: str | None = None, **arguments: Any
+) -> nn.Module:
+    """A model for the data's classes; its random weights depend on the recipe's seed alone.
+
+    Args:
+        name: of the model.
+        data: for the number and the names of the classes (none where the data has none).
+        recipe: for the seed, the image size and the model's arguments.
+        pretrained, checkpoint: weights to begin with.
+        arguments: more of the constructor's, before those of the recipe.
+
+    Raises:
+        UsageError, CheckpointError: see `create_model` and `load_checkpoint`.
+    """
+    given = dict(arguments, image_size=recipe.image_size, **({"num_classes": len(data.classes)} if data.classes else {}))
+    with generators_kept():
+        seed_generators(recipe.seed)
+        model = create_model(name, pretrained=pretrained, **{**given, **recipe.model_arguments})
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint)
+    if data.classes:
+        model.labels = list(data.classes)  # type: ignore[assignment]
+    return model
