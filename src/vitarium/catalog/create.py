@@ -97,7 +97,8 @@ def _create_ours(name: str, **given: Any) -> nn.Module:
         model = family.cls(**{**family.arguments(variant), **given})
     except (ValueError, TypeError, RuntimeError) as error:  # the constructor's own checks, or torch's of a size or a kind
         raise UsageError(f"{name} cannot be built with {given}: {error}") from error
-    model.preprocessing = family.preprocessing(variant, in_chans=getattr(model, "in_chans", 3), **about_input)  # type: ignore[assignment]
+    if getattr(model, "preprocessing", None) is None:  # else it is built around a model that brings its own
+        model.preprocessing = family.preprocessing(variant, in_chans=getattr(model, "in_chans", 3), **about_input)  # type: ignore[assignment]
     return model
 
 
