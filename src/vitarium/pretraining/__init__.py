@@ -1,0 +1,1 @@
+"""Learning features without labels, and telling what they are worth."""

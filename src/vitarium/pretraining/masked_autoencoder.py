@@ -1,0 +1,310 @@
+"""The masked autoencoder: hide most of a picture, encode what is left, learn to paint the rest (He et al., "Masked Autoencoders", 2021).
+
+    z = Encoder(visible patches + positions, class token)          a plain ViT, on a quarter or a tenth of the tokens
+    y = Decoder(z in its places, a mask token in all others)       small, thrown away after pretraining
+    loss = mean over *hidden* patches of the mean of (y - pixels)^2
+
+Follows the authors' code (github facebookresearch/mae), whose pretrained files load by name. With `norm_targets` a patch's pixels are
+normalised first, (x - mean) / sqrt(variance + 1e-6), with the unbiased variance. Position tables are fixed sines.
+
+How it is fast: only visible patches are embedded at all, from the patches that the loss needs anyway.
+
+Legend: B images, L patches, K of them visible, C = embed_dim, p = patch_size, c = in_chans.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, NamedTuple
+
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitarium.catalog import preprocessing_of, rename
+from vitarium.errors import InputError
+from vitarium.nn import Linear, TransformerBlock, VisionTransformer
+from vitarium.nn.vit import EPS, init_as_mae, sincos_table
+from vitarium.ops.masking import mask_by_noise, restore_tokens, take_tokens, visible_count
+from vitarium.ops.patches import patchify, unpatchify
+from vitarium.training.base import Batch, Learner
+from vitarium.training.learners import learner
+from vitarium.training.settings import Section
+
+OFFICIAL = rename(
+    (r"^decoder_(embed|blocks|norm|pred|pos_embed)", r"decoder.\1"),
+    (r"^mask_token$", "decoder.mask_token"),
+    (r"^", "encoder."),
+)
+"""The names of Meta's files and of those that follow them."""
+
+
+class Reconstruction(NamedTuple):
+    """What an autoencoder makes of images.
+
+    Attributes:
+        prediction: of every patch's pixels, (B, L, p p c), in the order of `patchify`.
+        hidden: 1 where a patch was hidden, 0 where it was seen, (B, L).
+        latent: the encoder's tokens, class token first, then the visible ones in the order of the mask, (B, 1 + K, C).
+    """
+
+    prediction: Tensor
+    hidden: Tensor
+    latent: Tensor
+
+
+class MaskedDecoder(nn.Module):
+    """Encoded visible tokens (B, 1 + K, C) and `restore` (B, L) -> pixels of all patches (B, L, patch_dim).
+
+    Args:
+        encoder_dim: C.
+        dim, depth, num_heads: of its own blocks.
+        mlp_ratio: hidden channels of the MLPs over dim.
+        patch_dim: numbers a patch, p p c.
+        grid: rows and columns of the position table.
+    """
+
+    def __init__(self, encoder_dim: int, dim: int, depth: int, num_heads: int, mlp_ratio: float, patch_dim: int, grid: tuple[int, int]):
+        super().__init__()
+        self.embed = Linear(encoder_dim, dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.pos_embed = nn.Parameter(sincos_table(dim, grid), requires_grad=False)
+        self.blocks = nn.Sequential(*(TransformerBlock(dim, num_heads, mlp_ratio=mlp_ratio) for _ in range(depth)))
+        self.norm = nn.LayerNorm(dim, eps=EPS)
+        self.pred = Linear(dim, patch_dim)
+        nn.init.normal_(self.mask_token, std=0.02)
+        init_as_mae(self)
+
+    def forward(self, latent: Tensor, restore: Tensor, positions: Tensor) -> Tensor:
+        x = self.embed(latent)
+        patches = restore_tokens(x[:, 1:], self.mask_token, restore)
+        x = torch.cat([x[:, :1], patches], 1) + positions
+        return self.pred(self.norm(self.blocks(x)))[:, 1:]
+
+
+class MaskedAutoencoder(nn.Module):
+    """Image (B, in_chans, H, W), H and W multiples of patch_size -> Reconstruction. `encoder` is what pretraining is for.
+
+    `forward_features` and `forward_head` are the encoder's, so that the model's features can be probed as any backbone's.
+
+    Args:
+        embed_dim, depth, num_heads: of the encoder.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder.
+        patch_size: side of a patch, pixels.
+        image_size: side of the square image that the position tables are made for, pixels; others get tables of their own.
+        mlp_ratio: hidden channels of all MLPs over their channels.
+    """
+
+    preprocessing: Any = None
+    labels: list[str] | None = None
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        patch_size: int = 16,
+        image_size: int = 224,
+        mlp_ratio: float = 4.0,
+        in_chans: int = 3,
+    ):
+        if image_size % patch_size:
+            raise ValueError(f"image_size must be a multiple of patch_size, got {image_size} and {patch_size}")
+        super().__init__()
+        self.in_chans, self.patch_size = in_chans, patch_size
+        shape: dict[str, Any] = dict(patch_size=patch_size, image_size=image_size, mlp_ratio=mlp_ratio, in_chans=in_chans)
+        self.encoder = VisionTransformer(embed_dim=embed_dim, depth=depth, num_heads=num_heads, global_pool="token", num_classes=0, **shape)
+        self.encoder.reset_classifier(0, "avg")  # its mean of patches, not its class token, is what probes read
+        self.encoder.pos_embed.requires_grad_(False)
+        self.grid = self.encoder.table_grid
+        width = (decoder_embed_dim, decoder_depth, decoder_num_heads)
+        self.decoder = MaskedDecoder(embed_dim, *width, mlp_ratio, patch_size**2 * in_chans, self.grid)
+
+    def forward(self, image: Tensor, noise: Tensor | None = None, *, mask_ratio: float = 0.75) -> Reconstruction:
+        """Hide, encode, paint.
+
+        Args:
+            image: normalised.
+            noise: (B, L); the patches of least noise stay visible. None: drawn from torch's generator of the image's device.
+            mask_ratio: share of patches that are hidden, in [0, 1).
+
+        Raises:
+            InputError: an image of the wrong kind or size, noise of the wrong shape, or a mask_ratio that leaves no patch.
+        """
+        grid = self.check_image(image)
+        count = grid[0] * grid[1]
+        keep = visible_count(count, mask_ratio)
+        if not 0 < keep <= count:
+            raise InputError(f"mask_ratio must leave at least one of {count} patches and hide none twice: in [0, 1), got {mask_ratio}")
+        if noise is None:
+            noise = torch.rand(image.shape[0], count, device=image.device)
+        elif noise.shape != (image.shape[0], count):
+            raise InputError(f"noise must be one number a patch, {(image.shape[0], count)}, got {tuple(noise.shape)}")
+        mask = mask_by_noise(noise, keep)
+        latent = self.encode(patchify(image, self.patch_size), mask.kept, grid)
+        positions = self._table(self.decoder.pos_embed, grid)
+        return Reconstruction(self.decoder(latent, mask.restore, positions), mask.hidden, latent)
+
+    def encode(self, patches: Tensor, kept: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Pixels of all patches (B, L, p p c), of which those at places `kept` (B, K) are seen -> encoded tokens (B, 1 + K, C)."""
+        encoder, positions = self.encoder, self._table(self.encoder.pos_embed, grid)
+        projection = encoder.patch_embed.proj
+        weight = projection.weight.permute(0, 2, 3, 1).flatten(1)  # in the order of patchify: rows, columns, channels
+        x = F.linear(take_tokens(patches, kept), weight, projection.bias) + positions[0, 1:][kept]
+        return encoder.norm(encoder.run_blocks(encoder.blocks, encoder.with_class_token(x, positions)))
+
+    def _table(self, own: Tensor, grid: tuple[int, int]) -> Tensor:
+        return own if grid == self.grid else sincos_table(own.shape[2], grid).to(own)
+
+    def forward_features(self, image: Tensor) -> Tensor:
+        """All tokens of a picture in which nothing is hidden, (B, 1 + L, C)."""
+        return self.encoder.forward_features(image)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = True) -> Tensor:
+        """Tokens -> their mean without the class token, (B, C)."""
+        return self.encoder.forward_head(features, pre_logits=pre_logits)
+
+    def check_image(self, image: Tensor) -> tuple[int, int]:
+        """Rows and columns of an image's patches.
+
+        Raises:
+            InputError: wrong rank, channels, dtype, or a side that is no multiple of patch_size.
+        """
+        self.encoder.check_image(image)
+        height, width, p = *image.shape[-2:], self.patch_size
+        if height % p or width % p:
+            near = "x".join(str(max(p, round(side / p) * p)) for side in (height, width))
+            raise InputError(f"{type(self).__name__} takes images whose sides are multiples of {p}, got {height}x{width}; try {near}")
+        return height // p, width // p
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory in training: the encoder's activations are computed again in the backward pass."""
+        self.encoder.set_grad_checkpointing(enable)
+
+    def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
+        """A checkpoint's fixed position table gives way to that of this model's grid; None for any other tensor that does not fit."""
+        return sincos_table(shape[2], self.grid) if name.endswith("pos_embed") and tensor.shape[2:] == shape[2:] else None
+
+
+@learner("mae")
+class MaskedAutoencoderLearner(Learner):
+    """Pictures without labels -> an encoder. The masks of training are drawn anew at each step; that of a held-out picture depends on its
+    number alone, so that evaluations can be compared."""
+
+    class Settings(Section):
+        """Args:
+        mask_ratio: share of patches that are hidden.
+        norm_targets: whether each patch's pixels are normalised before they are compared (Meta's models: yes, thorax_mae: no).
+        """
+
+        mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
+        norm_targets: bool = True
+
+    data_task = "image"
+    primary_metric = ("loss", "min")
+    usage = "vitarium probe {file} --data DATA"
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        image = batch["image"]
+        made = self.model(image, mask_ratio=self.settings.mask_ratio)
+        return {"loss": masked_mean(patch_errors(made.prediction, self.targets(image)), made.hidden)}
+
+    def targets(self, image: Tensor) -> Tensor:
+        """What the prediction is compared with, (B, L, p p c), float32 at least."""
+        model: Any = self.model
+        patches = patchify(image, model.patch_size)
+        return normalised(patches)[0] if self.settings.norm_targets else patches
+
+    def masked(self, model: Any, batch: Batch) -> Reconstruction:
+        """A held-out batch's reconstruction, under the masks of its pictures' numbers."""
+        image = batch["image"]
+        count = image.shape[-2] // model.patch_size * (image.shape[-1] // model.patch_size)
+        rows = [torch.rand(count, generator=torch.Generator().manual_seed(int(index))) for index in batch["index"]]
+        return model(image, torch.stack(rows).to(image.device), mask_ratio=self.settings.mask_ratio)
+
+    def metrics(self) -> Any:
+        """loss (of hidden patches), and explained: 1 - loss over that of painting each picture's visible mean colour."""
+        from torchmetrics import MeanMetric
+
+        return nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in ("loss", "plain")})
+
+    def evaluate_batch(self, model: nn.Module, batch: Batch, metrics: Any) -> None:
+        made, targets, channels = self.masked(model, batch), self.targets(batch["image"]), batch["image"].shape[1]
+        seen = (1 - made.hidden)[..., None]
+        plain = (targets.unflatten(2, (-1, channels)).mean(2) * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True)
+        plain = plain.repeat(1, 1, targets.shape[2] // channels)
+        for name, guess in (("loss", made.prediction), ("plain", plain)):
+            metrics[name].update((patch_errors(guess, targets) * made.hidden).sum(1) / made.hidden.sum(1))
+
+    def summary(self, metrics: Any) -> dict[str, Any]:
+        loss, plain = (metrics[name].compute().item() for name in ("loss", "plain"))
+        return {"loss": loss, "explained": 1 - loss / plain if plain else float("nan")}
+
+    # ---- pictures
+
+    def triplets(self, model: Any, batch: Batch) -> Tensor:
+        """Original, what was seen, what was made of it, side by side: uint8 (B, H, 3 W, 3) on the CPU. Seen patches stay as they are."""
+        image, made = batch["image"], self.masked(model, batch)
+        patches, p = patchify(image, model.patch_size), model.patch_size
+        grid = image.shape[-2] // p, image.shape[-1] // p
+        painted = made.prediction.to(patches)
+        if self.settings.norm_targets:
+            _, mean, deviation = normalised(patches)
+            painted = painted * deviation + mean
+        hidden = made.hidden[..., None].to(patches)
+        restored = unpatchify(painted * hidden + patches * (1 - hidden), p, grid)
+        seen = unpatchify((1 - hidden).expand_as(patches), p, grid)
+        pre = preprocessing_of(model)
+        mean, std = (torch.tensor(values, device=image.device).view(-1, 1, 1) for values in (pre.mean, pre.std))
+        shown = [image * std + mean, (image * std + mean) * seen + 0.5 * (1 - seen), restored * std + mean]
+        pixels = (torch.cat(shown, 3).float() * 255).round().clamp(0, 255).byte()
+        return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu()
+
+    def pictures(self, model: nn.Module, batch: Batch) -> dict[str, Image.Image]:
+        """`reconstruction`: up to eight held-out pictures, each as original, seen, restored; two in a row."""
+        few = {name: value[:8] for name, value in batch.items() if isinstance(value, Tensor)}
+        rows = self.triplets(model, few)
+        rows = F.pad(rows, (0, 0, 2, 2, 2, 2), value=255)
+        if len(rows) % 2 == 0:
+            rows = torch.cat([rows[0::2], rows[1::2]], 2)
+        return {"reconstruction": _enlarged(rows.flatten(0, 1))}
+
+    def answers(self, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
+        """`reconstruction_error`: mean squared error of the hidden patches, in the units of the loss."""
+        made = self.masked(model, batch)
+        errors = (patch_errors(made.prediction, self.targets(batch["image"])) * made.hidden).sum(1) / made.hidden.sum(1)
+        triplets = self.triplets(model, batch).numpy()
+        return [{"reconstruction_error": float(e), "_triplet": t} for e, t in zip(errors.tolist(), triplets, strict=True)]
+
+    def picture_of(self, picture: Image.Image, answer: dict[str, Any]) -> Image.Image | None:
+        """Original, seen, restored."""
+        return _enlarged(torch.from_numpy(answer["_triplet"]))
+
+
+def normalised(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Patches (B, L, n) with mean 0 and variance 1 each, and the means and deviations that undo it, (B, L, 1)."""
+    mean = patches.mean(2, keepdim=True)
+    deviation = (patches.var(2, keepdim=True) + 1e-6).sqrt()
+    return (patches - mean) / deviation, mean, deviation
+
+
+def patch_errors(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each patch, (B, L, n), (B, L, n) -> (B, L); at least in float32."""
+    exact = torch.float64 if target.dtype is torch.float64 else torch.float32
+    return (prediction.to(exact) - target.to(exact)).square().mean(2)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of values where mask is 1, over the whole batch."""
+    return (values * mask).sum() / mask.sum()
+
+
+def _enlarged(pixels: Tensor) -> Image.Image:
+    """A picture of small pictures at a size that one can look at."""
+    times = max(1, 480 // pixels.shape[1])
+    return Image.fromarray(pixels.numpy().repeat(times, 0).repeat(times, 1))
