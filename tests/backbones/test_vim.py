@@ -10,7 +10,8 @@ from torch.nn import functional as F
 import vitarium
 from tests.golden import RESULTS, assert_matches_golden, compare, make_input, read_golden
 from vitarium.backbones.vim import OFFICIAL, Vim, VimMixer, resize_positions
-from vitarium.errors import UsageError
+from vitarium.errors import InputError, UsageError
+from vitarium.nn import TokenPyramid
 from vitarium.ops.scan import selective_scan
 
 
@@ -179,3 +180,39 @@ def test_refuses():
         vitarium.create_model("vim_pico", class_token="last")
     with pytest.raises(UsageError, match="each of directions must be one of forward, backward"):
         vitarium.create_model("vim_pico", directions=("sideways",))
+
+
+@pytest.mark.parametrize("place", ["middle", "none"])
+def test_hidden_attention_is_a_map_of_the_patches(place: str):
+    model = vitarium.create_model("vim_pico", class_token=place).eval()
+    image = torch.randn(2, 3, 16, 24)
+    taken = model.hidden_attention(image, block=1)
+    assert taken.shape == (2, 4, 6)
+    assert (taken >= 0).all()
+    assert taken.std() > 0
+    assert not model.blocks[1].mixer._forward_pre_hooks
+    with pytest.raises(InputError, match="3"):
+        model.hidden_attention(image, block=7)
+
+
+def test_hidden_attention_shows_where_the_gradient_comes_from():
+    """With one direction, a patch behind the class token gives it nothing."""
+    model = vitarium.create_model("vim_pico", directions=("forward",)).eval()
+    taken = model.hidden_attention(torch.randn(1, 3, 16, 16), block=0).flatten()
+    assert (taken[:8] > 0).all()
+    assert not taken[8:].any()
+
+
+def test_a_pyramid_of_maps_for_segmenters():
+    model = TokenPyramid(vitarium.create_model("vim_pico"), blocks=(0, 1, 1, 2))
+    maps = model(torch.randn(2, 3, 32, 48))
+    assert [tuple(m.shape) for m in maps] == [(2, 48, 32, 48), (2, 48, 16, 24), (2, 48, 8, 12), (2, 48, 4, 6)]
+    sum(m.sum() for m in maps).backward()
+    silent = {n for n, p in model.named_parameters() if p.grad is None}
+    assert silent == {"backbone.norm.weight"}
+    even = TokenPyramid(vitarium.create_model("vim_pico", depth=8, class_token="none"))
+    assert even.blocks == [1, 3, 5, 7]
+    with pytest.raises(ValueError, match="must be four"):
+        TokenPyramid(vitarium.create_model("vim_pico"), blocks=(0, 1))
+    with pytest.raises(InputError, match="9"):
+        TokenPyramid(vitarium.create_model("vim_pico"), blocks=(0, 1, 2, 9))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitarium.errors import UsageError
-from vitarium.ops.scan import causal_conv_silu, choose, scan_doubling, scan_reference, scan_step, selective_scan
+from vitarium.ops.scan import causal_conv_silu, choose, scan_doubling, scan_matrix, scan_reference, scan_step, selective_scan
 from vitarium.ops.scan.dispatch import kernels
 
 HERE = ["loop", *(["numba"] if kernels("numba") else [])]
@@ -259,3 +259,14 @@ def test_causal_convolution(reverse: bool):
         causal_conv_silu(wide, weight, bias, reverse=reverse),
         causal_conv_silu(wide, weight.clone().requires_grad_(), bias, reverse=reverse),
     )
+
+
+def test_the_matrix_form_equals_the_recurrence():
+    torch.manual_seed(0)
+    x, delta = torch.randn(2, 9, 5).double(), torch.rand(2, 9, 5).double()
+    a, b, c = -torch.rand(5, 4).double() * 3, torch.randn(2, 9, 4).double(), torch.randn(2, 9, 4).double()
+    matrix = scan_matrix(delta, a, b, c)
+    expected, _ = scan_reference(x, delta, a, b, c)
+    torch.testing.assert_close(torch.einsum("idts,isd->itd", matrix, x), expected, rtol=0, atol=1e-12)
+    assert not matrix.triu(1).any()
+    assert scan_matrix(1e3 * delta, a, b, c).isfinite().all()

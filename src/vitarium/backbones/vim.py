@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from vitarium.catalog import family, rename
 from vitarium.nn import DropPath, EvalCache, Linear, PatchEmbed, TokenBackbone, drop_path_rates, resize_position_table
 from vitarium.nn.backbone import init_head
 from vitarium.ops.linear import linear
-from vitarium.ops.scan import IMPLEMENTATIONS, causal_conv_silu, selective_scan
+from vitarium.ops.scan import IMPLEMENTATIONS, causal_conv_silu, scan_matrix, selective_scan
 
 DIRECTIONS = ("forward", "backward")
 PLACES = ("middle", "first", "none")
@@ -76,6 +77,19 @@ class ScanDirection(nn.Module):
         y, _ = selective_scan(v, delta, rate, b, c, self.D, bias=bias, softplus=True, reverse=self.reverse, implementation=self.scan)
         return y
 
+    def attention(self, u: Tensor) -> Tensor:
+        """What each token takes from each other, mean over channels of absolute values: u (B, L, E) -> (B, L, L); quadratic in L."""
+        assert self.conv1d.bias is not None
+        v = causal_conv_silu(u, self.conv1d.weight[:, 0], self.conv1d.bias, reverse=self.reverse)
+        dt, b, c = self.x_proj(v).split(self.sizes, -1)
+        delta = F.softplus(self.dt_proj(dt))
+        if self.reverse:
+            delta, b, c = (part.flip(1) for part in (delta, b, c))
+        rate, parts = self.rate(), range(0, delta.shape[2], 32)  # some channels at a time: a matrix each is a lot of memory
+        total = sum(scan_matrix(delta[..., i : i + 32], rate[i : i + 32], b, c).abs().sum(1) for i in parts) / delta.shape[2]
+        assert isinstance(total, Tensor)
+        return total.flip(1, 2) if self.reverse else total
+
     def rate(self) -> Tensor:
         """A, (E, N): at which each state forgets; in float32 at least."""
         exact = torch.float64 if self.A_log.dtype is torch.float64 else torch.float32
@@ -109,6 +123,11 @@ class VimMixer(nn.Module):
         for y in others:
             first = first + y
         return self.out_proj(first * F.silu(z)) / len(self.directions)
+
+    def attention(self, x: Tensor) -> Tensor:
+        """Hidden attention of tokens (B, L, dim): the mean over directions, (B, L, L); rows take, columns give."""
+        u, _ = self.in_proj(x).chunk(2, -1)
+        return torch.stack([scan.attention(u) for scan in self.directions]).mean(0)  # type: ignore[operator]
 
 
 class RMSNorm(nn.RMSNorm):
@@ -276,6 +295,31 @@ class Vim(TokenBackbone):
         for block in self.blocks:
             x = self.run_blocks([block], x)
             yield x
+
+    @torch.no_grad()
+    def hidden_attention(self, image: Tensor, block: int = -1) -> Tensor:
+        """What the class token takes from each patch in a block's scans, for pictures.
+
+        Args:
+            image: (B, in_chans, H, W).
+            block: number of the block; negative counts from the last.
+
+        Returns:
+            (B, h, w), at least 0; of a model without class token, the mean over the patches that take.
+        """
+        self.check_image(image)
+        number = self.take_indices([block])[0]
+        inputs: list[Tensor] = []
+        chosen: Any = self.blocks[number].mixer
+        handle = chosen.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+        try:
+            self.forward_intermediates(image, [number], stop_early=True, intermediates_only=True)
+        finally:
+            handle.remove()
+        taken = chosen.attention(inputs[0])
+        places = self.class_places(taken.shape[1] - (self.place != "none"))
+        row = taken[:, places].mean(1) if places else taken.mean(1)
+        return self.as_map(row[..., None], image.shape[-2:])[:, 0]
 
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name in ("pos_embed", "cls_token") or name.endswith(".A_log")}

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from vitarium.catalog.methods import methods_of_system
 from vitarium.catalog.registry import families, system_module
 from vitarium.catalog.systems import find_system, systems
+from vitarium.training.learners import learners_of_system
 
 Word = Literal["working", "partial", "missing"]
 
@@ -34,6 +35,8 @@ class Evidence:
     """Verdict of the paper's main claim: "held", "not held", "inconclusive", or None where it was not run."""
     methods: list[str] = field(default_factory=list)
     """Slugs of the methods that it registers."""
+    objectives: list[str] = field(default_factory=list)
+    """Names of the learners that it registers."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ class Status:
 def system_status(slug: str) -> Status:
     """One system's status: "missing" (no module), "working" (all of below), else "partial".
 
-    Working means: it registers something, every golden vector of the original that the project holds passed, at least one exact identity
-    passed, and its claim was run, whichever way it came out.
+    Working means: every golden vector of the original that the project holds passed, at least one exact identity passed, and its claim was
+    run, whichever way it came out.
 
     Raises:
         UsageError: no system of this slug.
@@ -67,13 +70,14 @@ def system_status(slug: str) -> Status:
     evidence = Evidence(
         models=[name for f in families(slug) for name in f.model_names()] if there else [],
         methods=methods_of_system(slug),
+        objectives=learners_of_system(slug),
         goldens_passed=sum(error is not None for error in goldens.values()),
         goldens_wired=len(goldens),
         identities=sum(row.get("identities", {}).values()),
         claim=_verdict(slug),
     )
     proven = evidence.goldens_passed == evidence.goldens_wired and evidence.identities > 0 and evidence.claim is not None
-    word: Word = "missing" if not there else "working" if (evidence.models or evidence.methods) and proven else "partial"
+    word: Word = "missing" if not there else "working" if proven else "partial"
     return Status(system.slug, system.title, system.room, word, evidence)
 
 

@@ -53,6 +53,7 @@ def systems(
 def told(evidence: Evidence) -> str:
     """What there is, in a few words; "" for nothing."""
     parts = [counted(len(evidence.models), "model"), counted(len(evidence.methods), "method")]
+    parts.append(counted(len(evidence.objectives), "objective"))
     if evidence.goldens_wired:
         parts.append(f"{evidence.goldens_passed}/{evidence.goldens_wired} goldens")
     parts += [counted(evidence.identities, "identity", "identities"), f"claim {evidence.claim}" if evidence.claim else ""]

@@ -6,6 +6,7 @@ from vitarium.nn.inflation import inflate, inflate_kernel
 from vitarium.nn.layers import DropPath, LayerNorm2d, LayerNorm3d, LayerScale, Linear, Mlp, drop_path_rates, init_weights
 from vitarium.nn.patch_embed import PatchEmbed
 from vitarium.nn.positions import EvalCache, RelativePositionBias, apply_rotary, resize_position_table, rotary_2d, sincos_2d
+from vitarium.nn.pyramid import TokenPyramid
 from vitarium.nn.tokens import TokenBackbone
 from vitarium.nn.vit import TransformerBlock, VisionTransformer
 
@@ -23,6 +24,7 @@ __all__ = [
     "RelativePositionBias",
     "Stage",
     "TokenBackbone",
+    "TokenPyramid",
     "TransformerBlock",
     "VideoBackbone",
     "VisionTransformer",

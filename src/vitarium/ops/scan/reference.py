@@ -55,6 +55,26 @@ def scan_doubling(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> 
     return (state * c[:, :, None]).sum(-1), last
 
 
+def scan_matrix(delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """The scan written as attention: y_t = sum over s <= t of M[t, s] x_s.
+
+    Args:
+        delta: (I, L, D), step sizes.
+        a: (D, N).
+        b, c: (I, L, N).
+
+    Returns:
+        M, (I, D, L, L), lower triangular: <c_t, exp(a (delta_{s+1} + ... + delta_t)) b_s> delta_s. It is what "hidden attention" pictures
+        show (Ali et al. 2024); quadratic in tokens and in no fast path.
+    """
+    elapsed = delta.cumsum(1).transpose(1, 2)  # (I, D, L)
+    between = (elapsed[..., :, None] - elapsed[..., None, :]).clamp(min=0)  # a future token would overflow before it is cut
+    matrix = torch.zeros_like(between)
+    for n in range(a.shape[1]):
+        matrix += torch.exp(a[:, n, None, None] * between) * (c[:, None, :, None, n] * b[:, None, None, :, n])
+    return (matrix * delta.transpose(1, 2)[:, :, None]).tril()
+
+
 def _chunk_states(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Decays and states of K tokens, time-major: x, delta (K, I, D), b (K, I, N), state before them (I, D, N) -> two of (K, I, D, N)."""
     decay = torch.exp(delta[..., None] * a)
