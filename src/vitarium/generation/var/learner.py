@@ -1,0 +1,271 @@
+"""Training VAR: first the tokenizer on pictures alone, then the transformer on its codes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitarium.errors import UsageError
+from vitarium.generation.pictures import grid, to_picture
+from vitarium.generation.var.model import VAR
+from vitarium.generation.var.tokenizer import VARTokenizer
+from vitarium.training import Learner, learner
+from vitarium.training.base import Batch
+from vitarium.training.building import build_model
+from vitarium.training.settings import Section
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from vitarium.data import ImageData
+    from vitarium.training.recipe import Recipe
+
+SHOWN = 8
+"""Pictures a row of what is drawn during training."""
+
+
+@learner("var_tokenizer")
+class VARTokenizerLearner(Learner):
+    """Reconstruction: squared error of pixels, distance of a frozen network's features where one is named, and the quantizer's loss.
+
+    The authors also train against a discriminator, with code that they did not release; this loop drives one optimizer.
+    """
+
+    model: VARTokenizer
+
+    class Settings(Section):
+        """
+        Args:
+            quantizer: weight of the quantizer's loss.
+            perceptual: model whose features of both pictures are compared, with published weights, such as "timm/vgg16.tv_in1k";
+                None: none.
+            perceptual_weight: weight of their distance.
+            revive: steps after which a code that no picture used is put where one is wanted; 0: never, as the authors.
+        """
+
+        quantizer: Annotated[float, Field(ge=0)] = 1.0
+        perceptual: str | None = None
+        perceptual_weight: Annotated[float, Field(ge=0)] = 1.0
+        revive: Annotated[int, Field(ge=0)] = 0
+
+    data_task = "image"
+    usage = "vitarium train var_pico --set objective.tokenizer={file}"
+    primary_metric = ("psnr", "max")
+
+    def __init__(self, model: VARTokenizer, settings: Any = None):
+        super().__init__(model, settings)
+        self.judge: nn.Module | None = None
+        self.register_buffer("idle", torch.zeros(model.vocab_size, dtype=torch.int64))
+        self._wanted: Tensor | None = None
+        """Vectors that this step's pictures wanted codes for, (N, C)."""
+
+    @classmethod
+    def create(
+        cls, name: str, data: ImageData, recipe: Recipe, *, pretrained: bool = False, checkpoint: str | None = None
+    ) -> VARTokenizerLearner:
+        from vitarium.catalog import create_model
+
+        model = build_model(name, data, _sized(name, data, recipe), pretrained=pretrained, checkpoint=checkpoint)
+        if not isinstance(model, VARTokenizer):
+            raise UsageError(f"the objective var_tokenizer trains var_tokenizer_* models, got {name}")
+        created = cls(model, recipe.settings_of(cls))
+        if created.settings.perceptual:
+            created.judge = create_model(created.settings.perceptual, pretrained=True).eval().requires_grad_(False)
+        return created
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        image = batch["image"]
+        coded = self.model.quantizer(self.model.features(image))
+        if self.training and self.settings.revive:
+            used = torch.cat(coded.indices, 1).flatten().bincount(minlength=len(self.idle)) > 0
+            self.idle.add_(1).masked_fill_(used, 0)
+            self._wanted = torch.cat(coded.places, 1).flatten(0, 1)
+        made = self.model.decoder(self.model.from_codes(coded.features))  # not clamped: the clamp has no gradient outside
+        losses = {"pixels": F.mse_loss(made, image), "quantizer": coded.loss}
+        total = losses["pixels"] + self.settings.quantizer * losses["quantizer"]
+        if self.judge is not None:
+            losses["perceptual"] = perceptual_distance(self.judge, made, image)
+            total = total + self.settings.perceptual_weight * losses["perceptual"]
+        return {"loss": total, **losses}
+
+    @torch.no_grad()
+    def after_step(self, step: int, total_steps: int) -> None:
+        """Put idle codes where this step's pictures wanted one; in the last fifth of the training the codes are left in peace."""
+        if self._wanted is None or step > 0.8 * total_steps:
+            return
+        codes, idle = self.model.quantizer.codebook.weight, self.idle > self.settings.revive
+        chosen = torch.randint(len(self._wanted), (len(codes),), device=codes.device)
+        codes.copy_(torch.where(idle[:, None], self._wanted[chosen].to(codes), codes))
+        self.idle.masked_fill_(idle, 0)
+        self._wanted = None
+        if dist.is_available() and dist.is_initialized():  # each process saw other pictures
+            dist.broadcast(codes, 0)
+            dist.broadcast(self.idle, 0)
+
+    def metrics(self) -> Any:
+        """psnr (decibels), and usage: the share of the codes that at least one picture uses."""
+        from torchmetrics import Metric
+        from torchmetrics.image import PeakSignalNoiseRatio
+
+        class Usage(Metric):
+            def __init__(self, count: int):
+                super().__init__()
+                self.add_state("seen", torch.zeros(count), dist_reduce_fx="sum")
+
+            def update(self, codes: Tensor) -> None:
+                self.seen += codes.flatten().bincount(minlength=len(self.seen))
+
+            def compute(self) -> Tensor:
+                return (self.seen > 0).float().mean()
+
+        return nn.ModuleDict({"psnr": PeakSignalNoiseRatio(data_range=(-1.0, 1.0)), "usage": Usage(self.model.vocab_size)})
+
+    def evaluate_batch(self, model: nn.Module, batch: Batch, metrics: Any) -> None:
+        codes = model.encode(batch["image"])
+        metrics["psnr"].update(model.decode(codes).float(), batch["image"].float())
+        metrics["usage"].update(torch.cat(codes, 1))
+
+    def summary(self, metrics: Any) -> dict[str, Any]:
+        return {name: metric.compute().tolist() for name, metric in metrics.items()}
+
+    def pictures(self, model: nn.Module, batch: Batch) -> dict[str, Image.Image]:
+        """Pictures above what their codes keep of them."""
+        image = batch["image"][:SHOWN]
+        return {"reconstructions": grid((torch.cat([image, model(image)]) + 1) / 2, len(image))}
+
+    def answers(self, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
+        """The codes of each picture, a list a scale, and how near (psnr, decibels) they bring it."""
+        codes = model.encode(batch["image"])
+        made = model.decode(codes)
+        psnr = -10 * ((made - batch["image"]) / 2).square().mean((1, 2, 3)).log10()
+        return [
+            {"psnr": psnr[i].item(), "codes": [scale[i].tolist() for scale in codes], "_made": (made[i].float() + 1) / 2}
+            for i in range(len(made))
+        ]
+
+    def picture_of(self, picture: Image.Image, answer: dict[str, Any]) -> Image.Image:
+        return to_picture(answer["_made"])
+
+
+@learner("var")
+class VARLearner(Learner):
+    """Cross entropy of every code of every scale, given the class and the picture that earlier scales add up to."""
+
+    model: VAR
+
+    class Settings(Section):
+        """
+        Args:
+            tokenizer: file of a trained tokenizer (`vitarium train var_tokenizer`). The trained model holds it, and the file is no
+                longer needed. None: the checkpoint that training starts from brings its own.
+            label_drop: share of the pictures that are shown without their class, for guidance.
+        """
+
+        tokenizer: str | None = None
+        label_drop: Annotated[float, Field(ge=0, lt=1)] = 0.1
+
+    usage = "vitarium generate {file}"
+
+    @classmethod
+    def create(cls, name: str, data: ImageData, recipe: Recipe, *, pretrained: bool = False, checkpoint: str | None = None) -> VARLearner:
+        settings = recipe.settings_of(cls)
+        if settings.tokenizer is None and checkpoint is None and not pretrained:
+            raise UsageError(
+                "VAR learns the codes of a trained tokenizer, and none was named: run 'vitarium train var_tokenizer_pico' "
+                "and pass its file with --set objective.tokenizer=FILE"
+            )
+        codec = _tokenizer(settings.tokenizer) if settings.tokenizer else None
+        given = {} if codec is None else dict(tokenizer=codec.spec.name, tokenizer_arguments=codec.spec.arguments)
+        model = build_model(name, data, _sized(name, data, recipe, codec), pretrained=pretrained, checkpoint=checkpoint, **given)
+        if not isinstance(model, VAR):
+            raise UsageError(f"the objective var trains var_* models, got {name}")
+        if codec is not None:
+            model.tokenizer.load_state_dict(codec.state_dict())
+        return cls(model, settings)
+
+    def __init__(self, model: VAR, settings: Any = None):
+        super().__init__(model, settings)
+        self.model.tokenizer.requires_grad_(False)
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        dropped = torch.rand(len(batch["target"]), device=batch["target"].device) < self.settings.label_drop
+        labels = batch["target"].masked_fill(dropped, self.model.num_classes)
+        self.model.tokenizer.eval()
+        losses = self._losses(self.model, batch["image"], labels)
+        return {"loss": losses.mean()}
+
+    @staticmethod
+    def _losses(model: nn.Module, image: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy of each code, (B, L)."""
+        with torch.no_grad():
+            codes = model.tokenizer.encode(image)
+            views = model.tokenizer.inputs(codes)
+        return F.cross_entropy(model.transformer(views, labels).transpose(1, 2), torch.cat(codes, 1), reduction="none")
+
+    def metrics(self) -> Any:
+        """loss (mean over all codes), and scale_losses: the same of each scale (ln V is chance)."""
+        from torchmetrics import MeanMetric
+
+        return nn.ModuleList(MeanMetric(nan_strategy="disable") for _ in range(1 + len(self.model.scales)))
+
+    def evaluate_batch(self, model: nn.Module, batch: Batch, metrics: Any) -> None:
+        losses = self._losses(model, batch["image"], batch["target"])
+        metrics[0].update(losses)
+        for metric, part in zip(metrics[1:], losses.split(list(model.transformer.lengths), 1), strict=True):
+            metric.update(part)
+
+    def summary(self, metrics: Any) -> dict[str, Any]:
+        loss, *scales = (metric.compute().item() for metric in metrics)
+        return {"loss": loss, "scale_losses": scales}
+
+    def pictures(self, model: nn.Module, batch: Batch) -> dict[str, Image.Image]:
+        """Samples: a column a class."""
+        labels = torch.arange(min(SHOWN, model.num_classes), device=batch["image"].device)
+        return {"samples": grid(model.generate(labels.repeat(4)), len(labels))}
+
+
+def _tokenizer(file: str) -> VARTokenizer:
+    import vitarium
+
+    model = vitarium.load(file)
+    if isinstance(model, VAR):
+        model = model.tokenizer
+    if not hasattr(model, "scales") or not hasattr(model, "encode"):
+        raise UsageError(f"{Path(file)} holds a {type(model).__name__}, which does not turn pictures into codes; name a trained tokenizer")
+    return model
+
+
+def _sized(name: str, data: ImageData, recipe: Recipe, codec: VARTokenizer | None = None) -> Recipe:
+    """The recipe without the size of the data's pictures: they are resized to that of the model, which its scales fix.
+
+    Raises:
+        UsageError: the recipe asks for a size that is neither.
+    """
+    from vitarium.catalog import find_model
+
+    family, variant = find_model(name)
+    size = codec.image_size if codec is not None else recipe.model_arguments.get("image_size") or family.variants[variant].get("image_size")
+    if recipe.image_size not in (None, data.image_size, size):
+        raise UsageError(f"{name} works on pictures of {size} pixels, which its scales fix; got image_size={recipe.image_size}")
+    return recipe.model_copy(update=dict(image_size=size))
+
+
+def perceptual_distance(judge: nn.Module, made: Tensor, image: Tensor) -> Tensor:
+    """Mean squared distance of unit features of pictures in [-1, 1], averaged over the network's stages. A scalar."""
+    mean, std = (torch.tensor(v, device=image.device, dtype=image.dtype)[:, None, None] for v in _statistics(judge))
+    maps = judge.forward_intermediates(((torch.cat([made, image]) + 1) / 2 - mean) / std, intermediates_only=True)
+    pairs = (F.normalize(features, dim=1).chunk(2) for features in maps)
+    return torch.stack([(a - b).square().sum(1).mean() for a, b in pairs]).mean()
+
+
+def _statistics(judge: nn.Module) -> tuple[Any, Any]:
+    from vitarium.catalog import preprocessing_of
+
+    preprocessing = preprocessing_of(judge)
+    return preprocessing.mean, preprocessing.std

@@ -1,0 +1,298 @@
+"""VAR's tokenizer and transformer as one generator: sampling, editing, the released variants and the authors' names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitarium.catalog import create_model, family, rename
+from vitarium.errors import InputError, UsageError
+from vitarium.generation.labels import check_labels
+from vitarium.generation.var.tokenizer import OFFICIAL as TOKENIZER_OFFICIAL
+from vitarium.generation.var.tokenizer import PREPARATION
+from vitarium.generation.var.transformer import ScaleTransformer, Steps
+from vitarium.training.evaluation import evaluating
+
+GUIDANCE = 2.5
+"""Of the last scale; the authors write it as cfg = 1.5, the amount above 1."""
+
+_TRANSFORMER = rename(
+    (r"lvl_1L$|attn_bias_for_masking$", None),
+    (r"^pos_start$", "start"),
+    (r"^pos_1LC$", "positions"),
+    (r"^class_emb\.", "class_embed."),
+    (r"^lvl_embed\.", "level_embed."),
+    (r"^shared_ada_lin\.1\.", "shared_ada."),
+    (r"^head_nm\.ada_lin\.1\.", "head_ada."),
+    (r"^blocks\.(\d+)\.ada_lin\.1\.", r"blocks.\1.ada."),
+    (r"^blocks\.(\d+)\.ada_gss$", r"blocks.\1.ada_table"),
+    (r"^blocks\.(\d+)\.attn\.mat_qkv\.", r"blocks.\1.attn.qkv."),
+    (r"^blocks\.(\d+)\.attn\.scale_mul_1H11$", r"blocks.\1.attn.log_scale"),
+    (r"^blocks\.(\d+)\.attn\.zero_k_bias$", r"blocks.\1.attn.k_bias"),
+    (r"^blocks\.(\d+)\.ffn\.", r"blocks.\1.mlp."),
+)
+_STRIP = rename((r"^(?:vae|var)\.", ""))
+_CODEC = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
+
+
+def official(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The authors' names, of the transformer's file, of the tokenizer's, or of both together."""
+    state = _STRIP(state)
+    codec = TOKENIZER_OFFICIAL({name: tensor for name, tensor in state.items() if name.startswith(_CODEC)})
+    rest = _TRANSFORMER({name: tensor for name, tensor in state.items() if not name.startswith(_CODEC)})
+    return {f"tokenizer.{name}": t for name, t in codec.items()} | {f"transformer.{name}": t for name, t in rest.items()}
+
+
+def _released(depth: int) -> dict[str, tuple[str, ...]]:
+    place = "hf:FoundationVision/var/"
+    return {"in1k": (f"{place}var_d{depth}.pth + {place}vae_ch160v4096z32.pth",)}
+
+
+def _row(depth: int, **others: Any) -> dict[str, Any]:
+    return dict(depth=depth, embed_dim=64 * depth, num_heads=depth, drop_path_rate=0.1 * depth / 24, image_size=256) | others
+
+
+@family(
+    "var",
+    variants={
+        "pico": dict(depth=4, embed_dim=64, num_heads=4, tokenizer="var_tokenizer_pico", num_classes=10, image_size=16),
+        "d16": _row(16),  # 310 M, FID 3.55 (256 pixels, ImageNet)
+        "d20": _row(20),  # 601 M, 2.95
+        "d24": _row(24),  # 1.0 B, 2.33
+        "d30": _row(30),  # 2.0 B, 1.97
+        "d36": _row(36, tokenizer="var_tokenizer_512", shared_modulation=True, image_size=512),  # 2.3 B, 2.63 at 512 pixels
+    },
+    official=official,
+    weights={f"d{depth}": _released(depth) for depth in (16, 20, 24, 30, 36)},
+    learner="var",
+    **PREPARATION,
+)
+class VAR(nn.Module):
+    """Picture (B, in_chans, H, W) in [-1, 1] and its class (B,) -> logits of all its codes (B, L, V). `generate` and `edit` make pictures.
+
+    Args:
+        depth, embed_dim, num_heads, mlp_ratio, drop_path_rate, shared_modulation: see `ScaleTransformer`.
+        tokenizer: name of the model that turns pictures into maps of codes; it is a part of this one, and is not trained with it.
+        tokenizer_arguments: its constructor's arguments, where they are not those of its variant.
+        num_classes: classes.
+        image_size: side of the pictures, pixels; the tokenizer fixes it, and it is only compared.
+
+    Raises:
+        ValueError: the tokenizer is for another image_size, or embed_dim does not divide by num_heads.
+    """
+
+    def __init__(
+        self,
+        *,
+        depth: int,
+        embed_dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.0,
+        shared_modulation: bool = False,
+        tokenizer: str = "var_tokenizer_256",
+        tokenizer_arguments: Mapping[str, Any] | None = None,
+        num_classes: int = 1000,
+        image_size: int | None = None,
+    ):
+        super().__init__()
+        self.num_classes = num_classes
+        self.tokenizer = create_model(tokenizer, **(tokenizer_arguments or {})).requires_grad_(False)
+        self.preprocessing = self.tokenizer.preprocessing
+        self.in_chans, self.image_size, self.scales = self.tokenizer.in_chans, self.tokenizer.image_size, self.tokenizer.scales
+        if image_size not in (None, self.image_size):
+            raise ValueError(f"{tokenizer} is for pictures of image_size={self.image_size}, got image_size={image_size}")
+        self.transformer = ScaleTransformer(
+            [p * p for p in self.scales],
+            self.tokenizer.code_dim,
+            self.tokenizer.vocab_size,
+            num_classes,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            drop_path_rate=drop_path_rate,
+            shared_modulation=shared_modulation,
+        )
+
+    def forward(self, image: Tensor, labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            views = self.tokenizer.inputs(self.tokenizer.encode(image))
+        return self.transformer(views, labels)
+
+    def no_weight_decay(self) -> set[str]:
+        """The authors' list: embeddings, positions, scales of attention, tables of modulation."""
+        tables = ("start", "positions", "class_embed.weight", "level_embed.weight")
+        return {f"transformer.{name}" for name in (*tables, "blocks.*.attn.log_scale", "blocks.*.ada_table")}
+
+    def generate(
+        self,
+        labels: Tensor,
+        *,
+        seed: int = 0,
+        guidance: float | None = None,
+        steps: int | None = None,
+        top_k: int = 900,
+        top_p: float = 0.96,
+        smooth: bool = False,
+        cache: bool = True,
+    ) -> Tensor:
+        """Pictures of the given classes, (B, in_chans, H, W) float32 in [0, 1].
+
+        Args:
+            labels: class numbers (B,); `num_classes` stands for no class.
+            seed: of all randomness.
+            guidance: strength of classifier-free guidance at the last scale, to which it rises linearly from 1 at the first; 1 is
+                without. None: 2.5 (the authors' cfg = 1.5).
+            steps: one a scale; no other number can be asked for.
+            top_k: likeliest codes among which one is drawn; 0: all; 1: always the likeliest.
+            top_p: the least set of codes that has this much probability; 0 or 1: all.
+            smooth: mix codes instead of choosing one (Gumbel-softmax); the authors' way to smoother pictures, not to better numbers.
+            cache: keep keys and values of earlier scales. False gives the same pictures more slowly.
+
+        Raises:
+            UsageError: an option that it cannot take.
+        """
+        sampling = self._checked(labels, seed, guidance, steps, top_k, top_p) | dict(smooth=smooth, cache=cache)
+        with evaluating(self):
+            image = self._sample(labels.to(self._device()), **sampling)
+        return image.clone()
+
+    def edit(self, image: Tensor, mask: Tensor, labels: Tensor, *, seed: int = 0, paste: bool = True, **options: Any) -> Tensor:
+        """Pictures with a region made anew for a class: in-painting, out-painting (mask the border), or change of an object.
+
+        At each scale the picture's own codes are kept outside the mask, so that what is made fits them.
+
+        Args:
+            image: (B, in_chans, H, W) or (1, ...), in [0, 1].
+            mask: (B, 1, H, W) or (1, 1, H, W), nonzero where new pixels are wanted.
+            labels: class numbers (B,), `num_classes` for no class.
+            seed: of all randomness.
+            paste: put the picture's own pixels back outside the mask. False shows them as the codes have them.
+            options: as for `generate`.
+
+        Returns:
+            (B, in_chans, H, W) float32 in [0, 1].
+
+        Raises:
+            InputError: picture or mask of another shape or range.
+            UsageError: an option that it cannot take.
+        """
+        image, mask = self._checked_edit(image, mask, len(labels))
+        given: dict[str, Any] = dict(guidance=None, steps=None, top_k=900, top_p=0.96, smooth=False, cache=True)
+        if unknown := sorted(set(options) - set(given)):
+            raise UsageError(f"VAR takes no option {unknown[0]!r} (it takes {', '.join(given)})")
+        given |= options
+        extra = {name: given.pop(name) for name in ("smooth", "cache")}
+        sampling = self._checked(labels, seed, **given) | extra
+        with evaluating(self):
+            codes = self.tokenizer.encode(2 * image - 1)
+            kept = [self._kept(mask, p) for p in self.scales]
+            made = self._sample(labels.to(self._device()), **sampling, codes=codes, kept=kept)
+            made = torch.where(mask, made, image.float()) if paste else made
+        return made.clone()
+
+    def reconstructions(self, image: Tensor) -> Tensor:
+        """A picture (B, in_chans, H, W) in [-1, 1] as the first 1, 2, ... K scales have it: (K, B, in_chans, H, W) in [0, 1]."""
+        with evaluating(self):
+            totals = self.tokenizer.totals(self.tokenizer.encode(image))
+            stages = torch.stack([self.tokenizer.to_image(total) for total in totals])
+        return (stages.float() + 1) / 2
+
+    # ---- sampling
+
+    def _sample(
+        self,
+        labels: Tensor,
+        *,
+        seed: int,
+        guidance: float,
+        top_k: int,
+        top_p: float,
+        smooth: bool,
+        cache: bool,
+        codes: Sequence[Tensor] | None = None,
+        kept: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Scale by scale; `codes` (B, p^2) a scale are taken where `kept` (B, p^2) is true."""
+        quantizer, count, last = self.tokenizer.quantizer, len(labels), len(self.scales) - 1
+        generator = torch.Generator(labels.device).manual_seed(seed)
+        guided = guidance != 1
+        steps = Steps(self.transformer, torch.cat([labels, torch.full_like(labels, self.num_classes)]) if guided else labels, cache)
+        total: Tensor | None = None
+        for k in range(len(self.scales)):
+            view = None if total is None else quantizer.view(total, k)
+            logits = steps.next(view.repeat(2, 1, 1) if view is not None and guided else view)
+            logits = logits.float() if logits.dtype.itemsize < 4 else logits
+            share = k / max(last, 1)
+            if guided:
+                strength = 1 + (guidance - 1) * share
+                logits = strength * logits[:count] + (1 - strength) * logits[count:]
+            chosen = draw(logits, generator, top_k, top_p)
+            if smooth:
+                vectors = _mixed(logits, generator, share).to(quantizer.codebook.weight.dtype) @ quantizer.codebook.weight
+            else:
+                vectors = quantizer.codebook(chosen)
+            if codes is not None and kept is not None:
+                vectors = torch.where(kept[k][..., None], quantizer.codebook(codes[k]), vectors)
+            detail = quantizer.detail(vectors, k)
+            total = detail if total is None else total + detail
+        assert total is not None
+        return (self.tokenizer.to_image(total).float() + 1) / 2
+
+    def _kept(self, mask: Tensor, side: int) -> Tensor:
+        """Where a scale keeps the picture's codes, (B, side^2): the authors' rule; a single code for the whole picture is kept."""
+        keep = 1 - F.adaptive_max_pool2d(mask.float(), self.scales[-1])
+        keep = F.interpolate(keep, (side, side), mode="bilinear").flatten(1) > 0.5
+        return keep if side > 1 else torch.ones_like(keep)
+
+    # ---- checks at the door
+
+    def _device(self) -> torch.device:
+        return self.transformer.start.device
+
+    def _checked(self, labels: Tensor, seed: int, guidance: float | None, steps: int | None, top_k: int, top_p: float) -> dict[str, Any]:
+        guidance, count = GUIDANCE if guidance is None else guidance, len(self.scales)
+        check_labels(labels, self.num_classes, null=True)
+        if steps not in (None, count):
+            raise UsageError(f"VAR takes one step a scale, here {count}; got steps={steps}")
+        for name, value, low, high in (("guidance", guidance, 0, 100), ("top_p", top_p, 0, 1)):
+            if not low <= value <= high:
+                raise UsageError(f"{name} must lie in [{low}, {high}], got {value}")
+        for name, number in (("top_k", top_k), ("seed", seed)):
+            if not isinstance(number, int) or number < 0:
+                raise UsageError(f"{name} must be a whole number of at least 0, got {number!r}")
+        return dict(seed=seed, guidance=guidance, top_k=top_k, top_p=top_p)
+
+    def _checked_edit(self, image: Tensor, mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        side = self.image_size
+        for name, given, channels in (("image", image, self.in_chans), ("mask", mask, 1)):
+            if given.ndim != 4 or len(given) not in (1, count) or tuple(given.shape[1:]) != (channels, side, side):
+                raise InputError(f"the {name} must be ({count} or 1, {channels}, {side}, {side}), got {tuple(given.shape)}")
+        if not image.is_floating_point() or image.min() < 0 or image.max() > 1:
+            raise InputError("the image must be floating-point numbers in [0, 1]")
+        weight = self.transformer.start
+        return image.to(weight).expand(count, -1, -1, -1), (mask != 0).to(weight.device).expand(count, -1, -1, -1)
+
+
+def draw(logits: Tensor, generator: torch.Generator, top_k: int = 0, top_p: float = 0.0) -> Tensor:
+    """A code for each place, (B, n, V) -> (B, n): among the `top_k` likeliest, and in the least set of probability `top_p`."""
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], -torch.inf)
+    if 0 < top_p < 1:
+        ordered, order = logits.sort(-1)
+        tail = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
+        tail[..., -1] = False
+        logits = logits.masked_fill(tail.scatter(-1, order, tail), -torch.inf)
+    return torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator).view(logits.shape[:2])
+
+
+def _mixed(logits: Tensor, generator: torch.Generator, share: float) -> Tensor:
+    """Shares of the codes, (B, n, V): Gumbel-softmax that hardens with the scales (`share` from 0 to 1); the authors' numbers."""
+    temperature = max(0.27 * (1 - 0.95 * share), 0.005)
+    gumbel = -torch.empty_like(logits).exponential_(generator=generator).log()
+    return ((logits * (1 + share) + gumbel) / temperature).softmax(-1)

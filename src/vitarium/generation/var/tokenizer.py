@@ -1,0 +1,362 @@
+"""The multi-scale residual tokenizer: a picture as K maps of codes of growing size, each coding what the coarser ones left.
+
+    rest = f = encoder(image), f^ = 0
+    for each scale p_k:   codes = nearest code of area-resize(rest, p_k)
+                          h     = phi_k(bicubic-resize(codebook[codes]))          phi(h) = h / 2 + conv(h) / 2
+                          f^ += h,  rest -= h
+    picture = decoder(f^)
+
+Legend: B batch, C channels of the codes, H W picture, h = w = H / stride, K scales of p_k x p_k codes, L = sum of p_k^2, V codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitarium.catalog import family, rename
+from vitarium.errors import InputError
+
+
+def _norm(dim: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, dim, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """x + conv(SiLU(norm(conv(SiLU(norm(x)))))): (B, in_dim, h, w) -> (B, dim, h, w)."""
+
+    def __init__(self, in_dim: int, dim: int, groups: int):
+        super().__init__()
+        self.norm1, self.conv1 = _norm(in_dim, groups), nn.Conv2d(in_dim, dim, 3, padding=1)
+        self.norm2, self.conv2 = _norm(dim, groups), nn.Conv2d(dim, dim, 3, padding=1)
+        self.shortcut = nn.Conv2d(in_dim, dim, 1) if in_dim != dim else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x), inplace=True))
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(y), inplace=True))
+
+
+class AttentionBlock(nn.Module):
+    """Attention of one head over all places: (B, dim, h, w) -> the same."""
+
+    def __init__(self, dim: int, groups: int):
+        super().__init__()
+        self.norm = _norm(dim, groups)
+        self.qkv = nn.Conv2d(dim, 3 * dim, 1)
+        self.proj = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None].chunk(3, -1)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj(y[:, 0].transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Conv2d):
+    """Half the size, padded at the right and bottom: (B, dim, h, w) -> (B, dim, h / 2, w / 2)."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, dim, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Conv2d):
+    """Twice the size: (B, dim, h, w) -> (B, dim, 2 h, 2 w)."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, dim, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, attention after each where asked for, then a change of resolution."""
+
+    def __init__(self, in_dim: int, dim: int, depth: int, groups: int, attention: bool, resample: nn.Module):
+        super().__init__()
+        self.blocks = nn.ModuleList(ResBlock(in_dim if i == 0 else dim, dim, groups) for i in range(depth))
+        self.attentions = nn.ModuleList(AttentionBlock(dim, groups) if attention else nn.Identity() for _ in range(depth))
+        self.resample = resample
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block, attention in zip(self.blocks, self.attentions, strict=True):
+            x = attention(block(x))
+        return self.resample(x)
+
+
+def _middle(dim: int, groups: int) -> nn.Sequential:
+    return nn.Sequential(ResBlock(dim, dim, groups), AttentionBlock(dim, groups), ResBlock(dim, dim, groups))
+
+
+class Encoder(nn.Module):
+    """Picture (B, in_chans, H, W) -> (B, code_dim, H / stride, W / stride); level 0 has the picture's resolution."""
+
+    def __init__(self, in_chans: int, dims: Sequence[int], depth: int, code_dim: int, groups: int):
+        super().__init__()
+        last = len(dims) - 1
+        self.conv_in = nn.Conv2d(in_chans, dims[0], 3, padding=1)
+        self.levels = nn.ModuleList(
+            Level(dims[max(i - 1, 0)], dim, depth, groups, i == last, Downsample(dim) if i < last else nn.Identity())
+            for i, dim in enumerate(dims)
+        )
+        self.middle = _middle(dims[-1], groups)
+        self.norm, self.conv_out = _norm(dims[-1], groups), nn.Conv2d(dims[-1], code_dim, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.levels:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm(self.middle(x))))
+
+
+class Decoder(nn.Module):
+    """(B, code_dim, h, w) -> picture (B, in_chans, h * stride, w * stride); level 0 has the picture's resolution and comes last."""
+
+    def __init__(self, in_chans: int, dims: Sequence[int], depth: int, code_dim: int, groups: int):
+        super().__init__()
+        last = len(dims) - 1
+        self.conv_in = nn.Conv2d(code_dim, dims[-1], 3, padding=1)
+        self.middle = _middle(dims[-1], groups)
+        self.levels = nn.ModuleList(
+            Level(dims[min(i + 1, last)], dim, depth, groups, i == last, Upsample(dim) if i > 0 else nn.Identity())
+            for i, dim in enumerate(dims)
+        )
+        self.norm, self.conv_out = _norm(dims[0], groups), nn.Conv2d(dims[0], in_chans, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.middle(self.conv_in(x))
+        for level in reversed(self.levels):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm(x)))
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What became of features (B, C, h, w).
+
+    Attributes:
+        indices: a scale's codes each, (B, p_k^2) int64.
+        features: f^, (B, C, h, w); gradients go straight through to the features that came in.
+        places: what was left for each scale to code, (B, p_k^2, C).
+        loss: how far f^ is from them, averaged over the scales: pulls the codebook by 1, the encoder by beta. A scalar.
+    """
+
+    indices: list[Tensor]
+    features: Tensor
+    places: list[Tensor]
+    loss: Tensor
+
+
+class ResidualQuantizer(nn.Module):
+    """Features (B, C, h, w) <-> K maps of codes.
+
+    Args:
+        vocab_size: codes V.
+        code_dim: channels C of a code.
+        scales: side p_k of each map, rising; the last is h.
+        phi_count: convolutions phi that the scales share; neighbours take the same one.
+        phi_ratio: share of the convolution in phi.
+        beta: weight of the loss that pulls the encoder towards the codes.
+    """
+
+    def __init__(self, vocab_size: int, code_dim: int, scales: Sequence[int], phi_count: int, phi_ratio: float, beta: float):
+        super().__init__()
+        self.scales, self.phi_ratio, self.beta = tuple(scales), phi_ratio, beta
+        self.codebook = nn.Embedding(vocab_size, code_dim)
+        self.phis = nn.ModuleList(nn.Conv2d(code_dim, code_dim, 3, padding=1) for _ in range(phi_count))
+        self.phi_of = phi_of_scales(len(scales), phi_count)
+
+    def forward(self, features: Tensor) -> Quantized:
+        rest, total = features.detach(), torch.zeros_like(features)
+        indices: list[Tensor] = []
+        places: list[Tensor] = []
+        losses = []
+        for k in range(len(self.scales)):
+            places.append(self.view(rest, k))
+            indices.append(self.nearest(places[k]))
+            detail = self.detail(self.codebook(indices[k]), k)
+            total, rest = total + detail, rest - detail.detach()
+            losses.append(self.beta * F.mse_loss(total.detach(), features) + F.mse_loss(total, features.detach()))
+        return Quantized(indices, features + (total - features).detach(), places, torch.stack(losses).mean())
+
+    def nearest(self, places: Tensor) -> Tensor:
+        """The nearest code of each place: (B, p^2, C) -> (B, p^2)."""
+        codes = self.codebook.weight.detach()
+        return (codes.square().sum(1) - 2 * places @ codes.T).argmin(-1)  # |x|^2 is the same for all codes
+
+    def detail(self, codes: Tensor, k: int) -> Tensor:
+        """What vectors of the codebook (B, p_k^2, C) add to f^ at scale k, (B, C, h, w)."""
+        side, size = self.scales[k], self.scales[-1]
+        h = codes.transpose(1, 2).unflatten(2, (side, side))
+        if k < len(self.scales) - 1:
+            h = F.interpolate(h, (size, size), mode="bicubic")
+        return h * (1 - self.phi_ratio) + self.phis[self.phi_of[k]](h) * self.phi_ratio
+
+    def view(self, total: Tensor, k: int) -> Tensor:
+        """A map (B, C, h, w) at the resolution of scale k: (B, p_k^2, C)."""
+        if k < len(self.scales) - 1:
+            total = F.interpolate(total, (self.scales[k],) * 2, mode="area")
+        return total.flatten(2).transpose(1, 2)
+
+
+def phi_of_scales(scales: int, count: int) -> list[int]:
+    """Which of `count` convolutions each scale takes: the one whose tick is nearest to k / (K - 1).
+
+    Of two as near NumPy's rounding decides, as in the authors' code: released weights depend on it.
+    """
+    edge = 1 / 3 / count if count == 4 else 1 / 2 / count
+    ticks = np.linspace(edge, 1 - edge, count)
+    return [int(np.argmin(np.abs(ticks - k / max(scales - 1, 1)))) for k in range(scales)]
+
+
+OFFICIAL = rename(
+    (r"ema_vocab_hit_SV$", None),  # how often each code was used; of another shape for other scales
+    (r"^quantize\.embedding\.", "quantizer.codebook."),
+    (r"^quantize\.quant_resi\.qresi_ls\.(\d+)\.", r"quantizer.phis.\1."),
+    (r"^quantize\.quant_resi\.qresi\.", "quantizer.phis.0."),
+    (r"^quant_conv\.", "to_codes."),
+    (r"^post_quant_conv\.", "from_codes."),
+    (r"^(en|de)coder\.(?:down|up)\.(\d+)\.block\.(\d+)\.nin_shortcut\.", r"\1coder.levels.\2.blocks.\3.shortcut."),
+    (r"^(en|de)coder\.(?:down|up)\.(\d+)\.block\.", r"\1coder.levels.\2.blocks."),
+    (r"^(en|de)coder\.(?:down|up)\.(\d+)\.attn\.(\d+)\.proj_out\.", r"\1coder.levels.\2.attentions.\3.proj."),
+    (r"^(en|de)coder\.(?:down|up)\.(\d+)\.attn\.", r"\1coder.levels.\2.attentions."),
+    (r"^(en|de)coder\.(?:down|up)\.(\d+)\.(?:down|up)sample\.conv\.", r"\1coder.levels.\2.resample."),
+    (r"^(en|de)coder\.mid\.block_1\.", r"\1coder.middle.0."),
+    (r"^(en|de)coder\.mid\.attn_1\.proj_out\.", r"\1coder.middle.1.proj."),
+    (r"^(en|de)coder\.mid\.attn_1\.", r"\1coder.middle.1."),
+    (r"^(en|de)coder\.mid\.block_2\.", r"\1coder.middle.2."),
+    (r"^(en|de)coder\.norm_out\.", r"\1coder.norm."),
+)
+PREPARATION: dict[str, Any] = dict(mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="lanczos", crop_pct=1 / 1.125)
+RELEASE = {"vae_ch160v4096z32": ("hf:FoundationVision/var/vae_ch160v4096z32.pth",)}
+
+
+@family(
+    "var",
+    name="var_tokenizer",
+    variants={
+        "pico": dict(
+            dim=32, dim_mult=(1, 1, 1), depth=1, groups=8, code_dim=8, vocab_size=64, scales=(1, 2, 3, 4), phi_count=2, image_size=16
+        ),
+        "256": dict(scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), image_size=256),  # 108.9 M; the codec of d16 to d30
+        "512": dict(scales=(1, 2, 3, 4, 6, 9, 13, 18, 24, 32), image_size=512),  # the same weights; of d36
+    },
+    official=OFFICIAL,
+    weights={"256": RELEASE, "512": RELEASE},
+    learner="var_tokenizer",
+    **PREPARATION,
+)
+class VARTokenizer(nn.Module):
+    """Picture (B, in_chans, H, W) in [-1, 1] -> what is left of it in codes, the same shape, in [-1, 1].
+
+    Args:
+        scales: side of each map of codes, rising; the last is the side of the picture over the stride 2^(levels - 1).
+        dim: channels at the picture's resolution.
+        dim_mult: channels of each level over `dim`.
+        depth: residual blocks a level of the encoder; the decoder has one more.
+        groups: of the group norms.
+        code_dim: channels C of a code.
+        vocab_size: codes V.
+        phi_count, phi_ratio, beta: see `ResidualQuantizer`.
+        image_size: side of the pictures, pixels; it follows from scales and levels, and is only compared with what they give.
+
+    Raises:
+        ValueError: scales that do not rise, or do not end at image_size over the stride.
+    """
+
+    def __init__(
+        self,
+        *,
+        scales: Sequence[int],
+        dim: int = 160,
+        dim_mult: Sequence[int] = (1, 1, 2, 2, 4),
+        depth: int = 2,
+        groups: int = 32,
+        code_dim: int = 32,
+        vocab_size: int = 4096,
+        phi_count: int = 4,
+        phi_ratio: float = 0.5,
+        beta: float = 0.25,
+        in_chans: int = 3,
+        image_size: int | None = None,
+    ):
+        if not scales or list(scales) != sorted(set(scales)) or scales[0] < 1:
+            raise ValueError(f"scales must be whole numbers that rise from at least 1, got {scales}")
+        super().__init__()
+        self.scales, self.code_dim, self.vocab_size, self.in_chans = tuple(scales), code_dim, vocab_size, in_chans
+        dims = [dim * m for m in dim_mult]
+        self.image_size = scales[-1] * 2 ** (len(dims) - 1)
+        if image_size not in (None, self.image_size):
+            raise ValueError(f"scales up to {scales[-1]} are for pictures of image_size={self.image_size}, got image_size={image_size}")
+        self.encoder = Encoder(in_chans, dims, depth, code_dim, groups)
+        self.to_codes = nn.Conv2d(code_dim, code_dim, 3, padding=1)
+        self.quantizer = ResidualQuantizer(vocab_size, code_dim, scales, phi_count, phi_ratio, beta)
+        self.from_codes = nn.Conv2d(code_dim, code_dim, 3, padding=1)
+        self.decoder = Decoder(in_chans, dims, depth + 1, code_dim, groups)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.to_image(self.quantizer(self.features(image)).features)
+
+    def features(self, image: Tensor) -> Tensor:
+        """Picture (B, in_chans, H, W) in [-1, 1] -> what is quantized, (B, C, h, w).
+
+        Raises:
+            InputError: another shape than that of the scales.
+        """
+        self.check_image(image)
+        return self.to_codes(self.encoder(image))
+
+    def to_image(self, features: Tensor) -> Tensor:
+        """f^ (B, C, h, w) -> picture (B, in_chans, H, W) in [-1, 1]."""
+        return self.decoder(self.from_codes(features)).clamp(-1, 1)
+
+    def encode(self, image: Tensor) -> list[Tensor]:
+        """Picture (B, in_chans, H, W) in [-1, 1] -> its codes, a map (B, p_k^2) int64 a scale."""
+        return self.quantizer(self.features(image)).indices
+
+    def decode(self, indices: Sequence[Tensor]) -> Tensor:
+        """Codes, (B, p_k^2) for the first scales or all -> picture (B, in_chans, H, W) in [-1, 1].
+
+        With the first scales alone, what the picture looks like so far.
+        """
+        return self.to_image(self.totals(indices)[-1])
+
+    def totals(self, indices: Sequence[Tensor]) -> list[Tensor]:
+        """f^ after each of the given scales, (B, C, h, w) each.
+
+        Raises:
+            InputError: no codes, or not as many as the scales have places.
+        """
+        counts, wanted = [tuple(i.shape[1:]) for i in indices], [(p * p,) for p in self.scales]
+        if not counts or counts != wanted[: len(counts)]:
+            raise InputError(f"the codes must be (B, p^2) for p in {self.scales} or the first of these, got {counts} beside B")
+        totals: list[Tensor] = []
+        for k, codes in enumerate(indices):
+            detail = self.quantizer.detail(self.quantizer.codebook(codes), k)
+            totals.append(totals[-1] + detail if totals else detail)
+        return totals
+
+    def inputs(self, indices: Sequence[Tensor]) -> Tensor:
+        """What a transformer is shown while it predicts scales 2, 3, ... of known codes: (B, L - p_1^2, C)."""
+        totals = self.totals(indices)[: len(self.scales) - 1]
+        views = [self.quantizer.view(total, k + 1) for k, total in enumerate(totals)]
+        return torch.cat(views, 1) if views else self.quantizer.codebook.weight.new_zeros(len(indices[0]), 0, self.code_dim)
+
+    def check_image(self, image: Tensor) -> None:
+        """Raises InputError where a picture is not (B, in_chans, image_size, image_size) of floating-point values."""
+        if torch.compiler.is_compiling():
+            return
+        wanted = (self.in_chans, self.image_size, self.image_size)
+        if image.ndim != 4 or tuple(image.shape[1:]) != wanted or not image.is_floating_point():
+            raise InputError(
+                f"{type(self).__name__} takes floating-point pictures (B, {', '.join(map(str, wanted))}) in [-1, 1], "
+                f"got {image.dtype} {tuple(image.shape)}; model.preprocessing makes them"
+            )

@@ -1,0 +1,227 @@
+"""The transformer of VAR: it predicts all codes of the next scale at once, from the picture that the earlier scales add up to.
+
+    x  <- x + g1 Attn(LN(x) (1 + s1) + b1)        q and k of length 1, logits scaled by a learned exp(s) a head
+    x  <- x + g2 MLP(LN(x) (1 + s2) + b2)         (g1, g2, s1, s2, b1, b2) from the class
+
+A token sees its own scale and all before it. While sampling no mask is needed: a scale attends to the cache of those before it.
+
+Legend: B batch, L tokens of all scales, C channels of the codes, D embed_dim, h heads, d = D / h, V codes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitarium.nn import DropPath, Linear, Mlp, drop_path_rates
+
+MAX_LOG_SCALE = math.log(100)
+
+
+class Cache:
+    """Keys and values of the tokens so far, in memory that is taken once: of each block a (2, B, h, L, d)."""
+
+    def __init__(self, depth: int, batch: int, num_heads: int, length: int, head_dim: int, like: Tensor):
+        self.store = like.new_empty(depth, 2, batch, num_heads, length, head_dim)
+        self.length = 0
+        """Tokens that all blocks have seen."""
+
+    def extend(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the keys and values (B, h, n, d) of n further tokens; returns those of all tokens, (B, h, length + n, d)."""
+        end = self.length + keys.shape[2]
+        stored = self.store[block]
+        stored[0, :, :, self.length : end] = keys
+        stored[1, :, :, self.length : end] = values
+        return stored[0, :, :, :end], stored[1, :, :, :end]
+
+
+class CosineAttention(nn.Module):
+    """Attention by the angle of queries and keys: (B, n, D) -> the same. The bias of the keys is not trained: it stays at zero."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = Linear(dim, 3 * dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.register_buffer("k_bias", torch.zeros(dim))
+        self.log_scale = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(4)))
+        self.proj = Linear(dim, dim)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None, block: int) -> Tensor:
+        qkv = self.qkv(x) + torch.cat([self.q_bias, self.k_bias, self.v_bias])
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q = F.normalize(q, dim=-1) * self.log_scale.clamp(max=MAX_LOG_SCALE).exp()
+        k = F.normalize(k, dim=-1)
+        if cache is not None:
+            k, v = cache.extend(block, k, v)
+        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """(B, n, D) -> the same, modulated by (B, 1, 6, D). With `shared` the linear layer of the class is the model's, here is a table."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float, shared: bool):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)  # before attention and before the MLP
+        self.attn = CosineAttention(dim, num_heads)
+        self.mlp = Mlp(dim, round(dim * mlp_ratio), functools.partial(nn.GELU, approximate="tanh"))  # type: ignore[arg-type]
+        self.drop_path = DropPath(drop_path)
+        if shared:
+            self.ada_table = nn.Parameter(torch.randn(1, 1, 6, dim) / dim**0.5)
+        else:
+            self.ada = Linear(dim, 6 * dim)
+
+    def modulation(self, given: Tensor) -> Tensor:
+        """From SiLU(class) (B, D), or the shared layer's (B, 1, 6, D)."""
+        return self.ada(given).unflatten(-1, (6, -1))[:, None] if given.ndim == 2 else self.ada_table + given
+
+    def forward(self, x: Tensor, modulation: Tensor, mask: Tensor | None, cache: Cache | None, block: int) -> Tensor:
+        gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
+        x = x + self.drop_path(self.attn(torch.addcmul(shift1, self.norm(x), 1 + scale1), mask, cache, block) * gate1)
+        return x + self.drop_path(self.mlp(torch.addcmul(shift2, self.norm(x), 1 + scale2)) * gate2)
+
+
+class ScaleTransformer(nn.Module):
+    """What earlier scales look like (B, L - first, C), and a class (B,) -> logits of all codes (B, L, V).
+
+    Args:
+        lengths: tokens of each scale; equal lengths of 1 make it an ordinary autoregressive transformer.
+        code_dim: channels C of what it is shown.
+        vocab_size: codes V.
+        num_classes: classes; the number after the last stands for none.
+        embed_dim, depth, num_heads, mlp_ratio: sizes.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        shared_modulation: one linear layer of the class for all blocks, and a table in each.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        code_dim: int,
+        vocab_size: int,
+        num_classes: int,
+        *,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.0,
+        shared_modulation: bool = False,
+    ):
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim must divide by num_heads, got {embed_dim} and {num_heads}")
+        super().__init__()
+        self.lengths, self.num_classes, self.num_heads = tuple(lengths), num_classes, num_heads
+        self.word_embed = Linear(code_dim, embed_dim)
+        self.class_embed = nn.Embedding(num_classes + 1, embed_dim)
+        self.start = nn.Parameter(torch.empty(1, lengths[0], embed_dim))
+        self.positions = nn.Parameter(torch.empty(1, sum(lengths), embed_dim))
+        self.level_embed = nn.Embedding(len(lengths), embed_dim)
+        self.shared_ada = Linear(embed_dim, 6 * embed_dim) if shared_modulation else None
+        (rates,) = drop_path_rates(drop_path_rate, [depth])
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, rate, shared_modulation) for rate in rates)
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6, elementwise_affine=False)
+        self.head_ada = Linear(embed_dim, 2 * embed_dim)
+        self.head = Linear(embed_dim, vocab_size)
+        levels = torch.repeat_interleave(torch.arange(len(lengths), device="cpu"), torch.tensor(lengths, device="cpu"))
+        self.register_buffer("levels", levels, persistent=False)
+        self.init_weights()
+
+    def init_weights(self, gate: float = 1e-3) -> None:
+        """The authors' initialisation; `gate` is the factor on the gates of the branches (smaller in their deeper models)."""
+        dim, depth = self.head.in_features, len(self.blocks)
+        std = (1 / dim / 3) ** 0.5
+        for part in self.modules():
+            if isinstance(part, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(part.weight, std=std)
+                if getattr(part, "bias", None) is not None:
+                    nn.init.zeros_(part.bias)
+        with torch.no_grad():
+            for table in (self.start, self.positions):
+                nn.init.trunc_normal_(table, std=std)
+            self.head.weight.mul_(0.02)
+            self.head_ada.weight.mul_(0.5)
+            for block in self.blocks:
+                block.attn.proj.weight.div_((2 * depth) ** 0.5)
+                block.mlp.fc2.weight.div_((2 * depth) ** 0.5)
+                rows = block.ada.weight.view(6, dim, dim) if self.shared_ada is None else block.ada_table[0, 0]
+                rows[:2].mul_(gate)
+                rows[2:].mul_(0.5)
+
+    def forward(self, views: Tensor, labels: Tensor) -> Tensor:
+        condition = self.class_embed(labels)
+        x = torch.cat([self.first(condition), self.word_embed(views)], 1) + self.places()
+        return self.logits(self.run(x, self.modulations(condition), self.mask()), condition)
+
+    def first(self, condition: Tensor) -> Tensor:
+        """The tokens of the first scale, from the class (B, D), before places are added: (B, first, D)."""
+        return condition[:, None] + self.start
+
+    def places(self) -> Tensor:
+        """What says where a token stands: (1, L, D)."""
+        return self.level_embed(self.levels) + self.positions
+
+    def mask(self) -> Tensor:
+        """(L, L), True where the token of the row may see that of the column."""
+        return self.levels[:, None] >= self.levels
+
+    def modulations(self, condition: Tensor) -> list[Tensor]:
+        """Of each block, from the class (B, D): (B, 1, 6, D)."""
+        given = F.silu(condition)
+        if self.shared_ada is not None:
+            given = self.shared_ada(given).unflatten(-1, (6, -1))[:, None]
+        return [block.modulation(given) for block in self.blocks]
+
+    def run(self, x: Tensor, modulations: Sequence[Tensor], mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Tokens (B, n, D) through the blocks; with a cache they see what it holds, and are added to it."""
+        for i, block in enumerate(self.blocks):
+            x = block(x, modulations[i], mask, cache, i)
+        if cache is not None:
+            cache.length += x.shape[1]
+        return x
+
+    def logits(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Tokens (B, n, D), class (B, D) -> (B, n, V)."""
+        scale, shift = self.head_ada(F.silu(condition))[:, None].chunk(2, -1)
+        return self.head(torch.addcmul(shift, self.norm(x), 1 + scale))
+
+
+class Steps:
+    """One scale after the other: `steps.next(view)` gives the logits of the next scale.
+
+    Args:
+        transformer: in eval mode.
+        labels: (B,).
+        cached: whether keys and values are kept. False runs all scales anew each time: the same logits, for comparison.
+    """
+
+    def __init__(self, transformer: ScaleTransformer, labels: Tensor, cached: bool = True):
+        self.transformer, self.scale = transformer, 0
+        self.condition = transformer.class_embed(labels)
+        self.modulations = transformer.modulations(self.condition)
+        self.places = transformer.places()
+        self.seen = self.condition.new_empty(len(labels), 0, self.condition.shape[1])
+        """Without a cache: the tokens so far, (B, n, D)."""
+        self.cache = None
+        if cached:
+            heads, dim = transformer.num_heads, self.condition.shape[1]
+            depth, length = len(transformer.blocks), len(transformer.levels)
+            self.cache = Cache(depth, len(labels), heads, length, dim // heads, self.condition)
+
+    def next(self, view: Tensor | None) -> Tensor:
+        """What the scales so far look like to the next one, (B, p_k^2, C) (None for the first) -> its logits (B, p_k^2, V)."""
+        t, count = self.transformer, self.transformer.lengths[self.scale]
+        begin = sum(t.lengths[: self.scale])
+        x = (t.first(self.condition) if view is None else t.word_embed(view)) + self.places[:, begin : begin + count]
+        self.scale += 1
+        if self.cache is not None:
+            return t.logits(t.run(x, self.modulations, cache=self.cache), self.condition)
+        self.seen = torch.cat([self.seen, x], 1)
+        mask = t.mask()[: begin + count, : begin + count]
+        return t.logits(t.run(self.seen, self.modulations, mask)[:, begin:], self.condition)
