@@ -154,6 +154,18 @@ def test_inference_mode_equals_training_graph(model: Backbone):
     assert largest_error(fast, model(image)) < 1e-4
 
 
+def test_fused_for_deployment_says_the_same(model: Backbone):
+    generator = torch.Generator().manual_seed(4)
+    for name, buffer in model.named_buffers():  # statistics that a norm cannot do without
+        if name.endswith(("running_mean", "running_var")):
+            buffer.add_(torch.rand(buffer.shape, generator=generator))
+    image = image_for(model)
+    before = model(image)
+    fused = copy.deepcopy(model).fuse()
+    assert not any(part.training for part in fused.modules())
+    assert largest_error(fused(image), before) < 1e-5 * max(1.0, before.abs().max().item())
+
+
 def test_forward_intermediates(model: Backbone):
     image = image_for(model)
     features, maps = model.forward_intermediates(image)

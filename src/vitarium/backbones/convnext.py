@@ -19,14 +19,14 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitarium.catalog import chain, family, rename
-from vitarium.nn import Backbone, DropPath, LayerNorm2d, Mlp, Stage, drop_path_rates, init_weights
+from vitarium.nn import Backbone, DropPath, LayerNorm2d, Mlp, PyramidStage, Stage, drop_path_rates, init_weights
 
 
 class ConvNeXtBlock(nn.Module):
@@ -53,18 +53,6 @@ class ConvNeXtBlock(nn.Module):
         if self.gamma is not None:
             branch = branch * self.gamma
         return x + self.drop_path(branch.permute(0, 3, 1, 2))
-
-
-class ConvNeXtStage(nn.Module):
-    """(B, C_in, H, W) -> (B, C, H', W')."""
-
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]):
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, x: Tensor, run: Callable[..., Tensor]) -> Tensor:
-        return run(self.blocks, self.downsample(x))
 
 
 def _patches(in_dim: int, dim: int, size: int, *, norm: str) -> nn.Sequential:
@@ -202,7 +190,7 @@ class ConvNeXt(Backbone):
         super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, min_size=strides[-1])
         self.stem = _patches(in_chans, dims[0], patch_size, norm="after")
         self.stages = nn.ModuleList(
-            ConvNeXtStage(
+            PyramidStage(
                 _patches(dims[k - 1], dim, 2, norm="before") if k else nn.Identity(),
                 [ConvNeXtBlock(dim, kernel_size, mlp_ratio, layer_scale_init_value, rate) for rate in rates],
             )

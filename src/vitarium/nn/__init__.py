@@ -2,11 +2,13 @@
 
 from vitarium.nn.attention import Attention
 from vitarium.nn.backbone import Backbone, Stage, VideoBackbone
+from vitarium.nn.folding import fold_norm_after, fold_norm_before
 from vitarium.nn.inflation import inflate, inflate_kernel
 from vitarium.nn.layers import DropPath, LayerNorm2d, LayerNorm3d, LayerScale, Linear, Mlp, drop_path_rates, init_weights
 from vitarium.nn.patch_embed import PatchEmbed
 from vitarium.nn.positions import EvalCache, RelativePositionBias, apply_rotary, resize_position_table, rotary_2d, sincos_2d
 from vitarium.nn.pyramid import TokenPyramid
+from vitarium.nn.stages import PyramidStage
 from vitarium.nn.tokens import TokenBackbone
 from vitarium.nn.vit import TransformerBlock, VisionTransformer
 
@@ -21,6 +23,7 @@ __all__ = [
     "Linear",
     "Mlp",
     "PatchEmbed",
+    "PyramidStage",
     "RelativePositionBias",
     "Stage",
     "TokenBackbone",
@@ -30,6 +33,8 @@ __all__ = [
     "VisionTransformer",
     "apply_rotary",
     "drop_path_rates",
+    "fold_norm_after",
+    "fold_norm_before",
     "inflate",
     "inflate_kernel",
     "init_weights",

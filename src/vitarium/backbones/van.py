@@ -1,0 +1,247 @@
+"""Visual Attention Network: a large kernel's output multiplies the features (Guo et al., "Visual Attention Network", 2022).
+
+The idea: what self-attention gives an image, reach and dependence on the input, without a softmax over all pairs. A 21 x 21 kernel is
+composed of a depth-wise 5 x 5, a depth-wise 7 x 7 with holes (dilation 3) and a 1 x 1, and its output is an attention map a value.
+
+    u = GELU(W_1 y);  a = W_a DW_7,dilation 3(DW_5(u));  A(y) = W_2 (u * a) + y      with y = BN(x)
+    x <- x + s1 * A(BN(x));  x <- x + s2 * MLP(BN(x)), the MLP with a depth-wise 3 x 3 in its middle
+
+Follows the authors' code (github Visual-Attention-Network/VAN-Classification), whose checkpoints load by name. A(y) adds the *normed* y
+back inside the layer scale, as the released models do. Fully convolutional: any image size.
+Cost: linear in image area.
+
+How it is fast: maps lie channels-last in memory, so that the 1 x 1 convolutions are matrix products that read them in place; `fuse()` folds
+the batch norms into their neighbours.
+
+Legend: B batch, C channels, H W map.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitarium.catalog import chain, family, rename
+from vitarium.nn import (
+    Backbone,
+    DropPath,
+    LayerNorm2d,
+    PyramidStage,
+    Stage,
+    drop_path_rates,
+    fold_norm_after,
+    fold_norm_before,
+    init_weights,
+)
+
+GATES = ("multiply", "sigmoid", "add")
+
+
+class LargeKernelAttention(nn.Module):
+    """A K x K depth-wise kernel in three pieces: (B, C, H, W) -> the attention map, the same shape.
+
+    Args:
+        dim: channels.
+        kernel_size: side K of the kernel that is composed.
+        dilation: d of the middle piece; the pieces are (2d - 1) x (2d - 1), ceil(K / d) x ceil(K / d) with holes, and 1 x 1.
+    """
+
+    def __init__(self, dim: int, kernel_size: int, dilation: int):
+        super().__init__()
+        near, far = 2 * dilation - 1, math.ceil(kernel_size / dilation)
+        if far % 2 == 0:
+            raise ValueError(f"kernel_size={kernel_size} in steps of dilation={dilation} gives a piece of {far} taps, which has no middle")
+        self.conv0 = nn.Conv2d(dim, dim, near, padding=near // 2, groups=dim)
+        self.conv_spatial = nn.Conv2d(dim, dim, far, padding=far // 2 * dilation, dilation=dilation, groups=dim)
+        self.conv1 = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv1(self.conv_spatial(self.conv0(x)))
+
+
+class GatedAttention(nn.Module):
+    """A(y) of the module's docstring: (B, C, H, W) -> the same.
+
+    Args:
+        gate: what is done with the attention map: "multiply" (the paper), "sigmoid" before it multiplies, or "add".
+        The others as for `LargeKernelAttention`.
+    """
+
+    def __init__(self, dim: int, kernel_size: int, dilation: int, gate: str):
+        super().__init__()
+        self.gate = gate
+        self.proj_1 = nn.Conv2d(dim, dim, 1)
+        self.lka = LargeKernelAttention(dim, kernel_size, dilation)
+        self.proj_2 = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, y: Tensor) -> Tensor:
+        u = F.gelu(self.proj_1(y))
+        a = self.lka(u)
+        gated = u + a if self.gate == "add" else u * (a.sigmoid() if self.gate == "sigmoid" else a)
+        return self.proj_2(gated) + y
+
+
+class ConvMlp(nn.Module):
+    """1 x 1, depth-wise 3 x 3, GELU, 1 x 1: (B, C, H, W) -> the same. Dropout after the activation and at the end."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float):
+        super().__init__()
+        self.fc1 = nn.Conv2d(dim, hidden_dim, 1)
+        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
+        self.fc2 = nn.Conv2d(hidden_dim, dim, 1)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(F.gelu(self.dwconv(self.fc1(x))))))
+
+
+class VANBlock(nn.Module):
+    """(B, C, H, W) -> the same, channels-last in memory."""
+
+    def __init__(self, dim: int, mlp_ratio: float, kernel_size: int, dilation: int, gate: str, drop: float, drop_path: float):
+        super().__init__()
+        self.norm1: nn.Module = nn.BatchNorm2d(dim)
+        self.attn = GatedAttention(dim, kernel_size, dilation, gate)
+        self.layer_scale_1 = nn.Parameter(torch.full((dim,), 1e-2))
+        self.norm2: nn.Module = nn.BatchNorm2d(dim)
+        self.mlp = ConvMlp(dim, int(mlp_ratio * dim), drop)
+        self.layer_scale_2 = nn.Parameter(torch.full((dim,), 1e-2))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.layer_scale_1[:, None, None] * self.attn(self.norm1(x)))
+        return x + self.drop_path(self.layer_scale_2[:, None, None] * self.mlp(self.norm2(x)))
+
+    def fold(self) -> None:
+        """The second norm goes into the MLP; the first stays, because its output is also added back."""
+        if isinstance(self.norm2, nn.BatchNorm2d):
+            self.mlp.fc1, self.norm2 = fold_norm_before(self.norm2, self.mlp.fc1), nn.Identity()
+
+
+class ConvPatchEmbed(nn.Module):
+    """Overlapping patches and a batch norm: (B, C_in, H, W) -> (B, C, ceil(H / stride), ceil(W / stride))."""
+
+    def __init__(self, in_dim: int, dim: int, kernel_size: int, stride: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_dim, dim, kernel_size, stride, padding=kernel_size // 2)
+        self.norm: nn.Module = nn.BatchNorm2d(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x))
+
+    def fold(self) -> None:
+        """The norm goes into the convolution."""
+        if isinstance(self.norm, nn.BatchNorm2d):
+            self.proj, self.norm = fold_norm_after(self.proj, self.norm), nn.Identity()
+
+
+def _rules(number: int) -> list[tuple[str, str]]:
+    """The authors' names of stage `number`, from 1."""
+    ours = f"stages.{number - 1}"
+    return [
+        (rf"^patch_embed{number}\.", f"{ours}.downsample."),
+        (rf"^block{number}\.(\d+)\.attn\.spatial_gating_unit\.", rf"{ours}.blocks.\1.attn.lka."),
+        (rf"^block{number}\.(\d+)\.mlp\.dwconv\.dwconv\.", rf"{ours}.blocks.\1.mlp.dwconv."),
+        (rf"^block{number}\.(\d+)\.", rf"{ours}.blocks.\1."),
+        (rf"^norm{number}\.", f"{ours}.norm."),
+    ]
+
+
+OFFICIAL = chain(*(rename(*_rules(number)) for number in (1, 2, 3, 4)))
+_WIDE = dict(mlp_ratios=(8, 8, 4, 4))
+
+
+@family(
+    "van",
+    variants={
+        "pico": dict(depths=(2, 2), dims=(24, 48), mlp_ratios=(4, 4), patch_size=2, image_size=16),
+        "b0": dict(depths=(3, 3, 5, 2), dims=(32, 64, 160, 256), drop_path_rate=0.1, **_WIDE),  # 4.1 M, 75.4 % top-1
+        "b1": dict(depths=(2, 2, 4, 2), dims=(64, 128, 320, 512), drop_path_rate=0.1, **_WIDE),  # 13.9 M, 81.1 %
+        "b2": dict(depths=(3, 3, 12, 3), dims=(64, 128, 320, 512), drop_path_rate=0.1, **_WIDE),  # 26.6 M, 82.8 %
+        "b3": dict(depths=(3, 5, 27, 3), dims=(64, 128, 320, 512), drop_path_rate=0.2, **_WIDE),  # 44.8 M, 83.9 %
+        "b4": dict(depths=(3, 6, 40, 3), dims=(64, 128, 320, 512), **_WIDE),  # 60.3 M
+        "b5": dict(depths=(3, 3, 24, 3), dims=(96, 192, 480, 768), **_WIDE),  # 90.0 M
+        "b6": dict(depths=(6, 6, 90, 6), dims=(96, 192, 384, 768), **_WIDE),  # 199.8 M
+    },
+    official=OFFICIAL,
+    crop_pct=0.9,
+)
+class VAN(Backbone):
+    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes).
+
+    Args:
+        depths: blocks a stage.
+        dims: channels a stage.
+        mlp_ratios: hidden channels of the MLPs over the channels, a stage.
+        patch_size: stride of the stem, pixels; its kernel is 2 * patch_size - 1.
+        kernel_size, dilation: of the large kernel, see `LargeKernelAttention`.
+        gate: see `GatedAttention`.
+        drop_rate: dropout in the MLPs and before the head.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+
+    Raises:
+        ValueError: depths, dims and mlp_ratios differ in length, an unknown gate, or a kernel that cannot be composed.
+    """
+
+    def __init__(
+        self,
+        *,
+        depths: Sequence[int],
+        dims: Sequence[int],
+        mlp_ratios: Sequence[float],
+        patch_size: int = 4,
+        kernel_size: int = 21,
+        dilation: int = 3,
+        gate: str = "multiply",
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        if not len(depths) == len(dims) == len(mlp_ratios):
+            raise ValueError(f"depths, dims and mlp_ratios need one value a stage, got {depths}, {dims} and {mlp_ratios}")
+        if gate not in GATES:
+            raise ValueError(f"gate must be one of {', '.join(GATES)}, got {gate!r}")
+        stages = [Stage(dim, patch_size * 2**k) for k, dim in enumerate(dims)]
+        super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
+        rates = drop_path_rates(drop_path_rate, depths)
+        self.stages = nn.ModuleList(
+            PyramidStage(
+                ConvPatchEmbed(dims[k - 1], dims[k], 3, 2) if k else ConvPatchEmbed(in_chans, dims[0], 2 * patch_size - 1, patch_size),
+                [VANBlock(dims[k], mlp_ratios[k], kernel_size, dilation, gate, drop_rate, rate) for rate in rates[k]],
+                LayerNorm2d(dims[k], eps=1e-6),
+            )
+            for k in range(len(dims))
+        )
+        init_weights(self, conv=False)
+        for part in self.modules():
+            if isinstance(part, nn.Conv2d):
+                nn.init.normal_(part.weight, std=math.sqrt(2 / (part.kernel_size[0] ** 2 * part.out_channels / part.groups)))
+                nn.init.zeros_(part.bias)  # type: ignore[arg-type]
+
+    def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
+        """Yields the normed map of each stage."""
+        x = image.contiguous(memory_format=torch.channels_last)
+        for stage in self.stages:
+            x = stage(x, self.run_blocks)
+            yield x
+
+    @torch.no_grad()
+    def attention_map(self, image: Tensor, stage: int = -1) -> Tensor:
+        """Mean over channels of the last block's attention map of a stage, for pictures: (B, in_chans, H, W) -> (B, h, w).
+
+        Raises:
+            InputError: no such stage.
+        """
+        number = self.take_indices([stage])[0]
+        seen: list[Tensor] = []
+        handle = self.stages[number].blocks[-1].attn.lka.register_forward_hook(lambda *call: seen.append(call[-1]))  # type: ignore[index,union-attr]
+        try:
+            self.forward_intermediates(image, [number], stop_early=True, intermediates_only=True)
+        finally:
+            handle.remove()
+        return seen[0].mean(1)

@@ -1,0 +1,67 @@
+"""Batch norms with fixed statistics are affine: in deployment they go into the convolution beside them.
+
+    model.eval().fuse()
+
+A module that has something to fold defines `fold()`, which changes it in place and keeps its outputs in eval mode; `Backbone.fuse` calls
+them all. A folded model does not train on and is not saved: keep the original.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
+
+
+def _affine(norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    """y = scale x + shift, (C,) each."""
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError("a batch norm without running statistics cannot be folded")
+    scale = (norm.running_var + norm.eps).rsqrt()
+    shift = -norm.running_mean * scale
+    if norm.affine:
+        scale, shift = scale * norm.weight, shift * norm.weight + norm.bias
+    return scale, shift
+
+
+@torch.no_grad()
+def fold_norm_after(conv: nn.Conv2d, norm: BatchNorm) -> nn.Conv2d:
+    """The convolution that does conv and then norm: any kernel, padding and groups."""
+    scale, shift = _affine(norm)
+    bias = conv.bias if conv.bias is not None else torch.zeros_like(shift)
+    return _with(conv, conv.weight * scale[:, None, None, None], shift + scale * bias)
+
+
+@torch.no_grad()
+def fold_norm_before(norm: BatchNorm, conv: nn.Conv2d) -> nn.Conv2d:
+    """The convolution that does norm and then conv.
+
+    Raises:
+        ValueError: a padded convolution: the norm would shift its border too.
+    """
+    if conv.padding not in (0, (0, 0), "valid") or conv.groups != 1:
+        raise ValueError("a norm folds only into a convolution behind it that has no padding and no groups")
+    scale, shift = _affine(norm)
+    bias = conv.bias if conv.bias is not None else 0
+    return _with(conv, conv.weight * scale[:, None, None], torch.einsum("oihw,i->o", conv.weight, shift) + bias)
+
+
+def _with(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
+    """A convolution like another, with a bias."""
+    new = nn.Conv2d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,  # type: ignore[arg-type]
+        conv.stride,  # type: ignore[arg-type]
+        conv.padding,  # type: ignore[arg-type]
+        conv.dilation,  # type: ignore[arg-type]
+        conv.groups,
+        padding_mode=conv.padding_mode,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    new.weight.copy_(weight)
+    assert new.bias is not None
+    new.bias.copy_(bias)
+    return new.train(conv.training)
