@@ -24,6 +24,7 @@ LearnerClass = TypeVar("LearnerClass", bound=type[Learner])
 
 HOMES = {
     "classification": "vitarium.training.classification",
+    "diffusion": "vitarium.generation.diffusion.learner",
     "mae": "vitarium.pretraining.masked_autoencoder",
 }
 """Objectives that are no system's own -> their module. A system's lie in the file of the system."""

@@ -1,0 +1,220 @@
+"""Hidden tokens of any denoiser drawn towards those of any frozen encoder, place by place (REPA's side branch).
+
+A block is found by its name and read by a hook; the encoder sees the clean picture. Both give tokens on a grid; where the grids differ, the
+encoder's is interpolated.
+
+Legend: B batch, N tokens, D channels of the block, Z channels of the encoder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitarium.errors import UsageError, nearest
+
+
+@contextlib.contextmanager
+def hidden_tokens(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Within it, each forward pass leaves the outputs of the named blocks in the dict: name -> tokens (B, N, D), with gradients.
+
+    A block may give tokens, a map (B, D, h, w), or a tuple that begins with either.
+
+    Raises:
+        UsageError: the model has no such block; the message names near ones.
+    """
+    parts = dict(model.named_modules())
+    for name in names:
+        if name not in parts or not name:
+            raise UsageError(f"{type(model).__name__} has no block {name!r}{nearest(name, parts)}")
+    found: dict[str, Tensor] = {}
+
+    def reader(name: str) -> Any:
+        def read(_: nn.Module, __: Any, out: Any) -> None:
+            out = out[0] if isinstance(out, tuple | list) else out
+            found[name] = out.flatten(2).transpose(1, 2) if out.ndim == 4 else out
+
+        return read
+
+    hooks = [parts[name].register_forward_hook(reader(name)) for name in names]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def token_grid(count: int, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of `count` square patches of a picture or latent.
+
+    Raises:
+        UsageError: they are no grid of it (a class token among them, say).
+    """
+    side = (height * width / count) ** 0.5
+    rows, columns = round(height / side), round(width / side)
+    if rows * columns != count:
+        raise UsageError(f"{count} tokens are no grid of {height}x{width} cells; choose a block that gives one token a patch")
+    return rows, columns
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A frozen network that gives a map of features of a picture; shared by all copies, it moves to the device of what it gets.
+
+    Args:
+        name: what it is called in reports.
+        model: with timm's `forward_intermediates` (every backbone of ours, timm's ViTs and CNNs), and a `preprocessing`.
+    """
+
+    name: str
+    model: Any
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.model, "forward_intermediates"):
+            raise UsageError(f"{self.name} gives no intermediate maps; take an encoder of ours or of timm's ('vitarium models')")
+        self.model.requires_grad_(False).eval()
+
+    def __deepcopy__(self, memo: Any) -> Encoder:
+        return self
+
+    @property
+    def dim(self) -> int:
+        """Z."""
+        return int(self.model.feature_info[-1]["num_chs"])
+
+    def map(self, image: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Pictures (B, 1 or 3, H, W) in [0, 1] -> normed features (B, Z, h, w), without class tokens or gradients.
+
+        Args:
+            grid: h and w. The picture is resized so that the encoder gives that grid by itself, where that makes it no larger than
+                what the encoder was made for; else the features are interpolated. None: as the encoder gives them.
+        """
+        pre = self.model.preprocessing
+        mean, std = (torch.tensor(v, device=image.device).view(-1, 1, 1) for v in (pre.mean, pre.std))
+        if image.shape[1] != len(mean):
+            image = image.mean(1, keepdim=True) if len(mean) == 1 else image.expand(-1, len(mean), -1, -1)
+        stride = int(self.model.feature_info[-1]["reduction"])
+        size = [side * stride for side in grid] if grid else [pre.image_size] * 2
+        if max(size) > pre.image_size or not self._takes(size):
+            size = [pre.image_size] * 2
+            self._takes(size)
+        x = F.interpolate(image.float(), size, mode="bicubic") if list(image.shape[-2:]) != size else image.float()
+        with torch.no_grad():
+            model = self.model.to(image.device)
+            (features,) = model.forward_intermediates((x - mean) / std, indices=1, norm=True, intermediates_only=True)
+        if grid and tuple(features.shape[-2:]) != grid:
+            features = F.interpolate(features.float(), grid, mode="bicubic")
+        return features
+
+    def _takes(self, size: Sequence[int]) -> bool:
+        """Whether the encoder can be given pictures of this size; timm's ViTs are told, and resample their positions."""
+        if not hasattr(self.model, "set_input_size"):
+            return True
+        if tuple(self.model.patch_embed.img_size) == tuple(size):
+            return True
+        try:
+            self.model.set_input_size(img_size=tuple(size))
+        except (AssertionError, ValueError, TypeError, RuntimeError):
+            return False
+        return True
+
+    def tokens(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Pictures in [0, 1] -> (B, h w, Z)."""
+        return self.map(image, grid).flatten(2).transpose(1, 2)
+
+    def pooled(self, image: Tensor) -> Tensor:
+        """Pictures in [0, 1] -> the mean over the map, (B, Z)."""
+        return self.map(image).flatten(2).mean(2)
+
+
+def open_encoder(source: str) -> Encoder:
+    """An encoder by the name of a model with published weights ("timm/vit_base_patch14_dinov2.lvd142m"), or by a file of `vitarium.save`.
+
+    Raises:
+        UsageError, CheckpointError: there is none, or its weights cannot be fetched.
+    """
+    import vitarium
+
+    if source.endswith(".safetensors"):
+        return Encoder(source, vitarium.load(source))
+    return Encoder(source, vitarium.create_model(source, pretrained=True, num_classes=0))
+
+
+def projector(dim: int, out_dim: int, hidden_dim: int = 2048) -> nn.Sequential:
+    """The side branch: (B, N, dim) -> (B, N, out_dim) by three linear layers with SiLU between; Xavier weights, zero biases."""
+    layers = nn.Sequential(
+        nn.Linear(dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, out_dim)
+    )
+    for layer in layers[::2]:
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return layers
+
+
+def alignment_loss(found: Tensor, target: Tensor) -> Tensor:
+    """Minus the mean cosine of paired tokens, in [-1, 1]: (B, N, Z), (B, N, Z) -> (B,)."""
+    return -F.cosine_similarity(found, target, dim=-1).mean(1)
+
+
+class Alignment(nn.Module):
+    """Projectors from one block of a denoiser to one or several encoders.
+
+    Args:
+        denoiser: any module called as (x, t, labels); it is read, not changed, and not kept.
+        block: name of the block, such as "blocks.7".
+        encoders: what its tokens are drawn to.
+        hidden_dim: of the projectors.
+        projectors: those that the denoiser brings along, one an encoder; None: new ones.
+
+    Raises:
+        UsageError: no such block, or projectors for other encoders.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        block: str,
+        encoders: Sequence[Encoder],
+        *,
+        hidden_dim: int = 2048,
+        projectors: nn.ModuleList | None = None,
+    ):
+        super().__init__()
+        self.block, self.encoders = block, tuple(encoders)
+        if projectors is not None:
+            dims = [p[-1].out_features for p in projectors]
+            if dims != [e.dim for e in encoders]:
+                wanted = [e.dim for e in encoders]
+                raise UsageError(f"the model's projectors lead to {dims} channels, the encoders have {wanted}; create it with z_dims={wanted}")
+            self.projectors = projectors
+        else:
+            width = block_width(denoiser, block)
+            self.projectors = nn.ModuleList(projector(width, encoder.dim, hidden_dim) for encoder in encoders)
+
+    def forward(self, hidden: Tensor, image: Tensor, sides: Sequence[int]) -> Tensor:
+        """Losses (B,) of hidden tokens (B, N, D), the mean over the encoders.
+
+        Args:
+            image: the clean pictures, (B, 1 or 3, H, W) in [0, 1].
+            sides: height and width of the denoiser's input.
+        """
+        grid = token_grid(hidden.shape[1], *sides)
+        pairs = zip(self.projectors, self.encoders, strict=True)
+        return torch.stack([alignment_loss(project(hidden), encoder.tokens(image, grid)) for project, encoder in pairs]).mean(0)
+
+
+def block_width(denoiser: nn.Module, block: str) -> int:
+    """Channels of a block's tokens, found by a forward pass of zeros. `denoiser` tells `sample_chans` and `sample_size`."""
+    like, side = next(denoiser.parameters()), denoiser.sample_size
+    training = denoiser.training
+    with hidden_tokens(denoiser, [block]) as found, torch.no_grad():
+        x = like.new_zeros(1, denoiser.sample_chans, side, side)  # type: ignore[arg-type]
+        denoiser.eval()(x, like.new_zeros(1), torch.zeros(1, dtype=torch.int64, device=like.device))
+    denoiser.train(training)
+    return found[block].shape[-1]

@@ -1,0 +1,77 @@
+"""What every denoiser of the house is: a network (x, t, labels) -> prediction that knows its pictures, and makes them."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vitarium.errors import InputError
+
+
+class Denoiser(nn.Module):
+    """x (B, C, H, W) at times t (B,) with labels (B,) -> prediction (B, C, H, W), or 2 C channels with a variance.
+
+    A subclass defines `forward(x, t, labels=None)`, in which the null class has the number `num_classes`, and says what it is published
+    for. Training overrides that by `objective` (the settings of its learner), which a saved file remembers.
+
+    Args:
+        image_size: side of the pictures, pixels.
+        in_chans: channels of the pictures.
+        latent_chans: channels of the autoencoder's latents; 0: x are the pictures themselves.
+        latent_stride: pixels a cell of the latent.
+        num_classes: classes, besides the null class.
+    """
+
+    process: ClassVar[str] = "flow"
+    """What it is published for, as `parse_process` reads it."""
+    guided_channels: ClassVar[int | None] = None
+    """How many channels the published sampler guides; None: all."""
+    guidance: ClassVar[float] = 1.5
+    """Usual strength of guidance."""
+
+    preprocessing: Any = None
+    labels: list[str] | None = None
+    objective: dict[str, Any] | None = None
+
+    def __init__(self, image_size: int, in_chans: int, latent_chans: int, latent_stride: int, num_classes: int):
+        super().__init__()
+        self.image_size, self.in_chans = image_size, in_chans
+        self.latent_chans, self.latent_stride = latent_chans, latent_stride
+        self.num_classes = num_classes
+
+    @property
+    def sample_chans(self) -> int:
+        """C."""
+        return self.latent_chans or self.in_chans
+
+    @property
+    def sample_size(self) -> int:
+        """H and W of x for pictures of image_size."""
+        return self.image_size // self.latent_stride
+
+    def generate(self, labels: Tensor, *, seed: int = 0, guidance: float | None = None, steps: int | None = None, **options: Any) -> Tensor:
+        """Pictures (B, in_chans, H, W) in [0, 1] of the given classes; see `vitarium.generation.Generator` and `pipeline.generate`."""
+        from vitarium.generation.diffusion.pipeline import generate
+
+        return generate(self, labels, seed=seed, guidance=guidance, steps=steps, **options)
+
+    def check_input(self, x: Tensor, t: Tensor, multiple: int) -> None:
+        """Refuse what the network cannot take.
+
+        Raises:
+            InputError: wrong rank, channels or size of x, or times that are not one a sample.
+        """
+        if torch.compiler.is_compiling():
+            return
+        name = type(self).__name__
+        if x.ndim != 4 or x.shape[1] != self.sample_chans:
+            kind = "latents" if self.latent_chans else "pictures"
+            raise InputError(f"{name} takes {kind} (B, {self.sample_chans}, H, W), got {tuple(x.shape)}")
+        if any(side % multiple or not side for side in x.shape[-2:]):
+            near = [max(multiple, round(side / multiple) * multiple) for side in x.shape[-2:]]
+            height, width = x.shape[-2:]
+            raise InputError(f"{name} takes sides that {multiple} divides, got {height}x{width}; the nearest is {near[0]}x{near[1]}")
+        if t.shape != x.shape[:1]:
+            raise InputError(f"{name} takes one time a sample, ({len(x)},), got {tuple(t.shape)}")

@@ -1,0 +1,57 @@
+"""Classifier-free guidance: away from what the model says of no class at all (Ho and Salimans 2022), in an interval of times (Kynkäänniemi et
+al. 2024).
+
+    out = u + s (c - u)        c: with the labels, u: with the null class
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitarium.generation.diffusion.samplers import Predict
+
+
+def guided(
+    model: Any,
+    labels: Tensor,
+    null: int,
+    *,
+    scale: float = 1.0,
+    interval: tuple[float, float] = (0.0, 1.0),
+    channels: int | None = None,
+    length: float = 1.0,
+) -> Predict:
+    """A model with labels as a sampler wants it.
+
+    Args:
+        model: (x, t (B,), labels (B,)) -> (B, C or more, H, W).
+        labels: (B,) int64.
+        null: number of the null class.
+        scale: s; 1 asks the model once a step, everything else with the batch doubled.
+        interval: guided where low <= t / length <= high, in the model's own time; elsewhere plainly conditional.
+        channels: guide only the first of the channels (3 in DiT's and SiT's released samplers); None: all that x has. What the model gives
+            beyond x's channels (a variance) is never guided.
+        length: the largest time, 1 of flows.
+    """
+    plain, doubled = {"labels": labels}, {"labels": torch.cat([labels, torch.full_like(labels, null)])}
+
+    def predict(x: Tensor, t: float, decided_at: float | None = None) -> Tensor:
+        at = (t if decided_at is None else decided_at) / length
+        if scale == 1 or not interval[0] <= at <= interval[1]:
+            return call(model, x, t, plain)
+        cond, free = call(model, torch.cat([x, x]), t, doubled).chunk(2)
+        count = x.shape[1] if channels is None else min(channels, x.shape[1])
+        moved = free[:, :count] + scale * (cond[:, :count] - free[:, :count])
+        return torch.cat([moved, cond[:, count:]], 1) if count < cond.shape[1] else moved
+
+    return predict
+
+
+def call(model: Any, x: Tensor, t: float, condition: dict[str, Any]) -> Tensor:
+    """The model in its own dtype at one time, its answer in x's dtype."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype) if hasattr(model, "parameters") else x.dtype
+    times = torch.full((len(x),), t, dtype=torch.int64 if isinstance(t, int) else dtype, device=x.device)
+    return model(x.to(dtype), times, **condition).to(x.dtype)

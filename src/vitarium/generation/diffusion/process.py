@@ -1,0 +1,101 @@
+"""A way to noise data and back, with its samplers, named by one line of text: "flow:path=linear,data_at=0" or "gaussian:schedule=cosine".
+
+What a model was trained for is remembered by such a line (`model.objective`), so that a saved file samples as it was trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from vitarium.errors import UsageError, nearest
+from vitarium.generation.diffusion import samplers
+from vitarium.generation.diffusion.flow import Flow
+from vitarium.generation.diffusion.gaussian import GaussianDiffusion
+from vitarium.generation.diffusion.samplers import Predict
+
+Process = Flow | GaussianDiffusion
+KINDS: dict[str, type[Flow] | type[GaussianDiffusion]] = {"flow": Flow, "gaussian": GaussianDiffusion}
+SAMPLERS = {"flow": ("euler", "heun", "dopri5", "sde"), "gaussian": ("ddim", "ddpm")}
+"""Ours; besides these, the class names of diffusers' schedulers. The first is the default."""
+
+
+@functools.cache
+def parse_process(text: str) -> Process:
+    """A process from its line, KIND or KIND:NAME=VALUE,... with the fields of `Flow` or `GaussianDiffusion`.
+
+    Raises:
+        UsageError: the line is none of these.
+    """
+    kind, _, rest = text.partition(":")
+    if kind not in KINDS:
+        raise UsageError(f"a diffusion process is one of {', '.join(KINDS)}; got {text!r}{nearest(kind, KINDS)}")
+    known = [field.name for field in dataclasses.fields(KINDS[kind])]
+    values: dict[str, Any] = {}
+    for part in filter(str.strip, rest.split(",")):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or name not in known:
+            raise UsageError(f"{kind} takes NAME=VALUE with {', '.join(known)}; got {part!r}{nearest(name, known)}")
+        values[name] = yaml.safe_load(value)
+    try:
+        return KINDS[kind](**values)
+    except TypeError as error:
+        raise UsageError(f"cannot read the diffusion process {text!r}: {error}") from error
+
+
+def kind_of(process: Process) -> str:
+    """ "flow" or "gaussian"."""
+    return "flow" if isinstance(process, Flow) else "gaussian"
+
+
+def sample(
+    process: Process,
+    predict: Predict,
+    noise: Tensor,
+    *,
+    steps: int = 50,
+    sampler: str | None = None,
+    clip: bool = False,
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> Tensor:
+    """Noise (B, C, H, W) -> data, in the noise's dtype (float64 is best; the model may be of another).
+
+    Args:
+        process: what the model was trained for.
+        predict: the model with its labels, see `guided`.
+        noise: standard normal.
+        steps: of the sampler.
+        sampler: "euler", "heun", "dopri5" or "sde" of a flow, "ddim" or "ddpm" of Gaussian diffusion, or a scheduler of diffusers by the name
+            of its class, such as "UniPCMultistepScheduler". None: the first.
+        clip: of Gaussian diffusion: keep its estimate of the data in [-1, 1] (for pixels).
+        generator: of the noise that a stochastic sampler adds.
+        options: of `samplers.sde` (form, norm), `ddim` (eta), `dopri5` (rtol, atol), or the scheduler's configuration.
+
+    Raises:
+        UsageError: a sampler that the process does not have, or an option that the sampler does not have.
+    """
+    kind = kind_of(process)
+    name = sampler or SAMPLERS[kind][0]
+    if name.endswith("Scheduler"):
+        from vitarium.generation.diffusion.schedulers import sample_with
+
+        return sample_with(name, process, predict, noise, steps=steps, generator=generator, **options)
+    if name not in SAMPLERS[kind]:
+        hint = nearest(name, SAMPLERS[kind])
+        raise UsageError(f"{kind} is sampled by {', '.join(SAMPLERS[kind])} or a scheduler of diffusers, got {name!r}{hint}")
+    taken = {"sde": ("form", "norm"), "ddim": ("eta",), "dopri5": ("rtol", "atol")}.get(name, ())
+    if wrong := [option for option in options if option not in taken]:
+        raise UsageError(f"the sampler {name} takes no option {wrong[0]!r} (it takes {', '.join(taken) or 'none'})")
+    if isinstance(process, GaussianDiffusion):
+        grid = process.grid(steps, stride=name == "ddim")
+        return getattr(samplers, name)(predict, noise, process, grid, clip=clip, generator=generator, **options)
+    velocity, times = process.velocities(predict), process.grid(steps, stochastic=name == "sde")
+    if name == "sde":
+        return samplers.sde(velocity, noise, times, process.way, generator=generator, **options)
+    return getattr(samplers, name)(velocity, noise, times, **options)

@@ -1,0 +1,136 @@
+"""Samplers: functions from a prediction, noise and a grid of times to data.
+
+A prediction is called as predict(x, t, decided_at=None): x (B, C, H, W), t one time; `decided_at` is the time that decides about guidance
+where it is not t (`guided` makes one of a model and labels). Integration runs in x's dtype, best float64; what the model computes in is its
+own affair.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from vitarium.generation.diffusion.gaussian import GaussianDiffusion
+from vitarium.generation.diffusion.paths import Path
+
+
+class Predict(Protocol):
+    """What a sampler asks: (B, C, H, W) and a time -> what the model predicts there."""
+
+    def __call__(self, x: Tensor, t: float, decided_at: float | None = None) -> Tensor: ...
+
+
+def noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal numbers of x's shape, drawn on the generator's device in float32: the same on every device and in every dtype."""
+    device = generator.device if generator is not None else x.device
+    return torch.randn(x.shape, generator=generator, device=device).to(x)
+
+
+# ---- flows: predict gives velocities
+
+
+def euler(predict: Predict, x: Tensor, times: Sequence[float]) -> Tensor:
+    """Euler's method along `times`, which may run either way. One evaluation a step."""
+    for now, then in itertools.pairwise(times):
+        x = x + (then - now) * predict(x, now)
+    return x
+
+
+def heun(predict: Predict, x: Tensor, times: Sequence[float]) -> Tensor:
+    """Heun's method; the last step is Euler's, since at the data's end some paths have no velocity. Two evaluations a step.
+
+    Guidance is decided by the time at which a step begins, in both of its evaluations (as in REPA's sampler).
+    """
+    for i, (now, then) in enumerate(itertools.pairwise(times)):
+        slope = predict(x, now)
+        guess = x + (then - now) * slope
+        if i < len(times) - 2:
+            guess = x + (then - now) * (slope + predict(guess, then, decided_at=now)) / 2
+        x = guess
+    return x
+
+
+def dopri5(predict: Predict, x: Tensor, times: Sequence[float], *, rtol: float = 1e-3, atol: float = 1e-6) -> Tensor:
+    """Dormand and Prince's adaptive method of order 5 (scipy's) from the first to the last of `times`; it places its steps itself."""
+    import numpy as np
+    from scipy.integrate import solve_ivp
+
+    def slope(t: float, flat: Any) -> Any:
+        return predict(torch.from_numpy(np.asarray(flat)).view(x.shape).to(x), t).double().cpu().flatten().numpy()
+
+    found = solve_ivp(slope, (times[0], times[-1]), x.double().cpu().flatten().numpy(), method="RK45", rtol=rtol, atol=atol)
+    return torch.from_numpy(found.y[:, -1]).view(x.shape).to(x)
+
+
+def sde(
+    predict: Predict,
+    x: Tensor,
+    times: Sequence[float],
+    path: Path,
+    *,
+    form: str = "linear",
+    norm: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Euler and Maruyama's method for dx = (v + w score) dt + sqrt(2 w dt) noise, time counted towards the data; see `Path.sde_rate` for w.
+
+    The last step is made without noise ("Mean" in SiT). Guided velocities mean guided scores, since a score is affine in its velocity.
+    """
+    sign = 1.0 if path.data_at == 1 else -1.0
+    for i, (now, then) in enumerate(itertools.pairwise(times)):
+        t = torch.tensor(now, dtype=x.dtype, device=x.device)
+        step, velocity = abs(then - now), predict(x, now)
+        rate = path.sde_rate(t, form, norm)
+        drift = sign * velocity + rate * path.score_of(velocity, x, t)
+        x = x + step * drift
+        if i < len(times) - 2:
+            x = x + (2 * rate * step).sqrt() * noise_like(x, generator)
+    return x
+
+
+# ---- Gaussian diffusion: predict gives what the diffusion says (noise, data or v), with or without a learned variance
+
+
+def ddpm(
+    predict: Predict,
+    x: Tensor,
+    diffusion: GaussianDiffusion,
+    steps: Sequence[int],
+    *,
+    clip: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Ancestral sampling through the original steps of `steps` (ascending), last to first. `clip` keeps the data in [-1, 1]."""
+    tables = diffusion.respaced(steps)
+    for i in reversed(range(len(steps))):
+        data, _, log_variance = tables.read(predict(x, steps[i]), x, i, clip)
+        x = float(tables.posterior_data[i]) * data + float(tables.posterior_x[i]) * x
+        if i:
+            x = x + torch.exp(0.5 * log_variance) * noise_like(x, generator)
+    return x
+
+
+def ddim(
+    predict: Predict,
+    x: Tensor,
+    diffusion: GaussianDiffusion,
+    steps: Sequence[int],
+    *,
+    eta: float = 0.0,
+    clip: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """DDIM through the original steps of `steps` (ascending), last to first; with `eta` 0 without chance, with 1 as noisy as DDPM."""
+    tables = diffusion.respaced(steps)
+    for i in reversed(range(len(steps))):
+        data, noise, _ = tables.read(predict(x, steps[i]), x, i, clip)
+        here, before = float(tables.alpha_bar[i]), float(tables.alpha_bar_before[i])
+        spread = eta * ((1 - before) / (1 - here) * (1 - here / before)) ** 0.5
+        x = before**0.5 * data + (1 - before - spread**2) ** 0.5 * noise
+        if i and eta:
+            x = x + spread * noise_like(x, generator)
+    return x

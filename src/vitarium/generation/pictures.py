@@ -1,0 +1,41 @@
+"""Sheets of pictures."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SMALL = 48  # pixels; smaller pictures are enlarged, without smoothing, so that one can see them
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """(1 or 3, H, W) in [0, 1] -> a picture in 8 bits a channel."""
+    from PIL import Image
+
+    pixels = image.detach().float().clamp(0, 1).mul(255).round().byte().cpu()
+    return Image.fromarray(pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy())
+
+
+def grid(images: Tensor, columns: int | None = None, *, gap: int = 2) -> Image.Image:
+    """Pictures (B, 1 or 3, H, W) in [0, 1] side by side on white.
+
+    Args:
+        columns: pictures a row; None: about as many as rows.
+        gap: pixels between them.
+    """
+    from PIL import Image
+
+    columns = min(len(images), columns or math.ceil(math.sqrt(len(images))))
+    rows = math.ceil(len(images) / columns)
+    times = max(1, math.ceil(SMALL / max(images.shape[-2:])))
+    height, width = (side * times for side in images.shape[-2:])
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for i, image in enumerate(images):
+        picture = to_picture(image).resize((width, height), Image.Resampling.NEAREST)
+        sheet.paste(picture, (i % columns * (width + gap), i // columns * (height + gap)))
+    return sheet
