@@ -218,3 +218,14 @@ def test_cut_and_flipped_files_leave_the_model_as_it_was(tmp_path):
         with pytest.raises(CheckpointError, match=r"w\.safetensors"):
             vitarium.load(path)
     assert_unchanged(model, before)
+
+
+def test_parts_released_one_by_one_are_joined(saved):
+    source, model = other(), vitarium.create_model("toy_small")
+    state = tensors_of(source)
+    names = list(state)
+    a, b, c = (saved({n: state[n] for n in part}, f"{i}.safetensors") for i, part in enumerate((names[:2], names[2:], names[1:])))
+    assert load_checkpoint(model, f"{a} + {b}").complete
+    assert_unchanged(model, source.state_dict())
+    with pytest.raises(CheckpointError, match=f"both hold {names[1]}"):
+        load_checkpoint(model, f"{a} + {c}")

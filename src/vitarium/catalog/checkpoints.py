@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vitarium.catalog.registry import Family, Renamer, families, find_model
 from vitarium.catalog.states import State, Weights, read_state, read_weights
-from vitarium.catalog.weights import fetch
+from vitarium.catalog.weights import TOGETHER, fetch
 from vitarium.errors import CheckpointError, UsageError
 
 __all__ = ["LoadReport", "load_checkpoint", "read_state"]
@@ -97,14 +97,15 @@ def load_checkpoint(model: nn.Module, source: str | Path, *, strict: bool = True
 
     Args:
         model: one that `create_model` made, or any module whose names the file has.
-        source: a path, "hf:owner/name[/file]", or an http(s) address, optionally with "#sha256=HEX".
+        source: a path, "hf:owner/name[/file]", or an http(s) address, optionally with "#sha256=HEX"; several joined by " + " where the
+            model's parts were released in files of their own.
         strict: refuse a file that does not fill every tensor, or holds others (but for the head).
         follow_head: give the model the file's number of classes first, where it has another.
 
     Raises:
         CheckpointError: unreadable, unsafe or unreachable; or of another model, then with the report and the models that it would fit.
     """
-    weights = read_weights(fetch(str(source)))
+    weights = _read_together(str(source))
     fits = [
         _fit(model, state, LoadReport(str(source), dialect, weights.opened)) for dialect, state in _readings(dialects_of(model), weights)
     ]
@@ -119,6 +120,19 @@ def load_checkpoint(model: nn.Module, source: str | Path, *, strict: bool = True
     model.load_state_dict(best.ready, strict=False)
     log.log(logging.WARNING if report.resized or report.head or not report.complete else logging.INFO, "%s", report)
     return report
+
+
+def _read_together(source: str) -> Weights:
+    """The weights of a source, or of several joined by " + " as if they lay in one file."""
+    if Path(source).exists() or TOGETHER not in source:
+        return read_weights(fetch(source))
+    parts = [read_weights(fetch(part.strip())) for part in source.split(TOGETHER)]
+    state: State = {}
+    for part in parts:
+        if twice := sorted(state.keys() & part.forms[-1].keys()):
+            raise CheckpointError(f"{part.path} and a file before it both hold {twice[0]}; join only files of different parts")
+        state |= part.forms[-1]
+    return replace(parts[0], forms=[state], opened=[name for part in parts for name in part.opened])
 
 
 def _refusal(model: nn.Module, report: LoadReport, weights: Weights) -> str:

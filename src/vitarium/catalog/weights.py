@@ -20,12 +20,14 @@ from vitarium.files import atomic_path
 
 DEFAULT_FILES = ("model.safetensors", "pytorch_model.bin")
 """What a repository's weights are called, first choice first."""
+TOGETHER = " + "
+"""Between the sources of a model whose parts were released in files of their own: "transformer.pth + tokenizer.pth"."""
 TIMEOUT = 30
 """Seconds without a byte before a server counts as dead."""
 
 
-def fetch_pretrained(name: str, tag: str | None = None) -> Path:
-    """The file with a model's published weights, from the first of the family's sources that answers.
+def fetch_pretrained(name: str, tag: str | None = None) -> Path | str:
+    """The file with a model's published weights, from the first of the family's sources that answers; several are joined by `TOGETHER`.
 
     Args:
         name: one of our models, such as "swin_tiny".
@@ -47,7 +49,8 @@ def fetch_pretrained(name: str, tag: str | None = None) -> Path:
     failures = []
     for source in sources:
         try:
-            return fetch(source)
+            files = [fetch(part) for part in source.split(TOGETHER)]
+            return files[0] if len(files) == 1 else TOGETHER.join(map(str, files))
         except CheckpointError as error:
             failures.append(str(error))
     raise CheckpointError(f"cannot fetch the weights of {name}: " + "; ".join(failures))
