@@ -18,7 +18,6 @@ Legend: B batch, C channels, H W map.
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from vitarium.catalog import chain, family, rename
-from vitarium.nn import Backbone, DropPath, LayerNorm2d, Mlp, PyramidStage, Stage, drop_path_rates, init_weights
+from vitarium.nn import Backbone, DropPath, Mlp, PyramidStage, Stage, conv_patches, drop_path_rates, init_weights
 
 
 class ConvNeXtBlock(nn.Module):
@@ -53,14 +52,6 @@ class ConvNeXtBlock(nn.Module):
         if self.gamma is not None:
             branch = branch * self.gamma
         return x + self.drop_path(branch.permute(0, 3, 1, 2))
-
-
-def _patches(in_dim: int, dim: int, size: int, *, norm: str) -> nn.Sequential:
-    """A convolution of stride `size` with a norm on the map "before" or "after" it: (B, in_dim, H, W) -> (B, dim, H // size, W // size)."""
-    conv = nn.Conv2d(in_dim, dim, size, size)
-    if norm == "before":
-        return nn.Sequential(OrderedDict(norm=LayerNorm2d(in_dim, eps=1e-6), conv=conv))
-    return nn.Sequential(OrderedDict(conv=conv, norm=LayerNorm2d(dim, eps=1e-6)))
 
 
 _MLP = ((r"\.pwconv1\.", ".mlp.fc1."), (r"\.pwconv2\.", ".mlp.fc2."))
@@ -188,10 +179,10 @@ class ConvNeXt(Backbone):
         strides = [patch_size * 2**k for k in range(len(dims))]
         stages = [Stage(dim, stride) for dim, stride in zip(dims, strides, strict=True)]
         super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, min_size=strides[-1])
-        self.stem = _patches(in_chans, dims[0], patch_size, norm="after")
+        self.stem = conv_patches(in_chans, dims[0], patch_size, norm="after")
         self.stages = nn.ModuleList(
             PyramidStage(
-                _patches(dims[k - 1], dim, 2, norm="before") if k else nn.Identity(),
+                conv_patches(dims[k - 1], dim, 2, norm="before") if k else nn.Identity(),
                 [ConvNeXtBlock(dim, kernel_size, mlp_ratio, layer_scale_init_value, rate) for rate in rates],
             )
             for k, (dim, rates) in enumerate(zip(dims, drop_path_rates(drop_path_rate, depths), strict=True))

@@ -8,7 +8,7 @@ from vitarium.nn.layers import DropPath, LayerNorm2d, LayerNorm3d, LayerScale, L
 from vitarium.nn.patch_embed import PatchEmbed
 from vitarium.nn.positions import EvalCache, RelativePositionBias, apply_rotary, resize_position_table, rotary_2d, sincos_2d
 from vitarium.nn.pyramid import TokenPyramid
-from vitarium.nn.stages import PyramidStage
+from vitarium.nn.stages import PyramidStage, conv_patches
 from vitarium.nn.tokens import TokenBackbone
 from vitarium.nn.vit import TransformerBlock, VisionTransformer
 
@@ -32,6 +32,7 @@ __all__ = [
     "VideoBackbone",
     "VisionTransformer",
     "apply_rotary",
+    "conv_patches",
     "drop_path_rates",
     "fold_norm_after",
     "fold_norm_before",

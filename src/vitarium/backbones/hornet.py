@@ -1,0 +1,210 @@
+"""HorNet: features gate one another again and again, from narrow to wide (Rao et al., "HorNet", 2022).
+
+The idea: what matters in attention is that values are multiplied by functions of their neighbours, and that this happens more than once.
+A recursive gated convolution (gnConv) of order n does it n times at about the cost of one convolution: channels are projected, one large
+depth-wise convolution runs over all gates at once, and each gate has twice the channels of the one before.
+
+    [p | q] = W_in x;  q = s DW(q);  z_0 = p * q_0;  z_k = (W_k z_{k-1}) * q_k;  gnConv(x) = W_out z_{n-1}
+    x <- x + g1 * gnConv(LN(x));  x <- x + g2 * MLP(LN(x))
+
+DW is 7 x 7, or in the GF models half a 3 x 3 and half a learned filter in the Fourier domain, as large as the map.
+
+Follows the authors' code (github raoyongming/HorNet), whose checkpoints load by name. Any size of at least a last-stage cell; Fourier
+filters are resized to the map.
+Cost: linear in image area (7 x 7), or area times its logarithm (GF).
+
+How it is fast: maps lie channels-last in memory, so that norms and linear layers read them in place.
+
+Legend: B batch, C channels, H W map, n order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vitarium.catalog import family, rename
+from vitarium.nn import Backbone, DropPath, LayerNorm2d, Mlp, PyramidStage, Stage, conv_patches, drop_path_rates, init_weights
+from vitarium.ops.spectral import global_filter
+
+
+class GlobalLocalFilter(nn.Module):
+    """Half of the channels by a 3 x 3, the other half by a global filter: (B, C, H, W) -> the same; afterwards the halves alternate.
+
+    Args:
+        dim: channels C, even.
+        size: rows and columns of the filter's grid: of a map (h, 2 w - 2) or (h, 2 w - 1).
+    """
+
+    def __init__(self, dim: int, size: tuple[int, int]):
+        super().__init__()
+        if dim % 2:
+            raise ValueError(f"a filter over halves of the channels needs an even number of them, got {dim}")
+        self.pre_norm = LayerNorm2d(dim, eps=1e-6)
+        self.dw = nn.Conv2d(dim // 2, dim // 2, 3, padding=1, groups=dim // 2, bias=False)
+        self.complex_weight = nn.Parameter(torch.empty(dim // 2, *size, 2))
+        self.post_norm = LayerNorm2d(dim, eps=1e-6)
+        nn.init.trunc_normal_(self.complex_weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        near, far = self.pre_norm(x).chunk(2, 1)
+        both = torch.stack([self.dw(near), global_filter(far, self.complex_weight)], 2).flatten(1, 2)
+        return self.post_norm(both)
+
+
+class GnConv(nn.Module):
+    """Recursive gated convolution: (B, C, H, W) -> the same. It stands where a depth-wise convolution or an attention stands.
+
+    Args:
+        dim: channels C, a multiple of 2^(order - 1).
+        order: number n of products.
+        filter_size: grid of a global filter in place of the 7 x 7 convolution; None for the latter.
+        scale: factor s on the gates.
+
+    Raises:
+        ValueError: an order below 1, or channels that cannot be halved so often.
+    """
+
+    def __init__(self, dim: int, order: int, filter_size: tuple[int, int] | None = None, scale: float = 1 / 3):
+        super().__init__()
+        if order < 1 or dim % 2 ** (order - 1):
+            raise ValueError(
+                f"gnConv of order {order} needs a multiple of {2 ** (max(1, order) - 1)} channels and an order from 1, got {dim}"
+            )
+        self.widths = [dim // 2**k for k in reversed(range(order))]
+        self.scale = scale
+        gates = sum(self.widths)
+        self.proj_in = nn.Conv2d(dim, 2 * dim, 1)
+        self.dwconv = GlobalLocalFilter(gates, filter_size) if filter_size else nn.Conv2d(gates, gates, 7, padding=3, groups=gates)
+        self.pws = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(self.widths, self.widths[1:], strict=False))
+        self.proj_out = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, gates = self.proj_in(x).split([self.widths[0], sum(self.widths)], 1)
+        z, *others = (self.dwconv(gates) * self.scale).split(self.widths, 1)
+        z = first * z
+        for widen, gate in zip(self.pws, others, strict=True):
+            z = widen(z) * gate
+        return self.proj_out(z)
+
+
+class HorNetBlock(nn.Module):
+    """(B, C, H, W) -> the same, channels-last in memory."""
+
+    def __init__(self, dim: int, order: int, filter_size: tuple[int, int] | None, layer_scale: float, drop_path: float):
+        super().__init__()
+        self.norm1 = LayerNorm2d(dim, eps=1e-6)
+        self.gnconv = GnConv(dim, order, filter_size)
+        self.gamma1 = nn.Parameter(torch.full((dim,), layer_scale))
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, 4 * dim)
+        self.gamma2 = nn.Parameter(torch.full((dim,), layer_scale))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.gamma1[:, None, None] * self.gnconv(self.norm1(x)))
+        branch = self.gamma2 * self.mlp(self.norm2(x.permute(0, 2, 3, 1)))
+        return x + self.drop_path(branch.permute(0, 3, 1, 2))
+
+
+OFFICIAL = rename(
+    (r"^downsample_layers\.0\.0\.", "stem.conv."),
+    (r"^downsample_layers\.0\.1\.", "stem.norm."),
+    (r"^downsample_layers\.(\d)\.0\.", r"stages.\1.downsample.norm."),
+    (r"^downsample_layers\.(\d)\.1\.", r"stages.\1.downsample.conv."),
+    (r"^stages\.(\d+)\.(\d+)\.pwconv1\.", r"stages.\1.blocks.\2.mlp.fc1."),
+    (r"^stages\.(\d+)\.(\d+)\.pwconv2\.", r"stages.\1.blocks.\2.mlp.fc2."),
+    (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
+    (r"^norm\.", "head_norm."),
+)
+DEPTHS, ORDERS = (2, 3, 18, 2), (2, 3, 4, 5)
+FILTERS = (None, None, (14, 8), (7, 4))
+"""Grids of the GF models for 224 pixels."""
+
+
+def _variant(dim: int, filters: Sequence[tuple[int, int] | None] | None = None, **options: object) -> dict[str, object]:
+    row = dict(depths=DEPTHS, dims=tuple(dim * 2**k for k in range(4)), orders=ORDERS, **options)
+    return row | ({"filters": filters} if filters else {})
+
+
+@family(
+    "hornet",
+    variants={
+        "pico": dict(depths=(2, 2), dims=(24, 48), orders=(2, 3), patch_size=2, layer_scale_init_value=1.0, image_size=16),
+        "tiny": _variant(64, drop_path_rate=0.2),  # 22.4 M, 82.8 % top-1
+        "tiny_gf": _variant(64, FILTERS, drop_path_rate=0.2),  # 23 M, 83.0 %
+        "small": _variant(96, drop_path_rate=0.4),  # 50 M, 83.8 %
+        "small_gf": _variant(96, FILTERS, drop_path_rate=0.4),  # 50 M, 84.0 %
+        "base": _variant(128, drop_path_rate=0.5),  # 87 M, 84.2 %
+        "base_gf": _variant(128, FILTERS, drop_path_rate=0.5),  # 88 M, 84.3 %
+        "large": _variant(192),  # 209 M, 22K weights
+        "large_gf": _variant(192, FILTERS),  # 211 M
+        "large_gf_384": _variant(192, (None, None, (24, 13), (12, 7)), image_size=384),  # 216 M
+    },
+    official=OFFICIAL,
+)
+class HorNet(Backbone):
+    """Image (B, in_chans, H, W), H and W of at least the last stage's stride (32) -> logits (B, num_classes).
+
+    A stride that does not divide its map drops the remainder at the right and the bottom, as the authors' code does.
+
+    Args:
+        depths: blocks a stage.
+        dims: channels a stage.
+        orders: order of the gnConvs, a stage.
+        filters: grid of the global filters of each stage, None for 7 x 7 kernels; left out: 7 x 7 everywhere.
+        patch_size: side of the stem's patches, pixels.
+        layer_scale_init_value: first value of the factors g1 and g2.
+        drop_rate: dropout before the head.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+
+    Raises:
+        ValueError: lists of different lengths, or channels that an order cannot halve.
+    """
+
+    def __init__(
+        self,
+        *,
+        depths: Sequence[int],
+        dims: Sequence[int],
+        orders: Sequence[int],
+        filters: Sequence[tuple[int, int] | None] | None = None,
+        patch_size: int = 4,
+        layer_scale_init_value: float = 1e-6,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        grids = list(filters) if filters is not None else [None] * len(dims)
+        if not len(depths) == len(dims) == len(orders) == len(grids):
+            raise ValueError(f"depths, dims, orders and filters need one value a stage, got {depths}, {dims}, {orders} and {filters}")
+        strides = [patch_size * 2**k for k in range(len(dims))]
+        stages = [Stage(dim, stride) for dim, stride in zip(dims, strides, strict=True)]
+        super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, min_size=strides[-1])
+        self.stem = conv_patches(in_chans, dims[0], patch_size, norm="after")
+        rates = drop_path_rates(drop_path_rate, depths)
+        self.stages = nn.ModuleList(
+            PyramidStage(
+                conv_patches(dims[k - 1], dims[k], 2, norm="before") if k else nn.Identity(),
+                [HorNetBlock(dims[k], orders[k], _pair(grids[k]), layer_scale_init_value, rate) for rate in rates[k]],
+            )
+            for k in range(len(dims))
+        )
+        self.head_norm = nn.LayerNorm(dims[-1], eps=1e-6)
+        init_weights(self)
+
+    def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
+        x = self.stem(image.contiguous(memory_format=torch.channels_last))
+        for stage in self.stages:
+            x = stage(x, self.run_blocks)
+            yield x
+
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith("complex_weight")}
+
+
+def _pair(grid: Sequence[int] | None) -> tuple[int, int] | None:
+    return None if grid is None else (grid[0], grid[1])

@@ -1,0 +1,103 @@
+"""What is true of HorNet alone; what is true of every backbone is tested once, in test_contract.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vitarium
+from tests.golden import assert_matches_golden
+from vitarium.backbones.hornet import GlobalLocalFilter, GnConv, HorNet
+
+
+def outputs(model: HorNet, x: Tensor) -> dict[str, Tensor]:
+    features, maps = model.forward_intermediates(x)
+    stages = {f"stage{i + 1}": m for i, m in enumerate(maps)}
+    return stages | {"features": model.forward_head(features, pre_logits=True), "logits": model(x)}
+
+
+def test_equals_the_authors_model():
+    assert_matches_golden("hornet-tiny_7x7_224", vitarium.create_model("hornet_tiny"), outputs)
+
+
+def test_with_global_filters_equals_the_authors_model():
+    model = vitarium.create_model("hornet_tiny_gf", depths=(1, 1, 2, 1), num_classes=10)
+    assert_matches_golden("hornet-gf_224", model, outputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "within"),
+    [("tiny", 22.409512, 1e-6), ("tiny_gf", 23, 0.03), ("small", 50, 0.02), ("base", 87, 0.01), ("base_gf", 88, 0.01)],
+)
+def test_parameter_counts(name: str, millions: float, within: float):
+    with torch.device("meta"):
+        model = vitarium.create_model(f"hornet_{name}")
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=within)
+
+
+def test_parameters_of_the_large_models_differ_as_the_authors_say():
+    """209, 211 and 216 M; by the architecture the first has 194.5 M with a head for 1,000 classes, so only the differences are compared."""
+    with torch.device("meta"):
+        plain, gf, wide = (sum(p.numel() for p in vitarium.create_model(f"hornet_large{n}").parameters()) for n in ("", "_gf", "_gf_384"))
+    assert (gf - plain) / 1e6 == pytest.approx(2, abs=0.6)
+    assert (wide - gf) / 1e6 == pytest.approx(5, abs=0.6)
+
+
+def silent(part: nn.Module) -> nn.Module:
+    """With biases of zero."""
+    for name, parameter in part.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+    return part
+
+
+@pytest.mark.identity
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_order_n_is_a_polynomial_of_degree_n_plus_1(order: int):
+    part = silent(GnConv(16, order).double())
+    x = torch.randn(2, 16, 9, 8, dtype=torch.float64)
+    torch.testing.assert_close(part(1.5 * x), 1.5 ** (order + 1) * part(x), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.identity
+def test_a_filter_of_ones_leaves_its_half_alone_and_the_halves_alternate():
+    part = GlobalLocalFilter(6, (8, 5)).double()
+    part.pre_norm = part.post_norm = nn.Identity()
+    nn.init.zeros_(part.complex_weight)
+    part.complex_weight.data[..., 0] = 1
+    nn.init.zeros_(part.dw.weight)
+    part.dw.weight.data[:, :, 1, 1] = 2
+    x = torch.randn(2, 6, 7, 9, dtype=torch.float64)
+    y = part(x)
+    torch.testing.assert_close(y[:, ::2], 2 * x[:, :3])
+    torch.testing.assert_close(y[:, 1::2], x[:, 3:])
+
+
+@pytest.mark.identity
+def test_without_layer_scale_only_stem_and_downsampling_remain():
+    model = vitarium.create_model("hornet_pico", layer_scale_init_value=0.0).double().eval()
+    image = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    expected = model.stem(image)
+    for stage in model.stages:
+        expected = stage.downsample(expected)
+    torch.testing.assert_close(model.forward_features(image), expected)
+
+
+def test_global_filters_take_any_size_and_learn():
+    model = vitarium.create_model("hornet_pico", filters=(None, (4, 3)))
+    for size in ((16, 16), (23, 40)):
+        model(torch.randn(2, 3, *size)).square().sum().backward()
+    assert model.stages[1].blocks[0].gnconv.dwconv.complex_weight.grad.abs().sum() > 0
+    assert "stages.1.blocks.0.gnconv.dwconv.complex_weight" in model.no_weight_decay()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.eval()(torch.randn(2, 3, 16, 16)).isfinite().all()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    image = torch.randn(1, 3, 16, 16)
+    torch.testing.assert_close(compiled(image), model(image))
+
+
+@pytest.mark.parametrize(("options", "words"), [(dict(orders=(2,)), "one value a stage"), (dict(orders=(2, 6)), "multiple of 32")])
+def test_refuses(options: dict, words: str):
+    with pytest.raises(ValueError, match=words):
+        vitarium.create_model("hornet_pico", **options)
