@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from vitarium.cli import bench, claim, compare, env, evaluate, export, info, models, predict, systems, train
+from vitarium.cli import bench, claim, compare, env, evaluate, export, generate, info, models, predict, systems, train
 from vitarium.cli.console import err
 from vitarium.errors import VitariumError
 
@@ -76,6 +76,7 @@ for command in (
     train.train,
     evaluate.evaluate,
     predict.predict,
+    generate.generate,
     bench.bench,
     export.export,
     claim.claim,

@@ -1,0 +1,149 @@
+"""`vitarium generate`: pictures of the classes that are asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vitarium.cli.config import configurable
+from vitarium.cli.console import err, out, pairs, print_json
+from vitarium.cli.opening import apply_methods, find_device, open_model
+from vitarium.cli.options import Apply, Checkpoint, Device
+from vitarium.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SHEETS = (".png", ".jpg", ".webp")
+
+
+@configurable
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL|FILE", help="A file that `vitarium.save` wrote, or a model's name.")],
+    classes: Annotated[str | None, typer.Option(help="Numbers or names, as 0,3-5,cat.", show_default="all, at most ten")] = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Pictures of each class.")] = 4,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="A sheet (.png, .jpg, .webp), an array for FID evaluators (.npz), or a folder."),
+    ] = Path("samples.png"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Of the sampler.", show_default="the model's")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Strength of classifier-free guidance; 1: none.", show_default="the model's")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed makes the same pictures.")] = 0,
+    options: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the model, as sampler=heun. Repeatable.")
+    ] = None,
+    checkpoint: Checkpoint = None,
+    methods: Apply = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once; it decides which noise a picture begins with.")] = 64,
+    device: Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Make pictures of classes with a trained generator: a denoiser, or an autoregressive model."""
+    from vitarium.generation.labels import parse_classes
+
+    if output.suffix and output.suffix not in (*SHEETS, ".npz"):
+        raise UsageError(f"--output must end in {', '.join(SHEETS)} or .npz, or be a folder; got {output}")
+    given = read_options(options or [])
+    opened = open_generator(model, checkpoint)
+    apply_methods(opened, methods, None)
+    opened.to(find_device(device))
+    names = getattr(opened, "labels", None)
+    wanted = parse_classes(classes, opened.num_classes, names)
+    wanted = wanted[:10] if classes is None else wanted
+    with err().status(f"Making {count * len(wanted)} pictures"):
+        images, labels, seconds = make(opened, wanted * count, batch_size, steps=steps, guidance=guidance, seed=seed, **given)
+    write(images, labels, names, output, columns=len(wanted))
+    rows = {"pictures": len(images), "classes": ", ".join(str(names[c] if names else c) for c in wanted), "output": str(output)}
+    rows["seconds a picture"] = round(seconds / len(images), 4)
+    if as_json:
+        print_json(rows)
+    else:
+        out().print(pairs(rows))
+
+
+def open_generator(source: str, checkpoint: str | None) -> Any:
+    """A model that makes pictures.
+
+    Raises:
+        UsageError: the model does something else.
+    """
+    from vitarium.generation import Generator
+
+    opened = open_model(source, checkpoint)
+    if not isinstance(opened, Generator):
+        raise UsageError(f"{source} is a {type(opened).__name__}, which makes no pictures of classes (dit, sit_flow, repa and var models do)")
+    return opened
+
+
+def read_options(assignments: list[str]) -> dict[str, Any]:
+    """KEY=VALUE, values read as YAML.
+
+    Raises:
+        UsageError: one that is none of this, or that has an option of its own.
+    """
+    import yaml
+
+    found: dict[str, Any] = {}
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip().isidentifier():
+            raise UsageError(f"--set wants KEY=VALUE, such as sampler=heun; got {text!r}")
+        if key.strip() in ("steps", "guidance", "seed"):
+            raise UsageError(f"{key.strip()} is an option of its own: --{key.strip()} {value}")
+        try:
+            found[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UsageError(f"cannot read the value of {key!r}: {value!r}") from error
+    return found
+
+
+def make(model: Any, classes: list[int], batch_size: int, *, seed: int, **options: Any) -> tuple[Tensor, list[int], float]:
+    """Pictures of classes, batch by batch -> (B, C, H, W) on the CPU, their classes, and the seconds it took.
+
+    Raises:
+        UsageError: an option that the model does not have.
+    """
+    import inspect
+    import time
+
+    import torch
+
+    start, parts = time.perf_counter(), []
+    for first in range(0, len(classes), batch_size):
+        labels = torch.tensor(classes[first : first + batch_size])
+        try:
+            parts.append(model.generate(labels, seed=seed + first, **options).cpu())
+        except TypeError as error:
+            if "unexpected keyword argument" not in str(error):
+                raise
+            known = [name for name in inspect.signature(model.generate).parameters if name not in ("self", "labels")]
+            word = str(error).rpartition("argument ")[2].strip("'")
+            raise UsageError(f"{type(model).__name__} takes no option {word!r}{nearest(word, known)}") from error
+    return torch.cat(parts), classes, time.perf_counter() - start
+
+
+def write(images: Tensor, labels: list[int], names: list[str] | None, output: Path, *, columns: int) -> None:
+    """Pictures as one sheet, as an .npz with the keys that FID evaluators read (arr_0: (N, H, W, 3) uint8), or each as a file of a folder."""
+    import numpy as np
+
+    from vitarium.files import atomic_path
+    from vitarium.generation.pictures import grid, to_picture
+
+    if output.suffix == ".npz":
+        pixels = images.mul(255).round().byte().permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
+        with atomic_path(output) as temporary, open(temporary, "wb") as file:
+            np.savez(file, arr_0=pixels, arr_1=np.array(labels))
+        return
+    if output.suffix:
+        with atomic_path(output) as temporary:
+            grid(images, columns).save(temporary, format={".jpg": "jpeg"}.get(output.suffix, output.suffix[1:]))
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        word = "".join(c if c.isalnum() else "_" for c in str(names[label] if names else label))
+        with atomic_path(output / f"{i:05d}-{word}.png") as temporary:
+            to_picture(image).save(temporary, format="png")
