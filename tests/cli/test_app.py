@@ -21,6 +21,7 @@ SURFACE = {
     "evaluate": "model --data --checkpoint --apply --split --val-fraction --seed --batch-size --device --output --json "
     "--config --print-config",
     "predict": "images --model --checkpoint --apply --top-k --batch-size --device --output --json",
+    "explain": "images --model --output --method --target --measure --checkpoint --apply --batch-size --device --json",
     "bench": "models --peers --kind --batch --image-size --dtype --device --rounds --threads --json --config --print-config",
     "claim": "slug --all --out --json",
     "export": "model --checkpoint --format --output --image-size --batch --tolerance",

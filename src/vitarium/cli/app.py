@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from vitarium.cli import bench, claim, compare, env, evaluate, export, generate, info, models, predict, systems, train
 from vitarium.cli.console import err
+from vitarium.cli.explain import explain as explain_pictures
 from vitarium.errors import VitariumError
 
 
@@ -77,6 +78,7 @@ for command in (
     evaluate.evaluate,
     predict.predict,
     generate.generate,
+    explain_pictures,
     bench.bench,
     export.export,
     claim.claim,

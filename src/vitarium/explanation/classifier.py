@@ -1,0 +1,66 @@
+"""A classifier as plain values, so that what explains it can be saved with it, and made again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from vitarium.catalog.applying import methods_on, rebuild_methods
+from vitarium.catalog.create import ModelSpec, create_model
+from vitarium.catalog.foreign import configuration_of, rebuild_transformers
+from vitarium.catalog.preprocessing import Preprocessing
+from vitarium.errors import UsageError
+
+KEYS = ("name", "arguments", "preprocessing", "labels", "methods", "config")
+
+
+def describe_classifier(model: nn.Module) -> dict[str, Any]:
+    """What `rebuild_classifier` needs: name, arguments, preprocessing, labels, methods applied, and transformers' own configuration.
+
+    Raises:
+        UsageError: `create_model` or `load` did not make it.
+    """
+    spec = getattr(model, "spec", None)
+    if not isinstance(spec, ModelSpec):
+        raise UsageError(f"a {type(model).__name__} that create_model did not make cannot be described; what explains it cannot be saved")
+    classes = {"num_classes": model.num_classes} if isinstance(getattr(model, "num_classes", None), int) else {}
+    preprocessing, labels = getattr(model, "preprocessing", None), getattr(model, "labels", None)
+    values: dict[str, Any] = {
+        "name": spec.name,
+        "arguments": {**spec.arguments, **classes},
+        "preprocessing": preprocessing and {k: list(v) if isinstance(v, tuple) else v for k, v in preprocessing.to_dict().items()},
+        "labels": labels and [str(label) for label in labels],
+        "methods": [report.saved() for report in methods_on(model)],
+        "config": configuration_of(model) if spec.name.startswith("hf/") else None,
+    }
+    return {key: value for key, value in values.items() if value}
+
+
+def rebuild_classifier(values: Mapping[str, Any] | str, **arguments: Any) -> nn.Module:
+    """A classifier with fresh weights, of a name or of what `describe_classifier` gave.
+
+    Args:
+        values: a model's name, or the description.
+        arguments: num_classes, image_size: they win over the description's.
+
+    Raises:
+        UsageError: no such model, or a description with other keys.
+    """
+    if isinstance(values, str):
+        return create_model(values, **arguments)
+    if (wrong := [key for key in values if key not in KEYS]) or "name" not in values:
+        raise UsageError(f"a classifier is described by {', '.join(KEYS)} (name at least); got {wrong[0] if wrong else list(values)!r}")
+    given = {**values.get("arguments", {}), **arguments}
+    if values.get("config"):
+        model: nn.Module = rebuild_transformers(values["config"])
+        model.spec = ModelSpec(values["name"], given)  # type: ignore[assignment]
+    else:
+        name = str(values["name"])
+        model = create_model(name if name.startswith("timm/") else name.partition(".")[0], **given)  # without the tag of its weights
+    if values.get("preprocessing"):
+        model.preprocessing = Preprocessing(**values["preprocessing"])  # type: ignore[assignment]
+    if values.get("labels"):
+        model.labels = list(values["labels"])  # type: ignore[assignment]
+    return rebuild_methods(model, values.get("methods", ()))

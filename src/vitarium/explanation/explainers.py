@@ -1,0 +1,247 @@
+"""What an explainer is: image and class -> where in the image the evidence for the class lies. One contract, whatever the method.
+
+    explainer = create_explainer("grad_cam", model)          # any classifier
+    maps = explainer(image)                                  # (B, H, W) in [0, 1], for the model's own predictions
+    maps = explainer(image, "cat")                           # or for a class by name or number, or one an image
+
+A new one is a subclass of `Explainer` with `relevance`, under `@explainer(name)`, and a row in `HOMES` unless the name is its system's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from vitarium.catalog.probe import evaluating
+from vitarium.catalog.registry import import_system
+from vitarium.catalog.systems import systems
+from vitarium.errors import InputError, UsageError, nearest
+from vitarium.explanation.reading import logits_of, to_pixels
+
+Target = int | str | Tensor | None
+ExplainerClass = TypeVar("ExplainerClass", bound="type[Explainer]")
+
+HOMES = {
+    "rollout": "simple",
+    "grad_cam": "simple",
+    "gradient_input": "simple",
+    "rise": "simple",
+    "random": "simple",
+    "integrated_gradients": "from_captum",
+    "occlusion": "from_captum",
+    "smooth_grad": "from_captum",
+    "gradient_shap": "from_captum",
+}
+"""Explainers that are no systems of their own -> the file of this room that they are in."""
+
+
+class Explainer:
+    """Base of all: `explainer(image, target)` gives maps; a subclass says how by `relevance`.
+
+    Args:
+        model: a classifier, image (B, C, H, W) -> logits (B, num_classes). It is used as it is and left as it is.
+    """
+
+    name: ClassVar[str] = ""
+    """As `create_explainer` calls it."""
+    by_class: ClassVar[bool] = True
+    """Whether the map depends on the class that is asked for."""
+    trained: ClassVar[bool] = False
+    """Whether it explains by what was trained around the classifier; all others are given the classifier alone."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, image: Tensor, target: Target = None) -> Tensor:
+        """
+        Args:
+            image: (B, C, H, W), as the model takes it (normalised).
+            target: the class to explain: a number, a name among `model.labels`, or numbers (B,); None: what the model itself predicts.
+
+        Returns:
+            (B, H, W) in [0, 1]: 1 where the evidence is strongest, 0 where it is weakest; all 0 where nothing stands out.
+
+        Raises:
+            InputError: the image is no batch of floating-point images.
+            UsageError: no such class, or the model is no classifier.
+        """
+        if image.ndim != 4 or not image.is_floating_point():
+            hint = "; add a batch axis with image[None]" if image.ndim == 3 else ""
+            raise InputError(f"explainers take a floating-point image (B, C, H, W), got {image.dtype} {tuple(image.shape)}{hint}")
+        wanted = None if target is None else target_numbers(self.model, target, len(image)).to(image.device)
+        frozen = [p for p in self.model.parameters() if p.requires_grad]
+        try:
+            for p in frozen:  # the evidence is in the image; gradients of the weights would only cost
+                p.requires_grad_(False)
+            with evaluating(self.model):
+                maps = self.relevance(image.detach(), wanted).detach()
+        finally:
+            for p in frozen:
+                p.requires_grad_(True)
+        size = (image.shape[-2], image.shape[-1])
+        return scaled(maps if maps.shape[1:] == size else to_pixels(maps, size, self.cover(maps, size)))
+
+    def relevance(self, image: Tensor, target: Tensor | None) -> Tensor:
+        """Evidence before scaling, (B, h, w) at any resolution. Called in eval mode without gradients (`torch.enable_grad` where needed).
+
+        Args:
+            image: (B, C, H, W).
+            target: (B,) class numbers, None: the prediction (see `choose`).
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define relevance")
+
+    def cover(self, maps: Tensor, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width in pixels of what the cells of `relevance` cover (see `reading.covered`)."""
+        return size
+
+    def logits(self, image: Tensor) -> Tensor:
+        """(B, num_classes)."""
+        return logits_of(self.model, self.model(image))
+
+    def choose(self, logits: Tensor, target: Tensor | None) -> Tensor:
+        """(B,): the classes that are asked for, else those with the largest logits."""
+        if target is None:
+            return logits.argmax(dim=1)
+        if int(target.max()) >= logits.shape[1]:
+            raise UsageError(f"the model has classes 0 to {logits.shape[1] - 1}; {int(target.max())} is not among them")
+        return target
+
+
+def scaled(maps: Tensor) -> Tensor:
+    """Maps (B, H, W), each stretched to [0, 1]; a constant one becomes 0, because nothing stands out in it."""
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    return (maps - low) / torch.where(high > low, high - low, 1)
+
+
+def target_numbers(model: nn.Module, target: int | str | Tensor, batch: int) -> Tensor:
+    """A class by number or name, or numbers (B,) -> numbers (B,).
+
+    Raises:
+        UsageError: the model has no such class.
+    """
+    if isinstance(target, Tensor):
+        if target.shape != (batch,) or target.is_floating_point():
+            raise UsageError(f"targets are whole numbers, one for each of {batch} images; got {target.dtype} {tuple(target.shape)}")
+        numbers = target.long()
+    else:
+        numbers = torch.full((batch,), class_number(model, target))
+    count = getattr(model, "num_classes", None)
+    low, high = (int(numbers.min()), int(numbers.max())) if batch else (0, 0)
+    if low < 0 or (isinstance(count, int) and count and high >= count):
+        raise UsageError(f"the model has classes 0 to {(count or 0) - 1}; {low if low < 0 else high} is not among them")
+    return numbers
+
+
+def class_number(model: nn.Module, name: int | str) -> int:
+    """A class by its label or its number, as text too.
+
+    Raises:
+        UsageError: the model has no such label; the message names near ones.
+    """
+    labels = list(getattr(model, "labels", None) or [])
+    if isinstance(name, str) and name in labels:
+        return labels.index(name)
+    if isinstance(name, int) or name.isdecimal():
+        return int(name)
+    if not labels:
+        raise UsageError(f"the model's classes have no names; give a number in place of {name!r}")
+    told = ", ".join(labels[:10]) + (f" and {len(labels) - 10} more" if len(labels) > 10 else "")
+    raise UsageError(f"the model has no class {name!r}{nearest(name, labels)} (it has {told})")
+
+
+# ---- the registry
+
+_EXPLAINERS: dict[str, type[Explainer]] = {}
+
+
+def explainer(name: str) -> Callable[[ExplainerClass], ExplainerClass]:
+    """Register an explainer under the slug of its system, or under a name that has a row in `HOMES`."""
+
+    def register(cls: ExplainerClass) -> ExplainerClass:
+        cls.name = name
+        _EXPLAINERS[name] = cls
+        return cls
+
+    return register
+
+
+def list_explainers() -> list[str]:
+    """Names of all explainers."""
+    for system in systems():
+        if system.room == "explanation":
+            import_system(system.slug)
+    return sorted({*HOMES, *_EXPLAINERS})
+
+
+def find_explainer(name: str) -> type[Explainer]:
+    """The class of an explainer. Imports only the file that the name points to.
+
+    Raises:
+        UsageError: there is none; the message names near ones.
+    """
+    if name in HOMES:
+        importlib.import_module(f"vitarium.explanation.{HOMES[name]}")
+    elif any(system.slug == name for system in systems()):
+        import_system(name)
+    if name not in _EXPLAINERS:
+        known = list_explainers()
+        raise UsageError(f"unknown explanation method {name!r}{nearest(name, known)} (methods: {', '.join(known)})")
+    return _EXPLAINERS[name]
+
+
+def create_explainer(text: str, model: nn.Module, **options: Any) -> Explainer:
+    """An explainer of a model.
+
+    Args:
+        text: its name, as "grad_cam"; options may follow, as "rise:masks=1000,cells=8".
+        model: any classifier, or a model around one that has it as `explained` (T-TAME's).
+        options: of the explainer (the arguments of its class); they win over those in the text.
+
+    Raises:
+        UsageError: unknown name or option, or a value out of range.
+        UnsupportedModel: the method cannot look into this model.
+        MissingExtra: it comes from a library that is not installed.
+    """
+    name, _, rest = text.partition(":")
+    cls = find_explainer(name.strip())
+    given = {**dict(_options(text, rest)), **options}
+    known = [p for p in inspect.signature(cls.__init__).parameters if p not in ("self", "model")]
+    if wrong := [key for key in given if key not in known]:
+        raise UsageError(f"{name} has no option {wrong[0]!r}{nearest(wrong[0], known)} (it has {', '.join(known) or 'none'})")
+    return cls(model if cls.trained else getattr(model, "explained", model), **given)
+
+
+def _options(text: str, rest: str) -> Iterator[tuple[str, Any]]:
+    for part in filter(None, (piece.strip() for piece in rest.split(","))):
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip():
+            raise UsageError(f"cannot read {part!r} in {text!r}: options are written NAME=VALUE, with commas between, after METHOD:")
+        yield key.strip(), yaml.safe_load(value)
+
+
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """An option that must be a whole number of at least `least`.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UsageError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return value
+
+
+def share(name: str, value: Any) -> float:
+    """An option that must be a number above 0 and up to 1.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise UsageError(f"{name} must be a number above 0 and up to 1, got {value!r}")
+    return float(value)

@@ -1,0 +1,340 @@
+"""T-TAME: a small attention module, trained once on a frozen classifier's own predictions, explains any class in one forward pass.
+
+"T-TAME: Trainable Attention Mechanism for Explaining Convolutional Networks and Vision Transformers" (Ntrougkas, Gkalelis and Mezaris,
+IEEE Access 2024). From L feature maps f_i of the classifier (of a ViT: tokens after the first norm of its last blocks, class token dropped)
+
+    u_i = ReLU(BN_i(W_i f_i) + f_i)                    1x1 convolution, same channels
+    c   = W [u_1 | resize(u_2) | ... | resize(u_L)]    1x1 convolution to a map a class, at the first map's size (at most 56)
+    a   = sigmoid(c)
+
+In training the image is multiplied by the mask a_y of the class y that the classifier itself predicts, and must stay of that class while
+the masks m become small and smooth:
+
+    loss = 1.5 CE(classifier(x * up(a_y)), y) + 2 mean((m + 0.0005)^0.3) + 0.01 TV(m) / (2 B)
+
+No label of the data is used, and nothing of the classifier changes: no weight, no statistic. An explanation is c_k (not a_k), stretched to
+[0, 1] and enlarged to the image.
+
+Followed: the authors' code (IDT-ITI/T-TAME) with its "new" method and plain drop of the class token. As there, m are by default the maps
+of every image for the labels of the whole batch, (B, B, h, w), so that TV grows with the batch; `masks="diagonal"` takes each image's own.
+Different: Nesterov SGD under one cosine with a linear warm-up in place of OneCycle. Cost: 1 forward pass and 2-6 % on top (ViT-B: 4.08 M
+parameters).
+
+B batch, C channels, H and W sides of the image, h and w of a map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitarium.catalog.create import ModelSpec, create_model
+from vitarium.catalog.probe import evaluating, example_input
+from vitarium.catalog.registry import State, chain, family, rename
+from vitarium.catalog.saving import load
+from vitarium.errors import InputError, UsageError
+from vitarium.explanation.classifier import describe_classifier, rebuild_classifier
+from vitarium.explanation.explainers import Explainer, explainer, scaled
+from vitarium.explanation.faithfulness import SHARES, average_drop, increase_in_confidence, masked_probability
+from vitarium.explanation.heatmap import grid_of, overlay, overlay_on_input
+from vitarium.explanation.reading import Tap, covered, find_taps, logits_of, read_maps, to_pixels
+from vitarium.training import Learner, learner
+from vitarium.training.settings import Section
+
+MAX_SIDE = 56
+"""Cells of a side of the maps."""
+FLOOR, POWER = 0.0005, 0.3
+"""Of the area term: (m + FLOOR)^POWER, steep near 0, so that a mask had rather be empty than faint."""
+
+
+class TameAttention(nn.Module):
+    """Feature maps -> a map a class: [(B, C_i, h_i, w_i)] -> (B, num_classes, h, w), before the sigmoid.
+
+    Args:
+        channels: C_i of each feature map.
+        num_classes: classes of the classifier.
+    """
+
+    def __init__(self, channels: Sequence[int], num_classes: int):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(c, c, 1) for c in channels)
+        self.bns = nn.ModuleList(nn.BatchNorm2d(c) for c in channels)
+        self.fuser = nn.Conv2d(sum(channels), num_classes, 1)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        side = [min(MAX_SIDE, s) for s in features[0].shape[-2:]]
+        parts = [F.relu(bn(conv(f)) + f) for f, conv, bn in zip(features, self.convs, self.bns, strict=True)]
+        return self.fuser(torch.cat([F.interpolate(u, side, mode="bilinear", align_corners=False) for u in parts], dim=1))
+
+
+def official(state: State) -> State:
+    """The authors' Lightning checkpoint: attention module and frozen torchvision classifier (its ViT, VGG or ResNet) -> our names."""
+    vit = rename(
+        (r"^generic\.attn_mech\.(?:1\.)?", "attention."),
+        (r"^generic\.body\.class_token$", "classifier.cls_token"),
+        (r"^generic\.body\.conv_proj\.", "classifier.patch_embed.proj."),
+        (r"^generic\.body\.encoder\.pos_embedding$", "classifier.pos_embed"),
+        (r"^generic\.body\.encoder\.ln\.", "classifier.norm."),
+        (r"^generic\.body\.heads\.head\.", "classifier.head."),
+        (r"^generic\.body\.classifier\.0\.", "classifier.pre_logits.fc1."),
+        (r"^generic\.body\.classifier\.3\.", "classifier.pre_logits.fc2."),
+        (r"^generic\.body\.classifier\.6\.", "classifier.head.fc."),
+        (r"^generic\.body\.encoder\.layers\.encoder_layer_(\d+)\.", r"classifier.blocks.\1."),
+        (r"^generic\.body\.", "classifier."),
+    )
+    inside = [
+        (r"\.ln_([12])\.", r".norm\1."),
+        (r"\.self_attention\.in_proj_", ".attn.qkv."),
+        (r"\.self_attention\.out_proj\.", ".attn.proj."),
+        (r"\.mlp\.(?:0|linear_1)\.", ".mlp.fc1."),
+        (r"\.mlp\.(?:3|linear_2)\.", ".mlp.fc2."),
+    ]
+    renamed = chain(vit, *(rename(rule) for rule in inside))(state)
+    for name, side in (("fc1", 7), ("fc2", 1)):  # timm's VGG holds its hidden layers as convolutions
+        key = f"classifier.pre_logits.{name}.weight"
+        if key in renamed and renamed[key].ndim == 2:
+            renamed[key] = renamed[key].unflatten(1, (-1, side, side))
+    return renamed
+
+
+def _torchvision(name: str) -> dict[str, Any]:
+    """timm's twin of a torchvision classifier, with torchvision's preparation of images."""
+    return {"name": name, "preprocessing": {"image_size": 224, "interpolation": "bilinear", "crop_pct": 0.875}}
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "vit_base": dict(classifier=_torchvision("timm/vit_base_patch16_224"), taps=tuple(f"blocks.{i}.norm1" for i in (9, 10, 11))),
+    "vgg16": dict(classifier=_torchvision("timm/vgg16"), taps=("features.16", "features.23", "features.30")),
+    "resnet50": dict(classifier=_torchvision("timm/resnet50"), taps=("layer2", "layer3", "layer4")),
+    "pico": dict(classifier="timm/vit_pico", num_classes=10, image_size=16),
+    "any": dict(classifier="timm/vit_pico"),
+}
+
+
+@family("t_tame", variants=VARIANTS, official=official, learner="t_tame")
+class TTAME(nn.Module):
+    """A frozen classifier with its attention module. As a module it is the classifier: image (B, C, H, W) -> logits (B, num_classes).
+
+    `TTAME.over(model)` puts one on a classifier that is there; `vitarium train t_tame --data D --model FILE_OR_NAME` trains it.
+
+    Args:
+        classifier: a model's name, a description (`describe_classifier`), or the classifier itself.
+        taps: where its feature maps are read: modules' names, or numbers of stages; None: `find_taps` finds them.
+        channels: of the maps there, and then no pass is needed to find them; None: by a pass over an example.
+        num_classes, image_size: of a classifier that is built here.
+
+    Raises:
+        UsageError: the classifier has no classes, or has no such taps.
+        UnsupportedModel: nowhere in it is a map.
+    """
+
+    def __init__(
+        self,
+        classifier: str | Mapping[str, Any] | nn.Module,
+        *,
+        taps: Sequence[Tap] | None = None,
+        channels: Sequence[int] | None = None,
+        num_classes: int | None = None,
+        image_size: int | None = None,
+    ):
+        super().__init__()
+        given = {k: v for k, v in (("num_classes", num_classes), ("image_size", image_size)) if v is not None}
+        self.classifier = classifier if isinstance(classifier, nn.Module) else rebuild_classifier(classifier, **given)
+        self.classifier.requires_grad_(False).eval()
+        self.preprocessing: Any = getattr(self.classifier, "preprocessing", None)
+        self.labels: list[str] | None = getattr(self.classifier, "labels", None)
+        self.taps: tuple[Tap, ...] = tuple(taps) if taps is not None else find_taps(self.classifier)
+        self.num_classes = int(getattr(self.classifier, "num_classes", 0))
+        if channels is None:
+            self.num_classes, channels = self._look()
+        self.attention = TameAttention(channels, self.num_classes).to(next(self.classifier.parameters()).dtype)
+
+    def _look(self) -> tuple[int, list[int]]:
+        """Classes, and channels of the maps at the taps."""
+        image = example_input(self.classifier, batch=2)
+        if image is None:
+            raise UsageError(f"{type(self.classifier).__name__} does not say what image it takes; set its preprocessing")
+        with evaluating(self.classifier):
+            logits, maps = read_maps(self.classifier, image, self.taps)
+        return logits.shape[1], [m.shape[1] for m in maps]
+
+    @classmethod
+    def over(cls, classifier: nn.Module, *, taps: Sequence[Tap] | None = None) -> TTAME:
+        """The same classifier object with a fresh attention module. It can be saved if `create_model` or `load` made the classifier."""
+        model = cls(classifier, taps=taps).to(next(classifier.parameters()).device)
+        if getattr(classifier, "spec", None) is not None:
+            channels = [conv.in_channels for conv in model.attention.convs]
+            arguments = {"classifier": describe_classifier(classifier), "taps": list(model.taps), "channels": channels}
+            model.spec = ModelSpec("t_tame_any", arguments)  # type: ignore[assignment]
+        return model
+
+    @property
+    def explained(self) -> nn.Module:
+        """The classifier, for explainers that know nothing of the attention module."""
+        return self.classifier
+
+    def train(self, mode: bool = True) -> TTAME:
+        """The attention module learns; the classifier stays in eval mode, its statistics as they are."""
+        super().train(mode)
+        self.classifier.eval()
+        return self
+
+    def forward(self, image: Tensor) -> Tensor:
+        return logits_of(self.classifier, self.classifier(image))
+
+    def maps(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Image (B, C, H, W) -> the classifier's logits (B, num_classes), and c (B, num_classes, h, w): one pass."""
+        with torch.no_grad():
+            logits, features = read_maps(self.classifier, image, self.taps)
+        return logits, self.attention(features)
+
+    def enlarged(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        """Maps (B, h, w) -> (B, H, W), each cell over the pixels that it was computed from."""
+        return to_pixels(maps, size, covered(self.classifier, self.taps[0], (maps.shape[1], maps.shape[2]), size))
+
+
+def pick(maps: Tensor, classes: Tensor) -> Tensor:
+    """Maps (B, num_classes, h, w) -> of each image that of its class, (B, h, w)."""
+    return maps[torch.arange(len(maps), device=maps.device), classes]
+
+
+def area(masks: Tensor) -> Tensor:
+    """Mean of (m + 0.0005)^0.3 over masks of any shape, in [0, 1]; a scalar."""
+    return (masks + FLOOR).pow(POWER).mean()
+
+
+def variation(masks: Tensor) -> Tensor:
+    """Squared differences of neighbours, and 0.3 of the squares on the four edges, of masks (B, ..., h, w), over 2 B; a scalar."""
+    inside = masks.diff(dim=-2).square().sum() + masks.diff(dim=-1).square().sum()
+    edges = sum(edge.square().sum() for edge in (masks[..., 0, :], masks[..., -1, :], masks[..., :, 0], masks[..., :, -1]))
+    return (inside + 0.3 * edges) / (2 * len(masks))
+
+
+@explainer("t_tame")
+class TTAMEExplainer(Explainer):
+    """The maps of a trained attention module: one forward pass, whatever the class.
+
+    Raises:
+        UsageError: the model has no attention module.
+    """
+
+    trained = True
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        if not isinstance(model, TTAME):
+            raise UsageError(
+                f"t_tame explains a classifier by an attention module that was trained on it, and this {type(model).__name__} has none: "
+                "vitarium train t_tame --data DATA --model FILE makes one"
+            )
+        self.tame = model
+
+    def relevance(self, image: Tensor, target: Tensor | None) -> Tensor:
+        logits, c = self.tame.maps(image)
+        return scaled(pick(c, self.choose(logits, target)))
+
+    def cover(self, maps: Tensor, size: tuple[int, int]) -> tuple[int, int]:
+        return covered(self.tame.classifier, self.tame.taps[0], (maps.shape[1], maps.shape[2]), size)
+
+
+@learner("t_tame")
+class TTAMELearner(Learner):
+    """Masks that keep a frozen classifier's own predictions. Labels of the data are not looked at.
+
+    Metrics, on held-out images (percent): average drop (lower is better) and increase in confidence of the class where only the largest
+    100, 50 or 15 % of its map are kept.
+    """
+
+    class Settings(Section):
+        """Weights of the terms; which masks the area and variation terms look at; where the classifier is read (None: `find_taps`)."""
+
+        cross_entropy: float = 1.5
+        area: float = 2.0
+        variation: float = 0.01
+        masks: Literal["random", "diagonal"] = "random"
+        taps: tuple[str | int, ...] | None = None
+
+    data_task = "image"
+    primary_metric = ("average_drop_50", "min")
+    usage = "vitarium explain IMAGE --model {file} --method t_tame --output explained"
+
+    @classmethod
+    def create(cls, name: str, data: Any, recipe: Any, *, pretrained: bool = False, checkpoint: str | None = None) -> TTAMELearner:
+        """Args:
+        name: of the classifier: a file of `vitarium.save`, or a model's name (with `pretrained` or `checkpoint`, or it knows nothing).
+        data, recipe, pretrained, checkpoint: as of every learner. The image's size is the classifier's.
+        """
+        settings = recipe.settings_of(cls)
+        if Path(name).is_file() or name.endswith(".safetensors"):
+            model = load(name)
+            model = model if isinstance(model, TTAME) else TTAME.over(model, taps=settings.taps)
+            return cls(model, settings)
+        if not pretrained and checkpoint is None:
+            raise UsageError(
+                f"{name} without weights has nothing to explain: give --model a file that 'vitarium train' or vitarium.save wrote, "
+                "or --pretrained, or --checkpoint FILE"
+            )
+        model = create_model(name, pretrained=pretrained, checkpoint=checkpoint)
+        return cls(model if isinstance(model, TTAME) else TTAME.over(model, taps=settings.taps), settings)
+
+    def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        image, s = batch["image"], self.settings
+        model: Any = self.model
+        logits, c = model.maps(image)
+        label, a = logits.argmax(dim=1), c.sigmoid()
+        own = pick(a, label)
+        masked = image * model.enlarged(own, (image.shape[-2], image.shape[-1]))[:, None]
+        masks = a[:, label] if s.masks == "random" else own[:, None]
+        terms = {
+            "cross_entropy": s.cross_entropy * F.cross_entropy(model(masked), label),
+            "area": s.area * area(masks),
+            "variation": s.variation * variation(masks),
+        }
+        return {"loss": torch.stack(list(terms.values())).sum(), **{name: term.detach() for name, term in terms.items()}}
+
+    def metrics(self) -> Any:
+        """average_drop_V and increase_V, V in 100, 50, 15 % of the map."""
+        from torchmetrics import MeanMetric
+
+        names = [f"{kind}_{round(100 * v)}" for kind in ("average_drop", "increase") for v in SHARES]
+        return nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})
+
+    def evaluate_batch(self, model: nn.Module, batch: dict[str, Any], metrics: Any) -> None:
+        image = batch["image"]
+        maps, label, p = self._explained(model, image)
+        for v in SHARES:
+            q = masked_probability(model, image, maps, label, v)
+            metrics[f"average_drop_{round(100 * v)}"].update(average_drop(p, q))
+            metrics[f"increase_{round(100 * v)}"].update(increase_in_confidence(p, q))
+
+    def summary(self, metrics: Any) -> dict[str, Any]:
+        return {name: float(metric.compute()) for name, metric in metrics.items()}
+
+    def _explained(self, model: nn.Module, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Maps (B, H, W) in [0, 1] of the predictions, their classes (B,) and probabilities (B,)."""
+        if not isinstance(model, TTAME):
+            raise InputError(f"this objective is about a TTAME, got a {type(model).__name__}")
+        logits, c = model.maps(image)
+        label = logits.argmax(dim=1)
+        maps = scaled(model.enlarged(scaled(pick(c, label)), (image.shape[-2], image.shape[-1])))
+        return maps, label, pick(logits.softmax(dim=1), label)
+
+    def pictures(self, model: Any, batch: dict[str, Any]) -> dict[str, Image.Image]:
+        image = batch["image"][:8]
+        maps, _, _ = self._explained(model, image)
+        return {"explained": grid_of([overlay_on_input(x, m, model.preprocessing) for x, m in zip(image, maps, strict=True)])}
+
+    def answers(self, model: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        maps, label, p = self._explained(model, batch["image"])
+        names = getattr(model, "labels", None) or [f"class {i}" for i in range(model.num_classes)]
+        rows = zip(label.tolist(), p.tolist(), maps.detach().cpu().numpy(), strict=True)
+        return [{"label": names[i], "probability": q, "_map": m, "_preprocessing": model.preprocessing} for i, q, m in rows]
+
+    def picture_of(self, picture: Image.Image, answer: dict[str, Any]) -> Image.Image | None:
+        return overlay(picture, answer["_map"], answer["_preprocessing"])
