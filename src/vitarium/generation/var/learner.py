@@ -37,7 +37,9 @@ class VARTokenizerLearner(Learner):
     The authors also train against a discriminator, with code that they did not release; this loop drives one optimizer.
     """
 
-    model: VARTokenizer
+    model: Any
+    idle: Tensor
+    """Steps since each code was used, (V,)."""
 
     class Settings(Section):
         """
@@ -114,6 +116,8 @@ class VARTokenizerLearner(Learner):
         from torchmetrics.image import PeakSignalNoiseRatio
 
         class Usage(Metric):
+            seen: Tensor
+
             def __init__(self, count: int):
                 super().__init__()
                 self.add_state("seen", torch.zeros(count), dist_reduce_fx="sum")
@@ -126,7 +130,7 @@ class VARTokenizerLearner(Learner):
 
         return nn.ModuleDict({"psnr": PeakSignalNoiseRatio(data_range=(-1.0, 1.0)), "usage": Usage(self.model.vocab_size)})
 
-    def evaluate_batch(self, model: nn.Module, batch: Batch, metrics: Any) -> None:
+    def evaluate_batch(self, model: Any, batch: Batch, metrics: Any) -> None:
         codes = model.encode(batch["image"])
         metrics["psnr"].update(model.decode(codes).float(), batch["image"].float())
         metrics["usage"].update(torch.cat(codes, 1))
@@ -134,12 +138,12 @@ class VARTokenizerLearner(Learner):
     def summary(self, metrics: Any) -> dict[str, Any]:
         return {name: metric.compute().tolist() for name, metric in metrics.items()}
 
-    def pictures(self, model: nn.Module, batch: Batch) -> dict[str, Image.Image]:
+    def pictures(self, model: Any, batch: Batch) -> dict[str, Image.Image]:
         """Pictures above what their codes keep of them."""
         image = batch["image"][:SHOWN]
         return {"reconstructions": grid((torch.cat([image, model(image)]) + 1) / 2, len(image))}
 
-    def answers(self, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
+    def answers(self, model: Any, batch: Batch) -> list[dict[str, Any]]:
         """The codes of each picture, a list a scale, and how near (psnr, decibels) they bring it."""
         codes = model.encode(batch["image"])
         made = model.decode(codes)
@@ -157,7 +161,7 @@ class VARTokenizerLearner(Learner):
 class VARLearner(Learner):
     """Cross entropy of every code of every scale, given the class and the picture that earlier scales add up to."""
 
-    model: VAR
+    model: Any
 
     class Settings(Section):
         """
@@ -165,10 +169,14 @@ class VARLearner(Learner):
             tokenizer: file of a trained tokenizer (`vitarium train var_tokenizer`). The trained model holds it, and the file is no
                 longer needed. None: the checkpoint that training starts from brings its own.
             label_drop: share of the pictures that are shown without their class, for guidance.
+            judge: feature extractor of the Fréchet distance: "pixels" (8x8 grey levels), a model's name, or a file.
+            samples: pictures that are made for it at an evaluation, in each process; 0: it is left out.
         """
 
         tokenizer: str | None = None
         label_drop: Annotated[float, Field(ge=0, lt=1)] = 0.1
+        judge: str = "pixels"
+        samples: Annotated[int, Field(ge=0)] = 256
 
     usage = "vitarium generate {file}"
 
@@ -180,7 +188,7 @@ class VARLearner(Learner):
                 "VAR learns the codes of a trained tokenizer, and none was named: run 'vitarium train var_tokenizer_pico' "
                 "and pass its file with --set objective.tokenizer=FILE"
             )
-        codec = _tokenizer(settings.tokenizer) if settings.tokenizer else None
+        codec: Any = _tokenizer(settings.tokenizer) if settings.tokenizer else None
         given = {} if codec is None else dict(tokenizer=codec.spec.name, tokenizer_arguments=codec.spec.arguments)
         model = build_model(name, data, _sized(name, data, recipe, codec), pretrained=pretrained, checkpoint=checkpoint, **given)
         if not isinstance(model, VAR):
@@ -192,6 +200,7 @@ class VARLearner(Learner):
     def __init__(self, model: VAR, settings: Any = None):
         super().__init__(model, settings)
         self.model.tokenizer.requires_grad_(False)
+        self._judge: Any = None
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         dropped = torch.rand(len(batch["target"]), device=batch["target"].device) < self.settings.label_drop
@@ -201,7 +210,7 @@ class VARLearner(Learner):
         return {"loss": losses.mean()}
 
     @staticmethod
-    def _losses(model: nn.Module, image: Tensor, labels: Tensor) -> Tensor:
+    def _losses(model: Any, image: Tensor, labels: Tensor) -> Tensor:
         """Cross entropy of each code, (B, L)."""
         with torch.no_grad():
             codes = model.tokenizer.encode(image)
@@ -209,31 +218,42 @@ class VARLearner(Learner):
         return F.cross_entropy(model.transformer(views, labels).transpose(1, 2), torch.cat(codes, 1), reduction="none")
 
     def metrics(self) -> Any:
-        """loss (mean over all codes), and scale_losses: the same of each scale (ln V is chance)."""
+        """loss (mean over all codes), scale_losses (the same of each scale; ln V is chance), frechet (see `Settings.judge`)."""
         from torchmetrics import MeanMetric
 
-        return nn.ModuleList(MeanMetric(nan_strategy="disable") for _ in range(1 + len(self.model.scales)))
+        from vitarium.generation.frechet import FrechetDistance, extractor
 
-    def evaluate_batch(self, model: nn.Module, batch: Batch, metrics: Any) -> None:
-        losses = self._losses(model, batch["image"], batch["target"])
-        metrics[0].update(losses)
-        for metric, part in zip(metrics[1:], losses.split(list(model.transformer.lengths), 1), strict=True):
+        losses = [MeanMetric(nan_strategy="disable") for _ in range(1 + len(self.model.scales))]
+        parts: dict[str, Any] = {"losses": nn.ModuleList(losses)}
+        if self.settings.samples:
+            self._judge = self._judge or extractor(self.settings.judge)
+            parts["frechet"] = FrechetDistance(*self._judge)
+        return nn.ModuleDict(parts)
+
+    def evaluate_batch(self, model: Any, batch: Batch, metrics: Any) -> None:
+        image, labels = batch["image"], batch["target"]
+        losses = self._losses(model, image, labels)
+        for metric, part in zip(metrics["losses"], (losses, *losses.split(list(model.transformer.lengths), 1)), strict=True):
             metric.update(part)
+        if "frechet" in metrics and metrics["frechet"].made_count < self.settings.samples:
+            metrics["frechet"].update(image / 2 + 0.5, real=True)
+            metrics["frechet"].update(model.generate(labels, seed=int(batch["index"][0])), real=False)
 
     def summary(self, metrics: Any) -> dict[str, Any]:
-        loss, *scales = (metric.compute().item() for metric in metrics)
-        return {"loss": loss, "scale_losses": scales}
+        loss, *scales = (metric.compute().item() for metric in metrics["losses"])
+        frechet = {"frechet": metrics["frechet"].compute().item()} if "frechet" in metrics else {}
+        return {"loss": loss, "scale_losses": scales, **frechet}
 
-    def pictures(self, model: nn.Module, batch: Batch) -> dict[str, Image.Image]:
+    def pictures(self, model: Any, batch: Batch) -> dict[str, Image.Image]:
         """Samples: a column a class."""
         labels = torch.arange(min(SHOWN, model.num_classes), device=batch["image"].device)
         return {"samples": grid(model.generate(labels.repeat(4)), len(labels))}
 
 
-def _tokenizer(file: str) -> VARTokenizer:
+def _tokenizer(file: str) -> Any:
     import vitarium
 
-    model = vitarium.load(file)
+    model: Any = vitarium.load(file)
     if isinstance(model, VAR):
         model = model.tokenizer
     if not hasattr(model, "scales") or not hasattr(model, "encode"):
@@ -241,7 +261,7 @@ def _tokenizer(file: str) -> VARTokenizer:
     return model
 
 
-def _sized(name: str, data: ImageData, recipe: Recipe, codec: VARTokenizer | None = None) -> Recipe:
+def _sized(name: str, data: ImageData, recipe: Recipe, codec: Any = None) -> Recipe:
     """The recipe without the size of the data's pictures: they are resized to that of the model, which its scales fix.
 
     Raises:
@@ -256,7 +276,7 @@ def _sized(name: str, data: ImageData, recipe: Recipe, codec: VARTokenizer | Non
     return recipe.model_copy(update=dict(image_size=size))
 
 
-def perceptual_distance(judge: nn.Module, made: Tensor, image: Tensor) -> Tensor:
+def perceptual_distance(judge: Any, made: Tensor, image: Tensor) -> Tensor:
     """Mean squared distance of unit features of pictures in [-1, 1], averaged over the network's stages. A scalar."""
     mean, std = (torch.tensor(v, device=image.device, dtype=image.dtype)[:, None, None] for v in _statistics(judge))
     maps = judge.forward_intermediates(((torch.cat([made, image]) + 1) / 2 - mean) / std, intermediates_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitarium.catalog import create_model, family, rename
-from vitarium.errors import InputError, UsageError
+from vitarium.errors import InputError, UsageError, nearest
 from vitarium.generation.labels import check_labels
 from vitarium.generation.var.tokenizer import OFFICIAL as TOKENIZER_OFFICIAL
 from vitarium.generation.var.tokenizer import PREPARATION
@@ -59,7 +60,7 @@ def _row(depth: int, **others: Any) -> dict[str, Any]:
 @family(
     "var",
     variants={
-        "pico": dict(depth=4, embed_dim=64, num_heads=4, tokenizer="var_tokenizer_pico", num_classes=10, image_size=16),
+        "pico": dict(depth=3, embed_dim=64, num_heads=4, tokenizer="var_tokenizer_pico", num_classes=10, image_size=16),
         "d16": _row(16),  # 310 M, FID 3.55 (256 pixels, ImageNet)
         "d20": _row(20),  # 601 M, 2.95
         "d24": _row(24),  # 1.0 B, 2.33
@@ -84,6 +85,9 @@ class VAR(nn.Module):
     Raises:
         ValueError: the tokenizer is for another image_size, or embed_dim does not divide by num_heads.
     """
+
+    tokenizer: Any
+    scales: tuple[int, ...]
 
     def __init__(
         self,
@@ -136,10 +140,7 @@ class VAR(nn.Module):
         seed: int = 0,
         guidance: float | None = None,
         steps: int | None = None,
-        top_k: int = 900,
-        top_p: float = 0.96,
-        smooth: bool = False,
-        cache: bool = True,
+        **options: Any,
     ) -> Tensor:
         """Pictures of the given classes, (B, in_chans, H, W) float32 in [0, 1].
 
@@ -149,15 +150,15 @@ class VAR(nn.Module):
             guidance: strength of classifier-free guidance at the last scale, to which it rises linearly from 1 at the first; 1 is
                 without. None: 2.5 (the authors' cfg = 1.5).
             steps: one a scale; no other number can be asked for.
-            top_k: likeliest codes among which one is drawn; 0: all; 1: always the likeliest.
-            top_p: the least set of codes that has this much probability; 0 or 1: all.
-            smooth: mix codes instead of choosing one (Gumbel-softmax); the authors' way to smoother pictures, not to better numbers.
-            cache: keep keys and values of earlier scales. False gives the same pictures more slowly.
+            options: top_k (900), likeliest codes among which one is drawn; 0: all; 1: always the likeliest. top_p (0.96), the least set
+                of codes that has this much probability; 0 or 1: all. smooth (false), mix codes instead of choosing one by Gumbel-softmax,
+                the authors' way to smoother pictures, not to better numbers. cache (true), keep keys and values of earlier scales;
+                without, the same pictures come more slowly.
 
         Raises:
             UsageError: an option that it cannot take.
         """
-        sampling = self._checked(labels, seed, guidance, steps, top_k, top_p) | dict(smooth=smooth, cache=cache)
+        sampling = self._options(labels, seed=seed, guidance=guidance, steps=steps, **options)
         with evaluating(self):
             image = self._sample(labels.to(self._device()), **sampling)
         return image.clone()
@@ -183,12 +184,7 @@ class VAR(nn.Module):
             UsageError: an option that it cannot take.
         """
         image, mask = self._checked_edit(image, mask, len(labels))
-        given: dict[str, Any] = dict(guidance=None, steps=None, top_k=900, top_p=0.96, smooth=False, cache=True)
-        if unknown := sorted(set(options) - set(given)):
-            raise UsageError(f"VAR takes no option {unknown[0]!r} (it takes {', '.join(given)})")
-        given |= options
-        extra = {name: given.pop(name) for name in ("smooth", "cache")}
-        sampling = self._checked(labels, seed, **given) | extra
+        sampling = self._options(labels, seed=seed, **options)
         with evaluating(self):
             codes = self.tokenizer.encode(2 * image - 1)
             kept = [self._kept(mask, p) for p in self.scales]
@@ -255,18 +251,39 @@ class VAR(nn.Module):
     def _device(self) -> torch.device:
         return self.transformer.start.device
 
-    def _checked(self, labels: Tensor, seed: int, guidance: float | None, steps: int | None, top_k: int, top_p: float) -> dict[str, Any]:
-        guidance, count = GUIDANCE if guidance is None else guidance, len(self.scales)
+    def _options(self, labels: Tensor, **options: Any) -> dict[str, Any]:
+        known = [name for name, p in inspect.signature(self._checked).parameters.items() if p.kind is p.KEYWORD_ONLY]
+        if unknown := sorted(set(options) - set(known)):
+            raise UsageError(f"VAR takes no option {unknown[0]!r}{nearest(unknown[0], known)} (it takes {', '.join(known)})")
+        return self._checked(labels, **options)
+
+    def _checked(
+        self,
+        labels: Tensor,
+        *,
+        seed: int = 0,
+        guidance: float | None = None,
+        steps: int | None = None,
+        top_k: int = 900,
+        top_p: float = 0.96,
+        smooth: bool = False,
+        cache: bool = True,
+    ) -> dict[str, Any]:
+        """Options of sampling, with their defaults, as `_sample` takes them."""
+        guidance = GUIDANCE if guidance is None else guidance
         check_labels(labels, self.num_classes, null=True)
-        if steps not in (None, count):
-            raise UsageError(f"VAR takes one step a scale, here {count}; got steps={steps}")
-        for name, value, low, high in (("guidance", guidance, 0, 100), ("top_p", top_p, 0, 1)):
-            if not low <= value <= high:
-                raise UsageError(f"{name} must lie in [{low}, {high}], got {value}")
+        if steps not in (None, len(self.scales)):
+            raise UsageError(f"VAR takes one step a scale, here {len(self.scales)}; got steps={steps}")
+        for name, value, high in (("guidance", guidance, 100), ("top_p", top_p, 1)):
+            if not isinstance(value, int | float) or not 0 <= value <= high:
+                raise UsageError(f"{name} must be a number from 0 to {high}, got {value!r}")
         for name, number in (("top_k", top_k), ("seed", seed)):
             if not isinstance(number, int) or number < 0:
                 raise UsageError(f"{name} must be a whole number of at least 0, got {number!r}")
-        return dict(seed=seed, guidance=guidance, top_k=top_k, top_p=top_p)
+        for name, switch in (("smooth", smooth), ("cache", cache)):
+            if not isinstance(switch, bool):
+                raise UsageError(f"{name} must be true or false, got {switch!r}")
+        return dict(seed=seed, guidance=guidance, top_k=top_k, top_p=top_p, smooth=smooth, cache=cache)
 
     def _checked_edit(self, image: Tensor, mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
         side = self.image_size

@@ -244,7 +244,7 @@ RELEASE = {"vae_ch160v4096z32": ("hf:FoundationVision/var/vae_ch160v4096z32.pth"
     name="var_tokenizer",
     variants={
         "pico": dict(
-            dim=32, dim_mult=(1, 1, 1), depth=1, groups=8, code_dim=8, vocab_size=64, scales=(1, 2, 3, 4), phi_count=2, image_size=16
+            dim=32, dim_mult=(1, 1, 1), depth=1, groups=8, code_dim=8, vocab_size=128, scales=(1, 2, 3, 4), phi_count=2, image_size=16
         ),
         "256": dict(scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), image_size=256),  # 108.9 M; the codec of d16 to d30
         "512": dict(scales=(1, 2, 3, 4, 6, 9, 13, 18, 24, 32), image_size=512),  # the same weights; of d36

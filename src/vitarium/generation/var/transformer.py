@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitarium.nn import DropPath, Linear, Mlp, drop_path_rates
+from vitarium.nn import DropPath, Linear, Mlp, drop_path_rates, init_weights
 
 MAX_LOG_SCALE = math.log(100)
 
@@ -42,6 +43,8 @@ class Cache:
 
 class CosineAttention(nn.Module):
     """Attention by the angle of queries and keys: (B, n, D) -> the same. The bias of the keys is not trained: it stays at zero."""
+
+    k_bias: Tensor
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -100,6 +103,9 @@ class ScaleTransformer(nn.Module):
         shared_modulation: one linear layer of the class for all blocks, and a table in each.
     """
 
+    levels: Tensor
+    """Scale of each token, (L,)."""
+
     def __init__(
         self,
         lengths: Sequence[int],
@@ -137,16 +143,15 @@ class ScaleTransformer(nn.Module):
         """The authors' initialisation; `gate` is the factor on the gates of the branches (smaller in their deeper models)."""
         dim, depth = self.head.in_features, len(self.blocks)
         std = (1 / dim / 3) ** 0.5
-        for part in self.modules():
-            if isinstance(part, nn.Linear | nn.Embedding):
-                nn.init.trunc_normal_(part.weight, std=std)
-                if getattr(part, "bias", None) is not None:
-                    nn.init.zeros_(part.bias)
+        init_weights(self, std=std)
+        for table in (self.class_embed, self.level_embed):
+            nn.init.trunc_normal_(table.weight, std=std)
         with torch.no_grad():
-            for table in (self.start, self.positions):
-                nn.init.trunc_normal_(table, std=std)
+            for parameter in (self.start, self.positions):
+                nn.init.trunc_normal_(parameter, std=std)
             self.head.weight.mul_(0.02)
             self.head_ada.weight.mul_(0.5)
+            block: Any
             for block in self.blocks:
                 block.attn.proj.weight.div_((2 * depth) ** 0.5)
                 block.mlp.fc2.weight.div_((2 * depth) ** 0.5)
@@ -176,7 +181,8 @@ class ScaleTransformer(nn.Module):
         given = F.silu(condition)
         if self.shared_ada is not None:
             given = self.shared_ada(given).unflatten(-1, (6, -1))[:, None]
-        return [block.modulation(given) for block in self.blocks]
+        blocks: Iterable[Any] = self.blocks
+        return [block.modulation(given) for block in blocks]
 
     def run(self, x: Tensor, modulations: Sequence[Tensor], mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Tokens (B, n, D) through the blocks; with a cache they see what it holds, and are added to it."""
