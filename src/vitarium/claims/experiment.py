@@ -31,6 +31,7 @@ class Arm:
         seeds: how many; the seeds are 0, 1, ...: initial weights, order and augmentation.
         recipe: training recipe.
         overrides: of the recipe, such as {"optimizer.lr": 1e-3}.
+        val_fraction: share of the data that is held out.
 
     Raises:
         ValueError: not exactly one budget, or no seed.
@@ -46,6 +47,7 @@ class Arm:
     seeds: int = 3
     recipe: str = "pico"
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    val_fraction: float = 0.2
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.seconds is None):

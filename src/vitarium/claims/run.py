@@ -117,7 +117,7 @@ def train_arm(arm: Arm, seed: int) -> float:
     budget = f"budget.steps={arm.steps}" if arm.steps else f"budget.minutes={(arm.seconds or 0) / 60}"
     rest = [f"{key}={json.dumps(value)}" for key, value in arm.overrides.items()]
     recipe = load_recipe(arm.recipe, [budget, f"seed={seed}", "eval_every=1.0", *rest])
-    data = open_data(arm.data)
+    data = open_data(arm.data, val_fraction=arm.val_fraction)
     torch.manual_seed(seed)
     model = create_model(arm.model, num_classes=len(data.classes), image_size=arm.image_size or data.image_size, **arm.options)
     with tempfile.TemporaryDirectory() as folder:

@@ -4,7 +4,7 @@ from vitarium.nn.attention import Attention
 from vitarium.nn.backbone import Backbone, Stage, VideoBackbone
 from vitarium.nn.folding import fold_norm_after, fold_norm_before
 from vitarium.nn.inflation import inflate, inflate_kernel
-from vitarium.nn.layers import DropPath, LayerNorm2d, LayerNorm3d, LayerScale, Linear, Mlp, drop_path_rates, init_weights
+from vitarium.nn.layers import DropPath, LayerNorm2d, LayerNorm3d, LayerScale, Linear, Mlp, QuickGELU, drop_path_rates, init_weights
 from vitarium.nn.patch_embed import PatchEmbed
 from vitarium.nn.positions import EvalCache, RelativePositionBias, apply_rotary, resize_position_table, rotary_2d, sincos_2d
 from vitarium.nn.pyramid import TokenPyramid
@@ -24,6 +24,7 @@ __all__ = [
     "Mlp",
     "PatchEmbed",
     "PyramidStage",
+    "QuickGELU",
     "RelativePositionBias",
     "Stage",
     "TokenBackbone",

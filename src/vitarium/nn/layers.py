@@ -84,6 +84,13 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class QuickGELU(nn.Module):
+    """x sigmoid(1.702 x), the activation of CLIP and CvT."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
 class Mlp(nn.Module):
     """Linear, activation, dropout, linear, dropout on the last axis: (..., dim) -> (..., dim).
 

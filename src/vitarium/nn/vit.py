@@ -30,18 +30,19 @@ class TransformerBlock(nn.Module):
         dim, num_heads: channels and heads.
         mlp_ratio: hidden channels of the MLP over dim.
         drop_path: stochastic depth of both branches.
+        attn: another mixer of tokens in the attention's place; what `forward` is given beside x goes to it.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, mlp_ratio: float = 4.0, drop_path: float = 0.0):
+    def __init__(self, dim: int, num_heads: int, *, mlp_ratio: float = 4.0, drop_path: float = 0.0, attn: nn.Module | None = None):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=EPS)
-        self.attn = Attention(dim, num_heads)
+        self.attn = Attention(dim, num_heads) if attn is None else attn
         self.norm2 = nn.LayerNorm(dim, eps=EPS)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+    def forward(self, x: Tensor, *context: Any) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), *context))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 

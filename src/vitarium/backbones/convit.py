@@ -1,0 +1,214 @@
+"""ConViT: attention that begins as a convolution and may leave it (d'Ascoli et al., "ConViT", 2021).
+
+The idea: a ViT whose first layers mix two attentions, one by content and one by position alone, under a learned gate a head. At the start
+each head's position attention looks at one neighbour, so that the layer is a convolution of a soft K x K kernel; the gate decides how much
+of it stays. The class token, which has no position, joins before the last two blocks, which attend as usual.
+
+    A = (1 - s(g)) softmax(q k^T / sqrt(d)) + s(g) softmax_j(w . (dx, dy, dx^2 + dy^2)),  (dx, dy) from query to key, s the sigmoid
+    at the start, head (a, b) of K x K: w = (2 (b - c), 2 (a - c), -1) * locality, hence exp(-locality |r - r_ab|^2);  g = 1;  W_v = 1
+
+Follows the authors' code (github facebookresearch/convit), whose checkpoints and timm's load by name. Any image size, square or not: the
+position attention is computed from the grid, the position table is resampled (the authors need a square).
+Cost: quadratic in tokens.
+
+How it is fast: the mix is linear in the attentions, A v = (1 - s) S v + s P v, so that S v runs in the fused kernel and P, which depends on
+no image, is computed once a grid in eval; the originals build both for each image of the batch and normalise the sum anew.
+
+Legend: B batch, N patches, C channels, h heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitarium.catalog import family, rename
+from vitarium.nn import Attention, EvalCache, Linear, PatchEmbed, TokenBackbone, TransformerBlock, drop_path_rates, init_weights
+from vitarium.nn.positions import resize_position_table
+
+Grid = tuple[int, int]
+
+
+def relative_positions(rows: int, columns: int, device: torch.device | None = None) -> Tensor:
+    """(dx, dy, dx^2 + dy^2) from each token to each other, (N, N, 3) float64; dx counts columns, key minus query."""
+    y, x = (torch.arange(n, device=device, dtype=torch.float64) for n in (rows, columns))
+    dy, dx = ((of[None] - of[:, None]) for of in (y.repeat_interleave(columns), x.repeat(rows)))
+    return torch.stack([dx, dy, dx**2 + dy**2], -1)
+
+
+class GPSA(nn.Module):
+    """Gated positional self-attention: tokens (B, N, dim) of a grid -> the same. Without class token.
+
+    Args:
+        dim: channels.
+        num_heads: heads; the first K^2 of them begin at the offsets of a K x K kernel, K = floor(sqrt(heads)).
+        locality: how narrow they begin.
+        local_init: whether they begin there at all; else at random.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, locality: float = 1.0, local_init: bool = True):
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.qk = Linear(dim, 2 * dim, bias=False)
+        self.v = Linear(dim, dim, bias=False)
+        self.proj = Linear(dim, dim)
+        self.pos_proj = nn.Linear(3, num_heads)
+        self.gating_param = nn.Parameter(torch.ones(num_heads))
+        self.cache = EvalCache()
+        init_weights(self)
+        if local_init:
+            self.init_as_convolution(locality)
+
+    @torch.no_grad()
+    def init_as_convolution(self, locality: float) -> None:
+        """Values pass unchanged, and heads look at the offsets of a kernel."""
+        nn.init.eye_(self.v.weight)
+        side = math.isqrt(self.num_heads)
+        centre = (side - 1) / 2 if side % 2 == 0 else side // 2
+        for a in range(side):
+            for b in range(side):
+                self.pos_proj.weight[a + side * b] = locality * torch.tensor([2 * (b - centre), 2 * (a - centre), -1.0])
+
+    def position_attention(self, grid: Grid) -> Tensor:
+        """P, (heads, N, N): rows sum to 1."""
+
+        def build() -> Tensor:
+            table = relative_positions(*grid, device=self.pos_proj.weight.device).to(self.pos_proj.weight.dtype)
+            return self.pos_proj(table).permute(2, 0, 1).softmax(-1)
+
+        return self.cache.get(self, grid, self.pos_proj.weight, build)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        q, k, v = self._parts(x)
+        by_content = F.scaled_dot_product_attention(q, k, v)
+        by_place = self.position_attention(grid).to(v.dtype) @ v
+        gate = self.gating_param.sigmoid().to(v.dtype)[:, None, None]
+        return self.proj((by_content + gate * (by_place - by_content)).transpose(1, 2).flatten(2))
+
+    def attention(self, x: Tensor, grid: Grid) -> Tensor:
+        """A, (B, heads, N, N), written out: for pictures and measurements."""
+        q, k, _ = self._parts(x)
+        content = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+        gate = self.gating_param.sigmoid()[:, None, None]
+        return (1 - gate) * content + gate * self.position_attention(grid)
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        batch, count, _ = x.shape
+        q, k = self.qk(x).view(batch, count, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        return q, k, self.v(x).view(batch, count, self.num_heads, self.head_dim).transpose(1, 2)
+
+
+def non_locality(attention: Tensor, grid: Grid) -> Tensor:
+    """Mean distance that each head looks at, in patches: attention (B, heads, N, N) -> (heads,)."""
+    distance = relative_positions(*grid, device=attention.device)[..., 2].sqrt().to(attention.dtype)
+    return (attention * distance).sum(-1).mean((0, 2))
+
+
+@family(
+    "convit",
+    variants={
+        "pico": dict(embed_dim=64, depth=4, num_heads=4, local_up_to_layer=3, patch_size=4, image_size=16),
+        "tiny": dict(embed_dim=192, num_heads=4),  # 5.7 M, 73.1 % top-1
+        "small": dict(embed_dim=432, num_heads=9),  # 27.8 M
+        "base": dict(embed_dim=768, num_heads=16),  # 86.5 M
+    },
+    official=rename(),  # the authors' names are ours
+    weights={size: {"in1k": (f"timm:convit_{size}.fb_in1k",)} for size in ("tiny", "small", "base")},
+)
+class ConViT(TokenBackbone):
+    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes).
+
+    Args:
+        embed_dim, depth, num_heads: channels, blocks, heads.
+        local_up_to_layer: how many blocks begin with `GPSA`; the class token joins behind them, so at least one block must follow.
+        locality_strength, use_local_init: see `GPSA`.
+        patch_size: side of a patch, pixels.
+        image_size: side of the square image that the position table is made for, pixels.
+        mlp_ratio: hidden channels of the MLPs over embed_dim.
+        drop_rate: dropout before the head.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+
+    Raises:
+        ValueError: no block is left for the class token.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        num_heads: int,
+        depth: int = 12,
+        local_up_to_layer: int = 10,
+        locality_strength: float = 1.0,
+        use_local_init: bool = True,
+        patch_size: int = 16,
+        image_size: int = 224,
+        mlp_ratio: float = 4.0,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        if not 0 <= local_up_to_layer < depth:
+            raise ValueError(
+                f"local_up_to_layer must lie in 0..{depth - 1}, because the class token needs a block behind it; got {local_up_to_layer}"
+            )
+        super().__init__(dim=embed_dim, depth=depth, stride=patch_size, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
+        self.local_up_to_layer = local_up_to_layer
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.table_grid = self.patch_embed.grid(image_size, image_size)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, self.table_grid[0] * self.table_grid[1], embed_dim))
+        self.cache = EvalCache()
+        (rates,) = drop_path_rates(drop_path_rate, [depth])
+        self.blocks = nn.ModuleList(
+            TransformerBlock(
+                embed_dim, num_heads, mlp_ratio=mlp_ratio, drop_path=rate, attn=Attention(embed_dim, num_heads, qkv_bias=False)
+            )
+            for rate in rates
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        init_weights(self, conv=False)
+        for block in self.blocks[:local_up_to_layer]:
+            block.attn = GPSA(embed_dim, num_heads, locality=locality_strength, local_init=use_local_init)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def positions(self, grid: Grid) -> Tensor:
+        """The position table of a grid, (1, N, C); resampled where it is not the one that the model was made for."""
+        if grid == self.table_grid:
+            return self.pos_embed
+        return self.cache.get(self, grid, self.pos_embed, lambda: resize_position_table(self.pos_embed, self.table_grid, grid))
+
+    def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
+        """Yields the tokens after each block: (B, N, C), and from the class token's first block on (B, 1 + N, C)."""
+        grid = self.patch_embed.grid(*image.shape[-2:])
+        x = self.patch_embed(image).flatten(2).transpose(1, 2) + self.positions(grid)
+        for i, block in enumerate(self.blocks):
+            if i == self.local_up_to_layer:
+                x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], 1)
+            x = self.run_blocks([block], x, grid) if i < self.local_up_to_layer else self.run_blocks([block], x)
+            yield x
+
+    def as_map(self, features: Tensor, image_size: torch.Size) -> Tensor:  # type: ignore[override]
+        rows, columns = self.patch_embed.grid(*image_size)
+        return features[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
+
+    @torch.no_grad()
+    def gates(self) -> Tensor:
+        """How positional each head is, s(g) from 0 to 1: (local_up_to_layer, heads)."""
+        return torch.stack([gate.sigmoid() for name, gate in self.named_parameters() if name.endswith("gating_param")])
+
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed", "cls_token"}
+
+    def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
+        """A checkpoint's position table for this model's grid; None for any other tensor that does not fit."""
+        side = math.isqrt(tensor.shape[1]) if tensor.ndim == 3 else 0
+        if name != "pos_embed" or tensor.shape[2:] != shape[2:] or side**2 != tensor.shape[1]:
+            return None
+        return resize_position_table(tensor, (side, side), self.table_grid)
