@@ -63,6 +63,10 @@ class Site:
     def before(self, tokens: Tokens) -> None:
         """Before the block."""
 
+    def attend(self, attended: Attended) -> Tensor | None:
+        """The heads' output (B, H, N, D) in place of the fused kernel's, which computes softmax(q k^T scale + bias) v; None leaves it."""
+        return None
+
     def between(self, tokens: Tokens, attended: Attended) -> None:
         """After the attention's residual sum, before the MLP's norm."""
 
@@ -144,8 +148,11 @@ class SitedBlock(nn.Module):
             bias = mask
         if call.get("is_causal"):
             raise InputError(f"{self.name}: causal attention does not go together with methods on blocks")
-        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=attention.dropout, scale=attention.scale)
-        return Attended(q, k, v, attention.scale, bias), attention.project(heads, normed)
+        attended = Attended(q, k, v, attention.scale, bias)
+        heads = next((out for site in self.sites if (out := site.attend(attended)) is not None), None)
+        if heads is None:
+            heads = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=attention.dropout, scale=attention.scale)
+        return attended, attention.project(heads, normed)
 
 
 def install(model: nn.Module, make: Callable[[Anatomy], Sequence[Site]]) -> tuple[dict[str, nn.Module], list[Site]]:

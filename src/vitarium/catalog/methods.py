@@ -30,7 +30,7 @@ Kind = Literal["prune", "reduce", "adapt", "quantize", "explain"]
 KINDS: tuple[Kind, ...] = ("prune", "reduce", "adapt", "quantize", "explain")
 MethodClass = TypeVar("MethodClass", bound="type[Method]")
 
-BASELINES = {"tome": "pitome"}
+BASELINES = {"tome": "pitome", "int8": "mptq_vit", "int4w": "mptq_vit"}
 """Methods that are no system of their own -> the system in whose file they are."""
 
 

@@ -33,7 +33,7 @@ def _input_shape(model: nn.Module) -> tuple[int, int, int] | None:
         return preprocessing.channels, preprocessing.image_size, preprocessing.image_size
     if isinstance(patch_embed := getattr(model, "patch_embed", None), nn.Module):  # timm's own word on the size it was built for
         size, proj = getattr(patch_embed, "img_size", None), getattr(patch_embed, "proj", None)
-        if size is not None and isinstance(proj, nn.Conv2d):
+        if size is not None and hasattr(proj, "in_channels"):  # a convolution, or what a quantizer put in its place
             return proj.in_channels, *size
     cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     if isinstance(cfg, dict) and cfg.get("input_size"):

@@ -1,0 +1,120 @@
+"""Rounding inside attention: queries, keys, values and attention weights, in models that anatomy knows.
+
+    logits = Q(q) Q(k)^T,   out = Qs(softmax(logits)) Q(v)
+
+Queries, keys and values have a step for each head. Attention weights p take PTQ4ViT's split of [0, 1] at 2^-i: p >= split with step
+1 / (2^(b-1) - 1), the others with step split / (2^(b-1) - 1); its code adds the split to the large ones as well, which is not followed.
+Steps and split are searched like a layer's (`hessian.fit_product`). Simulated: slower than the fused kernel.
+
+B images, H heads, N tokens, D channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitarium.anatomy import Attended, Site, install
+from vitarium.efficiency.quantization.calibration import draw, float_eval
+from vitarium.efficiency.quantization.hessian import fit_product
+from vitarium.efficiency.quantization.ranges import symmetric_step
+from vitarium.ops.number_formats import Integer
+
+SPLITS = tuple(2.0**-i for i in range(20))
+MOST_IMAGES = 8
+
+
+def round_softmax(p: Tensor, split: Tensor, bits: int) -> Tensor:
+    """Attention weights in [0, 1] on the split grid."""
+    highest = 2 ** (bits - 1) - 1
+    large = (p * highest).round().clamp(0, highest) / highest
+    step = split / highest
+    return torch.where(p >= split, large, (p / step).round().clamp(0, highest) * step)
+
+
+class RoundedAttention(Site):
+    """A block's attention between integers; without steps it computes what the original does, and keeps it.
+
+    Args:
+        bits: of all operands.
+        steps: {"q", "k", "v": H numbers each, "split": a number}, None while calibrating.
+    """
+
+    def __init__(self, bits: int, steps: Mapping[str, Any] | None = None):
+        self.bits, self.steps = bits, steps
+        self.kept: list[tuple[Tensor, ...]] = []
+
+    def attend(self, attended: Attended) -> Tensor:
+        q, k, v = attended.q, attended.k, attended.v
+        if self.steps is not None:
+            q, k, v = (self._round(x, self.steps[name]) for x, name in zip((q, k, v), "qkv", strict=True))
+        product = q @ k.transpose(-2, -1)
+        logits = product * attended.scale
+        p = (logits if attended.bias is None else logits + attended.bias).softmax(-1)
+        if self.steps is not None:
+            return round_softmax(p, torch.tensor(self.steps["split"], dtype=p.dtype, device=p.device), self.bits) @ v
+        out = p @ v
+        self.kept.append((q.detach(), k.detach(), p.detach(), v.detach(), product, out))
+        return out
+
+    def _round(self, x: Tensor, steps: Sequence[float]) -> Tensor:
+        return Integer(self.bits).quantize(x, torch.tensor(steps, dtype=x.dtype, device=x.device).view(-1, 1, 1))
+
+    def fit(self, kept: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+        """Find the steps from q, k, p, v, q k^T, p v and the roots of the weights of the last two."""
+        q, k, p, v, product, out = kept
+        format, bits = Integer(self.bits), self.bits
+        first = {n: symmetric_step(x.abs().amax((0, 2, 3)).view(-1, 1, 1), bits) for n, x in (("q", q), ("k", k), ("v", v))}
+        step_q, step_k = fit_product(
+            q, k.transpose(-2, -1), product.detach(), grads[0], round_a=format.quantize, round_b=format.quantize,
+            first_a=first["q"], first_b=first["k"],
+        )  # fmt: skip
+        split, step_v = fit_product(
+            p, v, out.detach(), grads[1], round_a=lambda x, s: round_softmax(x, s, bits), round_b=format.quantize,
+            first_a=torch.ones(1, 1, 1, dtype=p.dtype, device=p.device), first_b=first["v"], candidates_a=SPLITS,
+        )  # fmt: skip
+        self.steps = {n: s.flatten().tolist() for n, s in (("q", step_q), ("k", step_k), ("v", step_v))} | {"split": float(split)}
+
+
+def attach_attention(
+    model: nn.Module, images: Sequence[Tensor], bits: int, *, weigh: bool
+) -> tuple[dict[str, nn.Module], list[Any], dict[str, Any]]:
+    """Calibrate and set the rounding of every block.
+
+    Args:
+        bits: of all operands, 3 to 8.
+        weigh: whether errors are weighted by what they do to the prediction.
+
+    Returns:
+        name of a block -> the block that was there, the sites, and their steps in plain values.
+
+    Raises:
+        UnsupportedModel: anatomy does not know the model.
+    """
+    replaced, sites = install(model, lambda view: [RoundedAttention(bits) for _ in view.blocks])
+    image = torch.cat(list(images))[:MOST_IMAGES].requires_grad_(weigh)
+    with float_eval(model), torch.set_grad_enabled(weigh):
+        output = model(image)
+        kept = [site.kept[-1] for site in sites]  # type: ignore[attr-defined]
+        products = [tensor for one in kept for tensor in one[-2:]]
+        grads: Sequence[Tensor | None] = [None] * len(products)
+        if weigh:
+            grads = torch.autograd.grad(draw(output, torch.Generator().manual_seed(0)), products, allow_unused=True)
+    for i, site in enumerate(sites):
+        site.kept.clear()  # type: ignore[attr-defined]
+        site.fit(kept[i], grads[2 * i : 2 * i + 2])  # type: ignore[attr-defined]
+    return replaced, list(sites), _steps_of(replaced, sites)
+
+
+def _steps_of(names: Mapping[str, nn.Module], sites: Sequence[Any]) -> dict[str, Any]:
+    return {name: {"bits": site.bits, **site.steps} for name, site in zip(names, sites, strict=True)}
+
+
+def rebuild_attention(model: nn.Module, state: Mapping[str, Any]) -> tuple[dict[str, nn.Module], list[Any]]:
+    """The rounding of every block from its saved steps."""
+    rows = [dict(row) for row in state.values()]
+    replaced, sites = install(model, lambda _view: [RoundedAttention(row.pop("bits"), row) for row in rows])
+    return replaced, list(sites)

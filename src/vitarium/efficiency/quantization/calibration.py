@@ -1,0 +1,199 @@
+"""What a model's layers see on calibration images: ranges, sampled inputs and outputs, and how much each output matters.
+
+The weight of an output value y is g^2, g the gradient of log p(c) where c is drawn from the model's own prediction: the diagonal of the
+Fisher matrix, which is the second derivative of the divergence between float and quantized logits at the float model, where the first one
+is zero. Models that give out no logits are taken as predicting with unit variance, which makes it the squared error of the output.
+
+Legend: R sampled rows (tokens, or whole images for convolutions), N inputs, M outputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from vitarium.catalog.create import preprocessing_of
+from vitarium.efficiency.quantization.ranges import Observer
+from vitarium.errors import UsageError
+
+BATCH = 8  # images at once: their whole graph is in memory
+
+
+def calibration_images(model: nn.Module, images: Any, count: int = 32) -> Tensor:
+    """The first pictures of an image set (spread over all of it) as the model takes them: (count, C, H, W). Unreadable ones are passed by.
+
+    Args:
+        images: an ImageSet, such as `open_data(...).train`: never pictures on which the result is measured.
+    """
+    from vitarium.data import BrokenImage
+
+    transform, found = preprocessing_of(model), []
+    total = len(images)
+    for index in sorted(range(total), key=lambda i: (i * 0.6180339887498949) % 1.0):  # spread evenly, whatever the order of classes
+        with contextlib.suppress(BrokenImage):
+            found.append(transform(images[index][0]))
+        if len(found) == count:
+            break
+    if not found:
+        raise UsageError("there is no readable picture to calibrate on")
+    return torch.stack(found)
+
+
+def batches(calibration: Any, count: int, like: Tensor, batch: int = BATCH) -> list[Tensor]:
+    """At most `count` images from whatever holds them, as small batches of the dtype and device of `like`.
+
+    Args:
+        calibration: a tensor (n, C, H, W), or an iterable of tensors, of {"image": tensor}, or of (tensor, ...), such as a loader.
+
+    Raises:
+        UsageError: None, empty, or none of these.
+    """
+    if calibration is None:
+        raise UsageError(
+            "this method needs calibration images: calibration=TENSOR or LOADER in Python, --data in `vitarium compress` (int8 and int4w "
+            "need none)"
+        )
+    found: list[Tensor] = []
+    for item in [calibration] if isinstance(calibration, Tensor) else calibration:
+        image = item["image"] if isinstance(item, Mapping) else item[0] if isinstance(item, list | tuple) else item
+        if not isinstance(image, Tensor) or image.ndim < 4:
+            kind = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+            raise UsageError(f"calibration gives batches of images (B, C, H, W), or {{'image': ...}}, or (images, ...); got {kind}")
+        found += image[: count - len(found)].detach().to(like.device, like.dtype).unbind()
+        if len(found) >= count:
+            break
+    if not found:
+        raise UsageError("calibration holds no images")
+    return list(torch.stack(found).split(batch))
+
+
+@dataclass
+class Record:
+    """What a layer saw.
+
+    Attributes:
+        ranges: extremes of its input, for each channel, of all calibration images.
+        axis: of the channels: -1, or 1 for convolutions.
+        positions: outputs a channel over all calibration images: how often its weight was used.
+        x, y, g: sampled inputs (R, N), outputs (R, M) and their weights' roots (R, M); for convolutions whole images. Empty g: all ones.
+    """
+
+    ranges: Observer
+    axis: int
+    positions: int = 0
+    x: list[Tensor] = field(default_factory=list)
+    y: list[Tensor] = field(default_factory=list)
+    g: list[Tensor] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def float_eval(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and no parameter wants a gradient; everything is as before afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    learning = [p for p in model.parameters() if p.requires_grad]
+    try:
+        model.eval()
+        for p in learning:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for p in learning:
+            p.requires_grad_(True)
+
+
+def watch(
+    model: nn.Module, layers: Mapping[str, nn.Module], images: Iterable[Tensor], *, rows: int = 1024, weigh: bool = True
+) -> dict[str, Record]:
+    """Run the images through the model and keep what its layers saw. Layers that were never called are left out.
+
+    Args:
+        layers: by name.
+        images: batches (B, C, H, W).
+        rows: most rows that are sampled of a layer over all images.
+        weigh: whether to find g, which takes a backward pass.
+    """
+    batches = list(images)
+    records: dict[str, Record] = {}
+    calls: list[tuple[Record, Tensor, Tensor]] = []
+
+    def hook(name: str, layer: nn.Module) -> Any:
+        axis = -1 if isinstance(layer, nn.Linear) else 1
+
+        def keep(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            record = records.setdefault(name, Record(Observer(axis), axis))
+            record.ranges(inputs[0])
+            record.positions += output.numel() // output.shape[axis]
+            calls.append((record, inputs[0].detach(), output))
+
+        return layer.register_forward_hook(keep)
+
+    generator = torch.Generator().manual_seed(0)
+    hooks = [hook(name, layer) for name, layer in layers.items()]
+    try:
+        with float_eval(model), torch.set_grad_enabled(weigh):
+            for image in batches:
+                calls.clear()
+                output = model(image.requires_grad_(weigh) if image.is_leaf else image)
+                _sample(calls, output, -(-rows // len(batches)), weigh, generator)
+                image.requires_grad_(False)
+    finally:
+        calls.clear()
+        for h in hooks:
+            h.remove()
+    return records
+
+
+def _sample(calls: list[tuple[Record, Tensor, Tensor]], output: Any, rows: int, weigh: bool, generator: torch.Generator) -> None:
+    """A batch's share of rows from every call of every layer."""
+    used = [(record, x, y) for record, x, y in calls if not weigh or y.requires_grad]
+    grads: Iterable[Tensor | None] = [None] * len(used)
+    if weigh and used:
+        grads = torch.autograd.grad(draw(output, generator), [y for _, _, y in used], allow_unused=True)
+    for (record, x, y), g in zip(used, grads, strict=True):
+        if weigh and g is None:
+            continue  # what comes out of it goes nowhere
+        parts = [x, y.detach()] + ([] if g is None else [g])
+        if record.axis == -1:
+            parts = [part.flatten(0, -2) for part in parts]
+            if len(x := parts[0]) > rows:
+                chosen = torch.randperm(len(x), generator=generator)[:rows].to(x.device)
+                parts = [part[chosen] for part in parts]
+        for store, part in zip((record.x, record.y, record.g), parts, strict=False):
+            store.append(part.clone())
+
+
+def draw(output: Any, generator: torch.Generator) -> Tensor:
+    """Minus the log-likelihood of something drawn from the model's own prediction, a number."""
+    leaf = next((t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()), None)
+    if leaf is None:
+        raise UsageError(f"a model that gives out a {type(output).__name__} without floating-point tensors cannot be calibrated")
+    if leaf.ndim == 2 and leaf.shape[1] > 1:
+        drawn = torch.multinomial(leaf.detach().float().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(leaf.device)
+        return nn.functional.cross_entropy(leaf, drawn, reduction="sum")
+    noise = torch.randn(leaf.shape, generator=generator).to(leaf)
+    return (leaf * noise).sum()
+
+
+def divergence(reference: Tensor, logits: Tensor) -> float:
+    """KL(reference || logits), mean over the rows of two (R, classes); for other outputs the mean squared error over the variance."""
+    reference, logits = reference.double(), logits.double()
+    if reference.ndim == 2 and reference.shape[1] > 1:
+        p = reference.log_softmax(-1)
+        return float(nn.functional.kl_div(logits.log_softmax(-1), p, reduction="batchmean", log_target=True))
+    return float((reference - logits).square().mean() / reference.var().clamp(min=1e-12))
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, images: Iterable[Tensor]) -> Tensor:
+    """What the model gives out for batches of images, in eval mode: its first floating-point tensor, (n, ...)."""
+    with float_eval(model):
+        found = [next(t for t in tree_leaves(model(image)) if isinstance(t, Tensor) and t.is_floating_point()) for image in images]
+    return torch.cat(found).clone()

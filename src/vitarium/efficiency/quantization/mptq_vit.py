@@ -1,0 +1,384 @@
+"""MPTQ-ViT: post-training quantization of a vision transformer from a few images, in one width or a mixed one.
+
+"MPTQ-ViT: Mixed-Precision Post-Training Quantization for Vision Transformer" (2024). Weights and inputs of linear layers and convolutions
+become integers, code = round(x / D), D searched as PTQ4ViT does (`hessian`). Three parts meet what makes that hard:
+
+    SQ-b       channels after a layer norm are skewed and uneven: shift each by b = (max + min) / 2, divide by s, undo both in the next
+               layer (`folding`); exact in floating point
+    OPT-m      values after GELU: many small ones around zero, few large ones. One bit of the code picks a region,
+                   fine    D1 round(x / D1),  codes -2^(b-2) .. 2^(b-2) - 1, all negatives and what it reaches of the positives
+                   coarse  D2 round(x / D2),  codes 0 .. 2^(b-1) - 1, the rest;   D2 = 2^m D1
+               m by the least squared error on the layer's data
+    Greedy MP  bits a layer: lower the layer next that loses least for what it saves, until the mean is reached (`allocation`)
+
+Linear layers between integers run on int8 matrix products, fine and coarse codes as two; attention and convolutions are simulated, which
+is slower than float32. No public code: followed is the paper's outline; the base quantizer, the search and the softmax split are PTQ4ViT's
+(its numbers are reproduced). Ours: g^2 is the Fisher diagonal, a step a row of the weight by default (granularity="block": PTQ4ViT's),
+an input with few values below zero counts as post-GELU by its range. Not done: integer layer norm, softmax and GELU.
+Cost of calibration: 600 passes over 1,024 sampled rows of every layer; about three minutes for a ViT-S on a core.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitarium.catalog.methods import AttachReport, method
+from vitarium.efficiency.quantization.allocation import greedy_allocation
+from vitarium.efficiency.quantization.attention import attach_attention, rebuild_attention
+from vitarium.efficiency.quantization.calibration import Record, batches, divergence, outputs, watch
+from vitarium.efficiency.quantization.folding import find_pairs, fold, sqb
+from vitarium.efficiency.quantization.hessian import fit_layer
+from vitarium.efficiency.quantization.layers import Activation, Packed, QuantizedLayer, Static, activation, find_layers, quantized
+from vitarium.efficiency.quantization.plain import Int4W, Int8, Quantizer, exchange  # noqa: F401 - int8 and int4w are registered with it
+from vitarium.efficiency.quantization.ranges import search_step, squared_error, symmetric_step
+from vitarium.errors import AttachError, UsageError
+from vitarium.ops.number_formats import Integer
+
+LOWEST_ACTIVATION = -0.2785
+"""Of SiLU; GELU's is -0.16997. Inputs that stay above it, with a few times as much above zero, come from such a function."""
+
+
+# ---- OPT-m
+
+
+@activation("two_region")
+class TwoRegion(Activation):
+    """OPT-m's grid for values after GELU: a fine region around zero, a coarse one above, with steps a power of two apart.
+
+    Args:
+        bits: of a code, 3 to 8; one of them says which region.
+    """
+
+    def __init__(self, bits: int = 8):
+        if not 3 <= bits <= 8:
+            raise UsageError(f"two regions take 3 to 8 bits, got {bits}")
+        super().__init__()
+        self.bits = bits
+        self.register_buffer("coarse", torch.ones(()))
+        self.register_buffer("m", torch.zeros((), dtype=torch.int64))
+
+    @classmethod
+    def of(cls, x: Tensor, bits: int) -> TwoRegion:
+        """D2 = max / (2^(b-1) - 1), and the m in 0 .. b + 4 of least squared error on x; of equal ones the smallest."""
+        made = cls(bits).to(x.device)
+        made.coarse = symmetric_step(x.max().detach(), bits, margin=1)
+        errors = torch.stack([squared_error(x, made._set_m(m)(x)) for m in range(bits + 5)])
+        return made._set_m(int(errors.argmin()))
+
+    def _set_m(self, m: int) -> TwoRegion:
+        self.m = torch.tensor(m, device=self.coarse.device)
+        return self
+
+    def terms(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        coarse = self.coarse.to(x.dtype)
+        fine = torch.ldexp(coarse, -self.m)
+        half = 2 ** (self.bits - 2)
+        codes = (x / fine).round()
+        near = codes < half
+        small = torch.where(near, codes.clamp(min=-half), 0)
+        large = torch.where(near, 0, (x / coarse).round().clamp(0, 2 * half - 1))
+        return [(small.to(torch.int8), fine), (large.to(torch.int8), coarse)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        (small, fine), (large, coarse) = self.terms(x)
+        return small * fine + large * coarse
+
+    def describe(self) -> dict[str, Any]:
+        return {"bits": self.bits}
+
+
+def is_post_gelu(low: Tensor, high: Tensor) -> bool:
+    """Whether a range (numbers) is that of values after GELU or SiLU."""
+    return LOWEST_ACTIVATION <= float(low) < 0 and float(high) > -4 * float(low)
+
+
+# ---- the method
+
+
+@method("mptq_vit", kind="quantize")
+@dataclass(frozen=True)
+class MPTQ(Quantizer):
+    """Quantize linear layers and convolutions of any model, from calibration images.
+
+    Args:
+        bits: of weights and inputs, 3 to 8.
+        weight_bits, activation_bits: where they differ from `bits` (weights 2 to 8; inputs 3 to 8, or 32: left in floating point).
+        mean_bits: mixed precision: bits a layer between those of `widths`, so that this is their mean over all weights. None: one width.
+        widths: narrowest and widest of mixed precision.
+        allocation: bits of layers by name or shell pattern, {"blocks.0.*": 6, "head": [8, 8]} (weight, input); wins over all of the above.
+        cost: what a bit saves in mixed precision: "size" of the weights, or "bops" (MACs * weight bits * input bits).
+        smooth: before a layer norm's readers: "sqb" (scale and shift), "scale" (SmoothQuant), "none".
+        alpha: share of the difficulty that goes into the weight, [0, 1].
+        gelu: grid of inputs after GELU: "opt_m" or "uniform".
+        attention: whether queries, keys, values and attention weights are rounded too, in models that anatomy knows. Simulated.
+        granularity: steps of a weight: "row", "block" (three for a joint layer of queries, keys and values, else one) or "tensor".
+        search: steps by "hessian" (least weighted error of the output), "mse" (of the layer's own values) or "minmax".
+        skip: shell patterns of layers to leave alone, such as ["head"].
+        images: how many calibration images are used at most.
+        calibration: tensor (n, C, H, W) or loader of training images; not saved.
+    """
+
+    bits: int = 8
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+    mean_bits: float | None = None
+    widths: tuple[int, int] = (4, 8)
+    allocation: Mapping[str, Any] | None = None
+    cost: str = "size"
+    smooth: str = "sqb"
+    alpha: float = 0.5
+    gelu: str = "opt_m"
+    attention: bool = False
+    granularity: str = "row"
+    search: str = "hessian"
+    skip: tuple[str, ...] = ()
+    images: int = 32
+    calibration: Any = field(default=None, metadata={"saved": False}, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, least, more in (("bits", 3, ()), ("weight_bits", 2, (None,)), ("activation_bits", 3, (None, 32))):
+            value = getattr(self, name)
+            if value not in more and (not isinstance(value, int) or isinstance(value, bool) or not least <= value <= 8):
+                raise UsageError(f"{name} must be a whole number from {least} to 8{' (or 32)' if 32 in more else ''}, got {value!r}")
+        choices = dict(
+            cost=("size", "bops"),
+            smooth=("sqb", "scale", "none"),
+            gelu=("opt_m", "uniform"),
+            granularity=("row", "block", "tensor"),
+            search=("hessian", "mse", "minmax"),
+        )
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        if not 0 <= self.alpha <= 1:
+            raise UsageError(f"alpha is a share in [0, 1], got {self.alpha!r}")
+        if len(self.widths) != 2 or not 2 <= self.widths[0] <= self.widths[1] <= 8:
+            raise UsageError(f"widths are the narrowest and the widest, from 2 to 8, got {list(self.widths)}")
+        if self.mean_bits is not None and not self.widths[0] <= self.mean_bits <= self.widths[1]:
+            raise UsageError(f"mean_bits must lie between the widths {self.widths[0]} and {self.widths[1]}, got {self.mean_bits}")
+        if self.images < 1:
+            raise UsageError(f"images must be at least 1, got {self.images}")
+
+    def attach(self, model: nn.Module) -> AttachReport:
+        """Calibrate, fold, search, and exchange the layers.
+
+        Raises:
+            UsageError: no calibration images.
+            AttachError: no layer to quantize, or folding changed the model; it is as it was.
+        """
+        like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        images = batches(self.calibration, self.images, like)
+        layers = find_layers(model, skip=self.skip)
+        before = {name: tensor.detach().clone() for name, tensor in model.named_parameters() if tensor.ndim == 1}
+        try:
+            reference = outputs(model, images)
+            folded = self._fold(model, layers, images, reference)
+            found = watch(model, find_layers(model, skip=self.skip), images, weigh=self.search == "hessian")
+            fits = {name: _Fit(self, name, model.get_submodule(name), record) for name, record in found.items() if record.x}
+            if not fits:
+                raise AttachError(f"{type(model).__name__} has no linear layer or convolution that its images pass through")
+            bits = self._allocate(model, fits, images, reference)
+            ready = {name: fit.layer(*bits[name]) for name, fit in fits.items()}
+            if self.attention:
+                wrapped, sites, steps = attach_attention(model, images, self._bits("attention")[1], weigh=self.search == "hessian")
+            report = exchange(self, model, ready)
+            if self.attention:
+                report.replaced = {**wrapped, **report.replaced}
+                report.live, report.state = sites, report.state | {"attention": steps}
+        except BaseException:
+            for name, layer in layers.items():
+                model.set_submodule(name, layer)
+            for name, parameter in model.named_parameters():
+                if name in before:
+                    parameter.data = before[name]
+            raise
+        report.replaced.update({name: layer for name, layer in layers.items() if name in report.replaced})
+        report.tensors = {name: before[name] for name in folded}
+        return report
+
+    def rebuild(self, model: nn.Module, state: Mapping[str, Any]) -> AttachReport:
+        report = super().rebuild(model, state)
+        if "attention" in state:
+            wrapped, report.live = rebuild_attention(model, state["attention"])
+            report.replaced = {**wrapped, **report.replaced}
+            report.state = report.state | {"attention": state["attention"]}
+        return report
+
+    def _bits(self, name: str) -> tuple[int, int]:
+        """Weight and input bits of a layer by the options."""
+        for pattern, given in (self.allocation or {}).items():
+            if fnmatch.fnmatch(name, pattern):
+                return (given, given) if isinstance(given, int) else (int(given[0]), int(given[1]))
+        weight = self.bits if self.weight_bits is None else self.weight_bits
+        return weight, self.bits if self.activation_bits is None else self.activation_bits
+
+    # ---- SQ-b
+
+    @torch.no_grad()
+    def _fold(self, model: nn.Module, layers: Mapping[str, nn.Module], images: list[Tensor], reference: Tensor) -> list[str]:
+        """Scale and shift in place; gives the names of the norms' tensors that were overwritten."""
+        if self.smooth == "none":
+            return []
+        pairs = find_pairs(model, images[0])
+        pairs = {norm: names for norm, names in pairs.items() if all(type(layers.get(name)) in _LINEAR for name in names)}
+        records = watch(model, {n: layers[n] for names in pairs.values() for n in names}, images, rows=1, weigh=False)
+        changed = []
+        for norm_name, names in pairs.items():
+            norm: Any = model.get_submodule(norm_name)
+            linears: list[Any] = [layers[name] for name in names]
+            if any(linear.in_features != norm.weight.numel() for linear in linears):
+                continue
+            ranges = records[names[0]].ranges
+            stacked = torch.cat([linear.weight for linear in linears])
+            b, s = sqb(ranges.low, ranges.high, stacked, alpha=self.alpha, shift=self.smooth == "sqb")
+            values, twins = fold(norm, linears, b, s)
+            for key, value in values.items():
+                getattr(norm, key).data = value
+                changed.append(f"{norm_name}.{key}")
+            for name, twin in zip(names, twins, strict=True):
+                model.set_submodule(name, twin)
+        error = float((outputs(model, images) - reference).abs().max() / reference.std().clamp(min=1e-12))
+        if not error < _FOLD_TOLERANCE.get(reference.dtype, 0.3):
+            raise AttachError(f"folding changes the model's outputs by {error:.2g} standard deviations; use smooth='none'")
+        return changed
+
+    # ---- Greedy MP
+
+    def _allocate(self, model: nn.Module, fits: Mapping[str, _Fit], images: list[Tensor], reference: Tensor) -> dict[str, tuple[int, int]]:
+        """Bits of every layer (weight, input)."""
+        given = {name: self._bits(name) for name in fits}
+        if self.mean_bits is None:
+            return given
+        free = [n for n in fits if not any(fnmatch.fnmatch(n, pattern) for pattern in self.allocation or ())]
+        original = {name: model.get_submodule(name) for name in fits}
+
+        def both(name: str, width: int) -> tuple[int, int]:
+            return width, width if self.activation_bits is None else self.activation_bits
+
+        def loss(bits: Mapping[str, int]) -> float:
+            for name in fits:
+                model.set_submodule(name, fits[name].layer(*(both(name, bits[name]) if name in bits else given[name])))
+            return divergence(reference, outputs(model, images))
+
+        def saved(name: str, width: int) -> float:
+            if self.cost == "size":
+                return fits[name].count
+            (w, a), (w1, a1) = both(name, width), both(name, width - 1)
+            return fits[name].count * fits[name].record.positions * (w * a - w1 * a1)
+
+        sizes = {name: float(fits[name].count) for name in free}
+        try:
+            found = greedy_allocation(sizes, loss, target=self.mean_bits, widths=self.widths, saved=saved)
+        finally:
+            for name, layer in original.items():
+                model.set_submodule(name, layer)
+        return given | {name: both(name, width) for name, width in found.bits.items()}
+
+
+_LINEAR = tuple(cls for cls in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear))
+_FOLD_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
+
+
+class _Fit:
+    """A layer with what it saw; gives its quantized counterpart at any width, searched once."""
+
+    def __init__(self, options: MPTQ, name: str, layer: Any, record: Record):
+        self.options, self.layer_, self.record = options, layer, record
+        self.count = layer.weight.numel()
+        rows = layer.weight.shape[0]
+        by_rows = options.granularity == "row" or (options.granularity == "block" and not isinstance(layer, nn.Linear))
+        joint = options.granularity == "block" and "qkv" in name.rpartition(".")[2] and rows % 3 == 0
+        self.groups = rows if by_rows else 3 if joint else 1
+        self.x, self.y = torch.cat(record.x), torch.cat(record.y)
+        self.g = torch.cat(record.g) if record.g else None
+        self._made: dict[tuple[int, int], QuantizedLayer] = {}
+
+    def layer(self, weight_bits: int, input_bits: int) -> QuantizedLayer:
+        key = weight_bits, input_bits
+        if key not in self._made:
+            self._made[key] = self._fit(Integer(weight_bits), input_bits)
+        return self._made[key]
+
+    @torch.no_grad()
+    def _fit(self, format: Integer, bits: int) -> QuantizedLayer:
+        weight, search = self.layer_.weight, self.options.search
+        inputs, first, rounding = self._inputs(bits)
+        rows = weight.reshape(self.groups, -1)
+        step = symmetric_step(rows.abs().amax(1, keepdim=True), format.bits)
+        if search == "mse":
+            step = search_step(step, lambda s: squared_error(rows, format.quantize(rows, s), 0))
+            if inputs is not None and first is not None and rounding is not None:
+                first = search_step(first, lambda s: squared_error(self.x, rounding(self.x, s)))
+        elif search == "hessian":
+            step, first = fit_layer(
+                self.layer_, self.x, self.y, self.g, format, groups=self.groups, round_input=rounding, first_input=first
+            )
+        if isinstance(inputs, TwoRegion) and first is not None:
+            inputs.coarse = first
+        elif isinstance(inputs, Static) and first is not None:
+            inputs.step = first.view(1)
+        return quantized(self.layer_, Packed.of(weight, format, step), inputs)
+
+    def _inputs(self, bits: int) -> tuple[Activation | None, Tensor | None, Callable[[Tensor, Tensor], Tensor] | None]:
+        """The input's grid, its first step, and how it rounds with another. Images themselves stay in floating point."""
+        ranges = self.record.ranges
+        if bits == 32 or (not isinstance(self.layer_, nn.Linear) and self.layer_.in_channels <= 4):
+            return None, None, None
+        if self.options.gelu == "opt_m" and is_post_gelu(ranges.low.min(), ranges.high.max()):
+            regions = TwoRegion.of(self.x, bits)
+            regions.coarse = symmetric_step(ranges.high.max(), bits, margin=1)
+
+            def round_regions(x: Tensor, step: Tensor) -> Tensor:
+                regions.coarse = step
+                return regions(x)
+
+            return regions, regions.coarse, round_regions
+        format = Integer(bits)
+        first = symmetric_step(ranges.amax.max(), bits)
+        return Static.of(format, first), first, format.quantize
+
+
+def allocate_bits(model: nn.Module, calibration: Any, mean_bits: float, **options: Any) -> dict[str, tuple[int, int]]:
+    """Bits of every layer (weight, input) for a mean over the weights, by Greedy MP; the model is left as it is.
+
+    The table is `allocation=` of this method, and plain enough for any other quantizer.
+
+    Args:
+        options: of `MPTQ`, such as cost="bops", widths=(3, 8), search="mse".
+    """
+    twin = copy.deepcopy(model)
+    MPTQ(mean_bits=mean_bits, calibration=calibration, **options).attach(twin)
+    return {row["layer"]: (row["weight_bits"], row["input_bits"]) for row in layer_table(twin)}
+
+
+def layer_table(model: nn.Module) -> list[dict[str, Any]]:
+    """What became of each quantized layer: {"layer", "weight_bits", "input_bits", "input", "m", "input_step", "weight_step"}, in order.
+
+    Steps are numbers: the input's (of two regions the coarse one), and the mean of the weight's.
+    """
+    rows = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, QuantizedLayer):
+            continue
+        inputs: Any = layer.activation
+        bits = 32 if inputs is None else inputs.bits if isinstance(inputs, TwoRegion) else inputs.format.bits
+        step = getattr(inputs, "coarse", getattr(inputs, "step", None))
+        rows.append(
+            {
+                "layer": name,
+                "weight_bits": layer.packed.format.bits,
+                "input_bits": bits,
+                "input": "float" if inputs is None else inputs.kind,
+                "m": int(inputs.m) if isinstance(inputs, TwoRegion) else None,
+                "input_step": None if step is None or inputs.kind == "token" else float(step.mean()),
+                "weight_step": float(layer.packed.step.mean()),
+            }
+        )
+    return rows

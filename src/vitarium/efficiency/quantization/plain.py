@@ -1,0 +1,102 @@
+"""The plain baselines: round to nearest, no calibration.
+
+vitarium.apply(model, "int8")      # linear layers in 8 bits, inputs a token at a time: int8 matrix products, real speed
+vitarium.apply(model, "int4w")     # linear layers' weights in 4 bits, half a byte each: memory, not speed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vitarium.catalog.methods import AttachReport, Method, method
+from vitarium.efficiency.quantization.layers import Activation, Packed, PerToken, QuantizedLayer, find_layers, quantized, rebuilt
+from vitarium.efficiency.quantization.ranges import search_step, squared_error, symmetric_step
+from vitarium.errors import UsageError
+from vitarium.ops.number_formats import Integer
+
+
+@dataclass(frozen=True)
+class Quantizer(Method):
+    """Base of quantizers: exchanges layers, and builds them again from what the report's state describes."""
+
+    keeps_weights: ClassVar[bool] = False
+
+    def rebuild(self, model: nn.Module, state: Mapping[str, Any]) -> AttachReport:
+        """Layers of the saved kinds; their values come from the file.
+
+        Raises:
+            UsageError: the model has no such layer.
+        """
+        rows = state.get("layers", {})
+        modules = dict(model.named_modules())
+        if lost := [name for name in rows if name not in modules]:
+            raise UsageError(f"the model has no layer {lost[0]!r}, which the file has quantized")
+        return exchange(self, model, {name: rebuilt(modules[name], row) for name, row in rows.items()})
+
+
+def exchange(method: Method, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> AttachReport:
+    """Put quantized layers into a model; the report tells undo what was there, and a file how to build them again."""
+    replaced = {name: model.get_submodule(name) for name in layers}
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.train(replaced[name].training))
+    state = {"layers": {name: layer.describe() for name, layer in layers.items()}} if layers else {}
+    return AttachReport(method, replaced=replaced, sites=tuple(layers), state=state)
+
+
+def rows_to_nearest(layer: nn.Module, format: Integer, *, search: bool = False) -> Packed:
+    """A layer's weight with a step for each row that reaches its largest value, or with `search` the step of least squared error."""
+    weight: Tensor = layer.weight.detach()  # type: ignore[union-attr, operator, assignment]
+    rows = weight.flatten(1)
+    step = symmetric_step(rows.abs().amax(1, keepdim=True), format.bits, margin=0.5 if search else 1)
+    if search:
+        step = search_step(step, lambda s: squared_error(rows, format.quantize(rows, s), 0))
+    return Packed.of(weight, format, step)
+
+
+@method("int8", kind="quantize")
+@dataclass(frozen=True)
+class Int8(Quantizer):
+    """Linear layers in 8 bits: a step for each row of the weight, and for each token of the input as it comes.
+
+    Runs on int8 matrix products; under `torch.compile` about 2.5 to 3 times as fast as float32 on a CPU with VNNI. No calibration.
+
+    Args:
+        skip: shell patterns of layers to leave alone, such as ["head"].
+    """
+
+    skip: tuple[str, ...] = ()
+
+    def attach(self, model: nn.Module) -> AttachReport:
+        """Exchange every linear layer."""
+        return _round_all(self, model, self.skip, lambda layer: (rows_to_nearest(layer, Integer(8)), PerToken(8)))
+
+
+@method("int4w", kind="quantize")
+@dataclass(frozen=True)
+class Int4W(Quantizer):
+    """Weights of linear layers in 4 bits, a step for each row, searched for the least squared error; inputs stay floating point.
+
+    Saves memory and disk, not time: each weight is unpacked at each call. No calibration.
+
+    Args:
+        skip: shell patterns of layers to leave alone, such as ["head"].
+    """
+
+    skip: tuple[str, ...] = ()
+
+    def attach(self, model: nn.Module) -> AttachReport:
+        """Exchange every linear layer."""
+        return _round_all(self, model, self.skip, lambda layer: (rows_to_nearest(layer, Integer(4), search=True), None))
+
+
+def _round_all(
+    method: Method, model: nn.Module, skip: tuple[str, ...], make: Callable[[nn.Module], tuple[Packed, Activation | None]]
+) -> AttachReport:
+    with torch.no_grad():
+        layers = {name: quantized(layer, *make(layer)) for name, layer in find_layers(model, skip=skip, convolutions=False).items()}
+    return exchange(method, model, layers)
