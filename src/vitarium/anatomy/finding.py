@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from torch import nn
 
-from vitarium.anatomy import of_open_clip, of_timm, of_transformers
+from vitarium.anatomy import of_open_clip, of_ours, of_timm, of_transformers
 from vitarium.anatomy.parts import Anatomy
 from vitarium.errors import UnsupportedModel
 
-FAMILIES = (of_timm, of_transformers, of_open_clip)
-SUPPORTED = "timm's VisionTransformer and Eva, transformers' ViT, DeiT, DINOv2, CLIP and SigLIP, open_clip's towers, or a method anatomy()"
+FAMILIES = (of_timm, of_transformers, of_open_clip, of_ours)
+SUPPORTED = "timm's VisionTransformer and Eva, transformers' ViT, DeiT, DINOv2, CLIP and SigLIP, open_clip's towers, ours"
 
 
 def of(model: nn.Module) -> Anatomy:
     """The anatomy of a model.
 
-    A plain vision transformer of ours defines `anatomy(self) -> Anatomy`; the others are found by their class, at any depth (a classifier,
-    a learner, or a pair of towers may be around them).
+    A model may define `anatomy(self) -> Anatomy` itself; the others are found by their class, at any depth (a classifier, a learner, or a
+    pair of towers may be around them).
 
     Raises:
         UnsupportedModel: there is no such tower in it, more than one, or one with a part that is not known. The message says which.

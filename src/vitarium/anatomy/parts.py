@@ -28,7 +28,7 @@ class AttentionLayout:
         biases: three vectors that are added to the joint layer's output.
         q_norm, k_norm: norms of each head's queries and keys.
         norm, gate: norm of the heads' joined output, and a layer whose sigmoid multiplies it.
-        proj, proj_drop: output layer and its dropout.
+        proj, proj_drop: output layer and its dropout, a module or a rate.
         heads, head_dim, scale: numbers (scale "": head_dim ** -0.5); dropout: rate on the attention weights, a number or a module with `p`.
         kv_groups: number of query heads that share one key head.
         rotate_half: whether rotary halves are contiguous.
@@ -163,6 +163,8 @@ class AttentionView:
             y = y * gate(x).sigmoid()
         y = self.proj(y)
         drop = self.part(self.layout.proj_drop)
+        if isinstance(drop, float):
+            return F.dropout(y, drop, self.module.training)
         return y if drop is None else drop(y)
 
 

@@ -40,10 +40,11 @@ class Attention(nn.Module):
             raise ValueError(f"dim must divide by num_heads, got {dim} and {num_heads}")
         super().__init__()
         self.num_heads = num_heads
-        self.scale = scale or (dim // num_heads) ** -0.5
+        self.head_dim = dim // num_heads
+        self.scale = scale or self.head_dim**-0.5
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
-        self.q_norm = qk_norm(dim // num_heads) if qk_norm else nn.Identity()
-        self.k_norm = qk_norm(dim // num_heads) if qk_norm else nn.Identity()
+        self.q_norm = qk_norm(self.head_dim) if qk_norm else nn.Identity()
+        self.k_norm = qk_norm(self.head_dim) if qk_norm else nn.Identity()
         self.proj = Linear(dim, dim)
         self.attn_drop = attn_drop
         self.proj_drop = proj_drop
@@ -56,8 +57,8 @@ class Attention(nn.Module):
             bias: added to the logits, broadcastable to (B, heads, N, N), in x's dtype; or a bool mask, True where a key may be seen.
             rotary: table of `rotary_2d`, (2, N, head_dim).
         """
-        batch, count, dim = x.shape
-        q, k, v = self.qkv(x).view(batch, count, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4)
+        batch, count, _ = x.shape
+        q, k, v = self.qkv(x).view(batch, count, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
@@ -65,5 +66,5 @@ class Attention(nn.Module):
         x = x.transpose(1, 2)
         if torch.compiler.is_exporting():  # elsewhere the kernel's output may lie otherwise in memory, and a recorded view would fail
             x = x.clone(memory_format=torch.contiguous_format)
-        x = self.proj(x.reshape(batch, count, dim))
+        x = self.proj(x.flatten(2))
         return F.dropout(x, self.proj_drop, self.training)
