@@ -1,0 +1,1 @@
+"""Fewer weights: masks of single weights, smaller layers, and what to train with before and after."""

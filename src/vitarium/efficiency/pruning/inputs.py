@@ -1,0 +1,40 @@
+"""How large a layer's inputs are on real pictures: a small weight on a large input says more than a large one on silence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from vitarium.catalog.probe import evaluating
+
+
+def input_sizes(model: nn.Module, layers: Iterable[str], images: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Root mean square of each input of linear layers over all tokens of all images: name -> (in_features,), float32.
+
+    Args:
+        model: runs once on each batch, in eval mode, without gradients.
+        layers: names of linear layers; one that does not run is left out.
+        images: batches (B, C, H, W).
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, given: tuple[Any, ...]) -> None:
+            rows = given[0].detach().flatten(0, -2).float()
+            sums[name] = sums.get(name, 0) + rows.square().sum(0)  # type: ignore[operator]
+            counts[name] = counts.get(name, 0) + len(rows)
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in layers]
+    try:
+        with evaluating(model):
+            for image in images:
+                model(image)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return {name: (total / max(1, counts[name])).sqrt() for name, total in sums.items()}
