@@ -10,11 +10,12 @@ from torch import Tensor
 
 import vitarium
 from tests.golden import assert_matches_golden, fill_value, read_golden
+from vitarium.data.multilabel import CHEST_FINDINGS
 from vitarium.errors import CheckpointError, UsageError
 from vitarium.nn.vit import sincos_table
 from vitarium.ops.patches import patchify
 from vitarium.pretraining.masked_autoencoder import masked_mean, patch_errors
-from vitarium.pretraining.thorax_mae import FINDINGS, ThoraxAutoencoder, ThoraxViT
+from vitarium.pretraining.thorax_mae import ThoraxAutoencoder, ThoraxViT
 from vitarium.training.optim import layer_scales
 
 
@@ -117,7 +118,7 @@ def test_a_finetuned_file_of_the_authors_loads(tmp_path: Path):
     state = {name.replace("head_norm", "fc_norm"): tensor for name, tensor in model.state_dict().items()}
     torch.save({"model": state}, tmp_path / "tuned.pth")
     loaded = vitarium.create_model("thorax_mae_pico", checkpoint=tmp_path / "tuned.pth")
-    assert loaded.num_classes == len(FINDINGS) == 14
+    assert loaded.num_classes == len(CHEST_FINDINGS) == 14
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True))
 
 

@@ -26,24 +26,6 @@ from vitarium.catalog.registry import Renamer, State
 from vitarium.nn import VisionTransformer
 from vitarium.pretraining.masked_autoencoder import OFFICIAL, MaskedAutoencoder
 
-FINDINGS = (
-    "Atelectasis",
-    "Cardiomegaly",
-    "Effusion",
-    "Infiltration",
-    "Mass",
-    "Nodule",
-    "Pneumonia",
-    "Pneumothorax",
-    "Consolidation",
-    "Edema",
-    "Emphysema",
-    "Fibrosis",
-    "Pleural_Thickening",
-    "Hernia",
-)
-"""Of ChestX-ray14, in the order of the authors' logits."""
-
 XRAY: dict[str, Any] = dict(mean=(0.5056,) * 3, std=(0.252,) * 3)
 """Of ChestX-ray14, on all three channels."""
 

@@ -26,6 +26,7 @@ HOMES = {
     "classification": "vitarium.training.classification",
     "diffusion": "vitarium.generation.diffusion.learner",
     "mae": "vitarium.pretraining.masked_autoencoder",
+    "multilabel": "vitarium.training.multilabel",
 }
 """Objectives that are no system's own -> their module. A system's lie in the file of the system."""
 

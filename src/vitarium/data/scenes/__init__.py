@@ -9,6 +9,7 @@
 | scene.py | `Scenes`, and `Scene` with all labels |
 | same_shape.py | the pictures of the task same_shape |
 | actions.py | the clips of the task action |
+| thorax.py | the X-rays of the task thorax |
 | tasks.py | scenes as image sets for classification |
 
 A new kind of picture (clips, views, strips, text lines, ...) is a file beside same_shape.py that draws from the same shapes.

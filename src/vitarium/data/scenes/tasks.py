@@ -15,6 +15,8 @@ from vitarium.data.scenes.actions import ACTIONS, action_label, draw_action
 from vitarium.data.scenes.layout import THINGS
 from vitarium.data.scenes.same_shape import CLASSES, draw_same_shape, same_shape_label
 from vitarium.data.scenes.scene import Scenes
+from vitarium.data.scenes.thorax import CLASSES as THORAX_CLASSES
+from vitarium.data.scenes.thorax import draw_thorax, thorax_label
 from vitarium.errors import UsageError, nearest
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ TASKS = {
     "class": Task(THINGS, Scenes().label, lambda index, seed, size: Scenes(size, seed)[index].image),
     "same_shape": Task(CLASSES, same_shape_label, draw_same_shape, length=10_000),  # fewer are learned by heart
     "action": Task(ACTIONS, action_label, draw_action),
+    "thorax": Task(THORAX_CLASSES, thorax_label, draw_thorax),
 }
 
 
@@ -83,7 +86,8 @@ def open_scenes(options: str = "", *, image_size: int | None = None, seed: int =
 
     Args:
         options: "KEY=VALUE,..." of image_size (pixels, 64), length (pictures in both parts; else the task's own), task ("class": the
-            kind of the nearest thing; "same_shape": whether two marks far apart have the same shape; "action": clips, how a thing moves).
+            kind of the nearest thing; "same_shape": whether two marks far apart have the same shape; "action": clips, how a thing moves;
+            "thorax": X-rays, whether there is a nodule).
         image_size: where the options have none.
         seed: of everything that is drawn.
         val_fraction: share that is held out.

@@ -1,0 +1,166 @@
+"""Several labels a picture: NIH's layout, CSV files of both forms, drawn X-rays, and what users get wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitarium.catalog import Preprocessing
+from vitarium.data import open_data
+from vitarium.data.multilabel import CHEST_FINDINGS
+from vitarium.data.scenes import THINGS, Scenes
+from vitarium.data.scenes.thorax import FINDINGS
+from vitarium.errors import DataError
+
+
+def picture(path: Path, value: int = 90) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (8, 8), value).save(path)
+
+
+def nih(folder: Path, lines: list[tuple[str, str, int]], *, pictures: bool = True) -> Path:
+    """A folder as NIH's: lines of (picture, findings, patient), pictures in two archives' folders."""
+    text = ["Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age"]
+    for number, (name, findings, patient) in enumerate(lines):
+        text.append(f"{name},{findings},0,{patient},58")
+        if pictures:
+            picture(folder / f"images_00{1 + number % 2}" / "images" / name, 10 * number)
+    folder.mkdir(exist_ok=True)
+    (folder / "Data_Entry_2017.csv").write_text("\n".join(text))
+    return folder
+
+
+LINES = [
+    ("1_0.png", "Cardiomegaly|Effusion", 1),
+    ("1_1.png", "No Finding", 1),
+    ("2_0.png", "Hernia", 2),
+    ("3_0.png", "Effusion", 3),
+    ("3_1.png", "Mass|Nodule|Effusion", 3),
+    ("4_0.png", "No Finding", 4),
+]
+
+
+def labels_of(images, index: int) -> list[str]:
+    _, target = images[index]
+    assert target.dtype == np.float32
+    return [name for name, value in zip(CHEST_FINDINGS, target, strict=True) if value]
+
+
+def test_nih_layout_with_its_lists(tmp_path: Path):
+    folder = nih(tmp_path / "nih", LINES)
+    (folder / "train_val_list.txt").write_text("1_0.png\n1_1.png\n3_0.png\n3_1.png\n")
+    (folder / "test_list.txt").write_text("2_0.png\n4_0.png\n")
+    data = open_data(folder, task="multilabel")
+    assert (data.name, data.classes, len(data.train), len(data.val)) == ("nih", list(CHEST_FINDINGS), 4, 2)
+    assert [labels_of(data.train, i) for i in range(4)] == [["Cardiomegaly", "Effusion"], [], ["Effusion"], ["Effusion", "Mass", "Nodule"]]
+    assert labels_of(data.val, 0) == ["Hernia"]
+    assert data.val[0][0].getpixel((0, 0)) == 20  # found in images_001/images
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_patient_is_in_both_parts(tmp_path: Path, seed: int):
+    data = open_data(nih(tmp_path / "nih", LINES), task="multilabel", seed=seed, val_fraction=0.5)
+    parts = [{Path(part.describe(i)).name[0] for i in range(len(part))} for part in (data.train, data.val)]
+    assert not parts[0] & parts[1]
+    assert parts[0] | parts[1] == set("1234")
+
+
+def test_a_patient_in_both_lists_is_refused(tmp_path: Path):
+    folder = nih(tmp_path / "nih", LINES)
+    (folder / "train_val_list.txt").write_text("1_0.png 2_0.png 3_0.png")
+    (folder / "test_list.txt").write_text("1_1.png 4_0.png")
+    with pytest.raises(DataError, match=r"1 patients are in both parts.*: 1; divide by patient"):
+        open_data(folder, task="multilabel")
+
+
+def test_missing_pictures_are_named(tmp_path: Path):
+    folder = nih(tmp_path / "nih", LINES, pictures=False)
+    picture(folder / "images" / "1_0.png")
+    with pytest.raises(DataError, match=r"5 of 6 pictures are not there: 1_1.png, .*fetch them, or take their lines out"):
+        open_data(folder, task="multilabel")
+
+
+def table(folder: Path, text: str, pictures: str = "abcd") -> Path:
+    for name in pictures:
+        picture(folder / f"{name}.png")
+    (folder / "labels.csv").write_text(text)
+    return folder / "labels.csv"
+
+
+def test_columns_of_yes_no_and_unknown(tmp_path: Path):
+    """As CheXpert writes them: empty is no, -1 is uncertain; columns of other values are no labels."""
+    path = table(tmp_path, "Path,Age,Edema,Mass,split\na.png,30,1.0,,train\nb.png,41,-1.0,1.0,train\nc.png,9,0.0,1.0,val\nd.png,8,,,val")
+    data = open_data(path, task="multilabel")
+    assert data.classes == ["Edema", "Mass"]
+    np.testing.assert_array_equal([data.train[0][1], data.train[1][1]], [[1, 0], [np.nan, 1]])
+    assert len(data.val) == 2
+
+
+def test_a_column_of_lists(tmp_path: Path):
+    path = table(tmp_path, "path,labels\na.png,cat|dog\nb.png,dog\nc.png,\nd.png,cat")
+    data = open_data(tmp_path, task="multilabel", val_fraction=0.25)
+    assert data.classes == ["cat", "dog"]
+    assert (len(data.train), len(data.val)) == (3, 1)
+    assert open_data(f"csv:{path}", task="multilabel").classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("file,cat\na.png,yes\nb.png,no", r"none of the columns cat \(it holds no, yes\) holds 0 and 1 alone"),
+        ("name,cat\na.png,1", "and none that says where a picture is"),
+        ("", "no lines and none"),
+        ("path,cat\na.png,0\nb.png,0", "no labels|no picture of the training part has a label"),
+        ("path,cat\na.png,1\na.png,0", "1 of 2 pictures are listed twice: a.png; keep one line"),
+        ("path,cat,split\na.png,1,train\nb.png,0,train", "the column split has train; it needs train and val"),
+        ("path,cat\na.png,1", "1 pictures cannot be divided"),
+    ],
+)
+def test_tables_that_cannot_be_used(tmp_path: Path, text: str, words: str):
+    with pytest.raises(DataError, match=words):
+        open_data(table(tmp_path, text), task="multilabel")
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"), [("digits", "has no several labels"), ("scenes:task=action", "have one label each"), ("nowhere.csv", "accepted for")]
+)
+def test_data_of_another_kind(spec: str, words: str):
+    with pytest.raises(DataError, match=words):
+        open_data(spec, task="multilabel")
+
+
+def test_scenes_tell_every_kind_that_is_seen():
+    data = open_data("scenes:length=40", task="multilabel", image_size=32)
+    assert data.classes == list(THINGS)
+    np.testing.assert_array_equal(data.train[3][1], Scenes(32, 0)[3].multi_label)
+
+
+def test_drawn_xrays_have_independent_findings():
+    data = open_data("scenes:task=thorax,length=2000", task="multilabel", image_size=16)
+    targets = np.array(data.train.targets)
+    assert data.classes == list(FINDINGS)
+    np.testing.assert_allclose(targets.mean(0), [0.3, 0.3, 0.3, 0.5], atol=0.04)
+    assert np.abs(np.corrcoef(targets.T) - np.eye(4)).max() < 0.08
+    image, _ = data.val[0]
+    pixels = np.asarray(image)
+    assert pixels.shape == (16, 16, 3)
+    assert (pixels[..., 0] == pixels[..., 2]).all()
+    again, _ = open_data("scenes:task=thorax,length=2000", task="multilabel", image_size=16).val[0]
+    assert (np.asarray(again) == pixels).all()
+
+
+def test_sixteen_bit_grey_keeps_its_brightness(tmp_path: Path):
+    """A deep X-ray comes out as the same one of 8 bits, not as white or black."""
+    ramp = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1024
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    Image.fromarray((ramp / 257).round().astype(np.uint8)).save(tmp_path / "b.png")
+    (tmp_path / "t.csv").write_text("path,edema,split\na.png,1,train\nb.png,0,val")
+    data = open_data(tmp_path, task="multilabel")
+    assert data.train[0][0].mode.startswith("I;16")
+    see = Preprocessing(8, crop_pct=1.0)
+    deep, flat = see(data.train[0][0]), see(data.val[0][0])
+    assert (deep - flat).abs().max() < 0.02
+    assert deep.std() > 0.5
