@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from vitarium.cli import bench, claim, compare, env, evaluate, export, generate, info, models, predict, systems, train
+from vitarium.cli import bench, claim, compare, compress, env, evaluate, export, generate, info, models, predict, restore, systems, train
 from vitarium.cli.console import err
 from vitarium.cli.explain import explain as explain_pictures
 from vitarium.errors import VitariumError
@@ -77,8 +77,10 @@ for command in (
     train.train,
     evaluate.evaluate,
     predict.predict,
+    restore.restore,
     generate.generate,
     explain_pictures,
+    compress.compress,
     bench.bench,
     export.export,
     claim.claim,

@@ -14,6 +14,7 @@ from vitarium.errors import DataError, UsageError, nearest
 TASKS = {
     "image": "vitarium.data.pictures:open_pictures",
     "multilabel": "vitarium.data.multilabel:open_multilabel",
+    "pairs": "vitarium.data.pairs:open_pairs",
 }
 """Kinds of labels other than classes -> the function that opens such data: (spec, *, seed, val_fraction, image_size) -> ImageData."""
 EMBEDDED = ("digits", "photos", "scenes")

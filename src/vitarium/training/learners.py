@@ -27,6 +27,7 @@ HOMES = {
     "diffusion": "vitarium.generation.diffusion.learner",
     "mae": "vitarium.pretraining.masked_autoencoder",
     "multilabel": "vitarium.training.multilabel",
+    "restoration": "vitarium.generation.restoration.learner",
 }
 """Objectives that are no system's own -> their module. A system's lie in the file of the system."""
 

@@ -1,0 +1,255 @@
+"""Pictures in two qualities, low and high, for restoration; and pictures of high quality alone, of which the low one is to be made."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vitarium.data.folders import find_images
+from vitarium.data.image_set import ImageData, Subset
+from vitarium.data.images import open_image
+from vitarium.data.parts import few, natural_order, part_names
+from vitarium.data.photos import sample_photos
+from vitarium.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+HIGH_NAMES, LOW_NAMES = ("hr", "high", "gt", "target"), ("lr", "low", "lq", "input")
+"""What the two folders may be called, in any case; also at the end of a longer name, such as DIV2K_train_HR and DIV2K_train_LR_bicubic."""
+
+CROPS = 256
+"""A training part of fewer pictures is gone through several times an epoch: each time another crop is seen."""
+
+PHOTO_SIDE = 256
+"""Side of the squares into which the embedded photographs are cut, pixels."""
+
+NOT_SCENERY = ("cells", "galaxies", "moon", "retina", "tissue")
+"""Embedded pictures that were taken through a microscope or a telescope: their detail is of another kind, and mostly noise."""
+
+ACCEPTED = (
+    "accepted: photos; a folder of pictures at any depth (of which the low ones are made); or a folder with HR/ and LR/ (high/ and low/), "
+    "at its top or below train/ and val/, or as DIV2K has them; where LR/ holds X2/, X4/ ..., say which: FOLDER:x2"
+)
+
+
+class HighPictures:
+    """Pictures of high quality: (picture, None), the None for the low one that is to be made of it."""
+
+    def __init__(self, files: list[str]):
+        self.files, self.targets = files, [0] * len(files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
+        return open_image(self.files[index]), None
+
+    def describe(self, index: int) -> str:
+        """The path."""
+        return self.files[index]
+
+
+class PairedPictures:
+    """Pictures in two qualities: (low, high).
+
+    Args:
+        pairs: (path of the low, path of the high one).
+        scale: how many times larger the high ones are.
+    """
+
+    def __init__(self, pairs: list[tuple[str, str]], scale: int):
+        self.pairs, self.scale, self.targets = pairs, scale, [0] * len(pairs)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
+        low, high = self.pairs[index]
+        return open_image(low), open_image(high)
+
+    def describe(self, index: int) -> str:
+        """The path of the low one."""
+        return self.pairs[index][0]
+
+
+class PhotoSquares:
+    """Squares of the embedded photographs, whole where those are smaller: (picture, None)."""
+
+    def __init__(self, names: list[str], photos: dict[str, Image.Image]):
+        self.squares = [(name, photos[name].crop(box)) for name in names for box in _squares(*photos[name].size)]
+        self.targets = [0] * len(self.squares)
+
+    def __len__(self) -> int:
+        return len(self.squares)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
+        return self.squares[index][1], None
+
+    def describe(self, index: int) -> str:
+        """The photograph."""
+        return self.squares[index][0]
+
+
+def _squares(width: int, height: int) -> list[tuple[int, int, int, int]]:
+    side = min(PHOTO_SIDE, width, height)
+    return [(x, y, x + side, y + side) for y in range(0, height - side + 1, side) for x in range(0, width - side + 1, side)]
+
+
+def open_pairs(spec: str, *, seed: int = 0, val_fraction: float = 0.2, image_size: int | None = None) -> ImageData:
+    """Pictures in two qualities.
+
+    Args:
+        spec: "photos" (the embedded photographs of ordinary things; whole ones are held out), a folder of pictures at any depth, or a
+            folder of folders of high and of low quality: see `ACCEPTED`. Partners have the same name, but for an x2, x3 ... at the end of
+            the low one's.
+        seed, val_fraction: of the part that is held out, where the data has none.
+        image_size: not used: pictures come as they are.
+
+    Raises:
+        DataError: nothing there, partners or whole parts are missing, or the sizes of partners do not fit.
+    """
+    if not 0 < val_fraction < 1:
+        raise DataError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
+    if spec == "photos":
+        photos = {name: photo for name, photo in sample_photos() if name not in NOT_SCENERY}
+        train, val = _split(sorted(photos), val_fraction, seed, spec)
+        return ImageData(spec, PhotoSquares(train, photos), PhotoSquares(val, photos), [])
+    found = re.fullmatch(r"(?:folder:)?(.*?)(?::x(\d))?", spec)
+    assert found is not None
+    path, scale = Path(found[1]), found[2]
+    if not path.is_dir():
+        raise DataError(f"there is no folder {found[1]!r} of pictures\n{ACCEPTED}")
+    parts = _paired_parts(path, scale)
+    name = path.resolve().name
+    if parts:
+        checked = {part: _pairs(part, *folders) for part, folders in parts.items()}
+        train_part, val_part = part_names(checked)
+        if train_part is None or val_part is None:
+            pairs, ratio = next(iter(checked.values()))
+            kept, held = _split(pairs, val_fraction, seed, name)
+            return _data(name, PairedPictures(kept, ratio), PairedPictures(held, ratio))
+        if checked[train_part][1] != checked[val_part][1]:
+            raise DataError(f"{name}: training pairs differ in size by {checked[train_part][1]}, held-out ones by {checked[val_part][1]}")
+        return _data(name, PairedPictures(*checked[train_part]), PairedPictures(*checked[val_part]))
+    folders = part_names(entry.name for entry in path.iterdir() if entry.is_dir())
+    if all(folders):
+        kept, held = (_pictures(path / str(folder)) for folder in folders)
+    else:
+        kept, held = _split(_pictures(path), val_fraction, seed, name)
+    return _data(name, HighPictures(kept), HighPictures(held))
+
+
+def _data(name: str, train: HighPictures | PairedPictures, val: HighPictures | PairedPictures) -> ImageData:
+    times = -(-CROPS // len(train))
+    return ImageData(name, Subset(train, [*range(len(train))] * times) if times > 1 else train, val, [])  # type: ignore[arg-type]
+
+
+def scale_of(images: object) -> int | None:
+    """How many times larger the high pictures of a set are; None where the low ones are made of them."""
+    while isinstance(images, Subset):
+        images = images.images
+    return getattr(images, "scale", None)
+
+
+def _pictures(folder: Path) -> list[str]:
+    files = sorted(find_images(folder), key=natural_order)
+    if not files:
+        raise DataError(f"{folder} holds no pictures\n{ACCEPTED}")
+    return files
+
+
+def _split(samples: list, val_fraction: float, seed: int, name: str) -> tuple[list, list]:
+    """(training, held-out), at least one each."""
+    if len(samples) < 2:
+        raise DataError(f"{name} holds one picture; two or more are needed, one to be held out")
+    count = min(max(1, round(val_fraction * len(samples))), len(samples) - 1)
+    held = set(random.Random(f"{seed} pairs").sample(range(len(samples)), count))
+    return [s for i, s in enumerate(samples) if i not in held], [s for i, s in enumerate(samples) if i in held]
+
+
+def _paired_parts(path: Path, scale: str | None) -> dict[str, tuple[Path, Path]]:
+    """Part -> (folder of the low pictures, folder of the high ones); "train" and "val" where both are there, else "" alone."""
+    folders = [entry for entry in sorted(path.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
+    inside = part_names(entry.name for entry in folders)
+    if all(inside):
+        parts = {key: _two_folders(path / str(part), scale) for key, part in zip(("train", "val"), inside, strict=True)}
+        if len(lone := [part for part, pair in parts.items() if pair is None]) == 1:
+            raise DataError(f"{path} has folders of high and of low quality in one part, but not below {lone[0]}\n{ACCEPTED}")
+        return {part: pair for part, pair in parts.items() if pair is not None}
+    prefixes = {m[1].lower() for entry in folders if (m := _named(entry.name, HIGH_NAMES))}
+    named = {prefix: _two_folders(path, scale, prefix) for prefix in prefixes}
+    complete = {prefix: pair for prefix, pair in named.items() if pair is not None}
+    words = {word: prefix for prefix in complete for word in re.split(r"[^a-z]+", prefix)}
+    train, val = part_names(words)
+    if train and val:
+        return {"train": complete[words[train]], "val": complete[words[val]]}
+    return dict(list(complete.items())[:1])
+
+
+def _named(name: str, roles: tuple[str, ...]) -> re.Match[str] | None:
+    """Group 1 is what comes before the role: "DIV2K_train_" of DIV2K_train_LR_bicubic."""
+    return re.fullmatch(rf"((?:.*[_-])?)(?:{'|'.join(roles)})(?:[_-].*)?", name, re.IGNORECASE)
+
+
+def _two_folders(path: Path, scale: str | None, prefix: str = "") -> tuple[Path, Path] | None:
+    """(low, high) below a folder, or None."""
+    entries = [entry for entry in sorted(path.iterdir()) if entry.is_dir()]
+    fits = lambda entry, roles: (m := _named(entry.name, roles)) is not None and m[1].lower() == prefix
+    high = next((entry for entry in entries if fits(entry, HIGH_NAMES)), None)
+    low = next((entry for entry in entries if fits(entry, LOW_NAMES)), None)
+    if high is None or low is None:
+        return None
+    scales = {entry.name[1:]: entry for entry in low.iterdir() if entry.is_dir() and re.fullmatch(r"[xX]\d", entry.name)}
+    if scales and scale is None and len(scales) > 1:
+        raise DataError(f"{low} holds {few(sorted(e.name for e in scales.values()))}; say which, as in {path}:x{min(scales)}")
+    if scales and scale is not None and scale not in scales:
+        raise DataError(f"{low} holds no X{scale}, it holds {few(sorted(e.name for e in scales.values()))}")
+    return (scales[scale or next(iter(scales))] if scales else low), high
+
+
+def _pairs(part: str, low_folder: Path, high_folder: Path) -> tuple[list[tuple[str, str]], int]:
+    """(low, high) files, and how many times larger the high ones are."""
+    low, high = ({_stem(file, folder): file for file in _pictures(folder)} for folder in (low_folder, high_folder))
+    low = {name if name in high else re.sub(r"[_-]?x\d$", "", name, flags=re.IGNORECASE): file for name, file in low.items()}
+    alone = [f"{high_folder.name}/{name}" for name in high if name not in low]
+    alone += [f"{low_folder.name}/{name}" for name in low if name not in high]
+    if alone:
+        raise DataError(
+            f"{low_folder.parent}: {len(alone)} pictures have no partner in the other quality: {few(alone)}; add or remove them"
+        )
+    pairs = [(low[name], high[name]) for name in high]
+    return pairs, _common_scale(pairs)
+
+
+def _stem(file: str, folder: Path) -> str:
+    return os.path.splitext(os.path.relpath(file, folder))[0]
+
+
+def _common_scale(pairs: list[tuple[str, str]]) -> int:
+    """By the files' headers alone; a file that cannot be read is left to the loader, which records it."""
+    from PIL import Image
+
+    scales: dict[int, list[str]] = {}
+    for low, high in pairs:
+        try:
+            with Image.open(low) as small, Image.open(high) as large:
+                sizes = small.size, large.size
+        except Exception:  # as many kinds as there are ways to be broken
+            continue
+        scale = max(1, round(sizes[1][0] / sizes[0][0]))
+        fits = all(0 <= b - a * scale < scale for a, b in zip(*sizes, strict=True))
+        told = f"{os.path.basename(low)} {sizes[0][0]}x{sizes[0][1]} to {sizes[1][0]}x{sizes[1][1]}"
+        scales.setdefault(scale if fits else 0, []).append(told)
+    if odd := scales.pop(0, []):
+        raise DataError(f"{len(odd)} pairs do not differ in size by a whole number: {few(odd)}")
+    if not scales:
+        raise DataError(f"none of {len(pairs)} pairs can be read, such as {pairs[0][0]}")
+    if len(scales) > 1:
+        usual = max(scales, key=lambda s: len(scales[s]))
+        others = [told for scale, names in scales.items() if scale != usual for told in names]
+        raise DataError(f"most pairs differ in size by {usual}, but {len(others)} do not: {few(others)}")
+    return next(iter(scales))

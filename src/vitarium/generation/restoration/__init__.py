@@ -1,0 +1,1 @@
+"""What systems that restore pictures share: the network's contract, the learner, tiling, metrics."""

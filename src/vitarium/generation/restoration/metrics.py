@@ -1,0 +1,52 @@
+"""PSNR and SSIM as the benchmarks of restoration report them: on luma, a border left aside, of 8-bit pictures, the mean over pictures."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def luma(image: Tensor) -> Tensor:
+    """Y of BT.601, 16 to 235, as MATLAB's rgb2ycbcr but not rounded: (..., C, H, W) uint8, C 3 or 1 -> (..., 1, H, W) float64.
+
+    A picture of one channel is taken as grey, on the same range.
+    """
+    weights = torch.tensor([65.481, 128.553, 24.966], dtype=torch.float64, device=image.device)
+    image = image.double() / 255
+    if image.shape[-3] == 1:
+        return 16 + image * weights.sum()
+    return 16 + (image * weights[:, None, None]).sum(-3, keepdim=True)
+
+
+class LumaQuality(nn.Module):
+    """PSNR (dB) and SSIM on luma; add pictures one by one.
+
+    Args:
+        border: pixels left aside on each side; the scale, by the field's habit.
+
+    SSIM is the original one: Gaussian windows of 11 x 11, sigma 1.5, only where the window lies inside. Pictures that are too small for
+    a window count for PSNR alone.
+    """
+
+    def __init__(self, border: int):
+        from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+
+        super().__init__()
+        self.border = border
+        self.psnr = PeakSignalNoiseRatio(data_range=255.0, dim=(1, 2, 3), reduction="elementwise_mean")
+        self.ssim = StructuralSimilarityIndexMeasure(data_range=255.0, sigma=1.5, kernel_size=11)
+
+    def update(self, restored: Tensor, high: Tensor) -> None:
+        """(C, H, W) uint8 each."""
+        if restored.shape != high.shape:
+            raise ValueError(f"the restored picture has the shape {tuple(restored.shape)}, the true one {tuple(high.shape)}")
+        rows, columns = (slice(b, side - b) for side in high.shape[-2:] for b in [min(self.border, (side - 1) // 2)])
+        both = [luma(image)[None, :, rows, columns] for image in (restored, high)]
+        self.psnr.update(*both)
+        if min(both[0].shape[-2:]) >= 11:
+            self.ssim.update(*both)
+
+    def compute(self) -> dict[str, float]:
+        """{"psnr": dB, "ssim": at most 1}, means over the pictures; what no picture was added to is left out."""
+        parts = {"psnr": self.psnr, "ssim": self.ssim}
+        return {name: float(part.compute()) for name, part in parts.items() if part.update_called}

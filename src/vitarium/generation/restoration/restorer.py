@@ -1,0 +1,76 @@
+"""What every network that restores a picture has in common: any size in, a size `scale` times as large out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vitarium.errors import InputError
+
+
+class Restorer(nn.Module):
+    """Image (B, in_chans, H, W) in 0..1, any H and W -> restored image (B, in_chans, scale H, scale W), about 0..1, not clipped.
+
+    A subclass writes `restore`. Its input is reflected at the bottom and the right up to the next multiple of `multiple`, and the
+    result is cropped.
+
+    Args:
+        scale: how many times larger the result is on each axis (1: a denoiser, say).
+        in_chans: channels in and out.
+        multiple: both sides of what `restore` gets divide by it, pixels.
+        reach: how far away, in pixels of the input, a pixel can be that still has a say in the result. Where a tile's overlap exceeds it,
+            a picture restored in tiles equals one restored as a whole.
+    """
+
+    def __init__(self, *, scale: int, in_chans: int, multiple: int = 1, reach: int = 0):
+        super().__init__()
+        self.scale, self.in_chans, self.multiple, self.reach = scale, in_chans, multiple, reach
+
+    def restore(self, image: Tensor) -> Tensor:
+        """(B, in_chans, H, W), sides that divide by `multiple` -> (B, in_chans, scale H, scale W)."""
+        raise NotImplementedError(f"{type(self).__name__} does not define restore")
+
+    def forward(self, image: Tensor) -> Tensor:
+        self.check_image(image)
+        height, width = image.shape[-2:]
+        restored = self.restore(reflect_to_multiple(image, self.multiple))
+        return restored[..., : height * self.scale, : width * self.scale]
+
+    def check_image(self, image: Tensor) -> None:
+        """Refuse what the model cannot take, before any work.
+
+        Raises:
+            InputError: wrong rank, channels, layout, dtype or device, or an empty image; the message says what came and what is accepted.
+        """
+        if torch.compiler.is_compiling():
+            return
+        name, shape = type(self).__name__, tuple(image.shape)
+        accepted = f"{name} takes a floating-point image (B, {self.in_chans}, H, W) in 0..1"
+        if image.ndim != 4:
+            raise InputError(f"{accepted}, got {image.ndim} axes {shape}{'; add a batch axis with image[None]' if image.ndim == 3 else ''}")
+        if shape[1] != self.in_chans:
+            last = shape[-1] == self.in_chans
+            hint = "the channels seem to come last: image.permute(0, 3, 1, 2)" if last else f"create the model with in_chans={shape[1]}"
+            raise InputError(f"{accepted}, got {shape[1]} channels in {shape}; {hint}")
+        if not image.is_floating_point():
+            raise InputError(f"{accepted}, got {image.dtype}; divide by 255")
+        if min(shape[-2:]) < 1:
+            raise InputError(f"{accepted} of at least 1x1 pixels, got {shape[-2]}x{shape[-1]}")
+        weight = next(self.parameters(), image)
+        if image.dtype != weight.dtype and not torch.is_autocast_enabled(image.device.type):
+            raise InputError(f"{name} holds {weight.dtype} weights, got a {image.dtype} image; convert one of them with .to(dtype)")
+        if image.device != weight.device:
+            raise InputError(f"{name} is on {weight.device}, the image on {image.device}; move one of them with .to(device)")
+
+
+def reflect_to_multiple(image: Tensor, size: int) -> Tensor:
+    """Reflect at the bottom and the right, without repeating the edge, until both sides divide by `size`: (B, C, H, W) -> (B, C, H', W').
+
+    A side that is shorter than its padding is reflected more than once; one pixel is repeated.
+    """
+    for axis in (-2, -1):
+        side = image.shape[axis]
+        if side % size:
+            places = torch.arange(side + -side % size, device=image.device) % max(1, 2 * side - 2)
+            image = image.index_select(axis, torch.minimum(places, 2 * side - 2 - places).clamp_(min=0))
+    return image
