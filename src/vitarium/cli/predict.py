@@ -118,7 +118,7 @@ def ask(learner: Learner, files: list[str], batch_size: int, output: Path | None
     pictures = FileImages(files, [0] * len(files))
     place = next(model.parameters(), torch.empty(0))
     transform = learner.transform(None)
-    if getattr(transform, "joint", False):
+    if getattr(transform, "joint", False) and getattr(transform, "needs_target", True):
         raise UsageError(f"models of the objective {learner.objective!r} look at a picture together with its labels; predict has none")
     loader = Loader(pictures, transform, collate=learner.collate, batch_size=batch_size, bad_files=bad_files)
     rows: list[dict[str, Any]] = [{"image": file} for file in files]

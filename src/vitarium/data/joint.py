@@ -42,12 +42,17 @@ class FitTransform:
     """Picture and segments -> the picture scaled so that its longer side is image_size, normalised; nothing is cut off.
 
     In evaluation the segments stay at the picture's own size: answers are measured there. Without segments the target has sizes only.
+
+    Args:
+        preprocessing: of the model.
+        square: fill the shorter side up with zeros, at the right or the bottom.
     """
 
     joint = True
+    needs_target = False
 
-    def __init__(self, preprocessing: Preprocessing):
-        self.preprocessing = preprocessing
+    def __init__(self, preprocessing: Preprocessing, *, square: bool = False):
+        self.preprocessing, self.square = preprocessing, square
 
     def __call__(self, picture: Image.Image, target: Segmentation | Any) -> tuple[Tensor, dict[str, Tensor]]:
         """-> (channels, h, w) float32, and {"size", "original_size"} (height, width), and of segments {"masks", "labels", "iscrowd"}."""
@@ -57,6 +62,8 @@ class FitTransform:
         size = _fitted(image.size, self.preprocessing.image_size)
         tensor = normalised(_resized(image, size, self.preprocessing), self.preprocessing)
         found = {"size": torch.tensor(tensor.shape[-2:]), "original_size": torch.tensor((picture.height, picture.width))}
+        if self.square:
+            tensor = padded(tensor, self.preprocessing.image_size)
         return tensor, found | (as_tensors(target) if isinstance(target, Segmentation) else {})
 
 
@@ -68,6 +75,7 @@ class JitterTransform:
         jitter: range of the factor on the fitted size; (0.1, 2.0) is the usual large-scale jitter, (1, 1) none.
         flip: chance of a horizontal flip.
         color_jitter: strength of brightness, contrast and saturation changes.
+        square: fill picture and masks up to the square, at the right and the bottom.
 
     Segments of which fewer than `least` pixels are left do not count, and neither do crowds.
     """
@@ -76,11 +84,17 @@ class JitterTransform:
     least = 4
 
     def __init__(
-        self, preprocessing: Preprocessing, *, jitter: tuple[float, float] = (1.0, 1.0), flip: float = 0.0, color_jitter: float = 0.0
+        self,
+        preprocessing: Preprocessing,
+        *,
+        jitter: tuple[float, float] = (1.0, 1.0),
+        flip: float = 0.0,
+        color_jitter: float = 0.0,
+        square: bool = False,
     ):
         if not 0 < jitter[0] <= jitter[1]:
             raise UsageError(f"jitter must be a range of factors above 0, got {jitter}")
-        self.preprocessing, self.jitter, self.flip = preprocessing, jitter, flip
+        self.preprocessing, self.jitter, self.flip, self.square = preprocessing, jitter, flip, square
         self.colours: Any = None
         if color_jitter:
             from torchvision.transforms import v2
@@ -108,8 +122,10 @@ class JitterTransform:
             image = self.colours(image)
         tensor = normalised(image, self.preprocessing)
         kept = ~target.crowds & (masks.sum((1, 2)) >= self.least)
-        found = as_tensors(Segmentation(masks[kept], target.labels[kept]))
-        return tensor, found | {"size": torch.tensor(tensor.shape[-2:])}
+        found = as_tensors(Segmentation(masks[kept], target.labels[kept])) | {"size": torch.tensor(tensor.shape[-2:])}
+        if self.square:
+            tensor, found["masks"] = padded(tensor, side), padded(found["masks"], side)
+        return tensor, found
 
 
 def as_tensors(target: Segmentation) -> dict[str, Tensor]:
@@ -133,6 +149,15 @@ def normalised(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
     pixels = torch.from_numpy(np.array(image)).view(image.height, image.width, -1).permute(2, 0, 1)
     mean, std = (255 * torch.tensor(values).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
     return pixels.float().sub_(mean).div_(std)
+
+
+def padded(x: Tensor, side: int) -> Tensor:
+    """(C, h, w) -> (C, side, side), zeros (or False) at the right and the bottom."""
+    if tuple(x.shape[-2:]) == (side, side):
+        return x
+    filled = x.new_zeros(*x.shape[:-2], side, side)
+    filled[..., : x.shape[-2], : x.shape[-1]] = x
+    return filled
 
 
 def pad_batch(images: Sequence[Tensor], *, multiple: int = 1, size: int | None = None, value: float = 0.0) -> tuple[Tensor, Tensor]:

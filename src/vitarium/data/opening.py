@@ -15,6 +15,9 @@ TASKS = {
     "image": "vitarium.data.pictures:open_pictures",
     "multilabel": "vitarium.data.multilabel:open_multilabel",
     "pairs": "vitarium.data.pairs:open_pairs",
+    "panoptic": "vitarium.data.segments:open_panoptic",
+    "semantic": "vitarium.data.segments:open_semantic",
+    "instance": "vitarium.data.segments:open_instance",
 }
 """Kinds of labels other than classes -> the function that opens such data: (spec, *, seed, val_fraction, image_size) -> ImageData."""
 EMBEDDED = ("digits", "photos", "scenes")
