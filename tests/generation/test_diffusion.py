@@ -297,8 +297,10 @@ def test_training_times_follow_shift_and_convention():
     shifted, plain = Flow(shift=3.0).times(2000, like), Flow().times(2000, like)
     assert shifted.mean() > plain.mean() + 0.1  # towards noise, which is at 1
     assert Flow(shift=3.0, data_at=1).times(2000, like).mean() < 0.4
-    assert Flow(prediction="noise").even_times(4, like).min() > 1e-3
-    assert GaussianDiffusion().even_times(4, like).tolist() == [125, 375, 625, 875]
+    shares = torch.tensor([0.0, 0.5, 1.0]).double()
+    torch.testing.assert_close(Flow(prediction="noise").times_at(shares), torch.tensor([0.001, 0.5, 0.999]).double())
+    assert Flow(data_at=1).times_at(shares).tolist() == [1.0, 0.5, 0.0]
+    assert GaussianDiffusion().times_at(shares).tolist() == [0, 500, 999]
 
 
 # ---- guidance

@@ -38,4 +38,19 @@ class Generator(Protocol):
         ...
 
 
-__all__ = ["Generator"]
+@runtime_checkable
+class Editor(Protocol):
+    """What makes a region of a picture anew (`vitarium generate --image PICTURE --mask MASK`)."""
+
+    def edit(self, image: Tensor, mask: Tensor, labels: Tensor, *, seed: int = 0, **options: Any) -> Tensor:
+        """Pictures (B, C, H, W) float32 in [0, 1] of the given classes (B,), equal to `image` where `mask` is zero.
+
+        Args:
+            image: (B, C, H, W), or (1, C, H, W) for all, in [0, 1].
+            mask: (B, 1, H, W) or (1, 1, H, W), nonzero where new pixels are wanted.
+            labels, seed, options: as for `Generator.generate`.
+        """
+        ...
+
+
+__all__ = ["Editor", "Generator"]

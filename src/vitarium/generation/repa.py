@@ -217,17 +217,22 @@ def default_block(model: nn.Module) -> str:
     return f"blocks.{(len(blocks) - 1) // 3}"
 
 
-def train_encoder(recipe_name: str, data: ImageData, seed: int) -> Encoder:
-    """A classifier trained by a recipe on the same pictures, as an encoder. The same seed gives the same one."""
+def train_encoder(recipe_name: str, data: ImageData, seed: int, *, model: str | None = None) -> Encoder:
+    """A classifier trained by a recipe on the same pictures, as an encoder. The same seed gives the same one.
+
+    Raises:
+        UsageError: no such recipe, or one that names no model where none is given.
+    """
     from vitarium.data.loader import generators_kept
     from vitarium.training import find_learner, fit, load_recipe
 
     recipe = load_recipe(recipe_name, [f"seed={seed}"])
     recipe = recipe.model_copy(update=dict(image_size=recipe.image_size or data.image_size))
-    if recipe.model is None:
+    name = model or recipe.model
+    if name is None:
         raise UsageError(f"the recipe {recipe_name} names no model, so it cannot train an encoder")
-    log.info("training the encoder first: %s by the recipe %s", recipe.model, recipe_name)
+    log.info("training the encoder first: %s by the recipe %s", name, recipe_name)
     with tempfile.TemporaryDirectory() as folder, generators_kept():
-        teacher = find_learner(recipe.objective["name"]).create(recipe.model, data, recipe)
+        teacher = find_learner(recipe.objective["name"]).create(name, data, recipe)
         fit(teacher, data, recipe, Path(folder))
-    return Encoder(f"{recipe.model} trained by {recipe_name}", teacher.eval_model())
+    return Encoder(f"{name} trained by {recipe_name}", teacher.eval_model())

@@ -68,9 +68,9 @@ class Flow:
             return self._placed(torch.randn(count, device=like.device, dtype=like.dtype).sigmoid())
         return self._placed(torch.rand(count, device=like.device, dtype=like.dtype))
 
-    def even_times(self, count: int, like: Tensor) -> Tensor:
-        """Times (B,) spread evenly, for measuring."""
-        return self._placed((torch.arange(count, device=like.device, dtype=like.dtype) + 0.5) / count)
+    def times_at(self, shares: Tensor) -> Tensor:
+        """Times (B,) of shares from 0 (data) to 1 (noise), for measuring."""
+        return self._placed(shares)
 
     def grid(self, steps: int, *, stochastic: bool = False) -> list[float]:
         """Times from noise to data, `steps` + 1 of them; a stochastic sampler's last step is 0.04 long.

@@ -78,9 +78,9 @@ class GaussianDiffusion:
         every = next((k for k in range(1, self.steps + 1) if len(range(0, self.steps, k)) == count), self.steps // count)
         return list(range(0, self.steps, every))[-count:] if count > 1 else [self.steps - 1]
 
-    def even_times(self, count: int, like: Tensor) -> Tensor:
-        """Steps (B,) spread evenly, for measuring."""
-        return ((torch.arange(count, device=like.device) + 0.5) / count * self.steps).long()
+    def times_at(self, shares: Tensor) -> Tensor:
+        """Steps (B,) of shares from 0 (data) to 1 (noise), for measuring."""
+        return (shares * self.steps).long().clamp(max=self.steps - 1)
 
     def loss(self, model: Any, x: Tensor, *, noise: Tensor | None = None, t: Tensor | None = None, **condition: Any) -> dict[str, Tensor]:
         """Losses of a batch, (B,) each: "denoising" (mean square), and where the model says a variance also "variance" (bits a dimension).

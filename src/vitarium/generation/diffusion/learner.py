@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SHEET_COLUMNS, SHEET_ROWS = 10, 4
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 @learner("diffusion")
@@ -88,14 +89,13 @@ class DiffusionLearner(Learner):
     def evaluate_batch(self, model: nn.Module, batch: Batch, metrics: Any) -> None:
         """Target: class numbers (B,)."""
         image, labels = batch["image"], batch["target"]
-        seed = int(batch["index"][0])
         x = codec_of(model).encode(image)
-        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
-        losses = self.process.loss(model, x, noise=noise, t=self.process.even_times(len(x), x), labels=labels)
+        noise, shares = fixed_noise(batch["index"], x)
+        losses = self.process.loss(model, x, noise=noise, t=self.process.times_at(shares), labels=labels)
         metrics["loss"].update(sum(losses.values()))
         if "frechet" in metrics and metrics["frechet"].made_count < self.settings.samples:
             metrics["frechet"].update(image / 2 + 0.5, real=True)
-            metrics["frechet"].update(model.generate(labels, seed=seed), real=False)  # type: ignore[operator]
+            metrics["frechet"].update(model.generate(labels, seed=int(batch["index"][0])), real=False)  # type: ignore[operator]
 
     def summary(self, metrics: Any) -> dict[str, Any]:
         return {name: metric.compute().item() for name, metric in metrics.items()}
@@ -107,6 +107,13 @@ class DiffusionLearner(Learner):
         columns = max(1, min(int(model.num_classes), SHEET_COLUMNS))  # type: ignore[arg-type]
         labels = torch.arange(columns).repeat(SHEET_ROWS)
         return {"samples": grid(model.generate(labels, seed=0), columns)}  # type: ignore[operator]
+
+
+def fixed_noise(indices: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Noise of `like`'s shape and shares in [0, 1), (B,), that depend on the pictures' numbers alone, and are spread evenly over many."""
+    numbers = indices.tolist()
+    noise = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(number)) for number in numbers]
+    return torch.stack(noise).to(like), torch.tensor([number * GOLDEN_RATIO % 1 for number in numbers]).to(like)
 
 
 def total(losses: dict[str, Tensor], **weights: float) -> dict[str, Tensor]:
