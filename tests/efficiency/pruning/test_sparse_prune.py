@@ -14,6 +14,7 @@ from torch.nn.utils import prune
 import vitarium
 from tests.anatomy.models import NAMES, make, timm_model, transformers_model
 from tests.golden import assert_matches_golden
+from vitarium.catalog.create import ModelSpec
 from vitarium.catalog.methods import parse_method
 from vitarium.catalog.probe import macs_of
 from vitarium.efficiency.pruning.masks import prunable, sparsity
@@ -22,7 +23,8 @@ from vitarium.efficiency.pruning.sparse_prune import SparsePrune, SparseViT, mak
 from vitarium.errors import AttachError, UnsupportedModel, UsageError
 
 IMAGE = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-FIXED_HEADS = {"timm-qk_norm", "timm-rope_mixed"}
+TIED = "timm-qk_norm"
+"""Its norms tie all heads, and all channels, together."""
 
 
 def filled(model: nn.Module) -> nn.Module:
@@ -147,11 +149,9 @@ def test_a_hierarchical_model_too():
 
 
 @pytest.mark.identity
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != TIED])
 def test_smaller_layers_compute_what_zeros_would(name: str):
-    structure = "both" if name not in FIXED_HEADS else "channels"
-    if name == "timm-qk_norm":
-        pytest.skip("its norms tie all heads, and all channels, together")
+    structure = "channels" if name == "timm-rope_mixed" else "both"  # each head has angles of its own
     masked, small = make(name).double(), make(name).double()
     vitarium.apply(masked, SparsePrune(structure=structure, shrink=False), quiet=True)
     vitarium.apply(small, SparsePrune(structure=structure), quiet=True)
@@ -222,22 +222,28 @@ def test_pictures_decide_where_inputs_differ():
 
 @pytest.mark.parametrize("library", ["timm", "hf"])
 @pytest.mark.parametrize(
-    "methods", [("sparse_prune",), ("sparse_prune:structure=both", "tome:r=2"), ("sparse_prune:structure=2:4", "evit")]
+    "methods",
+    [
+        ("sparse_prune",),
+        ("sparse_prune:structure=2:4", "evit"),
+        ("sparse_prune:structure=both", "tome:r=2", "int4w"),
+        ("sparse_prune:structure=channels", "pitome", "int8"),
+    ],
+    ids="+".join,
 )
 def test_saves_loads_and_predicts_the_same(library: str, methods: tuple[str, ...], tmp_path: Path):
     if library == "timm":
         model = filled(vitarium.create_model("timm/vit_pico", num_classes=5, image_size=16, patch_size=4))
     else:
-        from vitarium.catalog.create import ModelSpec
-
         model = transformers_model("vit")
-        model.spec = ModelSpec("hf/tiny/vit", {})
+        model.spec = ModelSpec("hf/tiny/vit", {})  # type: ignore[assignment]
     vitarium.apply(model, *methods, quiet=True)
     vitarium.save(model, tmp_path / "model.safetensors")
     loaded = vitarium.load(tmp_path / "model.safetensors")
     assert torch.equal(logits(loaded), logits(model))
     assert [str(report.method) for report in loaded.methods] == [str(report.method) for report in model.methods]
-    assert sparsity(loaded) == sparsity(model)
+    if len(methods) < 3:  # quantized layers keep their weights elsewhere
+        assert sparsity(loaded) == sparsity(model)
 
 
 def test_smaller_heads_of_a_rotary_model_are_saved(tmp_path: Path):
