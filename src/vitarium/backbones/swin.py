@@ -28,46 +28,21 @@ from torch.nn import functional as F
 
 from vitarium.catalog import chain, family, join, rename
 from vitarium.nn import (
-    Attention,
     Backbone,
     DropPath,
-    EvalCache,
     LayerNorm2d,
+    LayoutCache,
     Linear,
     Mlp,
     PatchEmbed,
     RelativePositionBias,
     Stage,
+    WindowAttention,
     drop_path_rates,
     init_weights,
 )
 from vitarium.nn.positions import resize_bias_table
 from vitarium.ops.windows import WindowLayout, pad_to_multiple, window_layout, window_partition, window_reverse
-
-
-class WindowAttention(Attention):
-    """Self-attention inside windows with a relative position bias: (B, N, C) in window order -> the same."""
-
-    def __init__(self, dim: int, num_heads: int, window_size: int, *, qkv_bias: bool = True):
-        super().__init__(dim, num_heads, qkv_bias=qkv_bias)
-        self.position_bias = RelativePositionBias(window_size, num_heads)
-        self.cache = EvalCache()
-
-    def forward(self, x: Tensor, layout: WindowLayout) -> Tensor:  # type: ignore[override]
-        batch, count, dim = x.shape
-        bias = self.cache.get(self, (layout, x.dtype), self.position_bias.table, lambda: self.bias(layout, x.dtype))
-        n = bias.shape[-1]
-        if bias.shape[0] > 1 and batch > 1:  # each image has the same windows
-            bias = bias.expand(batch, *bias.shape).reshape(-1, *bias.shape[1:])
-        return super().forward(x.view(-1, n, dim), bias).view(batch, count, dim)
-
-    def bias(self, layout: WindowLayout, dtype: torch.dtype) -> Tensor:
-        """What is added to the logits: (1, h, n, n), or (nW, h, n, n) where a layout keeps regions of a window apart."""
-        bias = self.position_bias()[None]
-        if layout.region is not None:
-            apart = layout.region[:, :, None] != layout.region[:, None]
-            bias = bias - 100.0 * apart[:, None]  # the authors' -100, not -inf
-        return bias.to(dtype).contiguous()  # the fused kernel would copy it at each call
 
 
 class SwinBlock(nn.Module):
@@ -114,7 +89,7 @@ class SwinStage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.window_size = window_size
         self.shifted = True
-        self._layouts: dict[tuple[int, int, torch.device], tuple[WindowLayout, WindowLayout]] = {}
+        self.kept = LayoutCache()
 
     def shift(self, height: int, width: int) -> tuple[int, int]:
         """How far the grid moves on each axis: half a window, but not where one window covers the map.
@@ -128,23 +103,14 @@ class SwinStage(nn.Module):
         return (half if height > size else 0), (half if width > size else 0)
 
     def layouts(self, height: int, width: int, device: torch.device) -> tuple[WindowLayout, WindowLayout]:
-        """The resting and the moved layout of a map, kept for the sizes seen last."""
-        if torch.compiler.is_compiling():
-            return self._build_layouts(height, width, device)
-        key = (height, width, device)
-        if key not in self._layouts:
-            with torch.inference_mode(False):  # an inference tensor would be refused by a later training step
-                both = self._build_layouts(height, width, device)
-            self._layouts = {**dict(list(self._layouts.items())[-15:]), key: both}
-        return self._layouts[key]
+        """The resting and the moved layout of a map."""
 
-    def _build_layouts(self, height: int, width: int, device: torch.device) -> tuple[WindowLayout, WindowLayout]:
-        still = window_layout(height, width, self.window_size, (0, 0), device)
-        shift = self.shift(height, width)
-        return still, window_layout(height, width, self.window_size, shift, device) if any(shift) else still
+        def build() -> tuple[WindowLayout, WindowLayout]:
+            still = window_layout(height, width, self.window_size, (0, 0), device)
+            shift = self.shift(height, width)
+            return still, window_layout(height, width, self.window_size, shift, device) if any(shift) else still
 
-    def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "_layouts": {}}
+        return self.kept.get(height, width, device, build)
 
     def forward(self, x: Tensor, run: Callable[..., Tensor]) -> Tensor:
         x = self.downsample(x)

@@ -11,6 +11,7 @@ from vitarium.nn.pyramid import TokenPyramid
 from vitarium.nn.stages import PyramidStage, conv_patches
 from vitarium.nn.tokens import TokenBackbone
 from vitarium.nn.vit import TransformerBlock, VisionTransformer
+from vitarium.nn.window_attention import LayoutCache, WindowAttention
 
 __all__ = [
     "Attention",
@@ -20,6 +21,7 @@ __all__ = [
     "LayerNorm2d",
     "LayerNorm3d",
     "LayerScale",
+    "LayoutCache",
     "Linear",
     "Mlp",
     "PatchEmbed",
@@ -32,6 +34,7 @@ __all__ = [
     "TransformerBlock",
     "VideoBackbone",
     "VisionTransformer",
+    "WindowAttention",
     "apply_rotary",
     "conv_patches",
     "drop_path_rates",

@@ -8,6 +8,8 @@ them all. A folded model does not train on and is not saved: keep the original.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -48,20 +50,7 @@ def fold_norm_before(norm: BatchNorm, conv: nn.Conv2d) -> nn.Conv2d:
 
 
 def _with(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
-    """A convolution like another, with a bias."""
-    new = nn.Conv2d(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,  # type: ignore[arg-type]
-        conv.stride,  # type: ignore[arg-type]
-        conv.padding,  # type: ignore[arg-type]
-        conv.dilation,  # type: ignore[arg-type]
-        conv.groups,
-        padding_mode=conv.padding_mode,
-        device=weight.device,
-        dtype=weight.dtype,
-    )
-    new.weight.copy_(weight)
-    assert new.bias is not None
-    new.bias.copy_(bias)
-    return new.train(conv.training)
+    """A convolution like another in everything else."""
+    new = copy.deepcopy(conv)
+    new.weight, new.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return new

@@ -65,16 +65,17 @@ class RelativePositionBias(nn.Module):
         return self.table[self.index.flatten()].view(n, n, -1).permute(2, 0, 1)
 
 
-def resize_bias_table(table: Tensor, rows: int) -> Tensor:
-    """A square window's offset table for another window side, bicubic: ((2M-1)^2, heads) -> (rows, heads), rows again a square.
+def resize_bias_table(table: Tensor, rows: int, *, mode: str = "bicubic") -> Tensor:
+    """A square window's offset table for another window side: ((2M-1)^2, heads) -> (rows, heads), rows again a square.
 
-    Source: Swin's own loading code (align_corners False). Raises ValueError where a side is no whole number.
+    Source: the loading code of Swin (bicubic) and of MaxViT (bilinear), without aligned corners. Raises ValueError where a side is no whole
+    number.
     """
     sides = [round(n**0.5) for n in (table.shape[0], rows)]
     if sides[0] ** 2 != table.shape[0] or sides[1] ** 2 != rows:
         raise ValueError(f"offset tables of square windows have a square number of rows, got {table.shape[0]} -> {rows}")
     image = table.T.reshape(1, -1, sides[0], sides[0])
-    image = F.interpolate(image.float(), size=(sides[1], sides[1]), mode="bicubic", align_corners=False)
+    image = F.interpolate(image.float(), size=(sides[1], sides[1]), mode=mode, align_corners=False)
     return image.flatten(2)[0].T.to(table.dtype)
 
 

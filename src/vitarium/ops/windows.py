@@ -72,6 +72,34 @@ def window_layout(height: int, width: int, size: int, shift: tuple[int, int], de
     return WindowLayout(order, inverse, inside, region)
 
 
+def attention_layout(height: int, width: int, size: int, *, grid: bool, device: torch.device | None = None) -> WindowLayout:
+    """The layout of windows of side `size`, where no token sees padding.
+
+    Args:
+        height, width: of the map, tokens.
+        size: side of a window, tokens.
+        grid: not neighbours stand together but tokens that are spread evenly over the whole (padded) map, `size` a side: MaxViT's grid
+            attention, and CrossFormer's long-distance attention of interval height / size.
+    """
+    padded = (height + -height % size, width + -width % size)
+    places = torch.arange(padded[0] * padded[1], device=device).view(padded)
+    hidden = torch.ones(padded, dtype=torch.long, device=device)
+    hidden[:height, :width] = 0
+    together = _in_grid if grid else _in_windows
+    order = together(places, size)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=device))
+    if padded == (height, width):
+        return WindowLayout(order, inverse, None, None)
+    region = together(hidden, size)
+    return WindowLayout(order, inverse, region[:, None] == 0, region.view(-1, size * size))
+
+
+def _in_grid(grid: Tensor, size: int) -> Tensor:
+    """(H', W') -> (H' * W',), tokens that are H' / size rows and W' / size columns apart together."""
+    rows, columns = (side // size for side in grid.shape)
+    return grid.view(size, rows, size, columns).permute(1, 3, 0, 2).flatten()
+
+
 def _in_windows(grid: Tensor, size: int) -> Tensor:
     """(H', W') -> (H' * W',) in window order."""
     return window_partition(grid[None, :, :, None], size).flatten()

@@ -1,0 +1,308 @@
+"""MaxViT: in every block a convolution, attention to the neighbours, attention over the whole map (Tu et al., "MaxViT", 2022).
+
+The idea: full attention falls apart into two sparse ones. Block attention looks inside P x P windows, grid attention at G x G tokens spread
+evenly over the map, so that every block sees everything at a cost linear in area. An inverted bottleneck with squeeze-and-excite comes
+before them and tells them where things are.
+
+    x <- shortcut(x) + MBConv(x);  then twice, in windows and on the grid:  x <- x + Attention(LN(x));  x <- x + MLP(LN(x))
+
+Follows the authors' TensorFlow code (github google-research/maxvit) in timm's port, whose checkpoints load by name: "same" padding, the
+tanh form of GELU, table of key minus query. Any image size: maps are padded for the attentions, and padding is never seen (the authors
+refuse sizes that do not divide; on those that do, nothing changes).
+Cost: linear in image area at fixed P and G.
+
+How it is fast: only attention cares in what order tokens stand; they are put in window order, from there in grid order, and back into a map
+once a block; biases are gathered once in eval; `fuse()` folds all batch norms into their convolutions.
+
+Legend: B batch, C channels, H W map, N tokens of the padded map.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitarium.catalog import family, rename
+from vitarium.nn import (
+    Backbone,
+    DropPath,
+    LayoutCache,
+    Mlp,
+    PyramidStage,
+    Stage,
+    WindowAttention,
+    fold_norm_after,
+    fold_norm_before,
+    init_weights,
+)
+from vitarium.nn.positions import resize_bias_table
+from vitarium.ops.windows import WindowLayout, attention_layout, pad_to_multiple
+
+GELU = functools.partial(nn.GELU, "tanh")
+HEAD_DIM = 32
+PARTITIONS = ("window", "grid")
+
+
+def batch_norm(dim: int) -> nn.BatchNorm2d:
+    """The authors' numbers."""
+    return nn.BatchNorm2d(dim, eps=1e-3, momentum=0.01)
+
+
+class Conv2dSame(nn.Conv2d):
+    """TensorFlow's "SAME": ceil(side / stride) outputs a side; an odd row or column of zeros goes to the bottom or the right."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        (kernel, _), (stride, _) = self.kernel_size, self.stride
+        bottom, right = (max((-(-side // stride) - 1) * stride + kernel - side, 0) for side in x.shape[-2:])
+        return super().forward(F.pad(x, (right // 2, right - right // 2, bottom // 2, bottom - bottom // 2)))
+
+
+class SqueezeExcite(nn.Module):
+    """Channels weighted by what the whole map holds: (B, C, H, W) -> the same."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Conv2d(dim, hidden_dim, 1)
+        self.fc2 = nn.Conv2d(hidden_dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.fc2(F.silu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
+
+
+class Shortcut(nn.Module):
+    """What goes around a convolution that changes the map: mean of 2 x 2, and new channels where they change."""
+
+    def __init__(self, in_dim: int, dim: int, stride: int):
+        super().__init__()
+        self.stride = stride
+        self.expand = nn.Conv2d(in_dim, dim, 1) if in_dim != dim else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stride > 1:
+            x = F.avg_pool2d(x, self.stride, ceil_mode=True, count_include_pad=False)
+        return self.expand(x)
+
+
+class MBConv(nn.Module):
+    """Inverted bottleneck, norm first: (B, C_in, H, W) -> (B, C, ceil(H / stride), ceil(W / stride))."""
+
+    def __init__(self, in_dim: int, dim: int, stride: int, drop_path: float):
+        super().__init__()
+        hidden = 4 * dim
+        self.shortcut = Shortcut(in_dim, dim, stride)
+        self.pre_norm: nn.Module = batch_norm(in_dim)
+        self.conv1_1x1 = nn.Conv2d(in_dim, hidden, 1, bias=False)
+        self.norm1: nn.Module = batch_norm(hidden)
+        self.conv2_kxk: nn.Conv2d = Conv2dSame(hidden, hidden, 3, stride, groups=hidden, bias=False)
+        self.norm2: nn.Module = batch_norm(hidden)
+        self.se = SqueezeExcite(hidden, max(1, dim // 4))
+        self.conv3_1x1 = nn.Conv2d(hidden, dim, 1)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.gelu(self.norm1(self.conv1_1x1(self.pre_norm(x))), approximate="tanh")
+        y = F.gelu(self.norm2(self.conv2_kxk(y)), approximate="tanh")
+        return self.shortcut(x) + self.drop_path(self.conv3_1x1(self.se(y)))
+
+    def fold(self) -> None:
+        """All three norms go into the convolutions beside them."""
+        if isinstance(self.pre_norm, nn.BatchNorm2d) and isinstance(self.norm1, nn.BatchNorm2d) and isinstance(self.norm2, nn.BatchNorm2d):
+            self.conv1_1x1 = fold_norm_after(fold_norm_before(self.pre_norm, self.conv1_1x1), self.norm1)
+            self.conv2_kxk = fold_norm_after(self.conv2_kxk, self.norm2)
+            self.pre_norm, self.norm1, self.norm2 = nn.Identity(), nn.Identity(), nn.Identity()
+
+
+class PartitionAttention(nn.Module):
+    """Attention and MLP on tokens in the order of a partition: (B, N, C) -> the same."""
+
+    def __init__(self, dim: int, window_size: int, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = WindowAttention(dim, dim // HEAD_DIM, window_size)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, 4 * dim, GELU)  # type: ignore[arg-type]  # a class with an argument
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, layout: WindowLayout) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), layout))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class MaxViTBlock(nn.Module):
+    """(B, C_in, H, W) -> (B, C, H', W').
+
+    Args:
+        in_dim, dim: channels before and after, dim a multiple of 32.
+        stride: of the convolution.
+        window_size: side of windows and of grids, tokens.
+        partitions: of the two attentions, "window" or "grid" each.
+        drop_path: stochastic depth of all five branches.
+    """
+
+    def __init__(self, in_dim: int, dim: int, stride: int, window_size: int, partitions: Sequence[str], drop_path: float):
+        super().__init__()
+        self.window_size = window_size
+        self.grids = [partition == "grid" for partition in partitions]
+        self.conv = MBConv(in_dim, dim, stride, drop_path)
+        self.attn_block = PartitionAttention(dim, window_size, drop_path)
+        self.attn_grid = PartitionAttention(dim, window_size, drop_path)
+        self.kept = LayoutCache()
+
+    def layouts(self, height: int, width: int, device: torch.device) -> tuple[WindowLayout, WindowLayout]:
+        """Of the two attentions on a map."""
+        one = lambda grid: attention_layout(height, width, self.window_size, grid=grid, device=device)
+        return self.kept.get(height, width, device, lambda: (one(self.grids[0]), one(self.grids[1])))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        height, width = x.shape[-2:]
+        first, second = self.layouts(height, width, x.device)
+        x = pad_to_multiple(x.permute(0, 2, 3, 1), self.window_size)
+        padded = x.shape
+        x = self.attn_block(x.flatten(1, 2).index_select(1, first.order), first)
+        x = self.attn_grid(x.index_select(1, first.inverse[second.order]), second)
+        return x.index_select(1, second.inverse).view(padded)[:, :height, :width].permute(0, 3, 1, 2)
+
+
+class Stem(nn.Module):
+    """Two 3 x 3 convolutions, the first with stride 2: (B, in_chans, H, W) -> (B, dim, ceil(H / 2), ceil(W / 2))."""
+
+    def __init__(self, in_chans: int, dim: int):
+        super().__init__()
+        self.conv1: nn.Conv2d = Conv2dSame(in_chans, dim, 3, 2)
+        self.norm1: nn.Module = batch_norm(dim)
+        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(F.gelu(self.norm1(self.conv1(x)), approximate="tanh"))
+
+    def fold(self) -> None:
+        """The norm goes into the first convolution."""
+        if isinstance(self.norm1, nn.BatchNorm2d):
+            self.conv1, self.norm1 = fold_norm_after(self.conv1, self.norm1), nn.Identity()
+
+
+class PreLogits(nn.Module):
+    """Norm, linear layer, tanh: (B, C) -> the same."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.fc = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.fc(self.norm(x)))
+
+
+def official(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm's port of the authors' checkpoints: its tables are (heads, 2P - 1, 2P - 1), of key minus query."""
+    renamed = rename(
+        (r"\.attn\.rel_pos\.relative_position_index$", None),
+        (r"\.attn\.rel_pos\.relative_position_bias_table$", ".attn.position_bias.table"),
+        (r"^head\.norm\.", "head_norm.norm."),
+        (r"^head\.pre_logits\.fc\.", "head_norm.fc."),
+        (r"^head\.fc\.", "head."),
+    )(state)
+    is_table = lambda name, t: name.endswith(".position_bias.table") and t.ndim == 3
+    return {name: t.flip(1, 2).flatten(1).T.contiguous() if is_table(name, t) else t for name, t in renamed.items()}
+
+
+def _rows(name: str, depths: Sequence[int], dim: int, stem: int, rate: float) -> dict[str, dict[str, Any]]:
+    """A model at the three sizes of its releases."""
+    row = dict(depths=depths, dims=tuple(dim * 2**k for k in range(4)), stem_dim=stem, drop_path_rate=rate)
+    sizes = {f"{name}_{size}": dict(**row, window_size=size // 32, image_size=size) for size in (384, 512)}
+    return {name: row, **sizes}
+
+
+def _tags(size: str) -> dict[str, dict[str, tuple[str, ...]]]:
+    tags = ("in1k",) if size in ("tiny", "small") else ("in1k", "in21k_ft_in1k")
+    small: dict[str, tuple[str, ...]] = {"in1k": (f"timm:maxvit_{size}_tf_224.in1k",)}
+    return {size: small, **{f"{size}_{n}": {tag: (f"timm:maxvit_{size}_tf_{n}.{tag}",) for tag in tags} for n in (384, 512)}}
+
+
+@family(
+    "maxvit",
+    variants={
+        "pico": dict(depths=(1, 1), dims=(32, 64), stem_dim=16, strides=(1, 2), window_size=4, image_size=16),
+        **_rows("tiny", (2, 2, 5, 2), 64, 64, 0.2),  # 30.9 M, 83.6 % top-1 at 224
+        **_rows("small", (2, 2, 5, 2), 96, 64, 0.3),  # 69 M, 84.5 %
+        **_rows("base", (2, 6, 14, 2), 96, 64, 0.4),  # 119 M, 84.9 %
+        **_rows("large", (2, 6, 14, 2), 128, 128, 0.6),  # 212 M, 85.2 %
+        **_rows("xlarge", (2, 6, 14, 2), 192, 192, 0.6),  # 475 M, from 21K
+    },
+    official=official,
+    weights={**_tags("tiny"), **_tags("small"), **_tags("base"), **_tags("large")}
+    | {f"xlarge_{n}": {"in21k_ft_in1k": (f"timm:maxvit_xlarge_tf_{n}.in21k_ft_in1k",)} for n in (384, 512)},
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+    crop_pct=0.95,
+)
+class MaxViT(Backbone):
+    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes).
+
+    Args:
+        depths, dims: blocks and channels a stage; channels are multiples of 32, the width of a head.
+        stem_dim: channels of the stem, which has stride 2.
+        strides: of each stage.
+        window_size: side P = G of windows and grids, tokens; the authors' is a 32nd of the image's side.
+        partitions: of each block's two attentions: "window" or "grid" each.
+        drop_rate: dropout before the head.
+        drop_path_rate: stochastic depth: block b of D drops with rate b / D of this.
+
+    Raises:
+        ValueError: lists of different lengths, channels that are no multiple of 32, or other partitions.
+    """
+
+    def __init__(
+        self,
+        *,
+        depths: Sequence[int],
+        dims: Sequence[int],
+        stem_dim: int = 64,
+        strides: Sequence[int] = (2, 2, 2, 2),
+        window_size: int = 7,
+        partitions: Sequence[str] = PARTITIONS,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        if not len(depths) == len(dims) == len(strides):
+            raise ValueError(f"depths, dims and strides need one value a stage, got {depths}, {dims} and {strides}")
+        if wrong := [dim for dim in dims if dim % HEAD_DIM]:
+            raise ValueError(f"dims must be multiples of {HEAD_DIM}, the width of a head, got {wrong[0]}")
+        if len(partitions) != 2 or not set(partitions) <= set(PARTITIONS):
+            raise ValueError(f"partitions must be two of {', '.join(PARTITIONS)}, got {partitions}")
+        reductions = [2 * int(torch.Size(strides[: k + 1]).numel()) for k in range(len(dims))]
+        stages = [Stage(dim, reduction) for dim, reduction in zip(dims, reductions, strict=True)]
+        super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
+        self.stem = Stem(in_chans, stem_dim)
+        total, number, before = sum(depths), 0, stem_dim
+        built = []
+        for depth, dim, stride in zip(depths, dims, strides, strict=True):
+            blocks = []
+            for i in range(depth):
+                rate = drop_path_rate * number / total
+                blocks.append(MaxViTBlock(before, dim, 1 if i else stride, window_size, partitions, rate))
+                number, before = number + 1, dim
+            built.append(PyramidStage(nn.Identity(), blocks))
+        self.stages = nn.ModuleList(built)
+        self.head_norm = PreLogits(dims[-1])
+        init_weights(self)
+
+    def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
+        x = self.stem(image.contiguous(memory_format=torch.channels_last))
+        for stage in self.stages:
+            x = stage(x, self.run_blocks)
+            yield x
+
+    def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
+        """A checkpoint's bias table for this model's window, bilinear; None for any other tensor that does not fit."""
+        if not name.endswith("position_bias.table") or tensor.shape[1:] != shape[1:]:
+            return None
+        return resize_bias_table(tensor, shape[0], mode="bilinear")

@@ -1,0 +1,125 @@
+"""What is true of MaxViT alone; what is true of every backbone is tested once, in test_contract.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import vitarium
+from tests.golden import assert_matches_golden
+from vitarium.backbones.maxvit import MaxViT, PartitionAttention
+from vitarium.nn import WindowAttention
+from vitarium.ops.windows import attention_layout
+
+
+def outputs(model: MaxViT, x: Tensor) -> dict[str, Tensor]:
+    _, maps = model.forward_intermediates(x)
+    return {"stem": model.stem(x)} | {f"stage{i + 1}": m for i, m in enumerate(maps)} | {"logits": model(x)}
+
+
+def test_equals_the_authors_model():
+    assert_matches_golden("maxvit-tiny_224", vitarium.create_model("maxvit_tiny"), outputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "within"),
+    [("tiny", 30.916528, 1e-6), ("small", 69, 0.01), ("base", 119.5, 0.01), ("large", 212, 0.01), ("xlarge", 475, 0.01)],
+)
+def test_parameter_counts(name: str, millions: float, within: float):
+    with torch.device("meta"):
+        model = vitarium.create_model(f"maxvit_{name}")
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=within)
+
+
+@pytest.mark.identity
+@pytest.mark.parametrize("grid", [False, True])
+@pytest.mark.parametrize("size", [(8, 12), (7, 9), (4, 4), (1, 3)])
+def test_layouts_are_permutations_that_undo(grid: bool, size: tuple[int, int]):
+    layout = attention_layout(*size, 4, grid=grid)
+    places = torch.arange(layout.order.numel())
+    assert torch.equal(layout.order[layout.inverse], places)
+    assert torch.equal(layout.inverse[layout.order], places)
+    if layout.region is not None:  # no window is all padding
+        assert (layout.region == 0).any(1).all()
+        assert int((layout.region == 0).sum()) == size[0] * size[1]
+
+
+@pytest.mark.identity
+def test_grid_attention_is_full_attention_among_tokens_a_grid_step_apart():
+    part = WindowAttention(8, 2, 4).double().eval()
+    nn.init.zeros_(part.position_bias.table)
+    height, width, group = 8, 12, (2, 3)
+    layout = attention_layout(height, width, 4, grid=True)
+    x = torch.randn(2, height * width, 8, dtype=torch.float64)
+    got = part(x[:, layout.order], layout)[:, layout.inverse]
+    y, x_ = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
+    together = (y[:, None] % group[0] == y % group[0]) & (x_[:, None] % group[1] == x_ % group[1])
+    q, k, v = part.qkv(x).view(2, -1, 3, 2, 4).permute(2, 0, 3, 1, 4)
+    expected = part.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=together).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.identity
+def test_where_a_window_covers_the_map_both_partitions_are_one():
+    part = PartitionAttention(32, 4, 0.0).double().eval()
+    nn.init.normal_(part.attn.position_bias.table)
+    x = torch.randn(2, 16, 32, dtype=torch.float64)
+    window, grid = (attention_layout(4, 4, 4, grid=grid) for grid in (False, True))
+    assert torch.equal(window.order, grid.order)
+    assert torch.equal(part(x, window), part(x, grid))
+
+
+@pytest.mark.identity
+def test_padding_is_never_seen():
+    """A 6 x 5 map in windows of 4: what lies beyond the border changes nothing."""
+    part = PartitionAttention(32, 4, 0.0).double().eval()
+    for grid in (False, True):
+        layout = attention_layout(6, 5, 4, grid=grid)
+        x = torch.randn(1, 64, 32, dtype=torch.float64)
+        other = torch.where(layout.inside, x, 50 * torch.randn_like(x))
+        assert not torch.equal(x, other)
+        a, b = (part(value, layout)[:, layout.inside.flatten()] for value in (x, other))
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+@pytest.mark.identity
+def test_folded_norms_change_nothing():
+    model = vitarium.create_model("maxvit_pico").double()
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 2.0)
+    image = torch.randn(2, 3, 33, 20, dtype=torch.float64)
+    expected = model.eval()(image)
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in model.fuse().modules())
+    torch.testing.assert_close(model(image), expected, rtol=0, atol=1e-11)
+
+
+def test_equals_timms_model_on_another_window():
+    """A checkpoint for windows of 7, in windows of 2."""
+    import timm
+
+    theirs = timm.create_model("maxvit_tiny_tf_224", img_size=64, depths=(1, 1, 1, 1), num_classes=5).eval()
+    ours = vitarium.create_model("maxvit_tiny", window_size=2, depths=(1, 1, 1, 1), num_classes=5).eval()
+    from vitarium.backbones.maxvit import official
+
+    for name, parameter in theirs.named_parameters():
+        if name.endswith("bias_table"):
+            nn.init.normal_(parameter)
+    ours.load_state_dict(official(theirs.state_dict()))
+    image = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(ours(image), theirs(image), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(depths=(1,)), "one value a stage"),
+        (dict(dims=(24, 48)), "multiples of 32"),
+        (dict(partitions=("grid",)), "two of window, grid"),
+    ],
+)
+def test_refuses(options: dict, words: str):
+    with pytest.raises(ValueError, match=words):
+        vitarium.create_model("maxvit_pico", **options)
