@@ -177,7 +177,7 @@ def test_m_is_the_best_of_all_and_values_after_gelu_gain_by_it():
 @pytest.mark.identity
 def test_attention_weights_at_split_one_are_uniform():
     p, one = torch.rand(100, dtype=torch.float64), torch.ones((), dtype=torch.float64)
-    assert torch.equal(round_softmax(p, one, 6), (p * 31).round() / 31)
+    torch.testing.assert_close(round_softmax(p, one, 6), (p * 31).round() / 31, rtol=0, atol=1e-15)
     fine = round_softmax(p * 0.01, one / 64, 6)
     torch.testing.assert_close(fine, p * 0.01, rtol=0, atol=0.51 / 64 / 31)
 

@@ -18,38 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from vitarium.catalog.create import preprocessing_of
 from vitarium.efficiency.quantization.ranges import Observer
 from vitarium.errors import UsageError
 
 BATCH = 8  # images at once: their whole graph is in memory
 
 
-def calibration_images(model: nn.Module, images: Any, count: int = 32) -> Tensor:
-    """The first pictures of an image set (spread over all of it) as the model takes them: (count, C, H, W). Unreadable ones are passed by.
-
-    Args:
-        images: an ImageSet, such as `open_data(...).train`: never pictures on which the result is measured.
-    """
-    from vitarium.data import BrokenImage
-
-    transform, found = preprocessing_of(model), []
-    total = len(images)
-    for index in sorted(range(total), key=lambda i: (i * 0.6180339887498949) % 1.0):  # spread evenly, whatever the order of classes
-        with contextlib.suppress(BrokenImage):
-            found.append(transform(images[index][0]))
-        if len(found) == count:
-            break
-    if not found:
-        raise UsageError("there is no readable picture to calibrate on")
-    return torch.stack(found)
-
-
 def batches(calibration: Any, count: int, like: Tensor, batch: int = BATCH) -> list[Tensor]:
     """At most `count` images from whatever holds them, as small batches of the dtype and device of `like`.
 
     Args:
-        calibration: a tensor (n, C, H, W), or an iterable of tensors, of {"image": tensor}, or of (tensor, ...), such as a loader.
+        calibration: a tensor (n, C, H, W), or an iterable of tensors, of {"image": tensor}, or of (tensor, ...), such as a loader. Of a
+            tensor, list or tuple the images are taken evenly from all over it, of anything else the first ones.
 
     Raises:
         UsageError: None, empty, or none of these.
@@ -59,18 +39,20 @@ def batches(calibration: Any, count: int, like: Tensor, batch: int = BATCH) -> l
             "this method needs calibration images: calibration=TENSOR or LOADER in Python, --data in `vitarium compress` (int8 and int4w "
             "need none)"
         )
+    sized = isinstance(calibration, Tensor | list | tuple)
     found: list[Tensor] = []
     for item in [calibration] if isinstance(calibration, Tensor) else calibration:
         image = item["image"] if isinstance(item, Mapping) else item[0] if isinstance(item, list | tuple) else item
         if not isinstance(image, Tensor) or image.ndim < 4:
             kind = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
             raise UsageError(f"calibration gives batches of images (B, C, H, W), or {{'image': ...}}, or (images, ...); got {kind}")
-        found += image[: count - len(found)].detach().to(like.device, like.dtype).unbind()
-        if len(found) >= count:
+        found += image.detach().unbind()
+        if len(found) >= count and not sized:
             break
     if not found:
         raise UsageError("calibration holds no images")
-    return list(torch.stack(found).split(batch))
+    chosen = [found[i * len(found) // count] for i in range(count)] if sized and len(found) > count else found[:count]
+    return list(torch.stack(chosen).to(like.device, like.dtype).split(batch))
 
 
 @dataclass
@@ -110,7 +92,7 @@ def float_eval(model: nn.Module) -> Iterator[None]:
 
 
 def watch(
-    model: nn.Module, layers: Mapping[str, nn.Module], images: Iterable[Tensor], *, rows: int = 1024, weigh: bool = True
+    model: nn.Module, layers: Mapping[str, nn.Module], images: Iterable[Tensor], *, rows: int = 512, weigh: bool = True
 ) -> dict[str, Record]:
     """Run the images through the model and keep what its layers saw. Layers that were never called are left out.
 

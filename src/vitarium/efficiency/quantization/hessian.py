@@ -68,11 +68,13 @@ def fit_layer(
 
     weight_step, input_step = first, first_input
     for _ in range(rounds if round_input is not None else 1):
-        values = rounded(input_step)
+        before, values = input_step, rounded(input_step)
         weight_step = search_step(first, lambda s, values=values: error(run(values, s)))  # type: ignore[misc]
         if round_input is not None and first_input is not None:
             now = weight_step
             input_step = search_step(first_input, lambda s, now=now: error(run(rounded(s), now)).sum())  # type: ignore[misc]
+        if before is None or input_step is None or torch.equal(before, input_step):
+            break  # a further round would find the same
     return weight_step, input_step
 
 

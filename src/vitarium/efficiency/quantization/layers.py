@@ -40,6 +40,10 @@ class Packed(nn.Module):
         UsageError: the groups do not divide the weight.
     """
 
+    codes: Tensor
+    step: Tensor
+    zero: Tensor | None
+
     def __init__(self, shape: tuple[int, ...], format: Format, groups: int = 1, *, zero: bool = False, dtype: torch.dtype = torch.float32):
         super().__init__()
         count = math.prod(shape)
@@ -98,9 +102,14 @@ class Activation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} does not define forward")
 
-    def terms(self, x: Tensor) -> list[tuple[Tensor, Tensor]] | None:
-        """The same as whole numbers: x (B, N) = sum of codes (B, N) int8 * step (broadcast to (B, 1)); None where it is no such sum."""
-        return None
+    @property
+    def integer(self) -> bool:
+        """Whether it defines `terms`."""
+        return False
+
+    def terms(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The same as whole numbers: x (B, N) = sum of codes (B, N) int8 * step (broadcast to (B, 1))."""
+        raise NotImplementedError(f"{type(self).__name__} does not define terms")
 
     def describe(self) -> dict[str, Any]:
         """The constructor's arguments in plain values."""
@@ -132,6 +141,9 @@ class Static(Activation):
         zero: whether there are zero points.
     """
 
+    step: Tensor
+    zero: Tensor | None
+
     def __init__(self, format: str | Format, channels: int = 1, *, zero: bool = False):
         super().__init__()
         self.format = parse_format(format) if isinstance(format, str) else format
@@ -149,9 +161,12 @@ class Static(Activation):
         zero = None if self.zero is None else self.zero.to(x.dtype)
         return self.format.quantize(x, self.step.to(x.dtype), zero)
 
-    def terms(self, x: Tensor) -> list[tuple[Tensor, Tensor]] | None:
-        if self.zero is not None or len(self.step) > 1 or not isinstance(self.format, Integer) or not self.format.signed:
-            return None
+    @property
+    def integer(self) -> bool:
+        return self.zero is None and len(self.step) == 1 and isinstance(self.format, Integer) and self.format.signed
+
+    def terms(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        assert isinstance(self.format, Integer)
         step = self.step.to(x.dtype)
         return [(self.format.round(x, step).to(torch.int8), step)]
 
@@ -177,7 +192,11 @@ class PerToken(Activation):
     def forward(self, x: Tensor) -> Tensor:
         return self.format.quantize(x, self._step(x))
 
-    def terms(self, x: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+    @property
+    def integer(self) -> bool:
+        return True
+
+    def terms(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         step = self._step(x)
         return [(self.format.round(x, step).to(torch.int8), step)]
 
@@ -201,6 +220,11 @@ class QuantizedLayer(nn.Module):
         super().__init__()
         self.packed, self.activation = packed, activation
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the layer has no integer product: it computes in floating point, which is slower than it was before."""
+        return True
 
     @property
     def weight(self) -> Tensor:
@@ -230,13 +254,19 @@ class QuantizedLinear(QuantizedLayer):
     def forward(self, x: Tensor) -> Tensor:
         if self.activation is None:
             return F.linear(x, self.weight.to(x.dtype), self.bias)
-        if self._integer_product(x) and (terms := self.activation.terms(x.reshape(-1, self.in_features))) is not None:
+        if self._integer_product(x):
+            terms = self.activation.terms(x.reshape(-1, self.in_features))
             return self._multiply(terms).view(*x.shape[:-1], self.out_features)
         return F.linear(self.activation(x), self.weight.to(x.dtype), self.bias)
 
+    @property
+    def simulated(self) -> bool:
+        """Whether weight or input are no plain integers."""
+        return self.packed.row_steps is None or self.activation is None or not self.activation.integer
+
     def _integer_product(self, x: Tensor) -> bool:
         """Whether int8 matrix products can be used here and now."""
-        if self.packed.row_steps is None or x.numel() == 0 or torch.compiler.is_exporting():
+        if self.simulated or x.numel() == 0 or torch.compiler.is_exporting():
             return False
         if not torch.compiler.is_compiling() and not in_plain_inference(x):
             return False
@@ -247,10 +277,12 @@ class QuantizedLinear(QuantizedLayer):
     def _multiply(self, terms: list[tuple[Tensor, Tensor]]) -> Tensor:
         """sum over terms of (codes W^T) * step * row steps, plus bias."""
         weight, rows = self.packed.integers().t(), self.packed.row_steps
-        out = None
+        assert rows is not None
+        out: Tensor | None = None
         for codes, step in terms:
             product = torch._int_mm(codes, weight).to(step.dtype) * step
             out = product if out is None else out + product
+        assert out is not None
         out = out * rows.to(out.dtype)
         return out if self.bias is None else out + self.bias
 
