@@ -36,6 +36,8 @@ def generate(
     options: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the model, as sampler=heun. Repeatable.")
     ] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture of which a region is made anew; with --mask.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="A picture as large as it, white where new pixels are wanted.")] = None,
     checkpoint: Checkpoint = None,
     methods: Apply = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once; it decides which noise a picture begins with.")] = 64,
@@ -51,6 +53,8 @@ def generate(
     opened = open_generator(model, checkpoint)
     apply_methods(opened, methods, None)
     opened.to(find_device(device))
+    if image is not None or mask is not None:
+        given |= read_edit(opened, image, mask)
     names = getattr(opened, "labels", None)
     wanted = parse_classes(classes, opened.num_classes, names)
     wanted = wanted[:10] if classes is None else wanted
@@ -75,7 +79,9 @@ def open_generator(source: str, checkpoint: str | None) -> Any:
 
     opened = open_model(source, checkpoint)
     if not isinstance(opened, Generator):
-        raise UsageError(f"{source} is a {type(opened).__name__}, which makes no pictures of classes (dit, sit_flow, repa and var models do)")
+        raise UsageError(
+            f"{source} is a {type(opened).__name__}, which makes no pictures of classes (dit, sit_flow, repa and var models do)"
+        )
     return opened
 
 
@@ -101,6 +107,38 @@ def read_options(assignments: list[str]) -> dict[str, Any]:
     return found
 
 
+def read_edit(model: Any, image: Path | None, mask: Path | None) -> dict[str, Tensor]:
+    """A picture and its mask as `edit` takes them: (1, C, H, W) in [0, 1] and (1, 1, H, W), both cut to what the model sees.
+
+    Raises:
+        UsageError: one without the other, two sizes, nothing to make anew, or a model that makes whole pictures only.
+        BrokenImage: a file that is no picture.
+    """
+    from dataclasses import replace
+
+    import torch
+
+    from vitarium.catalog import preprocessing_of
+    from vitarium.data.images import open_image
+    from vitarium.generation import Editor
+
+    if image is None or mask is None:
+        raise UsageError("--image and --mask go together: a picture, and where it is made anew (white)")
+    if not isinstance(model, Editor):
+        raise UsageError(f"a {type(model).__name__} makes whole pictures only; --image and --mask are for models that edit (var)")
+    picture, where = open_image(image), open_image(mask)
+    if picture.size != where.size:
+        sizes = [f"{size[0]}x{size[1]}" for size in (picture.size, where.size)]
+        raise UsageError(f"the mask must be as large as the picture: {image} has {sizes[0]} pixels, {mask} has {sizes[1]}")
+    preprocessing = preprocessing_of(model)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
+    pixels = (preprocessing(picture) * std + mean).clamp(0, 1)
+    region = replace(preprocessing, mean=(0.0,), std=(1.0,), interpolation="nearest")(where) > 0.5
+    if not region.any():
+        raise UsageError(f"{mask} has no white where the model looks, so nothing would be made anew")
+    return {"image": pixels[None], "mask": region[None]}
+
+
 def make(model: Any, classes: list[int], batch_size: int, *, seed: int, **options: Any) -> tuple[Tensor, list[int], float]:
     """Pictures of classes, batch by batch -> (B, C, H, W) on the CPU, their classes, and the seconds it took.
 
@@ -112,11 +150,12 @@ def make(model: Any, classes: list[int], batch_size: int, *, seed: int, **option
 
     import torch
 
+    call = model.edit if "image" in options else model.generate
     start, parts = time.perf_counter(), []
     for first in range(0, len(classes), batch_size):
         labels = torch.tensor(classes[first : first + batch_size])
         try:
-            parts.append(model.generate(labels, seed=seed + first, **options).cpu())
+            parts.append(call(labels=labels, seed=seed + first, **options).cpu())
         except TypeError as error:
             if "unexpected keyword argument" not in str(error):
                 raise

@@ -17,9 +17,7 @@ class Generator(Protocol):
 
     num_classes: int
 
-    def generate(
-        self, labels: Tensor, *, seed: int = 0, guidance: float | None = None, steps: int | None = None, **options: Any
-    ) -> Tensor:
+    def generate(self, labels: Tensor, *, seed: int = 0, guidance: float | None = None, steps: int | None = None, **options: Any) -> Tensor:
         """Images of the given classes, (B, C, H, W) float32 in [0, 1], on the model's device; without gradients, in eval mode.
 
         The same labels, seed and options give the same images, whatever the state of the global generators.
