@@ -22,6 +22,7 @@ The house of files: `parts`, `pixel_decoder`, `decoder` (k-means layers), `model
 """
 
 from vitarium.perception.kmax_deeplab.decoder import assign, cluster_sums
+from vitarium.perception.kmax_deeplab.learner import KMaXLearner
 from vitarium.perception.kmax_deeplab.model import KMaXDeepLab
 
-__all__ = ["KMaXDeepLab", "assign", "cluster_sums"]
+__all__ = ["KMaXDeepLab", "KMaXLearner", "assign", "cluster_sums"]

@@ -107,7 +107,8 @@ def cluster_sums(assignment: Tensor, values: Tensor, queries: int) -> Tensor:
     """
     with torch.autocast(values.device.type, enabled=False):
         values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-        one_hot = F.one_hot(assignment.flatten(1), queries).to(values.dtype)  # (B, h w, L)
+        places = assignment.flatten(1)[..., None]
+        one_hot = values.new_zeros(*places.shape[:2], queries).scatter_(2, places, 1)  # (B, h w, L)
         return values.flatten(2) @ one_hot
 
 

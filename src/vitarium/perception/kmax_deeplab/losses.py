@@ -6,7 +6,7 @@ mask by how sure its class is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,7 +198,7 @@ def semantic_truth(targets: Targets, size: Sequence[int], void: int) -> Tensor:
     return torch.stack(maps)
 
 
-def criterion(*, samples: int = 4096, deep_supervision: bool = True, weights: dict[str, float] | None = None) -> SetCriterion:
+def criterion(*, samples: int = 4096, deep_supervision: bool = True, weights: Mapping[str, float] | None = None) -> SetCriterion:
     """The authors' five losses; all but the semantic one at every layer, by the last layer's matching.
 
     Args:
@@ -207,6 +207,6 @@ def criterion(*, samples: int = 4096, deep_supervision: bool = True, weights: di
         weights: others than the authors'.
     """
     terms: list[Any] = [class_loss, mask_losses, PixelLoss(samples)]
-    chosen = WEIGHTS | (weights or {})
+    chosen = WEIGHTS | dict(weights or {})
     last = [SemanticLoss(samples)]
     return SetCriterion(match_and_prepare, terms, chosen, last_terms=last, match_once=True, supervise_aux=deep_supervision)

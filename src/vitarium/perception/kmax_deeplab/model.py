@@ -31,16 +31,16 @@ def _coco(backbone: str, **arguments: Any) -> dict[str, Any]:
     variants={
         "pico": dict(
             backbone="convnext_pico",
-            backbone_arguments=dict(depths=[1, 1, 1, 1], dims=[16, 24, 32, 48], patch_size=2),
+            backbone_arguments=dict(depths=[1, 1, 1, 1], dims=[24, 32, 48, 48], patch_size=4),
             num_classes=14,
             things=list(range(8)),
             num_queries=16,
             dec_depths=[1, 1, 1, 1],
             dec_dims=[16, 16, 12, 8],
             layers=[1, 1, 1],
-            hidden_dim=48,
+            hidden_dim=32,
             mask_dim=24,
-            ffn_dim=96,
+            ffn_dim=128,
             num_heads=4,
             norm_momentum=0.1,
             image_size=64,
@@ -52,6 +52,7 @@ def _coco(backbone: str, **arguments: Any) -> dict[str, Any]:
         "convnext_large": _coco("convnext_large"),  # PQ 57.9
     },
     official=OFFICIAL,
+    learner="kmax_deeplab",
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
     interpolation="bilinear",

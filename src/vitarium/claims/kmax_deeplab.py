@@ -1,0 +1,62 @@
+"""Claim: a hard k-means step teaches queries faster than attention over all pixels does."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from vitarium.claims import Comparison, Measured, claim
+from vitarium.data import open_data
+from vitarium.data.joint import Segmentation
+from vitarium.data.segments import Seen, SegmentedData
+from vitarium.training import find_learner, fit, load_recipe
+
+SEEDS = 3
+STEPS = 300
+LENGTH = 1000
+NAME = "kmax_deeplab_pico"
+
+
+@claim(
+    "kmax_deeplab",
+    says="k-means assignment in place of softmax cross-attention segments better in the same decoder, and every layer is worth training",
+    minutes=3,
+)
+def compare() -> list[Comparison]:
+    """Drawn scenes at 64x64, all kinds of things as one class beside six of stuff, so that it counts whether things are found and told
+    apart; the pico model, 300 steps of 8 pictures, three seeds; panoptic quality on 200 held-out scenes, in percent. The baseline attends
+    from queries to pixels by a softmax over the pixels, with its own 1x1 queries and keys (more parameters than k-means). A second
+    comparison trains the last prediction alone. Refuted where a mean gain is below zero by two standard errors."""
+    kmeans = Measured("k-means", [_quality(seed) for seed in range(SEEDS)], "PQ")
+    softmax = Measured("softmax over pixels", [_quality(seed, cross_attention="softmax") for seed in range(SEEDS)], "PQ")
+    last = Measured("last layer alone", [_quality(seed, deep_supervision=False) for seed in range(SEEDS)], "PQ")
+    return [Comparison("k-means over softmax attention", kmeans, softmax), Comparison("all layers over the last alone", kmeans, last)]
+
+
+def _quality(seed: int, *, cross_attention: str = "kmeans", deep_supervision: bool = True) -> float:
+    settings = [
+        f"seed={seed}",
+        f"budget.steps={STEPS}",
+        "batch_size=8",
+        "eval_every=1.0",
+        f"objective.deep_supervision={str(deep_supervision).lower()}",
+        f"model_arguments.cross_attention={cross_attention}",
+    ]
+    recipe = load_recipe(NAME, settings)
+    data = one_kind_of_thing(open_data(f"scenes:length={LENGTH}", task="panoptic", image_size=recipe.image_size))
+    learner = find_learner("kmax_deeplab").create(NAME, data, recipe)
+    with tempfile.TemporaryDirectory() as folder:
+        return 100 * float(fit(learner, data, recipe, folder).metrics["pq"])  # type: ignore[arg-type]
+
+
+def one_kind_of_thing(data: Any) -> SegmentedData:
+    """The data with all things in one class, the first."""
+    count = len(data.things)
+
+    def merged(target: Segmentation) -> Segmentation:
+        return replace(target, labels=np.maximum(target.labels - count + 1, 0))
+
+    return replace(data, train=Seen(data.train, merged), val=Seen(data.val, merged), classes=["thing", *data.classes[count:]], things=(0,))

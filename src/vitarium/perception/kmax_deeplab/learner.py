@@ -1,0 +1,92 @@
+"""Training kMaX-DeepLab: its losses, and the picture of its clusters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vitarium.perception.kmax_deeplab.decoder import assign
+from vitarium.perception.kmax_deeplab.losses import criterion
+from vitarium.perception.overlay import grid, overlay
+from vitarium.perception.segmentation import SHOWN, SegmentationLearner, first_of
+from vitarium.training.base import Batch
+from vitarium.training.learners import learner
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@learner("kmax_deeplab")
+class KMaXLearner(SegmentationLearner):
+    """The authors' five losses with their weights, at every layer. For panoptic data, and any other with segments."""
+
+    class Settings(SegmentationLearner.Settings):
+        """Those of every segmenter, and
+
+        Args:
+            samples: pixels a picture that are compared with one another.
+            deep_supervision: whether each layer's prediction is trained, or the last one's alone.
+            weights: of class, mask, dice, pixels, semantic, where they are not the authors'.
+        """
+
+        samples: Annotated[int, Field(ge=1)] = 4096
+        deep_supervision: bool = True
+        weights: dict[Literal["class", "mask", "dice", "pixels", "semantic"], Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+
+    def __init__(self, model: Any, settings: Any = None):
+        super().__init__(model, settings)
+        self.criterion = criterion(
+            samples=self.settings.samples, deep_supervision=self.settings.deep_supervision, weights=self.settings.weights
+        )
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Losses in float32 or better, whatever the precision of the model."""
+        prediction = self.model(batch["image"])
+        with torch.autocast(batch["image"].device.type, enabled=False):
+            return self.criterion(_exact(prediction), batch["target"])
+
+    def pictures(self, model: Any, batch: Batch) -> dict[str, Image.Image]:
+        """segments, as of every segmenter; clusters: which pixel each layer gives to which query, from the first layer to the last."""
+        some = first_of(batch, SHOWN)
+        found = model(some["image"])
+        rows = []
+        for i, target in enumerate(some["target"]):
+            picture = self.picture_from(some["image"][i], target)
+            row = [picture]
+            for prediction in [*found["aux"], found]:
+                clusters = assign(prediction["masks"][i : i + 1])[0]
+                place = [
+                    torch.arange(n, device=clusters.device) * size // n for n, size in zip(picture.size[::-1], clusters.shape, strict=True)
+                ]
+                share = [s / full for s, full in zip(target["size"].tolist(), some["image"].shape[-2:], strict=True)]
+                rows_, columns = ((p * s).long() for p, s in zip(place, share, strict=True))
+                row.append(overlay(picture, 1 + clusters[rows_[:, None], columns].cpu().numpy(), strength=0.8))
+            rows.append(row)
+        return {**super().pictures(model, batch), "clusters": grid(rows)}
+
+
+@learner("kmax_deeplab_semantic")
+class KMaXSemanticLearner(KMaXLearner):
+    """On classes alone, one segment each."""
+
+    data_task = "semantic"
+    primary_metric = ("miou", "max")
+
+
+@learner("kmax_deeplab_instance")
+class KMaXInstanceLearner(KMaXLearner):
+    """On things alone, one segment each; all else is void."""
+
+    data_task = "instance"
+    primary_metric = ("ap50", "max")
+
+
+def _exact(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+    if isinstance(value, dict):
+        return {name: _exact(part) for name, part in value.items()}
+    return [_exact(part) for part in value]
