@@ -15,7 +15,7 @@ Followed: the authors' code (yogiprsty/Sparse-ViT), whose files load into `spars
 heads and hidden channels that are really taken out (structure.py), N:M patterns, masks that survive training (masks.py).
 
     vitarium.apply(model, "sparse_prune:amount=0.5")                    half of the weights zero; dense kernels take as long as before
-    vitarium.apply(model, "sparse_prune:structure=both,amount=0.5")     half of the heads and of the hidden channels gone: about 2x faster
+    vitarium.apply(model, "sparse_prune:structure=both,amount=0.5")     half of the heads and of the hidden channels gone: 1.9x faster
     vitarium train sparse_prune --data DIR --set objective.amount=0.5   the penalty, and pruning on the way
 """
 
@@ -78,7 +78,8 @@ class SparsePrune(Method):
             inputs of linear layers, for sparse tensor cores; "heads", "channels" (hidden ones of MLPs), "both": the layers become smaller.
         scope: "global": one threshold for all layers; "layer": the same share of each; "auto": global for weights by magnitude (the
             paper), layer otherwise.
-        score: "magnitude", or "activation": weights times the size of their inputs on `calibration` pictures, which keeps more accuracy.
+        score: "magnitude", or "activation": weights times the size of their inputs on `calibration` pictures (Wanda). Which keeps more is
+            to be tried: on a small ViT of digits magnitude does.
         shrink: whether removed heads and channels leave smaller layers; False: their outgoing weights are zero, so that training can go on
             pruning them, and `make_permanent` takes them out later.
         include, exclude: shell patterns, or parts, of the names of weights (or of attentions and MLPs), such as exclude=[head].
