@@ -122,6 +122,7 @@ def read_edit(model: Any, image: Path | None, mask: Path | None) -> dict[str, Te
     from vitarium.data.images import open_image
     from vitarium.generation import Editor
 
+    preprocessing = preprocessing_of(model)
     if image is None or mask is None:
         raise UsageError("--image and --mask go together: a picture, and where it is made anew (white)")
     if not isinstance(model, Editor):
@@ -130,7 +131,6 @@ def read_edit(model: Any, image: Path | None, mask: Path | None) -> dict[str, Te
     if picture.size != where.size:
         sizes = [f"{size[0]}x{size[1]}" for size in (picture.size, where.size)]
         raise UsageError(f"the mask must be as large as the picture: {image} has {sizes[0]} pixels, {mask} has {sizes[1]}")
-    preprocessing = preprocessing_of(model)
     mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
     pixels = (preprocessing(picture) * std + mean).clamp(0, 1)
     region = replace(preprocessing, mean=(0.0,), std=(1.0,), interpolation="nearest")(where) > 0.5
