@@ -166,7 +166,7 @@ def make(model: Any, classes: list[int], batch_size: int, *, seed: int, **option
 
 
 def write(images: Tensor, labels: list[int], names: list[str] | None, output: Path, *, columns: int) -> None:
-    """Pictures as one sheet, as an .npz with the keys that FID evaluators read (arr_0: (N, H, W, 3) uint8), or each as a file of a folder."""
+    """Pictures as one sheet, as an .npz with the keys of FID evaluators (arr_0: (N, H, W, 3) uint8), or each as a file of a folder."""
     import numpy as np
 
     from vitarium.files import atomic_path
