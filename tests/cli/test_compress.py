@@ -35,8 +35,8 @@ def test_methods_are_calibrated_applied_saved_and_told(run, model):
     report = json.loads(Path("r.json").read_text())
     assert report["after"]["disk_bytes"] < report["before"]["disk_bytes"]
     assert report["after"]["macs"] < report["before"]["macs"]
-    assert report["simulated"] == {"quantized": 10, "simulated": 1}  # the patch embedding
-    assert "1 of 10 quantized layers are simulated" in result.err
+    assert report["quantized"] == {"layers": 10, "simulated": 1, "unpacked": 10}  # simulated: the patch embedding
+    assert "Of 10 quantized layers 1 are simulated" in result.err
     loaded = vitarium.load("small.safetensors")
     assert [str(r.method) for r in loaded.methods] == ["tome:r=2", "mptq_vit:bits=4,search=mse,images=8"]
 
@@ -46,7 +46,7 @@ def test_without_data_only_what_needs_none(run, model):
     assert result.code == 0, result.err
     found = json.loads(result.out)
     assert "accuracy" not in found["before"]
-    assert found["simulated"]["simulated"] == 0
+    assert found["quantized"] == {"layers": 9, "simulated": 0, "unpacked": 0}
     result = run("compress", "m.safetensors", "--apply", "mptq_vit", "-o", "other.safetensors")
     assert (result.code, "--data" in result.err) == (2, True)
 

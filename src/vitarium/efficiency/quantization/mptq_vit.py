@@ -123,7 +123,7 @@ class MPTQ(Quantizer):
         cost: what a bit saves in mixed precision: "size" of the weights, or "bops" (MACs * weight bits * input bits).
         smooth: before a layer norm's readers: "sqb" (scale and shift), "scale" (SmoothQuant), "none".
         alpha: share of the difficulty that goes into the weight, [0, 1].
-        gelu: grid of inputs after GELU: "opt_m" or "uniform".
+        gelu: grid of inputs after GELU: "opt_m", "uniform", or "auto": opt_m under 8 bits; at 8 one step is fine enough, and faster.
         attention: whether queries, keys, values and attention weights are rounded too, in models that anatomy knows. Simulated.
         granularity: steps of a weight: "row", "block" (three for a joint layer of queries, keys and values, else one) or "tensor".
         search: steps by "hessian" (least weighted error of the output), "mse" (of the layer's own values) or "minmax".
@@ -141,7 +141,7 @@ class MPTQ(Quantizer):
     cost: str = "size"
     smooth: str = "sqb"
     alpha: float = 0.5
-    gelu: str = "opt_m"
+    gelu: str = "auto"
     attention: bool = False
     granularity: str = "row"
     search: str = "hessian"
@@ -157,7 +157,7 @@ class MPTQ(Quantizer):
         choices = dict(
             cost=("size", "bops"),
             smooth=("sqb", "scale", "none"),
-            gelu=("opt_m", "uniform"),
+            gelu=("auto", "opt_m", "uniform"),
             granularity=("row", "block", "tensor"),
             search=("hessian", "mse", "minmax"),
         )
@@ -338,7 +338,8 @@ class _Fit:
         ranges = self.record.ranges
         if bits == 32 or (not isinstance(self.layer_, nn.Linear) and self.layer_.in_channels <= 4):
             return None, None, None
-        if self.options.gelu == "opt_m" and is_post_gelu(ranges.low.min(), ranges.high.max()):
+        regions_wanted = self.options.gelu == "opt_m" or (self.options.gelu == "auto" and bits < 8)
+        if regions_wanted and is_post_gelu(ranges.low.min(), ranges.high.max()):
             regions = TwoRegion.of(self.x, bits)
             regions.coarse = symmetric_step(ranges.high.max(), bits, margin=1)
 
