@@ -8,7 +8,23 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from vitarium.cli import bench, claim, compare, compress, env, evaluate, export, generate, info, models, predict, restore, systems, train
+from vitarium.cli import (
+    bench,
+    claim,
+    compare,
+    compress,
+    env,
+    evaluate,
+    export,
+    generate,
+    info,
+    models,
+    predict,
+    probe,
+    restore,
+    systems,
+    train,
+)
 from vitarium.cli.console import err
 from vitarium.cli.explain import explain as explain_pictures
 from vitarium.errors import VitariumError
@@ -76,6 +92,7 @@ for command in (
     compare.compare,
     train.train,
     evaluate.evaluate,
+    probe.probe,
     predict.predict,
     restore.restore,
     generate.generate,

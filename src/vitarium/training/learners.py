@@ -25,8 +25,10 @@ LearnerClass = TypeVar("LearnerClass", bound=type[Learner])
 HOMES = {
     "classification": "vitarium.training.classification",
     "diffusion": "vitarium.generation.diffusion.learner",
+    "linear_probe": "vitarium.pretraining.probes",
     "mae": "vitarium.pretraining.masked_autoencoder",
     "multilabel": "vitarium.training.multilabel",
+    "multilabel_probe": "vitarium.pretraining.probes",
     "restoration": "vitarium.generation.restoration.learner",
 }
 """Objectives that are no system's own -> their module. A system's lie in the file of the system."""

@@ -1,0 +1,65 @@
+"""Claim: an encoder that has learned to paint hidden X-rays needs fewer labelled ones."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from vitarium.catalog import create_model
+from vitarium.claims import Comparison, Measured, claim
+from vitarium.data import ImageData, Subset, open_data
+from vitarium.pretraining.masked_autoencoder import MaskedAutoencoderLearner
+from vitarium.training import evaluate, fit, load_recipe
+from vitarium.training.multilabel import MultilabelLearner
+
+RATIOS = (0.75, 0.9, 0.5)
+SEEDS, LABELLED = 3, 200
+DATA = "scenes:task=thorax"
+
+
+@claim(
+    "thorax_mae",
+    says="an encoder pretrained by hiding patches of unlabelled X-rays, fine-tuned on 200, tells findings better than one from scratch",
+    minutes=3,
+)
+def compare() -> list[Comparison]:
+    """Drawn X-rays of 64x64 with four findings. One masked autoencoder a mask ratio is trained for 250 steps on 1,600 pictures without
+    labels; its encoder is fine-tuned on 200 labelled ones, three draws of them, and so is the same network from fresh weights, by the same
+    recipe, which has no layer decay (it would slow the fresh one). Mean area under the ROC curve of 400 others. Refuted if pretraining
+    does not pay; which mask ratio is best can be read off and is no part of the claim."""
+    scratch = Measured("from scratch", [_finetuned(None, seed) for seed in range(SEEDS)], "% AUROC")
+    return [
+        Comparison(f"mask {ratio} over none", Measured(f"pretrained, mask {ratio}", _with_mask(ratio), "% AUROC"), scratch)
+        for ratio in RATIOS
+    ]
+
+
+def _with_mask(ratio: float) -> list[float]:
+    """Pretrain once, fine-tune with each seed."""
+    changes = [f"objective.mask_ratio={ratio}", "budget.steps=250", "eval_every=1.0", "num_workers=0"]
+    recipe = load_recipe("thorax_mae_pico", changes)
+    data = open_data(DATA, task="image", image_size=64)
+    learner = MaskedAutoencoderLearner.create("thorax_mae_pretrain_pico", data, recipe)
+    with tempfile.TemporaryDirectory() as folder:
+        fit(learner, data, recipe, Path(folder))
+    encoder = learner.model.encoder.state_dict()
+    return [_finetuned(encoder, seed) for seed in range(SEEDS)]
+
+
+def _finetuned(encoder: dict[str, torch.Tensor] | None, seed: int) -> float:
+    """Mean AUROC after fine-tuning on some labelled pictures, percent."""
+    data = open_data(DATA, task="multilabel", image_size=64)
+    drawn = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[:LABELLED]
+    few = ImageData("thorax", Subset(data.train, drawn.tolist()), data.val, data.classes, 64)
+    changes = ["budget.steps=120", "optimizer.layer_decay=null", f"seed={seed}", "eval_every=1.0", "num_workers=0"]
+    recipe = load_recipe("thorax_mae_finetune_pico", changes)
+    torch.manual_seed(seed)
+    model = create_model("thorax_mae_pico", num_classes=len(data.classes), image_size=64, patch_size=8)
+    if encoder is not None:
+        model.load_state_dict({name: tensor for name, tensor in encoder.items() if not name.startswith("norm.")}, strict=False)
+    learner = MultilabelLearner(model)
+    with tempfile.TemporaryDirectory() as folder:
+        fit(learner, few, recipe, Path(folder))
+    return 100 * evaluate(learner, data.val)["auroc"]
