@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
-import vitarium
 from torch.nn import functional as F
+
+import vitarium
+from tests.golden import TOLERANCE, compare, fill_state, make_input, read_golden
 from vitarium.catalog import families
 from vitarium.errors import InputError, UsageError
 from vitarium.generation import Generator
@@ -26,9 +28,7 @@ from vitarium.generation.diffusion import (
     scheduler_for,
 )
 from vitarium.generation.diffusion.dit import OFFICIAL, SIZES
-from vitarium.generation.diffusion.samplers import ddim, euler, heun, sde
-
-from tests.golden import TOLERANCE, compare, fill_state, make_input, read_golden
+from vitarium.generation.diffusion.samplers import ddim, euler, heun
 
 TINY = dict(embed_dim=32, depth=2, num_heads=2, patch_size=2, image_size=8, latent_chans=0, latent_stride=1, num_classes=3)
 SAMPLERS = "dit-ddim_flow_samplers"
@@ -99,7 +99,7 @@ def test_starts_as_the_identity_with_output_zero():
 
 def test_takes_any_size_that_the_patches_divide(tiny):
     assert tiny(torch.randn(1, 3, 6, 10), torch.rand(1), torch.tensor([0])).shape == (1, 3, 6, 10)
-    with pytest.raises(InputError, match="sides that 2 divides.*nearest is 8x8"):
+    with pytest.raises(InputError, match=r"sides that 2 divides.*nearest is 8x8"):
         tiny(torch.randn(1, 3, 7, 8), torch.rand(1))
     with pytest.raises(InputError, match=r"pictures \(B, 3, H, W\)"):
         tiny(torch.randn(1, 4, 8, 8), torch.rand(1))
@@ -245,9 +245,7 @@ def gaussian_velocity(path, mean, deviation):
 def test_samplers_reproduce_a_gaussian(sampler, data_at):
     flow = Flow(data_at=data_at)
     noise = torch.randn(4000, 1, 1, 1, generator=torch.Generator().manual_seed(0)).double()
-    made = sample(
-        flow, gaussian_velocity(flow.way, 2.0, 0.5), noise, steps=60, sampler=sampler, generator=torch.Generator().manual_seed(1)
-    )
+    made = sample(flow, gaussian_velocity(flow.way, 2.0, 0.5), noise, steps=60, sampler=sampler, generator=torch.Generator().manual_seed(1))
     assert float(made.mean()) == pytest.approx(2.0, abs=0.03)
     assert float(made.std()) == pytest.approx(0.5, abs=0.03)
 

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-import vitarium
 from torch import nn
 from torch.nn import functional as F
+
+import vitarium
+from tests.golden import RESULTS, compare, fill_state, make_input, read_golden
 from vitarium.data import open_data
 from vitarium.errors import UsageError
 from vitarium.generation import frechet
@@ -15,8 +17,6 @@ from vitarium.generation.diffusion.learner import DiffusionLearner
 from vitarium.generation.repa import REPA, REPALearner, default_block
 from vitarium.training import Recipe, evaluate, find_learner, fit, load_recipe
 from vitarium.training.learners import learner_of
-
-from tests.golden import RESULTS, compare, fill_state, make_input, read_golden
 
 GOLDEN = "repa-sit_s2_enc4"
 TINY = dict(embed_dim=32, depth=3, num_heads=2, patch_size=2, image_size=8, latent_chans=0, latent_stride=1, num_classes=3)
@@ -67,7 +67,9 @@ def test_parameter_counts_of_the_card(name, millions):
 def test_old_files_with_decoder_blocks_load():
     model = REPA(**TINY, encoder_depth=2, z_dims=(8,), projector_dim=16)
     official = next(f for f in vitarium.catalog.families("repa")).dialects["official"]
-    renamed = official({"blocks.0.mlp.fc1.weight": torch.zeros(1), "blocks.1.x": torch.zeros(1), "decoder_blocks.0.mlp.fc1.weight": torch.ones(1)})
+    renamed = official(
+        {"blocks.0.mlp.fc1.weight": torch.zeros(1), "blocks.1.x": torch.zeros(1), "decoder_blocks.0.mlp.fc1.weight": torch.ones(1)}
+    )
     assert "blocks.2.mlp.fc1.weight" in renamed
     assert "blocks.2.mlp.fc1.weight" in model.state_dict()
 
@@ -173,7 +175,7 @@ def test_refuses_what_cannot_be_aligned(encoder):
         Encoder("a layer", nn.Linear(1, 1))
     with pytest.raises(UsageError, match=r"create it with z_dims=\[48\]"):
         REPALearner(REPA(**TINY, encoder_depth=1, z_dims=(8,)), encoders=[encoder])
-    with pytest.raises(UsageError, match="name a block with objective.block"):
+    with pytest.raises(UsageError, match=r"name a block with objective\.block"):
         default_block(Convolutional())
 
 

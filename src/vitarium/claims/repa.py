@@ -32,8 +32,8 @@ class Shuffled(Encoder):
 
 @claim("repa", says="with aligned representations a denoiser sees more and makes better pictures after the same steps", minutes=3)
 def compare() -> list[Comparison]:
-    """Digits in pixels, a SiT of 3 blocks on 16 tokens, 300 steps, 3 seeds an arm: plain, aligned to a small ConvNeXt that was trained on the
-    same digits with their labels (coefficient 0.5, after block 2), and aligned to what it says of shuffled pictures. Measured: a linear
+    """Digits in pixels, a SiT of 3 blocks on 16 tokens, 300 steps, 3 seeds an arm: plain, aligned to a small ConvNeXt that was trained on
+    the same digits with their labels (coefficient 0.5, after block 2), and aligned to what it says of shuffled pictures. Measured: a linear
     probe (ridge regression) on the mean token at t = 0.3, after block 2 and after the last; minus the Fréchet distance of 360 samples (25
     Euler steps, no guidance) to the held-out digits, in the pooled features of an independent ResNet. Refuted if the aligned arm is not
     better than the plain one; the placebo must not do as well."""

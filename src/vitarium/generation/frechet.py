@@ -22,7 +22,7 @@ PIXELS = "pixels"
 def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> Tensor:
     """Distance of two Gaussians: means (D,), covariances (D, D), best in float64 -> ().
 
-    The trace of the root is a sum over eigenvalues of S1^(1/2) S2 S1^(1/2), which is symmetric, so that rank-deficient covariances do no harm.
+    The trace of the root is a sum over eigenvalues of S1^(1/2) S2 S1^(1/2), which is symmetric: rank-deficient covariances do no harm.
     """
     values, vectors = torch.linalg.eigh(covariance1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T

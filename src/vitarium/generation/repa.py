@@ -1,5 +1,5 @@
-"""REPA: a denoiser learns faster when an early block is shown what a good encoder sees (Yu et al., "Representation Alignment for Generation:
-Training Diffusion Transformers Is Easier Than You Think", 2025).
+"""REPA: a denoiser learns faster when an early block is shown what a good encoder sees (Yu et al., "Representation Alignment for
+Generation: Training Diffusion Transformers Is Easier Than You Think", 2025).
 
 The idea: SiT trained by a flow (t is the amount of noise: 0 data, 1 noise), and one more term. After block k, an MLP turns each noisy token
 into what a frozen self-supervised encoder says of the same place of the clean picture:
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from vitarium.catalog import chain, family, rename
+from vitarium.catalog import chain, family
 from vitarium.errors import UsageError
 from vitarium.generation.diffusion.alignment import Alignment, Encoder, hidden_tokens, open_encoder, projector
 from vitarium.generation.diffusion.dit import OFFICIAL, PREPARATION, SIZES, VARIANTS, DiT
@@ -155,7 +155,7 @@ class REPALearner(DiffusionLearner):
             projector_dim: hidden channels of projectors that the model does not bring.
         """
 
-        encoders: list[str] = ["timm/vit_base_patch14_dinov2.lvd142m"]
+        encoders: tuple[str, ...] = ("timm/vit_base_patch14_dinov2.lvd142m",)
         coefficient: float = 0.5
         block: str | None = None
         projector_dim: int = 2048

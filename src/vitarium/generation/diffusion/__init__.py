@@ -1,13 +1,13 @@
 """Denoisers and everything around them: the base of every system here that turns noise into images.
 
-    denoiser, dit      the networks: DiT (`dit_*`) and SiT (`sit_flow_*`), and what every denoiser keeps
-    paths, flow        flows, with both time conventions by name;  gaussian: diffusion in steps
-    samplers           functions from a prediction and noise to data;  guidance: which prediction
-    schedulers         diffusers' schedulers in their place
-    codecs             pixels, or diffusers' autoencoders
-    process, pipeline  one line of text for what a model was trained for, and from labels to pictures
-    alignment          tokens of any denoiser's block drawn to those of any frozen encoder
-    learner            training them
+denoiser, dit      the networks: DiT (`dit_*`) and SiT (`sit_flow_*`), and what every denoiser keeps
+paths, flow        flows, with both time conventions by name;  gaussian: diffusion in steps
+samplers           functions from a prediction and noise to data;  guidance: which prediction
+schedulers         diffusers' schedulers in their place
+codecs             pixels, or diffusers' autoencoders
+process, pipeline  one line of text for what a model was trained for, and from labels to pictures
+alignment          tokens of any denoiser's block drawn to those of any frozen encoder
+learner            training them
 """
 
 from vitarium.generation.diffusion.alignment import Alignment, Encoder, hidden_tokens

@@ -191,7 +191,9 @@ class Alignment(nn.Module):
             dims = [p[-1].out_features for p in projectors]
             if dims != [e.dim for e in encoders]:
                 wanted = [e.dim for e in encoders]
-                raise UsageError(f"the model's projectors lead to {dims} channels, the encoders have {wanted}; create it with z_dims={wanted}")
+                raise UsageError(
+                    f"the model's projectors lead to {dims} channels, the encoders have {wanted}; create it with z_dims={wanted}"
+                )
             self.projectors = projectors
         else:
             width = block_width(denoiser, block)

@@ -45,7 +45,9 @@ class TimeEmbed(nn.Module):
     def __init__(self, dim: int, scale: float = 1.0, *, width: int = 256):
         super().__init__()
         self.scale = scale
-        rates = torch.exp(-math.log(10000) * torch.arange(width // 2, dtype=torch.float32) / (width // 2))  # to the last bit as the authors'
+        rates = torch.exp(
+            -math.log(10000) * torch.arange(width // 2, dtype=torch.float32) / (width // 2)
+        )  # to the last bit as the authors'
         self.register_buffer("rates", rates, persistent=False)
         self.fc1 = nn.Linear(width, dim)
         self.fc2 = nn.Linear(dim, dim)
@@ -151,7 +153,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         embed_dim=64, depth=3, num_heads=4, patch_size=4, image_size=16, latent_chans=0, latent_stride=1, num_classes=10, time_scale=1000.0
     ),
     **{f"{size}_{p}": dict(numbers, patch_size=p, image_size=256) for size, numbers in SIZES.items() for p in (2, 4, 8)},
-    **{"xl_2_512": dict(SIZES["xl"], patch_size=2, image_size=512)},
+    "xl_2_512": dict(SIZES["xl"], patch_size=2, image_size=512),
 }
 RELEASES = "https://dl.fbaipublicfiles.com/DiT/models"
 PREPARATION: dict[str, Any] = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop_pct=1.0, learner="diffusion")

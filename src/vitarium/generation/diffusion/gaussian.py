@@ -10,6 +10,7 @@ Tables are float64.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class GaussianDiffusion:
         if self.schedule == "linear":
             return np.linspace(1e-4, 0.02, count, dtype=np.float64) * (1000 / count)
         bar = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
-        return np.array([min(1 - after / before, 0.999) for before, after in zip(bar, bar[1:], strict=False)])
+        return np.array([min(1 - after / before, 0.999) for before, after in itertools.pairwise(bar)])
 
     def respaced(self, steps: Sequence[int] | None = None) -> Tables:
         """The tables of a shorter diffusion through some of the steps (ascending); of all by default."""

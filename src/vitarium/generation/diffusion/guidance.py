@@ -1,5 +1,5 @@
-"""Classifier-free guidance: away from what the model says of no class at all (Ho and Salimans 2022), in an interval of times (Kynkäänniemi et
-al. 2024).
+"""Classifier-free guidance: away from what the model says of no class at all (Ho and Salimans 2022), in an interval of times
+(Kynkäänniemi et al. 2024).
 
     out = u + s (c - u)        c: with the labels, u: with the null class
 """

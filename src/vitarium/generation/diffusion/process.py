@@ -71,8 +71,8 @@ def sample(
         predict: the model with its labels, see `guided`.
         noise: standard normal.
         steps: of the sampler.
-        sampler: "euler", "heun", "dopri5" or "sde" of a flow, "ddim" or "ddpm" of Gaussian diffusion, or a scheduler of diffusers by the name
-            of its class, such as "UniPCMultistepScheduler". None: the first.
+        sampler: "euler", "heun", "dopri5" or "sde" of a flow, "ddim" or "ddpm" of Gaussian diffusion, or a scheduler of diffusers by the
+            name of its class, such as "UniPCMultistepScheduler". None: the first.
         clip: of Gaussian diffusion: keep its estimate of the data in [-1, 1] (for pixels).
         generator: of the noise that a stochastic sampler adds.
         options: of `samplers.sde` (form, norm), `ddim` (eta), `dopri5` (rtol, atol), or the scheduler's configuration.

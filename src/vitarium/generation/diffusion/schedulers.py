@@ -48,7 +48,9 @@ def scheduler_for(process: Flow | GaussianDiffusion, name: str | None = None, **
     values |= options
     accepted = dict(cls().config)
     if wrong := [key for key in values if key not in accepted]:
-        raise UsageError(f"{name} takes no {wrong[0]!r}, which this process needs" if wrong[0] not in options else f"{name} takes no {wrong[0]!r}")
+        raise UsageError(
+            f"{name} takes no {wrong[0]!r}, which this process needs" if wrong[0] not in options else f"{name} takes no {wrong[0]!r}"
+        )
     return cls(**values)
 
 
