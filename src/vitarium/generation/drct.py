@@ -264,6 +264,7 @@ class DRCT(Restorer):
     """
 
     mean: Tensor
+    _kept: tuple[tuple, tuple[Tensor, Grid, Grid]] | None
 
     def __init__(
         self,
@@ -286,7 +287,7 @@ class DRCT(Restorer):
             raise ValueError(f"scale must be 3 or a power of 2, got {scale}")
         super().__init__(scale=scale, in_chans=in_chans, multiple=window_size, reach=(2 * len(depths) + 1) * window_size + 5)
         self.window_size, self.img_range, self.checkpointing = window_size, img_range, False
-        self._kept: tuple[tuple, tuple[Tensor, Grid, Grid]] | None = None
+        self._kept = None
         mean = torch.tensor((0.4488, 0.4371, 0.4040) if in_chans == 3 else (0.0,) * in_chans)
         self.register_buffer("mean", mean.view(1, -1, 1, 1), persistent=False)
         self.conv_first = nn.Conv2d(in_chans, embed_dim, 3, padding=1)
@@ -362,7 +363,7 @@ class DRCT(Restorer):
         for conv in (self.conv_first, self.conv_after_body, self.conv_before_upsample, self.conv_last):
             rows = 2 * chans if conv is self.conv_before_upsample else chans
             nn.init.zeros_(conv.weight[:rows])
-            nn.init.zeros_(conv.bias[:rows])
+            nn.init.zeros_(conv.bias[:rows])  # type: ignore[index]
         for c in range(chans):
             self.conv_first.weight[c, c, 1, 1] = 1
             for row, sign in ((c, 1.0), (c + chans, -1.0)):
@@ -373,7 +374,7 @@ class DRCT(Restorer):
             kernels = _interpolation_kernels(round(phases**0.5)).to(conv.weight)
             for c in range(2 * chans):
                 nn.init.zeros_(conv.weight[c * phases : (c + 1) * phases])
-                nn.init.zeros_(conv.bias[c * phases : (c + 1) * phases])
+                nn.init.zeros_(conv.bias[c * phases : (c + 1) * phases])  # type: ignore[index]
                 conv.weight[c * phases : (c + 1) * phases, c] = kernels
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

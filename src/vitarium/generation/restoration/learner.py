@@ -76,7 +76,7 @@ class RestorationLearner(Learner):
         if made.settings.start == "interpolation" and checkpoint is None and not pretrained:
             if not hasattr(made.model, "start_as_interpolation"):
                 raise UsageError(f"{name} cannot start as an interpolation; take objective.start=random")
-            made.model.start_as_interpolation()
+            made.model.start_as_interpolation()  # type: ignore[operator]
         scale = scale_of(data.train)
         if scale not in (None, made.scale):
             raise DataError(

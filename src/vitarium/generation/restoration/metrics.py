@@ -50,7 +50,7 @@ class LumaQuality(nn.Module):
         both = [luma(image)[None, :, rows, columns] for image in (restored, high)]
         self.psnr.update(*both)
         if min(both[0].shape[-2:]) >= WINDOW:
-            _, places = structural_similarity_index_measure(*both, data_range=255.0, sigma=1.5, return_full_image=True)
+            _, places = structural_similarity_index_measure(both[0], both[1], data_range=255.0, sigma=1.5, return_full_image=True)
             edge = WINDOW // 2
             self.ssim.update(places[..., edge:-edge, edge:-edge].mean())
 
