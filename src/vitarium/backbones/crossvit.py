@@ -1,0 +1,347 @@
+"""CrossViT: two ViTs look at small and at large patches, and their class tokens visit one another (Chen et al., "CrossViT", 2021).
+
+The idea: fine and coarse patches see different things, but attention between all their tokens would be costly. After some blocks each
+branch's class token is projected to the other branch's width, attends once to the other's patches, at a cost linear in their number, and is
+projected back. The answer is the mean of both branches' logits.
+
+    c' = P(c);  c' <- c' + W_o softmax(W_q LN(c') (W_k LN(z))^T / sqrt(d)) W_v LN(z),  z = [c'; patches of the other branch];  c <- R(c')
+    P and R: Linear(GELU(LN(.)))
+
+Follows the authors' code (github IBM/CrossViT), whose checkpoints and timm's load by name; their two heads become one on both class tokens
+together, W = [W_0, W_1] / 2, which is the same function. Any image size: each branch resizes the picture, bicubically as the authors do,
+to the nearest whole number of its patches; position tables are resampled.
+Cost: that of the two ViTs, quadratic in patches.
+
+How it is fast: fusion projects keys and values once for the patches of both, and only one query is ever formed.
+
+Legend: B batch, N patches, D channels; 0 is the branch of small patches, 1 that of large ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitarium.catalog import family, rename
+from vitarium.nn import Backbone, DropPath, EvalCache, Linear, Stage, TransformerBlock, init_weights
+from vitarium.nn.backbone import POOLS
+from vitarium.nn.positions import resize_position_table
+
+Grid = tuple[int, int]
+Pair = tuple[Tensor, Tensor]
+CONVOLUTIONS = {12: ((7, 4, 3), (3, 3, 0), (3, 1, 1)), 16: ((7, 4, 3), (3, 2, 1), (3, 2, 1))}
+"""(kernel, stride, padding) of the "dagger" models' three, by the patch that they make."""
+
+
+class Branch(nn.Module):
+    """Picture -> tokens (B, 1 + N, D) of one branch.
+
+    Args:
+        patch_size: side of a patch, pixels.
+        image_size: side of the square picture that the position table is made for, pixels.
+        dim: channels.
+        multi_conv: three convolutions in place of one; patches of 12 or 16 pixels only.
+    """
+
+    def __init__(self, patch_size: int, image_size: int, dim: int, in_chans: int, multi_conv: bool):
+        super().__init__()
+        self.patch_size, self.table_side = patch_size, image_size // patch_size
+        if multi_conv:
+            widths = (in_chans, dim // 4, dim // 2, dim)
+            convs: list[nn.Module] = []
+            for (kernel, stride, padding), a, b in zip(CONVOLUTIONS[patch_size], widths, widths[1:], strict=False):
+                convs += [nn.Conv2d(a, b, kernel, stride, padding), nn.ReLU()]
+            self.proj: nn.Module = nn.Sequential(*convs[:-1])
+        else:
+            self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.table_side**2, dim))
+        self.cache = EvalCache()
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def positions(self, grid: Grid) -> Tensor:
+        """The position table of a grid, (1, 1 + N, D)."""
+        own = (self.table_side, self.table_side)
+        if grid == own:
+            return self.pos_embed
+        return self.cache.get(self, grid, self.pos_embed, lambda: resize_position_table(self.pos_embed, own, grid, prefix=1))
+
+    def forward(self, image: Tensor, grid: Grid) -> Tensor:
+        size = (grid[0] * self.patch_size, grid[1] * self.patch_size)
+        if tuple(image.shape[-2:]) != size:
+            image = F.interpolate(image, size, mode="bicubic", align_corners=False)
+        patches = self.proj(image).flatten(2).transpose(1, 2)
+        return torch.cat([self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype), patches], 1) + self.positions(grid)
+
+
+class ClassAttention(nn.Module):
+    """The first of tokens (B, n, dim) attends to all of them: -> (B, 1, dim)."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.wq, self.wk, self.wv, self.proj = (Linear(dim, dim) for _ in range(4))
+
+    def forward(self, z: Tensor) -> Tensor:
+        q, k, v = (self._heads(linear(part)) for linear, part in ((self.wq, z[:, :1]), (self.wk, z), (self.wv, z)))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+
+class Fusion(nn.Module):
+    """Residual class attention behind a norm: (B, n, dim) -> (B, 1, dim). It has no MLP."""
+
+    def __init__(self, dim: int, num_heads: int, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = ClassAttention(dim, num_heads)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z[:, :1] + self.drop_path(self.attn(self.norm1(z)))
+
+
+def _projection(dim: int, other: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(dim, eps=1e-6), nn.GELU(), Linear(dim, other))
+
+
+class Encoder(nn.Module):
+    """Blocks of both branches, then the visit of the class tokens: two of (B, 1 + N_i, D_i) -> the same.
+
+    Args:
+        dims, depths, num_heads, mlp_ratios: one value a branch.
+        rates: stochastic depth of block i of either branch; the last entry is the fusion's.
+        fuse: whether the class tokens visit the other branch at all.
+    """
+
+    def __init__(
+        self,
+        dims: Sequence[int],
+        depths: Sequence[int],
+        num_heads: Sequence[int],
+        mlp_ratios: Sequence[float],
+        rates: Sequence[float],
+        fuse: bool,
+    ):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(TransformerBlock(dim, heads, mlp_ratio=ratio, drop_path=rates[i]) for i in range(depth))
+            for dim, depth, heads, ratio in zip(dims, depths, num_heads, mlp_ratios, strict=True)
+        )
+        self.fuse = fuse
+        if fuse:
+            pairs = [(0, 1), (1, 0)]
+            self.projs = nn.ModuleList(_projection(dims[a], dims[b]) for a, b in pairs)
+            self.fusion = nn.ModuleList(Fusion(dims[b], num_heads[b], rates[-1]) for _, b in pairs)
+            self.revert_projs = nn.ModuleList(_projection(dims[b], dims[a]) for a, b in pairs)
+
+    def forward(self, branches: Pair, run: Callable[..., Tensor]) -> Pair:
+        small, large = (run(blocks, tokens) for blocks, tokens in zip(self.blocks, branches, strict=True))
+        if not self.fuse:
+            return small, large
+        return self._visited(0, small, large), self._visited(1, large, small)
+
+    def _visited(self, number: int, own: Tensor, other: Tensor) -> Tensor:
+        """A branch's tokens with the class token that has been to the other branch."""
+        z = torch.cat([self.projs[number](own[:, :1]), other[:, 1:]], 1)
+        return torch.cat([self.revert_projs[number](self.fusion[number](z)), own[:, 1:]], 1)
+
+
+class BranchNorms(nn.Module):
+    """A layer norm for the channels of each branch: (..., D_0 + D_1) -> the same."""
+
+    def __init__(self, dims: Sequence[int]):
+        super().__init__()
+        self.dims = list(dims)
+        self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for dim in dims)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([norm(part) for norm, part in zip(self.norms, x.split(self.dims, -1), strict=True)], -1)
+
+
+def official(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The authors' names, and timm's: two heads become one."""
+    renamed = rename(
+        (r"^(cls_token|pos_embed)[._](\d)$", r"branches.\2.\1"),
+        (r"^patch_embed\.(\d)\.", r"branches.\1."),
+        (r"^blocks\.(\d)\.", r"stages.\1."),
+        (r"^norm\.(\d)\.", r"norm.norms.\1."),
+    )(state)
+    for kind in ("weight", "bias"):
+        if f"head.0.{kind}" in renamed:
+            both = [renamed.pop(f"head.{number}.{kind}") / 2 for number in (0, 1)]
+            renamed[f"head.{kind}"] = torch.cat(both, 1) if kind == "weight" else both[0] + both[1]
+    return renamed
+
+
+def _row(dims: tuple[int, int], heads: int, depth: int, ratio: int, **options: Any) -> dict[str, Any]:
+    return dict(dims=dims, depths=((1, depth),) * 3, num_heads=(heads, heads), mlp_ratios=(ratio, ratio), **options)
+
+
+_DAGGER: dict[str, Any] = dict(multi_conv=True)
+_384: dict[str, Any] = dict(multi_conv=True, image_size=408, large_size=384)
+
+
+@family(
+    "crossvit",
+    variants={
+        "pico": dict(
+            dims=(32, 48), depths=((1, 2), (1, 1)), num_heads=(2, 3), mlp_ratios=(2, 2), patch_sizes=(2, 4), large_size=16, image_size=16
+        ),
+        "tiny": _row((96, 192), 3, 4, 4, image_size=240),  # 7.0 M
+        "small": _row((192, 384), 6, 4, 4, image_size=240),  # 26.9 M
+        "base": _row((384, 768), 12, 4, 4, image_size=240),  # 105 M
+        "9": _row((128, 256), 4, 3, 3, image_size=240),  # 8.6 M
+        "9_dagger": _row((128, 256), 4, 3, 3, image_size=240, **_DAGGER),  # 8.8 M
+        "15": _row((192, 384), 6, 5, 3, image_size=240),  # 27.5 M
+        "15_dagger": _row((192, 384), 6, 5, 3, image_size=240, **_DAGGER),  # 28.2 M
+        "15_dagger_384": _row((192, 384), 6, 5, 3, **_384),  # 28.5 M
+        "18": _row((224, 448), 7, 6, 3, image_size=240),  # 43.3 M, 82.5 % top-1
+        "18_dagger": _row((224, 448), 7, 6, 3, image_size=240, **_DAGGER),  # 44.3 M, 82.8 %
+        "18_dagger_384": _row((224, 448), 7, 6, 3, **_384),  # 44.6 M
+    },
+    official=official,
+    weights={
+        name: {"in1k": (f"timm:crossvit_{name if name.endswith('384') else name + '_240'}.in1k",)}
+        for name in ("tiny", "small", "base", "9", "9_dagger", "15", "15_dagger", "15_dagger_384", "18", "18_dagger", "18_dagger_384")
+    },
+    crop_pct=0.875,
+)
+class CrossViT(Backbone):
+    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes).
+
+    Features are tokens (B, 1 + N_1, D_0 + D_1): both class tokens side by side, then the large patches' tokens beside the mean of the small
+    ones in their place. `forward_branches` gives the two branches' own tokens, `forward_intermediates` maps.
+
+    Args:
+        dims: channels of the branches.
+        depths: for each encoder the blocks of the two branches; one fusion follows.
+        num_heads, mlp_ratios: one value a branch.
+        patch_sizes: sides of the patches, pixels.
+        image_size: side of the square image that the small branch's position table is made for, pixels.
+        large_size: side to which that image is resized for the large branch; other images are resized in proportion.
+        multi_conv: patches by three convolutions (the "dagger" models).
+        fuse: whether class tokens visit the other branch; False leaves two ViTs whose logits are averaged.
+        drop_rate: dropout before the head.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+
+    Raises:
+        ValueError: not two branches, sizes that are no whole patches, or `multi_conv` on other patches than 12 and 16.
+    """
+
+    pools = ("token", *POOLS)
+
+    def __init__(
+        self,
+        *,
+        dims: Sequence[int],
+        depths: Sequence[Sequence[int]],
+        num_heads: Sequence[int],
+        mlp_ratios: Sequence[float],
+        patch_sizes: Sequence[int] = (12, 16),
+        image_size: int = 240,
+        large_size: int | None = None,
+        multi_conv: bool = False,
+        fuse: bool = True,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        sizes = (image_size, large_size or round(image_size * 14 / 15))
+        _check(dims, depths, num_heads, mlp_ratios, patch_sizes, sizes, multi_conv)
+        stages = [Stage(sum(dims), patch_sizes[1] * sizes[0] // sizes[1])] * len(depths)
+        super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
+        self.large_over_small = sizes[1] / sizes[0]
+        self.branches = nn.ModuleList(
+            Branch(patch, size, dim, in_chans, multi_conv) for patch, size, dim in zip(patch_sizes, sizes, dims, strict=True)
+        )
+        counts = [max(depth) for depth in depths]
+        rates = iter(torch.linspace(0, drop_path_rate, sum(counts), device="cpu").tolist())
+        self.stages = nn.ModuleList(
+            Encoder(dims, depth, num_heads, mlp_ratios, [next(rates) for _ in range(count)], fuse)
+            for depth, count in zip(depths, counts, strict=True)
+        )
+        self.norm = BranchNorms(dims)
+        self.global_pool = "token"
+        init_weights(self, conv=False)
+
+    def grids(self, height: int, width: int) -> tuple[Grid, Grid]:
+        """Rows and columns of patches of the two branches."""
+        patches = [branch.patch_size for branch in self.branches]
+
+        def one(side: int, patch: Any, scale: float) -> int:
+            return max(1, round(side * scale / patch))
+
+        small, large = (
+            (one(height, patch, scale), one(width, patch, scale))
+            for patch, scale in zip(patches, (1.0, self.large_over_small), strict=True)
+        )
+        return small, large
+
+    def forward_branches(self, image: Tensor) -> Pair:
+        """The tokens of both branches after the last encoder, normed: (B, 1 + N_0, D_0) and (B, 1 + N_1, D_1)."""
+        self.check_image(image)
+        for both in self._encoders(image):  # noqa: B007
+            pass
+        first, second = self.norm.norms  # type: ignore[union-attr,misc]
+        return first(both[0]), second(both[1])
+
+    def _encoders(self, image: Tensor) -> Iterator[Pair]:
+        grids = self.grids(*image.shape[-2:])
+        small, large = (branch(image, grid) for branch, grid in zip(self.branches, grids, strict=True))
+        both = (small, large)
+        for stage in self.stages:
+            both = stage(both, self.run_blocks)
+            yield both
+
+    def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
+        """Yields the tokens of both branches after each encoder on the grid of the large patches, (B, 1 + N_1, D_0 + D_1)."""
+        fine, coarse = self.grids(*image.shape[-2:])
+        for small, large in self._encoders(image):
+            there = F.adaptive_avg_pool2d(small[:, 1:].transpose(1, 2).unflatten(2, fine), coarse).flatten(2).transpose(1, 2)
+            yield torch.cat([torch.cat([small[:, :1], there], 1), large], 2)
+
+    def as_map(self, features: Tensor, image_size: Sequence[int]) -> Tensor:
+        return features[:, 1:].transpose(1, 2).unflatten(2, self.grids(*image_size)[1])
+
+    def pool(self, features: Tensor) -> Tensor:
+        """(B, 1 + N, D) -> (B, D): the class tokens ("token"), or the mean or maximum of the others."""
+        return features[:, 0] if self.global_pool == "token" else POOLS[self.global_pool](features[:, 1:].transpose(1, 2))
+
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith(("pos_embed", "cls_token"))}
+
+    def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
+        """A checkpoint's position table for this model's grid; None for any other tensor that does not fit."""
+        side = math.isqrt(max(0, tensor.shape[1] - 1)) if tensor.ndim == 3 else 0
+        if not name.endswith("pos_embed") or tensor.shape[2:] != shape[2:] or side**2 + 1 != tensor.shape[1]:
+            return None
+        new = math.isqrt(shape[1] - 1)
+        return resize_position_table(tensor, (side, side), (new, new), prefix=1)
+
+
+def _check(
+    dims: Sequence[int],
+    depths: Sequence[Sequence[int]],
+    num_heads: Sequence[int],
+    mlp_ratios: Sequence[float],
+    patch_sizes: Sequence[int],
+    sizes: Sequence[int],
+    multi_conv: bool,
+) -> None:
+    if any(len(row) != 2 for row in (dims, num_heads, mlp_ratios, patch_sizes, *depths)):
+        raise ValueError("dims, num_heads, mlp_ratios, patch_sizes and each of depths need two values, one a branch")
+    for size, patch in zip(sizes, patch_sizes, strict=True):
+        if size % patch:
+            raise ValueError(f"a branch's image must be whole patches: {size} pixels are none of {patch}; try {size - size % patch}")
+    if multi_conv and any(patch not in CONVOLUTIONS for patch in patch_sizes):
+        raise ValueError(f"multi_conv makes patches of {' or '.join(map(str, CONVOLUTIONS))} pixels, got {list(patch_sizes)}")
