@@ -204,6 +204,15 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
     assert again.things == (1, 4)
 
 
+def test_fused_for_deployment_it_says_the_same():
+    model, image = restless(pico()).double().eval(), torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        before = model(image)
+        after = model.fuse()(image)
+    assert not [part for part in model.modules() if isinstance(part, torch.nn.BatchNorm2d) and part.num_features == 48]
+    torch.testing.assert_close(after["masks"], before["masks"])
+
+
 def test_compiles_without_breaks():
     model = pico(layers=[1, 0, 0], dec_depths=[1, 1, 1, 1]).eval()
     compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -215,6 +215,11 @@ class Segmenter(nn.Module):
         """Refuse what the model cannot take; see `Backbone.check_image`."""
         Backbone.check_image(self, image)  # type: ignore[arg-type]
 
+    def fuse(self) -> Segmenter:
+        """For deployment; see `Backbone.fuse`."""
+        Backbone.fuse(self)  # type: ignore[arg-type]
+        return self
+
     def probabilities(self, logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         """Of one picture: (L, K + 1), (L, H, W) logits -> classes (L, K), masks (L, H, W)."""
         raise NotImplementedError(f"{type(self).__name__} does not define probabilities")

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitarium.nn.folding import fold_norm_after
+
 BN_EPS = 1e-3
 
 
@@ -42,7 +44,7 @@ class ConvNorm(nn.Sequential):
     ):
         super().__init__()
         conv: type[nn.Conv1d | nn.Conv2d] = nn.Conv2d if axes == 2 else nn.Conv1d
-        self.conv = conv(
+        self.conv: nn.Conv1d | nn.Conv2d = conv(
             in_dim,
             dim,
             kernel_size,
@@ -51,7 +53,7 @@ class ConvNorm(nn.Sequential):
             groups=dim if depthwise else 1,
             bias=bias,
         )
-        self.norm = batch_norm(dim, axes, momentum, gain)
+        self.norm: nn.Module = batch_norm(dim, axes, momentum, gain)
         if act:
             self.act = nn.GELU()
         if depthwise:
@@ -60,6 +62,11 @@ class ConvNorm(nn.Sequential):
             truncated_normal(self.conv.weight, (2 / in_dim) ** 0.5 if std is None else std)
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
+
+    def fold(self) -> None:
+        """For deployment: a map's norm goes into its convolution."""
+        if isinstance(self.conv, nn.Conv2d) and isinstance(self.norm, nn.BatchNorm2d):
+            self.conv, self.norm = fold_norm_after(self.conv, self.norm), nn.Identity()
 
 
 def batch_norm(dim: int, axes: int, momentum: float, gain: float = 1.0) -> nn.BatchNorm1d | nn.BatchNorm2d:
