@@ -6,6 +6,7 @@ import copy
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,7 @@ def trained(seed: int, encoder: Encoder, coefficient: float) -> nn.Module:
     return copy.deepcopy(learner.eval_model()).eval()
 
 
-def probes(model: nn.Module) -> tuple[float, float]:
+def probes(model: Any) -> tuple[float, float]:
     """Accuracy, percent, of a ridge regression on the mean noisy token after block 2 and after the last block."""
     blocks = [f"blocks.{i}" for i in (1, len(model.blocks) - 1)]
     features: list[dict[str, Tensor]] = []
@@ -94,7 +95,7 @@ def _ridge(x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor) -> float:
     return 100 * float(((x_val @ weights + answers.mean(0)).argmax(1) == y_val).double().mean())
 
 
-def distance(model: nn.Module, judge: Encoder, seed: int) -> float:
+def distance(model: Any, judge: Encoder, seed: int) -> float:
     """Fréchet distance of samples to the held-out digits in the judge's features."""
     real = next(Loader(digits().val, model.preprocessing, batch_size=SAMPLES).epoch(0))["image"] / 2 + 0.5
     made = model.generate(torch.arange(SAMPLES) % 10, seed=seed)

@@ -78,7 +78,7 @@ class FrechetDistance(Metric):
 
     def compute(self) -> Tensor:
         """The distance, (); not a number where a set has fewer than 2 pictures."""
-        if min(self.real_count, self.made_count) < 2:
+        if float(self.real_count) < 2 or float(self.made_count) < 2:  # type: ignore[arg-type]
             return torch.tensor(float("nan"))
         return frechet_distance(*self._moments("real"), *self._moments("made"))
 

@@ -151,9 +151,10 @@ def projector(dim: int, out_dim: int, hidden_dim: int = 2048) -> nn.Sequential:
     layers = nn.Sequential(
         nn.Linear(dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, out_dim)
     )
-    for layer in layers[::2]:
-        nn.init.xavier_uniform_(layer.weight)
-        nn.init.zeros_(layer.bias)
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
     return layers
 
 
@@ -188,7 +189,7 @@ class Alignment(nn.Module):
         super().__init__()
         self.block, self.encoders = block, tuple(encoders)
         if projectors is not None:
-            dims = [p[-1].out_features for p in projectors]
+            dims = [p[-1].out_features for p in projectors]  # type: ignore[index]
             if dims != [e.dim for e in encoders]:
                 wanted = [e.dim for e in encoders]
                 raise UsageError(
@@ -216,7 +217,7 @@ def block_width(denoiser: nn.Module, block: str) -> int:
     like, side = next(denoiser.parameters()), denoiser.sample_size
     training = denoiser.training
     with hidden_tokens(denoiser, [block]) as found, torch.no_grad():
-        x = like.new_zeros(1, denoiser.sample_chans, side, side)  # type: ignore[arg-type]
+        x = like.new_zeros(1, denoiser.sample_chans, side, side)  # type: ignore[call-overload]
         denoiser.eval()(x, like.new_zeros(1), torch.zeros(1, dtype=torch.int64, device=like.device))
     denoiser.train(training)
     return found[block].shape[-1]

@@ -41,13 +41,13 @@ class Latents:
 
     Args:
         autoencoder: the module, with `encode(image).latent_dist` and `decode(latent).sample`.
-        scaling: factor on the latents; None: what its configuration says (0.18215).
+        scaling: factor on the latents, a number; None: what its configuration says (0.18215).
         shift: subtracted before it; None: what its configuration says, else 0.
     """
 
     autoencoder: Any
-    scaling: float | None = None
-    shift: float | None = None
+    scaling: Any = None
+    shift: Any = None
 
     def __post_init__(self) -> None:
         config = self.autoencoder.config

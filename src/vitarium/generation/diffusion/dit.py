@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -193,7 +193,7 @@ class DiT(Denoiser):
     """
 
     process = "gaussian"
-    guided_channels = 3
+    guided_channels: ClassVar[int | None] = 3
 
     def __init__(
         self,
@@ -235,11 +235,11 @@ class DiT(Denoiser):
                 nn.init.xavier_uniform_(part.weight)
                 nn.init.zeros_(part.bias)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.zeros_(self.patch_embed.proj.bias)  # type: ignore[arg-type]
         for weight in (self.label_embed.weight, self.time_embed.fc1.weight, self.time_embed.fc2.weight):
             nn.init.normal_(weight, std=0.02)
         for layer in (*(block.modulation for block in self.blocks), self.final.modulation, self.final.linear):
-            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """Prediction (B, C or 2 C, H, W). Without labels: of the null class."""
