@@ -22,6 +22,7 @@ SURFACE = {
     "--config --print-config",
     "predict": "images --model --checkpoint --apply --top-k --batch-size --device --output --json",
     "explain": "images --model --output --method --target --measure --checkpoint --apply --batch-size --device --json",
+    "restore": "images --model --output --checkpoint --tile --overlap --device --json --config --print-config",
     "compress": "model --apply --output --data --checkpoint --val-fraction --seed --batch-size --batch --compile --device --report --json "
     "--config --print-config",
     "bench": "models --peers --kind --batch --image-size --dtype --device --rounds --threads --json --config --print-config",
