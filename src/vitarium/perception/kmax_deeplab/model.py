@@ -31,7 +31,7 @@ def _coco(backbone: str, **arguments: Any) -> dict[str, Any]:
     variants={
         "pico": dict(
             backbone="convnext_pico",
-            backbone_arguments=dict(depths=[1, 1, 1, 1], dims=[24, 32, 48, 48], patch_size=4),
+            backbone_arguments=dict(depths=[1, 1, 1, 1], dims=[16, 24, 32, 48], patch_size=2),
             num_classes=14,
             things=list(range(8)),
             num_queries=16,
