@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vitarium.data import ImageData
     from vitarium.training.recipe import Recipe
 
-SHOWN = 8
+SHOWN = 10
 """Pictures a row of what is drawn during training."""
 
 
