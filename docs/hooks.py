@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 from pathlib import Path
 
 import pictures as drawn  # mkdocs looks for a hook's imports beside it
@@ -13,7 +14,13 @@ from mkdocs.structure.files import File, Files
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the computed pages to those that are written."""
-    pages = {"systems.md": systems_page(), "ledger.md": ledger_page(), "commands.md": commands_page()} | system_pages()
+    pages = {
+        "systems.md": systems_page(),
+        "ledger.md": ledger_page(),
+        "commands.md": commands_page(),
+        "combinations.md": combinations_page(),
+    }
+    pages |= system_pages()
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     for name, picture in pictures().items():
@@ -83,6 +90,29 @@ def _line(cls: type) -> int:
 def _paragraphs(text: str) -> str:
     """A docstring's text as Markdown: indented equations become code blocks, as they already are."""
     return text.strip("\n")
+
+
+def combinations_page() -> str:
+    """Which methods were tested together on which models, and what they left of the cost."""
+    rows = json.loads((Path(__file__).parent / "examples" / "combinations.json").read_text(encoding="utf-8"))
+    smaller = list(dict.fromkeys(row["smaller"] for row in rows))
+    parts = [
+        "# Methods in combination",
+        "",
+        "Each cell was run, saved to one file, loaded again, and gave the same logits bit for bit",
+        "(`tests/efficiency/test_combinations.py`). The models have their libraries' own widths and are cut to two blocks and at most",
+        "64 patches. A cell says what is left of the multiply-accumulates and of the weights' size on disk: a quantizer leaves the first,",
+        "a token reduction the second.",
+    ]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        parts += ["", f"## {model}", "", f"| | {' | '.join(smaller)} |", "|---|" + "---|" * len(smaller)]
+        for reducer in dict.fromkeys(row["reducer"] for row in rows):
+            found = {row["smaller"]: row for row in rows if (row["model"], row["reducer"]) == (model, reducer)}
+            cells = [
+                f"{100 * found[s]['macs']:.0f} % MACs, {100 * found[s]['file']:.0f} % size" if s in found else "failed" for s in smaller
+            ]
+            parts.append(f"| {reducer} | {' | '.join(cells)} |")
+    return "\n".join(parts)
 
 
 def ledger_page() -> str:

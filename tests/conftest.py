@@ -72,6 +72,7 @@ class EvidenceRecorder:
         self.vendored = sorted(file.stem for file in goldens.glob("*.json"))
         self.goldens: dict[str, float | None] = {}
         self.identities: dict[str, dict[str, bool]] = {}
+        self.combinations: list[dict[str, Any]] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         slug = _slug_of_test(report.nodeid)
@@ -84,6 +85,8 @@ class EvidenceRecorder:
                 before = self.goldens.get(name, 0.0)
                 proven = report.passed and math.isfinite(error) and before is not None  # max() would lose a NaN
                 self.goldens[name] = max(error, before) if proven else None
+            elif kind == "combination" and report.passed:
+                self.combinations.append(value)
             elif kind == "identity":
                 test = report.nodeid.split("::", 1)[1].partition("[")[0]
                 tests[test] = tests.get(test, True) and report.passed
@@ -100,6 +103,9 @@ class EvidenceRecorder:
             identities = dict(sorted(self.identities.get(slug, {}).items()))
             rows[slug] = {"goldens": goldens, "identities": identities}
         write_json(self.path, dict(sorted(rows.items())))
+        if self.combinations:
+            table = TESTS.parent / "docs/examples/combinations.json"
+            write_json(table, sorted(self.combinations, key=lambda row: (row["model"], row["smaller"], row["reducer"])))
 
 
 def _slug_of_golden(name: str) -> str:

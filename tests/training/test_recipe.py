@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 
 import pytest
 import yaml
@@ -36,8 +37,8 @@ def test_each_recipe_tells_its_command_in_its_header(name):
     from importlib import resources
 
     header = resources.files("vitarium.training").joinpath("recipes", f"{name}.yaml").read_text().split("\nmodel:")[0]
-    assert f"vitarium train {name}" in header.replace("$(which vitarium)", "vitarium")
-    assert "%" in header
+    assert f"train {name}" in header
+    assert re.search(r"\d", header.partition(f"train {name}")[2]), "it should say how long it takes, or what comes out"
 
 
 @pytest.mark.parametrize(
