@@ -1,7 +1,7 @@
 """The loop: every learner of the house is trained here, by one explicit sequence.
 
-    a step:  generators from (seed, step, rank)  ->  rates of the step  ->  gradients, accumulated over batches  ->  clip  ->
-             finite in all processes?  ->  optimizer, the learner's hook, moving average
+    a step:  generators from (seed, step, rank)  ->  rates of the step  ->  gradients, accumulated over batches (with SAM once more,
+             uphill)  ->  clip  ->  finite in all processes?  ->  optimizer, the learner's hook, moving average
 
 Nothing of a step depends on how the loop got there: the data are a function of (seed, epoch, step), the rates of the step, the random
 numbers of (seed, step, rank). So a run that goes on from a checkpoint ends with the weights of an unbroken one, bit for bit.
@@ -25,7 +25,7 @@ from vitarium.files import write_json
 from vitarium.training.base import Batch
 from vitarium.training.checkpoint import LAST
 from vitarium.training.evaluation import to_device
-from vitarium.training.optim import Rates, clip_gradients
+from vitarium.training.optim import Rates, clip_gradients, uphill
 from vitarium.training.run import Run, same_on_all
 
 log = logging.getLogger("vitarium")
@@ -105,7 +105,7 @@ def take_step(run: Run, batches: Iterator[Batch], rates: Rates) -> Step:
     rates.apply(run.optimizer, state.step)
     run.optimizer.zero_grad()
     kept = [statistic.clone() for statistic in run.statistics]  # batch norm's, which the forward pass changes
-    losses, indices = accumulate(run, batches)
+    losses, indices = gradients(run, batches)
     norm = clip_gradients(run.parameters, recipe.clip) if losses else torch.tensor(math.nan)
     losses = losses or {"loss": norm}
     broken = not math.isfinite(float(norm + losses["loss"]))
@@ -121,9 +121,24 @@ def take_step(run: Run, batches: Iterator[Batch], rates: Rates) -> Step:
     return Step(losses, norm, indices, not broken, stop, save)
 
 
+def gradients(run: Run, batches: Iterator[Batch]) -> tuple[dict[str, Tensor], list[list[int]]]:
+    """As `accumulate`; under SAM the gradients are those of the weights moved uphill, the losses those of the weights themselves."""
+    sam = run.recipe.optimizer.sam
+    if sam is None:
+        return accumulate(run, batches)
+    same = [next(batches) for _ in range(run.recipe.accumulate)]
+    losses, indices = accumulate(run, iter(same))
+    if losses:
+        with uphill(run.parameters, run.learner.buffers(), sam):
+            run.optimizer.zero_grad()
+            accumulate(run, iter(same))
+    return losses, indices
+
+
 def accumulate(run: Run, batches: Iterator[Batch]) -> tuple[dict[str, Tensor], list[list[int]]]:
     """Gradients of one step's batches into `.grad`; their mean losses, and the samples seen. Empty where no image could be read."""
     fabric, count = run.fabric, run.recipe.accumulate
+    seed_step(run)  # a second pass draws what the first one drew
     means: dict[str, Tensor] = {}
     indices: list[list[int]] = []
     for number in range(count):

@@ -1,18 +1,19 @@
-"""What a step of the optimizer needs: parameter groups, rates as pure functions of the step, clipping, moving averages."""
+"""What a step of the optimizer needs: parameter groups, rates as pure functions of the step, moves uphill, clipping, moving averages."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import fnmatch
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitarium.errors import UsageError
-from vitarium.training.recipe import Clip, Ema, Optimizer, Schedule
+from vitarium.training.recipe import Clip, Ema, Optimizer, Sam, Schedule
 
 
 def cosine(
@@ -129,13 +130,56 @@ def create_optimizer(learner: nn.Module, settings: Optimizer) -> torch.optim.Opt
     return optimizer
 
 
+def norms_of(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Norm of each tensor, (N,), and of all together, a scalar."""
+    norms = torch.stack(torch._foreach_norm(tensors))
+    total = norms.norm()
+    if hasattr(total, "full_tensor"):  # of tensors spread over processes
+        norms, total = norms.full_tensor(), total.full_tensor()
+    return norms, total
+
+
+@torch.no_grad()
+def move_uphill(parameters: Iterable[Tensor], sam: Sam) -> list[tuple[Tensor, Tensor]]:
+    """Add to the weights a move of length rho along their gradients; returns (parameter, its values before) of those that have one.
+
+    The move is rho * g / |g|, or with `adaptive` rho * w^2 * g / | |w| g |; norms are over all parameters together.
+    """
+    moved = [p for p in parameters if p.grad is not None]
+    before = [(p, p.detach().clone()) for p in moved]
+    moves = [p.grad for p in moved]
+    if sam.adaptive:
+        scaled = torch._foreach_mul(moves, torch._foreach_abs(moved))
+        _, norm = norms_of(scaled)
+        moves = torch._foreach_mul(scaled, torch._foreach_abs(moved))
+    else:
+        _, norm = norms_of(moves)
+    torch._foreach_add_(moved, torch._foreach_mul(moves, sam.rho / (norm + 1e-12)))
+    return before
+
+
+@torch.no_grad()
+def move_back(before: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """The weights as they were before `move_uphill`, bit for bit."""
+    for parameter, values in before:
+        parameter.copy_(values)
+
+
+@contextlib.contextmanager
+def uphill(parameters: Iterable[Tensor], buffers: Iterable[Tensor], sam: Sam) -> Iterator[None]:
+    """Inside, the weights are moved uphill; afterwards weights and buffers (the statistics of batch norms) are as they were."""
+    kept = [(buffer, buffer.clone()) for buffer in buffers]
+    before = move_uphill(parameters, sam)
+    try:
+        yield
+    finally:
+        move_back([*before, *kept])
+
+
 def clip_gradients(parameters: Iterable[Tensor], clip: Clip) -> Tensor:
     """Limit the gradients in place; returns their norm over all tensors before that, a scalar (not finite if any value is not)."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm(gradients))
-    total = norms.norm()
-    if hasattr(total, "full_tensor"):  # of gradients spread over processes
-        norms, total = norms.full_tensor(), total.full_tensor()
+    norms, total = norms_of(gradients)
     if clip.norm is not None:
         torch._foreach_mul_(gradients, (clip.norm / (total + 1e-6)).clamp(max=1.0))
     elif clip.tensor_norm is not None:

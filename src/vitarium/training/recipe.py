@@ -76,6 +76,22 @@ class Budget(Section):
 KNOWN_OPTIMIZERS = ("adamw", "sgd", "lamb", "lars", "lion", "muon", "adan")
 
 
+class Sam(Section):
+    """Sharpness-aware minimisation: each step takes the gradient at the weights moved a little uphill, so that flat minima win.
+
+    Two passes a step over the same batches, with the same random numbers; the base optimizer, weight decay and clipping see the second
+    gradient alone, batch norms' statistics the first pass alone. Over several processes the move is that of the whole batch, so that
+    their number changes nothing (the authors let each device move by its own share of the batch).
+
+    Args:
+        rho: length of the move, over all weights together; 0: none. 0.05 to 0.2 for ViTs, up to 0.6 for MLP-Mixers.
+        adaptive: measure it relative to each weight's size (ASAM); rho is then about ten times larger.
+    """
+
+    rho: Annotated[float, Field(ge=0)] = 0.05
+    adaptive: bool = False
+
+
 class Optimizer(Section):
     """An optimizer of timm's registry and its numbers.
 
@@ -87,6 +103,7 @@ class Optimizer(Section):
         weight_decay: on tensors with two or more axes, but for those that the model exempts.
         layer_decay: each layer's rate is this times the rate of the layer above it; None: one rate for all.
         betas, eps, momentum: where the optimizer has them; None: its own defaults.
+        sam: take its steps from gradients uphill (see `Sam`); None: plain.
     """
 
     name: str = "adamw"
@@ -97,6 +114,7 @@ class Optimizer(Section):
     betas: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=2, max_length=3)] | None = None
     eps: Positive | None = None
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    sam: Sam | None = None
 
     @field_validator("name")
     @classmethod

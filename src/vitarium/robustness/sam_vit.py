@@ -1,0 +1,189 @@
+"""Sharpness-aware training of vision transformers (Chen, Hsieh and Gong, "When Vision Transformers Outperform ResNets without Pre-training
+or Strong Data Augmentations", ICLR 2022; the optimizer: Foret et al., "Sharpness-Aware Minimization", ICLR 2021).
+
+The idea: ViTs and MLP-Mixers that are trained without strong augmentation end in sharp minima. SAM minimises the worst loss in a ball,
+
+    min over w of  max over |e| <= rho of  loss(w + e),      e = rho * g / |g|,   g = gradient at w,   the norm over the whole model
+
+so a step takes the gradient at w + e and applies it at w. The paper reports 79.9 % instead of 74.6 % for ViT-B/16 on ImageNet-1k, and 77.4
+instead of 66.4 % for Mixer-B/16, and that the loss around the weights is flatter and first layers are sparser.
+
+In the house's loop SAM is a setting of the optimizer, for every learner: `optimizer.sam: {rho: 0.1}` (recipe `sam_vit`; see
+`vitarium.training.recipe.Sam`). Here are `SAM` for a loop of one's own, the rho of each model, and the paper's two measures that are about
+more than curvature; the Hessian's are in `sharpness.py`, pictures of the loss in `surface.py`, corruptions in `corruptions.py`.
+
+Follows the SAM of davda54/sam and the paper. The released models (pretrained with SAM) are timm's `vit_base_patch16_224.sam_in1k` and
+`vit_base_patch32_224.sam_in1k`.
+Cost: two forward and backward passes a step, and one more copy of the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitarium.errors import InputError, UsageError
+from vitarium.training.optim import move_back, move_uphill
+from vitarium.training.recipe import Sam
+from vitarium.training.settings import check
+
+RHO = {
+    "timm/vit_small_patch32_224": 0.05,
+    "timm/vit_small_patch16_224": 0.1,
+    "timm/vit_small_patch8_224": 0.15,
+    "timm/vit_base_patch32_224": 0.15,
+    "timm/vit_base_patch16_224": 0.2,
+    "timm/mixer_s32_224": 0.1,
+    "timm/mixer_s16_224": 0.15,
+    "timm/mixer_b32_224": 0.35,
+    "timm/mixer_b16_224": 0.6,
+}
+"""The length of the move that suits each of the paper's models when trained from scratch: larger models and Mixers want larger ones."""
+
+
+class SAM:
+    """Sharpness-aware steps with any optimizer, for a loop of one's own.
+
+        sam = SAM(torch.optim.AdamW(model.parameters(), lr=1e-3), rho=0.1)
+        loss = sam.step(lambda: criterion(model(image), target))
+
+    or, where the two passes are to be seen:
+
+        criterion(model(image), target).backward()
+        sam.first_step()                               # uphill
+        with frozen_statistics(model):
+            criterion(model(image), target).backward()
+        sam.second_step()                              # back, and the optimizer's step with the gradient from uphill
+
+    Weight decay, momentum and clipping (between the second backward and `second_step`) act on the second gradient. With a gradient scaler,
+    unscale before each of the two steps. State dicts are the optimizer's own: between two steps SAM remembers nothing.
+
+    Args:
+        optimizer: takes the step.
+        rho: length of the move uphill, over all parameters of all groups together; 0: none.
+        adaptive: measure it relative to each weight's size (ASAM).
+
+    Raises:
+        UsageError: rho is negative or not finite.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, rho: float = 0.05, adaptive: bool = False):
+        self.optimizer = optimizer
+        self.settings = check(Sam, {"rho": rho, "adaptive": adaptive}, "SAM")
+        self._before: list[tuple[Tensor, Tensor]] | None = None
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return (p for group in self.optimizer.param_groups for p in group["params"])
+
+    def first_step(self) -> None:
+        """Move the weights uphill along their gradients, and clear these.
+
+        Raises:
+            UsageError: the weights are uphill already.
+        """
+        if self._before is not None:
+            raise UsageError("first_step was called twice; second_step puts the weights back in between")
+        self._before = move_uphill(self._parameters(), self.settings)
+        self.optimizer.zero_grad()
+
+    def second_step(self) -> None:
+        """Put the weights back, take the optimizer's step with the present gradients, and clear these.
+
+        Raises:
+            UsageError: the weights are not uphill.
+        """
+        if self._before is None:
+            raise UsageError("second_step comes after first_step and a second backward pass")
+        move_back(self._before)
+        self._before = None
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:
+        """Both passes; returns the loss of the weights before the step, detached.
+
+        Args:
+            closure: computes the loss, a scalar, of the same batch each time (this calls backward).
+        """
+        self.optimizer.zero_grad()
+        with torch.enable_grad():
+            loss = closure()
+            loss.backward()
+            self.first_step()
+            closure().backward()
+        self.second_step()
+        return loss.detach()
+
+
+@contextlib.contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside, a model's batch norms normalise by the batch as in training; their running statistics are put back afterwards."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        move_back(kept)
+
+
+@torch.no_grad()
+def noise_sharpness(model: nn.Module, loss: Callable[[], Tensor], *, sigma: float = 0.01, draws: int = 10, seed: int = 0) -> float:
+    """By how much the loss rises, in mean, when every weight is moved by Gaussian noise of this standard deviation.
+
+    Args:
+        model: its parameters are moved, and put back bit for bit.
+        loss: the loss of the present weights, a scalar; without dropout, or the noise of that is measured too.
+    """
+    parameters = list(model.parameters())
+    before = [(p, p.detach().clone()) for p in parameters]
+    generator = torch.Generator().manual_seed(seed)
+    base, risen = float(loss()), 0.0
+    try:
+        for _ in range(draws):
+            for p, values in before:
+                p.copy_(values + sigma * torch.randn(p.shape, generator=generator).to(p))
+            risen += float(loss()) - base
+    finally:
+        move_back(before)
+    return risen / draws
+
+
+@torch.no_grad()
+def active_neurons(model: nn.Module, images: Iterable[Tensor] | Tensor) -> dict[str, float]:
+    """Share of an MLP's hidden units with a positive input to their activation, by the activation's name, in the order of the model.
+
+    Args:
+        model: whose activations are modules (GELU, ReLU and the like), as in timm's and the house's models; put into eval mode.
+        images: batches (B, C, H, W), or one.
+
+    Raises:
+        InputError: it has no such modules.
+    """
+    kinds = (nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.ELU)
+    sites = {name: m for name, m in model.named_modules() if isinstance(m, kinds) or type(m).__name__ in ("GELU", "QuickGELU", "GELUTanh")}
+    if not sites:
+        raise InputError(f"{type(model).__name__} has no activations that are modules of their own (GELU, ReLU, SiLU, ...)")
+    positive, total = dict.fromkeys(sites, 0.0), dict.fromkeys(sites, 0)
+
+    def counter(name: str) -> Callable[..., None]:
+        def count(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            positive[name] += float((inputs[0] > 0).sum())
+            total[name] += inputs[0].numel()
+
+        return count
+
+    hooks = [module.register_forward_pre_hook(counter(name)) for name, module in sites.items()]
+    training = model.training
+    try:
+        model.eval()
+        for batch in [images] if isinstance(images, Tensor) else images:
+            model(batch)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return {name: positive[name] / total[name] for name in sites if total[name]}
