@@ -25,8 +25,8 @@ SURFACE = {
     "restore": "images --model --output --checkpoint --tile --overlap --device --json --config --print-config",
     "compress": "model --apply --output --data --checkpoint --val-fraction --seed --batch-size --batch --compile --device --report --json "
     "--config --print-config",
-    "generate": "model --classes --count --output --steps --guidance --seed --set --image --mask --checkpoint --apply --batch-size --device "
-    "--json --config --print-config",
+    "generate": "model --classes --count --output --steps --guidance --seed --set --image --mask --checkpoint --apply --batch-size "
+    "--device --json --config --print-config",
     "bench": "models --peers --kind --batch --image-size --dtype --device --rounds --threads --json --config --print-config",
     "probe": "model --data --task --checkpoint --neighbours --uniform --val-fraction --seed --batch-size --device --output --json --config "
     "--print-config",

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from vitarium.training import Learner
 
 WEAKEST = 5  # classes that are shown
-SHARES = ("accuracy", "top5", "calibration_error")
 NAMES = {"accuracy": "accuracy", "top5": "accuracy, first five", "loss": "cross entropy", "calibration_error": "calibration error"}
 
 
@@ -142,8 +141,10 @@ class Renumbered:
 def told(metrics: dict[str, Any]) -> dict[str, str]:
     """The numbers among some metrics, with names and units for a person."""
     numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
-    known = [name for name in NAMES if name in numbers] if "accuracy" in numbers else list(numbers)
-    return {NAMES.get(n, n.replace("_", " ")): f"{100 * numbers[n]:.2f} %" if n in SHARES else f"{numbers[n]:.4f}" for n in known}
+    if "accuracy" not in numbers:
+        return {name.replace("_", " "): f"{value:.4f}" for name, value in numbers.items()}
+    known = [name for name in NAMES if name in numbers]
+    return {NAMES[name]: f"{numbers[name]:.4f}" if name == "loss" else f"{100 * numbers[name]:.2f} %" for name in known}
 
 
 def show_other(report: dict[str, Any]) -> None:

@@ -57,6 +57,7 @@ class DiffusionLearner(Learner):
                 parse_process(text)
             return text
 
+    usage = "vitarium generate {file}"
     primary_metric: tuple[str, Literal["min", "max"]] = ("loss", "min")
 
     def __init__(self, model: nn.Module, settings: Any = None):
