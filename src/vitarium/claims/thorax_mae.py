@@ -14,7 +14,7 @@ from vitarium.pretraining.masked_autoencoder import MaskedAutoencoderLearner
 from vitarium.training import evaluate, fit, load_recipe
 from vitarium.training.multilabel import MultilabelLearner
 
-RATIOS = (0.75, 0.9, 0.5)
+RATIOS = (0.75, 0.9)
 SEEDS, LABELLED = 3, 200
 DATA = "scenes:task=thorax"
 
@@ -25,10 +25,11 @@ DATA = "scenes:task=thorax"
     minutes=3,
 )
 def compare() -> list[Comparison]:
-    """Drawn X-rays of 64x64 with four findings. One masked autoencoder a mask ratio is trained for 250 steps on 1,600 pictures without
-    labels; its encoder is fine-tuned on 200 labelled ones, three draws of them, and so is the same network from fresh weights, by the same
-    recipe, which has no layer decay (it would slow the fresh one). Mean area under the ROC curve of 400 others. Refuted if pretraining
-    does not pay; which mask ratio is best can be read off and is no part of the claim."""
+    """Drawn X-rays of 64x64 with four findings. One masked autoencoder a mask ratio is trained for 400 steps on 1,600 pictures without
+    labels; its encoder is fine-tuned for 150 steps on 200 labelled ones, three draws of them, and so is the same network from fresh
+    weights. Each arm has rates that suit it: the pretrained ones the recipe's, with the paper's decay by layers, the fresh one 1e-3
+    without decay (2e-3 gave the same, 4e-3 less). Mean area under the ROC curve of 400 others. Refuted if pretraining does not pay; which
+    mask ratio is better can be read off and is no part of the claim."""
     scratch = Measured("from scratch", [_finetuned(None, seed) for seed in range(SEEDS)], "% AUROC")
     return [
         Comparison(f"mask {ratio} over none", Measured(f"pretrained, mask {ratio}", _with_mask(ratio), "% AUROC"), scratch)
@@ -38,7 +39,7 @@ def compare() -> list[Comparison]:
 
 def _with_mask(ratio: float) -> list[float]:
     """Pretrain once, fine-tune with each seed."""
-    changes = [f"objective.mask_ratio={ratio}", "budget.steps=250", "eval_every=1.0", "num_workers=0"]
+    changes = [f"objective.mask_ratio={ratio}", "budget.steps=400", "eval_every=1.0", "num_workers=0"]
     recipe = load_recipe("thorax_mae_pico", changes)
     data = open_data(DATA, task="image", image_size=64)
     learner = MaskedAutoencoderLearner.create("thorax_mae_pretrain_pico", data, recipe)
@@ -53,7 +54,8 @@ def _finetuned(encoder: dict[str, torch.Tensor] | None, seed: int) -> float:
     data = open_data(DATA, task="multilabel", image_size=64)
     drawn = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[:LABELLED]
     few = ImageData("thorax", Subset(data.train, drawn.tolist()), data.val, data.classes, 64)
-    changes = ["budget.steps=120", "optimizer.layer_decay=null", f"seed={seed}", "eval_every=1.0", "num_workers=0"]
+    rates = [] if encoder is not None else ["optimizer.lr=1e-3", "optimizer.layer_decay=null"]
+    changes = ["budget.steps=150", f"seed={seed}", "eval_every=1.0", "num_workers=0", *rates]
     recipe = load_recipe("thorax_mae_finetune_pico", changes)
     torch.manual_seed(seed)
     model = create_model("thorax_mae_pico", num_classes=len(data.classes), image_size=64, patch_size=8)
