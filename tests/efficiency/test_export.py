@@ -110,3 +110,11 @@ def test_missing_onnx_names_the_line_that_installs_it(model, tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingExtra, match=r"pip install 'vitarium\[export\]'"):
         export(model, tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("method", ["evit:keep=0.7,blocks=[0]", "tome:r=2", "pitome:keep=0.9"])
+def test_a_model_with_fewer_tokens_is_exported(method: str, tmp_path: Path):
+    torch.manual_seed(0)
+    model = vitarium.create_model("timm/vit_pico", num_classes=10, image_size=16).eval()
+    vitarium.apply(model, method, quiet=True)
+    assert export(model, tmp_path / "reduced.onnx").error < 1e-5

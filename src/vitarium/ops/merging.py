@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vitarium.ops.sorting import descending_order
+
 
 def rows(x: Tensor, index: Tensor) -> Tensor:
     """Chosen rows of each item: x (B, N, ...), index (B, n) -> (B, n, ...). Whole rows are copied at once."""
@@ -99,7 +101,7 @@ def bipartite_matching(metric: Tensor, remove: int, *, prefix: int = 0) -> Merge
         place = torch.arange(prefix, prefix + image, device=metric.device)
         place_a, place_b = place[even::2], place[1 - even :: 2]
         best, partner = (a @ b.transpose(1, 2)).max(dim=-1)
-        order = best.argsort(dim=-1, descending=True, stable=True)
+        order = descending_order(best)
         source, rest = order[:, :remove], order[:, remove:].sort(dim=-1).values
         batch, count = metric.shape[0], prefix + image - remove
         keep = torch.cat(

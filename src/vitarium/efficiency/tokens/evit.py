@@ -29,6 +29,7 @@ from vitarium.catalog.methods import method
 from vitarium.efficiency.tokens.reducer import Reducer, check_share, whole_numbers
 from vitarium.errors import AttachError, UsageError
 from vitarium.ops.merging import rows
+from vitarium.ops.sorting import descending_order
 
 
 @method("evit", kind="reduce")
@@ -87,7 +88,7 @@ class EViT(Reducer):
         if left >= image:
             return
         score = self._score(tokens, attended)
-        order = score.argsort(dim=1, descending=True, stable=True)
+        order = descending_order(score)
         batch, prefix = score.shape[0], torch.arange(tokens.prefix, device=score.device).expand(score.shape[0], -1)
         keep = torch.cat((prefix, order[:, :left] + tokens.prefix), dim=1)
         x = rows(tokens.x, keep)

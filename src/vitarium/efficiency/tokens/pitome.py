@@ -34,6 +34,7 @@ from vitarium.catalog.methods import method
 from vitarium.efficiency.tokens.reducer import Reducer, check_share, whole_numbers
 from vitarium.errors import UsageError
 from vitarium.ops.merging import Merge, bipartite_matching, rows
+from vitarium.ops.sorting import descending_order
 
 
 @method("tome", kind="reduce")
@@ -165,7 +166,7 @@ def energy_matching(
     with torch.no_grad():
         metric = F.normalize(metric.detach()[:, prefix:], dim=-1, eps=1e-20)
         similarity = metric @ metric.transpose(1, 2)
-        order = (gaussian_energy(similarity, margin) if text else energy(similarity, margin)).argsort(dim=1, descending=True, stable=True)
+        order = descending_order(gaussian_energy(similarity, margin) if text else energy(similarity, margin))
         candidates = order[:, : 2 * remove] if protect or text else order
         half = (slice(0, remove), slice(remove, None)) if text else (slice(0, None, 2), slice(1, None, 2))
         a, b = candidates[:, half[0]], candidates[:, half[1]]
@@ -173,7 +174,7 @@ def energy_matching(
         if protect or text:
             source, rest, target = a, order[:, 2 * remove :], partner
         else:
-            ranking = best.argsort(dim=-1, descending=True, stable=True)
+            ranking = descending_order(best)
             source, rest = a.gather(1, ranking[:, :remove]), a.gather(1, ranking[:, remove:])
             target = partner.gather(1, ranking[:, :remove])
         start = torch.arange(prefix, device=metric.device).expand(metric.shape[0], -1)
