@@ -130,6 +130,28 @@ def test_metrics_as_table_json_and_file(run, trained, tmp_path):
     assert "Weakest classes" in shown
 
 
+def test_errors_under_corruptions(run, trained, tmp_path, monkeypatch):
+    """Of a folder with some of the classes; the table by severity, and JSON."""
+    from vitarium.robustness import benchmark
+
+    monkeypatch.setattr(benchmark, "available_kinds", lambda: ["contrast", "shot_noise"])
+    val = open_data("digits").val
+    for digit in ("3", "7"):
+        (tmp_path / "some" / digit).mkdir(parents=True)
+        for i in [i for i, target in enumerate(val.targets) if target == int(digit)][:4]:
+            val[i][0].save(tmp_path / "some" / digit / f"{i}.png")
+    arguments = ("evaluate", trained, "--data", "some", "--val-fraction", 0.5, "--corruptions")
+    report = json.loads(run(*arguments, "--json").out)
+    found = report["corruptions"]
+    assert found["clean_error"] == pytest.approx(1 - report["accuracy"])
+    assert {kind: len(errors) for kind, errors in found["errors"].items()} == {"contrast": 5, "shot_noise": 5}
+    assert found["mean_corruption_error"] == pytest.approx(sum(found["by_kind"].values()) / 2)
+    shown = run(*arguments)
+    for words in ("mean corruption error", "shot noise", "Errors by severity"):
+        assert words in shown.out
+    assert "without frost" in shown.err
+
+
 def test_classes_are_matched_by_name(run, trained, pictures, tmp_path):
     """A folder that holds only some of the classes, so that its numbers are not the model's."""
     for digit in ("3", "7"):

@@ -117,12 +117,20 @@ class Preprocessing:
         return max(0, count - 1 - ((self.frames or 1) - 1) * (self.stride or 1))
 
     def _still(self, image: Image.Image) -> Tensor:
+        return self.normalised(self.square(to_mode(image, self.channels)))
+
+    def square(self, image: Image.Image) -> Image.Image:
+        """The part of a picture (mode "L" or "RGB") that the model sees, image_size x image_size."""
         from torchvision.transforms.v2 import functional as T
 
-        image = to_mode(image, self.channels)
         shorter = math.floor(self.image_size / self.crop_pct)
         mode = T.InterpolationMode(self.interpolation)
-        image = T.center_crop(T.resize(image, [shorter], interpolation=mode, antialias=True), [self.image_size, self.image_size])
+        return T.center_crop(T.resize(image, [shorter], interpolation=mode, antialias=True), [self.image_size, self.image_size])
+
+    def normalised(self, image: Image.Image) -> Tensor:
+        """A picture (mode "L" for one channel, "RGB" for three) as a tensor (channels, h, w) on the model's scale."""
+        from torchvision.transforms.v2 import functional as T
+
         return T.normalize(T.to_dtype(T.to_image(image), scale=True), list(self.mean), list(self.std))
 
     def to_dict(self) -> dict[str, Any]:

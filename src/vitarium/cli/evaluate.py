@@ -35,6 +35,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help=DATA_HELP, show_default="digits, or what suits the model's objective")] = None,
     checkpoint: Checkpoint = None,
     methods: Apply = None,
+    corruptions: Annotated[bool, typer.Option("--corruptions", help="Also under ImageNet-C's corruptions, five severities each.")] = False,
     split: Annotated[Split, typer.Option(help="Which part of the data.")] = Split.VAL,
     val_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share held out of data that has no val/ part.")] = 0.2,
     seed: Annotated[int, typer.Option(min=0, help="Of the split.")] = 0,
@@ -51,15 +52,19 @@ def evaluate(
 
     opened = open_model(model, checkpoint)
     learner = learner_of(opened)
+    classes = learner.objective == "classification"
+    if corruptions and not classes:
+        raise UsageError(f"--corruptions counts the errors of a classifier; this model's objective is {learner.objective!r}")
     size = preprocessing_of(opened).image_size if learner.data_task != "class" else None
     images = open_data(data or learner.default_data, task=learner.data_task, seed=seed, val_fraction=val_fraction, image_size=size)
     apply_methods(opened, methods, images)
     opened.to(find_device(device))
     part = images.val if split is Split.VAL else images.train
     with err().status(f"Evaluating on {len(part)} images"):
-        classes = learner.objective == "classification"
         measured = measure(opened, part, images.classes, batch_size) if classes else measure_other(learner, part, batch_size)
     report = {"model": model, "data": images.name, "split": split.value, **measured}
+    if corruptions:
+        report["corruptions"] = measure_corrupted(opened, part, images.classes, batch_size, seed)
     if output is not None:
         write_json(output, report)
     (print_json if as_json else show if classes else show_other)(report)
@@ -86,11 +91,7 @@ def measure(model: Any, images: ImageSet, classes: list[str], batch_size: int) -
     from vitarium.data import BadFiles
     from vitarium.training import evaluate as run
 
-    labels = getattr(model, "labels", None)
-    if labels is not None and labels != classes:
-        images, classes = Renumbered(images, numbers_of(classes, labels)), labels
-    elif labels is None and getattr(model, "num_classes", len(classes)) != len(classes):
-        raise DataError(f"the model tells {model.num_classes} classes apart, the data has {len(classes)}: {', '.join(classes[:8])}")
+    images, classes = matched(model, images, classes)
     bad_files = BadFiles()
     metrics = run(model, images, batch_size=batch_size, bad_files=bad_files)
     confusion = metrics.pop("confusion_matrix")
@@ -104,6 +105,39 @@ def measure(model: Any, images: ImageSet, classes: list[str], batch_size: int) -
         "confusion_matrix": confusion,
         "broken": [{"path": path, "reason": reason} for path, reason in bad_files.items()],
     }
+
+
+def measure_corrupted(model: Any, images: ImageSet, classes: list[str], batch_size: int, seed: int) -> dict[str, Any]:
+    """Errors of a classifier under each corruption; of ImageNet's 1000 classes also relative to AlexNet's, as papers report it."""
+    from vitarium.data import BadFiles
+    from vitarium.robustness.benchmark import ALEXNET, corruption_errors
+
+    images, classes = matched(model, images, classes)
+    with err().status("") as status:
+        found = corruption_errors(
+            model,
+            images,
+            batch_size=batch_size,
+            seed=seed,
+            bad_files=BadFiles(),
+            progress=lambda done: status.update(f"Corrupting pictures: {done} of {len(images)}"),
+        )
+    whole = len(classes) == 1000 and len(found.errors) == len(ALEXNET)
+    return {**found.to_dict(), **({"over_alexnet": found.over_alexnet} if whole else {})}
+
+
+def matched(model: Any, images: ImageSet, classes: list[str]) -> tuple[ImageSet, list[str]]:
+    """The pictures with the model's numbers of their classes, and the model's names of them.
+
+    Raises:
+        DataError: the data's classes are not the model's.
+    """
+    labels = getattr(model, "labels", None)
+    if labels is not None and labels != classes:
+        return Renumbered(images, numbers_of(classes, labels)), labels
+    if labels is None and getattr(model, "num_classes", len(classes)) != len(classes):
+        raise DataError(f"the model tells {model.num_classes} classes apart, the data has {len(classes)}: {', '.join(classes[:8])}")
+    return images, classes
 
 
 def numbers_of(classes: list[str], labels: list[str]) -> list[int]:
@@ -165,3 +199,19 @@ def show(report: dict[str, Any]) -> None:
         for row in known[:WEAKEST]:
             worst.add_row(row["name"], str(row["images"]), f"{100 * row['accuracy']:.1f} %")
         console.print(worst)
+    if "corruptions" in report:
+        show_corruptions(report["corruptions"])
+
+
+def show_corruptions(found: dict[str, Any]) -> None:
+    """Errors as a table of kinds by severities."""
+    console = out()
+    numbers = {"error": found["clean_error"], "mean corruption error": found["mean_corruption_error"]}
+    numbers |= {"relative to AlexNet (mCE)": found["over_alexnet"]} if "over_alexnet" in found else {}
+    console.print(pairs({name: f"{100 * value:.2f} %" for name, value in numbers.items()}))
+    rows = table("corruption", *(f">{s}" for s in found["severities"]), ">mean", title="Errors by severity, %")
+    for kind, errors in found["errors"].items():
+        rows.add_row(kind.replace("_", " "), *(f"{100 * e:.1f}" for e in errors), f"{100 * found['by_kind'][kind]:.1f}")
+    console.print(rows)
+    if "frost" not in found["errors"]:
+        err().print("[yellow]without frost, whose photographs come with: pip install 'vitarium[corruptions]'[/]")

@@ -1,4 +1,4 @@
-"""How sharp a minimum is: eigenvalues and trace of the Hessian of a mean loss, which is known by its products with vectors and never formed.
+"""How sharp a minimum is: eigenvalues and trace of the Hessian of a mean loss, known by its products with vectors and never formed.
 
     hessian = Hessian(lambda batch: F.cross_entropy(model(batch[0]), batch[1]), batches, model.parameters())
     hessian.lanczos(30).values[-1]     # the largest eigenvalue

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import fnmatch
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -90,10 +90,11 @@ def parameter_groups(learner: nn.Module, settings: Optimizer) -> list[dict[str, 
     """Groups of a learner's trainable parameters, each parameter once, by layer and by whether weight decay applies.
 
     No decay on tensors with fewer than two axes and on what `model.no_weight_decay()` names (shell patterns allowed). Layer-wise decay
-    concerns `learner.model`; whatever else a learner trains takes the full rate.
+    concerns `learner.model`; whatever else a learner trains takes the full rate, or its share of it in `learner.rates`.
     """
     model = getattr(learner, "model", None)
     scales: dict[str, float] = {}
+    rates: dict[str, float] = getattr(learner, "rates", {})
     exempt: list[str] = []
     if isinstance(model, nn.Module):
         if settings.layer_decay is not None and settings.layer_decay < 1:
@@ -105,7 +106,7 @@ def parameter_groups(learner: nn.Module, settings: Optimizer) -> list[dict[str, 
         if not parameter.requires_grad:
             continue
         free = parameter.ndim < 2 or any(name == e or fnmatch.fnmatchcase(name, e) for e in exempt)
-        decay, scale = 0.0 if free else settings.weight_decay, scales.get(name, 1.0)
+        decay, scale = 0.0 if free else settings.weight_decay, scales.get(name, rates.get(name, 1.0))
         group = groups.setdefault((scale, decay), {"params": [], "lr_scale": scale, "weight_decay": decay})
         group["params"].append(parameter)
     if not groups:
@@ -130,7 +131,7 @@ def create_optimizer(learner: nn.Module, settings: Optimizer) -> torch.optim.Opt
     return optimizer
 
 
-def norms_of(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def norms_of(tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Norm of each tensor, (N,), and of all together, a scalar."""
     norms = torch.stack(torch._foreach_norm(tensors))
     total = norms.norm()
@@ -147,14 +148,12 @@ def move_uphill(parameters: Iterable[Tensor], sam: Sam) -> list[tuple[Tensor, Te
     """
     moved = [p for p in parameters if p.grad is not None]
     before = [(p, p.detach().clone()) for p in moved]
-    moves = [p.grad for p in moved]
-    if sam.adaptive:
-        scaled = torch._foreach_mul(moves, torch._foreach_abs(moved))
-        _, norm = norms_of(scaled)
-        moves = torch._foreach_mul(scaled, torch._foreach_abs(moved))
-    else:
-        _, norm = norms_of(moves)
-    torch._foreach_add_(moved, torch._foreach_mul(moves, sam.rho / (norm + 1e-12)))
+    slopes: Any = [p.grad for p in moved]
+    sizes: Any = torch._foreach_abs(moved) if sam.adaptive else None
+    slopes = torch._foreach_mul(slopes, sizes) if sam.adaptive else slopes
+    step = sam.rho / (norms_of(slopes)[1] + 1e-12)
+    slopes = torch._foreach_mul(slopes, sizes) if sam.adaptive else slopes
+    torch._foreach_add_(moved, torch._foreach_mul(slopes, step))
     return before
 
 
