@@ -18,7 +18,7 @@ SURFACE = {
     "--devices --num-nodes --strategy --accelerator --config --print-config",
     "train": "recipe --data --model --pretrained --checkpoint --set --apply --val-fraction --out --precision --devices --num-nodes "
     "--strategy --accelerator --config --print-config",
-    "evaluate": "model --data --checkpoint --apply --split --val-fraction --seed --batch-size --device --output --json "
+    "evaluate": "model --data --checkpoint --apply --corruptions --split --val-fraction --seed --batch-size --device --output --json "
     "--config --print-config",
     "predict": "images --model --checkpoint --apply --top-k --batch-size --device --output --json",
     "explain": "images --model --output --method --target --measure --checkpoint --apply --batch-size --device --json",
