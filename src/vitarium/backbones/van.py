@@ -35,6 +35,7 @@ from vitarium.nn import (
     drop_path_rates,
     fold_norm_after,
     fold_norm_before,
+    init_convs_by_fan_out,
     init_weights,
 )
 
@@ -218,10 +219,7 @@ class VAN(Backbone):
             for k in range(len(dims))
         )
         init_weights(self, conv=False)
-        for part in self.modules():
-            if isinstance(part, nn.Conv2d):
-                nn.init.normal_(part.weight, std=math.sqrt(2 / (part.kernel_size[0] ** 2 * part.out_channels / part.groups)))
-                nn.init.zeros_(part.bias)  # type: ignore[arg-type]
+        init_convs_by_fan_out(self)
 
     def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
         """Yields the normed map of each stage."""

@@ -4,7 +4,19 @@ from vitarium.nn.attention import Attention
 from vitarium.nn.backbone import Backbone, Stage, VideoBackbone
 from vitarium.nn.folding import fold_norm_after, fold_norm_before
 from vitarium.nn.inflation import inflate, inflate_kernel
-from vitarium.nn.layers import DropPath, LayerNorm2d, LayerNorm3d, LayerScale, Linear, Mlp, QuickGELU, drop_path_rates, init_weights
+from vitarium.nn.layers import (
+    DropPath,
+    LayerNorm2d,
+    LayerNorm3d,
+    LayerScale,
+    Linear,
+    Mlp,
+    QuickGELU,
+    drop_path_rates,
+    init_convs_by_fan_out,
+    init_weights,
+)
+from vitarium.nn.mixer_pyramid import MixerPyramid
 from vitarium.nn.patch_embed import PatchEmbed
 from vitarium.nn.positions import EvalCache, RelativePositionBias, apply_rotary, resize_position_table, rotary_2d, sincos_2d
 from vitarium.nn.pyramid import TokenPyramid
@@ -23,6 +35,7 @@ __all__ = [
     "LayerScale",
     "LayoutCache",
     "Linear",
+    "MixerPyramid",
     "Mlp",
     "PatchEmbed",
     "PyramidStage",
@@ -42,6 +55,7 @@ __all__ = [
     "fold_norm_before",
     "inflate",
     "inflate_kernel",
+    "init_convs_by_fan_out",
     "init_weights",
     "resize_position_table",
     "rotary_2d",

@@ -5,6 +5,7 @@ timm has equal ones; ours exist because importing timm takes longer than importi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -145,5 +146,14 @@ def init_weights(module: nn.Module, *, std: float = 0.02, conv: bool = True) -> 
     for part in module.modules():
         if isinstance(part, kinds):
             nn.init.trunc_normal_(part.weight, std=std)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+def init_convs_by_fan_out(module: nn.Module) -> None:
+    """Normal weights of variance 2 / (k^2 C_out / groups) and zero biases for every 2-D convolution below `module`, in place."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.normal_(part.weight, std=math.sqrt(2 / (part.kernel_size[0] * part.kernel_size[1] * part.out_channels / part.groups)))
             if part.bias is not None:
                 nn.init.zeros_(part.bias)

@@ -27,5 +27,10 @@ def global_filter(x: Tensor, weight: Tensor) -> Tensor:
         grid = (height, width // 2 + 1)
         weight = weight.to(exact)
         if tuple(weight.shape[1:3]) != grid:
-            weight = F.interpolate(weight.permute(3, 0, 1, 2), grid, mode="bilinear", align_corners=True).permute(1, 2, 3, 0)
+            weight = resize_filter(weight, grid)
         return torch.fft.irfft2(spectrum * torch.view_as_complex(weight.contiguous()), s=(height, width), norm="ortho").to(x.dtype)
+
+
+def resize_filter(weight: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A filter of `global_filter` for another grid of frequencies, bilinear, corner to corner: (C, h, w, 2) -> (C, *grid, 2)."""
+    return F.interpolate(weight.permute(3, 0, 1, 2), grid, mode="bilinear", align_corners=True).permute(1, 2, 3, 0)

@@ -1,0 +1,224 @@
+"""SpectFormer: the first layers mix tokens by a learned filter of frequencies, the later ones by attention (Patro et al., 2023).
+
+The idea: early layers of a vision transformer look for edges and textures, for which a filter in the Fourier domain is enough and cheap;
+what parts of a picture have to do with one another is for attention, later. A letter a layer says which: S spectral, A attention.
+
+    Gate(x) = irfft2(w * rfft2(x)), w complex, one number a channel and frequency: a circular convolution with a kernel as large as the map
+    `spectformer`, equal blocks:  S: x <- x + MLP(LN(Gate(LN(x)))), one residual;   A: the usual two
+    `spectformer_h`, a pyramid (vitarium.nn.MixerPyramid):  x <- x + Mixer(LN(x));  x <- x + MLP(LN(x)), for both letters
+
+Follows the authors' code (github badripatro/SpectFormers), whose checkpoints load by name. Any image size: filters (bilinear) and the
+position table (bicubic) are resized to the grid; the published code takes one size.
+Cost: tokens times their logarithm in S layers, quadratic in tokens in A layers.
+
+How it is fast: filters are kept in the order in which an FFT gives out its spectra; attention runs in the fused kernel; `fuse()` folds the
+stem's batch norms.
+
+Legend: B batch, N = h w tokens of a grid (h, w), C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from vitarium.catalog import chain, family, join, rename
+from vitarium.nn import (
+    DropPath,
+    EvalCache,
+    MixerPyramid,
+    Mlp,
+    PatchEmbed,
+    TokenBackbone,
+    TransformerBlock,
+    drop_path_rates,
+    init_convs_by_fan_out,
+    init_weights,
+)
+from vitarium.nn.backbone import POOLS
+from vitarium.nn.mixer_pyramid import Grid, as_map, as_tokens, pyramid_rules
+from vitarium.nn.positions import resize_position_table
+from vitarium.ops.spectral import global_filter, resize_filter
+
+
+class SpectralGate(nn.Module):
+    """A learned filter of frequencies: tokens (B, h w, dim) and their grid (h, w) -> the same. It stands where an attention stands.
+
+    Args:
+        dim: channels.
+        grid: the grid (h, w) that the filter is made for; on another it is resized.
+    """
+
+    def __init__(self, dim: int, grid: Grid):
+        super().__init__()
+        self.complex_weight = nn.Parameter(0.02 * torch.randn(dim, grid[0], grid[1] // 2 + 1, 2))
+        self.cache = EvalCache()
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        return as_tokens(global_filter(as_map(x, grid), self.filter(grid)))
+
+    def filter(self, grid: Grid) -> Tensor:
+        """The filter on the frequencies of a grid, (dim, h, w // 2 + 1, 2)."""
+        half = (grid[0], grid[1] // 2 + 1)
+        if half == tuple(self.complex_weight.shape[1:3]):
+            return self.complex_weight
+        exact = torch.promote_types(self.complex_weight.dtype, torch.float32)
+        return self.cache.get(self, half, self.complex_weight, lambda: resize_filter(self.complex_weight.to(exact), half))
+
+    @torch.no_grad()
+    def picture(self) -> Tensor:
+        """How much of each frequency passes, for pictures: (dim, h, w // 2 + 1), the mean at the left in the middle row."""
+        return torch.linalg.vector_norm(self.complex_weight.float(), dim=-1).roll(self.complex_weight.shape[1] // 2, 1)
+
+
+class SpectralBlock(nn.Module):
+    """x + MLP(LN(Gate(LN(x)))): tokens (B, N, dim) of a grid -> the same."""
+
+    def __init__(self, dim: int, grid: Grid, mlp_ratio: float, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.filter = SpectralGate(dim, grid)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        return x + self.drop_path(self.mlp(self.norm2(self.filter(self.norm1(x), grid))))
+
+
+def by_channel(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The authors' filters (h, w, C, 2) in our order, (C, h, w, 2)."""
+    return {name: t.permute(2, 0, 1, 3).contiguous() if name.endswith("complex_weight") else t for name, t in state.items()}
+
+
+def resized_filter(name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
+    """A checkpoint's filter for this model's grid; None for any other tensor that does not fit."""
+    if not name.endswith("complex_weight") or len(shape) != 4 or tensor.ndim != 4 or tensor.shape[0] != shape[0]:
+        return None
+    return resize_filter(tensor.float(), (shape[1], shape[2])).to(tensor.dtype).contiguous()
+
+
+@family(
+    "spectformer",
+    variants={
+        "pico": dict(embed_dim=64, mixers="SSAA", num_heads=4, patch_size=4, image_size=16),
+        "tiny": dict(embed_dim=256, num_heads=4),  # 9 M, 76.9 % top-1
+        "xs": dict(embed_dim=384, num_heads=6),  # 20.0 M, 80.2 %
+        "small": dict(embed_dim=384, num_heads=6, mixers="S" * 4 + "A" * 15, drop_path_rate=0.15),  # 32 M, 81.7 %
+        "base": dict(embed_dim=512, num_heads=8, mixers="S" * 4 + "A" * 15, drop_path_rate=0.25),  # 57 M, 82.1 %; heads are not published
+    },
+    official=by_channel,
+)
+class SpectFormer(TokenBackbone):
+    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes).
+
+    Args:
+        embed_dim, num_heads: channels and heads.
+        mixers: a letter a block, S spectral or A attention, such as "SSSSAAAAAAAA".
+        patch_size: side of a patch, pixels.
+        image_size: side of the square image that filters and position table are made for, pixels.
+        mlp_ratio: hidden channels of the MLPs over embed_dim.
+        drop_rate: dropout before the head.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+
+    Raises:
+        ValueError: another letter, or none.
+    """
+
+    pools = tuple(POOLS)
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        num_heads: int,
+        mixers: str = "SSSSAAAAAAAA",
+        patch_size: int = 16,
+        image_size: int = 224,
+        mlp_ratio: float = 4.0,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        if not mixers or set(mixers) - set("SA"):
+            raise ValueError(f"mixers needs a letter a block, S spectral or A attention, such as 'SSAA'; got {mixers!r}")
+        super().__init__(
+            dim=embed_dim, depth=len(mixers), stride=patch_size, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate
+        )
+        self.mixers = mixers
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        grid = self.table_grid = self.patch_embed.grid(image_size, image_size)
+        self.pos_embed = nn.Parameter(torch.empty(1, grid[0] * grid[1], embed_dim))
+        self.cache = EvalCache()
+        (rates,) = drop_path_rates(drop_path_rate, [len(mixers)])
+        self.blocks = nn.ModuleList(
+            SpectralBlock(embed_dim, grid, mlp_ratio, rate)
+            if letter == "S"
+            else TransformerBlock(embed_dim, num_heads, mlp_ratio=mlp_ratio, drop_path=rate)
+            for letter, rate in zip(mixers, rates, strict=True)
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.global_pool = "avg"
+        init_weights(self, conv=False)
+        init_convs_by_fan_out(self)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def class_places(self, patches: int) -> list[int]:
+        return []
+
+    def positions(self, grid: Grid) -> Tensor:
+        """The position table of a grid, (1, N, C); resampled where it is not the one that the model was made for."""
+        if grid == self.table_grid:
+            return self.pos_embed
+        return self.cache.get(self, grid, self.pos_embed, lambda: resize_position_table(self.pos_embed, self.table_grid, grid))
+
+    def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
+        """Yields the tokens after each block, (B, N, C)."""
+        grid = self.patch_embed.grid(*image.shape[-2:])
+        x = self.patch_embed(image).flatten(2).transpose(1, 2) + self.positions(grid)
+        for letter, block in zip(self.mixers, self.blocks, strict=False):  # pruned models have fewer blocks
+            x = self.run_blocks([block], x, grid) if letter == "S" else self.run_blocks([block], x)
+            yield x
+
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed"}
+
+    def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
+        """A checkpoint's filter or position table for this model's grid; None for any other tensor that does not fit."""
+        side = math.isqrt(tensor.shape[1]) if tensor.ndim == 3 else 0
+        if name != "pos_embed" or tensor.shape[2:] != shape[2:] or side**2 != tensor.shape[1]:
+            return resized_filter(name, tensor, shape)
+        return resize_position_table(tensor, (side, side), self.table_grid)
+
+
+_H = dict(mlp_ratios=(8, 8, 4, 4), mixers="SSAA")
+
+
+@family(
+    "spectformer",
+    name="spectformer_h",
+    variants={
+        "pico": dict(
+            depths=(1, 2), dims=(32, 64), num_heads=(2, 4), mlp_ratios=(4, 4), mixers="SA", stem_dim=16, patch_size=2, image_size=16
+        ),
+        # 21.8 M, 84.3 % top-1; 32.5 M, 85.0 %; 54.2 M, 85.7 %
+        "small": dict(depths=(3, 4, 6, 3), dims=(64, 128, 320, 448), num_heads=(2, 4, 10, 14), stem_dim=32, drop_path_rate=0.1, **_H),
+        "base": dict(depths=(3, 4, 12, 3), dims=(64, 128, 320, 512), num_heads=(2, 4, 10, 16), drop_path_rate=0.2, **_H),
+        "large": dict(depths=(3, 6, 18, 3), dims=(96, 192, 384, 512), num_heads=(3, 6, 12, 16), drop_path_rate=0.3, **_H),
+    },
+    official=chain(rename(*pyramid_rules(4)), join("qkv", "q", "kv"), by_channel),
+)
+class SpectFormerH(MixerPyramid):
+    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes). Arguments as `vitarium.nn.MixerPyramid`, S the spectral gate."""
+
+    letters = "SA"
+
+    def make_mixer(self, letter: str, dim: int, num_heads: int, grid: Grid) -> nn.Module:
+        return SpectralGate(dim, grid) if letter == "S" else super().make_mixer(letter, dim, num_heads, grid)
+
+    def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
+        return resized_filter(name, tensor, shape)

@@ -1,0 +1,263 @@
+"""The pyramid of hierarchical SpectFormer and of SVT, which is Wave-ViT's: four stages whose token mixers are chosen by a letter a stage.
+
+A convolutional stem, a strided convolution before each further stage, blocks of a mixer and an MLP with a depth-wise convolution in its
+middle, no positions; at the end a class token, born as the mean, reads the last map once.
+
+    x <- x + Mixer(LN(x));  x <- x + MLP(LN(x))
+    c = mean(x);  c <- c + W_o softmax(W_q LN(c) (W_k LN([c; x]))^T / sqrt(d)) W_v LN([c; x]);  c <- c + MLP(LN(c));  logits = W LN(c)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitarium.nn.attention import Attention
+from vitarium.nn.backbone import POOLS, Backbone, Stage, init_head
+from vitarium.nn.folding import fold_norm_after
+from vitarium.nn.layers import DropPath, Linear, Mlp, drop_path_rates, init_convs_by_fan_out, init_weights
+
+Grid = tuple[int, int]
+EPS = 1e-6
+"""Of every norm but those behind a strided convolution."""
+
+
+def as_tokens(x: Tensor) -> Tensor:
+    """Map (B, C, H, W) -> (B, H W, C), of a channels-last map the same memory."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def as_map(tokens: Tensor, grid: Grid) -> Tensor:
+    """(B, H W, C) -> (B, C, H, W), the same memory."""
+    return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
+
+
+class GridAttention(Attention):
+    """Attention between the tokens of a grid, at whose shape it does not look: (B, N, dim), (H, W) -> (B, N, dim)."""
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:  # type: ignore[override]
+        return super().forward(x)
+
+
+class GridMlp(nn.Module):
+    """Linear, depth-wise 3 x 3, GELU, linear: tokens (B, N, dim) of a grid -> the same."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = Linear(dim, hidden_dim)
+        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
+        self.fc2 = Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        return self.fc2(F.gelu(as_tokens(self.dwconv(as_map(self.fc1(x), grid)))))
+
+
+class MixerBlock(nn.Module):
+    """Tokens (B, N, dim) of a grid -> the same. `mixer` is called as mixer(tokens, grid)."""
+
+    def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=EPS)
+        self.attn = mixer
+        self.norm2 = nn.LayerNorm(dim, eps=EPS)
+        self.mlp = GridMlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), grid))
+        return x + self.drop_path(self.mlp(self.norm2(x), grid))
+
+
+class Downsample(nn.Module):
+    """A 3 x 3 of stride 2: map (B, C_in, H, W) -> tokens of the grid (ceil(H / 2), ceil(W / 2)), and the grid. `conv` comes before it."""
+
+    def __init__(self, in_dim: int, dim: int, conv: nn.Sequential | None = None):
+        super().__init__()
+        self.conv = conv or nn.Sequential()
+        self.proj = nn.Conv2d(in_dim, dim, 3, 2, 1)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
+        x = self.proj(self.conv(x))
+        return self.norm(as_tokens(x)), (x.shape[2], x.shape[3])
+
+
+class Stem(Downsample):
+    """Three convolutions with batch norms, the first 7 x 7, before the strided one; patches of `patch_size` pixels, 2 or 4."""
+
+    def __init__(self, in_chans: int, stem_dim: int, dim: int, patch_size: int):
+        layers: list[nn.Module] = []
+        for i in range(3):
+            kernel, stride = (3, 1) if i else (7, patch_size // 2)
+            conv = nn.Conv2d(stem_dim if i else in_chans, stem_dim, kernel, stride, kernel // 2, bias=False)
+            layers += [conv, nn.BatchNorm2d(stem_dim), nn.ReLU()]
+        super().__init__(stem_dim, dim, nn.Sequential(*layers))
+
+    def fold(self) -> None:
+        """The batch norms go into the convolutions."""
+        for i in (0, 3, 6):
+            conv, norm = self.conv[i], self.conv[i + 1]
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                self.conv[i], self.conv[i + 1] = fold_norm_after(conv, norm), nn.Identity()
+
+
+class MixerStage(nn.Module):
+    """Map -> the next map; `norm` is of what the stage gives out, None for none."""
+
+    def __init__(self, downsample: Downsample, blocks: Sequence[MixerBlock], norm: nn.Module | None):
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
+
+    def forward(self, x: Tensor, run: Callable[..., Tensor]) -> Tensor:
+        x, grid = self.downsample(x)
+        x = run(self.blocks, x, grid)
+        return as_map(x if self.norm is None else self.norm(x), grid)
+
+
+class ClassReader(nn.Module):
+    """A class token, the mean of all tokens, reads them once: (B, N, dim) -> (B, dim). Equations above."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1 = nn.LayerNorm(dim, eps=EPS)
+        self.query, self.key_value, self.proj = Linear(dim, dim), Linear(dim, 2 * dim), Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim, eps=EPS)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor) -> Tensor:
+        token = x.mean(1, keepdim=True)
+        y = self.norm1(torch.cat([token, x], 1))
+        heads = lambda t: t.unflatten(2, (self.num_heads, t.shape[2] // self.num_heads)).transpose(1, 2)
+        q, k, v = (heads(t) for t in (self.query(y[:, :1]), *self.key_value(y).chunk(2, 2)))
+        token = token + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return (token + self.mlp(self.norm2(token)))[:, 0]
+
+
+class MixerPyramid(Backbone):
+    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes). A subclass adds its mixer's letter (`letters`, `make_mixer`).
+
+    Args:
+        depths, dims, num_heads: blocks, channels and heads a stage.
+        mlp_ratios: hidden channels of the MLPs over the channels, a stage.
+        mixers: a letter a stage: A attention, S the subclass's own mixer.
+        stem_dim: channels inside the stem.
+        patch_size: stride of the stem, pixels, 2 or 4.
+        image_size: side of the square image that mixers with a grid of their own are made for, pixels.
+        token_label: whether a second head reads each token, as training with token labels has it: logits are then those of the class
+            token and half the maximum of the tokens'.
+        drop_rate: dropout before the head.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+
+    Raises:
+        ValueError: lists of different lengths, another letter, another patch_size, or channels that heads do not divide.
+    """
+
+    pools = ("token", *POOLS)
+    letters = "A"
+
+    def __init__(
+        self,
+        *,
+        depths: Sequence[int],
+        dims: Sequence[int],
+        num_heads: Sequence[int],
+        mlp_ratios: Sequence[float],
+        mixers: str,
+        stem_dim: int = 64,
+        patch_size: int = 4,
+        image_size: int = 224,
+        token_label: bool = False,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        if len({len(row) for row in (depths, dims, num_heads, mlp_ratios, mixers)}) > 1:
+            raise ValueError(
+                f"depths, dims, num_heads, mlp_ratios and mixers need one value a stage, got {depths}, {dims}, {num_heads}, ..., {mixers!r}"
+            )
+        if wrong := set(mixers) - set(self.letters):
+            raise ValueError(f"mixers are letters of {', '.join(self.letters)}, one a stage; got {min(wrong)!r} in {mixers!r}")
+        if patch_size not in (2, 4):
+            raise ValueError(f"patch_size must be 2 or 4, got {patch_size}")
+        stages = [Stage(dim, patch_size * 2**k) for k, dim in enumerate(dims)]
+        super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
+        self.token_label = token_label
+        rates, last = drop_path_rates(drop_path_rate, depths), len(dims) - 1
+        built = []
+        for k, (dim, stage) in enumerate(zip(dims, stages, strict=True)):
+            side = -(-image_size // stage.stride)
+            make = lambda k=k, dim=dim, side=side: self.make_mixer(mixers[k], dim, num_heads[k], (side, side))
+            blocks = [MixerBlock(dim, make(), mlp_ratios[k], rate) for rate in rates[k]]
+            downsample = Downsample(dims[k - 1], dim) if k else Stem(in_chans, stem_dim, dim, patch_size)
+            built.append(MixerStage(downsample, blocks, None if k == last else nn.LayerNorm(dim, eps=EPS)))
+        self.stages = nn.ModuleList(built)
+        self.class_reader = ClassReader(dims[-1], num_heads[-1])
+        self.head_norm = nn.LayerNorm(dims[-1], eps=EPS)
+        self.global_pool = "token"
+        self.add_aux_head()
+        init_weights(self, conv=False)
+        init_convs_by_fan_out(self)
+
+    def make_mixer(self, letter: str, dim: int, num_heads: int, grid: Grid) -> nn.Module:
+        """A stage's mixer of tokens, called as mixer(tokens, grid); `grid` is that of an image of image_size. A subclass knows "S"."""
+        return GridAttention(dim, num_heads)
+
+    def add_aux_head(self) -> None:
+        """The second head, where token labels are wanted."""
+        if self.token_label:
+            self.aux_head: nn.Module = nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
+
+    def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
+        """Yields the map of each stage, normed but for the last."""
+        x = image.contiguous(memory_format=torch.channels_last)
+        for stage in self.stages:
+            x = stage(x, self.run_blocks)
+            yield x
+
+    def pool(self, features: Tensor) -> Tensor:
+        """Map (B, C, h, w) -> (B, C): the class token that reads it ("token"), or its mean or maximum."""
+        return self.class_reader(as_tokens(features)) if self.global_pool == "token" else super().pool(features)
+
+    def forward_dense(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """The last map (B, C, h, w) -> logits of the class token (B, num_classes) and of each token (B, h w, num_classes)."""
+        return super().forward_head(features), self.aux_head(self.head_norm(as_tokens(features)))
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        if pre_logits or not (self.token_label and self.num_classes):
+            return super().forward_head(features, pre_logits)
+        logits, tokens = self.forward_dense(features)
+        return logits + 0.5 * tokens.amax(1)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        super().reset_classifier(num_classes, global_pool)
+        self.add_aux_head()
+        if self.token_label and isinstance(self.aux_head, nn.Linear):
+            init_head(self.aux_head.to(next(self.parameters())))
+
+
+def pyramid_rules(stages: int) -> list[tuple[str, Any]]:
+    """Rules of `rename` from Wave-ViT's names, which SVT and SpectFormer share, to ours; attentions still have their q and kv apart."""
+    rules: list[tuple[str, Any]] = [
+        (r"^post_network\.0\.attn\.q\.", "class_reader.query."),
+        (r"^post_network\.0\.attn\.kv\.", "class_reader.key_value."),
+        (r"^post_network\.0\.attn\.proj\.", "class_reader.proj."),
+        (r"^post_network\.0\.", "class_reader."),
+        (rf"^norm{stages}\.", "head_norm."),
+    ]
+    for number in range(1, stages + 1):
+        ours = f"stages.{number - 1}"
+        rules += [
+            (rf"^patch_embed{number}\.", f"{ours}.downsample."),
+            (rf"^block{number}\.(\d+)\.mlp\.dwconv\.dwconv\.", rf"{ours}.blocks.\1.mlp.dwconv."),
+            (rf"^block{number}\.(\d+)\.", rf"{ours}.blocks.\1."),
+            (rf"^norm{number}\.", f"{ours}.norm."),
+        ]
+    return rules
