@@ -280,7 +280,8 @@ class Backbone(nn.Module):
         """timm's description of the input and the head; timm's own factory sets it."""
         if "_timm_cfg" in self.__dict__:
             return self.__dict__["_timm_cfg"]
-        first_conv = next((name for name, part in self.named_modules() if isinstance(part, nn.Conv2d | nn.Conv3d)), None)
+        kinds = (nn.Conv2d, nn.Conv3d, nn.Unfold)  # where patches are unfolded, that is what reads the image's channels
+        first_conv = next((name for name, part in self.named_modules() if isinstance(part, kinds)), None)
         pre = self.preprocessing
         values = {} if pre is None else dict(mean=pre.mean, std=pre.std, interpolation=pre.interpolation, crop_pct=pre.crop_pct)
         size = 224 if pre is None else pre.image_size

@@ -31,13 +31,23 @@ class TransformerBlock(nn.Module):
         mlp_ratio: hidden channels of the MLP over dim.
         drop_path: stochastic depth of both branches.
         attn: another mixer of tokens in the attention's place; what `forward` is given beside x goes to it.
+        eps: of both norms.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, mlp_ratio: float = 4.0, drop_path: float = 0.0, attn: nn.Module | None = None):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        attn: nn.Module | None = None,
+        eps: float = EPS,
+    ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=EPS)
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, num_heads) if attn is None else attn
-        self.norm2 = nn.LayerNorm(dim, eps=EPS)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
