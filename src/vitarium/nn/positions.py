@@ -22,13 +22,17 @@ class EvalCache:
     def __init__(self) -> None:
         self._values: dict[Any, tuple[Any, Any]] = {}
 
-    def get(self, module: nn.Module, key: Any, source: Tensor, build: Callable[[], Any]) -> Any:
-        """The value of `build()`, kept under `key` for as long as `source`, the parameter it derives from, stays the same."""
-        live = torch.is_grad_enabled() and source.requires_grad
-        if module.training or live or torch.compiler.is_compiling() or source.is_inference():
+    def get(self, module: nn.Module, key: Any, source: Tensor | nn.Module, build: Callable[[], Any]) -> Any:
+        """The value of `build()`, kept under `key` for as long as `source`, the parameter (or all of a module's) that it derives from,
+        stays the same."""
+        if module.training or torch.compiler.is_compiling():
             self._values.clear()
             return build()
-        stamp = (source.data_ptr(), source._version, source.dtype, source.device)
+        sources = tuple(source.parameters()) if isinstance(source, nn.Module) else (source,)
+        if any(t.is_inference() or (t.requires_grad and torch.is_grad_enabled()) for t in sources):
+            self._values.clear()
+            return build()
+        stamp = tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in sources)
         kept = self._values.get(key)
         if kept is None or kept[0] != stamp:
             if len(self._values) >= 16:  # many image sizes in turn must not fill the memory
@@ -42,7 +46,7 @@ class EvalCache:
 
 
 class RelativePositionBias(nn.Module):
-    """A learned number a head for each offset between two tokens of a window: () -> (heads, n, n), query by key.
+    """A learned number a head for each offset between two tokens of a window: (heads, n, n), query by key.
 
     Args:
         window_size: side M of the window, tokens; n = M * M.
@@ -60,7 +64,14 @@ class RelativePositionBias(nn.Module):
         self.register_buffer("index", relative_position_index(window_size, window_size), persistent=False)
         nn.init.trunc_normal_(self.table, std=0.02)
 
-    def forward(self) -> Tensor:
+    def forward(self, size: int | None = None) -> Tensor:
+        """For windows of side `size`; a table has those of one side alone.
+
+        Raises:
+            ValueError: another size.
+        """
+        if size not in (None, self.window_size):
+            raise ValueError(f"a table for windows of side {self.window_size} has no biases for windows of side {size}")
         n = self.index.shape[0]
         return self.table[self.index.flatten()].view(n, n, -1).permute(2, 0, 1)
 

@@ -5,6 +5,7 @@ Legend: B batch, H W map, C channels, M window side, n = M * M tokens a window, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -41,12 +42,16 @@ class WindowLayout:
         inverse: (H' * W',) int64; token t of the padded map stands at place inverse[t].
         inside: (H' * W', 1) bool in window order, False for padding; None where nothing is padded.
         region: (nW, n) int64; tokens of a window may see one another only where their numbers are equal; None where all may.
+        size: side M of a window, tokens.
+        unseen: what is added to the logit of two tokens that may not see one another.
     """
 
     order: Tensor
     inverse: Tensor
     inside: Tensor | None
     region: Tensor | None
+    size: int
+    unseen: float
 
 
 def window_layout(height: int, width: int, size: int, shift: tuple[int, int], device: torch.device | None = None) -> WindowLayout:
@@ -69,35 +74,39 @@ def window_layout(height: int, width: int, size: int, shift: tuple[int, int], de
             for axis, side, s in zip(axes, padded, shift, strict=True)
         )
         region = _in_windows(3 * rows[:, None] + columns, size).view(-1, size * size)
-    return WindowLayout(order, inverse, inside, region)
+    return WindowLayout(order, inverse, inside, region, size, -100.0)  # the Swin authors' number
 
 
-def attention_layout(height: int, width: int, size: int, *, grid: bool, device: torch.device | None = None) -> WindowLayout:
+def attention_layout(
+    height: int, width: int, size: int, *, grid: bool = False, interval: int = 1, device: torch.device | None = None
+) -> WindowLayout:
     """The layout of windows of side `size`, where no token sees padding.
 
     Args:
         height, width: of the map, tokens.
         size: side of a window, tokens.
         grid: not neighbours stand together but tokens that are spread evenly over the whole (padded) map, `size` a side: MaxViT's grid
-            attention, and CrossFormer's long-distance attention of interval height / size.
+            attention.
+        interval: of a window's tokens from one to the next, where it is no grid: 1 for neighbours, more for CrossFormer's long distances.
     """
-    padded = (height + -height % size, width + -width % size)
+    step = 1 if grid else interval
+    padded = (height + -height % (size * step), width + -width % (size * step))
+    steps = (padded[0] // size, padded[1] // size) if grid else (step, step)
     places = torch.arange(padded[0] * padded[1], device=device).view(padded)
     hidden = torch.ones(padded, dtype=torch.long, device=device)
     hidden[:height, :width] = 0
-    together = _in_grid if grid else _in_windows
-    order = together(places, size)
+    order = _apart(places, size, steps)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=device))
     if padded == (height, width):
-        return WindowLayout(order, inverse, None, None)
-    region = together(hidden, size)
-    return WindowLayout(order, inverse, region[:, None] == 0, region.view(-1, size * size))
+        return WindowLayout(order, inverse, None, None, size, -math.inf)
+    region = _apart(hidden, size, steps)
+    return WindowLayout(order, inverse, region[:, None] == 0, region.view(-1, size * size), size, -math.inf)
 
 
-def _in_grid(grid: Tensor, size: int) -> Tensor:
-    """(H', W') -> (H' * W',), tokens that are H' / size rows and W' / size columns apart together."""
-    rows, columns = (side // size for side in grid.shape)
-    return grid.view(size, rows, size, columns).permute(1, 3, 0, 2).flatten()
+def _apart(grid: Tensor, size: int, steps: tuple[int, int]) -> Tensor:
+    """(H', W') -> (H' * W',), tokens that are `steps` rows and columns apart together, `size` a side."""
+    height, width = (side // (size * step) for side, step in zip(grid.shape, steps, strict=True))
+    return grid.view(height, size, steps[0], width, size, steps[1]).permute(0, 2, 3, 5, 1, 4).flatten()
 
 
 def _in_windows(grid: Tensor, size: int) -> Tensor:

@@ -1,0 +1,286 @@
+"""CrossFormer: tokens of several scales, attention near and far in turn (Wang et al., "CrossFormer", 2022; CrossFormer++, 2023).
+
+The idea: each token is made from several concentric patches (4, 8, 16 and 32 pixels wide at stride 4), so that attention compares things of
+all sizes. Blocks attend in turn among neighbours, in G x G windows, and far apart, among G x G tokens at steps of I. The bias of a pair
+of tokens is a small MLP of their offset, so that any group size works.
+
+    token = LN([W_4 * x, W_8 * x, W_16 * x, W_32 * x]) with widths C/2, C/4, C/8, C/8;  between stages the same with 2 and 4
+    x <- x + Attention(LN(x)), near or far;  x <- x + MLP(LN(x));  logits q k^T / sqrt(d) + MLP(dy, dx)
+    CrossFormer++, after each third block but a stage's last: x <- LN(DW_3x3(x)), which cools amplitudes down
+
+Follows the authors' code (github cheerss/CrossFormer), whose checkpoints load by name. Any image of at least 32 pixels a side: padding is
+never seen, and on a map smaller than a group the group is as wide as the map's shorter side. (The authors' classifier needs squares.)
+Cost: linear in image area at fixed G.
+
+How it is fast: padding is no token: only attention's windows have places for it; biases are evaluated once a group size in eval.
+
+Legend: B batch, C channels, H W map, N tokens of the map, G group side, I interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vitarium.catalog import chain, family, rename
+from vitarium.nn import Backbone, DropPath, LayerNorm2d, LayoutCache, Mlp, Stage, WindowAttention, drop_path_rates, init_weights
+from vitarium.ops.windows import WindowLayout, attention_layout, relative_position_index
+
+
+@dataclass(frozen=True, eq=False)
+class Groups(WindowLayout):
+    """Windows whose places are filled from a map without padding.
+
+    Attributes:
+        take: (places,) int64; the token of the map at each place. Where padding would stand, any token: no other sees it.
+        back: (N,) int64; the place of each token.
+    """
+
+    take: Tensor
+    back: Tensor
+
+    @classmethod
+    def of(cls, height: int, width: int, size: int, interval: int, device: torch.device) -> Groups:
+        """Of a map of height x width tokens."""
+        layout = attention_layout(height, width, size, interval=interval, device=device)
+        padded = width + -width % (size * interval)
+        y, x = layout.order // padded, layout.order % padded
+        take = y.clamp(max=height - 1) * width + x.clamp(max=width - 1)
+        back = layout.inverse.view(layout.inverse.numel() // padded, padded)[:height, :width].flatten()
+        return cls(**vars(layout), take=take, back=back)
+
+
+def cross_scale(in_dim: int, dim: int, kernels: Sequence[int], stride: int) -> nn.ModuleList:
+    """Concentric convolutions (B, in_dim, H, W) -> (B, dim_j, H // stride, W // stride), the larger the kernel the fewer its channels:
+    a half, a quarter, ..., and the last as many as the one before it.
+
+    Raises:
+        ValueError: kernels that cannot be centred, or too few channels for them.
+    """
+    if not kernels or any(k < stride or (k - stride) % 2 for k in kernels):
+        raise ValueError(f"kernels must be stride {stride} plus an even number each, got {tuple(kernels)}")
+    shares = [2 ** (j + 1) for j in range(len(kernels) - 1)]
+    if dim % max(shares, default=1):
+        raise ValueError(f"{len(kernels)} kernels need channels that divide by {shares[-1]}, got {dim}")
+    dims = [dim // share for share in shares]
+    dims.append(dim - sum(dims))
+    return nn.ModuleList(nn.Conv2d(in_dim, d, k, stride, (k - stride) // 2) for d, k in zip(dims, kernels, strict=True))
+
+
+class CrossScaleEmbed(nn.Module):
+    """The stem: (B, in_chans, H, W) -> (B, H // stride, W // stride, dim), normed."""
+
+    def __init__(self, in_chans: int, dim: int, kernels: Sequence[int]):
+        super().__init__()
+        self.projs = cross_scale(in_chans, dim, kernels, kernels[0] if kernels else 1)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.norm(torch.cat([proj(image) for proj in self.projs], 1).permute(0, 2, 3, 1))
+
+
+class CrossScaleMerging(nn.Module):
+    """Between stages, norm first: (B, H, W, C) -> (B, H // 2, W // 2, 2 C)."""
+
+    def __init__(self, dim: int, kernels: Sequence[int]):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.reductions = cross_scale(dim, 2 * dim, kernels, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x).permute(0, 3, 1, 2)
+        return torch.cat([reduction(x) for reduction in self.reductions], 1).permute(0, 2, 3, 1)
+
+
+class DynamicPositionBias(nn.Module):
+    """A number a head for each offset between two tokens, by an MLP of the offset: G -> (heads, n, n), n = G * G, query by key."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        hidden = max(1, dim // 16)  # the authors divide by four twice
+        self.pos_proj = nn.Linear(2, hidden)
+        layer = lambda out: nn.Sequential(nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, out))
+        self.pos1, self.pos2, self.pos3 = layer(hidden), layer(hidden), layer(num_heads)
+
+    def of_offsets(self, offsets: Tensor) -> Tensor:
+        """(..., 2) rows and columns, tokens -> (..., heads)."""
+        return self.pos3(self.pos2(self.pos1(self.pos_proj(offsets))))
+
+    def forward(self, size: int) -> Tensor:
+        weight = self.pos_proj.weight
+        offset = torch.arange(1 - size, size, device=weight.device)
+        table = self.of_offsets(torch.cartesian_prod(offset, offset).to(weight.dtype).view(len(offset) ** 2, 2))
+        index = relative_position_index(size, size, weight.device)
+        return table[index.flatten()].view(size**2, size**2, table.shape[1]).permute(2, 0, 1)
+
+
+class CrossFormerBlock(nn.Module):
+    """(B, H, W, dim) -> the same.
+
+    Args:
+        dim, num_heads, mlp_ratio: of attention and MLP.
+        far: whether it attends at steps of I, or else among neighbours.
+        cool: whether the amplitude cooling layer follows.
+        drop_path: stochastic depth of both branches.
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, *, far: bool, cool: bool, drop_path: float):
+        super().__init__()
+        self.far = far
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = WindowAttention(dim, num_heads, DynamicPositionBias(dim, num_heads))
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(mlp_ratio * dim))
+        self.drop_path = DropPath(drop_path)
+        self.ex_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if cool else None
+        self.ex_ln = nn.LayerNorm(dim) if cool else None
+
+    def forward(self, x: Tensor, near: Groups, far: Groups) -> Tensor:
+        groups = far if self.far else near
+        tokens = x.flatten(1, 2)
+        y = self.attn(self.norm1(tokens).index_select(1, groups.take), groups).index_select(1, groups.back)
+        tokens = tokens + self.drop_path(y)
+        tokens = tokens + self.drop_path(self.mlp(self.norm2(tokens)))
+        x = tokens.view(x.shape)
+        if self.ex_conv is None or self.ex_ln is None:
+            return x
+        return self.ex_ln(self.ex_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class CrossFormerStage(nn.Module):
+    """Blocks at one resolution, near and far in turn: (B, H, W, C_in) -> (B, H', W', C)."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], group_size: int, interval: int):
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(blocks)
+        self.group_size, self.interval = group_size, interval
+        self.kept = LayoutCache()
+
+    def groups(self, height: int, width: int, device: torch.device) -> tuple[Groups, Groups]:
+        """Near and far ones of a map."""
+
+        def build() -> tuple[Groups, Groups]:
+            size = min(self.group_size, height, width)
+            near = Groups.of(height, width, size, 1, device)
+            if self.interval == 1 or min(height, width) <= self.group_size:
+                return near, near
+            return near, Groups.of(height, width, size, self.interval, device)
+
+        return self.kept.get(height, width, device, build)
+
+    def forward(self, x: Tensor, run: Callable[..., Tensor]) -> Tensor:
+        x = self.downsample(x)
+        return run(self.blocks, x, *self.groups(x.shape[1], x.shape[2], x.device))
+
+
+OFFICIAL = chain(
+    rename((r"(^|\.)(biases|relative_position_index|attn_mask)$", None), (r"^backbone\.", "")),  # the latter in detectors' checkpoints
+    rename(
+        (r"^layers\.(\d+)\.blocks\.(\d+)\.attn\.pos\.", r"stages.\1.blocks.\2.attn.position_bias."),
+        *((rf"^layers\.{k}\.downsample\.", f"stages.{k + 1}.downsample.") for k in range(3)),
+        (r"^layers\.", "stages."),
+    ),
+)
+_SMALL, _BASE, _LARGE = (  # the same three skeletons in both papers
+    dict(embed_dim=dim, depths=(2, 2, depth, 2), num_heads=tuple(dim // 32 * 2**k for k in range(4)), drop_path_rate=rate)
+    for dim, depth, rate in ((96, 6, 0.2), (96, 18, 0.3), (128, 18, 0.5))
+)
+_PP = dict(group_sizes=(4, 4, 14, 7), intervals=(4, 2, 1, 1), cooling=True)
+
+
+@family(
+    "crossformer",
+    variants={
+        "pico": dict(
+            embed_dim=32, depths=(2, 2), num_heads=(2, 4), group_sizes=(4, 4), intervals=(2, 1), kernels=(2, 4, 8, 16), image_size=16
+        ),
+        "tiny": dict(embed_dim=64, depths=(1, 1, 8, 6), num_heads=(2, 4, 8, 16), drop_path_rate=0.1),  # 27.8 M, 81.5 % top-1
+        "small": _SMALL,  # 30.7 M, 82.5 %
+        "base": _BASE,  # 52.0 M, 83.4 %
+        "large": _LARGE,  # 92.0 M, 84.0 %
+        "pp_small": dict(embed_dim=64, depths=(2, 2, 18, 2), num_heads=(2, 4, 8, 16), drop_path_rate=0.2, **_PP),  # 23.3 M, 83.2 %
+        "pp_base": _BASE | _PP,  # 52.0 M, 84.2 %
+        "pp_large": _LARGE | _PP,  # 92.0 M, 84.7 %
+        "pp_huge": _LARGE | _PP | dict(depths=(6, 6, 18, 2)),  # 96.0 M, 84.9 %
+    },
+    official=OFFICIAL,
+    crop_pct=0.875,
+)
+class CrossFormer(Backbone):
+    """Image (B, in_chans, H, W), H and W of at least one token in the last map (32 pixels) -> logits (B, num_classes).
+
+    Args:
+        embed_dim: channels C of the first stage; each later stage doubles them.
+        depths: blocks a stage.
+        num_heads: heads a stage.
+        group_sizes: side G of the groups, tokens, a stage; they may be others than in pretraining.
+        intervals: step I between tokens of a far group, a stage; 1: all blocks attend among neighbours.
+        kernels: of the tokens, pixels; the smallest is also their stride.
+        merge_kernels: of the tokens of later stages, cells of the map before.
+        mlp_ratio: hidden channels of the MLP over C.
+        cooling: whether amplitude cooling layers follow each third block (CrossFormer++).
+        drop_rate: dropout before the head.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+
+    Raises:
+        ValueError: lists of different lengths, kernels that cannot be centred, sizes below 1, or channels that do not divide.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        depths: Sequence[int],
+        num_heads: Sequence[int],
+        group_sizes: Sequence[int] = (7, 7, 7, 7),
+        intervals: Sequence[int] = (8, 4, 2, 1),
+        kernels: Sequence[int] = (4, 8, 16, 32),
+        merge_kernels: Sequence[int] = (2, 4),
+        mlp_ratio: float = 4.0,
+        cooling: bool = False,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        if not len(depths) == len(num_heads) == len(group_sizes) == len(intervals):
+            given = f"{depths}, {num_heads}, {group_sizes} and {intervals}"
+            raise ValueError(f"depths, num_heads, group_sizes and intervals need one value a stage, got {given}")
+        if min(*group_sizes, *intervals) < 1:
+            raise ValueError(f"group_sizes and intervals must be at least 1, got {group_sizes} and {intervals}")
+        dims = [embed_dim * 2**k for k in range(len(depths))]
+        stages = [Stage(dim, min(kernels, default=1) * 2**k) for k, dim in enumerate(dims)]
+        super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, min_size=stages[-1].stride)
+        self.patch_embed = CrossScaleEmbed(in_chans, embed_dim, sorted(kernels))
+        rates = drop_path_rates(drop_path_rate, depths)
+        self.stages = nn.ModuleList(
+            CrossFormerStage(
+                CrossScaleMerging(dims[k - 1], merge_kernels) if k else nn.Identity(),
+                [
+                    CrossFormerBlock(
+                        dims[k],
+                        num_heads[k],
+                        mlp_ratio,
+                        far=i % 2 == 1,
+                        cool=cooling and i % 3 == 2 and i < depth - 1,
+                        drop_path=rates[k][i],
+                    )
+                    for i in range(depth)
+                ],
+                group_sizes[k],
+                intervals[k],
+            )
+            for k, depth in enumerate(depths)
+        )
+        self.norm = LayerNorm2d(dims[-1])
+        init_weights(self, conv=False)
+
+    def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
+        x = self.patch_embed(image.contiguous(memory_format=torch.channels_last))
+        for stage in self.stages:
+            x = stage(x, self.run_blocks)
+            yield x.permute(0, 3, 1, 2)

@@ -1,0 +1,193 @@
+"""What is true of CrossFormer alone; what is true of every backbone is tested once, in test_contract.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import vitarium
+from tests.golden import assert_matches_golden
+from vitarium.backbones.crossformer import CrossFormer, CrossFormerBlock, DynamicPositionBias, Groups
+from vitarium.nn import WindowAttention
+from vitarium.ops.windows import attention_layout
+
+
+def outputs(model: CrossFormer, x: Tensor) -> dict[str, Tensor]:
+    tokens = lambda maps: maps.flatten(2).transpose(1, 2)
+    last, maps = model.forward_intermediates(x)
+    named = {f"stage{i + 1}": tokens(m) for i, m in enumerate(maps)}
+    return named | {"patch_embed": model.patch_embed(x).flatten(1, 2), "features": last.mean((2, 3)), "logits": model(x)}
+
+
+@pytest.mark.parametrize("name", ["tiny", "pp_small"])
+def test_equals_the_authors_model(name: str):
+    assert_matches_golden(f"crossformer-{name}_224", vitarium.create_model(f"crossformer_{name}"), outputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "within"),
+    [
+        ("tiny", 27.78, 1e-3),
+        ("small", 30.7, 0.01),
+        ("base", 52.0, 0.01),
+        ("large", 92.0, 0.01),
+        ("pp_small", 23.32534, 1e-6),
+        ("pp_base", 52.0, 0.01),
+        ("pp_large", 92.0, 0.01),
+        ("pp_huge", 96.0, 0.01),
+    ],
+)
+def test_parameter_counts(name: str, millions: float, within: float):
+    with torch.device("meta"):
+        model = vitarium.create_model(f"crossformer_{name}")
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=within)
+
+
+@pytest.mark.parametrize(("name", "macs"), [("tiny", 2.87e9), ("pp_small", 4.45e9)])
+def test_macs(name: str, macs: float):
+    from vitarium.efficiency.profiler import count_macs
+
+    assert count_macs(vitarium.create_model(f"crossformer_{name}").eval(), 224) == pytest.approx(macs, rel=0.03)
+
+
+def literal_attention(block: CrossFormerBlock, x: Tensor, size: int, interval: int) -> Tensor:
+    """The card's words: pad, regroup, attend with the bias of each pair and -1e6 for padded keys, undo, crop. (B, H, W, C)."""
+    batch, height, width, dim = x.shape
+    step = size * interval
+    bottom, right = -height % step, -width % step
+    x = F.pad(x, (0, 0, 0, right, 0, bottom))
+    seen = F.pad(torch.zeros(1, height, width, 1, dtype=x.dtype), (0, 0, 0, right, 0, bottom), value=-1e6)
+    rows, columns = x.shape[1] // step, x.shape[2] // step
+
+    def group(t: Tensor) -> Tensor:
+        t = t.reshape(t.shape[0], rows, size, interval, columns, size, interval, t.shape[-1])
+        return t.permute(0, 1, 4, 3, 6, 2, 5, 7).reshape(t.shape[0] * rows * columns * interval**2, size * size, t.shape[-1])
+
+    groups, hidden = group(x), group(seen)[:, None, None, :, 0]
+    attn = block.attn
+    q, k, v = attn.qkv(groups).view(len(groups), size * size, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
+    logits = q * attn.scale @ k.transpose(-1, -2) + attn.position_bias(size)
+    logits = (logits.view(batch, len(hidden), *logits.shape[1:]) + hidden).view(logits.shape)
+    y = attn.proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
+    y = y.view(batch, rows, columns, interval, interval, size, size, dim).permute(0, 1, 5, 3, 2, 6, 4, 7)
+    return y.reshape(x.shape)[:, :height, :width]
+
+
+def literal(model: CrossFormer, image: Tensor) -> Tensor:
+    """The whole model in the card's words; also what its speed is compared with."""
+    x = model.patch_embed(image)
+    for stage in model.stages:
+        x = stage.downsample(x)
+        for block in stage.blocks:
+            whole = min(x.shape[1:3]) <= stage.group_size
+            size = min(x.shape[1:3]) if whole else stage.group_size
+            x = x + literal_attention(block, block.norm1(x), size, stage.interval if block.far and not whole else 1)
+            x = x + block.mlp(block.norm2(x))
+            if block.ex_conv is not None:
+                x = block.ex_ln(block.ex_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+    return model.head(model.norm(x.permute(0, 3, 1, 2)).mean((2, 3)))
+
+
+@pytest.mark.identity
+@pytest.mark.parametrize("size", [(16, 16), (35, 50), (64, 64), (96, 66)])
+def test_equals_the_literal_words(size: tuple[int, int]):
+    """Also where maps are padded, and smaller than a group."""
+    model = vitarium.create_model("crossformer_pico", cooling=True, depths=(4, 2)).double().eval()
+    image = torch.randn(2, 3, *size, dtype=torch.float64)
+    torch.testing.assert_close(model(image), literal(model, image), rtol=0, atol=1e-11)
+
+
+@pytest.mark.identity
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (10, 5), (16, 24)])
+@pytest.mark.parametrize("interval", [1, 2, 4])
+def test_groups_undo(size: tuple[int, int], interval: int):
+    groups = Groups.of(*size, 4, interval, torch.device("cpu"))
+    tokens = torch.arange(size[0] * size[1])
+    assert torch.equal(groups.take[groups.back], tokens)
+    if groups.inside is not None:
+        assert int(groups.inside.sum()) == len(tokens)
+
+
+@pytest.mark.identity
+def test_far_groups_on_a_map_of_their_size_are_full_attention_among_congruent_tokens():
+    part = WindowAttention(8, 2, DynamicPositionBias(32, 2)).double().eval()
+    nn.init.zeros_(part.position_bias.pos3[2].weight)
+    nn.init.zeros_(part.position_bias.pos3[2].bias)
+    groups = Groups.of(12, 12, 4, 3, torch.device("cpu"))
+    x = torch.randn(2, 144, 8, dtype=torch.float64)
+    got = part(x[:, groups.take], groups)[:, groups.back]
+    y, x_ = torch.arange(12).repeat_interleave(12) % 3, torch.arange(12).repeat(12) % 3
+    together = (y[:, None] == y) & (x_[:, None] == x_)
+    q, k, v = part.qkv(x).view(2, 144, 3, 2, 4).permute(2, 0, 3, 1, 4)
+    expected = part.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=together).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    assert torch.equal(groups.order, attention_layout(12, 12, 4, grid=True).order)  # which is MaxViT's grid
+
+
+@pytest.mark.identity
+def test_interval_one_is_near():
+    far, near = Groups.of(9, 14, 4, 1, torch.device("cpu")), attention_layout(9, 14, 4)
+    assert torch.equal(far.order, near.order)
+
+
+@pytest.mark.identity
+def test_the_bias_of_a_group_is_the_mlp_of_each_pair():
+    part = DynamicPositionBias(64, 3).double()
+    place = torch.cartesian_prod(torch.arange(5), torch.arange(5)).double()
+    expected = part.of_offsets(place[:, None] - place).permute(2, 0, 1)
+    torch.testing.assert_close(part(5), expected, rtol=0, atol=1e-12)
+    smaller = part(3)  # a smaller group's biases are among them
+    torch.testing.assert_close(smaller[:, 4, 4], expected[:, 12, 12], rtol=0, atol=1e-12)
+
+
+@pytest.mark.identity
+def test_padding_is_never_seen():
+    """Whatever token stands where padding would: nothing changes."""
+    part = WindowAttention(8, 2, DynamicPositionBias(32, 2)).double().eval()
+    groups = Groups.of(6, 5, 4, 2, torch.device("cpu"))
+    x = torch.randn(1, 30, 8, dtype=torch.float64)[:, groups.take]
+    other = torch.where(groups.inside, x, 50 * torch.randn_like(x))
+    a, b = (part(value, groups)[:, groups.back] for value in (x, other))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+def test_detectors_checkpoints_load():
+    from vitarium.backbones.crossformer import OFFICIAL
+
+    state = {"backbone.layers.1.downsample.norm.weight": torch.ones(1), "backbone.layers.0.blocks.1.attn.biases": torch.ones(1)}
+    assert list(OFFICIAL(state)) == ["stages.2.downsample.norm.weight"]
+
+
+def test_other_groups_take_the_same_weights():
+    """Group sizes and intervals of dense prediction: the position bias has no size."""
+    model = vitarium.create_model("crossformer_pico").eval()
+    other = vitarium.create_model("crossformer_pico", group_sizes=(6, 3), intervals=(3, 2)).eval()
+    other.load_state_dict(model.state_dict())
+    assert torch.isfinite(other(torch.randn(1, 3, 40, 52))).all()
+
+
+def test_a_new_bias_is_seen_in_eval():
+    """The kept biases follow a change of any of their parameters."""
+    model = vitarium.create_model("crossformer_pico").eval()
+    image = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        before = model(image)
+        assert torch.equal(model(image), before)
+        model.stages[0].blocks[0].attn.position_bias.pos1[2].weight.add_(3.0)
+        assert not torch.equal(model(image), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(depths=(1,)), "one value a stage"),
+        (dict(intervals=(0, 1)), "at least 1"),
+        (dict(kernels=(2, 5)), "an even number"),
+        (dict(kernels=(2, 4, 6, 8, 10, 12, 14)), "divide by 64"),
+    ],
+)
+def test_refuses(options: dict, words: str):
+    with pytest.raises(ValueError, match=words):
+        vitarium.create_model("crossformer_pico", **options)
