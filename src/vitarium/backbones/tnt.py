@@ -1,0 +1,568 @@
+"""TNT: a transformer inside each patch feeds the one over patches (Han et al., "Transformer in Transformer", 2021; PyramidTNT, 2022).
+
+The idea: a patch of 16 x 16 pixels (a sentence) is cut once more into 16 words of 4 x 4. In each block an inner transformer mixes the
+words of a sentence, they are joined and added to the sentence, and an outer transformer mixes the sentences. Words are narrow, so that it
+costs little.
+
+    w = w + A(LN w);  w = w + MLP(LN w)              among the 16 words of each sentence, alone
+    s = s + LN(P LN([w_1 ... w_16]))                 P linear without bias; the class token gets nothing
+    s = s + A(LN s);  s = s + MLP(LN s)
+
+`PyramidTNT` has words and sentences from convolutions, four stages of ever fewer sentences, inner parts in the first block of a stage
+only (and the second of a long one), and outer attention to averaged sentences with a learned bias for each pair.
+
+Follows the authors' code (github huawei-noah/Efficient-AI-Backbones, tnt_pytorch), whose checkpoints load by name; timm's do too. Any image
+size: zeros fill the last patches, tables of positions and of pairs are resampled. The pyramid's norms inside a sentence run over all its
+words, as released.
+Cost: quadratic in sentences, linear in words.
+
+How it is fast: queries, keys and values are one product, attention is the fused kernel; the pyramid's batch norms are folded by `fuse()`.
+
+Legend: B batch, N sentences, C their channels, n = 16 words a sentence, c their channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitarium.catalog import chain, family, rename
+from vitarium.catalog.registry import join
+from vitarium.nn import (
+    Attention,
+    Backbone,
+    DropPath,
+    EvalCache,
+    LayerNorm2d,
+    Linear,
+    Mlp,
+    Stage,
+    TokenBackbone,
+    TransformerBlock,
+    drop_path_rates,
+    fold_norm_after,
+    init_weights,
+    resize_position_table,
+)
+from vitarium.ops.windows import pad_to_multiple
+
+Grid = tuple[int, int]
+Pair = tuple[Tensor, Tensor]
+EPS = 1e-5
+"""Of every norm."""
+SIDE = 4
+"""Words in a row of a pyramid's sentence."""
+
+
+def block(dim: int, num_heads: int, mlp_ratio: float, drop_path: float) -> TransformerBlock:
+    """A pre-norm block whose queries, keys and values have no bias."""
+    attn = Attention(dim, num_heads, qkv_bias=False)
+    return TransformerBlock(dim, num_heads, mlp_ratio=mlp_ratio, drop_path=drop_path, attn=attn, eps=EPS)
+
+
+class Gather(nn.Module):
+    """The words of each sentence, joined (B, N, n c) -> what they add to it, (B, N, C)."""
+
+    def __init__(self, joined_dim: int, dim: int, *, bias: bool = False):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(joined_dim)
+        self.proj = Linear(joined_dim, dim, bias=bias)
+        self.norm2 = nn.LayerNorm(dim)
+
+    def forward(self, joined: Tensor) -> Tensor:
+        return self.norm2(self.proj(self.norm1(joined)))
+
+
+class WordEmbed(nn.Module):
+    """Image (B, in_chans, H, W) -> words (B N, n, c) and sentences (B, 1 + N, C), with their positions.
+
+    Args:
+        patch_size: side of a sentence, pixels.
+        stride: pixels from word to word.
+        image_size: side of the square image that the position table is made for, pixels.
+        in_chans, inner_dim, dim: channels of the image, c and C.
+    """
+
+    def __init__(self, patch_size: int, stride: int, image_size: int, in_chans: int, inner_dim: int, dim: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.words = (-(-patch_size // stride)) ** 2
+        self.table_grid = self.grid(image_size, image_size)
+        self.proj = nn.Conv2d(in_chans, inner_dim, 7, stride, padding=3)
+        self.gather = Gather(self.words * inner_dim, dim, bias=True)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.outer_pos = nn.Parameter(torch.empty(1, 1 + math.prod(self.table_grid), dim))
+        self.inner_pos = nn.Parameter(torch.empty(1, self.words, inner_dim))
+        self.cache = EvalCache()
+        for table in (self.cls_token, self.outer_pos, self.inner_pos):
+            nn.init.trunc_normal_(table, std=0.02)
+
+    def grid(self, height: int, width: int) -> Grid:
+        """Rows and columns of sentences of an image."""
+        return -(-height // self.patch_size), -(-width // self.patch_size)
+
+    def positions(self, grid: Grid) -> Tensor:
+        """The sentences' position table of a grid, (1, 1 + N, C)."""
+        if grid == self.table_grid:
+            return self.outer_pos
+        return self.cache.get(self, grid, self.outer_pos, lambda: resize_position_table(self.outer_pos, self.table_grid, grid, prefix=1))
+
+    def forward(self, image: Tensor) -> Pair:
+        batch, channels, side = image.shape[0], image.shape[1], self.patch_size
+        rows, columns = self.grid(*image.shape[-2:])
+        image = pad_to_multiple(image.permute(0, 2, 3, 1), side).permute(0, 3, 1, 2)
+        patches = image.reshape(batch, channels, rows, side, columns, side).permute(0, 2, 4, 1, 3, 5)
+        words = self.proj(patches.reshape(batch * rows * columns, channels, side, side)).flatten(2).transpose(1, 2) + self.inner_pos
+        sentences = self.gather(words.reshape(batch, rows * columns, words.shape[1] * words.shape[2]))
+        first = self.cls_token.expand(batch, -1, -1).to(sentences.dtype)
+        return words, torch.cat([first, sentences], 1) + self.positions((rows, columns))
+
+
+class TNTBlock(nn.Module):
+    """Words (B N, n, c) and sentences (B, 1 + N, C) -> the same."""
+
+    def __init__(self, dim: int, inner_dim: int, words: int, num_heads: int, inner_heads: int, mlp_ratio: float, drop_path: float):
+        super().__init__()
+        self.inner = block(inner_dim, inner_heads, mlp_ratio, drop_path)
+        self.gather = Gather(words * inner_dim, dim)
+        self.outer = block(dim, num_heads, mlp_ratio, drop_path)
+
+    def forward(self, both: Pair) -> Pair:
+        words, sentences = both
+        words = self.inner(words)
+        joined = words.reshape(sentences.shape[0], sentences.shape[1] - 1, words.shape[1] * words.shape[2])
+        sentences = torch.cat([sentences[:, :1], sentences[:, 1:] + self.gather(joined)], 1)
+        return words, self.outer(sentences)
+
+
+_PARTS = rename(
+    (r"^(.*blocks\.\d+)\.(inner|outer)_(norm1|norm2|attn|mlp)\.", r"\1.\2.\3."),
+    (r"^(.*blocks\.\d+)\.proj_norm([12])\.", r"\1.gather.norm\2."),
+    (r"^(.*blocks\.\d+)\.proj\.", r"\1.gather.proj."),
+    (r"^outer_tokens$", None),  # frozen zeros that nobody reads
+    (r"^proj_norm([12])\.", r"patch_embed.gather.norm\1."),
+    (r"^proj\.", "patch_embed.gather.proj."),
+)
+OFFICIAL = chain(_PARTS, rename((r"^(cls_token|outer_pos|inner_pos)$", r"patch_embed.\1")), join("qkv", "qk", "v"))
+
+_TIMM = rename(
+    (r"^patch_pos$", "patch_embed.outer_pos"),
+    (r"^pixel_pos$", "patch_embed.inner_pos"),
+    (r"^cls_token$", "patch_embed.cls_token"),
+    (r"^pixel_embed\.", "patch_embed."),
+    (r"^(.*blocks\.\d+)\.(norm|attn|mlp)_in\.", r"\1.inner.\2."),
+    (r"^(.*blocks\.\d+)\.norm_mlp_in\.", r"\1.inner.norm2."),
+    (r"^(.*blocks\.\d+)\.(norm|attn)_out\.", r"\1.outer.\2."),
+    (r"^(.*blocks\.\d+)\.norm_mlp\.", r"\1.outer.norm2."),
+    (r"^(.*blocks\.\d+)\.mlp\.", r"\1.outer.mlp."),
+    (r"^(.*blocks\.\d+)\.norm([12])_proj\.", r"\1.gather.norm\2."),
+    (r"^(.*blocks\.\d+)\.proj\.", r"\1.gather.proj."),
+    (r"^norm([12])_proj\.", r"patch_embed.gather.norm\1."),
+    (r"^proj\.", "patch_embed.gather.proj."),
+)
+
+
+def from_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm's names; its words' positions lie as a map, (1, c, 4, 4)."""
+    state = chain(_TIMM, rename((r"\.(inner|outer)\.norm\.", r".\1.norm1.")), join("qkv", "qk", "v"))(state)
+    table = state.get("patch_embed.inner_pos")
+    if table is not None and table.ndim == 4:
+        state["patch_embed.inner_pos"] = table.flatten(2).transpose(1, 2)
+    return state
+
+
+@family(
+    "tnt",
+    variants={
+        "pico": dict(dim=64, inner_dim=8, depth=3, num_heads=4, inner_heads=2, patch_size=4, stride=1, mlp_ratio=2, image_size=16),
+        "s_patch16": dict(dim=384, inner_dim=24, num_heads=6, drop_path_rate=0.1),  # 23.8 M, 81.5 % top-1
+        "b_patch16": dict(dim=640, inner_dim=40, num_heads=10, drop_path_rate=0.1),  # 65.4 M, 82.9 %
+    },
+    official=OFFICIAL,
+    dialects={"timm": from_timm},
+    weights={f"{size}_patch16": {"in1k": (f"timm:tnt_{size}_patch16_224.in1k",)} for size in ("s", "b")},
+    crop_pct=0.9,
+)
+class TNT(TokenBackbone):
+    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes).
+
+    Features are the sentences, the class token first; `forward_levels` gives the words too.
+
+    Args:
+        dim, inner_dim: channels of sentences and of words.
+        num_heads, inner_heads: heads of the outer and of the inner attention.
+        depth: blocks.
+        patch_size, stride: side of a sentence and pixels from word to word.
+        mlp_ratio: hidden channels of all MLPs over their channels.
+        image_size: side of the square image that the position table is made for, pixels.
+        drop_rate: dropout before the head.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+
+    Raises:
+        ValueError: channels that do not divide by their heads.
+    """
+
+    patch_embed: WordEmbed  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        inner_dim: int,
+        num_heads: int,
+        inner_heads: int = 4,
+        depth: int = 12,
+        patch_size: int = 16,
+        stride: int = 4,
+        mlp_ratio: float = 4.0,
+        image_size: int = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__(dim=dim, depth=depth, stride=patch_size, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
+        self.patch_embed = WordEmbed(patch_size, stride, image_size, in_chans, inner_dim, dim)
+        (rates,) = drop_path_rates(drop_path_rate, [depth])
+        self.blocks = nn.ModuleList(
+            TNTBlock(dim, inner_dim, self.patch_embed.words, num_heads, inner_heads, mlp_ratio, rate) for rate in rates
+        )
+        self.norm = nn.LayerNorm(dim, eps=EPS)
+        init_weights(self, conv=False)
+
+    def forward_levels(self, image: Tensor) -> Pair:
+        """Words (B N, n, c) and sentences (B, 1 + N, C) after the last block, the sentences normed."""
+        self.check_image(image)
+        for both in self._levels(image):  # noqa: B007
+            pass
+        return both[0], self.norm(both[1])
+
+    def _levels(self, image: Tensor) -> Iterator[Pair]:
+        both: Any = self.patch_embed(image)
+        for part in self.blocks:
+            both = self.run_blocks([part], both)
+            yield both
+
+    def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
+        """Yields the sentences after each block, (B, 1 + N, C), the class token first."""
+        for _, sentences in self._levels(image):
+            yield sentences
+
+    def no_weight_decay(self) -> set[str]:
+        return {"patch_embed.outer_pos", "patch_embed.inner_pos", "patch_embed.cls_token"}
+
+    def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
+        """A checkpoint's position table for this model's grid; None for any other tensor that does not fit."""
+        side = math.isqrt(max(0, tensor.shape[1] - 1)) if tensor.ndim == 3 else 0
+        if name != "patch_embed.outer_pos" or tensor.shape[2:] != shape[2:] or side**2 + 1 != tensor.shape[1]:
+            return None
+        return resize_position_table(tensor, (side, side), self.patch_embed.table_grid, prefix=1)
+
+
+class ConvNorm(nn.Module):
+    """Convolution 3 x 3, batch norm, ReLU: (B, in_dim, H, W) -> (B, dim, ceil(H / stride), ceil(W / stride))."""
+
+    def __init__(self, in_dim: int, dim: int, stride: int):
+        super().__init__()
+        self.conv = nn.Conv2d(in_dim, dim, 3, stride, padding=1)
+        self.norm: nn.Module = nn.BatchNorm2d(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.conv(x)))
+
+    def fold(self) -> None:
+        """The norm goes into the convolution."""
+        if isinstance(self.norm, nn.BatchNorm2d):
+            self.conv, self.norm = fold_norm_after(self.conv, self.norm), nn.Identity()
+
+
+class PyramidStem(nn.Module):
+    """Image (B, in_chans, H, W) -> words (B N, 16, c) and sentences (B, N, C), without positions.
+
+    Args:
+        patch_size: side of a sentence, pixels, 8 or 4.
+    """
+
+    def __init__(self, patch_size: int, in_chans: int, inner_dim: int, dim: int):
+        super().__init__()
+        self.common = ConvNorm(in_chans, 2 * inner_dim, patch_size // SIDE)
+        self.inner = ConvNorm(2 * inner_dim, inner_dim, 1)
+        widths = (2 * inner_dim, 4 * inner_dim, 8 * inner_dim, dim)
+        self.outer = nn.Sequential(*(ConvNorm(a, b, s) for a, b, s in zip(widths, widths[1:], (2, 2, 1), strict=False)))
+
+    def forward(self, image: Tensor) -> Pair:
+        x = self.common(image)
+        words = self.inner(x)
+        batch, dim, rows, columns = words.shape[0], words.shape[1], words.shape[2] // SIDE, words.shape[3] // SIDE
+        words = words.reshape(batch, dim, rows, SIDE, columns, SIDE).permute(0, 2, 4, 3, 5, 1)
+        return words.reshape(batch * rows * columns, SIDE**2, dim), self.outer(x).flatten(2).transpose(1, 2)
+
+
+class SentenceAttention(nn.Module):
+    """Attention of sentences (B, N, dim) of a grid to averages of r x r of them, with a bias (1, heads, N, M) for each pair."""
+
+    def __init__(self, dim: int, num_heads: int, reduction: int):
+        super().__init__()
+        self.num_heads, self.head_dim, self.reduction = num_heads, dim // num_heads, reduction
+        self.q = Linear(dim, dim, bias=False)
+        self.kv = Linear(dim, 2 * dim, bias=False)
+        self.proj = Linear(dim, dim)
+        if reduction > 1:
+            self.linear = Linear(dim, dim)
+            self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, grid: Grid, bias: Tensor) -> Tensor:
+        batch, count, dim = x.shape
+        q = self.q(x).view(batch, count, self.num_heads, self.head_dim).transpose(1, 2)
+        seen = x
+        if self.reduction > 1:
+            pooled = F.avg_pool2d(x.transpose(1, 2).unflatten(2, grid), self.reduction, ceil_mode=True)
+            seen = self.norm(self.linear(pooled.flatten(2).transpose(1, 2)))
+        k, v = self.kv(seen).view(batch, seen.shape[1], 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        return self.proj(out.transpose(1, 2).reshape(batch, count, dim))
+
+
+class PyramidInner(nn.Module):
+    """Words (B N, 16, c) -> the same. The norms run over all words of a sentence together."""
+
+    def __init__(self, dim: int, num_heads: int, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(SIDE**2 * dim)
+        self.attn = Attention(dim, num_heads, qkv_bias=False)
+        self.norm2 = nn.LayerNorm(SIDE**2 * dim)
+        self.mlp = Mlp(dim, 4 * dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, words: Tensor) -> Tensor:
+        words = words + self.drop_path(self.attn(self.norm1(words.flatten(1)).view(words.shape)))
+        return words + self.drop_path(self.mlp(self.norm2(words.flatten(1)).view(words.shape)))
+
+
+class PyramidBlock(nn.Module):
+    """Words (B N, 16, c) and sentences (B, N, C) -> the same; without `inner_heads` the words stay as they are and are not read."""
+
+    def __init__(self, dim: int, inner_dim: int, num_heads: int, inner_heads: int | None, reduction: int, drop_path: float):
+        super().__init__()
+        self.inner = self.gather = None
+        if inner_heads is not None:
+            self.inner = PyramidInner(inner_dim, inner_heads, drop_path)
+            self.gather = Gather(SIDE**2 * inner_dim, dim)
+        attn = SentenceAttention(dim, num_heads, reduction)
+        self.outer = TransformerBlock(dim, num_heads, drop_path=drop_path, attn=attn, eps=EPS)
+
+    def forward(self, both: Pair, grid: Grid, bias: Tensor) -> Pair:
+        words, sentences = both
+        if self.inner is not None and self.gather is not None:
+            words = self.inner(words)
+            sentences = sentences + self.gather(words.reshape(*sentences.shape[:2], words.shape[1] * words.shape[2]))
+        return words, self.outer(sentences, grid, bias)
+
+
+class Merge(nn.Module):
+    """Norm and convolution 3 x 3 of stride 2 on a map that lies channels-last: (B, H, W, in_dim) -> (B, H / 2, W / 2, dim)."""
+
+    def __init__(self, in_dim: int, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(in_dim)
+        self.conv = nn.Conv2d(in_dim, dim, 3, 2, padding=1)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        """Sentences (B, h w, in_dim) -> (B, h' w', dim)."""
+        return self.conv(self.norm(x).transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+
+    def words(self, x: Tensor, grid: Grid) -> Tensor:
+        """Words (B h w, 16, in_dim) -> (B h' w', 16, dim): those of 2 x 2 sentences are a map of 8 x 8."""
+        rows, columns = grid
+        batch, dim = x.shape[0] // (rows * columns), x.shape[2]
+        x = pad_to_multiple(self.norm(x).view(batch, rows, columns, SIDE**2 * dim), 2)
+        rows, columns = -(-rows // 2), -(-columns // 2)
+        x = x.reshape(batch, rows, 2, columns, 2, SIDE, SIDE, dim).permute(0, 1, 3, 7, 2, 5, 4, 6)
+        return self.conv(x.reshape(batch * rows * columns, dim, 2 * SIDE, 2 * SIDE)).flatten(2).transpose(1, 2)
+
+
+class PyramidTNTStage(nn.Module):
+    """Words and sentences of a grid -> those of this stage's.
+
+    Args:
+        blocks: of this stage.
+        merges: what halves the grid before them, of words and of sentences; None in the first stage.
+        num_heads, reduction: of the outer attention.
+        table_grid: the grid that the table of pairs is made for.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], merges: Sequence[nn.Module], num_heads: int, reduction: int, table_grid: Grid):
+        super().__init__()
+        self.downsample = nn.ModuleList(merges)
+        self.blocks = nn.ModuleList(blocks)
+        self.reduction, self.table_grid = reduction, table_grid
+        self.relative_pos = nn.Parameter(torch.randn(1, num_heads, math.prod(table_grid), math.prod(self.reduced(table_grid))))
+        self.cache = EvalCache()
+
+    def reduced(self, grid: Grid) -> Grid:
+        return -(-grid[0] // self.reduction), -(-grid[1] // self.reduction)
+
+    def bias(self, grid: Grid) -> Tensor:
+        """(1, heads, N, M); resampled over both sentences of a pair where the grid is not the one that it was made for."""
+        if grid == self.table_grid:
+            return self.relative_pos
+        return self.cache.get(self, grid, self.relative_pos, lambda: self._resized(grid))
+
+    def _resized(self, grid: Grid) -> Tensor:
+        heads, queries, keys = self.relative_pos.shape[1:]
+        old, new = self.reduced(self.table_grid), self.reduced(grid)
+        table = self.relative_pos.reshape(heads * queries, keys).T[None]
+        table = resize_position_table(table, old, new)[0].T.reshape(heads, queries, math.prod(new))
+        table = table.transpose(0, 1).reshape(1, queries, heads * math.prod(new))
+        table = resize_position_table(table, self.table_grid, grid)
+        return table.reshape(math.prod(grid), heads, math.prod(new)).transpose(0, 1)[None]
+
+    def forward(self, both: Pair, grid: Grid, run: Any) -> tuple[Pair, Grid]:
+        if len(self.downsample):
+            merge_words, merge_sentences = self.downsample
+            both = merge_words.words(both[0], grid), merge_sentences(both[1], grid)  # type: ignore[operator]
+            grid = -(-grid[0] // 2), -(-grid[1] // 2)
+        return run(self.blocks, both, grid, self.bias(grid)), grid
+
+
+_CONVS = [
+    (rf"^patch_embed\.{theirs}\.{3 * number + part}\.", f"stem.{ours.format(number)}.{name}.")
+    for theirs, ours, numbers in (("common_conv", "common", 1), ("inner_convs", "inner", 1), ("outer_convs", "outer.{}", 3))
+    for number in range(numbers)
+    for part, name in ((0, "conv"), (1, "norm"))
+]
+_MERGES = [
+    (rf"^{theirs}_merges\.{number}\.{part}\.", f"stages.{number + 1}.downsample.{place}.{name}.")
+    for number in range(3)
+    for place, theirs in enumerate(("word", "sentence"))
+    for part, name in (("norm", "norm"), (r"conv\.0", "conv"))
+]
+PYRAMID_OFFICIAL = chain(
+    rename((r"^(outer|inner)_pos$", r"stem.\1_pos"), *_CONVS, *_MERGES, (r"\.inner_attn\.(q|kv)\.", r".inner_attn.words_\1.")),
+    _PARTS,
+    join("qkv", "words_q", "words_kv"),
+)
+
+
+def _pyramid(width: int, depths: tuple[int, ...], heads: int, inner_heads: int, **options: Any) -> dict[str, Any]:
+    """A variant; channels and heads grow by 1, 2, 4, 4 from stage to stage."""
+    grow = (1, 2, 4, 4)
+    return dict(
+        depths=depths,
+        dims=tuple(16 * width * g for g in grow),
+        inner_dims=tuple(width * g for g in grow),
+        num_heads=tuple(heads * g for g in grow),
+        inner_heads=tuple(inner_heads * g for g in grow),
+        **options,
+    )
+
+
+@family(
+    "tnt",
+    name="tnt_pyramid",
+    variants={
+        "pico": dict(
+            depths=(2, 1),
+            dims=(32, 64),
+            inner_dims=(4, 8),
+            num_heads=(2, 4),
+            inner_heads=(1, 2),
+            reductions=(2, 1),
+            patch_size=4,
+            image_size=16,
+        ),
+        "ti": _pyramid(5, (2, 6, 3, 2), 2, 1, image_size=192),  # 10.6 M, 75.2 % top-1
+        "s": _pyramid(8, (2, 8, 4, 2), 4, 2, image_size=256),  # 32.0 M, 82.0 %
+        "m": _pyramid(12, (2, 8, 6, 2), 4, 2, image_size=256),  # 85.0 M, 83.5 %
+        "b": _pyramid(16, (2, 10, 6, 2), 4, 2, image_size=256),  # 157 M, 84.1 %
+    },
+    official=PYRAMID_OFFICIAL,
+    crop_pct=0.9,
+)
+class PyramidTNT(Backbone):
+    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes). Maps are of the sentences.
+
+    Args:
+        depths: blocks a stage. The first of a stage has an inner part, in a stage of more than 6 blocks the second too.
+        dims, inner_dims: channels of sentences and of words, a stage.
+        num_heads, inner_heads: heads of the outer and of the inner attention, a stage.
+        reductions: side of the averages that the outer attention looks at, in sentences, a stage.
+        patch_size: side of a sentence of the first stage, pixels, 8 or 4.
+        image_size: side of the square image that the tables are made for, pixels.
+        drop_rate: dropout before the head.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+
+    Raises:
+        ValueError: another patch_size, or lists that differ in length.
+    """
+
+    def __init__(
+        self,
+        *,
+        depths: Sequence[int],
+        dims: Sequence[int],
+        inner_dims: Sequence[int],
+        num_heads: Sequence[int],
+        inner_heads: Sequence[int],
+        reductions: Sequence[int] = (4, 2, 1, 1),
+        patch_size: int = 8,
+        image_size: int = 192,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        if patch_size not in (4, 8):
+            raise ValueError(f"patch_size must be 4 or 8, got {patch_size}")
+        if len({len(row) for row in (depths, dims, inner_dims, num_heads, inner_heads, reductions)}) != 1:
+            raise ValueError("depths, dims, inner_dims, num_heads, inner_heads and reductions need one value a stage")
+        stages = [Stage(dim, patch_size * 2**k) for k, dim in enumerate(dims)]
+        super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
+        self.patch_size = patch_size
+        self.table_grid = grid = self.grid(image_size, image_size)
+        self.stem = PyramidStem(patch_size, in_chans, inner_dims[0], dims[0])
+        self.stem.outer_pos = nn.Parameter(torch.empty(1, math.prod(grid), dims[0]))
+        self.stem.inner_pos = nn.Parameter(torch.empty(1, SIDE**2, inner_dims[0]))
+        self.cache = EvalCache()
+        self.stages = nn.ModuleList()
+        for k, rates in enumerate(drop_path_rates(drop_path_rate, depths)):
+            merges = [Merge(row[k - 1], row[k]) for row in (inner_dims, dims)] if k else []
+            inner = range(2 if depths[k] > 6 else 1)
+            blocks = [
+                PyramidBlock(dims[k], inner_dims[k], num_heads[k], inner_heads[k] if i in inner else None, reductions[k], rate)
+                for i, rate in enumerate(rates)
+            ]
+            grid = (-(-grid[0] // 2), -(-grid[1] // 2)) if k else grid
+            self.stages.append(PyramidTNTStage(blocks, merges, num_heads[k], reductions[k], grid))
+        self.norm = LayerNorm2d(dims[-1], eps=EPS)
+        init_weights(self, conv=False)
+        for table in (self.stem.outer_pos, self.stem.inner_pos):
+            nn.init.trunc_normal_(table, std=0.02)
+
+    def grid(self, height: int, width: int) -> Grid:
+        """Rows and columns of sentences of the first stage."""
+        return -(-height // self.patch_size), -(-width // self.patch_size)
+
+    def positions(self, grid: Grid) -> Tensor:
+        """The sentences' position table of a grid, (1, N, C)."""
+        table: Tensor = self.stem.outer_pos  # type: ignore[assignment]
+        if grid == self.table_grid:
+            return table
+        return self.cache.get(self, grid, table, lambda: resize_position_table(table, self.table_grid, grid))
+
+    def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
+        """Yields the map of the sentences behind each stage, (B, dim_i, h_i, w_i)."""
+        grid = self.grid(*image.shape[-2:])
+        words, sentences = self.stem(pad_to_multiple(image.permute(0, 2, 3, 1), self.patch_size).permute(0, 3, 1, 2))
+        both = (words + self.stem.inner_pos, sentences + self.positions(grid))
+        for stage in self.stages:
+            both, grid = stage(both, grid, self.run_blocks)
+            yield both[1].transpose(1, 2).unflatten(2, grid)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"stem.outer_pos", "stem.inner_pos"}
