@@ -1,0 +1,388 @@
+"""TransNeXt: in one softmax, each token sees its neighbours sharply and the whole map coarsely (Shi, "TransNeXt", 2024).
+
+The idea: an eye sees finely where it looks and coarsely all around. Each query attends to its 3 x 3 neighbourhood and to a pooled grid of
+the whole map at once (aggregated attention); the MLP is a gated unit whose gate looks at its neighbours.
+
+    Q = (q / |q| + QE) tau log(number of keys);  weights = softmax([Q k / |k| + b_local | Q k_pool / |k_pool| + MLP(offset)])
+    out = sum of weights v  +  sum over neighbours of (q / |q| . T_j + b_j) v_j,  the second with learned keys T and after the softmax
+    x <- x + Attention(LN(x));  x <- x + W (GELU(DW_3x3(g)) * v), [g | v] = W' LN(x)
+
+The last stage attends to all tokens plainly, with the same queries. The logarithm of the number of keys, and a position bias that is a
+function of distance, let the model work at sizes that it was not trained on.
+Follows the authors' code (github DaiShiResearch/TransNeXt, native attention), whose checkpoints load by name; distances and logarithms are
+computed in float32 as there. Any image size.
+Cost: quadratic in area, a sixty-fourth of full attention's; with `fixed_pool_size` linear.
+
+How it is fast: neighbours are read as nine moved views of one padded map, not copied nine times; position biases are made once a size in
+eval, from a table with one row a distance.
+
+Legend: B batch, C channels, H W map, N = H W tokens, h heads, d channels a head, P tokens of the pooled grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitarium.catalog import chain, family, rename
+from vitarium.nn import Backbone, DropPath, EvalCache, Linear, Mlp, Stage, drop_path_rates, init_weights
+
+PATHS = ("local", "pooled")
+NEIGHBOURS = [(row, column) for row in range(3) for column in range(3)]
+HEAD_DIM = 24
+
+
+def distances(count: int, pooled: int) -> tuple[list[float], list[list[int]]]:
+    """From each of `count` places to the middle of each of `pooled` cells of an adaptive average pooling of them.
+
+    Returns the distances that occur, in order, and for each place and cell which one it is.
+    """
+    twice = [j * count // pooled - (-(j + 1) * count // pooled) - 1 for j in range(pooled)]  # first place + last place of a cell
+    pairs = [[2 * i - middle for middle in twice] for i in range(count)]
+    kinds = sorted({pair for row in pairs for pair in row})
+    number = {kind: n for n, kind in enumerate(kinds)}
+    return [kind / 2 for kind in kinds], [[number[pair] for pair in row] for row in pairs]
+
+
+def scaled(distance: Tensor, pretrain_side: int) -> Tensor:
+    """Distances in tokens -> the position MLP's input: sign(d) log2(|d| + 1) / 3, where d = 8 is the whole map of pretraining."""
+    distance = distance / (pretrain_side - 1) * 8
+    return distance.sign() * (distance.abs() + 1).log2() / 3
+
+
+def inside_counts(height: int, width: int, device: torch.device | None = None) -> Tensor:
+    """How many of a token's 3 x 3 neighbours lie on the map: (N,) float32; 9 inside, 6 at edges, 4 in corners."""
+    rows, columns = (F.avg_pool1d(torch.ones(1, 1, n, device=device), 3, 1, 1)[0, 0].mul(3).round() for n in (height, width))
+    return (rows[:, None] * columns).flatten()
+
+
+def outside(height: int, width: int, device: torch.device | None = None) -> Tensor:
+    """Which of a token's 3 x 3 neighbours lie beyond the border: (N, 9) bool."""
+    on_map = F.pad(torch.ones(height, width, device=device), (1, 1, 1, 1))
+    return torch.stack([on_map[row : row + height, column : column + width] == 0 for row, column in NEIGHBOURS], -1).flatten(0, 1)
+
+
+class DistancePositionBias(nn.Module):
+    """A number a head for each token and each cell of the pooled grid, by an MLP of their distance: (h, N, P)."""
+
+    def __init__(self, num_heads: int, pretrain_side: int, hidden_dim: int = 512):
+        super().__init__()
+        self.pretrain_side = pretrain_side
+        self.cpb_fc1 = nn.Linear(2, hidden_dim)
+        self.cpb_fc2 = nn.Linear(hidden_dim, num_heads)
+
+    def coordinates(self, grid: tuple[int, int], pooled: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Inputs of the MLP, (kinds, 2), rows' distance first; and the kind of each token and cell, (N, P)."""
+        device = self.cpb_fc1.weight.device
+        kinds, numbers = zip(*(distances(n, p) for n, p in zip(grid, pooled, strict=True)), strict=True)
+        values = [scaled(torch.tensor(k, device=device, dtype=torch.float32), self.pretrain_side) for k in kinds]
+        rows, columns = (torch.tensor(n, device=device) for n in numbers)
+        kind = rows[:, None, :, None] * len(kinds[1]) + columns[None, :, None, :]
+        return torch.cartesian_prod(*values).view(len(kinds[0]) * len(kinds[1]), 2), kind.flatten(2).flatten(0, 1)
+
+    def forward(self, grid: tuple[int, int], pooled: tuple[int, int]) -> Tensor:
+        inputs, kind = self.coordinates(grid, pooled)
+        table = self.cpb_fc2(F.relu(self.cpb_fc1(inputs.to(self.cpb_fc1.weight.dtype))))
+        return table[kind.flatten()].view(*kind.shape, table.shape[1]).permute(2, 0, 1).contiguous()
+
+
+class CosineAttention(nn.Module):
+    """What both attentions share: queries of unit length with their embedding, times temperature and the logarithm of the keys' number."""
+
+    def __init__(self, dim: int, num_heads: int, pretrain_side: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.temperature = nn.Parameter(torch.full((num_heads, 1, 1), math.log(math.exp(1 / 0.24) - 1)))
+        self.query_embedding = nn.Parameter(torch.empty(num_heads, 1, dim // num_heads))
+        self.position_bias = DistancePositionBias(num_heads, pretrain_side)
+        self.proj = Linear(dim, dim)
+        self.cache = EvalCache()
+        nn.init.trunc_normal_(self.query_embedding, std=0.02)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, h, N, d)."""
+        return x.unflatten(2, (self.num_heads, x.shape[2] // self.num_heads)).transpose(1, 2)
+
+    def queries(self, unit: Tensor, keys: Tensor) -> Tensor:
+        """Unit queries (B, h, N, d), and how many keys each sees, (N,) or (1,) float32."""
+        return (unit + self.query_embedding) * F.softplus(self.temperature) * keys.log().to(unit.dtype)[:, None]
+
+    def bias(self, grid: tuple[int, int], pooled: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Position biases (h, N, P), kept in eval."""
+        return self.cache.get(self, (grid, pooled, dtype), self.position_bias, lambda: self.position_bias(grid, pooled).to(dtype))
+
+
+class FullAttention(CosineAttention):
+    """Each token to all: (B, H, W, C) -> the same."""
+
+    def __init__(self, dim: int, num_heads: int, pretrain_side: int):
+        super().__init__(dim, num_heads, pretrain_side)
+        self.qkv = Linear(dim, 3 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = (x.shape[1], x.shape[2])
+        q, k, v = (self.heads(part) for part in self.qkv(x.flatten(1, 2)).chunk(3, 2))
+        keys = torch.full((1,), float(grid[0] * grid[1]), device=x.device)
+        q = self.queries(F.normalize(q, dim=-1), keys)
+        y = F.scaled_dot_product_attention(q, F.normalize(k, dim=-1), v, attn_mask=self.bias(grid, grid, q.dtype), scale=1.0)
+        return self.proj(y.transpose(1, 2).flatten(2)).view(x.shape)
+
+
+class AggregatedAttention(CosineAttention):
+    """Each token to its 3 x 3 neighbours and to a pooled grid: (B, H, W, C) -> the same.
+
+    Args:
+        dim, num_heads: channels and heads.
+        pretrain_side: of this stage's map in pretraining, tokens.
+        pool_ratio: sides of the map over sides of the pooled grid, or
+        fixed_pool_size: side of the pooled grid whatever the map.
+        paths: which keys there are: "local", "pooled" or both.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, pretrain_side: int, pool_ratio: int, fixed_pool_size: int | None, paths: Sequence[str] = PATHS
+    ):
+        super().__init__(dim, num_heads, pretrain_side)
+        self.pool_ratio, self.fixed_pool_size, self.paths = pool_ratio, fixed_pool_size, tuple(paths)
+        self.q = Linear(dim, dim)
+        self.kv = Linear(dim, 2 * dim)
+        self.sr = nn.Conv2d(dim, dim, 1)
+        self.norm = nn.LayerNorm(dim)
+        self.relative_pos_bias_local = nn.Parameter(torch.empty(num_heads, 9))
+        self.learnable_tokens = nn.Parameter(torch.empty(num_heads, dim // num_heads, 9))
+        self.learnable_bias = nn.Parameter(torch.zeros(num_heads, 1, 9))
+        nn.init.trunc_normal_(self.relative_pos_bias_local, std=0.0004)
+        nn.init.trunc_normal_(self.learnable_tokens, std=0.02)
+
+    def pooled_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the coarse keys of a map."""
+        if self.fixed_pool_size is not None:
+            return self.fixed_pool_size, self.fixed_pool_size
+        return max(1, height // self.pool_ratio), max(1, width // self.pool_ratio)
+
+    def moved(self, x: Tensor) -> list[Tensor]:
+        """The map as each of the nine neighbours sees it, zero beyond the border: nine views (B, H, W, h, d) of (B, H, W, C)."""
+        height, width = x.shape[1:3]
+        x = F.pad(x, (0, 0, 1, 1, 1, 1)).unflatten(3, (self.num_heads, x.shape[3] // self.num_heads))
+        return [x[:, row : row + height, column : column + width] for row, column in NEIGHBOURS]
+
+    def neighbour_logits(self, q: Tensor, k: Tensor) -> Tensor:
+        """Queries (B, H, W, h, d) and keys (B, H, W, C) -> (B, h, N, 9), minus infinity beyond the border."""
+        logits = torch.stack([(q * moved).sum(-1) for moved in self.moved(k)], -1).flatten(1, 2).transpose(1, 2)
+        beyond = outside(k.shape[1], k.shape[2], k.device)
+        return (logits + self.relative_pos_bias_local[:, None]).masked_fill(beyond, -math.inf)
+
+    def pooled_keys(self, x: Tensor, pooled: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Keys of unit length and values of the coarse grid, (B, h, P, d) each."""
+        coarse = F.adaptive_avg_pool2d(F.gelu(self.sr(x.permute(0, 3, 1, 2))), pooled)
+        k, v = self.kv(self.norm(coarse.permute(0, 2, 3, 1).flatten(1, 2))).chunk(2, 2)
+        return F.normalize(self.heads(k), dim=-1), self.heads(v)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, height, width, dim = x.shape
+        per_head = (self.num_heads, dim // self.num_heads)
+        pooled = self.pooled_grid(height, width)
+        unit = F.normalize(self.heads(self.q(x).flatten(1, 2)), dim=-1)
+        seen = torch.zeros(height * width, device=x.device)
+        if "local" in self.paths:
+            seen = seen + inside_counts(height, width, x.device)
+        if "pooled" in self.paths:
+            seen = seen + pooled[0] * pooled[1]
+        q = self.queries(unit, seen)
+        logits, values = [], []
+        if "local" in self.paths:
+            k, v = self.kv(x).chunk(2, 3)
+            k = F.normalize(k.unflatten(3, per_head), dim=-1).flatten(3)
+            logits.append(self.neighbour_logits(q.transpose(1, 2).unflatten(1, (height, width)), k))
+        if "pooled" in self.paths:
+            k_pool, v_pool = self.pooled_keys(x, pooled)
+            logits.append(q @ k_pool.transpose(-1, -2) + self.bias((height, width), pooled, q.dtype))
+            values.append(v_pool)
+        weights = torch.cat(logits, -1).softmax(-1)
+        y = torch.zeros_like(unit).transpose(1, 2).unflatten(1, (height, width))
+        if "pooled" in self.paths:
+            y = (weights[..., -values[0].shape[2] :] @ values[0]).transpose(1, 2).unflatten(1, (height, width))
+        if "local" in self.paths:
+            near = weights[..., :9] + unit @ self.learnable_tokens + self.learnable_bias
+            near = near.transpose(1, 2).unflatten(1, (height, width))
+            for j, moved in enumerate(self.moved(v)):
+                y = torch.addcmul(y, near[..., j, None], moved)
+        return self.proj(y.flatten(3))
+
+
+class ConvGLU(nn.Module):
+    """Gated unit whose gate sees its neighbours: (B, H, W, C) -> the same."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = Linear(dim, 2 * hidden_dim)
+        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
+        self.fc2 = Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.fc1(x).chunk(2, 3)
+        gate = self.dwconv(gate.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.fc2(F.gelu(gate) * value)
+
+
+class TransNeXtBlock(nn.Module):
+    """(B, H, W, dim) -> the same."""
+
+    def __init__(self, dim: int, attention: nn.Module, mlp: nn.Module, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = attention
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = mlp
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class OverlapPatches(nn.Module):
+    """Overlapping patches and their norm: (B, C_in, H, W) -> (B, ceil(H / stride), ceil(W / stride), C)."""
+
+    def __init__(self, in_dim: int, dim: int, stride: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_dim, dim, 2 * stride - 1, stride, stride - 1)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class TransNeXtStage(nn.Module):
+    """(B, C_in, H, W) -> the normed map (B, C, H', W')."""
+
+    def __init__(self, downsample: OverlapPatches, blocks: Sequence[nn.Module], dim: int):
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, x: Tensor, run: Callable[..., Tensor]) -> Tensor:
+        return self.norm(run(self.blocks, self.downsample(x))).permute(0, 3, 1, 2)
+
+
+def _rules(number: int) -> list[tuple[str, str]]:
+    """The authors' names of stage `number`, from 1."""
+    ours = f"stages.{number - 1}"
+    return [
+        (rf"^patch_embed{number}\.", f"{ours}.downsample."),
+        (rf"^block{number}\.(\d+)\.attn\.cpb_", rf"{ours}.blocks.\1.attn.position_bias.cpb_"),
+        (rf"^block{number}\.(\d+)\.mlp\.dwconv\.dwconv\.", rf"{ours}.blocks.\1.mlp.dwconv."),
+        (rf"^block{number}\.(\d+)\.", rf"{ours}.blocks.\1."),
+        (rf"^norm{number}\.", f"{ours}.norm."),
+    ]
+
+
+OFFICIAL = chain(*(rename(*_rules(number)) for number in (1, 2, 3, 4)))
+_FOUR = dict(mlp_ratios=(8, 8, 4, 4), pool_ratios=(8, 4, 2, 1))
+_MICRO = dict(dims=(48, 96, 192, 384), depths=(2, 2, 15, 2), drop_path_rate=0.15, **_FOUR)
+_SMALL = dict(dims=(72, 144, 288, 576), depths=(5, 5, 22, 5), drop_path_rate=0.45, **_FOUR)
+_BASE = dict(dims=(96, 192, 384, 768), depths=(5, 5, 23, 5), drop_path_rate=0.6, **_FOUR)
+
+
+@family(
+    "transnext",
+    variants={
+        "pico": dict(dims=(24, 48), depths=(2, 2), mlp_ratios=(4, 4), pool_ratios=(4, 1), patch_size=2, pretrain_size=16, image_size=16),
+        "micro": _MICRO,  # 12.8 M, 82.5 % top-1
+        "tiny": dict(dims=(72, 144, 288, 576), depths=(2, 2, 15, 2), drop_path_rate=0.25, **_FOUR),  # 28.2 M, 84.0 %
+        "small": _SMALL,  # 49.7 M, 84.7 %
+        "base": _BASE,  # 89.7 M, 84.8 %
+        "small_384": dict(**_SMALL, image_size=384),  # 86.0 %
+        "base_384": dict(**_BASE, image_size=384),  # 86.2 %
+        "micro_aaaa": dict(_MICRO, pool_ratios=(16, 8, 4, 2), pretrain_size=256, image_size=256),  # 13.1 M, 82.6 %
+    },
+    official=OFFICIAL,
+    crop_pct=0.875,
+)
+class TransNeXt(Backbone):
+    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes).
+
+    Args:
+        dims: channels a stage, multiples of 24, the width of a head.
+        depths: blocks a stage.
+        mlp_ratios: hidden channels of an MLP of the same size as the gated unit over the channels, a stage.
+        pool_ratios: sides of the map over sides of the coarse grid, a stage; 1: full attention.
+        fixed_pool_size: side of the coarse grid whatever the image, so that cost is linear in area (7 for 224 pixels); None: it grows.
+        patch_size: stride of the stem, pixels.
+        pretrain_size: side of the images of pretraining, pixels: the unit of distances. It stays when the model runs at other sizes.
+        paths: keys of aggregated attention, "local", "pooled" or both; one alone for the paper's comparison.
+        conv_glu: the gated unit; False: a plain MLP of the same size, for the paper's comparison.
+        drop_rate: dropout before the head.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+
+    Raises:
+        ValueError: lists of different lengths, other channels or paths.
+    """
+
+    def __init__(
+        self,
+        *,
+        dims: Sequence[int],
+        depths: Sequence[int],
+        mlp_ratios: Sequence[float],
+        pool_ratios: Sequence[int],
+        fixed_pool_size: int | None = None,
+        patch_size: int = 4,
+        pretrain_size: int = 224,
+        paths: Sequence[str] = PATHS,
+        conv_glu: bool = True,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        if not len(dims) == len(depths) == len(mlp_ratios) == len(pool_ratios):
+            given = f"{dims}, {depths}, {mlp_ratios} and {pool_ratios}"
+            raise ValueError(f"dims, depths, mlp_ratios and pool_ratios need one value a stage, got {given}")
+        if wrong := [dim for dim in dims if dim % HEAD_DIM]:
+            raise ValueError(f"dims must be multiples of {HEAD_DIM}, the width of a head, got {wrong[0]}")
+        if not paths or not set(paths) <= set(PATHS):
+            raise ValueError(f"paths must be among {', '.join(PATHS)}, got {paths}")
+        stages = [Stage(dim, patch_size * 2**k) for k, dim in enumerate(dims)]
+        super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
+        rates = drop_path_rates(drop_path_rate, depths)
+
+        def attention(k: int) -> nn.Module:
+            side = max(2, pretrain_size // stages[k].stride)
+            if pool_ratios[k] == 1:
+                return FullAttention(dims[k], dims[k] // HEAD_DIM, side)
+            return AggregatedAttention(dims[k], dims[k] // HEAD_DIM, side, pool_ratios[k], fixed_pool_size, paths)
+
+        def mlp(k: int) -> nn.Module:
+            hidden = mlp_ratios[k] * dims[k]
+            return ConvGLU(dims[k], int(2 / 3 * hidden)) if conv_glu else Mlp(dims[k], int(hidden))
+
+        self.stages = nn.ModuleList(
+            TransNeXtStage(
+                OverlapPatches(dims[k - 1] if k else in_chans, dims[k], 2 if k else patch_size),
+                [TransNeXtBlock(dims[k], attention(k), mlp(k), rate) for rate in rates[k]],
+                dims[k],
+            )
+            for k in range(len(dims))
+        )
+        init_weights(self, conv=False)
+        for part in self.modules():
+            if isinstance(part, nn.Conv2d):
+                nn.init.normal_(part.weight, std=math.sqrt(2 / (part.kernel_size[0] ** 2 * part.out_channels / part.groups)))
+                nn.init.zeros_(part.bias)  # type: ignore[arg-type]
+
+    def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
+        """Yields the normed map of each stage."""
+        x = image.contiguous(memory_format=torch.channels_last)
+        for stage in self.stages:
+            x = stage(x, self.run_blocks)
+            yield x
+
+    def no_weight_decay(self) -> set[str]:
+        spared = ("query_embedding", "relative_pos_bias_local", "temperature")
+        return {name for name, _ in self.named_parameters() if name.endswith(spared) or ".cpb_" in name}

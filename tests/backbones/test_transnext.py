@@ -1,0 +1,185 @@
+"""What is true of TransNeXt alone; what is true of every backbone is tested once, in test_contract.py."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import vitarium
+from tests.golden import assert_matches_golden, compare
+from vitarium.backbones.transnext import (
+    AggregatedAttention,
+    DistancePositionBias,
+    FullAttention,
+    TransNeXt,
+    inside_counts,
+    outside,
+)
+
+
+def outputs(model: TransNeXt, x: Tensor) -> dict[str, Tensor]:
+    _, maps = model.forward_intermediates(x)
+    return {f"stage{i + 1}": m.flatten(2).transpose(1, 2) for i, m in enumerate(maps)} | {"logits": model(x)}
+
+
+def test_equals_the_authors_model():
+    assert_matches_golden("transnext-micro_224", vitarium.create_model("transnext_micro"), outputs)
+
+
+def test_equals_the_authors_coordinates():
+    inputs, kind = DistancePositionBias(1, 14).coordinates((14, 14), (7, 7))
+    got = {"coords": inputs[kind], "local_length": inside_counts(14, 14)[:, None], "mask": outside(14, 14)}
+    assert compare("transnext-cpb_coords", got) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "within"),
+    [
+        ("micro", 12.809304, 1e-6),
+        ("tiny", 28.2, 0.005),
+        ("small", 49.7, 0.005),
+        ("base", 89.7, 0.005),
+        ("base_384", 89.7, 0.005),
+        ("micro_aaaa", 13.1, 0.005),
+    ],
+)
+def test_parameter_counts(name: str, millions: float, within: float):
+    with torch.device("meta"):
+        model = vitarium.create_model(f"transnext_{name}")
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=within)
+
+
+def literal(part: AggregatedAttention, x: Tensor) -> Tensor:
+    """The card's words: unfolded neighbourhoods, the bias of every pair. Also what its speed is compared with. (B, H, W, C)."""
+    batch, height, width, dim = x.shape
+    heads, d, n = part.num_heads, dim // part.num_heads, height * width
+    tokens = x.reshape(batch, n, dim)
+    rows, columns = part.pooled_grid(height, width)
+    split = lambda t: t.reshape(batch, -1, heads, d).transpose(1, 2)
+    unit = F.normalize(split(part.q(tokens)), dim=-1)
+    valid = F.unfold(x.new_ones(1, 1, height, width), 3, padding=1)[0].T  # (N, 9)
+    scale = (valid.sum(1) + rows * columns).log()[:, None]
+    q = (unit + part.query_embedding) * F.softplus(part.temperature) * scale
+    k, v = part.kv(tokens).chunk(2, -1)
+    k = F.normalize(split(k), dim=-1).transpose(1, 2).reshape(batch, n, dim)
+    unfold = lambda t: (
+        F.unfold(t.transpose(1, 2).reshape(batch, dim, height, width), 3, padding=1).view(batch, heads, d, 9, n).permute(0, 1, 4, 2, 3)
+    )
+    local = (q[..., None, :] @ unfold(k))[..., 0, :] + part.relative_pos_bias_local[:, None]
+    local = local.masked_fill(valid == 0, -math.inf)
+    coarse = F.adaptive_avg_pool2d(F.gelu(part.sr(x.permute(0, 3, 1, 2))), (rows, columns)).flatten(2).transpose(1, 2)
+    k_pool, v_pool = part.kv(part.norm(coarse)).chunk(2, -1)
+    pooled = q @ F.normalize(split(k_pool), dim=-1).transpose(-1, -2) + part.position_bias((height, width), (rows, columns))
+    near, far = torch.cat([local, pooled], -1).softmax(-1).split([9, rows * columns], -1)
+    near = near + unit @ part.learnable_tokens + part.learnable_bias
+    y = (unfold(v) @ near[..., None])[..., 0] + far @ split(v_pool)
+    return part.proj(y.transpose(1, 2).reshape(batch, height, width, dim))
+
+
+def aggregated(pool_ratio: int = 2, fixed: int | None = None) -> AggregatedAttention:
+    part = AggregatedAttention(48, 2, 8, pool_ratio, fixed).double().eval()
+    for parameter in part.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return part
+
+
+@pytest.mark.identity
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (2, 5), (1, 1), (16, 6)])
+def test_equals_the_literal_words(size: tuple[int, int]):
+    part = aggregated()
+    x = torch.randn(2, *size, 48, dtype=torch.float64)
+    torch.testing.assert_close(part(x), literal(part, x), rtol=0, atol=1e-5)  # logarithms in float32
+
+
+@pytest.mark.identity
+@pytest.mark.parametrize(("size", "pooled"), [((8, 8), (4, 4)), ((7, 9), (3, 4)), ((5, 3), (7, 7))])
+def test_biases_are_the_mlp_of_each_pair(size: tuple[int, int], pooled: tuple[int, int]):
+    """Also where the cells of the coarse grid differ in size, and where it is finer than the map."""
+    part = DistancePositionBias(3, 8).double()
+    places = torch.stack(torch.meshgrid(*(torch.arange(n).double() for n in size), indexing="ij"))
+    middles = F.adaptive_avg_pool2d(places[None], pooled)[0]
+    apart = (places.flatten(1).T[:, None] - middles.flatten(1).T) / 7 * 8
+    inputs = apart.sign() * (apart.abs() + 1).log2() / math.log2(8)
+    expected = part.cpb_fc2(F.relu(part.cpb_fc1(inputs))).permute(2, 0, 1)
+    torch.testing.assert_close(part(size, pooled), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.identity
+def test_how_many_keys_a_token_sees():
+    counts = inside_counts(5, 4).view(5, 4)
+    assert counts[0, 0] == 4
+    assert counts[0, 1] == 6
+    assert counts[2, 2] == 9
+    assert torch.equal(counts.flatten(), 9 - outside(5, 4).sum(1).float())
+
+
+@pytest.mark.identity
+def test_the_fresh_temperature():
+    part = FullAttention(48, 2, 8)
+    torch.testing.assert_close(F.softplus(part.temperature), torch.full((2, 1, 1), 1 / 0.24))
+
+
+@pytest.mark.identity
+def test_without_learned_keys_weights_sum_to_one():
+    """Values that are one number everywhere come out as they are."""
+    part = aggregated()
+    nn.init.zeros_(part.learnable_tokens)
+    nn.init.zeros_(part.learnable_bias)
+    nn.init.zeros_(part.kv.weight[48:])
+    nn.init.constant_(part.kv.bias[48:], 2.0)
+    part.proj = nn.Identity()
+    out = part(torch.randn(1, 6, 7, 48, dtype=torch.float64))
+    torch.testing.assert_close(out, torch.full_like(out, 2.0), rtol=0, atol=1e-12)
+
+
+@pytest.mark.identity
+def test_a_fixed_grid_of_the_same_size_changes_nothing():
+    part, fixed = aggregated(), aggregated(fixed=4)
+    fixed.load_state_dict(part.state_dict())
+    x = torch.randn(1, 8, 8, 48, dtype=torch.float64)
+    assert torch.equal(part(x), fixed(x))
+    assert fixed(torch.randn(1, 12, 20, 48, dtype=torch.float64)).shape == (1, 12, 20, 48)
+
+
+@pytest.mark.identity
+def test_where_the_neighbourhood_is_the_map_local_attention_is_full_attention():
+    """A 2 x 2 map, without distances and learned keys."""
+    full = FullAttention(48, 2, 8).double()
+    part = AggregatedAttention(48, 2, 8, 2, None, ("local",)).double()
+    for parameter in (
+        part.learnable_tokens,
+        part.relative_pos_bias_local,
+        full.position_bias.cpb_fc2.weight,
+        full.position_bias.cpb_fc2.bias,
+    ):
+        nn.init.zeros_(parameter)
+    full.qkv.weight.data = torch.cat([part.q.weight, part.kv.weight]).detach()
+    full.qkv.bias.data = torch.cat([part.q.bias, part.kv.bias]).detach()
+    for name in ("query_embedding", "temperature"):
+        getattr(full, name).data = getattr(part, name).detach()
+    full.proj.load_state_dict(part.proj.state_dict())
+    x = torch.randn(2, 2, 2, 48, dtype=torch.float64)
+    torch.testing.assert_close(part(x), full(x), rtol=0, atol=1e-12)
+
+
+def test_one_path_alone_and_a_plain_mlp():
+    for options in (dict(paths=("local",)), dict(paths=("pooled",)), dict(conv_glu=False), dict(fixed_pool_size=2)):
+        model = vitarium.create_model("transnext_pico", **options).eval()
+        assert torch.isfinite(model(torch.randn(1, 3, 16, 20))).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(depths=(1,)), "one value a stage"),
+        (dict(dims=(24, 40)), "multiples of 24"),
+        (dict(paths=("near",)), "among local, pooled"),
+    ],
+)
+def test_refuses(options: dict, words: str):
+    with pytest.raises(ValueError, match=words):
+        vitarium.create_model("transnext_pico", **options)
