@@ -1,0 +1,101 @@
+"""Convolutions that train as a sum of several and are deployed as one (RepVGG, MobileOne).
+
+    y = sum_i BN_i(W_i x) + BN_0(x)  =  W x + b
+
+A small kernel is a large one with zeros around it, a kernel in groups is a dense one with zeros off its blocks, a batch norm with fixed
+statistics is affine, and a sum of convolutions is a convolution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitarium.nn.folding import fold_norm_after
+
+
+class ConvNorm(nn.Module):
+    """A convolution and its batch norm: (B, in_dim, H, W) -> (B, dim, ceil(H / stride), ceil(W / stride))."""
+
+    def __init__(self, in_dim: int, dim: int, kernel_size: int, stride: int, groups: int, dilation: int):
+        super().__init__()
+        self.conv = nn.Conv2d(in_dim, dim, kernel_size, stride, kernel_size // 2 * dilation, dilation, groups, bias=False)
+        self.bn = nn.BatchNorm2d(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+
+class RepConv(nn.Module):
+    """Parallel convolutions with batch norms, one after `fold`: (B, in_dim, H, W) -> (B, dim, ceil(H / stride), ceil(W / stride)).
+
+    Where the shape stays, a batch norm alone is one more branch.
+
+    Args:
+        in_dim, dim: channels before and after.
+        branches: kernel size and groups of each convolution.
+        stride: of all of them.
+        dilation: of those with more than one tap.
+
+    Raises:
+        ValueError: an even kernel, or channels that do not divide by the groups.
+    """
+
+    def __init__(self, in_dim: int, dim: int, branches: Sequence[tuple[int, int]], *, stride: int = 1, dilation: int = 1):
+        for kernel, groups in branches:
+            if kernel % 2 == 0:
+                raise ValueError(f"parallel kernels share their middle: sizes must be odd, got {kernel}")
+            if in_dim % groups or dim % groups:
+                raise ValueError(f"{in_dim} -> {dim} channels do not divide into {groups} groups")
+        super().__init__()
+        self.branches = nn.ModuleList(ConvNorm(in_dim, dim, k, stride, g, dilation if k > 1 else 1) for k, g in branches)
+        self.identity = nn.BatchNorm2d(dim) if in_dim == dim and stride == 1 else None
+        self.conv: nn.Conv2d | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.conv is not None:
+            return self.conv(x)
+        y = x.new_zeros(()) if self.identity is None else self.identity(x)
+        for branch in self.branches:
+            y = y + branch(x)
+        return y
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """All branches become one convolution, `conv`. A second call does nothing."""
+        if self.conv is not None:
+            return
+        folded = [fold_norm_after(branch.conv, branch.bn) for branch in self.branches]  # type: ignore[arg-type]
+        largest: Any = max(folded, key=lambda conv: conv.kernel_size[0])  # its stride and padding are the whole's
+        groups = math.gcd(*(conv.groups for conv in folded))
+        if self.identity is not None:
+            unit = nn.Conv2d(largest.in_channels, largest.out_channels, 1, groups=largest.out_channels, bias=False).to(largest.weight)
+            nn.init.ones_(unit.weight)
+            folded.append(fold_norm_after(unit, self.identity))
+        whole = nn.Conv2d(
+            largest.in_channels, largest.out_channels, largest.kernel_size, largest.stride, largest.padding, largest.dilation, groups
+        ).to(largest.weight)
+        whole.weight.copy_(torch.stack([_widened(conv, groups, largest.kernel_size[0]) for conv in folded]).sum(0))
+        whole.bias.copy_(torch.stack([conv.bias for conv in folded]).sum(0))  # type: ignore[misc,union-attr]
+        self.conv, self.branches, self.identity = whole, nn.ModuleList(), None
+
+
+def _widened(conv: nn.Conv2d, groups: int, kernel: int) -> Tensor:
+    """The weight of the same convolution in fewer groups (zeros off the blocks) and with a larger kernel (zeros around)."""
+    out, per_group, side, _ = conv.weight.shape
+    inner = conv.groups // groups  # of the convolution's groups that share one of the new ones
+    weight = conv.weight.new_zeros(groups, inner, out // conv.groups, inner, per_group, side, side)
+    for i in range(inner):
+        weight[:, i, :, i] = conv.weight.view(groups, inner, out // conv.groups, per_group, side, side)[:, i]
+    around = (kernel - side) // 2
+    return F.pad(weight.view(out, inner * per_group, side, side), [around] * 4)
+
+
+def rep_conv(in_dim: int, dim: int, kernel_size: int, *, stride: int = 1, groups: int = 1, dilation: int = 1) -> RepConv:
+    """The usual branches: a K x K beside a 1 x 1, or two 1 x 1 where K is 1."""
+    return RepConv(in_dim, dim, [(kernel_size, groups), (1, groups)], stride=stride, dilation=dilation)
