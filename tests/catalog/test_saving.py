@@ -241,7 +241,7 @@ def forge(path: Path, **changes) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(format=FORMAT + 1, vitarium="9.9", novelty=1), r"written by vitarium 9\.9 \(format 2\).*pip install --upgrade"),
+        (dict(format=FORMAT + 1, vitarium="9.9", novelty=1), r"written by vitarium 9\.9 \(format 3\).*pip install --upgrade"),
         (dict(methods=[{"slug": "pitom", "options": {}}]), "unknown method 'pitom'; did you mean pitome"),
         (dict(methods=[{"slug": "pitome", "options": {"kep": 0.9}}]), "pitome has no option 'kep'; did you mean keep"),
         (dict(methods=[{"slug": "pitome", "options": {}}]), "has no plain vision transformer in it"),

@@ -16,11 +16,13 @@ SURFACE = {
     "info": "model --image-size --json",
     "compare": "--data --models --pretrained --recipe --steps --epochs --minutes --image-size --batch-size --val-fraction --seed --out "
     "--devices --num-nodes --strategy --accelerator --config --print-config",
-    "train": "recipe --data --model --pretrained --checkpoint --set --apply --val-fraction --out --precision --devices --num-nodes "
-    "--strategy --accelerator --config --print-config",
+    "train": "recipe --data --model --pretrained --checkpoint --set --apply --val-fraction --out --trained-only --precision --devices "
+    "--num-nodes --strategy --accelerator --config --print-config",
     "evaluate": "model --data --checkpoint --apply --corruptions --split --val-fraction --seed --batch-size --device --output --json "
     "--config --print-config",
     "predict": "images --model --checkpoint --apply --top-k --batch-size --device --output --json",
+    "index": "folders --model --output --checkpoint --batch-size --device --json --config --print-config",
+    "search": "index images --top-k --model --checkpoint --itself --batch-size --device --output --json --config --print-config",
     "explain": "images --model --output --method --target --measure --checkpoint --apply --batch-size --device --json",
     "restore": "images --model --output --checkpoint --tile --overlap --device --json --config --print-config",
     "compress": "model --apply --output --data --checkpoint --val-fraction --seed --batch-size --batch --compile --device --report --json "

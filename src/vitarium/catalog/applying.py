@@ -132,6 +132,11 @@ def _restore(model: nn.Module, report: AttachReport) -> None:
     with torch.no_grad():
         for name, values in report.tensors.items():
             own[name].data = values.to(own[name].device)
+    for name in report.added:
+        parent, _, leaf = name.rpartition(".")
+        delattr(model.get_submodule(parent), leaf)
+    for name in report.frozen:
+        model.get_parameter(name).requires_grad_(True)
 
 
 def _forget(report: AttachReport) -> None:

@@ -118,6 +118,7 @@ def load_checkpoint(model: nn.Module, source: str | Path, *, strict: bool = True
         best = _fit(model, best.state, LoadReport(str(source), report.dialect, weights.opened))
         report = best.report
     model.load_state_dict(best.ready, strict=False)
+    model.weights_from = str(Path(source).resolve()) if Path(source).exists() else str(source)  # type: ignore[assignment]
     log.log(logging.WARNING if report.resized or report.head or not report.complete else logging.INFO, "%s", report)
     return report
 

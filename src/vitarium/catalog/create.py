@@ -73,8 +73,10 @@ def create_model(
     else:
         model = _create_ours(name, **given)
     model.spec = ModelSpec(name, given)  # type: ignore[assignment]
+    model.weights_from = None  # type: ignore[assignment]  # where its weights come from, for `save(trained_only=True)`
 
-    if checkpoint is None and (tag or pretrained) and not name.startswith(("timm/", "hf/")):
+    published = checkpoint is None and bool(tag or pretrained)
+    if published and not name.startswith(("timm/", "hf/")):
         from vitarium.catalog.weights import fetch_pretrained
 
         checkpoint = fetch_pretrained(name, tag or None)
@@ -82,6 +84,8 @@ def create_model(
         from vitarium.catalog.checkpoints import load_checkpoint
 
         load_checkpoint(model, checkpoint, strict=strict, follow_head=num_classes is None)
+    if published:
+        model.weights_from = f"pretrained:{tag}"  # type: ignore[assignment]
     return model
 
 

@@ -5,8 +5,8 @@
     vitarium.undo(model)
 
 A method is a frozen dataclass under `@method`; its fields are its options, checked in `__post_init__` and saved with the model. It changes
-this one model object and nothing else, in one of two ways that `undo` knows how to take back: it exchanges modules
-(`AttachReport.replaced`), or it overwrites parameters and buffers (`AttachReport.tensors`). No class is patched.
+this one model object and nothing else, in ways that `undo` knows how to take back: it exchanges modules (`AttachReport.replaced`), adds
+some (`added`), overwrites parameters and buffers (`tensors`), or stops parameters from learning (`frozen`). No class is patched.
 
 Kinds apply in the order prune, reduce, adapt, quantize, explain: a later kind may build on what an earlier one left, never the reverse.
 """
@@ -30,7 +30,7 @@ Kind = Literal["prune", "reduce", "adapt", "quantize", "explain"]
 KINDS: tuple[Kind, ...] = ("prune", "reduce", "adapt", "quantize", "explain")
 MethodClass = TypeVar("MethodClass", bound="type[Method]")
 
-BASELINES = {"tome": "pitome", "int8": "mptq_vit", "int4w": "mptq_vit"}
+BASELINES = {"lora": "vpt_proxies", "tome": "pitome", "int8": "mptq_vit", "int4w": "mptq_vit"}
 """Methods that are no system of their own -> the system in whose file they are."""
 
 
@@ -42,6 +42,8 @@ class AttachReport:
         method: with its options as they are now.
         replaced: name of a module -> the module that was there before; what `undo` puts back.
         tensors: name of a parameter or buffer -> its values before, where they were overwritten in place.
+        added: names of modules that it put into the model beside what was there; `undo` takes them out.
+        frozen: names of parameters that it stopped from learning; `undo` lets them learn again.
         sites: names of the places inside the model that the method works at.
         parameters_added: by the method itself, such as adapters.
         live: objects with an attribute `method` that read their options at every pass; `tune` reaches them.
@@ -54,6 +56,8 @@ class AttachReport:
     method: Method
     replaced: dict[str, nn.Module] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    added: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
     sites: tuple[str, ...] = ()
     parameters_added: int = 0
     live: list[Any] = field(default_factory=list)

@@ -5,11 +5,15 @@ It is a safetensors file, readable by anything that reads those. Its header's me
     vitarium           JSON: the fields of `Record` below
     vitarium_sha256    the file's own sha256, taken with these digits as zeros: one changed byte anywhere, and the file is refused
     format             "pt", which other libraries ask for
+
+Of a model of which only a part was trained (prompts, low-rank additions, a head), `save(..., trained_only=True)` writes that part; the file
+then remembers where the rest came from, and its hash, and `load` takes the rest from there.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import struct
 from collections import Counter
@@ -23,15 +27,29 @@ from torch import Tensor, nn
 
 import vitarium
 from vitarium.catalog.applying import methods_on, rebuild_methods
+from vitarium.catalog.checkpoints import load_checkpoint
 from vitarium.catalog.create import ModelSpec, create_model
 from vitarium.catalog.foreign import configuration_of, library_of, rebuild_transformers
 from vitarium.catalog.preprocessing import Preprocessing
-from vitarium.catalog.states import RECORD, SEAL, existing, looks_like_safetensors, read_safetensors, seal_of
+from vitarium.catalog.states import RECORD, SEAL, existing, fingerprint, looks_like_safetensors, read_safetensors, seal_of
 from vitarium.errors import CheckpointError, UsageError, VitariumError
 from vitarium.files import atomic_path
 
-FORMAT = 1
-"""Version of the record. It rises when an older vitarium could no longer read the file."""
+log = logging.getLogger("vitarium")
+
+FORMAT = 2
+"""Version of the record. It rises when an older vitarium could no longer read the file: 1 whole models, 2 those without their base."""
+
+
+class Base(BaseModel):
+    """Where the weights are that a file leaves out."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    weights_from: str
+    """A path, "hf:OWNER/NAME", an address, or "pretrained:TAG" for the published weights of the model's name."""
+    sha256: str
+    """Fingerprint of the tensors that are left out, in the dtypes that the model had."""
 
 
 class Record(BaseModel):
@@ -57,25 +75,34 @@ class Record(BaseModel):
     """What else built the model, such as "timm 1.0.31"; "" for ours."""
     config: dict[str, Any] | None = None
     """transformers' own configuration, for hf/ models."""
+    base: Base | None = None
+    """What the file leaves out; None: nothing."""
 
 
-def save(model: nn.Module, path: str | Path) -> None:
+def save(model: nn.Module, path: str | Path, *, trained_only: bool = False) -> None:
     """Write a model to one file, whole or not at all.
 
     Args:
         model: one that `create_model` or `load` made, in any dtype, on any device, of any number of classes since.
         path: where; the usual ending is ".safetensors". An older file there is replaced.
+        trained_only: leave out the parameters that do not learn (`requires_grad`). They must still be those of the file or of the published
+            weights that the model began with, which is looked up; `load` then needs these too.
 
     Raises:
-        UsageError: the model cannot be rebuilt from its name and arguments (which, is said), or the path is no regular file.
+        UsageError: the model cannot be rebuilt from its name and arguments (which, is said), or the path is no regular file; with
+            `trained_only`: nothing is frozen, or the frozen weights are nowhere else.
         OSError: the disk is full or read-only; an older file stays intact.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    tensors, tied = _stored(model.state_dict())
-    record = _record(model).model_copy(update=dict(tied=tied))
-    metadata = {"format": "pt", RECORD: record.model_dump_json(), SEAL: "0" * 64}
+    state, record = model.state_dict(), _record(model)
+    if trained_only:
+        state, record = _without_base(model, state, record)
+    tensors, tied = _stored(state)
+    record = record.model_copy(update=dict(tied=tied))
+    older = {"base"} if record.base is None else None  # then the file is one of format 1, which knows no such key
+    metadata = {"format": "pt", RECORD: record.model_dump_json(exclude=older), SEAL: "0" * 64}
     with atomic_path(path) as temporary:
         try:
             save_file(tensors, temporary, metadata)
@@ -84,11 +111,18 @@ def save(model: nn.Module, path: str | Path) -> None:
         _seal(temporary)
 
 
-def load(path: str | Path, *, device: str | torch.device | None = None) -> nn.Module:
-    """The model of a file that `save` wrote: same name, arguments, dtypes and outputs, in eval mode. Fetches nothing.
+def load(path: str | Path, *, device: str | torch.device | None = None, base: str | Path | None = None) -> nn.Module:
+    """The model of a file that `save` wrote: same name, arguments, dtypes and outputs, in eval mode. Fetches nothing, but for published
+    weights that the file was saved without and that are in no cache.
+
+    Args:
+        path: the file.
+        device: where the model goes.
+        base: for a file of what was trained alone: the weights that it leaves out, where they are no longer at their place (a file of the
+            same name beside `path` is found by itself).
 
     Raises:
-        CheckpointError: missing, damaged, changed, written by a newer version, or not written by `save`.
+        CheckpointError: missing, damaged, changed, written by a newer version, or not written by `save`; or its base is missing or another.
     """
     path = existing(path)
     if not looks_like_safetensors(path):
@@ -102,7 +136,12 @@ def load(path: str | Path, *, device: str | torch.device | None = None) -> nn.Mo
     except (VitariumError, LookupError) as error:
         raise CheckpointError(f"{path} holds {record.name}, which this installation cannot build: {error}") from error
     state |= {name: state[stored] for name, stored in record.tied.items() if stored in state}
+    if record.base is not None:
+        state = _with_base(model, state, path, record, base)
+    elif base is not None:
+        raise UsageError(f"{path} is whole; it takes no base")
     _fill(model, state, path, record)
+    model.weights_from = record.base.weights_from if record.base else str(path.resolve())  # type: ignore[assignment]
     return model.eval().to(device) if device is not None else model.eval()
 
 
@@ -130,7 +169,7 @@ def _record(model: nn.Module) -> Record:
     preprocessing = getattr(model, "preprocessing", None)
     record = Record(
         vitarium=vitarium.__version__,
-        format=FORMAT,
+        format=1,
         name=spec.name,
         arguments=arguments,
         preprocessing=preprocessing and preprocessing.to_dict(),
@@ -205,6 +244,76 @@ def _rebuild(record: Record) -> nn.Module:
     return model
 
 
+# ---- files without their base
+
+
+def check_trained_only(model: nn.Module) -> None:
+    """Say before a training, not after it, that `save(model, path, trained_only=True)` would refuse (the same UsageError)."""
+    _without_base(model, model.state_dict(), _record(model))
+
+
+def _without_base(model: nn.Module, state: Mapping[str, Tensor], record: Record) -> tuple[dict[str, Tensor], Record]:
+    """The tensors that learn (and buffers), and the record that says where the others are.
+
+    Raises:
+        UsageError: none are frozen, or they are nowhere else.
+    """
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    kept = {name: tensor for name, tensor in state.items() if name not in frozen}
+    if len(kept) == len(state):
+        raise UsageError(f"every parameter of this {record.name} learns, so there is no base to leave out; save it whole")
+    source = getattr(model, "weights_from", None)
+    advice = "vitarium.save(the base model, FILE), load it, and adapt that"
+    if source is None:
+        raise UsageError(f"the frozen weights of this {record.name} are in no file that could be named: {advice}")
+    digest = fingerprint({name: state[name] for name in frozen})
+    record = record.model_copy(update=dict(format=FORMAT, base=Base(weights_from=source, sha256=digest)))
+    try:
+        twin = rebuild_methods(_rebuild(record), record.methods)
+        _with_base(twin, kept, Path("the file"), record, None)
+    except CheckpointError as error:
+        raise UsageError(f"the frozen weights of this {record.name} are not in {source} (any more): {advice} ({error})") from error
+    return kept, record
+
+
+def _with_base(model: nn.Module, state: Mapping[str, Tensor], path: Path, record: Record, given: str | Path | None) -> dict[str, Tensor]:
+    """A file's tensors with those that it leaves out, taken from its base.
+
+    Raises:
+        CheckpointError: the base is missing, or another than the file was trained on.
+    """
+    assert record.base is not None
+    source = str(given) if given is not None else record.base.weights_from
+    beside = path.parent / Path(source).name
+    if given is None and not source.startswith("pretrained:") and not Path(source).exists() and beside.is_file():
+        source = str(beside)
+    try:
+        if source.startswith("pretrained:"):
+            tag = source.partition(":")[2]
+            whole = create_model(f"{record.name}.{tag}" if tag else record.name, pretrained=True, **record.arguments)
+            have = rebuild_methods(whole, record.methods).state_dict()
+        else:
+            log.disabled = True  # its report would tell that the base lacks what was trained
+            try:
+                load_checkpoint(model, source, strict=False)
+            finally:
+                log.disabled = False
+            have = model.state_dict()
+    except VitariumError as error:
+        raise CheckpointError(
+            f"{path} holds what was trained on top of {record.name}, and its base is missing: the weights from {source} ({error}); put the "
+            "file there or beside it, or name it: vitarium.load(path, base=FILE)"
+        ) from error
+    dtype = _usual_dtype(state)
+    rest = {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in have.items() if name not in state}
+    if fingerprint(rest) != record.base.sha256:
+        raise CheckpointError(
+            f"{path} was trained on top of another {record.name} than {source} holds: sha256 {record.base.sha256[:16]}... is wanted, "
+            f"{fingerprint(rest)[:16]}... is there; name the right base: vitarium.load(path, base=FILE)"
+        )
+    return {**rest, **state}
+
+
 # ---- the tensors
 
 
@@ -248,15 +357,20 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor], path: Path, record: Rec
     if odd:
         maker = " and ".join(filter(None, (f"vitarium {record.vitarium}", record.library)))
         raise CheckpointError(f"{path} does not fit the {record.name} of this installation (at {odd[0]}); it was written with {maker}")
+    if dtype := _usual_dtype(state):
+        model.to(dtype)  # tables that no file holds, too
+    for name, tensor in state.items():
+        own[name].data = own[name].data.to(tensor.dtype)
+    model.load_state_dict(dict(state))
+
+
+def _usual_dtype(state: Mapping[str, Tensor]) -> torch.dtype | None:
+    """That of most floating-point numbers, None where there are none."""
     sizes = Counter[torch.dtype]()
     for tensor in state.values():
         if tensor.is_floating_point():
             sizes[tensor.dtype] += tensor.numel()
-    if sizes:
-        model.to(sizes.most_common(1)[0][0])  # tables that no file holds, too
-    for name, tensor in state.items():
-        own[name].data = own[name].data.to(tensor.dtype)
-    model.load_state_dict(dict(state))
+    return sizes.most_common(1)[0][0] if sizes else None
 
 
 def _foreign(path: Path) -> CheckpointError:

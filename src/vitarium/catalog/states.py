@@ -118,6 +118,16 @@ def _reading(path: Path) -> Iterator[None]:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
 
 
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and values, in the order of the names: the same wherever the tensors are and lay."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 # ---- safetensors
 
 

@@ -44,6 +44,9 @@ def train(
         Path | None,
         typer.Option("--out", help="Folder; a run that was interrupted goes on.", show_default="runs/RECIPE-MODEL-DATA"),
     ] = None,
+    trained_only: Annotated[
+        bool, typer.Option("--trained-only", help="Write only what was trained; the file then needs the weights that the model began with.")
+    ] = False,
     precision: Annotated[Precision | None, typer.Option(help="Number format.", show_default="the recipe's")] = None,
     devices: Devices = 1,
     num_nodes: NumNodes = 1,
@@ -72,6 +75,10 @@ def train(
     folder = out_folder or Path("runs", slug(f"{Path(recipe).stem}-{name}-{images.name}"))
     learner = kind.create(name, images, settings, pretrained=pretrained, checkpoint=checkpoint)
     apply_methods(learner.model, methods, images)
+    if trained_only:
+        from vitarium.catalog.saving import check_trained_only
+
+        check_trained_only(learner.eval_model())
     with Board([name]) as board:
         result = fit(
             learner,
@@ -89,7 +96,7 @@ def train(
         trained = learner.eval_model()
         if kind.objective != "classification":
             trained.objective = settings.objective  # type: ignore[assignment]
-        vitarium.save(trained, folder / "model.safetensors")
+        vitarium.save(trained, folder / "model.safetensors", trained_only=trained_only)
         show(result, folder / "model.safetensors", kind.usage.format(file=folder / "model.safetensors"))
 
 

@@ -14,6 +14,7 @@ from vitarium.errors import DataError, UsageError, nearest
 TASKS = {
     "image": "vitarium.data.pictures:open_pictures",
     "multilabel": "vitarium.data.multilabel:open_multilabel",
+    "retrieval": "vitarium.data.retrieval:open_retrieval",
     "pairs": "vitarium.data.pairs:open_pairs",
     "panoptic": "vitarium.data.segments:open_panoptic",
     "semantic": "vitarium.data.segments:open_semantic",

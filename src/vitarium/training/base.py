@@ -38,7 +38,8 @@ class Learner(nn.Module):
       parameters and buffers, or a resumed run would not know it.
     - `before_step(step, total)` is called ahead of each step and `after_step(step, total)` once the weights have changed: the place
       for schedules of momentum or temperature and for teachers that follow their student.
-    - Every parameter with `requires_grad` is trained: `model`'s by its layers, others (a projector, a decoder) at the full rate.
+    - Every parameter with `requires_grad` is trained: `model`'s by its layers, others (a projector, a decoder) at the full rate, or at
+      another: an attribute `rates` maps a parameter's name to its share of the rate.
     - `eval_model()` is what is averaged (EMA), evaluated and kept: the model, unless a subclass says otherwise (a teacher, a generator).
 
     An adversarial objective needs several optimizers: its `loss` will give a list, one such dict a player, and name each player's

@@ -1,0 +1,125 @@
+"""Data for learning to find pictures: the classes that are learned from and those that are searched have nothing in common."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vitarium.data.folders import FileImages, list_classes
+from vitarium.data.image_set import ImageData, ImageSet
+from vitarium.data.opening import open_data
+from vitarium.data.parts import natural_order, part_names
+from vitarium.errors import DataError
+
+PICTURES_A_GROUP = 4
+"""Pictures of a class that lie side by side in a batch."""
+
+
+class Groups:
+    """Sample i is a list of `size` pictures of one class, drawn anew each time from Python's generator (which the loader sets).
+
+    Each class has as many groups as its pictures fill; one with fewer pictures than a group repeats some.
+
+    Args:
+        images: single pictures.
+        size: pictures a group.
+    """
+
+    def __init__(self, images: ImageSet, size: int = PICTURES_A_GROUP):
+        self.images, self.size = images, size
+        self.members: dict[int, list[int]] = defaultdict(list)
+        for index, target in enumerate(images.targets):
+            self.members[target].append(index)
+        self.targets = [target for target in sorted(self.members) for _ in range(-(-len(self.members[target]) // size))]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[list[Any], int]:
+        members = self.members[self.targets[index]]
+        chosen = random.sample(members, min(self.size, len(members)))
+        chosen += random.choices(members, k=self.size - len(chosen))
+        return [self.images[i][0] for i in chosen], self.targets[index]
+
+    def describe(self, index: int) -> str:
+        """One of the class's pictures, for them all."""
+        return f"{self.size} pictures such as {self.images.describe(self.members[self.targets[index]][0])}"
+
+
+class Numbered:
+    """Parts of an image set behind one another, under new class numbers."""
+
+    def __init__(self, parts: Sequence[ImageSet], numbers: dict[int, int]):
+        self.parts = parts
+        self.places = [(part, i) for part in parts for i, target in enumerate(part.targets) if target in numbers]
+        self.targets = [numbers[part.targets[i]] for part, i in self.places]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        part, i = self.places[index]
+        return part[i][0], self.targets[index]
+
+    def describe(self, index: int) -> str:
+        """As its part does."""
+        part, i = self.places[index]
+        return part.describe(i)
+
+
+def open_retrieval(spec: str, *, seed: int = 0, val_fraction: float = 0.2, image_size: int | None = None) -> ImageData:
+    """Pictures in classes: groups of four of the first half of the classes to learn from, single ones of the second half to be searched.
+
+    This is the split of CUB-200, Cars-196 and their like, whose class folders can be opened as they are. Folders train/ and val/ (or test/)
+    that have no class in common (Stanford Online Products) are taken for the two parts.
+
+    Args:
+        spec: anything that `open_data` takes for classes.
+        seed: of data that is drawn.
+        val_fraction: not asked: the split is by classes, in the order of their names.
+        image_size: of pictures that are drawn or cropped.
+
+    Returns:
+        `classes` names those that are learned from.
+
+    Raises:
+        DataError: fewer than four classes, or a part of a folder that cannot be used.
+    """
+    apart = _folders_apart(spec)
+    if apart is not None:
+        return apart
+    data = open_data(spec, seed=seed, image_size=image_size)
+    half = len(data.classes) // 2
+    if half < 2:
+        raise DataError(
+            f"{data.name} has {len(data.classes)} classes; learning to find pictures takes four or more: half of them are searched, and "
+            "two or more must be told apart while learning"
+        )
+    parts = (data.train, data.val)
+    train = Numbered(parts, {i: i for i in range(half)})
+    val = Numbered(parts, {i: i - half for i in range(half, len(data.classes))})
+    return ImageData(data.name, Groups(train), val, data.classes[:half], data.image_size)  # type: ignore[arg-type]
+
+
+def _folders_apart(spec: str) -> ImageData | None:
+    """The parts of a folder with train/ and val/ that have no class in common; None for everything else."""
+    path = Path(spec.removeprefix("folder:"))
+    if not path.is_dir():
+        return None
+    train, val = part_names(entry.name for entry in path.iterdir() if entry.is_dir())
+    if train is None or val is None:
+        return None
+    learned, searched = list_classes(path / train), list_classes(path / val)
+    if set(learned.labels) & set(searched.labels):
+        return None
+    sets = []
+    for listing in (learned, searched):
+        classes = sorted(set(listing.labels), key=natural_order)
+        numbers = {label: number for number, label in enumerate(classes)}
+        sets.append((FileImages(listing.samples, [numbers[label] for label in listing.labels]), classes))
+    if len(sets[0][1]) < 2:
+        raise DataError(f"{path / train} has one class only; two or more must be told apart while learning")
+    return ImageData(path.resolve().name, Groups(sets[0][0]), sets[1][0], sets[0][1])  # type: ignore[arg-type]

@@ -1,0 +1,101 @@
+"""LoRA: low-rank additions to the attention's linear layers, y = W x + b + (alpha / r) B A x (Hu et al. 2021).
+
+W and b stay as they are, A (r, in) begins random, B (out, r) with zeros: a fresh addition changes nothing, bit for bit.
+
+    vitarium.apply(model, "lora:rank=8")
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitarium.anatomy import AttentionView, of
+from vitarium.catalog.methods import AttachReport, Method, method
+from vitarium.errors import AttachError, UsageError
+from vitarium.nn import Linear
+from vitarium.perception.retrieval.prompts import freeze
+
+
+class LowRankLinear(nn.Module):
+    """A linear layer with an addition of rank r; `weight` and `bias` are the layer's own tensors, under their own names."""
+
+    trained_part = True
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        self.in_features, self.out_features, self.rank, self.factor = linear.in_features, linear.out_features, rank, alpha / rank
+        self.weight, self.bias = linear.weight, linear.bias
+        place = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        self.down = nn.Linear(linear.in_features, rank, bias=False, **place)
+        self.up = nn.Linear(rank, linear.out_features, bias=False, **place)
+        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.up.weight)
+        self.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias) + self.factor * self.up(self.down(x))
+
+    def merged(self) -> nn.Linear:
+        """One plain layer that computes the same: W + (alpha / r) B A."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None).to(self.weight)
+        with torch.no_grad():
+            linear.weight.copy_(self.weight + self.factor * self.up.weight @ self.down.weight)
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
+        return linear
+
+
+@method("lora", kind="adapt")
+@dataclass(frozen=True)
+class LoRA(Method):
+    """Train small additions to queries, keys, values and output layers; everything else but the head is frozen.
+
+    Args:
+        rank: of each addition, at least 1.
+        alpha: the additions are multiplied by alpha / rank.
+    """
+
+    rank: int = 8
+    alpha: float = 8.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise UsageError(f"rank must be a whole number of at least 1, got {self.rank!r}")
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not self.alpha > 0:
+            raise UsageError(f"alpha must be above 0, got {self.alpha!r}")
+
+    def attach(self, model: nn.Module) -> AttachReport:
+        """Exchange the linear layers of every attention (of EVA's the output layers alone: it uses the others' weights by themselves).
+
+        Raises:
+            UnsupportedModel: anatomy does not know the model.
+            AttachError: its attention has no plain linear layers.
+        """
+        view = of(model)
+        plain = {id(layer) for block in view.blocks for layer in _layers(block.attention) if type(layer) in (nn.Linear, Linear)}
+        names = {id(module): name for name, module in model.named_modules() if id(module) in plain}
+        if not names:
+            raise AttachError(f"{view.family} has no plain linear layers in its attention for lora to add to")
+        report = AttachReport(self, sites=tuple(names.values()))
+        for name in names.values():
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            adapted = LowRankLinear(linear, self.rank, self.alpha)
+            report.replaced[name] = linear
+            report.parameters_added += self.rank * (linear.in_features + linear.out_features)
+            model.set_submodule(name, adapted)
+        report.frozen = freeze(model, view.head)
+        return report
+
+
+def _layers(attention: AttentionView) -> list[Any]:
+    """What an attention calls as layers. One with biases apart from its joint layer uses that layer's weight without calling it."""
+    layout = attention.layout
+    apart = any(attention.part(name) is not None for name in layout.biases)
+    return [*(attention.part(name) for name in layout.qkv[1 if apart else 0 :]), attention.proj]

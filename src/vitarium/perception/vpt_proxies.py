@@ -1,0 +1,404 @@
+"""VPTSP: finding pictures with a frozen ViT, by shared prompts, a head, and proxies that class prompts make of the images themselves.
+
+"Learning Semantic Proxies from Visual Prompts for Parameter-Efficient Fine-Tuning in Deep Metric Learning" (Ren, Chen, Wang and Hua, ICLR
+2024). Nothing of the ViT learns. What does:
+
+    x_i = normalise(head(LN(ViT(image_i; prompts))))           10 shared prompts in each block: the embedding
+    p_i = normalise(p_head(LN(ViT(image_i; prompts of y_i))))  5 prompts of the image's class in the first 3 blocks, training only
+    h_c <- GRU(p_i, h_c) for each image i of class c           the semantic part of the proxy, kept over the whole training
+    proxy_c = normalise(bias_c / 2 + h_c / 2)                  bias_c: a classical learned proxy
+
+and ProxyAnchor draws the x of a class to its proxy and pushes others away. Afterwards the proxies are thrown away; the prompts and the
+head, 195 thousand numbers for ViT-S, are all that must be kept beside the ViT (`vitarium.save(model, FILE, trained_only=True)`).
+
+    vitarium.apply(model, "vpt_proxies:prompts=10,embed_dim=384")           any plain ViT: ours, timm's, transformers'
+    vitarium train vpt_proxies --data cub/ --model timm/vit_small_patch16_224.augreg_in21k --pretrained
+    vitarium index pictures/ --model FILE --output pictures.index; vitarium search pictures.index query.jpg
+
+Followed: the authors' code (Noahsark/ParameterEfficient-DML). Different: prompts are more keys and values of the attention, which is the
+same function for less work (retrieval/prompts.py); the container of the h_c is a buffer, so that a training goes on where it was (the
+authors' is lost); images of a class need not lie side by side. Cost: two forward passes a step, none of whose weight gradients are needed;
+at test time 10 more keys a block.
+
+B batch, C channels, E length of an embedding, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import vitarium
+from vitarium.anatomy import Anatomy, Site, install, of
+from vitarium.catalog.create import create_model
+from vitarium.catalog.methods import AttachReport, Method, method
+from vitarium.catalog.registry import State, family, rename
+from vitarium.errors import AttachError, UsageError
+from vitarium.perception.retrieval.embedding import embeddings_of
+from vitarium.perception.retrieval.lora import LoRA as LoRA
+from vitarium.perception.retrieval.metrics import RetrievalMetric
+from vitarium.perception.retrieval.prompts import EmbeddingHead, PromptSite, VisualPrompts, freeze, head_width
+from vitarium.perception.retrieval.proxies import PlainProxies, SemanticProxies
+from vitarium.perception.retrieval.sheet import Found, sheet
+from vitarium.training import Learner, learner
+from vitarium.training.settings import Section
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PROMPTS = "visual_prompts"
+"""Name of the module of prompts in an adapted model."""
+
+
+# ---- the method
+
+
+@method("vpt_proxies", kind="adapt")
+@dataclass(frozen=True)
+class VisualPromptTuning(Method):
+    """Deep visual prompts in a plain ViT, and, if wanted, an embedding in the classifier's place. All else is frozen, but for the head.
+
+    Args:
+        prompts: in each block; 0: none, and the blocks are left as they are.
+        depth: in how many of the first blocks; None: in all.
+        embed_dim: length E of the unit vectors that the model gives out instead of logits; 0: the classifier stays, and learns.
+    """
+
+    prompts: int = 10
+    depth: int | None = None
+    embed_dim: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("prompts", self.prompts, 0), ("depth", self.depth, 1), ("embed_dim", self.embed_dim, 0)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise UsageError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        if not self.prompts and not self.embed_dim:
+            raise UsageError("with prompts=0 and embed_dim=0 there is nothing to train")
+
+    def attach(self, model: nn.Module) -> AttachReport:
+        """Add the prompts, exchange the head, freeze the rest.
+
+        Raises:
+            UnsupportedModel: anatomy does not know the model.
+            AttachError: fewer blocks than `depth`, no head to exchange, or the model cannot be proven (see `anatomy.install`).
+        """
+        view = of(model)
+        depth = view.depth if self.depth is None else self.depth
+        if depth > view.depth:
+            raise AttachError(f"{view.family} has {view.depth} blocks, depth={depth} asks for more")
+        head = _name_of(model, view.head)
+        if self.embed_dim and not head:
+            raise AttachError(f"this {view.family} has no head whose place an embedding could take; use embed_dim=0, or a classifier")
+        weight: Any = view.blocks[0].norm1.weight
+        report = AttachReport(self)
+        if self.prompts:
+            patch = 3 * view.patch_size[0] * view.patch_size[1]
+            prompts = VisualPrompts(weight.shape[0], self.prompts, depth, patch).to(weight)
+
+            def sites(view: Anatomy) -> list[Site]:
+                return [PromptSite(prompts, block, i) for i, block in enumerate(view.blocks)]
+
+            report.replaced, _ = install(model, sites)
+            model.add_module(PROMPTS, prompts)
+            report.added = (PROMPTS,)
+            report.sites = tuple(block.name for block in view.blocks[:depth])
+        if self.embed_dim:
+            embedding = EmbeddingHead(head_width(view), self.embed_dim).to(weight)
+            report.replaced[head] = model.get_submodule(head)
+            model.set_submodule(head, embedding)
+            report.sites += (head,)
+        report.parameters_added = sum(p.numel() for p in trained_parts(model))
+        report.frozen = freeze(model, model.get_submodule(head) if head else None)
+        return report
+
+    def rebuild(self, model: nn.Module, state: Any) -> AttachReport:
+        """As `attach`. The classifier that an embedding replaced is in no file, so that such a model cannot be undone."""
+        report = self.attach(model)
+        report.can_undo = not self.embed_dim
+        return report
+
+
+def _name_of(model: nn.Module, module: nn.Module | None) -> str:
+    """Where a module is in a model; "" where it is not."""
+    return next((name for name, m in model.named_modules() if m is module), "") if module is not None else ""
+
+
+def trained_parts(model: nn.Module) -> list[nn.Parameter]:
+    """The prompts of a model and its embedding head's parameters."""
+    return [p for m in model.modules() if isinstance(m, VisualPrompts | EmbeddingHead) for p in m.parameters()]
+
+
+def head_of(model: nn.Module) -> EmbeddingHead:
+    """The embedding head of an adapted model.
+
+    Raises:
+        UsageError: it has none.
+    """
+    found = [module for module in model.modules() if isinstance(module, EmbeddingHead)]
+    if len(found) != 1:
+        raise UsageError(f"this {type(model).__name__} makes no embeddings to train; apply vpt_proxies:embed_dim=384 to it first")
+    return found[0]
+
+
+def proxy_vectors(model: nn.Module, proxies: SemanticProxies, image: Tensor, labels: Tensor) -> Tensor:
+    """The proxy pass: images (B, 3, H, W) of classes (B,) through the model with their classes' prompts -> p, unit vectors (B, E)."""
+    prompts = [module for module in model.modules() if isinstance(module, VisualPrompts)]
+    if not prompts:
+        raise UsageError("class prompts go where shared ones are: apply vpt_proxies with prompts=1 or more")
+    with prompts[0].instead(proxies.of(labels)), head_of(model).left_out():
+        return proxies.project(model(image))
+
+
+# ---- the authors' models
+
+
+def official(state: State) -> State:
+    """The authors' names -> ours. timm's unused classifier and the cell's unused W_ia are left behind; the container, which the authors'
+    files lack, begins from the learned proxies."""
+    if "proxies_bias" in state and "semantic_container" not in state:
+        state = state | {"semantic_container": F.normalize(state["proxies_bias"], dim=1)}
+    return rename(
+        (r"^model\.head\.", None),
+        (r"^rnn_update\.W_ia$", None),
+        (r"^prompts\.", f"model.{PROMPTS}.layers."),
+        (r"^fc_norm\.", "model.head.norm."),
+        (r"^head\.", "model.head.proj."),
+        (r"^p_prompts\.", "proxies.prompts."),
+        (r"^p_fc_norm\.", "proxies.norm."),
+        (r"^p_head\.", "proxies.proj."),
+        (r"^proxies_bias$", "proxies.bias"),
+        (r"^rnn_update\.", "proxies.cell."),
+        (r"^semantic_container$", "proxies.container"),
+    )(state)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "small": dict(backbone="timm/vit_small_patch16_224", embed_dim=384),
+    "base": dict(backbone="timm/vit_base_patch16_224", embed_dim=512),
+    "pico": dict(backbone="timm/vit_pico", embed_dim=32, prompts=4, class_prompts=2, class_depth=2, num_classes=5, image_size=16),
+}
+
+
+@family("vpt_proxies", variants=VARIANTS, official=official, learner="vpt_proxies", mean=(0.5,) * 3, std=(0.5,) * 3)
+class VPTProxies(nn.Module):
+    """A prompted ViT together with its semantic proxies, as the authors' files hold it. Image (B, 3, H, W) -> unit vectors (B, E).
+
+    `model` is the prompted ViT alone: what is kept once training is over (`vitarium.save(vptsp.model, FILE)`).
+
+    Args:
+        backbone: name of a plain ViT.
+        embed_dim: E.
+        num_classes: of the training; 0: without proxies.
+        prompts, depth: shared prompts of each of the first blocks (None: all).
+        class_prompts, class_depth: prompts of a class in each of the first blocks.
+        image_size: side of the input, pixels.
+        backbone_arguments: more for `create_model`.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        *,
+        embed_dim: int,
+        num_classes: int = 100,
+        prompts: int = 10,
+        depth: int | None = None,
+        class_prompts: int = 5,
+        class_depth: int = 3,
+        image_size: int | None = None,
+        backbone_arguments: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        self.num_classes, self.embed_dim = num_classes, embed_dim
+        self.model = create_model(backbone, image_size=image_size, **(backbone_arguments or {}))
+        self.preprocessing: Any = self.model.preprocessing
+        self.labels: list[str] | None = None
+        vitarium.apply(self.model, VisualPromptTuning(prompts, depth, embed_dim), quiet=True)
+        self.proxies = make_proxies(self.model, num_classes, prompts=class_prompts, depth=class_depth) if num_classes else None
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.model(image)
+
+
+def make_proxies(model: nn.Module, num_classes: int, **options: Any) -> SemanticProxies:
+    """Fresh semantic proxies for a model with an embedding head."""
+    view, head = of(model), head_of(model)
+    dim = view.blocks[0].norm1.weight.shape[0]  # type: ignore[union-attr, arg-type, index]
+    if options.get("depth", 0) > view.depth:
+        raise UsageError(f"class_depth={options['depth']}, and the model has {view.depth} blocks")
+    return SemanticProxies(num_classes, head.embed_dim, int(dim), features=head.in_features, **options)
+
+
+# ---- training
+
+
+class Grouped:
+    """A transform of one picture -> (C, H, W), or of several of one class -> (G, C, H, W), whatever their class is."""
+
+    joint = True
+    needs_target = False
+
+    def __init__(self, single: Any):
+        self.single = single
+
+    def __call__(self, picture: Any, target: int) -> tuple[Tensor, int]:
+        several = isinstance(picture, list)
+        return (torch.stack([self.single(one) for one in picture]) if several else self.single(picture)), target
+
+
+@learner("vpt_proxies")
+class VPTProxiesLearner(Learner):
+    """Embeddings by prompts (or all weights), drawn to proxies of the classes.
+
+    Metrics, on pictures of classes that training never saw: recall at 1, 2, 4 and 8, and MAP@R.
+
+    A batch holds groups of pictures of one class (data/retrieval.py): `batch_size: 16` are 64 pictures in training.
+    """
+
+    class Settings(Section):
+        """Args:
+        tune: what learns beside the head: "prompts", "all" weights (with prompts as well), "head": nothing.
+        proxies: "semantic", or "plain" ProxyAnchor.
+        prompts, depth: shared prompts of each of the first blocks (None: all).
+        embed_dim: length of an embedding.
+        class_prompts, class_depth: prompts of a class in each of the first blocks.
+        ratio: share of the learned proxies in the mix.
+        cell: how a proxy takes in its images.
+        over, mode: see `PlainProxies.loss`.
+        alpha, delta: see `proxy_loss`.
+        proxy_rate: the learned proxies' learning rate over everything else's.
+        """
+
+        tune: Literal["prompts", "all", "head"] = "prompts"
+        proxies: Literal["semantic", "plain"] = "semantic"
+        prompts: Annotated[int, Field(ge=1)] = 10
+        depth: Annotated[int, Field(ge=1)] | None = None
+        embed_dim: Annotated[int, Field(ge=1)] = 384
+        class_prompts: Annotated[int, Field(ge=1)] = 5
+        class_depth: Annotated[int, Field(ge=1)] = 3
+        ratio: Annotated[float, Field(ge=0, le=1)] = 0.5
+        cell: Literal["gru_relu", "gru", "mix"] = "gru_relu"
+        over: Literal["in_batch", "both_all"] = "in_batch"
+        mode: Literal["anchor", "nca"] = "anchor"
+        alpha: Annotated[float, Field(gt=0)] = 32.0
+        delta: float = 0.1
+        proxy_rate: Annotated[float, Field(gt=0)] = 20.0
+
+    data_task = "retrieval"
+    primary_metric = ("recall_at_1", "max")
+    usage = "vitarium index FOLDER --model {file} --output pictures.index"
+
+    def __init__(self, model: nn.Module, settings: Any = None, num_classes: int = 0):
+        super().__init__(model, settings)
+        s = self.settings
+        self.proxies: PlainProxies | None = None
+        self.rates = {"proxies.bias": s.proxy_rate}
+        if not num_classes:
+            return
+        if s.proxies == "plain":
+            self.proxies = PlainProxies(num_classes, head_of(model).embed_dim)
+        else:
+            self.proxies = make_proxies(
+                model, num_classes, prompts=s.class_prompts, depth=min(s.class_depth, of(model).depth), ratio=s.ratio, cell=s.cell
+            )
+
+    @classmethod
+    def create(cls, name: str, data: Any, recipe: Any, *, pretrained: bool = False, checkpoint: str | None = None) -> VPTProxiesLearner:
+        """Args:
+        name: a file of `vitarium.save`, or a model's name with `pretrained` or `checkpoint`: there is nothing to adapt in random weights.
+        data, recipe, pretrained, checkpoint: as of every learner.
+        """
+        from vitarium.data.loader import generators_kept, seed_generators
+
+        settings = recipe.settings_of(cls)
+        if Path(name).is_file() or name.endswith(".safetensors"):
+            model = vitarium.load(name)
+        elif pretrained or checkpoint is not None or settings.tune == "all":
+            model = create_model(name, pretrained=pretrained, checkpoint=checkpoint, image_size=recipe.image_size, **recipe.model_arguments)
+        else:
+            raise UsageError(
+                f"{name} without weights has nothing to adapt: give --model a file that 'vitarium train' or vitarium.save wrote, or "
+                "--pretrained, or --checkpoint FILE"
+            )
+        with generators_kept():
+            seed_generators(recipe.seed)
+            return cls(adapted(model, settings), settings, len(data.classes))
+
+    def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        image, labels, s = batch["image"], batch["target"], self.settings
+        how: dict[str, Any] = dict(over=s.over, mode=s.mode, alpha=s.alpha, delta=s.delta)
+        if self.proxies is None:
+            raise UsageError("a learner that is to train needs proxies: VPTProxiesLearner(model, settings, num_classes=...)")
+        if isinstance(self.proxies, SemanticProxies):
+            p = proxy_vectors(self.model, self.proxies, image, labels)
+            return {"loss": self.proxies.semantic_loss(self.model(image), p, labels, **how)}
+        return {"loss": self.proxies.loss(self.model(image), labels, **how)}
+
+    def transform(self, augment: Any) -> Any:
+        return Grouped(super().transform(augment))
+
+    @staticmethod
+    def collate(samples: list[tuple[Tensor, Any]]) -> dict[str, Any]:
+        """Groups (G, C, H, W) lie behind one another; single pictures as ever."""
+        flat = [(one, target) for tensor, target in samples for one in (tensor if tensor.ndim == 4 else tensor[None])]
+        return Learner.collate(flat)
+
+    def metrics(self) -> Any:
+        """recall_at_1, _2, _4, _8 and map_at_r."""
+        return RetrievalMetric()
+
+    def evaluate_batch(self, model: nn.Module, batch: dict[str, Any], metrics: Any) -> None:
+        metrics.update(embeddings_of(model, batch["image"]), batch["target"])
+
+    def summary(self, metrics: Any) -> dict[str, Any]:
+        return metrics.compute()
+
+    def pictures(self, model: Any, batch: dict[str, Any]) -> dict[str, Image.Image]:
+        """The batch's first pictures, each with those of the batch that are nearest to it; those of its class are marked."""
+        vectors, labels = embeddings_of(model, batch["image"]), batch["target"].tolist()
+        near = (vectors @ vectors.mT).fill_diagonal_(-2).topk(min(6, len(vectors) - 1), dim=1) if len(vectors) > 1 else None
+        shown = [_shown(one, self.model) for one in batch["image"]]
+        rows: list[tuple[Image.Image, Sequence[Found]]] = []
+        for q in range(min(6, len(shown)) if near is not None else 0):
+            assert near is not None
+            pairs = zip(near.indices[q].tolist(), near.values[q].tolist(), strict=True)
+            rows.append((shown[q], [Found(shown[i], f"{value:.2f}", labels[i] == labels[q]) for i, value in pairs]))
+        return {"nearest": sheet(rows)} if rows else {}
+
+    def answers(self, model: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        """The embeddings, as lists of numbers."""
+        return [{"embedding": vector} for vector in embeddings_of(model, batch["image"]).tolist()]
+
+
+def adapted(model: nn.Module, settings: VPTProxiesLearner.Settings) -> nn.Module:
+    """A model with prompts and an embedding head (those that it has, if it has), of which that learns which the settings say."""
+    if isinstance(model, VPTProxies):
+        model = model.model
+    if not any(isinstance(module, EmbeddingHead) for module in model.modules()):
+        vitarium.apply(model, VisualPromptTuning(settings.prompts, settings.depth, settings.embed_dim), quiet=True)
+    if settings.tune == "all":
+        model.requires_grad_(True)
+    elif settings.tune == "head":
+        for module in model.modules():
+            if isinstance(module, VisualPrompts):
+                module.requires_grad_(False)
+    return model
+
+
+def _shown(image: Tensor, model: nn.Module) -> Image.Image:
+    """A prepared image (C, H, W) as a picture."""
+    from PIL import Image
+
+    from vitarium.catalog.create import preprocessing_of
+
+    preparation = preprocessing_of(model)
+    mean, std = (image.new_tensor(values)[:, None, None] for values in (preparation.mean, preparation.std))
+    pixels = (image * std + mean).clamp(0, 1).mul(255).round().byte().cpu().permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).convert("RGB")
