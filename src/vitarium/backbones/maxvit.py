@@ -34,6 +34,7 @@ from vitarium.nn import (
     LayoutCache,
     Mlp,
     PyramidStage,
+    SqueezeExcite,
     Stage,
     WindowAttention,
     fold_norm_after,
@@ -60,18 +61,6 @@ class Conv2dSame(nn.Conv2d):
         (kernel, _), (stride, _) = self.kernel_size, self.stride
         bottom, right = (max((-(-side // stride) - 1) * stride + kernel - side, 0) for side in x.shape[-2:])
         return super().forward(F.pad(x, (right // 2, right - right // 2, bottom // 2, bottom - bottom // 2)))
-
-
-class SqueezeExcite(nn.Module):
-    """Channels weighted by what the whole map holds: (B, C, H, W) -> the same."""
-
-    def __init__(self, dim: int, hidden_dim: int):
-        super().__init__()
-        self.fc1 = nn.Conv2d(dim, hidden_dim, 1)
-        self.fc2 = nn.Conv2d(hidden_dim, dim, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.fc2(F.silu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
 
 
 class Shortcut(nn.Module):

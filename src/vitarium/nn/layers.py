@@ -140,6 +140,18 @@ class Mlp(nn.Module):
         return type(self.fc1) is type(self.fc2) is Linear and not any(p._forward_hooks or p._forward_pre_hooks for p in parts)
 
 
+class SqueezeExcite(nn.Module):
+    """Channels weighted by what the whole map holds: (B, C, H, W) -> the same."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Conv2d(dim, hidden_dim, 1)
+        self.fc2 = nn.Conv2d(hidden_dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.fc2(F.silu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
+
+
 def init_weights(module: nn.Module, *, std: float = 0.02, conv: bool = True) -> None:
     """Truncated normal weights and zero biases for every linear (and, with `conv`, convolution) layer below `module`, in place."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) if conv else (nn.Linear,)

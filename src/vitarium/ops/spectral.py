@@ -1,6 +1,8 @@
-"""Filters in the Fourier domain."""
+"""Filters in the Fourier domain, and the cosine transform."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -34,3 +36,37 @@ def global_filter(x: Tensor, weight: Tensor) -> Tensor:
 def resize_filter(weight: Tensor, grid: tuple[int, int]) -> Tensor:
     """A filter of `global_filter` for another grid of frequencies, bilinear, corner to corner: (C, h, w, 2) -> (C, *grid, 2)."""
     return F.interpolate(weight.permute(3, 0, 1, 2), grid, mode="bilinear", align_corners=True).permute(1, 2, 3, 0)
+
+
+def dct_matrix(size: int, keep: int, like: Tensor) -> Tensor:
+    """The `keep` lowest rows of the orthonormal DCT-II along a line of `size` samples: (keep, size), of orthonormal rows."""
+    line = torch.arange(size, device=like.device, dtype=torch.float64) + 0.5
+    rows = torch.arange(keep, device=like.device, dtype=torch.float64)
+    matrix = (math.pi / size * rows[:, None] * line).cos() * (2 / size) ** 0.5
+    return torch.where(rows[:, None] == 0, size**-0.5, matrix).to(like.dtype)
+
+
+def dct2(x: Tensor, keep: tuple[int, int] | None = None) -> Tensor:
+    """Orthonormal DCT-II of the last two axes, or its lowest frequencies alone: (..., H, W) -> (..., *keep), by default (..., H, W).
+
+    Half precision is computed and given back in float32: the first coefficient is sqrt(H W) times the mean.
+
+    Raises:
+        ValueError: more coefficients to keep than there are samples.
+    """
+    height, width = x.shape[-2:]
+    rows, columns = keep or (height, width)
+    if rows > height or columns > width:
+        raise ValueError(f"a map of {height}x{width} has as many coefficients, not {rows}x{columns}")
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return dct_matrix(height, rows, x) @ x @ dct_matrix(width, columns, x).T
+
+
+def idct2(coefficients: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    """`dct2` undone, with zeros for the frequencies that are missing: (..., h, w) -> (..., *size), by default (..., h, w)."""
+    rows, columns = coefficients.shape[-2:]
+    height, width = size or (rows, columns)
+    with torch.autocast(coefficients.device.type, enabled=False):
+        x = coefficients.to(torch.promote_types(coefficients.dtype, torch.float32))
+        return dct_matrix(height, rows, x).T @ x @ dct_matrix(width, columns, x)
