@@ -57,7 +57,10 @@ def test_every_timm_source_is_in_timms_table_and_fits(name, tag, source):
     report = best_report(name, state)
     assert report.complete, report
     assert not report.resized
-    assert report.dialect in ("timm", "ours")
+    named = find_model(name)[0].dialects
+    assert report.dialect in (
+        {"timm", "ours"} if "timm" in named else {"ours", *named, "mae, patches"}
+    )  # else timm keeps the authors' names
 
 
 TORCHVISION = {
@@ -114,7 +117,13 @@ def test_the_authors_names_fit(golden, name):
     assert models_that_fit(Weights(Path("w.pth"), [state]), near=name) == [name]
 
 
-@pytest.mark.parametrize("name", [name for family in FAMILIES.values() for name in family.model_names()])
+def some_variants() -> list[str]:
+    """All of a small family; of a large one the first three and the last two: each is compared with every other."""
+    rows = [family.model_names() for family in FAMILIES.values()]
+    return [name for names in rows for name in (names if len(names) <= 6 else [*names[:3], *names[-2:]])]
+
+
+@pytest.mark.parametrize("name", some_variants())
 def test_the_right_variant_is_found_in_every_case(name):
     """A file of any variant, given to any other: it fits exactly or by resizing, or the refusal names the variant that it is of."""
     model = ours(name)

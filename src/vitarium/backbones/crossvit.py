@@ -210,7 +210,7 @@ _384: dict[str, Any] = dict(multi_conv=True, image_size=408, large_size=384)
     },
     official=official,
     weights={
-        name: {"in1k": (f"timm:crossvit_{name if name.endswith('384') else name + '_240'}.in1k",)}
+        name: {"in1k": (f"timm:crossvit_{name.replace('384', '408') if name.endswith('384') else name + '_240'}.in1k",)}
         for name in ("tiny", "small", "base", "9", "9_dagger", "15", "15_dagger", "15_dagger_384", "18", "18_dagger", "18_dagger_384")
     },
     crop_pct=0.875,

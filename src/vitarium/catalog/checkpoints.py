@@ -307,14 +307,15 @@ def models_that_fit(weights: Weights, *, near: str = "") -> list[str]:
     every = families()
     own = [f for f in every if near.startswith(f.name + "_")]
     for group in (own, [f for f in every if f not in own]):
-        found = [pair for f in group for pair in _fitting_variants(f, weights)]
+        found = [pair for f in group for pair in _fitting_variants(f, weights, whole=group is own)]
         if found:
             most = max(quality for quality, _ in found)
             return [name for quality, name in found if quality == most]
     return []
 
 
-def _fitting_variants(f: Family, weights: Weights) -> Iterator[tuple[tuple[int, int, int], str]]:
+def _fitting_variants(f: Family, weights: Weights, *, whole: bool) -> Iterator[tuple[tuple[int, int, int], str]]:
+    """Quality and name of the variants that the file fills: of all, or unless `whole` only if the first one's names are like the file's."""
     shapes = replace(weights, forms=[{name: tensor.to("meta") for name, tensor in form.items()} for form in weights.forms])
     readings = [state for _, state in _readings(f.dialects, shapes)]
     for i, (variant, name) in enumerate(zip(f.variants, f.model_names(), strict=True)):
@@ -326,5 +327,7 @@ def _fitting_variants(f: Family, weights: Weights) -> Iterator[tuple[tuple[int, 
         fits = [_fit(model, state, LoadReport("")) for state in readings]
         if good := [fit.quality() for fit in fits if fit.report.complete and fit.report.filled]:
             yield max(good), name
-        if i == 0:  # a reading that knows less than half of the smallest variant's names is of another architecture
+        if i == 0 and not whole:  # a reading that knows less than half of the smallest variant's names is of another architecture
             readings = [fit.state for fit in fits if fit.report.known >= len(fit.report.missing)]
+            if not readings:
+                return
