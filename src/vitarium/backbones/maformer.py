@@ -1,0 +1,325 @@
+"""MAFormer: what lies near asks what lies far (Wang et al., "MAFormer: Multi-scale Attention Fusion", 2022).
+
+The idea: two streams at each fine map. One attends inside windows, token by token; the other (global learning with down-sampling, GLD)
+mixes all tokens into a few by a linear layer over the token axis. Then each local token attends to the few, instead of adding the streams
+up. Deep stages have few tokens and are plain transformers.
+
+    y = x + WindowAttention(LN x);  y = y + MLP(LN y);  G = W_N LN(x) + P, W_N of m = ceil(share N) rows
+    x <- y + W_o softmax(W_q y (W_k G)^T / sqrt(C / h)) W_v G
+    later stages: x <- x + DW x;  x <- x + Attention(LN x);  x <- x + MLP(LN x)
+
+No code was released: block and fusion are as a later paper printed them; widths, depths, positions (a depth-wise convolution of the values
+in windows) and the shares are this library's. Any image size: windows are padded and padding is never seen; W_N and P are resampled.
+Cost: of GLD m N C; of the fusion 2 m N C; of windows linear in area. At share 1/2 that is quadratic, at 1/16 it is cheap.
+
+How it is fast: tokens stay in rows through a stage; windows are put in order and back once a block; attention runs in the fused kernel;
+what is resampled is kept in eval.
+
+Legend: B batch, N tokens of a map, C channels, h heads, m global tokens, M window side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitarium.catalog import family, rename
+from vitarium.nn import (
+    Attention,
+    Backbone,
+    DropPath,
+    EvalCache,
+    LayerNorm2d,
+    Linear,
+    Mlp,
+    Stage,
+    TransformerBlock,
+    conv_patches,
+    drop_path_rates,
+    init_weights,
+)
+from vitarium.ops.windows import pad_to_multiple, window_partition, window_reverse
+
+Grid = tuple[int, int]
+FUSIONS = ("cross", "add", "concat", "local", "global")
+
+
+def resize_grid(rows: Tensor, old: Grid, new: Grid) -> Tensor:
+    """One row a cell, for another grid, bilinear: (h w, C) -> (h' w', C)."""
+    if old == new:
+        return rows
+    image = F.interpolate(rows.T.unflatten(1, old)[None].float(), size=new, mode="bilinear", align_corners=False)
+    return image[0].flatten(1).T.to(rows.dtype)
+
+
+class LocalAttention(Attention):
+    """Attention inside M x M windows, and a depth-wise 3 x 3 of the values beside it: (B, N, C) of a grid -> the same.
+
+    Windows at the border are padded; no token sees padding.
+    """
+
+    def __init__(self, dim: int, num_heads: int, window_size: int):
+        super().__init__(dim, num_heads)
+        self.window_size = window_size
+        self.local = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:  # type: ignore[override]
+        batch, _, dim = x.shape
+        qkv = self.qkv(x).view(batch, *grid, 3 * dim)
+        near = self.local(qkv[..., 2 * dim :].permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
+        padded = pad_to_multiple(qkv, self.window_size)
+        height, width = padded.shape[1:3]
+        windows = window_partition(padded, self.window_size)
+        q, k, v = windows.view(windows.shape[0], self.window_size**2, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(batch, grid, (height, width), x))
+        y = window_reverse(y.transpose(1, 2).flatten(2), self.window_size, height, width)
+        return self.proj(y[:, : grid[0], : grid[1]].flatten(1, 2) + near)
+
+    def mask(self, batch: int, grid: Grid, padded: Grid, like: Tensor) -> Tensor | None:
+        """True where a key may be seen, (B * windows, 1, 1, M^2); None where nothing is padded."""
+        if grid == padded:
+            return None
+        inside = F.pad(like.new_ones(1, *grid, 1), (0, 0, 0, padded[1] - grid[1], 0, padded[0] - grid[0]))
+        return (window_partition(inside, self.window_size) > 0).transpose(1, 2)[:, None].repeat(batch, 1, 1, 1)
+
+
+class GlobalTokens(nn.Module):
+    """Few tokens of all, by a linear layer over the token axis: (B, N, C) of a grid -> (B, m, C).
+
+    Args:
+        dim: channels.
+        grid: rows and columns that the layer is made for; on another its weight is resampled on both sides, the rows' sums kept.
+        share: global tokens for each token; the sides of their grid are the sides times its root, rounded up.
+    """
+
+    def __init__(self, dim: int, grid: Grid, share: float):
+        super().__init__()
+        self.share, self.made_for = share, (grid, self.coarse(grid, share))
+        fine, few = self.made_for[0], self.made_for[1]
+        self.weight = nn.Parameter(torch.empty(few[0] * few[1], fine[0] * fine[1]))
+        self.positions = nn.Parameter(torch.empty(few[0] * few[1], dim))
+        self.cache = EvalCache()
+        nn.init.trunc_normal_(self.positions, std=0.02)
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        with torch.no_grad():
+            self.weight.add_(nearest_means(fine, few).to(self.weight))
+
+    @staticmethod
+    def coarse(grid: Grid, share: float) -> Grid:
+        """Rows and columns of the global tokens of a map."""
+        rows, columns = (max(1, -int(-side * share**0.5 // 1)) for side in grid)
+        return rows, columns
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        weight, positions = self.at(grid)
+        return weight @ x + positions
+
+    def at(self, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Weight and positions for a grid."""
+        if grid == self.made_for[0]:
+            return self.weight, self.positions
+        return self.cache.get(self, (grid, self.weight.dtype), self, lambda: self._resized(grid))
+
+    def _resized(self, grid: Grid) -> tuple[Tensor, Tensor]:
+        fine, few = self.made_for
+        new = self.coarse(grid, self.share)
+        weight = resize_grid(resize_grid(self.weight, few, new).T, fine, grid).T
+        sums = resize_grid(self.weight.sum(1, keepdim=True), few, new)
+        weight = weight * (self.weight.shape[1] / weight.shape[1])  # as many as were summed before
+        weight = weight + (sums - weight.sum(1, keepdim=True)) / weight.shape[1]  # and the same sum
+        return weight.contiguous(), resize_grid(self.positions, few, new)
+
+
+def nearest_means(fine: Grid, few: Grid) -> Tensor:
+    """The linear map that averages a fine grid's cells into a coarse one's, (m, N)."""
+    count = fine[0] * fine[1]
+    return F.adaptive_avg_pool2d(torch.eye(count).view(count, 1, *fine), few).flatten(1).T
+
+
+class Fusion(nn.Module):
+    """Local tokens and global tokens become one stream: (B, N, C), (B, m, C) of their grids -> what is added to the first, (B, N, C).
+
+    Args:
+        dim, num_heads: channels and heads.
+        kind: "cross" attends from local to global tokens; "add" and "concat" resample the global tokens to the local grid, and add them or
+            put them through a linear layer together with the local ones.
+    """
+
+    def __init__(self, dim: int, num_heads: int, kind: str):
+        super().__init__()
+        self.num_heads, self.kind = num_heads, kind
+        if kind == "cross":
+            self.q, self.kv, self.proj = Linear(dim, dim), Linear(dim, 2 * dim), Linear(dim, dim)
+        elif kind == "concat":
+            self.proj = Linear(2 * dim, dim)
+
+    def forward(self, local: Tensor, few: Tensor, grid: Grid, coarse: Grid) -> Tensor:
+        if self.kind == "cross":
+            heads, size = self.num_heads, local.shape[2] // self.num_heads
+            q = self.q(local).unflatten(2, (heads, size)).transpose(1, 2)
+            k, v = self.kv(few).unflatten(2, (2, heads, size)).permute(2, 0, 3, 1, 4)
+            return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        image = few.transpose(1, 2).unflatten(2, coarse)
+        wide = F.interpolate(image, size=grid, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+        return wide if self.kind == "add" else self.proj(torch.cat([local, wide], 2))
+
+
+class FusionBlock(nn.Module):
+    """The block with two streams of the module's docstring: (B, N, C) of a grid -> the same.
+
+    Args:
+        dim, num_heads: channels and heads.
+        grid, share: see `GlobalTokens`.
+        window_size: side of a window, tokens.
+        mlp_ratio: hidden channels of the MLP over dim.
+        fusion: see `Fusion`; "local" leaves the global stream out, "global" the windows (fused by attention).
+        mlp_after: the MLP comes behind the fusion, not in the local stream.
+        drop_path: stochastic depth of all branches.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid: Grid,
+        share: float,
+        window_size: int,
+        mlp_ratio: float,
+        fusion: str,
+        mlp_after: bool,
+        drop_path: float,
+    ):
+        super().__init__()
+        self.mlp_after = mlp_after
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = LocalAttention(dim, num_heads, window_size) if fusion != "global" else None
+        self.gld = GlobalTokens(dim, grid, share) if fusion != "local" else None
+        self.fusion = Fusion(dim, num_heads, "cross" if fusion == "global" else fusion)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(mlp_ratio * dim))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        normed = self.norm1(x)
+        if self.attn is not None:
+            x = x + self.drop_path(self.attn(normed, grid))
+        if not self.mlp_after:
+            x = x + self.drop_path(self.mlp(self.norm2(x)))
+        if self.gld is not None:
+            few = self.gld(normed, grid)
+            x = x + self.drop_path(self.fusion(x, few, grid, self.gld.coarse(grid, self.gld.share)))
+        return x + self.drop_path(self.mlp(self.norm2(x))) if self.mlp_after else x
+
+
+class DeepBlock(TransformerBlock):
+    """A transformer's block after a depth-wise 3 x 3 that tells where tokens are: (B, N, C) of a grid -> the same."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float):
+        super().__init__(dim, num_heads, mlp_ratio=mlp_ratio, drop_path=drop_path)
+        self.position = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:  # type: ignore[override]
+        image = x.unflatten(1, grid).permute(0, 3, 1, 2)
+        return super().forward(x + self.position(image).permute(0, 2, 3, 1).flatten(1, 2))
+
+
+class TokenStage(nn.Module):
+    """Map (B, C_in, H, W) -> map (B, C, h, w), its blocks on rows of tokens."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]):
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, run: Callable[..., Tensor]) -> Tensor:
+        x = self.downsample(x)
+        grid = (x.shape[2], x.shape[3])
+        return run(self.blocks, x.permute(0, 2, 3, 1).flatten(1, 2), grid).unflatten(1, grid).permute(0, 3, 1, 2)
+
+
+@family(
+    "maformer",
+    variants={
+        "pico": dict(
+            dims=(32, 64), depths=(1, 2), num_heads=(2, 4), shares=(0.25,), patch_size=2, window_size=4, mlp_ratio=2, image_size=16
+        ),
+        # this library's widths and depths; the paper's large model has 85.9 % top-1
+        "s": dict(dims=(64, 128, 256, 512), depths=(2, 4, 16, 2), num_heads=(2, 4, 8, 16), drop_path_rate=0.1),
+        "b": dict(dims=(96, 192, 384, 768), depths=(2, 4, 24, 2), num_heads=(3, 6, 12, 24), drop_path_rate=0.3),
+        "l": dict(dims=(128, 256, 512, 1024), depths=(2, 4, 24, 2), num_heads=(4, 8, 16, 32), drop_path_rate=0.5),
+    },
+    official=rename(),  # no weights were released: the names are this library's
+)
+class MAFormer(Backbone):
+    """Image (B, in_chans, H, W), H and W of at least a last-stage cell -> logits (B, num_classes).
+
+    Args:
+        dims, depths, num_heads: channels, blocks and heads a stage.
+        shares: global tokens for each token, of each stage with two streams, the first ones; the others are plain transformers.
+        patch_size: side of a patch, pixels.
+        window_size: side of a window, tokens.
+        image_size: side of the square image that the layers over the token axis are made for, pixels.
+        mlp_ratio: hidden channels of the MLPs over the channels.
+        fusion, mlp_after: see `FusionBlock`.
+        drop_rate: dropout before the head.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+
+    Raises:
+        ValueError: lists of different lengths, shares outside 0 to 1, an unknown fusion.
+    """
+
+    def __init__(
+        self,
+        *,
+        dims: Sequence[int],
+        depths: Sequence[int],
+        num_heads: Sequence[int],
+        shares: Sequence[float] = (1 / 16, 1 / 2),
+        patch_size: int = 4,
+        window_size: int = 7,
+        image_size: int = 224,
+        mlp_ratio: float = 4.0,
+        fusion: str = "cross",
+        mlp_after: bool = False,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        if not len(dims) == len(depths) == len(num_heads) >= len(shares):
+            raise ValueError(
+                f"dims, depths and num_heads need one value a stage, got {dims}, {depths}, {num_heads}; shares at most so many"
+            )
+        if not all(0 < share <= 1 for share in shares):
+            raise ValueError(f"shares must lie above 0 and up to 1, got {shares}")
+        if fusion not in FUSIONS:
+            raise ValueError(f"fusion must be one of {', '.join(FUSIONS)}, got {fusion!r}")
+        strides = [patch_size * 2**k for k in range(len(dims))]
+        stages = [Stage(*both) for both in zip(dims, strides, strict=True)]
+        super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, min_size=strides[-1])
+        rates = drop_path_rates(drop_path_rate, depths)
+
+        def block(k: int, rate: float) -> nn.Module:
+            if k >= len(shares):
+                return DeepBlock(dims[k], num_heads[k], mlp_ratio, rate)
+            side = max(1, image_size // strides[k])
+            return FusionBlock(dims[k], num_heads[k], (side, side), shares[k], window_size, mlp_ratio, fusion, mlp_after, rate)
+
+        self.stages = nn.ModuleList(
+            TokenStage(
+                conv_patches(dims[k - 1] if k else in_chans, dims[k], 2 if k else patch_size, norm="after"),
+                [block(k, rate) for rate in rates[k]],
+            )
+            for k in range(len(dims))
+        )
+        self.norm = LayerNorm2d(dims[-1], eps=1e-6)
+        init_weights(self)
+
+    def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
+        x = image.contiguous(memory_format=torch.channels_last)
+        for stage in self.stages:
+            x = stage(x, self.run_blocks)
+            yield x
