@@ -1,0 +1,252 @@
+"""S2AFormer: attention squeezed in space and in channels (Xu et al., "S2AFormer: Strip Self-Attention", 2025).
+
+The idea: what attention costs are N^2 pairs times C channels, and both can shrink. Keys and values come from a map that a strided
+depth-wise convolution made smaller; queries and keys have as few as one channel a head (a strip of numbers), while values keep their width.
+Convolutions before and after (LIM) keep the near detail.
+
+    x <- x + DW(x);  x <- x + l1 SSA(LN x);  x <- x + l2 LIM(LN x);  x <- x + l3 MLP(LN x)
+    SSA  x' = LN(DW_r,stride r(x));  q = W_q x, k = W_k x' (d channels a head), v = W_v x' (C / h);  W softmax(q k^T / sqrt(d)) v
+    LIM  W_2 BN(DW GELU(W_1 BN(DW x)))
+
+With d = 1 a head's logits are an outer product, of rank one: that is the paper's trade, and `qk_dim` can lift it.
+No code was released. The order of a block and its parts are the paper's as reported by others; the forms of SSA and LIM, widths and depths
+are this library's, which meet the paper's parameters and MACs. Any image size: a border cell of r x r is filled with zeros.
+Cost: quadratic in image area; r^2 times fewer pairs and 2 C / (h d + C) times fewer products a pair than full attention.
+
+How it is fast: maps lie channels-last in memory, so that norms, 1 x 1 layers and attention read them in place; `fuse()` folds the batch
+norms.
+
+Legend: B batch, C channels, H W map, N = H W, h heads, d = qk_dim, r = sr_ratio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitarium.catalog import family, rename
+from vitarium.nn import Backbone, DropPath, LayerNorm2d, PyramidStage, Stage, drop_path_rates, fold_norm_after, init_weights
+
+
+class StripSelfAttention(nn.Module):
+    """SSA of the module's docstring: (B, C, H, W) -> the same. It stands where an attention to a pooled map stands.
+
+    Args:
+        dim: channels C.
+        num_heads: heads h; dim must divide by it.
+        sr_ratio: r, positions a side that one key stands for.
+        qk_dim: channels d of a head's queries and keys; C / h for the usual width.
+        pool: make the smaller map by means, not by a convolution.
+
+    Raises:
+        ValueError: dim does not divide by num_heads.
+    """
+
+    def __init__(self, dim: int, num_heads: int, sr_ratio: int, qk_dim: int = 1, *, pool: bool = False):
+        if dim % num_heads:
+            raise ValueError(f"dim must divide by num_heads, got {dim} and {num_heads}")
+        super().__init__()
+        self.num_heads, self.sr_ratio = num_heads, sr_ratio
+        if sr_ratio > 1:
+            self.sr: nn.Module = nn.AvgPool2d(sr_ratio) if pool else nn.Conv2d(dim, dim, sr_ratio, sr_ratio, groups=dim)
+            self.sr_norm = LayerNorm2d(dim, eps=1e-6)
+        self.q = nn.Conv2d(dim, num_heads * qk_dim, 1)
+        self.k = nn.Conv2d(dim, num_heads * qk_dim, 1)
+        self.v = nn.Conv2d(dim, dim, 1)
+        self.proj = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        coarse = self.reduce(x)
+        q, k, v = self._heads(self.q(x)), self._heads(self.k(coarse)), self._heads(self.v(coarse))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.proj(y.unflatten(1, (height, width)).permute(0, 3, 1, 2))
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, ceil(H / r), ceil(W / r)), zeros at the right and the bottom first."""
+        if self.sr_ratio == 1:
+            return x
+        bottom, right = (-side % self.sr_ratio for side in x.shape[-2:])
+        return self.sr_norm(self.sr(F.pad(x, (0, right, 0, bottom)) if bottom or right else x))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, h, H W, C / h)."""
+        tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
+        return tokens.unflatten(2, (self.num_heads, x.shape[1] // self.num_heads)).transpose(1, 2)
+
+
+class LocalInteraction(nn.Module):
+    """LIM of the module's docstring: (B, C, H, W) -> the same."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dw1 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.bn1: nn.Module = nn.BatchNorm2d(dim)
+        self.pw1 = nn.Conv2d(dim, dim, 1)
+        self.dw2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.bn2: nn.Module = nn.BatchNorm2d(dim)
+        self.pw2 = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pw2(self.bn2(self.dw2(F.gelu(self.pw1(self.bn1(self.dw1(x)))))))
+
+    def fold(self) -> None:
+        """The norms go into the depth-wise convolutions."""
+        if isinstance(self.bn1, nn.BatchNorm2d) and isinstance(self.bn2, nn.BatchNorm2d):
+            self.dw1, self.bn1 = fold_norm_after(self.dw1, self.bn1), nn.Identity()
+            self.dw2, self.bn2 = fold_norm_after(self.dw2, self.bn2), nn.Identity()
+
+
+class ConvMlp(nn.Module):
+    """1 x 1, depth-wise 3 x 3, GELU, 1 x 1: (B, C, H, W) -> the same."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Conv2d(dim, hidden_dim, 1)
+        self.dw = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
+        self.fc2 = nn.Conv2d(hidden_dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.dw(self.fc1(x))))
+
+
+class HybridPerceptionBlock(nn.Module):
+    """(B, C, H, W) -> the same, channels-last in memory.
+
+    Args:
+        dim, num_heads, sr_ratio, qk_dim, pool: see `StripSelfAttention`.
+        attention, lim: whether the block has them.
+        mlp_ratio: hidden channels of the MLP over dim.
+        drop_path: stochastic depth of the three last branches.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        sr_ratio: int,
+        qk_dim: int,
+        pool: bool,
+        attention: bool,
+        lim: bool,
+        mlp_ratio: float,
+        drop_path: float,
+    ):
+        super().__init__()
+        self.dw = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        branches: dict[str, nn.Module] = {}
+        if attention:
+            branches["attn"] = StripSelfAttention(dim, num_heads, sr_ratio, qk_dim, pool=pool)
+        if lim:
+            branches["lim"] = LocalInteraction(dim)
+        branches["mlp"] = ConvMlp(dim, int(mlp_ratio * dim))
+        self.branches = nn.ModuleDict(branches)
+        self.norms = nn.ModuleDict({name: LayerNorm2d(dim, eps=1e-6) for name in branches})
+        self.scales = nn.ParameterDict({name: nn.Parameter(torch.full((dim,), 1e-5)) for name in branches})
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dw(x)
+        for name, branch in self.branches.items():
+            x = x + self.drop_path(self.scales[name][:, None, None] * branch(self.norms[name](x)))
+        return x
+
+
+class ConvNorm(nn.Module):
+    """A 3 x 3 and a batch norm, perhaps a GELU: (B, C_in, H, W) -> (B, C, ceil(H / stride), ceil(W / stride))."""
+
+    def __init__(self, in_dim: int, dim: int, stride: int, *, gelu: bool = False):
+        super().__init__()
+        self.conv = nn.Conv2d(in_dim, dim, 3, stride, 1, bias=False)
+        self.bn: nn.Module = nn.BatchNorm2d(dim)
+        self.act = nn.GELU() if gelu else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn(self.conv(x)))
+
+    def fold(self) -> None:
+        """The norm goes into the convolution."""
+        if isinstance(self.bn, nn.BatchNorm2d):
+            self.conv, self.bn = fold_norm_after(self.conv, self.bn), nn.Identity()
+
+
+@family(
+    "s2aformer",
+    variants={
+        "pico": dict(dims=(24, 48), depths=(1, 2), num_heads=(2, 4), sr_ratios=(2, 1), stem_stride=1, image_size=16),
+        # the paper's accuracies, this library's sizes
+        "mini": dict(dims=(32, 64, 96, 384), depths=(1, 1, 2, 2)),  # 4.7 M, 75.1 % top-1
+        "t": dict(dims=(40, 80, 120, 400), depths=(1, 1, 4, 2)),  # 5.7 M, 77.7 %
+        "xs": dict(dims=(44, 88, 144, 416), depths=(1, 1, 4, 2)),  # 6.6 M, 78.9 %
+        "s": dict(dims=(48, 96, 288, 480), depths=(1, 1, 3, 2)),  # 10.9 M, 80.8 %
+        "m": dict(dims=(64, 128, 320, 512), depths=(3, 3, 9, 3)),  # 24.2 M, 82.3 %
+    },
+    official=rename(),  # no weights were released: the names are this library's
+)
+class S2AFormer(Backbone):
+    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes).
+
+    Args:
+        dims, depths, num_heads, sr_ratios: channels, blocks, heads and reduction r a stage.
+        qk_dim: see `StripSelfAttention`; None for the usual width of queries and keys, C / h.
+        pool, attention, lim: see `HybridPerceptionBlock`.
+        stem_stride: of the stem's first convolution; each stage halves the map once more.
+        mlp_ratio: hidden channels of the MLPs over the channels.
+        drop_rate: dropout before the head.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+
+    Raises:
+        ValueError: lists of different lengths, or dims that do not divide by their heads.
+    """
+
+    def __init__(
+        self,
+        *,
+        dims: Sequence[int],
+        depths: Sequence[int],
+        num_heads: Sequence[int] = (1, 2, 4, 8),
+        sr_ratios: Sequence[int] = (8, 4, 2, 1),
+        qk_dim: int | None = 1,
+        pool: bool = False,
+        attention: bool = True,
+        lim: bool = True,
+        stem_stride: int = 2,
+        mlp_ratio: float = 4.0,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        if len({len(row) for row in (dims, depths, num_heads, sr_ratios)}) > 1:
+            raise ValueError(
+                f"dims, depths, num_heads and sr_ratios need one value a stage, got {dims}, {depths}, {num_heads}, {sr_ratios}"
+            )
+        stages = [Stage(dim, stem_stride * 2 ** (k + 1)) for k, dim in enumerate(dims)]
+        super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
+        half = dims[0] // 2
+        sides = [(in_chans, stem_stride), (half, 1), (half, 1)]
+        self.stem = nn.Sequential(*(ConvNorm(before, half, stride, gelu=True) for before, stride in sides))
+        rates = drop_path_rates(drop_path_rate, depths)
+
+        def block(k: int, rate: float) -> nn.Module:
+            strip = num_heads[k], sr_ratios[k], qk_dim or dims[k] // num_heads[k]
+            return HybridPerceptionBlock(dims[k], *strip, pool, attention, lim, mlp_ratio, rate)
+
+        self.stages = nn.ModuleList(
+            PyramidStage(ConvNorm(dims[k - 1] if k else half, dims[k], 2), [block(k, rate) for rate in rates[k]]) for k in range(len(dims))
+        )
+        self.head_norm = nn.LayerNorm(dims[-1], eps=1e-6)
+        init_weights(self)
+        for part in self.modules():
+            if isinstance(part, nn.Conv2d) and part.kernel_size != (1, 1):
+                fan_out = part.kernel_size[0] ** 2 * part.out_channels / part.groups
+                nn.init.normal_(part.weight, std=(2 / fan_out) ** 0.5)
+
+    def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
+        x = self.stem(image.contiguous(memory_format=torch.channels_last))
+        for stage in self.stages:
+            x = stage(x, self.run_blocks)
+            yield x
