@@ -122,13 +122,18 @@ def draw(rows: list[dict[str, Any]], output: Path) -> None:
     for row in [row for row in rows if "found" in row][:50]:
         query = opened(row["image"])
         if query is not None:
-            captions = [f"{one['similarity']:.3f} {Path(one['image']).stem[:10]}" for one in row["found"]]
+            captions = [f"{one['similarity']:.3f} {_short(Path(one['image']).stem)}" for one in row["found"]]
             drawn.append((query, [Found(opened(one["image"]), text) for one, text in zip(row["found"], captions, strict=True)]))
     try:
         with atomic_path(output) as temporary:
             sheet(drawn).save(temporary, format={".png": "png", ".webp": "webp"}.get(output.suffix.lower(), "jpeg"))
     except OSError as error:
         raise UsageError(f"cannot write {output}: {error}") from error
+
+
+def _short(name: str) -> str:
+    """At most 12 letters, the last ones among them: pictures of one folder differ at their ends."""
+    return name if len(name) <= 12 else f"{name[:5]}..{name[-5:]}"
 
 
 def show(rows: list[dict[str, Any]]) -> None:

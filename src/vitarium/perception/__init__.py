@@ -8,6 +8,7 @@
 | masks.py | what queries with classes and masks mean: panoptic, instance and semantic maps |
 | segmentation.py | the learner of every segmenter: data, metrics, overlays |
 | overlay.py | maps drawn over pictures |
+| retrieval/ | finding pictures: prompts and additions, proxies, metrics, the index |
 
 A system is a file or folder of its own name beside these.
 """
