@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vitarium
-from tests.golden import assert_matches_golden, compare
+from tests.golden import RESULTS, assert_matches_golden, compare
 from vitarium.backbones.transnext import (
     AggregatedAttention,
     DistancePositionBias,
@@ -33,7 +33,9 @@ def test_equals_the_authors_model():
 def test_equals_the_authors_coordinates():
     inputs, kind = DistancePositionBias(1, 14).coordinates((14, 14), (7, 7))
     got = {"coords": inputs[kind], "local_length": inside_counts(14, 14)[:, None], "mask": outside(14, 14)}
-    assert compare("transnext-cpb_coords", got) < 1e-6
+    error = compare("transnext-cpb_coords", got)
+    assert error < 1e-6
+    RESULTS.append(("transnext-cpb_coords", error))
 
 
 @pytest.mark.parametrize(

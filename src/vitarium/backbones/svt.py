@@ -30,6 +30,7 @@ from vitarium.catalog import chain, family, join, rename
 from vitarium.errors import InputError
 from vitarium.nn import EvalCache, MixerPyramid
 from vitarium.nn.mixer_pyramid import Grid, as_map, as_tokens, pyramid_rules
+from vitarium.ops.precision import without_autocast
 from vitarium.ops.wavelets import FilterBank, dtcwt, filter_bank, inverse_dtcwt
 
 BLOCKS = 4
@@ -79,7 +80,7 @@ class Scattering(nn.Module):
     def mix(self, x: Tensor) -> Tensor:
         """(B, dim, h, w) -> the same."""
         height, width = x.shape[-2:]
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             y = x.to(exact(x))
             if height % 2:
                 y = torch.cat([y, y[..., -1:, :]], -2)

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from vitarium.catalog import family, rename
 from vitarium.nn import Attention, EvalCache, Linear, Mlp, TokenBackbone, TransformerBlock, drop_path_rates, init_weights
 from vitarium.nn.positions import resize_position_table
+from vitarium.ops.precision import without_autocast
 
 Grid = tuple[int, int]
 EPS = 1e-5
@@ -109,7 +110,7 @@ class PerformerLayer(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-8) -> Tensor:
         """What stands in softmax attention's place: three of (B, N, dim) -> (B, N, dim), float32 or wider; `eps` joins a row's sum."""
         wide = torch.promote_types(v.dtype, torch.float32)
-        with torch.autocast(v.device.type, enabled=False):
+        with without_autocast(v):
             phi_q, phi_k = self.features(q.to(wide)), self.features(k.to(wide))
             total = (phi_q @ phi_k.sum(1, keepdim=True).mT) + eps
             return phi_q @ (phi_k.mT @ v.to(wide)) / total

@@ -96,6 +96,11 @@ class Family:
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
 
+    @property
+    def room(self) -> str:
+        """Where its system lives, such as "backbones" or "efficiency/tokens"."""
+        return "/".join(BASES[self.slug].split(".")[1:2]) if self.slug in BASES else find_system(self.slug).room
+
     def model_names(self) -> list[str]:
         """Full names, such as "swin_tiny"."""
         return [f"{self.name}_{variant}" for variant in self.variants]

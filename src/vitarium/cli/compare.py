@@ -75,7 +75,7 @@ def compare(
 
 
 def chosen(text: str) -> list[str]:
-    """Names from a list with commas; patterns become the names that they match, and a name comes once.
+    """Names from a list with commas; patterns become the classifiers that they match, and a name comes once.
 
     Raises:
         UsageError: an empty list, or a pattern that nothing matches.
@@ -84,7 +84,8 @@ def chosen(text: str) -> list[str]:
 
     names: list[str] = []
     for part in filter(None, map(str.strip, text.split(","))):
-        matches = [row["name"] for row in find(part, None)] if any(c in part for c in "*?[") else [part]
+        classifiers = (row["name"] for row in find(part, None) if row["learner"] == "classification")
+        matches = list(classifiers) if any(c in part for c in "*?[") else [part]
         if not matches:
             raise UsageError(f"no model matches {part!r} ('vitarium models' lists all)")
         names += [name for name in matches if name not in names]

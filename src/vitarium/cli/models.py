@@ -46,19 +46,20 @@ def models(
 
 
 def find(pattern: str, room: str | None) -> list[dict[str, Any]]:
-    """Name, family and room of the models that a pattern matches, ours first."""
-    from vitarium.catalog import families, find_system
+    """Name, family, room and objective of the models that a pattern matches, ours first."""
+    from vitarium.catalog import families
     from vitarium.catalog.foreign import TIMM_PICO
 
     check_room(room)
-    rows = [
-        {"name": name, "family": f.name, "room": find_system(f.slug).room} for f in families() for name in f.model_names()
-    ]  # fmt: skip
-    rows += [{"name": f"timm/{name}", "family": "timm", "room": "backbones"} for name in TIMM_PICO]
+    rows = [{"name": name, "family": f.name, "room": f.room, "learner": f.learner} for f in families() for name in f.model_names()]
+    timms = lambda name: {"name": f"timm/{name}", "family": "timm", "room": "backbones", "learner": "classification"}
+    rows += [timms(name) for name in TIMM_PICO]
     if pattern.startswith("timm/"):
         import timm
 
-        rows += [{"name": f"timm/{name}", "family": "timm", "room": "backbones"} for name in timm.list_models()]
+        rows += [
+            {"name": f"timm/{name}", "family": "timm", "room": "backbones", "learner": "classification"} for name in timm.list_models()
+        ]
     wanted = matcher(pattern)
     return [r for r in rows if wanted.match(r["name"]) and in_room(r["room"], room)]
 
@@ -75,12 +76,12 @@ def cost(name: str, macs: bool, image_size: int | None) -> dict[str, Any]:
 
 
 def macs_of(model: nn.Module, image_size: int) -> int | None:
-    """MACs of one image; None for a model that takes no such image (another size, or clips of video)."""
+    """MACs of one image; None for a model that takes no such image (another size, clips) or more than an image (a step, a class)."""
     from vitarium.efficiency.profiler import count_macs
 
     try:
         return count_macs(model, image_size)
-    except InputError:
+    except (InputError, TypeError):
         return None
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vitarium.ops.precision import without_autocast
+
 
 def global_filter(x: Tensor, weight: Tensor) -> Tensor:
     """A circular convolution of each channel with a kernel as large as the map, written as a product of spectra.
@@ -24,7 +26,7 @@ def global_filter(x: Tensor, weight: Tensor) -> Tensor:
     """
     height, width = x.shape[-2:]
     exact = torch.float64 if x.dtype is torch.float64 else torch.float32
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         spectrum = torch.fft.rfft2(x.to(exact), norm="ortho")
         grid = (height, width // 2 + 1)
         weight = weight.to(exact)
@@ -58,7 +60,7 @@ def dct2(x: Tensor, keep: tuple[int, int] | None = None) -> Tensor:
     rows, columns = keep or (height, width)
     if rows > height or columns > width:
         raise ValueError(f"a map of {height}x{width} has as many coefficients, not {rows}x{columns}")
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         return dct_matrix(height, rows, x) @ x @ dct_matrix(width, columns, x).T
 
@@ -67,6 +69,6 @@ def idct2(coefficients: Tensor, size: tuple[int, int] | None = None) -> Tensor:
     """`dct2` undone, with zeros for the frequencies that are missing: (..., h, w) -> (..., *size), by default (..., h, w)."""
     rows, columns = coefficients.shape[-2:]
     height, width = size or (rows, columns)
-    with torch.autocast(coefficients.device.type, enabled=False):
+    with without_autocast(coefficients):
         x = coefficients.to(torch.promote_types(coefficients.dtype, torch.float32))
         return dct_matrix(height, rows, x).T @ x @ dct_matrix(width, columns, x)
