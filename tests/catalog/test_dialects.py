@@ -3,6 +3,7 @@
 On the meta device: names and shapes of models of any size, without their memory. That the values come out right is for the goldens.
 """
 
+import functools
 import json
 from pathlib import Path
 
@@ -117,18 +118,18 @@ def test_the_authors_names_fit(golden, name):
     assert models_that_fit(Weights(Path("w.pth"), [state]), near=name) == [name]
 
 
-def some_variants() -> list[str]:
-    """All of a small family; of a large one the first three and the last two: each is compared with every other."""
-    rows = [family.model_names() for family in FAMILIES.values()]
-    return [name for names in rows for name in (names if len(names) <= 6 else [*names[:3], *names[-2:]])]
+@functools.lru_cache(maxsize=2)
+def siblings(family: str) -> dict[str, nn.Module]:
+    """All variants of a family, without memory; built once for the tests of each."""
+    return {name: ours(name) for name in FAMILIES[family].model_names()}
 
 
-@pytest.mark.parametrize("name", some_variants())
+@pytest.mark.parametrize("name", [name for family in FAMILIES.values() for name in family.model_names()])
 def test_the_right_variant_is_found_in_every_case(name):
     """A file of any variant, given to any other: it fits exactly or by resizing, or the refusal names the variant that it is of."""
     model = ours(name)
     shapes = {k: v.shape for k, v in model.state_dict().items()}
-    others = {other: ours(other) for other in find_model(name)[0].model_names()}
+    others = siblings(find_model(name)[0].name)
     same = [other for other, m in others.items() if {k: v.shape for k, v in m.state_dict().items()} == shapes]
     for other in others:
         report = _fit(others[other], model.state_dict(), LoadReport("")).report

@@ -39,6 +39,8 @@ def test_each_recipe_tells_its_command_in_its_header(name):
     header = resources.files("vitarium.training").joinpath("recipes", f"{name}.yaml").read_text().split("\nmodel:")[0]
     assert f"train {name}" in header
     assert re.search(r"\d", header.partition(f"train {name}")[2]), "it should say how long it takes, or what comes out"
+    if load_recipe(name).objective == {"name": "classification"}:
+        assert "%" in header  # the accuracy
 
 
 @pytest.mark.parametrize(
