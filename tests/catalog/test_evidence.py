@@ -29,6 +29,15 @@ def found(monkeypatch):
     return put
 
 
+def test_every_golden_is_wired():
+    """A golden of a system passes on record; one of a base, which no row of evidence counts, is asked for by name in a test."""
+    passed = {name for row in evidence.recorded().values() for name, error in row["goldens"].items() if error is not None}
+    asked = "".join(file.read_text(encoding="utf-8") for file in TESTS.rglob("test_*.py"))
+    vendored = sorted(file.stem for file in (TESTS / "golden").glob("*.json"))
+    assert vendored
+    assert [name for name in vendored if name not in passed and f'"{name}"' not in asked] == []
+
+
 def test_there_are_103_systems():
     statuses = system_statuses()
     assert [s.slug for s in statuses] == [s.slug for s in systems()]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from vitarium.claims import Arm, Comparison, Measured, claimed_slugs, find_claim, read_ledger, run_claim
+from vitarium.claims import Arm, Comparison, Measured, claimed_slugs, find_claim, read_ledger, run_claim, run_claims
 from vitarium.claims import run as runner
 from vitarium.claims.experiment import Claim, gain_and_error, judge, together
-from vitarium.claims.ledger import write_entry
+from vitarium.claims.ledger import Entry, write_entry
 from vitarium.errors import DataError, UsageError
 
 
@@ -48,7 +49,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         asked.append(f"{arm.model} {seed}")
         return (0.9 if arm.model == "swin_pico" else 0.8) + seed / 1000
 
-    monkeypatch.setattr(runner, "find_claim", lambda slug: claim)
+    monkeypatch.setattr(runner, "find_claim", lambda slug: replace(claim, slug=slug))
     monkeypatch.setattr(runner, "train_arm", train)
     return asked
 
@@ -72,6 +73,56 @@ def test_a_killed_run_goes_on(toy: list[str], tmp_path: Path, monkeypatch: pytes
     run_claim("swin", out=tmp_path, cache=tmp_path / "cache")
     assert len(toy) <= 7
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_killed_batch_goes_on_with_the_claims_that_are_missing(toy: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ran: list[str] = []
+    one = runner.run_claim
+
+    def killed_at_the_second(slug: str, **options) -> Entry:
+        ran.append(slug)
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        return one(slug, **options)
+
+    monkeypatch.setattr(runner, "run_claim", killed_at_the_second)
+    monkeypatch.setattr(runner, "read_ledger", list)  # how long they took decides the order
+    where = {"out": tmp_path / "ledger", "cache": tmp_path / "cache"}
+    with pytest.raises(KeyboardInterrupt):
+        run_claims(["swin", "convnext"], **where)
+    lines: list[str] = []
+    entries = run_claims(["swin", "convnext"], **where, progress=lines.append)
+    assert ran == ["swin", "convnext", "convnext"]
+    assert lines[0] == "going on: 1 of 2 are done"
+    assert [e.slug for e in entries] == ["swin", "convnext"]
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_claim_that_fails_stops_no_other(toy: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    one = runner.run_claim
+
+    def run_one(slug: str, **options) -> Entry:
+        if slug == "swin":
+            raise DataError("no pictures")
+        return one(slug, **options)
+
+    monkeypatch.setattr(runner, "run_claim", run_one)
+    with pytest.raises(DataError, match="no pictures"):
+        run_claims(["swin", "convnext"], out=tmp_path)
+    assert (tmp_path / "convnext.json").exists()
+
+
+def test_claims_in_two_processes(tmp_path: Path):
+    """Real claims in real processes, of arms whose values an earlier run has left."""
+    slugs = ["van", "hornet"]
+    for slug in slugs:
+        arms = [a for c in find_claim(slug).compare() for a in (c.method, c.baseline) if isinstance(a, Arm)]
+        known = {runner.key_of(arm, seed): {"value": 90.0 + seed, "seconds": 1.0} for arm in arms for seed in range(arm.seeds)}
+        (tmp_path / f"{slug}.json").write_text(json.dumps(known))
+    entries = run_claims(slugs, out=tmp_path / "ledger", cache=tmp_path, jobs=2, progress=runner.silent)
+    assert [e.slug for e in entries] == slugs
+    assert read_ledger(tmp_path / "ledger") == [e for slug in ("van", "hornet") for e in entries if e.slug == slug]
+    assert all(c["gain"] == 0 for e in entries for c in e.comparisons)
 
 
 def test_a_ledger_that_cannot_be_written(toy: list[str], tmp_path: Path):

@@ -64,7 +64,7 @@ def swin_claims(monkeypatch):
         write_entry(entry, out)
         return entry
 
-    monkeypatch.setattr("vitarium.claims.run_claim", run_claim)
+    monkeypatch.setattr("vitarium.claims.run.run_claim", run_claim)
     monkeypatch.setattr("vitarium.claims.claimed_slugs", lambda: ["swin", "convnext"])
 
 
@@ -83,9 +83,12 @@ def test_a_claim_shows_its_numbers_and_stands_in_the_ledger(run, swin_claims, tm
 def test_all_claims(run, swin_claims, tmp_path):
     rows = json.loads(run("claim", "--all", "--json", "--out", tmp_path / "ledger").out)
     assert [row["slug"] for row in rows] == ["swin", "convnext"]
+    shown = run("claim", "convnext", "swin", "--out", tmp_path / "ledger").out
+    assert "2 claims in the ledger" in shown
 
 
 def test_claim_refuses(run):
     assert run("claim", "swim").code == 2
     assert "did you mean swin" in run("claim", "swim").err
     assert run("claim", "swin", "--all").code == 2
+    assert run("claim", "swin", "--jobs", 0).code == 2

@@ -6,6 +6,6 @@ data, budget and seeds for both arms, trained by the same loop.
 
 from vitarium.claims.experiment import Arm, Comparison, Measured, claim, claimed_slugs, find_claim
 from vitarium.claims.ledger import Entry, read_ledger
-from vitarium.claims.run import run_claim
+from vitarium.claims.run import run_claim, run_claims
 
-__all__ = ["Arm", "Comparison", "Entry", "Measured", "claim", "claimed_slugs", "find_claim", "read_ledger", "run_claim"]
+__all__ = ["Arm", "Comparison", "Entry", "Measured", "claim", "claimed_slugs", "find_claim", "read_ledger", "run_claim", "run_claims"]

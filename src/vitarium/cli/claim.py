@@ -14,25 +14,26 @@ if TYPE_CHECKING:
     from vitarium.claims import Entry
 
 STYLES = {"held": "green", "not held": "red", "inconclusive": "yellow"}
-CACHE = Path("runs", "claims")  # a claim that is interrupted goes on from here
+CACHE = Path("runs", "claims")  # a claim that is interrupted goes on here
 
 
 def claim(
-    slug: Annotated[str | None, typer.Argument(help="The system. Without it the ledger is shown.")] = None,
-    every: Annotated[bool, typer.Option("--all", help="Run all claims, one after the other.")] = False,
+    slugs: Annotated[list[str] | None, typer.Argument(metavar="SLUG", help="The systems. Without any the ledger is shown.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Run all claims.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Claims at a time, each in a process with its share of the cores.")] = 1,
     out_folder: Annotated[Path | None, typer.Option("--out", help="Folder of the ledger.", show_default="the package's own")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Run the experiment of a system's main claim and write what came out into the ledger, whichever way it came out."""
-    from vitarium.claims import claimed_slugs, read_ledger, run_claim
+    """Run the experiments of systems' main claims and write what came out into the ledger, whichever way it came out."""
+    from vitarium.claims import claimed_slugs, read_ledger, run_claims
 
-    if slug is not None and every:
-        raise UsageError(f"give a system or --all, not both: vitarium claim {slug}")
-    wanted = [slug] if slug is not None else claimed_slugs() if every else []
-    entries = [run_claim(s, out=out_folder, cache=CACHE, progress=say) for s in wanted] if wanted else read_ledger(out_folder)
+    if slugs and every:
+        raise UsageError(f"give systems or --all, not both: vitarium claim {' '.join(slugs)}")
+    wanted = list(dict.fromkeys(slugs or [])) or (claimed_slugs() if every else [])
+    entries = run_claims(wanted, out=out_folder, cache=CACHE, jobs=jobs, progress=say) if wanted else read_ledger(out_folder)
     if as_json:
         print_json([entry.to_dict() for entry in entries])
-    elif slug is not None:
+    elif len(wanted) == 1:
         show(entries[0])
     else:
         summary(entries, claimed_slugs())
