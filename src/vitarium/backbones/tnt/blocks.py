@@ -1,0 +1,37 @@
+"""What TNT and PyramidTNT share: how words join their sentence, the authors' names of both."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from vitarium.catalog import rename
+from vitarium.nn import Linear
+
+Grid = tuple[int, int]
+Pair = tuple[Tensor, Tensor]
+EPS = 1e-5
+"""Of every norm."""
+
+
+class Gather(nn.Module):
+    """The words of each sentence, joined (B, N, n c) -> what they add to it, (B, N, C)."""
+
+    def __init__(self, joined_dim: int, dim: int, *, bias: bool = False):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(joined_dim)
+        self.proj = Linear(joined_dim, dim, bias=bias)
+        self.norm2 = nn.LayerNorm(dim)
+
+    def forward(self, joined: Tensor) -> Tensor:
+        return self.norm2(self.proj(self.norm1(joined)))
+
+
+PARTS = rename(
+    (r"^(.*blocks\.\d+)\.(inner|outer)_(norm1|norm2|attn|mlp)\.", r"\1.\2.\3."),
+    (r"^(.*blocks\.\d+)\.proj_norm([12])\.", r"\1.gather.norm\2."),
+    (r"^(.*blocks\.\d+)\.proj\.", r"\1.gather.proj."),
+    (r"^outer_tokens$", None),  # frozen zeros that nobody reads
+    (r"^proj_norm([12])\.", r"patch_embed.gather.norm\1."),
+    (r"^proj\.", "patch_embed.gather.proj."),
+)
+"""The authors' names of the parts of a block, and of what turns words into sentences, as ours."""
