@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -88,6 +90,11 @@ def literal(model: CrossFormer, image: Tensor) -> Tensor:
             if block.ex_conv is not None:
                 x = block.ex_ln(block.ex_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
     return model.head(model.norm(x.permute(0, 3, 1, 2)).mean((2, 3)))
+
+
+def reference(model: CrossFormer) -> Callable[[Tensor], Tensor]:
+    """What the speed of `model` is compared with: the same function, by these equations, from its weights."""
+    return lambda image: literal(model, image)
 
 
 @pytest.mark.identity

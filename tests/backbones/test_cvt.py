@@ -37,20 +37,32 @@ def test_macs():
     assert count_macs(model, 224) == pytest.approx(4.58e9, rel=0.02)
 
 
-def test_transformers_checkpoints_load():
-    """Equal outputs, once its model is given the activation that the weights were trained with."""
+def reference(model: CvT) -> nn.Module:
+    """What the speed of `model` is compared with: transformers' class, given the activation that the weights were trained with; its
+    random weights are loaded into `model`.
+    """
     from transformers import CvtConfig, CvtForImageClassification
 
-    config = CvtConfig(num_labels=5)
-    theirs = CvtForImageClassification(config).eval()
+    class Logits(CvtForImageClassification):
+        def forward(self, image: Tensor) -> Tensor:
+            return super().forward(image).logits
+
+    Logits.__module__ = CvtForImageClassification.__module__
+    depth, width = ([f(stage) for stage in model.stages] for f in (lambda s: len(s.blocks), lambda s: s.downsample.proj.out_channels))
+    theirs = Logits(CvtConfig(num_labels=model.num_classes, depth=depth, embed_dim=width, drop_path_rate=[0.0] * 3)).eval()
     for part in theirs.modules():
         if type(part).__name__ == "CvtIntermediate":
             part.activation = QuickGELU()
+    model.load_state_dict(TRANSFORMERS(theirs.state_dict()))
+    return theirs
+
+
+def test_transformers_checkpoints_load():
     ours = vitarium.create_model("cvt_13", num_classes=5).eval()
-    ours.load_state_dict(TRANSFORMERS(theirs.state_dict()))
+    theirs = reference(ours)
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(ours(image), theirs(image).logits, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(ours(image), theirs(image), rtol=1e-3, atol=1e-3)
 
 
 def plain_projections(part: ConvAttention) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import vitarium
 from tests.golden import assert_matches_golden
@@ -42,6 +45,47 @@ def test_parameters_of_the_large_models_differ_as_the_authors_say():
         plain, gf, wide = (sum(p.numel() for p in vitarium.create_model(f"hornet_large{n}").parameters()) for n in ("", "_gf", "_gf_384"))
     assert (gf - plain) / 1e6 == pytest.approx(2, abs=0.6)
     assert (wide - gf) / 1e6 == pytest.approx(5, abs=0.6)
+
+
+def reference(model: HorNet) -> Callable[[Tensor], Tensor]:
+    """What the speed of `model` is compared with: the same function, by these equations, from its weights."""
+
+    def conv(x: Tensor, layer: nn.Conv2d) -> Tensor:
+        return F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding, 1, layer.groups)
+
+    def norm(x: Tensor, layer: nn.Module) -> Tensor:
+        mean, var = x.mean(1, keepdim=True), x.var(1, keepdim=True, unbiased=False)
+        return layer.weight[:, None, None] * ((x - mean) / (var + 1e-6).sqrt()) + layer.bias[:, None, None]
+
+    def product(x: Tensor, part: GnConv) -> Tensor:
+        dims = [x.shape[1] // 2**k for k in reversed(range(1 + len(part.pws)))]
+        p, q = conv(x, part.proj_in).split([dims[0], sum(dims)], 1)
+        *gates, last = (conv(q, part.dwconv) / 3).split(dims, 1)
+        for gate, layer in zip(gates, part.pws, strict=True):
+            p = conv(p * gate, layer)
+        return conv(p * last, part.proj_out)
+
+    def literal(image: Tensor) -> Tensor:
+        x = norm(conv(image, model.stem.conv), model.stem.norm)
+        for k, stage in enumerate(model.stages):
+            x = conv(norm(x, stage.downsample.norm), stage.downsample.conv) if k else x
+            for block in stage.blocks:
+                x = x + block.gamma1[:, None, None] * product(norm(x, block.norm1), block.gnconv)
+                y = norm(x, block.norm2).permute(0, 2, 3, 1)
+                y = F.linear(F.gelu(F.linear(y, block.mlp.fc1.weight, block.mlp.fc1.bias)), block.mlp.fc2.weight, block.mlp.fc2.bias)
+                x = x + (block.gamma2 * y).permute(0, 3, 1, 2)
+        x = norm(x.mean((2, 3), keepdim=True), model.head_norm).flatten(1)
+        return F.linear(x, model.head.weight, model.head.bias)
+
+    return literal
+
+
+@pytest.mark.identity
+def test_equals_the_equations():
+    """Of the models with 7 x 7 kernels."""
+    model = vitarium.create_model("hornet_pico", num_classes=7).double().eval()
+    image = torch.randn(2, 3, 34, 20, dtype=torch.float64)
+    torch.testing.assert_close(model(image), reference(model)(image), rtol=0, atol=1e-11)
 
 
 def silent(part: nn.Module) -> nn.Module:

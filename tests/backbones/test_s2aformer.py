@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vitarium
-from vitarium.backbones.s2aformer import StripSelfAttention
+from vitarium.backbones.s2aformer import S2AFormer, StripSelfAttention
 
 
 def filled(part: nn.Module) -> nn.Module:
@@ -79,13 +81,21 @@ class Literal:
         return F.linear(x, self.state["head.weight"], self.state["head.bias"])
 
 
+def reference(model: S2AFormer) -> Callable[[Tensor], Tensor]:
+    """What the speed of `model` is compared with: the same function, by these equations, from its weights."""
+    attentions = [stage.blocks[0].branches["attn"] for stage in model.stages]
+    heads, ratios = tuple(part.num_heads for part in attentions), tuple(part.sr_ratio for part in attentions)
+    depths = tuple(len(stage.blocks) for stage in model.stages)
+    return lambda image: Literal(model.state_dict())(image, depths, heads, ratios, model.stem[0].conv.stride[0])
+
+
 @pytest.mark.identity
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("size", [(16, 16), (33, 21)])
 def test_equals_the_equations(fused: bool, size: tuple[int, int]):
     model = filled(vitarium.create_model("s2aformer_pico", num_classes=7))
     image = torch.randn(2, 3, *size, dtype=torch.float64)
-    literal = Literal(dict(model.state_dict()))(image, (1, 2), (2, 4), (2, 1), 1)
+    literal = reference(model)(image)
     model = model.fuse() if fused else model
     assert any(isinstance(part, nn.BatchNorm2d) for part in model.modules()) != fused
     torch.testing.assert_close(model(image), literal, rtol=0, atol=1e-11)

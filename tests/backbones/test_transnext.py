@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -80,6 +82,14 @@ def literal(part: AggregatedAttention, x: Tensor) -> Tensor:
     near = near + unit @ part.learnable_tokens + part.learnable_bias
     y = (unfold(v) @ near[..., None])[..., 0] + far @ split(v_pool)
     return part.proj(y.transpose(1, 2).reshape(batch, height, width, dim))
+
+
+def reference(model: TransNeXt) -> Callable[[Tensor], Tensor]:
+    """What the speed of `model` is compared with: the same model, whose aggregated attention is computed by these equations."""
+    for part in model.modules():
+        if isinstance(part, AggregatedAttention):
+            part.forward = functools.partial(literal, part)
+    return model
 
 
 def aggregated(pool_ratio: int = 2, fixed: int | None = None) -> AggregatedAttention:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import vitarium
 from tests.golden import assert_matches_golden, fill_value
-from vitarium.backbones.uniformer import UniFormerDense, UniFormerLight, UniFormerVideo
+from vitarium.backbones.uniformer import UniFormer, UniFormerDense, UniFormerLight, UniFormerVideo
 from vitarium.backbones.uniformer.blocks import DividedBlock, GlobalBlock
 from vitarium.backbones.uniformer.light import EvolvingBlock
 from vitarium.efficiency.profiler import count_macs
@@ -82,6 +84,61 @@ def test_macs(name: str, size: int, macs: float):
     with torch.device("meta"):
         model = vitarium.create_model(f"uniformer_{name}").eval()
         assert count_macs(model, size) == pytest.approx(macs, rel=0.06)
+
+
+def reference(model: UniFormer) -> Callable[[Tensor], Tensor]:
+    """What the speed of `model` is compared with: the same function, by these equations, from its weights."""
+
+    def conv(x: Tensor, layer: nn.Conv2d) -> Tensor:
+        return F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding, 1, layer.groups)
+
+    def linear(x: Tensor, layer: nn.Linear) -> Tensor:
+        return F.linear(x, layer.weight, layer.bias)
+
+    def across(x: Tensor, layer: nn.Linear) -> Tensor:
+        return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)
+
+    def batch_norm(x: Tensor, layer: nn.BatchNorm2d) -> Tensor:
+        return F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, False, 0.0, layer.eps)
+
+    def layer_norm(x: Tensor, layer: nn.Module) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], layer.weight, layer.bias, layer.eps)
+
+    def patches(x: Tensor, part: nn.Module) -> Tensor:
+        x = conv(x, part.proj)
+        return layer_norm(x.permute(0, 2, 3, 1), part.norm).permute(0, 3, 1, 2)
+
+    def by_place(x: Tensor, block: nn.Module) -> Tensor:
+        x = x + across(conv(across(batch_norm(x, block.norm1), block.conv1), block.attn), block.conv2)
+        return x + across(F.gelu(across(batch_norm(x, block.norm2), block.mlp.fc1)), block.mlp.fc2)
+
+    def by_content(x: Tensor, block: nn.Module) -> Tensor:
+        rows = x.flatten(2).transpose(1, 2)
+        qkv = linear(layer_norm(rows, block.norm1), block.attn.qkv)
+        q, k, v = qkv.reshape(*rows.shape[:2], 3, block.attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+        seen = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v
+        rows = rows + linear(seen.transpose(1, 2).reshape(rows.shape), block.attn.proj)
+        rows = rows + linear(F.gelu(linear(layer_norm(rows, block.norm2), block.mlp.fc1)), block.mlp.fc2)
+        return rows.transpose(1, 2).reshape(x.shape)
+
+    def literal(image: Tensor) -> Tensor:
+        x = patches(image, model.stem)
+        for k, stage in enumerate(model.stages):
+            x = patches(x, stage.downsample) if k else x
+            for block in stage.blocks:
+                x = x + conv(x, block.pos_embed)
+                x = by_content(x, block) if isinstance(block, GlobalBlock) else by_place(x, block)
+        return linear(batch_norm(x, model.norm).mean((2, 3)), model.head)
+
+    return literal
+
+
+@pytest.mark.identity
+def test_equals_the_equations():
+    """Of the plain models for images."""
+    model = filled(vitarium.create_model("uniformer_pico", num_classes=7))
+    image = torch.randn(2, 3, 16, 24, dtype=torch.float64)
+    torch.testing.assert_close(model(image), reference(model)(image), rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.identity

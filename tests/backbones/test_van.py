@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,44 @@ def test_macs():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(1, 3, 224, 224, device="meta"))
     assert counter.get_total_flops() / 2 == pytest.approx(0.87e9, rel=0.01)
+
+
+def reference(model: VAN) -> Callable[[Tensor], Tensor]:
+    """What the speed of `model` is compared with: the same function, by these equations, from its weights."""
+
+    def conv(x: Tensor, layer: nn.Conv2d) -> Tensor:
+        return F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+    def norm(x: Tensor, layer: nn.BatchNorm2d) -> Tensor:
+        return F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, False, 0.0, layer.eps)
+
+    def literal(x: Tensor) -> Tensor:
+        for stage in model.stages:
+            x = norm(conv(x, stage.downsample.proj), stage.downsample.norm)
+            for block in stage.blocks:
+                y, attn, mlp = norm(x, block.norm1), block.attn, block.mlp
+                u = F.gelu(conv(y, attn.proj_1))
+                a = conv(conv(conv(u, attn.lka.conv0), attn.lka.conv_spatial), attn.lka.conv1)
+                x = x + block.layer_scale_1[:, None, None] * (conv(u * a, attn.proj_2) + y)
+                y = conv(F.gelu(conv(conv(norm(x, block.norm2), mlp.fc1), mlp.dwconv)), mlp.fc2)
+                x = x + block.layer_scale_2[:, None, None] * y
+            rows = x.flatten(2).transpose(1, 2)
+            rows = F.layer_norm(rows, rows.shape[2:], stage.norm.weight, stage.norm.bias, stage.norm.eps)
+            x = rows.transpose(1, 2).reshape(x.shape)
+        return F.linear(x.mean((2, 3)), model.head.weight, model.head.bias)
+
+    return literal
+
+
+@pytest.mark.identity
+def test_equals_the_equations():
+    model = vitarium.create_model("van_pico", num_classes=7).double().eval()
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.add_(0.1 * torch.rand_like(tensor))
+    image = torch.randn(2, 3, 33, 20, dtype=torch.float64)
+    torch.testing.assert_close(model(image), reference(model)(image), rtol=0, atol=1e-11)
 
 
 def lka() -> LargeKernelAttention:

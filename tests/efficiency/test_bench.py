@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from vitarium.catalog import find_model
+from vitarium.catalog import create_model, find_model
 from vitarium.efficiency import bench as module
-from vitarium.efficiency.bench import Row, bench, paired, peer_of
+from vitarium.efficiency.bench import OutputsDiffer, Row, bench, measure, paired, peer_of, prepare
 from vitarium.errors import UsageError
 
 
@@ -48,13 +48,41 @@ def test_a_model_beside_itself(monkeypatch: pytest.MonkeyPatch):
 def test_different_outputs_are_not_timed():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
     other = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
-    with pytest.raises(RuntimeError, match="nothing is timed"):
+    with pytest.raises(OutputsDiffer, match="nothing is timed"):
         module._difference(model, other, 2)
+
+
+def test_a_reference_stands_in_for_a_public_peer_and_a_yardstick_runs_along():
+    def reference(model: nn.Module) -> nn.Module | module.Forward:
+        return lambda image: model.head(model.forward_head(model.forward_features(image), pre_logits=True))
+
+    contest = prepare("van_pico", reference=reference)
+    yardstick = create_model("swin_pico", image_size=32)
+    row = measure(contest, "inference", 1, rounds=3, yardstick=yardstick, yardstick_name="swin_pico")
+    assert (row.peer, row.yardstick, row.error < 1e-4) == (module.WRITTEN_OUT, "swin_pico", True)
+    assert 0 < row.share_low <= row.share <= row.share_high
+    assert row.peer_share > 0
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in contest.ours.stages[0].downsample.modules())  # it is fused
+    assert any(isinstance(part, nn.BatchNorm2d) for part in contest.trained.stages[0].downsample.modules())
+    trained = measure(contest, "training", 2, rounds=3)
+    assert (trained.peer, trained.ratio, trained.share) == ("", None, None)  # a function does not train
+
+
+def test_a_reference_may_bring_its_own_weights():
+    def reference(model: nn.Module) -> nn.Module:
+        other = create_model("swin_pico")
+        model.load_state_dict(other.state_dict())
+        return other
+
+    contest = prepare("swin_pico", reference=reference, dtype=torch.bfloat16)
+    assert contest.error == 0
+    assert measure(contest, "training", 1, rounds=3).ratio > 0
 
 
 def test_peers_are_those_whose_weights_load():
     assert peer_of(*find_model("swin_tiny")) == "timm/swin_tiny_patch4_window7_224"
     assert peer_of(*find_model("convnext_tiny")) == "timm/convnext_tiny"
+    assert peer_of(*find_model("crossvit_9")) == "timm/crossvit_9_240"
     assert peer_of(*find_model("swin_pico")) == ""
 
 

@@ -2,7 +2,8 @@
 
 A machine's speed drifts by tens of percent within minutes, so nothing is timed alone: in each round every arm runs once, in changing order,
 and what counts is the median of the rounds' ratios. A second copy of our model runs along; where the ratio to the peer lies inside the
-spread of ours against ours, there is no verdict. Outputs are proven equal before anything is timed.
+spread of ours against ours, there is no verdict. Outputs are proven equal before anything is timed. Ours runs as it is deployed: after
+`fuse()`; in training as it trains.
 """
 
 from __future__ import annotations
@@ -20,11 +21,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitarium.catalog import Family, create_model, find_model
+from vitarium.catalog.create import preprocessing_of
 from vitarium.efficiency.profiler import count_macs, count_params, example_image, weight_bytes
 from vitarium.errors import UsageError
+from vitarium.nn import Backbone
 
 Kind = Literal["inference", "training", "compiled"]
 KINDS: tuple[Kind, ...] = ("inference", "training", "compiled")
+Forward = Callable[[Tensor], Tensor]
+WRITTEN_OUT = "its equations, written out"
+"""The peer's name where no public implementation is known and a reference stands in."""
+
+
+class OutputsDiffer(RuntimeError):
+    """Ours and the peer are not the same function: nothing is timed."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +45,15 @@ class Row:
         model, peer: what was timed; `peer` is "" where no public peer is known.
         kind: "inference", "training" (forward and backward) or "compiled" (inference under torch.compile).
         batch, image_size, dtype, device, threads: the setting.
-        params, bytes, macs: of our model; macs of one image.
+        params, bytes, macs: of our model before it is fused; macs of one image.
         error: largest difference of the logits over the peer's standard deviation, in this dtype.
         ours_ms, peer_ms: medians, milliseconds a call: processor time on a CPU, time between synchronisations elsewhere.
         ratio, ratio_low, ratio_high: peer's time over ours, round by round: median, least, most. Above 1: ours is faster.
         aa, aa_low, aa_high: the same for a second copy of ours.
         load: processes waiting for a processor, average of the last minute, at the end.
+        yardstick, yardstick_ms: a model that ran along in the same turns, such as a plain ViT; "" for none.
+        share, share_low, share_high: our multiply-accumulates a second over the yardstick's, round by round: median, least, most.
+        peer_share: the peer's, median, for the same work.
     """
 
     model: str
@@ -65,6 +78,12 @@ class Row:
     aa_high: float
     rounds: int
     load: float
+    yardstick: str = ""
+    yardstick_ms: float | None = None
+    share: float | None = None
+    share_low: float | None = None
+    share_high: float | None = None
+    peer_share: float | None = None
 
     @property
     def verdict(self) -> str:
@@ -107,26 +126,19 @@ def bench(
 
     Raises:
         UsageError: an option out of range, or a model that is not ours.
-        RuntimeError: outputs differ from the peer's beyond rounding.
+        OutputsDiffer: from the peer's, beyond rounding.
     """
     if rounds < 3:
         raise UsageError(f"rounds must be at least 3, got {rounds}")
     if wrong := [k for k in kinds if k not in KINDS]:
         raise UsageError(f"unknown kind {wrong[0]!r}; there are {', '.join(KINDS)}")
-    found = [find_model(name) for name in models]
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for name, (family, variant) in zip(models, found, strict=True):
-            size = image_size or family.preprocessing(variant).image_size
-            peer_name = peer_of(family, variant) if peers else ""
-            ours, peer = _pair(name, family, peer_name, size, dtype, device)
-            error = _difference(ours, peer, size) if peer is not None else None
-            for kind in kinds:
-                for batch in (max(batches),) if kind == "training" else batches:
-                    yield _row(name, peer_name, kind, batch, size, ours, peer, error, rounds)
-    finally:
-        torch.set_num_threads(before)
+    for name in models:
+        find_model(name)
+    for name in models:
+        contest = prepare(name, peers=peers, image_size=image_size, dtype=dtype, device=device)
+        for kind in kinds:
+            for batch in (max(batches),) if kind == "training" else batches:
+                yield measure(contest, kind, batch, rounds=rounds, threads=threads)
 
 
 def peer_of(family: Family, variant: str) -> str:
@@ -136,77 +148,179 @@ def peer_of(family: Family, variant: str) -> str:
     return f"timm/{names[0]}" if names else ""
 
 
-def _pair(name: str, family: Family, peer_name: str, size: int, dtype: torch.dtype, device: str) -> tuple[nn.Module, nn.Module | None]:
-    """Our model and its peer with the peer's random weights in both; without stochastic depth, whose defaults differ."""
-    ours = create_model(name, image_size=size, drop_path_rate=0.0)
-    if not peer_name:
-        return ours.to(device, dtype).eval(), None
+@dataclass(frozen=True)
+class Contest:
+    """One model and its peer, on equal weights, with outputs proven equal.
+
+    Attributes:
+        model, peer_name: their names.
+        image_size: side, pixels.
+        ours, trained: our model after `fuse()`, and as it trains.
+        peer: a module, or a function of an image, which does not train; None for none.
+        error: see `Row`.
+    """
+
+    model: str
+    peer_name: str
+    image_size: int
+    ours: nn.Module
+    trained: nn.Module
+    peer: nn.Module | Forward | None
+    error: float | None
+
+
+def prepare(
+    name: str,
+    *,
+    peers: bool = True,
+    image_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    reference: Callable[[nn.Module], nn.Module | Forward] | None = None,
+) -> Contest:
+    """Our model and its peer with the same random weights; without stochastic depth, whose defaults differ.
+
+    Args:
+        reference: what stands in where there is no public peer in timm: our model -> the same function computed otherwise, either from
+            our model's weights, or as a module that brings its own and loads them into the model that it is given.
+        The others as for `bench`.
+
+    Raises:
+        UsageError: a model that is not ours.
+        OutputsDiffer: beyond rounding.
+    """
+    family, variant = find_model(name)
+    size = image_size or family.preprocessing(variant).image_size
+    peer_name = peer_of(family, variant) if peers else ""
     torch.manual_seed(0)
-    peer = create_model(peer_name, image_size=size, drop_path_rate=0.0)
+    ours = create_model(name, image_size=size, drop_path_rate=0.0)
+    peer: nn.Module | Forward | None = None
+    if peer_name:
+        peer = _scattered(create_model(peer_name, image_size=size, drop_path_rate=0.0))
+        names = family.dialects
+        ours.load_state_dict(names.get("timm", names.get("official", dict))(peer.state_dict()))
+    elif peers and reference is not None:
+        twin = copy.deepcopy(_scattered(ours))
+        peer = reference(twin.eval())
+        if isinstance(peer, nn.Module):
+            ours.load_state_dict(twin.state_dict())
+        else:
+            peer = reference(twin.to(device, dtype))
+        library = type(peer).__module__.partition(".")[0]
+        peer_name = library if isinstance(peer, nn.Module) and library != "vitarium" else WRITTEN_OUT
+    trained = copy.deepcopy(ours).to(device, dtype).eval()
+    ours = (ours.fuse() if isinstance(ours, Backbone) else ours).to(device, dtype).eval()
+    if isinstance(peer, nn.Module):
+        peer = peer.to(device, dtype).eval()
+    error = _difference(ours, peer, size) if peer is not None else None
+    return Contest(name, peer_name, size, ours, trained, peer, error)
+
+
+def _scattered(model: nn.Module) -> nn.Module:
+    """Away from the initial zeros of layer scales and biases."""
     with torch.no_grad():
-        for parameter in peer.parameters():  # away from the initial zeros of layer scales and biases
+        for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    ours.load_state_dict(family.dialects["timm"](peer.state_dict()))
-    return ours.to(device, dtype).eval(), peer.to(device, dtype).eval()
+    return model
 
 
-def _difference(ours: nn.Module, peer: nn.Module, size: int) -> float:
+def _difference(ours: nn.Module, peer: nn.Module | Forward, size: int) -> float:
     image = example_image(ours, size, 2)
     with torch.inference_mode():
         a, b = ours(image).double(), peer(image).double()
     error = ((a - b).abs().max() / b.std()).item()
     limit = 1e-3 if image.dtype is torch.float32 else 0.2
     if not error < limit:
-        raise RuntimeError(f"outputs differ from the peer's by {error:.2g} standard deviations (at most {limit:g}): nothing is timed")
+        raise OutputsDiffer(f"outputs differ from the peer's by {error:.2g} standard deviations (at most {limit:g}): nothing is timed")
     return error
 
 
-def _row(
-    name: str, peer_name: str, kind: Kind, batch: int, size: int, ours: nn.Module, peer: nn.Module | None, error: float | None, rounds: int
+def measure(
+    contest: Contest,
+    kind: Kind,
+    batch: int,
+    *,
+    rounds: int = 7,
+    threads: int = 1,
+    yardstick: nn.Module | None = None,
+    yardstick_name: str = "",
 ) -> Row:
-    arms = {"ours": ours, "again": copy.deepcopy(ours)} | ({"peer": peer} if peer is not None else {})
+    """Time ours, a second copy of ours, the peer (a function not in training) and the yardstick, in turns.
+
+    Args:
+        yardstick: another model of the same dtype and device, at the image size of its preprocessing; its rate is the measure of ours.
+        The others as for `bench`.
+    """
+    ours, size = contest.trained if kind == "training" else contest.ours, contest.image_size
+    peer = contest.peer if kind != "training" or isinstance(contest.peer, nn.Module) else None
+    arms: dict[str, nn.Module | Forward] = {"ours": ours, "again": copy.deepcopy(ours)}
+    arms |= {"peer": peer} if peer is not None else {}
     image = example_image(ours, size, batch)
-    calls = {arm: _call(model, image, kind) for arm, model in arms.items()}
-    times = paired(calls, rounds=rounds, device=image.device)
-    ratios = [p / o for p, o in zip(times["peer"], times["ours"], strict=True)] if peer is not None else None
-    same = [a / o for a, o in zip(times["again"], times["ours"], strict=True)]
+    images, macs, work = dict.fromkeys(arms, image), count_macs(contest.trained, size), 1.0
+    if yardstick is not None:
+        its_size = preprocessing_of(yardstick).image_size
+        arms["yardstick"], images["yardstick"] = yardstick, example_image(yardstick, its_size, batch)
+        work = macs / count_macs(yardstick, its_size)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    torch.compiler.reset()  # else many models in one process reach the limit of recompilations, and run eagerly
+    try:
+        times = paired({arm: _call(model, images[arm], kind) for arm, model in arms.items()}, rounds=rounds, device=image.device)
+    finally:
+        torch.set_num_threads(before)
+    ratio, again = _ratios(times, "peer", "ours"), _ratios(times, "again", "ours")
+    share, peer_share = ([work * r for r in _ratios(times, "yardstick", arm)] for arm in ("ours", "peer"))
+    milliseconds = {arm: 1e3 * statistics.median(seconds) for arm, seconds in times.items()}
     return Row(
-        model=name,
-        peer=peer_name,
+        model=contest.model,
+        peer=contest.peer_name if peer is not None else "",
         kind=kind,
         batch=batch,
         image_size=size,
         dtype=str(image.dtype).removeprefix("torch."),
         device=image.device.type,
-        threads=torch.get_num_threads(),
-        params=count_params(ours),
-        bytes=weight_bytes(ours),
-        macs=count_macs(ours, size),
-        error=error,
-        ours_ms=1e3 * statistics.median(times["ours"]),
-        peer_ms=1e3 * statistics.median(times["peer"]) if ratios else None,
-        ratio=statistics.median(ratios) if ratios else None,
-        ratio_low=min(ratios) if ratios else None,
-        ratio_high=max(ratios) if ratios else None,
-        aa=statistics.median(same),
-        aa_low=min(same),
-        aa_high=max(same),
+        threads=threads,
+        params=count_params(contest.trained),
+        bytes=weight_bytes(contest.trained),
+        macs=macs,
+        error=contest.error,
+        ours_ms=milliseconds["ours"],
+        peer_ms=milliseconds.get("peer"),
+        **_spread("ratio", ratio),
+        **_spread("aa", again),
         rounds=rounds,
         load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0,
+        yardstick=yardstick_name if yardstick is not None else "",
+        yardstick_ms=milliseconds.get("yardstick"),
+        **_spread("share", share),
+        peer_share=statistics.median(peer_share) if peer_share else None,
     )
 
 
-def _call(model: nn.Module, image: Tensor, kind: Kind) -> Callable[[], Any]:
+def _ratios(times: dict[str, list[float]], above: str, below: str) -> list[float]:
+    """Round by round; empty where one of the arms did not run."""
+    return [a / b for a, b in zip(times.get(above, []), times.get(below, []), strict=False)]
+
+
+def _spread(name: str, values: list[float]) -> dict[str, Any]:
+    """Median, least, most; None of no values."""
+    found = (statistics.median(values), min(values), max(values)) if values else (None, None, None)
+    return dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
+
+
+def _call(model: nn.Module | Forward, image: Tensor, kind: Kind) -> Callable[[], Any]:
     if kind == "training":
-        model.train()
+        assert isinstance(model, nn.Module)
+        module = model.train()
         target = torch.zeros(len(image), dtype=torch.long, device=image.device)
 
         def step() -> None:
-            model.zero_grad(set_to_none=True)
-            F.cross_entropy(model(image), target).backward()
+            module.zero_grad(set_to_none=True)
+            F.cross_entropy(module(image), target).backward()
 
         return step
-    model.eval()
+    if isinstance(model, nn.Module):
+        model.eval()
     run = torch.compile(model) if kind == "compiled" else model
 
     def forward() -> None:
@@ -225,7 +339,7 @@ def paired(
         calls: the arms.
         rounds: turns of each arm, after one that is not counted.
         device: where the work is done; on a CPU the process's processor time is taken, which other processes disturb less.
-        least_seconds: an arm's turn repeats its call until about this much time is measured.
+        least_seconds: an arm's turn repeats its call until about this much time is measured, at least once.
     """
     device = torch.device(device)
     clock = time.process_time if device.type == "cpu" else time.perf_counter
@@ -240,12 +354,12 @@ def paired(
 
     for call in calls.values():  # caches, kernel choice, compilation
         call()
-    repeats = max(1, round(least_seconds / max(turn(next(iter(calls.values())), 1), 1e-6)))
+    repeats = {arm: max(1, round(least_seconds / max(turn(call, 1), 1e-6))) for arm, call in calls.items()}
     times: dict[str, list[float]] = {arm: [] for arm in calls}
     names = list(calls)
     for i in range(rounds):
         for arm in (*names[i % len(names) :], *names[: i % len(names)]):
-            times[arm].append(turn(calls[arm], repeats))
+            times[arm].append(turn(calls[arm], repeats[arm]))
     return times
 
 
