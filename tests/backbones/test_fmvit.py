@@ -46,13 +46,20 @@ class Literal:
             y = y + self.bn(self.conv(x, f"{at}.branches.{i}.conv", **options), f"{at}.branches.{i}.bn")
         return y + self.bn(x, f"{at}.identity") if f"{at}.identity.weight" in self.state else y
 
+    def mean(self, x: Tensor, s: int) -> Tensor:
+        """Of cells, those at the border of what is there."""
+        return F.avg_pool2d(x, s, ceil_mode=True, count_include_pad=False)
+
+    def spread(self, x: Tensor, s: int, like: Tensor) -> Tensor:
+        return x.repeat_interleave(s, 2).repeat_interleave(s, 3)[..., : like.shape[2], : like.shape[3]]
+
     def mlp(self, x: Tensor, at: str) -> Tensor:
         y = self.rep(self.bn(x, f"{at}.norm"), f"{at}.fc1", 1, groups=self.groups)
         return self.rep(F.gelu(y), f"{at}.fc2", 1, groups=self.groups)
 
     def attention(self, x: Tensor, at: str, s: int) -> Tensor:
         x = self.bn(x, f"{at}.norm")
-        coarse = F.avg_pool2d(x, s)
+        coarse = self.mean(x, s)
         value_map = self.rep(coarse, f"{at}.v", 1)
         heads, (height, width) = x.shape[1] // 32, x.shape[2:]
         q, k, v = (
@@ -62,7 +69,7 @@ class Literal:
         y = (q @ k.transpose(2, 3) * 16**-0.5).softmax(-1) @ v
         y = y.transpose(2, 3).flatten(1, 2).unflatten(2, (height, width))
         local = self.rep(value_map, f"{at}.local", 3, groups=x.shape[1])
-        return self.rep(y + local.repeat_interleave(s, 2).repeat_interleave(s, 3), f"{at}.proj", 1)
+        return self.rep(y + self.spread(local, s, x), f"{at}.proj", 1)
 
     def cfb(self, x: Tensor, at: str) -> Tensor:
         y = self.bn(self.rep(x, f"{at}.mixer.conv", 3, groups=x.shape[1] // 32), f"{at}.mixer.norm")
@@ -74,7 +81,7 @@ class Literal:
         low = t + self.attention(t, f"{at}.attn", s)
         h = self.rep(low, f"{at}.to_high", 1)
         groups = h.shape[1] // 32
-        band = x - F.avg_pool2d(x, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
+        band = x - self.spread(self.mean(x, 2), 2, x)
         high = self.rep(h, f"{at}.near", 3, groups=groups) + self.rep(h, f"{at}.far", 3, groups=groups, dilation=2)
         y = torch.cat([low, high + self.rep(band, f"{at}.residue", 1)], 1)
         return y + self.mlp(y, f"{at}.mlp")
@@ -83,7 +90,7 @@ class Literal:
         for i, stride in ((0, strides[0]), (2, 1), (4, strides[1])):
             x = self.rep(x, f"stem.{i}", 3, stride).relu()
         for k, order in enumerate(orders):
-            x = self.rep(F.avg_pool2d(x, 2) if k else x, f"stages.{k}.downsample.conv", 1)
+            x = self.rep(self.mean(x, 2) if k else x, f"stages.{k}.downsample.conv", 1)
             for i, fusion in enumerate(order):
                 at = f"stages.{k}.blocks.{i}"
                 x = self.fmb(x, at, 2 ** (len(orders) - 1 - k)) if fusion else self.cfb(x, at)
@@ -104,7 +111,8 @@ def reference(model: FMViT) -> Callable[[Tensor], Tensor]:
 def test_equals_the_equations(fused: bool, dtype: torch.dtype, atol: float):
     torch.manual_seed(0)
     model = filled(vitarium.create_model("fmvit_pico", dims=(64, 96), fusions=(1, 2), convolutions=(2, 3), num_classes=7)).double()
-    image = torch.randn(2, 3, 32, 24, dtype=torch.float64)
+    size = (34, 28) if dtype is torch.float64 else (32, 24)  # odd maps; with these weights attention is too sharp there for 24 bits
+    image = torch.randn(2, 3, *size, dtype=torch.float64)
     literal = reference(model)(image)
     assert isinstance(model, FMViT)
     model = model.fuse() if fused else model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,11 @@ from vitarium.catalog import create_model, find_model
 from vitarium.efficiency import bench as module
 from vitarium.efficiency.bench import OutputsDiffer, Row, bench, measure, paired, peer_of, prepare
 from vitarium.errors import UsageError
+
+
+@pytest.fixture(autouse=True)
+def short_turns(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "paired", functools.partial(paired, least_seconds=0))
 
 
 def row(ratio: float | None, aa: tuple[float, float, float]) -> Row:

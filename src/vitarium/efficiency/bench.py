@@ -9,6 +9,7 @@ spread of ours against ours, there is no verdict. Outputs are proven equal befor
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import statistics
 import time
@@ -193,10 +194,12 @@ def prepare(
     size = image_size or family.preprocessing(variant).image_size
     peer_name = peer_of(family, variant) if peers else ""
     torch.manual_seed(0)
-    ours = create_model(name, image_size=size, drop_path_rate=0.0)
+    plain: dict[str, Any] = {"drop_path_rate": 0.0} if "drop_path_rate" in inspect.signature(family.cls).parameters else {}
+    ours = create_model(name, image_size=size, **plain)
     peer: nn.Module | Forward | None = None
     if peer_name:
-        peer = _scattered(create_model(peer_name, image_size=size, drop_path_rate=0.0))
+        classes = getattr(ours, "num_classes", None)  # timm's may be those of a larger data set
+        peer = _scattered(create_model(peer_name, num_classes=classes, image_size=size, drop_path_rate=0.0))
         names = family.dialects
         ours.load_state_dict(names.get("timm", names.get("official", dict))(peer.state_dict()))
     elif peers and reference is not None:
