@@ -44,8 +44,8 @@ def explain(
     """Show where in pictures a classifier sees the evidence for what it says, or for a class of yours.
 
     Methods: t_tame (of a model that 'vitarium train t_tame' made), grad_cam, rollout, gradient_input, rise, integrated_gradients,
-    occlusion, smooth_grad, gradient_shap, and random to compare with. A picture that cannot be read is named and counted, and the
-    others go on.
+    occlusion, smooth_grad, gradient_shap, token_tree (draws which patches hang together), and random to compare with. A picture
+    that cannot be read is named and counted, and the others go on.
     """
     from vitarium.explanation.explainers import class_number, create_explainer, target_numbers
     from vitarium.files import write_json
@@ -110,7 +110,7 @@ def run(
             maps = explainer(image, wanted)
             measured = faithfulness(model, image, maps, wanted) if measure else {}
             for i, index in enumerate(indices):
-                peak = draw(files[index], maps[i], preparation, output / names[index][text])
+                peak = draw(explainer, files[index], image[i], maps[i], preparation, output / names[index][text])
                 found = {"method": text, "overlay": names[index][text], "peak": peak}
                 if measure:
                     found["measures"] = {name: float(values[i]) for name, values in measured.items()}
@@ -122,15 +122,15 @@ def run(
     return rows
 
 
-def draw(file: str, maps: Tensor, preparation: Preprocessing, path: Path) -> list[int]:
-    """Write the overlay of a map (H, W) over a picture; told is where in the picture the map is largest, [x, y] in pixels."""
+def draw(explainer: Explainer, file: str, image: Tensor, maps: Tensor, preparation: Preprocessing, path: Path) -> list[int]:
+    """Write what an explainer draws of a map (H, W) over a picture; told is where in the picture the map is largest, [x, y] in pixels."""
     from vitarium.data.images import open_image
-    from vitarium.explanation.heatmap import overlay, seen_box
+    from vitarium.explanation.heatmap import seen_box
     from vitarium.files import atomic_path
 
     picture, heat = open_image(file), maps.float().cpu().numpy()
     with atomic_path(path) as temporary:
-        overlay(picture, heat, preparation).save(temporary, format="png")
+        explainer.picture(picture, image, maps, preparation).save(temporary, format="png")
     left, top, right, lower = seen_box(picture.size, preparation)
     row, column = divmod(int(heat.argmax()), heat.shape[1])
     return [int(left + (column + 0.5) * (right - left) / heat.shape[1]), int(top + (row + 0.5) * (lower - top) / heat.shape[0])]

@@ -16,12 +16,15 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 import yaml
+from PIL import Image
 from torch import Tensor, nn
 
+from vitarium.catalog.preprocessing import Preprocessing
 from vitarium.catalog.probe import evaluating
 from vitarium.catalog.registry import import_system
 from vitarium.catalog.systems import systems
 from vitarium.errors import InputError, UsageError, nearest
+from vitarium.explanation.heatmap import overlay
 from vitarium.explanation.reading import logits_of, to_pixels
 
 Target = int | str | Tensor | None
@@ -37,6 +40,7 @@ HOMES = {
     "occlusion": "from_captum",
     "smooth_grad": "from_captum",
     "gradient_shap": "from_captum",
+    "token_tree": "token_tree",
 }
 """Explainers that are no systems of their own -> the file of this room that they are in."""
 
@@ -99,6 +103,17 @@ class Explainer:
     def cover(self, maps: Tensor, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width in pixels of what the cells of `relevance` cover (see `reading.covered`)."""
         return size
+
+    def picture(self, picture: Image.Image, image: Tensor, heat: Tensor, preprocessing: Preprocessing | None) -> Image.Image:
+        """What `vitarium explain` draws: here the map over the picture.
+
+        Args:
+            picture: as it came, any size and mode.
+            image: (C, H, W) what the model saw of it.
+            heat: (H, W) in [0, 1], its map.
+            preprocessing: the model's, which says where its input lay in the picture; None: the whole of it.
+        """
+        return overlay(picture, heat.float().cpu().numpy(), preprocessing)
 
     def logits(self, image: Tensor) -> Tensor:
         """(B, num_classes)."""

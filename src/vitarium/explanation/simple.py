@@ -40,22 +40,8 @@ class Rollout(Explainer):
 
     def relevance(self, image: Tensor, target: Tensor | None) -> Tensor:
         view = anatomy.of(self.model)
-        weights: list[Tensor] = []
-        hooks = []
-        for block in view.blocks:
-
-            def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], block: anatomy.BlockView = block) -> None:
-                x, *rest = args or (kwargs["hidden_states"],)
-                weights.append(_attention(block, x, block.read_call(tuple(rest), kwargs), view.prefix))
-
-            hooks.append(block.module.register_forward_pre_hook(note, with_kwargs=True))
-        try:
-            self.choose(self.logits(image), target)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if len({w.shape for w in weights}) > 1:
-            raise InputError("the blocks see different numbers of tokens: attention rollout needs all; take the token reduction off (undo)")
+        output, weights = attention_of_blocks(self.model, image)
+        self.choose(logits_of(self.model, output), target)
         whole_way = weights[0]
         for w in weights[1:]:
             whole_way = w @ whole_way
@@ -64,6 +50,35 @@ class Rollout(Explainer):
 
     def cover(self, maps: Tensor, size: tuple[int, int]) -> tuple[int, int]:
         return covered(self.model, None, (maps.shape[1], maps.shape[2]), size)
+
+
+def attention_of_blocks(model: nn.Module, image: Tensor) -> tuple[Any, list[Tensor]]:
+    """What the model gives out, and for each block (B, N, N) its attention with the residual path, mean over heads.
+
+    Rows sum to 1; class and other prefix tokens come first.
+
+    Raises:
+        UnsupportedModel: no plain vision transformer.
+        InputError: the blocks see different numbers of tokens.
+    """
+    view = anatomy.of(model)
+    weights: list[Tensor] = []
+    hooks = []
+    for block in view.blocks:
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], block: anatomy.BlockView = block) -> None:
+            x, *rest = args or (kwargs["hidden_states"],)
+            weights.append(_attention(block, x, block.read_call(tuple(rest), kwargs), view.prefix))
+
+        hooks.append(block.module.register_forward_pre_hook(note, with_kwargs=True))
+    try:
+        output = model(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if len({w.shape for w in weights}) > 1:
+        raise InputError("the blocks see different numbers of tokens: every token is needed; take the token reduction off (undo)")
+    return output, weights
 
 
 def _attention(block: anatomy.BlockView, x: Tensor, call: dict[str, Any], prefix: int) -> Tensor:

@@ -13,12 +13,17 @@ from torch.nn import functional as F
 
 
 def in_plain_inference(*tensors: Tensor | None) -> bool:
-    """Whether nothing observes the operators that are called: no gradient wanted, no tracing, no dispatch mode, no function transform."""
+    """Whether nothing observes the operators that are called: as `only_for_values`, and no dispatch mode."""
+    return only_for_values(*tensors) and not torch._C._len_torch_dispatch_stack()
+
+
+def only_for_values(*tensors: Tensor | None) -> bool:
+    """Whether nothing but the result is wanted: no gradient, no tracing, no function transform. Counters of operators may look on."""
     if torch.compiler.is_compiling():
         return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return False
-    return not (torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None)
+    return not (torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:

@@ -1,0 +1,60 @@
+"""The tree of tokens as an explanation: which patches hang together, and by which the picture is read."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from vitarium import anatomy
+from vitarium.catalog.preprocessing import Preprocessing
+from vitarium.catalog.probe import evaluating
+from vitarium.explanation.explainers import Explainer, explainer
+from vitarium.explanation.heatmap import seen_box
+from vitarium.explanation.reading import covered
+from vitarium.explanation.simple import attention_of_blocks
+from vitarium.ops.token_tree import TokenTree, grow_tree
+
+
+@explainer("token_tree")
+class TreeOfTokens(Explainer):
+    """Each patch hangs on the one it depends on most; the map is the weakest edge between a patch and the root.
+
+    A model that grows such trees itself (`dependency_trees`: DependencyViT, where a token depends on whom it sends to) is asked for them;
+    of any other plain vision transformer they are grown from its attention, mean over heads and blocks, where a token depends on whom it
+    looks at. Trees know of no class. `vitarium explain` draws the tree over the picture, its largest branches in colours.
+
+    Args:
+        model: a plain vision transformer with all its tokens, or one that grows trees.
+
+    Raises:
+        UnsupportedModel: any other.
+    """
+
+    by_class = False
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        if not hasattr(model, "dependency_trees"):
+            anatomy.of(model)
+
+    def trees(self, image: Tensor) -> list[TokenTree]:
+        """One for each image (B, C, H, W)."""
+        if hasattr(self.model, "dependency_trees"):
+            return self.model.dependency_trees(image)  # type: ignore[operator]
+        view = anatomy.of(self.model)
+        size = (image.shape[-2], image.shape[-1])
+        looks_at = torch.stack(attention_of_blocks(self.model, image)[1]).mean(0)[:, view.prefix :, view.prefix :]
+        patches = looks_at.detach().transpose(1, 2).double().cpu().numpy()
+        return [grow_tree(mask, view.grid(*size), view.patch_size[0], size) for mask in patches]
+
+    def relevance(self, image: Tensor, target: Tensor | None) -> Tensor:
+        return torch.stack([torch.from_numpy(tree.reach()) for tree in self.trees(image)]).to(image)
+
+    def cover(self, maps: Tensor, size: tuple[int, int]) -> tuple[int, int]:
+        return covered(self.model, 0, (maps.shape[1], maps.shape[2]), size)
+
+    def picture(self, picture: Image.Image, image: Tensor, heat: Tensor, preprocessing: Preprocessing | None) -> Image.Image:
+        with evaluating(self.model):
+            (tree,) = self.trees(image[None])
+        return tree.draw(picture, seen_box(picture.size, preprocessing))

@@ -1,0 +1,93 @@
+"""Trees of tokens: the best one, its parts, its picture."""
+
+from __future__ import annotations
+
+import networkx
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitarium.ops.token_tree import TokenTree, grow_tree, spanning_arborescence
+
+
+def weight_of(weights: np.ndarray, parent: np.ndarray) -> float:
+    return float(sum(weights[p, c] for c, p in enumerate(parent) if p != c))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 14])
+@pytest.mark.parametrize("seed", range(6))
+def test_no_tree_weighs_more(count: int, seed: int):
+    rng = np.random.default_rng(seed)
+    weights = rng.random((count, count))
+    if seed % 2:  # pairs that prefer each other: many cycles to open
+        weights += np.kron(np.eye(-(-count // 2)), np.ones((2, 2)))[:count, :count]
+    root = int(rng.integers(count))
+    parent = spanning_arborescence(weights, root)
+    assert parent[root] == root
+    for token in range(count):  # every way leads to the root
+        for _ in range(count):
+            token = parent[token]
+        assert token == root
+    graph = networkx.DiGraph()
+    graph.add_nodes_from(range(count))
+    graph.add_weighted_edges_from((p, c, weights[p, c]) for p in range(count) for c in range(count) if p != c and c != root)
+    best = networkx.maximum_spanning_arborescence(graph, default=0)
+    assert weight_of(weights, parent) == pytest.approx(best.size("weight"), abs=1e-12)
+
+
+def test_without_cycles_each_takes_its_favourite():
+    weights = np.array([[0, 3, 1, 1], [1, 0, 2, 1], [0, 0, 0, 5], [0.5, 0, 0, 0]])
+    assert spanning_arborescence(weights, 0).tolist() == [0, 0, 1, 2]
+
+
+def chain() -> TokenTree:
+    """On 2 x 3 patches: 0 <- 1 <- 2 and 0 <- 3, 0 <- 4 <- 5; the edge of 4 is weak."""
+    weights = np.zeros((6, 6))
+    for parent, child, weight in [(0, 1, 0.9), (1, 2, 0.8), (0, 3, 0.7), (0, 4, 0.1), (4, 5, 0.95)]:
+        weights[parent, child] = weight
+    return grow_tree(weights, (2, 3), 8, (15, 22))
+
+
+def test_parts_and_saliency():
+    tree = chain()
+    assert tree.root == 0
+    assert tree.parent.tolist() == [0, 0, 1, 0, 0, 4]
+    assert tree.depth().tolist() == [[0, 1, 2], [1, 1, 2]]
+    parts = tree.parts()
+    assert parts[0, 0] == 0
+    assert parts[0, 1] == parts[0, 2] == 1
+    assert parts[1, 1] == parts[1, 2] == 2
+    assert parts[1, 0] == 3
+    np.testing.assert_allclose(tree.reach(), [[0.95, 0.9, 0.8], [0.7, 0.1, 0.1]])
+    assert tree.saliency().tolist() == [[True, True, True], [True, False, False]]
+    assert tree.to_pixels(parts).shape == (15, 22)
+    assert tree.to_pixels(parts)[14, 21] == parts[1, 2]
+
+
+def test_a_single_patch_is_a_tree():
+    tree = grow_tree([[0.3]], (1, 1), 16)
+    assert tree.root == 0
+    assert tree.parts().tolist() == [[0]]
+    assert tree.saliency().tolist() == [[True]]
+    assert tree.draw(Image.new("L", (16, 16))).size == (672, 672)
+
+
+def test_picture_shows_the_tree_where_the_model_looked():
+    tree = chain()
+    grey = Image.new("RGB", (90, 60), (120, 120, 120))
+    drawn = tree.draw(grey, (15, 0, 75, 60))
+    assert drawn.size == (1008, 672)
+    pixels = np.asarray(drawn).astype(int)
+    assert (pixels[:, :160] == 30).all()  # outside: dark
+    assert len(np.unique(pixels[:, 180:820].reshape(-1, 3), axis=0)) > 50
+    assert np.abs(pixels[168, 168 + 112] - (215, 30, 50)).max() < 30  # the root's heart
+    assert tree.draw(Image.new("RGB", (4000, 20))).width == 1600
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match=r"\(4, 4\)"):
+        grow_tree(np.zeros((3, 3)), (2, 2), 8)
+    with pytest.raises(ValueError, match="finite"):
+        grow_tree(np.full((4, 4), np.nan), (2, 2), 8)
+    with pytest.raises(ValueError, match="0 to 3"):
+        grow_tree(np.zeros((4, 4)), (2, 2), 8, root=4)
