@@ -26,7 +26,9 @@ COLOURS = ((255, 170, 40), (60, 190, 255), (90, 215, 120), (255, 105, 150), (190
 """Of the largest parts; those beyond are grey."""
 SMALLEST_PART = 3
 """Patches from which a part has a colour."""
-OTHERS = (165, 165, 165)
+OTHERS = (190, 190, 190)
+SHADE = (20, 20, 24)
+"""Of what lies around lines and dots, so that they stand out from any picture."""
 SIDE, LONGEST = 672, 1600
 """Pixels of a drawn tree's shorter side, and at most of the whole picture's longer side."""
 FINER = 2
@@ -136,22 +138,21 @@ class TokenTree:
         rows, columns = np.divmod(np.arange(len(self.parent)), self.grid[1])
         x, y = (columns + 0.5) * self.patch_size * across, (rows + 0.5) * self.patch_size * down
         colours, part = _part_colours(parts), parts.ravel()
-        rank = np.argsort(np.argsort(self.strength, kind="stable")) / max(1, len(self.parent) - 1)
-        pen = ImageDraw.Draw(shown)
-        lines = [t for t in np.argsort(self.strength, kind="stable").tolist() if t != self.root]
-        thick = {t: cell * (0.04 + 0.13 * rank[t] ** 2) for t in lines}
-        for halo in (True, False):  # all shadows below all lines
-            for token in lines:
+        strong = np.sqrt(self.strength / max(float(self.strength.max()), 1e-30))
+        pen = ImageDraw.Draw(shown, "RGBA")  # see-through: many edges meet at a hub
+        for token in np.argsort(self.strength, kind="stable").tolist():
+            if token != self.root:
                 ends = [(x[token], y[token]), (x[self.parent[token]], y[self.parent[token]])]
-                wider = cell * 0.06 if halo else 0.0
-                colour = (20, 20, 24) if halo else colours.get(int(part[token]), OTHERS)
-                pen.line(ends, fill=colour, width=max(1, round(thick[token] + wider)))
+                thick = cell * (0.025 + 0.09 * strong[token])
+                colour = colours.get(int(part[token]), OTHERS)
+                pen.line(ends, fill=(*SHADE, 150), width=max(1, round(thick + 0.05 * cell)))
+                pen.line(ends, fill=(*colour, 120 if colour is OTHERS else 225), width=max(1, round(thick)))
         share = np.sqrt(self.received / max(float(self.received.max()), 1e-30))
         for token in range(len(self.parent)):
             colour = colours.get(int(part[token]), OTHERS)
-            _dot(pen, x[token], y[token], cell * (0.06 + 0.16 * share[token]), colour, (20, 20, 24), cell * 0.03)
-        _dot(pen, x[self.root], y[self.root], cell * 0.42, (255, 255, 255), (20, 20, 24), cell * 0.06)
-        _dot(pen, x[self.root], y[self.root], cell * 0.2, (215, 30, 50), (20, 20, 24), cell * 0.03)
+            _dot(pen, x[token], y[token], cell * (0.05 + 0.15 * share[token]), colour, SHADE, cell * 0.03)
+        _dot(pen, x[self.root], y[self.root], cell * 0.36, (255, 255, 255), SHADE, cell * 0.06)
+        _dot(pen, x[self.root], y[self.root], cell * 0.18, (215, 30, 50), SHADE, cell * 0.03)
 
 
 def grow_tree(
