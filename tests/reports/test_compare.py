@@ -17,6 +17,7 @@ from vitarium.data import BrokenImage, ImageData
 from vitarium.errors import DataError, TrainingStopped, UsageError
 from vitarium.reports import compare as module
 from vitarium.reports.compare import compare
+from vitarium.reports.results import Comparison
 from vitarium.reports.trial import suitable_threads
 
 MODELS = ["timm/vit_pico", "convnext_iso_pico"]
@@ -108,6 +109,7 @@ def test_model_that_fails_is_told_and_the_others_go_on(tmp_path, recipe, picture
     assert [t.name for t in result.trials] == ["timm/vit_pico"]
     assert [f.name for f in result.failures] == ["timm/vit_small_patch32_224"]
     assert result.to_dict()["failed"][0]["error"] == result.failures[0].error != ""
+    assert Comparison.from_dict(json.loads((result.folder / "results.json").read_text()), result.folder) == result
     assert result.failures[0].error.split("\n")[0] in (tmp_path / "out/results.csv").read_text()
     assert "Traceback" in (tmp_path / "out/models/timm-vit_small_patch32_224/error.txt").read_text()
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
@@ -202,6 +204,7 @@ KILLED = """
 import os, signal
 import torch
 from vitarium.reports.compare import compare
+from vitarium.reports.results import Comparison
 torch.set_num_threads({threads})
 def progress(event):
     if event.position == 1 and event.step >= 8:

@@ -36,7 +36,8 @@ def claim(
     elif len(wanted) == 1:
         show(entries[0])
     else:
-        summary(entries, claimed_slugs())
+        written = {entry.slug for entry in read_ledger(out_folder)}
+        summary(entries, [slug for slug in claimed_slugs() if slug not in written])
 
 
 def say(line: str) -> None:
@@ -68,13 +69,12 @@ def gained(comparison: dict[str, Any]) -> str:
     return f"{comparison['gain']:+.3g} ± {comparison['error']:.2g} (needed: {comparison['at_least']:g})  {verdict}"
 
 
-def summary(entries: list[Entry], claimed: list[str]) -> None:
-    """The ledger, a line a claim."""
+def summary(entries: list[Entry], missing: list[str]) -> None:
+    """The ledger, or what was run, a line a claim; and the claims that stand in no ledger yet."""
     rows = table("system", "verdict", "~claim", ">time", "date")
     for e in entries:
         rows.add_row(e.slug, f"[{STYLES[e.verdict]}]{e.verdict}[/]", e.says, f"{e.seconds:.0f} s", e.date)
     console = out()
     if entries:
         console.print(rows)
-    rest = [s for s in claimed if s not in {e.slug for e in entries}]
-    console.print(f"\n{len(entries)} claims in the ledger" + (f"; not run yet: {', '.join(rest)}" if rest else ""))
+    console.print(f"\n{len(entries)} claims" + (f"; not run yet: {', '.join(missing)}" if missing else ""))

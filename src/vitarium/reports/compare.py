@@ -144,7 +144,12 @@ def finish(comparison: Comparison, images: ImageData) -> None:
     best = comparison.best
     with atomic_path(comparison.folder / "best.safetensors") as temporary:
         shutil.copyfile(comparison.folder / best.file, temporary)
-    write_report(comparison, [_picture(images, mistake.index) for mistake in best.mistakes])
+    write_report(comparison, pictures_of(comparison, images))
+
+
+def pictures_of(comparison: Comparison, images: ImageData) -> list[Image.Image | None]:
+    """The pictures of the best model's mistakes; None where one cannot be read any more."""
+    return [_picture(images, mistake.index) for mistake in comparison.best.mistakes]
 
 
 def _picture(images: ImageData, index: int) -> Image.Image | None:

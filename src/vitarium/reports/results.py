@@ -169,6 +169,13 @@ class Comparison:
             "models": [trial.to_dict() for trial in self.trials],
         }
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], folder: Path) -> Comparison:
+        """Back from the content of a results.json, which lies (or lay) in `folder`."""
+        rest = {key: values[key] for key in ("data", "images", "classes", "budget", "settings", "machine", "created")}
+        trials, failures = [Trial.from_dict(row) for row in values["models"]], [Failure(**row) for row in values["failed"]]
+        return cls(folder=folder, **rest, trials=trials, failures=failures)
+
     def write(self) -> None:
         """results.json and results.csv, whole or not at all."""
         write_json(self.folder / "results.json", self.to_dict())
