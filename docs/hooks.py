@@ -1,4 +1,4 @@
-"""Pages that are computed: the 103 systems with their status, a page for each that is there, the ledger, the commands."""
+"""Pages that are computed: the 103 systems with their status, a page for each that is there, the ledger, the commands, the speed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pictures as drawn  # mkdocs looks for a hook's imports beside it
+import speed
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
@@ -19,6 +20,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "ledger.md": ledger_page(),
         "commands.md": commands_page(),
         "combinations.md": combinations_page(),
+        "speed.md": speed.page(),
     }
     pages |= system_pages()
     for name, text in pages.items():
