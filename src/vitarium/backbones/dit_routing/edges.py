@@ -1,0 +1,279 @@
+"""The edges of the grid and their gates: what a token may take, with all tokens computed and masked, or with the takers gathered.
+
+Legend: as in the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitarium.nn import DropPath, LayoutCache, Linear
+from vitarium.nn.mixer_pyramid import GridMlp, as_map, as_tokens
+
+Grid = tuple[int, int]
+Taken = Tensor | bool
+"""Which tokens take an edge: (B, N, 1), bool in inference, numbers 0 and 1 with a gradient in training; or all, or none."""
+
+
+class Gate(nn.Module):
+    """Normed tokens (B, N, C) -> two numbers each, (B, N, 2): for leaving the edge and for taking it. It starts open."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.fc1 = Linear(dim, max(1, dim // 4))
+        self.fc2 = Linear(max(1, dim // 4), 2)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(y)))
+
+
+class FixedGate(nn.Module):
+    """In a gate's place: all tokens take the edge, or none does."""
+
+    def __init__(self, on: bool):
+        super().__init__()
+        self.on = on
+
+    def extra_repr(self) -> str:
+        return f"on={self.on}"
+
+
+def sample_gate(logits: Tensor, temperature: Tensor) -> Tensor:
+    """(B, N, 2) -> (B, N, 1), drawn from the Gumbel-softmax: exactly 0 or 1, with the gradient of the soft value."""
+    noise = -torch.empty_like(logits).exponential_().clamp(min=torch.finfo(logits.dtype).tiny).log()
+    soft = ((logits + noise) / temperature.to(logits.dtype)).softmax(-1)[..., 1:]
+    return (soft > 0.5).to(soft.dtype) + (soft - soft.detach())
+
+
+def gathers(x: Tensor, taken: Taken) -> bool:
+    """Whether untaken tokens are left out, or else masked: a graph of fixed shapes, and training, know only masks."""
+    if isinstance(taken, bool) or taken.dtype is not torch.bool or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return not x.is_meta
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """The tokens that take an edge, of a batch of maps in which each has some. T of them, at most M in one map.
+
+    Attributes:
+        index: (T,) int64, their places in (B N).
+        near: (T',) int64, places of them and of their 3 x 3 neighbours.
+        place: (T,) int64, where each stands in a batch (B, M) of sequences of equal length.
+        batch, most: B and M.
+    """
+
+    index: Tensor
+    near: Tensor
+    place: Tensor
+    batch: int
+    most: int
+
+    @classmethod
+    def of(cls, taken: Tensor, grid: Grid) -> Chosen:
+        """Of (B, N, 1) bool."""
+        flags = taken[..., 0]
+        index = flags.flatten().nonzero()[:, 0]
+        near = spread_over(flags.unflatten(1, grid), 1).flatten().nonzero()[:, 0]
+        rank = flags.long().cumsum(1)
+        most = int(rank[:, -1].max())
+        place = (rank - 1 + most * torch.arange(len(flags), device=flags.device)[:, None]).flatten()[index]
+        return cls(index, near, place, len(flags), most)
+
+    def padded(self, rows: Tensor) -> Tensor:
+        """(T, C) -> (B, M, C), zeros behind the last of a map."""
+        blank = rows.new_zeros(self.batch * self.most, rows.shape[1])
+        return blank.index_copy_(0, self.place, rows).view(self.batch, self.most, rows.shape[1])
+
+
+class ReducedAttention(nn.Module):
+    """Attention to a map that is R times coarser.
+
+    Args:
+        dim, num_heads: channels and heads.
+        sr_ratio: R; a remainder of the map is not seen, as in PVTv2, and a map smaller than R is filled up with zeros.
+    """
+
+    def __init__(self, dim: int, num_heads: int, sr_ratio: int):
+        super().__init__()
+        self.num_heads, self.sr_ratio = num_heads, sr_ratio
+        self.q, self.kv, self.proj = Linear(dim, dim), Linear(dim, 2 * dim), Linear(dim, dim)
+        if sr_ratio > 1:
+            self.sr = nn.Conv2d(dim, dim, sr_ratio, sr_ratio)
+            self.norm = nn.LayerNorm(dim)
+
+    def forward(self, y: Tensor, grid: Grid) -> Tensor:
+        """(B, N, dim) -> the same."""
+        return self.proj(self.attend(self.q(y), y, grid))
+
+    def attend(self, q: Tensor, y: Tensor, grid: Grid) -> Tensor:
+        """Queries (B, M, dim), to all tokens (B, N, dim) -> (B, M, dim), before the last layer."""
+        if self.sr_ratio > 1:
+            image, missing = as_map(y, grid), [max(0, self.sr_ratio - side) for side in grid]
+            y = self.norm(as_tokens(self.sr(F.pad(image, (0, missing[1], 0, missing[0])) if any(missing) else image)))
+        heads = lambda x: x.unflatten(2, (self.num_heads, x.shape[2] // self.num_heads)).transpose(1, 2)
+        q, k, v = (heads(x) for x in (q, *self.kv(y).chunk(2, 2)))
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        if torch.compiler.is_exporting():  # elsewhere the kernel's output may lie otherwise in memory, and a recorded view would fail
+            x = x.clone(memory_format=torch.contiguous_format)
+        return x.flatten(2)
+
+    def keys(self, grid: Grid) -> int:
+        """How many there are."""
+        return max(1, grid[0] // self.sr_ratio) * max(1, grid[1] // self.sr_ratio)
+
+
+class RoutedBlock(nn.Module):
+    """A block of PVTv2 that changes some tokens and sees all: (B, N, dim) of a grid -> the same."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, sr_ratio: int, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = ReducedAttention(dim, num_heads, sr_ratio)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = GridMlp(dim, int(mlp_ratio * dim))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, grid: Grid, mask: Tensor | None) -> Tensor:
+        """`mask` (B, N, 1): 1 for tokens that are changed; None: all."""
+        for branch, norm in ((self.attn, self.norm1), (self.mlp, self.norm2)):
+            change = self.drop_path(branch(norm(x), grid))
+            x = x + (change if mask is None else mask * change)
+        return x
+
+    def gathered(self, x: Tensor, grid: Grid, chosen: Chosen) -> Tensor:
+        """The same in eval, with nothing computed that only untaken tokens would read."""
+        y, flat = self.norm1(x), x.flatten(0, 1)
+        q = self.attn.q(y.flatten(0, 1).index_select(0, chosen.index))
+        a = self.attn.attend(chosen.padded(q), y, grid).flatten(0, 1).index_select(0, chosen.place)
+        mine = flat.index_select(0, chosen.index) + self.attn.proj(a)
+        flat = flat.index_copy(0, chosen.index, mine)
+        hidden = self.hidden(flat, chosen.near, len(x), grid).flatten(0, 1).index_select(0, chosen.index)
+        return flat.index_copy_(0, chosen.index, mine + self.mlp.fc2(F.gelu(hidden))).view(x.shape)
+
+    def hidden(self, flat: Tensor, near: Tensor, batch: int, grid: Grid) -> Tensor:
+        """The MLP up to its depth-wise convolution, right where all neighbours are among `near`: (B N, dim) -> (B, N, hidden)."""
+        if len(near) == len(flat):
+            image = self.mlp.fc1(self.norm2(flat))
+        else:
+            some = self.mlp.fc1(self.norm2(flat.index_select(0, near)))
+            image = some.new_zeros(len(flat), some.shape[1]).index_copy_(0, near, some)
+        return as_tokens(self.mlp.dwconv(as_map(image.view(batch, len(flat) // batch, image.shape[1]), grid)))
+
+    def macs(self, grid: Grid) -> tuple[int, int, int]:
+        """Multiply-accumulates a taken token, a token that is taken or beside one, and once an image in which any is taken."""
+        attn, (hidden, dim) = self.attn, self.mlp.fc1.weight.shape
+        keys = attn.keys(grid)
+        once = 2 * dim * dim * keys + 9 * hidden * grid[0] * grid[1] + (dim * dim * attn.sr_ratio**2 * keys if attn.sr_ratio > 1 else 0)
+        return 2 * dim * dim + 2 * dim * keys + hidden * dim, hidden * dim, once
+
+
+class RowEdge(nn.Module):
+    """B of the module's docstring: (B, N, dim) of a grid -> the same."""
+
+    def __init__(self, blocks: Sequence[RoutedBlock]):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, grid: Grid, taken: Taken, run: Callable[..., Tensor]) -> Tensor:
+        if taken is False:
+            return x
+        if taken is True or not gathers(x, taken):
+            return run(self.blocks, x, grid, None if taken is True else taken.to(x.dtype))
+        if taken.all():
+            return run(self.blocks, x, grid, None)
+        some = taken.any(1)[:, 0]
+        if not some.all():  # images in which no token takes the edge
+            index = some.nonzero()[:, 0]
+            return x.index_copy(0, index, self(x.index_select(0, index), grid, taken.index_select(0, index), run)) if len(index) else x
+        chosen = Chosen.of(taken, grid)
+        for block in self.blocks:
+            x = block.gathered(x, grid, chosen)  # type: ignore[operator]
+        return x
+
+    def macs(self, grid: Grid) -> tuple[int, int, int]:
+        """See `RoutedBlock.macs`."""
+        each = [block.macs(grid) for block in self.blocks]  # type: ignore[operator]
+        per_token, per_near, once = (sum(column) for column in zip(*each, strict=True))
+        return per_token, per_near, once
+
+
+class ColumnEdge(nn.Module):
+    """P of the module's docstring: normed tokens (B, N, in_dim) of a grid -> (B, N', dim) of half the grid."""
+
+    def __init__(self, in_dim: int, dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_dim, dim, 3, 2, 1)
+        self.norm = nn.LayerNorm(dim)
+        self.kept = LayoutCache()
+
+    def forward(self, y: Tensor, grid: Grid, taken: Taken) -> Tensor | None:
+        """None: no token takes it, by a fixed gate."""
+        if taken is False:
+            return None
+        if taken is True:
+            return self.dense(y, grid)
+        cells = fed(taken.unflatten(1, grid)[..., 0])  # (B, h', w')
+        y = y * taken
+        if not gathers(y, taken):
+            return self.dense(y, grid) * cells.flatten(1)[..., None].to(y.dtype)
+        return self.dense(y, grid) if cells.all() else self.gathered(y, grid, cells)
+
+    def dense(self, y: Tensor, grid: Grid) -> Tensor:
+        return self.norm(as_tokens(self.proj(as_map(y, grid))))
+
+    def gathered(self, y: Tensor, grid: Grid, cells: Tensor) -> Tensor:
+        """With nothing computed for cells (B, h', w') that are not fed: their tokens are zero."""
+        (batch, count, dim), (out, _, _, _) = y.shape, self.proj.weight.shape
+        table = self.kept.get(*grid, y.device, lambda: inputs_of_cells(grid, y.device))
+        index = cells.flatten().nonzero()[:, 0]
+        take = table[index % len(table)] + (count + 1) * (index // len(table))[:, None]
+        rows = F.pad(y, (0, 0, 0, 1)).flatten(0, 1).index_select(0, take.flatten()).view(len(index), 9 * dim)
+        weight = self.proj.weight.permute(0, 2, 3, 1).reshape(out, 9 * dim)
+        tokens = self.norm(F.linear(rows, weight, self.proj.bias))
+        blank = tokens.new_zeros(batch * len(table), out)
+        return blank.index_copy_(0, index, tokens).view(batch, len(table), out)
+
+    def macs(self) -> int:
+        """Multiply-accumulates a cell that is fed."""
+        return self.proj.weight.numel()
+
+
+def fed(taken: Tensor) -> Tensor:
+    """Which cells of a 3 x 3 of stride 2 read a taken token: (B, h, w) -> (B, ceil(h / 2), ceil(w / 2)), 0 or 1, bool for bool."""
+    cells = spread_over(taken.detach(), 2)
+    return cells > 0 if taken.dtype is torch.bool else cells
+
+
+def spread_over(taken: Tensor, stride: int) -> Tensor:
+    """Which cells of a 3 x 3 read a taken token: (B, h, w) -> (B, ceil(h / stride), ceil(w / stride)) float, 0 or 1."""
+    return F.max_pool2d(taken[:, None].float(), 3, stride, 1)[:, 0]
+
+
+def inputs_of_cells(grid: Grid, device: torch.device) -> Tensor:
+    """Places of the nine inputs of each cell of a 3 x 3 of stride 2, row by row: (N', 9) int64; N beyond the border."""
+    height, width = grid
+    rows, columns = (
+        2 * torch.arange((side + 1) // 2, device=device)[:, None] + torch.arange(-1, 2, device=device) for side in (height, width)
+    )
+    places = rows[:, None, :, None] * width + columns[None, :, None, :]
+    inside = ((rows >= 0) & (rows < height))[:, None, :, None] & ((columns >= 0) & (columns < width))[None, :, None, :]
+    return torch.where(inside, places, height * width).flatten(0, 1).flatten(1)
+
+
+class PatchEmbed(nn.Module):
+    """Overlapping patches and a norm: (B, in_chans, H, W) -> tokens of the grid (ceil(H / stride), ceil(W / stride)), and the grid."""
+
+    def __init__(self, in_chans: int, dim: int, stride: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, 2 * stride - 1, stride, stride - 1)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Grid]:
+        x = self.proj(image)
+        return self.norm(as_tokens(x)), (x.shape[2], x.shape[3])
