@@ -22,6 +22,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "combinations.md": combinations_page(),
         "speed.md": speed.page(),
     }
+    pages |= gallery_pages()
     pages |= system_pages()
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
@@ -79,14 +80,19 @@ def system_pages() -> dict[str, str]:
                 parts.append(f"| `{family.name}_{variant}` | {arguments.get('image_size', 224)} | {values} | {tags} |")
             parts.append("")
         parts += [_claim(system.slug), "## In Python", ""]
-        classes = [cls for _, cls in inspect.getmembers(module, inspect.isclass) if cls.__module__ == name and cls.__doc__]
+        classes = [cls for _, cls in inspect.getmembers(module, inspect.isclass) if _belongs(cls, name) and cls.__doc__]
         parts += [f"::: {name}.{cls.__name__}\n    options:\n      members: false\n" for cls in sorted(classes, key=_line)]
         pages[f"systems/{system.slug}.md"] = "\n".join(parts)
     return pages
 
 
-def _line(cls: type) -> int:
-    return inspect.getsourcelines(cls)[1]
+def _belongs(cls: type, module: str) -> bool:
+    """Whether a class is of a module, or of a file of the package that it is."""
+    return cls.__module__ == module or cls.__module__.startswith(f"{module}.")
+
+
+def _line(cls: type) -> tuple[str, int]:
+    return cls.__module__, inspect.getsourcelines(cls)[1]
 
 
 def _paragraphs(text: str) -> str:
@@ -115,6 +121,48 @@ def combinations_page() -> str:
             ]
             parts.append(f"| {reducer} | {' | '.join(cells)} |")
     return "\n".join(parts)
+
+
+def gallery_pages() -> dict[str, str]:
+    """gallery.md and the report that it shows: `vitarium compare --models '*_pico'`, drawn again from its results.json."""
+    from vitarium.data import open_data
+    from vitarium.reports.compare import pictures_of
+    from vitarium.reports.page import render
+    from vitarium.reports.results import Comparison
+
+    values = json.loads((Path(__file__).parent / "examples" / "gallery.json").read_text(encoding="utf-8"))
+    found = Comparison.from_dict(values, Path("runs", "gallery"))
+    digits = open_data(found.data, seed=values["settings"]["seed"])
+    rows = [
+        f"| `{t.name}` | {100 * t.accuracy:.1f} % | {t.latency_ms:.2f} ms | {t.throughput:,.0f} | {t.params / 1e3:.0f} K "
+        f"| {t.macs / 1e6:.2f} M | {t.seconds:.0f} s |"
+        for t in sorted(found.trials, key=lambda t: (-t.accuracy, t.latency_ms))
+    ]
+    minutes = sum(t.seconds for t in found.trials) / 60
+    page = [
+        "# Gallery: every family on one page",
+        "",
+        f"The smallest variant of each family, trained from scratch on the embedded {found.data} ({found.images['train']:,} pictures of",
+        f"16 x 16, {found.images['val']} held out) for {found.budget['steps']} steps under one recipe; {minutes:.0f} minutes of training.",
+        "",
+        "```",
+        "vitarium compare --models '*_pico'",
+        "```",
+        "",
+        f"{found.recommendation.sentence}",
+        "",
+        "Differences below one standard error, half a point here, are noise, and one easy task says nothing of photographs.",
+        "",
+        '<iframe src="report.html" title="The report of the comparison" style="width: 100%; height: 46rem; border: 1px solid #8884">'
+        "</iframe>",
+        "",
+        "[Open the report](report.html){target=_blank}",
+        "",
+        "| model | accuracy | latency, batch 1 | images/s | parameters | MACs | training |",
+        "|---|---|---|---|---|---|---|",
+        *rows,
+    ]
+    return {"gallery/index.md": "\n".join(page), "gallery/report.html": render(found, pictures_of(found, digits))}
 
 
 def ledger_page() -> str:

@@ -66,6 +66,17 @@ def test_models_that_fit(run):
     assert "models fit" in few.out
 
 
+def test_candidates_of_every_family_at_one_size(run):
+    """Each is built and counted without weights; those that take no such image are left out and named."""
+    result = run("models", "*_pico", "--fits", "params<1M", "--fits", "gmacs<1", "--image-size", 36, "--json")
+    assert result.code == 0, result.err
+    rows = {row["name"]: row for row in json.loads(result.out)}
+    assert {"swin_pico", "vim_pico", "timm/vit_pico", "kmax_deeplab_pico"} <= set(rows)
+    assert all(0 < row["macs"] < 1e9 and row["params"] < 1e6 for row in rows.values())
+    assert "cannot be built for 36 pixels" in result.err
+    assert "var_pico" in result.err
+
+
 def test_no_model_fits_is_an_answer_and_no_error(run):
     result = run("models", "swin_pico", "--fits", "params<1")
     assert result.code == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,7 +11,7 @@ from vitarium.cli import filters
 from vitarium.cli.console import err, out, print_json, short, table
 from vitarium.cli.opening import describe_model, matcher
 from vitarium.cli.systems import check_room, in_room
-from vitarium.errors import InputError, UsageError, nearest
+from vitarium.errors import InputError, UsageError, VitariumError, nearest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,11 +36,22 @@ def models(
     if not rows:
         raise UsageError(f"no model matches {pattern!r}{nearest(pattern.strip('*'), [r['name'] for r in find('*', None)])}")
     need_macs = macs or any(c.quantity == "macs" for c in conditions)
+    refused: dict[str, VitariumError] = {}
     with err().status("Building the models without weights") as status:
         for row in rows:
             status.update(f"Building {row['name']} without weights")
-            row.update(cost(row["name"], need_macs, image_size))
-    kept = [r for r in rows if all(c.holds(r["bytes" if c.quantity == "mb" else c.quantity]) for c in conditions)]
+            try:
+                row.update(cost(row["name"], need_macs, image_size, conditions))
+            except VitariumError as error:
+                if image_size is None:
+                    raise
+                refused[row["name"]] = error
+    built = [r for r in rows if r["name"] not in refused]
+    if not built:
+        raise next(iter(refused.values()))
+    kept = [r for r in built if holds(r, conditions)]
+    if refused:
+        err().print(f"Left out, as they cannot be built for {image_size} pixels: {', '.join(refused)}", style="dim", markup=False)
     if as_json:
         return print_json(kept)
     _print(kept, len(rows), need_macs)
@@ -64,15 +76,25 @@ def find(pattern: str, room: str | None) -> list[dict[str, Any]]:
     return [r for r in rows if wanted.match(r["name"]) and in_room(r["room"], room)]
 
 
-def cost(name: str, macs: bool, image_size: int | None) -> dict[str, Any]:
-    """Parameters, bytes, image size and, if asked for, MACs of a model that is built without weights."""
+def cost(name: str, macs: bool, image_size: int | None, conditions: Sequence[filters.Condition] = ()) -> dict[str, Any]:
+    """Parameters, bytes, image size and, if asked for, MACs of a model that is built without weights.
+
+    MACs take longest, and are not counted where the model fails another of the conditions.
+    """
     from vitarium.catalog import preprocessing_of
     from vitarium.efficiency.profiler import count_params, weight_bytes
 
     model = describe_model(name, **({} if image_size is None else {"image_size": image_size}))
     size = image_size or preprocessing_of(model).image_size
-    counted = {"macs": macs_of(model, size)} if macs else {}
-    return {"params": count_params(model), "bytes": weight_bytes(model), **counted, "image_size": size}
+    row = {"params": count_params(model), "bytes": weight_bytes(model), "macs": None, "image_size": size}
+    if macs and holds(row, [c for c in conditions if c.quantity != "macs"]):
+        row["macs"] = macs_of(model, size)
+    return row if macs else {key: value for key, value in row.items() if key != "macs"}
+
+
+def holds(row: dict[str, Any], conditions: Sequence[filters.Condition]) -> bool:
+    """Whether a model's cost passes all conditions."""
+    return all(c.holds(row["bytes" if c.quantity == "mb" else c.quantity]) for c in conditions)
 
 
 def macs_of(model: nn.Module, image_size: int) -> int | None:

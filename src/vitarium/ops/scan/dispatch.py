@@ -26,6 +26,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vitarium.errors import UsageError, nearest, require
 from vitarium.ops.linear import in_plain_inference
+from vitarium.ops.precision import without_autocast
 from vitarium.ops.scan.reference import loop_backward, loop_forward, scan_doubling
 
 IMPLEMENTATIONS = ("auto", "loop", "numba", "triton")
@@ -165,7 +166,7 @@ def _forward(
     """y, (I, L, D), and the state after each `every` tokens, (I, ceil(L / every), N, D)."""
     if not x.numel():
         return torch.empty_like(x), _no_states(x, a, every)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         fast = None if implementation == "loop" else kernels(implementation)
         if fast is not None:
             return fast.forward(x, delta, a, b, c, skip, bias, softplus, reverse, every)
@@ -182,7 +183,7 @@ def _backward(
     if not x.numel():
         zeros = [torch.zeros_like(v) for v in (x, delta, a, b, c, skip, bias)]
         return zeros[0], zeros[1], zeros[2], zeros[3], zeros[4], zeros[5], zeros[6]
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         fast = None if implementation == "loop" else kernels(implementation)
         if fast is not None:
             return fast.backward(grad, x, delta, a, b, c, skip, bias, states, softplus, reverse, every)

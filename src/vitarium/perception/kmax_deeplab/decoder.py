@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitarium.nn import DropPath
+from vitarium.ops.precision import without_autocast
 from vitarium.perception.kmax_deeplab.parts import ConvNorm, batch_norm, resize, truncated_normal
 
 Prediction = dict[str, Any]
@@ -105,7 +106,7 @@ def cluster_sums(assignment: Tensor, values: Tensor, queries: int) -> Tensor:
 
     The sums run over a one-hot matrix in float32 or better, also under autocast: a half-precision sum over thousands of pixels loses them.
     """
-    with torch.autocast(values.device.type, enabled=False):
+    with without_autocast(values):
         values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
         places = assignment.flatten(1)[..., None]
         one_hot = values.new_zeros(*places.shape[:2], queries).scatter_(2, places, 1)  # (B, h w, L)

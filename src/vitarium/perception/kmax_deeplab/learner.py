@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from vitarium.ops.precision import without_autocast
 from vitarium.perception.kmax_deeplab.decoder import assign
 from vitarium.perception.kmax_deeplab.losses import criterion
 from vitarium.perception.overlay import grid, overlay
@@ -45,7 +46,7 @@ class KMaXLearner(SegmentationLearner):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Losses in float32 or better, whatever the precision of the model."""
         prediction = self.model(batch["image"])
-        with torch.autocast(batch["image"].device.type, enabled=False):
+        with without_autocast(batch["image"]):
             return self.criterion(_exact(prediction), batch["target"])
 
     def pictures(self, model: Any, batch: Batch) -> dict[str, Image.Image]:
