@@ -149,7 +149,7 @@ class DenseBlock(nn.Module):
         y = self.norm2(x)
         if fold and self._foldable(x):
             weight, offset = self._folded()
-            hidden = linear(y, self.mlp.fc1.weight, self.mlp.fc1.bias, gelu=True)
+            hidden = linear(y, self.mlp.fc1.weight, self.mlp.fc1.bias, gelu="none")
             return linear(x, self.adjust.weight, offset).add_(linear(hidden, weight))
         return self.adjust(x + self.drop_path(self.mlp(y)))
 

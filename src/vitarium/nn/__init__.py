@@ -2,6 +2,7 @@
 
 from vitarium.nn.attention import Attention
 from vitarium.nn.backbone import Backbone, Stage, VideoBackbone
+from vitarium.nn.convolutions import Conv2d, by_images, conv_norm_gelu
 from vitarium.nn.folding import fold_norm_after, fold_norm_before
 from vitarium.nn.inflation import inflate, inflate_kernel
 from vitarium.nn.layers import (
@@ -29,6 +30,7 @@ from vitarium.nn.window_attention import LayoutCache, WindowAttention
 __all__ = [
     "Attention",
     "Backbone",
+    "Conv2d",
     "DropPath",
     "EvalCache",
     "LayerNorm2d",
@@ -51,6 +53,8 @@ __all__ = [
     "VisionTransformer",
     "WindowAttention",
     "apply_rotary",
+    "by_images",
+    "conv_norm_gelu",
     "conv_patches",
     "drop_path_rates",
     "fold_norm_after",

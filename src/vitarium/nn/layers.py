@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitarium.ops.linear import in_plain_inference, linear
+from vitarium.ops.linear import Gelu, in_plain_inference, linear
 
 PIECE_BYTES = 2**23
 """Hidden values of an MLP that are worked on at once: they stay in the last cache."""
@@ -129,9 +130,9 @@ class Mlp(nn.Module):
         return out.view(x.shape)
 
     def _hidden(self, x: Tensor) -> Tensor:
-        """First layer and activation; exact GELU by the same kernel."""
-        if type(self.act) is nn.GELU and self.act.approximate == "none":
-            return linear(x, self.fc1.weight, self.fc1.bias, gelu=True)
+        """First layer and activation; GELU by the same kernel."""
+        if type(self.act) is nn.GELU:
+            return linear(x, self.fc1.weight, self.fc1.bias, gelu=cast(Gelu, self.act.approximate))
         return self.act(self.fc1(x))
 
     def _untouched(self) -> bool:

@@ -7,9 +7,14 @@ accumulates: 5 to 10 % faster on vision transformers' shapes in float32. It is u
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+Gelu = Literal["none", "tanh"]
+"""Forms of GELU by the names of `F.gelu`'s `approximate`: exact, or by a hyperbolic tangent."""
 
 
 def in_plain_inference(*tensors: Tensor | None) -> bool:
@@ -26,24 +31,28 @@ def only_for_values(*tensors: Tensor | None) -> bool:
     return not (torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
-    """x W^T + b, with `gelu` its exact GELU: (..., in), (out, in), (out,) -> (..., out)."""
-    if (
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: Gelu | None = None) -> Tensor:
+    """x W^T + b, with `gelu` the GELU of it: (..., in), (out, in), (out,) -> (..., out)."""
+    if onednn_serves(x, weight, bias) and x.is_contiguous():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], gelu or "")
+    out = F.linear(x, weight, bias)
+    return F.gelu(out, approximate=gelu) if gelu else out
+
+
+def onednn_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a layer's product may go to oneDNN's fused operators: float32 on a CPU, in plain inference."""
+    return (
         not torch.compiler.is_compiling()
         and x.device.type == "cpu"
         and x.dtype is torch.float32 is weight.dtype
         and x.numel() > 0
-        and x.is_contiguous()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and _has_onednn()
         and not torch.is_autocast_enabled("cpu")
         and in_plain_inference(x, weight, bias)
-    ):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "none" if gelu else "")
-    out = F.linear(x, weight, bias)
-    return F.gelu(out) if gelu else out
+    )
 
 
 def _has_onednn() -> bool:
-    """Whether this build of PyTorch has the operator that inductor's own CPU code calls."""
+    """Whether this build of PyTorch has the operators that inductor's own CPU code calls."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

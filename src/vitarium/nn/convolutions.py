@@ -1,0 +1,52 @@
+"""Convolutions as they are deployed: the activation in the same kernel, and a large batch worked on a few images at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitarium.nn.layers import PIECE_BYTES
+from vitarium.ops.convolution import conv2d
+from vitarium.ops.linear import Gelu, in_plain_inference
+
+
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d by the fastest kernel of the device (ops/convolution.py): (B, C_in, H, W) -> (B, C, H', W')."""
+
+    def forward(self, x: Tensor, gelu: Gelu | None = None) -> Tensor:
+        """With `gelu` the GELU of it, by the name of `F.gelu`'s form."""
+        if self.padding_mode == "zeros" and isinstance(self.padding, tuple):
+            where = dict(stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups)
+            return conv2d(x, self.weight, self.bias, **cast(Any, where), gelu=gelu)
+        out = super().forward(x)
+        return F.gelu(out, approximate=gelu) if gelu else out
+
+
+def conv_norm_gelu(x: Tensor, conv: nn.Module, norm: nn.Module, approximate: Gelu = "none") -> Tensor:
+    """GELU(norm(conv(x))); in one kernel where the norm was folded away and nobody looks at or replaced the convolution."""
+    if type(norm) is nn.Identity and isinstance(conv, Conv2d) and not (conv._forward_hooks or norm._forward_hooks):
+        return conv(x, approximate)
+    return F.gelu(norm(conv(x)), approximate=approximate)
+
+
+def by_images(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, channels: int) -> Tensor:
+    """forward(x), in inference on a CPU for so few images at a time that their inner maps stay in the cache.
+
+    A whole batch's maps would be mapped anew from the system at each call, which costs more than the arithmetic on them.
+
+    Args:
+        module: whose `forward` it is; where one of its parts has hooks, these see the whole batch.
+        forward: treats each image for itself; (B, C, H, W) -> (B, C', H', W').
+        x: (B, C, H, W).
+        channels: of the largest inner map, at x's height and width.
+    """
+    if torch.compiler.is_compiling() or module.training or x.device.type != "cpu" or not in_plain_inference(x, *module.parameters()):
+        return forward(x)
+    most = max(1, PIECE_BYTES // max(1, channels * x.shape[2] * x.shape[3] * x.element_size()))
+    if len(x) <= most or any(part._forward_hooks or part._forward_pre_hooks for part in module.modules() if part is not module):
+        return forward(x)
+    return torch.cat([forward(piece) for piece in x.split(most)])
