@@ -12,7 +12,8 @@ becomes [q | k | v] of all heads). Any image size. The paper's other half, learn
 `distillation` (vitarium.training.distillation), for any pair of models.
 Cost: linear in image area at fixed M.
 
-How it is fast: maps and tokens are one memory, channels-last; biases are gathered once in eval; `fuse()` folds all batch norms.
+How it is fast: maps and tokens are one memory, channels-last; biases are gathered once in eval; `fuse()` folds all batch norms, and then
+GELUs are of the convolutions' kernels; on a CPU a few images at a time go through the convolutions.
 
 Legend: B batch, C channels, H W map, M window side.
 """
@@ -28,12 +29,15 @@ from torch.nn import functional as F
 from vitarium.catalog import chain, family, rename
 from vitarium.nn import (
     Backbone,
+    Conv2d,
     DropPath,
     LayoutCache,
     Mlp,
     PyramidStage,
     Stage,
     WindowAttention,
+    by_images,
+    conv_norm_gelu,
     drop_path_rates,
     fold_norm_after,
     init_weights,
@@ -46,11 +50,15 @@ class ConvNorm(nn.Module):
 
     def __init__(self, in_dim: int, dim: int, kernel_size: int = 1, stride: int = 1, *, groups: int = 1):
         super().__init__()
-        self.conv = nn.Conv2d(in_dim, dim, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
+        self.conv: nn.Conv2d = Conv2d(in_dim, dim, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
         self.bn: nn.Module = nn.BatchNorm2d(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.conv(x))
+
+    def activated(self, x: Tensor) -> Tensor:
+        """GELU of it."""
+        return conv_norm_gelu(x, self.conv, self.bn)
 
     def fold(self) -> None:
         """The norm goes into the convolution."""
@@ -63,11 +71,12 @@ class Stem(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, strides: Sequence[int]):
         super().__init__()
+        self.dim = dim
         self.conv1 = ConvNorm(in_chans, dim // 2, 3, strides[0])
         self.conv2 = ConvNorm(dim // 2, dim, 3, strides[1])
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.conv2(F.gelu(self.conv1(image)))
+        return by_images(self, lambda x: self.conv2(self.conv1.activated(x)), image, self.dim // 8)
 
 
 class MBConv(nn.Module):
@@ -75,13 +84,17 @@ class MBConv(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, drop_path: float):
         super().__init__()
+        self.hidden_dim = hidden_dim
         self.conv1 = ConvNorm(dim, hidden_dim)
         self.conv2 = ConvNorm(hidden_dim, hidden_dim, 3, groups=hidden_dim)
         self.conv3 = ConvNorm(hidden_dim, dim)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(x + self.drop_path(self.conv3(F.gelu(self.conv2(F.gelu(self.conv1(x)))))))
+        return by_images(self, self._bottleneck, x, self.hidden_dim)
+
+    def _bottleneck(self, x: Tensor) -> Tensor:
+        return F.gelu(x + self.drop_path(self.conv3(self.conv2.activated(self.conv1.activated(x)))))
 
 
 class Downsample(nn.Module):
@@ -89,12 +102,13 @@ class Downsample(nn.Module):
 
     def __init__(self, in_dim: int, dim: int):
         super().__init__()
+        self.dim = dim
         self.conv1 = ConvNorm(in_dim, dim)
         self.conv2 = ConvNorm(dim, dim, 3, 2, groups=dim)
         self.conv3 = ConvNorm(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv3(F.gelu(self.conv2(F.gelu(self.conv1(x)))))
+        return by_images(self, lambda x: self.conv3(self.conv2.activated(self.conv1.activated(x))), x, self.dim)
 
 
 class DistanceBias(nn.Module):
