@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import vitarium
 from tests.golden import assert_matches_golden
-from vitarium.backbones.maxvit import MaxViT, PartitionAttention
+from vitarium.backbones.maxvit import Conv2dSame, MaxViT, PartitionAttention
 from vitarium.nn import WindowAttention
 from vitarium.ops.windows import attention_layout
 
@@ -123,3 +123,14 @@ def test_equals_timms_model_on_another_window():
 def test_refuses(options: dict, words: str):
     with pytest.raises(ValueError, match=words):
         vitarium.create_model("maxvit_pico", **options)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(8, 6), (7, 9), (6, 7), (1, 2)])
+def test_same_padding_is_tensorflows(size: tuple[int, int], stride: int):
+    conv, x = Conv2dSame(4, 4, 3, stride, groups=4), torch.randn(1, 4, *size)
+    needed = [max((-(-side // stride) - 1) * stride + 3 - side, 0) for side in size]  # the smaller half goes before
+    (top, bottom), (left, right) = ((n // 2, n - n // 2) for n in needed)
+    expected = F.conv2d(F.pad(x, (left, right, top, bottom)), conv.weight, conv.bias, stride, groups=4)
+    assert expected.shape[2:] == tuple(-(-side // stride) for side in size)
+    torch.testing.assert_close(conv(x), expected)

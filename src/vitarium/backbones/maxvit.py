@@ -12,7 +12,8 @@ refuse sizes that do not divide; on those that do, nothing changes).
 Cost: linear in image area at fixed P and G.
 
 How it is fast: only attention cares in what order tokens stand; they are put in window order, from there in grid order, and back into a map
-once a block; biases are gathered once in eval; `fuse()` folds all batch norms into their convolutions.
+once a block; biases are gathered once in eval; `fuse()` folds all batch norms into their convolutions, and then GELUs are of the
+convolutions' kernels; on a CPU a few images at a time go through the convolutions, whose four times wider maps then stay in the cache.
 
 Legend: B batch, C channels, H W map, N tokens of the padded map.
 """
@@ -30,6 +31,7 @@ from torch.nn import functional as F
 from vitarium.catalog import family, rename
 from vitarium.nn import (
     Backbone,
+    Conv2d,
     DropPath,
     LayoutCache,
     Mlp,
@@ -37,11 +39,15 @@ from vitarium.nn import (
     SqueezeExcite,
     Stage,
     WindowAttention,
+    by_images,
+    conv_norm_gelu,
     fold_norm_after,
     fold_norm_before,
     init_weights,
 )
 from vitarium.nn.positions import resize_bias_table
+from vitarium.ops.convolution import conv2d
+from vitarium.ops.linear import Gelu
 from vitarium.ops.windows import WindowLayout, attention_layout, pad_to_multiple
 
 GELU = functools.partial(nn.GELU, "tanh")
@@ -54,13 +60,16 @@ def batch_norm(dim: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(dim, eps=1e-3, momentum=0.01)
 
 
-class Conv2dSame(nn.Conv2d):
+class Conv2dSame(Conv2d):
     """TensorFlow's "SAME": ceil(side / stride) outputs a side; an odd row or column of zeros goes to the bottom or the right."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        (kernel, _), (stride, _) = self.kernel_size, self.stride
-        bottom, right = (max((-(-side // stride) - 1) * stride + kernel - side, 0) for side in x.shape[-2:])
-        return super().forward(F.pad(x, (right // 2, right - right // 2, bottom // 2, bottom - bottom // 2)))
+    def forward(self, x: Tensor, gelu: Gelu | None = None) -> Tensor:
+        kernel, stride = self.kernel_size[0], self.stride[0]
+        rows, columns = (max((-(-side // stride) - 1) * stride + kernel - side, 0) for side in x.shape[-2:])
+        if rows % 2 or columns % 2:
+            x = F.pad(x, (0, columns % 2, 0, rows % 2))
+        around = (rows // 2, columns // 2)  # by the kernel itself: a padded copy of a wide map takes as long as the convolution
+        return conv2d(x, self.weight, self.bias, stride=(stride, stride), padding=around, groups=self.groups, gelu=gelu)
 
 
 class Shortcut(nn.Module):
@@ -69,7 +78,7 @@ class Shortcut(nn.Module):
     def __init__(self, in_dim: int, dim: int, stride: int):
         super().__init__()
         self.stride = stride
-        self.expand = nn.Conv2d(in_dim, dim, 1) if in_dim != dim else nn.Identity()
+        self.expand = Conv2d(in_dim, dim, 1) if in_dim != dim else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.stride > 1:
@@ -82,20 +91,23 @@ class MBConv(nn.Module):
 
     def __init__(self, in_dim: int, dim: int, stride: int, drop_path: float):
         super().__init__()
-        hidden = 4 * dim
+        self.hidden_dim = hidden = 4 * dim
         self.shortcut = Shortcut(in_dim, dim, stride)
         self.pre_norm: nn.Module = batch_norm(in_dim)
-        self.conv1_1x1 = nn.Conv2d(in_dim, hidden, 1, bias=False)
+        self.conv1_1x1: nn.Conv2d = Conv2d(in_dim, hidden, 1, bias=False)
         self.norm1: nn.Module = batch_norm(hidden)
         self.conv2_kxk: nn.Conv2d = Conv2dSame(hidden, hidden, 3, stride, groups=hidden, bias=False)
         self.norm2: nn.Module = batch_norm(hidden)
         self.se = SqueezeExcite(hidden, max(1, dim // 4))
-        self.conv3_1x1 = nn.Conv2d(hidden, dim, 1)
+        self.conv3_1x1 = Conv2d(hidden, dim, 1)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.gelu(self.norm1(self.conv1_1x1(self.pre_norm(x))), approximate="tanh")
-        y = F.gelu(self.norm2(self.conv2_kxk(y)), approximate="tanh")
+        return by_images(self, self._bottleneck, x, self.hidden_dim)
+
+    def _bottleneck(self, x: Tensor) -> Tensor:
+        y = conv_norm_gelu(self.pre_norm(x), self.conv1_1x1, self.norm1, "tanh")
+        y = conv_norm_gelu(y, self.conv2_kxk, self.norm2, "tanh")
         return self.shortcut(x) + self.drop_path(self.conv3_1x1(self.se(y)))
 
     def fold(self) -> None:
@@ -163,12 +175,13 @@ class Stem(nn.Module):
 
     def __init__(self, in_chans: int, dim: int):
         super().__init__()
+        self.dim = dim
         self.conv1: nn.Conv2d = Conv2dSame(in_chans, dim, 3, 2)
         self.norm1: nn.Module = batch_norm(dim)
-        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1)
+        self.conv2 = Conv2d(dim, dim, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(F.gelu(self.norm1(self.conv1(x)), approximate="tanh"))
+        return by_images(self, lambda x: self.conv2(conv_norm_gelu(x, self.conv1, self.norm1, "tanh")), x, self.dim // 4)
 
     def fold(self) -> None:
         """The norm goes into the first convolution."""
