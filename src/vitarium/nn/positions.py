@@ -12,15 +12,22 @@ from torch.nn import functional as F
 from vitarium.ops.windows import relative_position_index
 
 
-class EvalCache:
+class EvalCache(nn.Module):
     """Keeps what a module derives from its parameters while nothing can change it: in eval mode and without gradients to them.
 
-    A change of a parameter in place (an optimizer's step, load_state_dict) or of its storage (`.to(...)`) is seen and invalidates the
-    value. A copy or a pickle of the module starts empty.
+    A change of a parameter in place (load_state_dict, an average of weights) or of its storage (`.to(...)`) is seen and invalidates the
+    value, and so does every `train()` and `eval()`: a fused optimizer changes parameters without a trace. That is why it is a module,
+    which is told. A copy or a pickle starts empty.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._values: dict[Any, tuple[Any, Any]] = {}
+
+    def train(self, mode: bool = True) -> EvalCache:
+        """Forgets all values, whichever the mode."""
+        self._values.clear()
+        return super().train(mode)
 
     def get(self, module: nn.Module, key: Any, source: Tensor | nn.Module, build: Callable[[], Any]) -> Any:
         """The value of `build()`, kept under `key` for as long as `source`, the parameter (or all of a module's) that it derives from,
@@ -42,7 +49,7 @@ class EvalCache:
         return kept[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_values": {}}
+        return {**self.__dict__, "_values": {}}
 
 
 class RelativePositionBias(nn.Module):
