@@ -130,6 +130,13 @@ def test_metrics_as_table_json_and_file(run, trained, tmp_path):
     assert "Weakest classes" in shown
 
 
+def test_a_learners_own_numbers_are_told_too():
+    from vitarium.cli.evaluate import told
+
+    assert told({"accuracy": 0.985, "loss": 0.1, "cost": 0.52}) == {"accuracy": "98.50 %", "cross entropy": "0.1000", "cost": "0.5200"}
+    assert told({"psnr_y": 31.5}) == {"psnr y": "31.5000"}
+
+
 def test_errors_under_corruptions(run, trained, tmp_path, monkeypatch):
     """Of a folder with some of the classes; the table by severity, and JSON."""
     from vitarium.robustness import benchmark

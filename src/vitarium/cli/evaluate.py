@@ -177,8 +177,8 @@ def told(metrics: dict[str, Any]) -> dict[str, str]:
     numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
     if "accuracy" not in numbers:
         return {name.replace("_", " "): f"{value:.4f}" for name, value in numbers.items()}
-    known = [name for name in NAMES if name in numbers]
-    return {NAMES[name]: f"{numbers[name]:.4f}" if name == "loss" else f"{100 * numbers[name]:.2f} %" for name in known}
+    known = {NAMES[name]: f"{numbers[name]:.4f}" if name == "loss" else f"{100 * numbers[name]:.2f} %" for name in NAMES if name in numbers}
+    return known | {name.replace("_", " "): f"{value:.4f}" for name, value in numbers.items() if name not in NAMES}
 
 
 def show_other(report: dict[str, Any]) -> None:

@@ -86,8 +86,7 @@ def list_learners() -> list[str]:
     for module in HOMES.values():
         importlib.import_module(module)
     for system in systems():
-        if not system.room.startswith("backbones"):
-            import_system(system.slug)
+        import_system(system.slug)
     return sorted(_LEARNERS)
 
 
