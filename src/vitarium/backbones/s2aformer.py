@@ -28,7 +28,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitarium.catalog import family, rename
-from vitarium.nn import Backbone, DropPath, LayerNorm2d, PyramidStage, Stage, drop_path_rates, fold_norm_after, init_weights
+from vitarium.nn import (
+    Backbone,
+    Conv2d,
+    DropPath,
+    LayerNorm2d,
+    PyramidStage,
+    Stage,
+    by_images,
+    conv_norm_gelu,
+    drop_path_rates,
+    fold_norm_after,
+    init_weights,
+)
 
 
 class StripSelfAttention(nn.Module):
@@ -83,15 +95,18 @@ class LocalInteraction(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.dw1 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.dw1: nn.Conv2d = Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
         self.bn1: nn.Module = nn.BatchNorm2d(dim)
-        self.pw1 = nn.Conv2d(dim, dim, 1)
-        self.dw2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.pw1 = Conv2d(dim, dim, 1)
+        self.dw2: nn.Conv2d = Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
         self.bn2: nn.Module = nn.BatchNorm2d(dim)
-        self.pw2 = nn.Conv2d(dim, dim, 1)
+        self.pw2 = Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.pw2(self.bn2(self.dw2(F.gelu(self.pw1(self.bn1(self.dw1(x)))))))
+        return by_images(self, self._interact, x, 4 * x.shape[1])  # four maps lie between the first layer and the last
+
+    def _interact(self, x: Tensor) -> Tensor:
+        return self.pw2(self.bn2(self.dw2(conv_norm_gelu(self.bn1(self.dw1(x)), self.pw1))))
 
     def fold(self) -> None:
         """The norms go into the depth-wise convolutions."""
@@ -105,12 +120,16 @@ class ConvMlp(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
-        self.fc1 = nn.Conv2d(dim, hidden_dim, 1)
-        self.dw = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
-        self.fc2 = nn.Conv2d(hidden_dim, dim, 1)
+        self.hidden_dim = hidden_dim
+        self.fc1 = Conv2d(dim, hidden_dim, 1)
+        self.dw = Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
+        self.fc2 = Conv2d(hidden_dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.dw(self.fc1(x))))
+        return by_images(self, self._mix, x, self.hidden_dim)
+
+    def _mix(self, x: Tensor) -> Tensor:
+        return self.fc2(conv_norm_gelu(self.fc1(x), self.dw))
 
 
 class HybridPerceptionBlock(nn.Module):

@@ -23,15 +23,17 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vitarium.catalog import chain, family, rename
 from vitarium.nn import (
     Backbone,
+    Conv2d,
     DropPath,
     LayerNorm2d,
     PyramidStage,
     Stage,
+    by_images,
+    conv_norm_gelu,
     drop_path_rates,
     fold_norm_after,
     fold_norm_before,
@@ -56,9 +58,9 @@ class LargeKernelAttention(nn.Module):
         near, far = 2 * dilation - 1, math.ceil(kernel_size / dilation)
         if far % 2 == 0:
             raise ValueError(f"kernel_size={kernel_size} in steps of dilation={dilation} gives a piece of {far} taps, which has no middle")
-        self.conv0 = nn.Conv2d(dim, dim, near, padding=near // 2, groups=dim)
-        self.conv_spatial = nn.Conv2d(dim, dim, far, padding=far // 2 * dilation, dilation=dilation, groups=dim)
-        self.conv1 = nn.Conv2d(dim, dim, 1)
+        self.conv0 = Conv2d(dim, dim, near, padding=near // 2, groups=dim)
+        self.conv_spatial = Conv2d(dim, dim, far, padding=far // 2 * dilation, dilation=dilation, groups=dim)
+        self.conv1 = Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv1(self.conv_spatial(self.conv0(x)))
@@ -75,12 +77,15 @@ class GatedAttention(nn.Module):
     def __init__(self, dim: int, kernel_size: int, dilation: int, gate: str):
         super().__init__()
         self.gate = gate
-        self.proj_1 = nn.Conv2d(dim, dim, 1)
+        self.proj_1: nn.Conv2d = Conv2d(dim, dim, 1)
         self.lka = LargeKernelAttention(dim, kernel_size, dilation)
-        self.proj_2 = nn.Conv2d(dim, dim, 1)
+        self.proj_2 = Conv2d(dim, dim, 1)
 
     def forward(self, y: Tensor) -> Tensor:
-        u = F.gelu(self.proj_1(y))
+        return by_images(self, self._attend, y, 4 * y.shape[1])  # u, a and two maps between them
+
+    def _attend(self, y: Tensor) -> Tensor:
+        u = conv_norm_gelu(y, self.proj_1)
         a = self.lka(u)
         gated = u + a if self.gate == "add" else u * (a.sigmoid() if self.gate == "sigmoid" else a)
         return self.proj_2(gated) + y
@@ -91,13 +96,17 @@ class ConvMlp(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, drop: float):
         super().__init__()
-        self.fc1 = nn.Conv2d(dim, hidden_dim, 1)
-        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
-        self.fc2 = nn.Conv2d(hidden_dim, dim, 1)
+        self.hidden_dim = hidden_dim
+        self.fc1: nn.Conv2d = Conv2d(dim, hidden_dim, 1)
+        self.dwconv = Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
+        self.fc2 = Conv2d(hidden_dim, dim, 1)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(F.gelu(self.dwconv(self.fc1(x))))))
+        return by_images(self, self._mix, x, self.hidden_dim)
+
+    def _mix(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(conv_norm_gelu(self.fc1(x), self.dwconv))))
 
 
 class VANBlock(nn.Module):

@@ -26,11 +26,13 @@ class Conv2d(nn.Conv2d):
         return F.gelu(out, approximate=gelu) if gelu else out
 
 
-def conv_norm_gelu(x: Tensor, conv: nn.Module, norm: nn.Module, approximate: Gelu = "none") -> Tensor:
-    """GELU(norm(conv(x))); in one kernel where the norm was folded away and nobody looks at or replaced the convolution."""
-    if type(norm) is nn.Identity and isinstance(conv, Conv2d) and not (conv._forward_hooks or norm._forward_hooks):
+def conv_norm_gelu(x: Tensor, conv: nn.Module, norm: nn.Module | None = None, approximate: Gelu = "none") -> Tensor:
+    """GELU(norm(conv(x))); in one kernel where there is no norm (any more) and nobody looks at or replaced the convolution."""
+    no_norm = norm is None or (type(norm) is nn.Identity and not norm._forward_hooks)
+    if no_norm and isinstance(conv, Conv2d) and not conv._forward_hooks:
         return conv(x, approximate)
-    return F.gelu(norm(conv(x)), approximate=approximate)
+    y = conv(x)
+    return F.gelu(y if norm is None else norm(y), approximate=approximate)
 
 
 def by_images(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, channels: int) -> Tensor:
