@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,26 @@ def literal(part: ReversedAttention, x: Tensor, messages: Tensor) -> tuple[Tenso
     backward = (forward * p[..., None] * m[:, None, :, None]).transpose(-2, -1)
     out = part.proj((backward @ v).transpose(1, 2).reshape(batch, count, dim))
     return out, m, backward.abs().sum((1, 3))
+
+
+def reference(model: DependencyViT) -> Callable[[Tensor], Tensor]:
+    """What the speed of `model` is compared with: the same model with its attention in the card's words."""
+
+    def in_words(part: ReversedAttention, x: Tensor, messages: Tensor, count: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        out, sent, received = literal(part, x, messages)
+        return out, sent, received if count else None
+
+    twin = copy.deepcopy(model)
+    for block in twin.blocks:
+        block.attn.forward = functools.partial(in_words, block.attn)
+    return lambda image: twin(image)
+
+
+@pytest.mark.identity
+@pytest.mark.parametrize("name", ["dependencyvit_pico", "dependencyvit_lite_pico"])
+def test_the_whole_model_equals_itself_in_the_cards_words(name: str):
+    model = small(name)
+    torch.testing.assert_close(model(images()), reference(model)(images()), rtol=0, atol=1e-11)
 
 
 def attention(heads: int = 3, **options) -> ReversedAttention:

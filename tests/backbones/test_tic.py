@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.nn import functional as F
 
 import vitarium
 from tests.golden import RESULTS, TOLERANCE, compare, fill_state, make_input, read_golden
-from vitarium.backbones.tic import DIRECTIONS, MSAConv2d, NeighbourAttention, Tiling, neighbour_attention, neighbour_weights
+from vitarium.backbones.tic import DIRECTIONS, MSAConv2d, NeighbourAttention, TiC, Tiling, neighbour_attention, neighbour_weights
 from vitarium.errors import InputError
 
 GOLDEN = "tic-msa-conv-3x3"
@@ -193,6 +195,16 @@ class Literal:
         return F.linear(self.ln(x, "norm").mean((2, 3)), self.state["head.weight"], self.state["head.bias"])
 
 
+def reference(model: TiC) -> Callable[[Tensor], Tensor]:
+    """What the speed of `model` is compared with: the same function, by these equations, from its weights."""
+    first = model.stages[0]
+    strides = first.downsample.conv1.stride[0], first.downsample.conv2.stride[0]
+    mixers = [stage.blocks[0].attn for stage in model.stages]
+    sizes = [len(stage.blocks) for stage in model.stages], [mixer.num_heads for mixer in mixers], mixers[0].kernel_size
+    equations = Literal(dict(model.state_dict()))
+    return lambda image: equations(image, *sizes, strides, mixers[0].directions)
+
+
 @pytest.mark.identity
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(
@@ -201,7 +213,7 @@ class Literal:
 def test_equals_the_equations(options: dict, directions: int, fused: bool):
     model = filled(vitarium.create_model("tic_pico", num_classes=7, **options))
     image = random(2, 3, 33, 21)
-    expected = Literal(dict(model.state_dict()))(image, (1, 2), (2, 4), 3, (2, 1), directions)
+    expected = reference(copy.deepcopy(model))(image)
     model = model.fuse() if fused else model
     assert any(isinstance(part, nn.BatchNorm2d) for part in model.modules()) != fused
     torch.testing.assert_close(model(image), expected, rtol=0, atol=1e-10)
