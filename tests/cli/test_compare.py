@@ -89,6 +89,8 @@ def test_patterns_become_names_once():
     assert {"convnext_pico", "timm/vit_pico"} <= set(names)
     assert names[-1] == "timm/vit_small_patch16_224"
     assert len(names) == len(set(names))
+    assert "uniformer_video_pico" not in names
+    assert chosen("uniformer_video_p*") == ["uniformer_video_pico"]
 
 
 @pytest.mark.parametrize("text", ["", " , ", "nothing_*"])

@@ -116,6 +116,12 @@ def test_model_that_fails_is_told_and_the_others_go_on(tmp_path, recipe, picture
     assert "timm/vit_small_patch32_224" in page
 
 
+def test_models_of_clips_on_pictures_are_refused_before_training(tmp_path, recipe, pictures):
+    with pytest.raises(UsageError, match=r"pictures holds single pictures, and these models see clips: uniformer_video_pico; leave"):
+        compare("pictures", ["timm/vit_pico", "uniformer_video_pico"], recipe=recipe, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_all_models_failing_is_an_error(tmp_path, recipe, pictures, monkeypatch):
     def stop(*_, **__):
         raise TrainingStopped("loss was not finite")

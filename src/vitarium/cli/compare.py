@@ -75,7 +75,8 @@ def compare(
 
 
 def chosen(text: str) -> list[str]:
-    """Names from a list with commas; patterns become the classifiers that they match, and a name comes once.
+    """Names from a list with commas, and a name comes once. Patterns become the classifiers of pictures that they match; where they match
+    none, those of clips.
 
     Raises:
         UsageError: an empty list, or a pattern that nothing matches.
@@ -84,8 +85,9 @@ def chosen(text: str) -> list[str]:
 
     names: list[str] = []
     for part in filter(None, map(str.strip, text.split(","))):
-        classifiers = (row["name"] for row in find(part, None) if row["learner"] == "classification")
-        matches = list(classifiers) if any(c in part for c in "*?[") else [part]
+        classifiers = [row for row in find(part, None) if row["learner"] == "classification"] if any(c in part for c in "*?[") else None
+        of_pictures = [row for row in classifiers or [] if row["frames"] is None]
+        matches = [part] if classifiers is None else [row["name"] for row in of_pictures or classifiers]
         if not matches:
             raise UsageError(f"no model matches {part!r} ('vitarium models' lists all)")
         names += [name for name in matches if name not in names]

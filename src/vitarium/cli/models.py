@@ -58,20 +58,22 @@ def models(
 
 
 def find(pattern: str, room: str | None) -> list[dict[str, Any]]:
-    """Name, family, room and objective of the models that a pattern matches, ours first."""
+    """Name, family, room, objective and frames (of a video model's clip) of the models that a pattern matches, ours first."""
     from vitarium.catalog import families
     from vitarium.catalog.foreign import TIMM_PICO
 
     check_room(room)
-    rows = [{"name": name, "family": f.name, "room": f.room, "learner": f.learner} for f in families() for name in f.model_names()]
-    timms = lambda name: {"name": f"timm/{name}", "family": "timm", "room": "backbones", "learner": "classification"}
-    rows += [timms(name) for name in TIMM_PICO]
+    rows: list[dict[str, Any]] = [
+        {"name": f"{f.name}_{variant}", "family": f.name, "room": f.room, "learner": f.learner, "frames": f.variants[variant].get("frames")}
+        for f in families()
+        for variant in f.variants
+    ]
+    of_timm: dict[str, Any] = {"family": "timm", "room": "backbones", "learner": "classification", "frames": None}
+    rows += [{"name": f"timm/{name}", **of_timm} for name in TIMM_PICO]
     if pattern.startswith("timm/"):
         import timm
 
-        rows += [
-            {"name": f"timm/{name}", "family": "timm", "room": "backbones", "learner": "classification"} for name in timm.list_models()
-        ]
+        rows += [{"name": f"timm/{name}", **of_timm} for name in timm.list_models()]
     wanted = matcher(pattern)
     return [r for r in rows if wanted.match(r["name"]) and in_room(r["room"], room)]
 

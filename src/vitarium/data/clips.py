@@ -14,6 +14,8 @@ from vitarium.errors import require
 if TYPE_CHECKING:
     from PIL import Image
 
+    from vitarium.data.image_set import ImageSet
+
 EXTENSIONS = frozenset(["mp4", "m4v", "mov", "avi", "mkv", "webm", "mpg", "mpeg", "wmv", "flv", "3gp", "ogv", "ts"])
 """Endings of the files that count as video, in lower case."""
 
@@ -109,6 +111,16 @@ class VideoFile:
             yield from items
         except av.FFmpegError:
             return
+
+
+def holds_clips(images: ImageSet) -> bool:
+    """Whether a set is one of clips, by the first of its samples that can be read; one without any is taken for pictures."""
+    for index in range(len(images)):
+        try:
+            return not hasattr(images[index][0], "convert")
+        except BrokenImage:
+            continue
+    return False
 
 
 def still_of(picture: Any) -> Image.Image:

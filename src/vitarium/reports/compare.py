@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitarium.catalog import find_model
 from vitarium.data import ImageData, open_data
+from vitarium.data.clips import holds_clips, still_of
 from vitarium.errors import DataError, InputError, TrainingStopped, UsageError, VitariumError, nearest
 from vitarium.files import atomic_path, lock_folder, write_json, write_text
 from vitarium.reports.events import Event, Listener
@@ -98,6 +99,7 @@ def compare(
         raise UsageError("several processes were started, and all need the same folder: name it with out (--out), on a shared disk")
     settings = _recipe(recipe, pixels=image_size, seed=seed, steps=steps, epochs=epochs, minutes=minutes, batch_size=batch_size)
     images = open_data(data, seed=seed, val_fraction=val_fraction, image_size=image_size)
+    _check_kind(names, images)
     if settings.image_size is None:
         size = images.image_size or (PICO_SIZE if models is None else None)
         settings = settings.model_copy(update=dict(image_size=size))
@@ -153,8 +155,6 @@ def pictures_of(comparison: Comparison, images: ImageData) -> list[Image.Image |
 
 
 def _picture(images: ImageData, index: int) -> Image.Image | None:
-    from vitarium.data.clips import still_of
-
     try:
         return still_of(images.val[index][0])
     except DataError:  # it could be read before; a page without it is still a page
@@ -177,6 +177,28 @@ def check_names(names: Sequence[str]) -> None:
             problems.append(str(error))
     if problems:
         raise UsageError("\n".join(problems))
+
+
+def _check_kind(names: Sequence[str], images: ImageData) -> None:
+    """Refuse models of clips on pictures and the other way round, before anything is trained.
+
+    Raises:
+        UsageError: with the names of those.
+    """
+    clips = holds_clips(images.train)
+    if wrong := [name for name in names if sees_clips(name) != clips]:
+        held, seen = ("clips", "single pictures") if clips else ("single pictures", "clips")
+        raise UsageError(
+            f"{images.name} holds {held}, and these models see {seen}: {', '.join(wrong)}; leave them out, or give them {seen}"
+        )
+
+
+def sees_clips(name: str) -> bool:
+    """Whether a model, by its name, is one of clips."""
+    if name.startswith(("timm/", "hf/")):
+        return False
+    family, variant = find_model(name.partition(".")[0])
+    return family.variants[variant].get("frames") is not None
 
 
 def _check_name(name: str) -> None:
