@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -66,3 +69,18 @@ def test_groups_are_blocks_of_a_dense_kernel():
 def test_refuses(branches: list, words: str):
     with pytest.raises(ValueError, match=words):
         RepConv(8, 8, branches)
+
+
+def test_a_strided_point_branch_trains():
+    """On a channels-last picture PyTorch's own weight gradient of a 1 x 1 with stride spoils memory: in a process of its own."""
+    code = """
+import torch
+from vitarium.nn.reparam import rep_conv
+
+part = rep_conv(3, 32, 3, stride=2)
+for _ in range(12):
+    x = torch.randn(2, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    part(x).sum().backward()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

@@ -28,7 +28,13 @@ class ConvNorm(nn.Module):
         self.bn = nn.BatchNorm2d(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.conv(x))
+        conv = self.conv
+        if conv.kernel_size == (1, 1) and conv.stride != (1, 1):
+            # Only these pixels are read. PyTorch's own weight gradient of a 1 x 1 with stride writes beyond its memory on a CPU, where x
+            # has fewer than 16 channels and lies channels-last (2.15.0: the process dies, or other tensors are spoilt).
+            x = x[:, :, :: conv.stride[0], :: conv.stride[1]]
+            return self.bn(F.conv2d(x, conv.weight, groups=conv.groups))
+        return self.bn(conv(x))
 
 
 class RepConv(nn.Module):
