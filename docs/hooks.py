@@ -7,7 +7,8 @@ import inspect
 import json
 from pathlib import Path
 
-import pictures as drawn  # mkdocs looks for a hook's imports beside it
+import command_pictures  # mkdocs looks for a hook's imports beside it
+import pictures as drawn
 import speed
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -237,10 +238,11 @@ PICTURES: dict[str, tuple[str, str]] = {
 
 
 def pictures() -> dict[str, bytes]:
-    """PNG pictures of the systems, drawn by their own code (docs/pictures.py)."""
+    """Pictures of the systems, drawn by their own code (docs/pictures.py), and of the commands (docs/command_pictures.py)."""
     global _PICTURES
     if _PICTURES is None:
         _PICTURES = {f"systems/{slug}.png": getattr(drawn, function)() for slug, (function, _) in PICTURES.items()}
+        _PICTURES |= {f"commands/{name}.svg": command_pictures.draw(name) for name in command_pictures.DRAWN}
     return _PICTURES
 
 
