@@ -234,6 +234,11 @@ PICTURES: dict[str, tuple[str, str]] = {
         "convnext",
         "Where a cell of the last map looks: gradient over the image, four decades, for kernels of 3, 5, 7 and 9 (random weights).",
     ),
+    "vim": (
+        "vim",
+        "What the class token takes in three blocks (hidden attention, two decades) of vim_pico after 250 steps on tiles of photographs. "
+        "It stands in the middle of the sequence: one scan brings it what lies above, the other what lies below; both forget on the way.",
+    ),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,28 @@ def convnext() -> bytes:
     return _png(np.concatenate(panels[:-1], 1))
 
 
+def vim() -> bytes:
+    """What the class token takes in the three blocks of a small trained Vim (docs/examples/vim_attention.json), two decades."""
+    side = 176
+    maps = json.loads((Path(__file__).parent / "examples" / "vim_attention.json").read_text(encoding="utf-8"))
+    photos = {name: photo.convert("RGB") for name, photo in sample_photos()}
+    rows = []
+    for name in dict.fromkeys(row["photo"] for row in maps):
+        panels = [_middle(photos[name], side)]
+        for taken in (np.array(row["taken"]) for row in maps if row["photo"] == name):
+            share = (1 + np.log10(taken / taken.max() + 1e-9) / 2).clip(0, 1)
+            share = share.repeat(side // len(taken), 0).repeat(side // len(taken), 1)[..., None]
+            panels += [np.full((side, 8, 3), 255, np.uint8), ((1 - share) * (244, 246, 246) + share * (0, 96, 86)).astype(np.uint8)]
+        rows += [np.concatenate(panels, 1), np.full((8, 4 * side + 24, 3), 255, np.uint8)]
+    return _png(np.concatenate(rows[:-1]))
+
+
+def _middle(photo: Image.Image, side: int) -> np.ndarray:
+    shorter = min(photo.size)
+    left, top = (photo.width - shorter) // 2, (photo.height - shorter) // 2
+    return np.asarray(photo.crop((left, top, left + shorter, top + shorter)).resize((side, side)))
+
+
 def _photo(side: int) -> np.ndarray:
     photo = next(iter(sample_photos()))[1].convert("RGB")
     shorter = min(photo.size)
@@ -75,5 +98,5 @@ def _png(picture: np.ndarray) -> bytes:
 
 
 if __name__ == "__main__":
-    for name in ("swin", "convnext"):
+    for name in ("swin", "convnext", "vim"):
         Path(f"{name}.png").write_bytes(globals()[name]())
