@@ -59,7 +59,6 @@ def systems() -> Figure:
 
 
 NAMED = {  # where the name stands: points right of and above the dot
-    "vim_pico": (-30, 26),
     "swin_pico": (26, -4),
     "drct_pico": (14, 6),
     "tinyvit_5m": (-34, 20),
