@@ -32,7 +32,7 @@ SURFACE = {
     "bench": "models --peers --kind --batch --image-size --dtype --device --rounds --threads --json --config --print-config",
     "probe": "model --data --task --checkpoint --neighbours --uniform --val-fraction --seed --batch-size --device --output --json --config "
     "--print-config",
-    "claim": "slug --all --out --json",
+    "claim": "slugs --all --jobs --out --json",
     "export": "model --checkpoint --format --output --image-size --batch --tolerance",
     "env": "--json",
 }

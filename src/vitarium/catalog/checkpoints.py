@@ -305,7 +305,7 @@ def models_that_fit(weights: Weights, *, near: str = "") -> list[str]:
         near: a model's name; its own family is tried first, and the others only if none of it fits.
     """
     every = families()
-    own = [f for f in every if near.startswith(f.name + "_")]
+    own = sorted((f for f in every if near.startswith(f.name + "_")), key=lambda f: len(f.name))[-1:]  # "swin_mlp", not "swin"
     for group in (own, [f for f in every if f not in own]):
         found = [pair for f in group for pair in _fitting_variants(f, weights, whole=group is own)]
         if found:
