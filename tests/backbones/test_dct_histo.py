@@ -85,12 +85,12 @@ def literal_conv(part: MobileConv, x: Tensor) -> Tensor:
 
 
 def literal(model: DCTHistoTransformer, image: Tensor) -> Tensor:
-    x = F.silu(model.stem.norm(model.stem.conv(image)))
+    x = F.silu(model.stem.bn(model.stem.conv(image)))
     for stage in model.stages:
         x = literal_conv(stage.downsample, x)
         for block in stage.blocks:
             both = torch.cat([literal_attention(block.dct, x), literal_conv(block.conv, x)], 1)
-            x = x + block.fuse.norm(block.fuse.conv(both))
+            x = x + block.fuse.bn(block.fuse.conv(both))
     return model.head(model.head_norm(x.mean((2, 3))))
 
 

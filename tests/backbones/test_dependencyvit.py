@@ -16,12 +16,12 @@ from tests.golden import assert_matches_golden
 from vitarium.backbones.dependencyvit import (
     DependencyViT,
     Flow,
-    MessageController,
     ReversedAttention,
     build_tree,
     kept_shares,
     start,
 )
+from vitarium.backbones.dependencyvit.attention import MessageController
 from vitarium.catalog.checkpoints import load_checkpoint
 from vitarium.catalog.probe import macs_of
 from vitarium.nn import Attention

@@ -180,8 +180,8 @@ class Literal:
         return self.linear(unfolded(q, k, v, heads, (kernel, kernel)), f"{at}.proj")
 
     def __call__(self, x: Tensor, depths, heads, kernel: int, strides, directions: int) -> Tensor:
-        x = self.conv(x, "stages.0.downsample.conv1", stride=strides[0], padding=1)
-        x = self.conv(F.gelu(self.bn(x, "stages.0.downsample.bn")), "stages.0.downsample.conv2", stride=strides[1], padding=1)
+        x = self.conv(x, "stages.0.downsample.conv1.conv", stride=strides[0], padding=1)
+        x = self.conv(F.gelu(self.bn(x, "stages.0.downsample.conv1.bn")), "stages.0.downsample.conv2", stride=strides[1], padding=1)
         for s, depth in enumerate(depths):
             if s:
                 x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
@@ -198,7 +198,7 @@ class Literal:
 def reference(model: TiC) -> Callable[[Tensor], Tensor]:
     """What the speed of `model` is compared with: the same function, by these equations, from its weights."""
     first = model.stages[0]
-    strides = first.downsample.conv1.stride[0], first.downsample.conv2.stride[0]
+    strides = first.downsample.conv1.conv.stride[0], first.downsample.conv2.stride[0]
     mixers = [stage.blocks[0].attn for stage in model.stages]
     sizes = [len(stage.blocks) for stage in model.stages], [mixer.num_heads for mixer in mixers], mixers[0].kernel_size
     equations = Literal(dict(model.state_dict()))

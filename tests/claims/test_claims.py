@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +97,26 @@ def test_a_killed_batch_goes_on_with_the_claims_that_are_missing(toy: list[str],
     assert lines[0] == "going on: 1 of 2 are done"
     assert [e.slug for e in entries] == ["swin", "convnext"]
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_what_a_killed_batch_has_done_is_its_own(toy: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One of its claims, asked for alone or in another batch, is run; and the batch still goes on where it was."""
+    ran: list[str] = []
+    one = runner.run_claim
+
+    def run_one(slug: str, **options) -> Entry:
+        ran.append(slug)
+        if slug == "vim":
+            raise DataError("not yet")
+        return one(slug, **options)
+
+    monkeypatch.setattr(runner, "run_claim", run_one)
+    monkeypatch.setattr(runner, "read_ledger", list)
+    where = {"out": tmp_path / "ledger", "cache": tmp_path / "cache"}
+    for slugs in (["swin", "vim"], ["swin"], ["swin", "convnext"], ["vim", "swin"]):
+        with contextlib.suppress(DataError):
+            run_claims(slugs, **where)
+    assert ran == ["swin", "vim", "swin", "swin", "convnext", "vim"]
 
 
 def test_a_claim_that_fails_stops_no_other(toy: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

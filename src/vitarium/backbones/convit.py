@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from vitarium.catalog import family, rename
 from vitarium.nn import Attention, EvalCache, Linear, PatchEmbed, TokenBackbone, TransformerBlock, drop_path_rates, init_weights
-from vitarium.nn.positions import resize_position_table
+from vitarium.nn.positions import fit_position_table
 
 Grid = tuple[int, int]
 
@@ -180,9 +180,7 @@ class ConViT(TokenBackbone):
 
     def positions(self, grid: Grid) -> Tensor:
         """The position table of a grid, (1, N, C); resampled where it is not the one that the model was made for."""
-        if grid == self.table_grid:
-            return self.pos_embed
-        return self.cache.get(self, grid, self.pos_embed, lambda: resize_position_table(self.pos_embed, self.table_grid, grid))
+        return self.cache.for_grid(self, self.pos_embed, self.table_grid, grid)
 
     def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
         """Yields the tokens after each block: (B, N, C), and from the class token's first block on (B, 1 + N, C)."""
@@ -208,7 +206,4 @@ class ConViT(TokenBackbone):
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
         """A checkpoint's position table for this model's grid; None for any other tensor that does not fit."""
-        side = math.isqrt(tensor.shape[1]) if tensor.ndim == 3 else 0
-        if name != "pos_embed" or tensor.shape[2:] != shape[2:] or side**2 != tensor.shape[1]:
-            return None
-        return resize_position_table(tensor, (side, side), self.table_grid)
+        return fit_position_table(tensor, shape, self.table_grid) if name == "pos_embed" else None

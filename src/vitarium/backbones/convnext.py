@@ -191,12 +191,6 @@ class ConvNeXt(Backbone):
         init_weights(self)
         _scale_head(self.head, head_init_scale)
 
-    def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
-        x = self.stem(image.contiguous(memory_format=torch.channels_last))
-        for stage in self.stages:
-            x = stage(x, self.run_blocks)
-            yield x
-
     def group_matcher(self, coarse: bool = False) -> Any:
         """The authors' thirteen layers for layer-wise decay, as a function of a parameter's name: stage 3 in groups of three blocks."""
 

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from vitarium.catalog import family, rename
 from vitarium.nn import Backbone, DropPath, EvalCache, Linear, Stage, TransformerBlock, init_weights
 from vitarium.nn.backbone import POOLS
-from vitarium.nn.positions import resize_position_table
+from vitarium.nn.positions import fit_position_table
 
 Grid = tuple[int, int]
 Pair = tuple[Tensor, Tensor]
@@ -67,10 +67,7 @@ class Branch(nn.Module):
 
     def positions(self, grid: Grid) -> Tensor:
         """The position table of a grid, (1, 1 + N, D)."""
-        own = (self.table_side, self.table_side)
-        if grid == own:
-            return self.pos_embed
-        return self.cache.get(self, grid, self.pos_embed, lambda: resize_position_table(self.pos_embed, own, grid, prefix=1))
+        return self.cache.for_grid(self, self.pos_embed, (self.table_side, self.table_side), grid, prefix=1)
 
     def forward(self, image: Tensor, grid: Grid) -> Tensor:
         size = (grid[0] * self.patch_size, grid[1] * self.patch_size)
@@ -322,11 +319,10 @@ class CrossViT(Backbone):
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
         """A checkpoint's position table for this model's grid; None for any other tensor that does not fit."""
-        side = math.isqrt(max(0, tensor.shape[1] - 1)) if tensor.ndim == 3 else 0
-        if not name.endswith("pos_embed") or tensor.shape[2:] != shape[2:] or side**2 + 1 != tensor.shape[1]:
+        if not name.endswith("pos_embed"):
             return None
-        new = math.isqrt(shape[1] - 1)
-        return resize_position_table(tensor, (side, side), (new, new), prefix=1)
+        side = math.isqrt(shape[1] - 1)
+        return fit_position_table(tensor, shape, (side, side), prefix=1)
 
 
 def _check(

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from vitarium.catalog import family, rename
 from vitarium.nn import (
     Backbone,
+    ConvNorm,
     PyramidStage,
     SqueezeExcite,
     Stage,
@@ -126,23 +127,6 @@ class MobileConv(nn.Module):
             self.project, self.norm3 = fold_norm_after(self.project, self.norm3), nn.Identity()
 
 
-class ConvNorm(nn.Module):
-    """A convolution without bias and a batch norm."""
-
-    def __init__(self, in_dim: int, dim: int, kernel_size: int, stride: int):
-        super().__init__()
-        self.conv = nn.Conv2d(in_dim, dim, kernel_size, stride, kernel_size // 2, bias=False)
-        self.norm: nn.Module = nn.BatchNorm2d(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
-
-    def fold(self) -> None:
-        """The norm goes into the convolution."""
-        if isinstance(self.norm, nn.BatchNorm2d):
-            self.conv, self.norm = fold_norm_after(self.conv, self.norm), nn.Identity()
-
-
 class DCTConvBlock(nn.Module):
     """(B, dim, H, W) -> the same."""
 
@@ -150,7 +134,7 @@ class DCTConvBlock(nn.Module):
         super().__init__()
         self.dct = {"dct": lambda: DCTAttention2d(dim, keep), "spatial": lambda: SpatialAttention2d(dim), "none": lambda: None}[attention]()
         self.conv = MobileConv(dim, dim)
-        self.fuse = ConvNorm(dim if self.dct is None else 2 * dim, dim, 1, 1)
+        self.fuse = ConvNorm(dim if self.dct is None else 2 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)

@@ -23,7 +23,7 @@ Legend: B batch, C channels, H W map, h heads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -328,9 +328,3 @@ class FMViT(Backbone):
         )
         self.norm = nn.BatchNorm2d(dims[-1])
         init_weights(self)
-
-    def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
-        x = self.stem(image.contiguous(memory_format=torch.channels_last))
-        for stage in self.stages:
-            x = stage(x, self.run_blocks)
-            yield x

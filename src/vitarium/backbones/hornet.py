@@ -20,7 +20,7 @@ Legend: B batch, C channels, H W map, n order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -195,12 +195,6 @@ class HorNet(Backbone):
         )
         self.head_norm = nn.LayerNorm(dims[-1], eps=1e-6)
         init_weights(self)
-
-    def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
-        x = self.stem(image.contiguous(memory_format=torch.channels_last))
-        for stage in self.stages:
-            x = stage(x, self.run_blocks)
-            yield x
 
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith("complex_weight")}

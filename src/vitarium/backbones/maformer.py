@@ -20,7 +20,7 @@ Legend: B batch, N tokens of a map, C channels, h heads, m global tokens, M wind
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -317,9 +317,3 @@ class MAFormer(Backbone):
         )
         self.norm = LayerNorm2d(dims[-1], eps=1e-6)
         init_weights(self)
-
-    def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
-        x = image.contiguous(memory_format=torch.channels_last)
-        for stage in self.stages:
-            x = stage(x, self.run_blocks)
-            yield x

@@ -21,7 +21,7 @@ Legend: B batch, C channels, H W map, N tokens of the padded map.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -296,12 +296,6 @@ class MaxViT(Backbone):
         self.stages = nn.ModuleList(built)
         self.head_norm = PreLogits(dims[-1])
         init_weights(self)
-
-    def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
-        x = self.stem(image.contiguous(memory_format=torch.channels_last))
-        for stage in self.stages:
-            x = stage(x, self.run_blocks)
-            yield x
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
         """A checkpoint's bias table for this model's window, bilinear; None for any other tensor that does not fit."""

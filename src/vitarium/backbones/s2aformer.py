@@ -21,7 +21,7 @@ Legend: B batch, C channels, H W map, N = H W, h heads, d = qk_dim, r = sr_ratio
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -263,9 +263,3 @@ class S2AFormer(Backbone):
             if isinstance(part, nn.Conv2d) and part.kernel_size != (1, 1):
                 fan_out = part.kernel_size[0] ** 2 * part.out_channels / part.groups
                 nn.init.normal_(part.weight, std=(2 / fan_out) ** 0.5)
-
-    def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
-        x = self.stem(image.contiguous(memory_format=torch.channels_last))
-        for stage in self.stages:
-            x = stage(x, self.run_blocks)
-            yield x

@@ -19,7 +19,6 @@ Legend: B batch, N = h w tokens of a grid (h, w), C channels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -40,7 +39,7 @@ from vitarium.nn import (
 )
 from vitarium.nn.backbone import POOLS
 from vitarium.nn.mixer_pyramid import Grid, as_map, as_tokens, pyramid_rules
-from vitarium.nn.positions import resize_position_table
+from vitarium.nn.positions import fit_position_table
 from vitarium.ops.spectral import global_filter, resize_filter
 
 
@@ -172,9 +171,7 @@ class SpectFormer(TokenBackbone):
 
     def positions(self, grid: Grid) -> Tensor:
         """The position table of a grid, (1, N, C); resampled where it is not the one that the model was made for."""
-        if grid == self.table_grid:
-            return self.pos_embed
-        return self.cache.get(self, grid, self.pos_embed, lambda: resize_position_table(self.pos_embed, self.table_grid, grid))
+        return self.cache.for_grid(self, self.pos_embed, self.table_grid, grid)
 
     def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
         """Yields the tokens after each block, (B, N, C)."""
@@ -189,10 +186,9 @@ class SpectFormer(TokenBackbone):
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
         """A checkpoint's filter or position table for this model's grid; None for any other tensor that does not fit."""
-        side = math.isqrt(tensor.shape[1]) if tensor.ndim == 3 else 0
-        if name != "pos_embed" or tensor.shape[2:] != shape[2:] or side**2 != tensor.shape[1]:
-            return resized_filter(name, tensor, shape)
-        return resize_position_table(tensor, (side, side), self.table_grid)
+        if name == "pos_embed":
+            return fit_position_table(tensor, shape, self.table_grid)
+        return resized_filter(name, tensor, shape)
 
 
 _H = dict(mlp_ratios=(8, 8, 4, 4), mixers="SSAA")

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from vitarium.catalog import family, rename
 from vitarium.nn import Attention, EvalCache, Linear, Mlp, TokenBackbone, TransformerBlock, drop_path_rates, init_weights
-from vitarium.nn.positions import resize_position_table
+from vitarium.nn.positions import fit_position_table
 from vitarium.ops.precision import without_autocast
 
 Grid = tuple[int, int]
@@ -303,9 +303,7 @@ class T2TViT(TokenBackbone):
 
     def positions(self, grid: Grid) -> Tensor:
         """The position table of a grid, (1, 1 + h w, C); resampled where it is not the one that the model was made for."""
-        if grid == self.table_grid:
-            return self.pos_embed
-        return self.cache.get(self, grid, self.pos_embed, lambda: resize_position_table(self.pos_embed, self.table_grid, grid, prefix=1))
+        return self.cache.for_grid(self, self.pos_embed, self.table_grid, grid, prefix=1)
 
     def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
         """Yields the tokens after each block, (B, 1 + h w, C), the class token first."""
@@ -321,7 +319,4 @@ class T2TViT(TokenBackbone):
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
         """A checkpoint's position table for this model's grid; None for any other tensor that does not fit."""
-        side = math.isqrt(max(0, tensor.shape[1] - 1)) if tensor.ndim == 3 else 0
-        if name != "pos_embed" or tensor.shape[2:] != shape[2:] or side**2 + 1 != tensor.shape[1]:
-            return None
-        return resize_position_table(tensor, (side, side), self.table_grid, prefix=1)
+        return fit_position_table(tensor, shape, self.table_grid, prefix=1) if name == "pos_embed" else None

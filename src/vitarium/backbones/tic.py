@@ -23,7 +23,7 @@ Legend: B batch, C channels, H W map, T tiles of n queries and m keys, d channel
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,8 @@ from torch.nn import functional as F
 from vitarium.catalog import family, rename
 from vitarium.nn import (
     Backbone,
+    Conv2d,
+    ConvNorm,
     DropPath,
     LayerNorm2d,
     LayoutCache,
@@ -41,7 +43,6 @@ from vitarium.nn import (
     PyramidStage,
     Stage,
     drop_path_rates,
-    fold_norm_after,
     init_convs_by_fan_out,
     init_weights,
 )
@@ -305,22 +306,15 @@ class TiCBlock(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-class Downsample(nn.Module):
+class Downsample(ConvNorm):
     """A 2 x 2 of stride 2 and a batch norm; zeros at the right and the bottom of odd maps: (B, C_in, H, W) -> (B, C, H / 2, W / 2)."""
 
     def __init__(self, in_dim: int, dim: int):
-        super().__init__()
-        self.conv = nn.Conv2d(in_dim, dim, 2, 2)
-        self.bn: nn.Module = nn.BatchNorm2d(dim)
+        super().__init__(in_dim, dim, 2, 2, padding=0, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         bottom, right = x.shape[2] % 2, x.shape[3] % 2
-        return self.bn(self.conv(F.pad(x, (0, right, 0, bottom)) if bottom or right else x))
-
-    def fold(self) -> None:
-        """The norm goes into the convolution."""
-        if isinstance(self.bn, nn.BatchNorm2d):
-            self.conv, self.bn = fold_norm_after(self.conv, self.bn), nn.Identity()
+        return super().forward(F.pad(x, (0, right, 0, bottom)) if bottom or right else x)
 
 
 class Stem(nn.Module):
@@ -328,17 +322,11 @@ class Stem(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, strides: Sequence[int]):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, strides[0], 1)
-        self.bn: nn.Module = nn.BatchNorm2d(dim // 2)
-        self.conv2 = nn.Conv2d(dim // 2, dim, 3, strides[1], 1)
+        self.conv1 = ConvNorm(in_chans, dim // 2, 3, strides[0], bias=True)
+        self.conv2 = Conv2d(dim // 2, dim, 3, strides[1], 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.conv2(F.gelu(self.bn(self.conv1(image))))
-
-    def fold(self) -> None:
-        """The norm goes into the convolution."""
-        if isinstance(self.bn, nn.BatchNorm2d):
-            self.conv1, self.bn = fold_norm_after(self.conv1, self.bn), nn.Identity()
+        return self.conv2(self.conv1.activated(image))
 
 
 _SIZES = dict(dims=(64, 128, 256, 512), num_heads=(2, 4, 8, 16))
@@ -413,12 +401,6 @@ class TiC(Backbone):
         self.norm = LayerNorm2d(dims[-1])
         init_weights(self, conv=False)
         init_convs_by_fan_out(self)
-
-    def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
-        x = image.contiguous(memory_format=torch.channels_last)
-        for stage in self.stages:
-            x = stage(x, self.run_blocks)
-            yield x
 
     @torch.enable_grad()
     def receptive_field(self, image: Tensor, stage: int = -1) -> Tensor:

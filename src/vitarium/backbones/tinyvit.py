@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from vitarium.catalog import chain, family, rename
 from vitarium.nn import (
     Backbone,
-    Conv2d,
+    ConvNorm,
     DropPath,
     LayoutCache,
     Mlp,
@@ -37,33 +37,10 @@ from vitarium.nn import (
     Stage,
     WindowAttention,
     by_images,
-    conv_norm_gelu,
     drop_path_rates,
-    fold_norm_after,
     init_weights,
 )
 from vitarium.ops.windows import WindowLayout, pad_to_multiple, window_layout
-
-
-class ConvNorm(nn.Module):
-    """Convolution and batch norm: (B, C_in, H, W) -> (B, C, ceil(H / stride), ceil(W / stride))."""
-
-    def __init__(self, in_dim: int, dim: int, kernel_size: int = 1, stride: int = 1, *, groups: int = 1):
-        super().__init__()
-        self.conv: nn.Conv2d = Conv2d(in_dim, dim, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
-        self.bn: nn.Module = nn.BatchNorm2d(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.conv(x))
-
-    def activated(self, x: Tensor) -> Tensor:
-        """GELU of it."""
-        return conv_norm_gelu(x, self.conv, self.bn)
-
-    def fold(self) -> None:
-        """The norm goes into the convolution."""
-        if isinstance(self.bn, nn.BatchNorm2d):
-            self.conv, self.bn = fold_norm_after(self.conv, self.bn), nn.Identity()
 
 
 class Stem(nn.Module):

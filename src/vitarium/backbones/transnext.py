@@ -22,7 +22,7 @@ Legend: B batch, C channels, H W map, N = H W tokens, h heads, d channels a head
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -375,13 +375,6 @@ class TransNeXt(Backbone):
             if isinstance(part, nn.Conv2d):
                 nn.init.normal_(part.weight, std=math.sqrt(2 / (part.kernel_size[0] ** 2 * part.out_channels / part.groups)))
                 nn.init.zeros_(part.bias)  # type: ignore[arg-type]
-
-    def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
-        """Yields the normed map of each stage."""
-        x = image.contiguous(memory_format=torch.channels_last)
-        for stage in self.stages:
-            x = stage(x, self.run_blocks)
-            yield x
 
     def no_weight_decay(self) -> set[str]:
         spared = ("query_embedding", "relative_pos_bias_local", "temperature")

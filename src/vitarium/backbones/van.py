@@ -19,7 +19,7 @@ Legend: B batch, C channels, H W map.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -229,13 +229,6 @@ class VAN(Backbone):
         )
         init_weights(self, conv=False)
         init_convs_by_fan_out(self)
-
-    def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
-        """Yields the normed map of each stage."""
-        x = image.contiguous(memory_format=torch.channels_last)
-        for stage in self.stages:
-            x = stage(x, self.run_blocks)
-            yield x
 
     @torch.no_grad()
     def attention_map(self, image: Tensor, stage: int = -1) -> Tensor:

@@ -77,7 +77,7 @@ def run_claims(
     Args:
         slugs: the systems.
         out: folder of the ledger; the package's own by default.
-        cache: folder that remembers what is done, so that a run that was killed goes on; None keeps nothing.
+        cache: folder that remembers what is done, so that the same call goes on after it was killed; None keeps nothing.
         jobs: processes, each with its share of the processor's cores.
         progress: called with a line for each arm and seed; with several jobs it must be a function of a module, as it is called in them.
 
@@ -89,7 +89,8 @@ def run_claims(
         Exception: of the first claim that failed.
     """
     claims = [find_claim(slug) for slug in slugs]
-    file = cache / "done.json" if cache else None
+    batch = hashlib.sha256(json.dumps([sorted(slugs), str(out)]).encode()).hexdigest()[:12]
+    file = cache / f"batch-{batch}.json" if cache and len(slugs) > 1 else None
     done: dict[str, Entry] = {k: Entry(**v) for k, v in json.loads(file.read_text()).items()} if file and file.exists() else {}
     if done:
         progress(f"going on: {len(done)} of {len(slugs)} are done")
@@ -103,7 +104,7 @@ def run_claims(
             failed.append(found)
             continue
         done[slug] = found
-        if file and len(slugs) > 1:
+        if file:
             write_json(file, {k: entry.to_dict() for k, entry in done.items()})
     if failed:
         raise failed[0]

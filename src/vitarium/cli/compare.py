@@ -85,9 +85,11 @@ def chosen(text: str) -> list[str]:
 
     names: list[str] = []
     for part in filter(None, map(str.strip, text.split(","))):
-        classifiers = [row for row in find(part, None) if row["learner"] == "classification"] if any(c in part for c in "*?[") else None
-        of_pictures = [row for row in classifiers or [] if row["frames"] is None]
-        matches = [part] if classifiers is None else [row["name"] for row in of_pictures or classifiers]
+        matches = [part]
+        if any(c in part for c in "*?["):
+            classifiers = [row for row in find(part, None) if row["learner"] == "classification"]
+            of_pictures = [row for row in classifiers if row["frames"] is None]
+            matches = [row["name"] for row in of_pictures or classifiers]
         if not matches:
             raise UsageError(f"no model matches {part!r} ('vitarium models' lists all)")
         names += [name for name in matches if name not in names]

@@ -88,10 +88,11 @@ def cost(name: str, macs: bool, image_size: int | None, conditions: Sequence[fil
 
     model = describe_model(name, **({} if image_size is None else {"image_size": image_size}))
     size = image_size or preprocessing_of(model).image_size
-    row = {"params": count_params(model), "bytes": weight_bytes(model), "macs": None, "image_size": size}
-    if macs and holds(row, [c for c in conditions if c.quantity != "macs"]):
-        row["macs"] = macs_of(model, size)
-    return row if macs else {key: value for key, value in row.items() if key != "macs"}
+    row: dict[str, Any] = {"params": count_params(model), "bytes": weight_bytes(model), "image_size": size}
+    if macs:
+        may_fit = holds(row, [c for c in conditions if c.quantity != "macs"])
+        row["macs"] = macs_of(model, size) if may_fit else None
+    return row
 
 
 def holds(row: dict[str, Any], conditions: Sequence[filters.Condition]) -> bool:

@@ -38,7 +38,7 @@ def systems(
     found = [s for s in system_statuses() if in_room(s.room, room) and status in (None, s.status)]
     if as_json:
         return print_json([s.to_dict() for s in found])
-    rows = table("system", "room", "status", "evidence", "title")
+    rows = table("system", "room", "status", "~evidence", "title")
     rows.expand, rows.columns[-1].ratio, rows.columns[-1].overflow = True, 1, "ellipsis"  # a long title gives way
     for s in sorted(found, key=lambda s: (s.room, list(Word).index(Word(s.status)), s.slug)):
         rows.add_row(s.slug, s.room, f"[{STYLES[Word(s.status)]}]{s.status}[/]", told(s.evidence), s.title)

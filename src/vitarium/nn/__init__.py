@@ -2,7 +2,7 @@
 
 from vitarium.nn.attention import Attention
 from vitarium.nn.backbone import Backbone, Stage, VideoBackbone
-from vitarium.nn.convolutions import Conv2d, by_images, conv_norm_gelu
+from vitarium.nn.convolutions import Conv2d, ConvNorm, by_images, conv_norm_gelu
 from vitarium.nn.folding import fold_norm_after, fold_norm_before
 from vitarium.nn.inflation import inflate, inflate_kernel
 from vitarium.nn.layers import (
@@ -20,7 +20,15 @@ from vitarium.nn.layers import (
 )
 from vitarium.nn.mixer_pyramid import MixerPyramid
 from vitarium.nn.patch_embed import PatchEmbed
-from vitarium.nn.positions import EvalCache, RelativePositionBias, apply_rotary, resize_position_table, rotary_2d, sincos_2d
+from vitarium.nn.positions import (
+    EvalCache,
+    RelativePositionBias,
+    apply_rotary,
+    fit_position_table,
+    resize_position_table,
+    rotary_2d,
+    sincos_2d,
+)
 from vitarium.nn.pyramid import TokenPyramid
 from vitarium.nn.stages import PyramidStage, conv_patches
 from vitarium.nn.tokens import TokenBackbone
@@ -31,6 +39,7 @@ __all__ = [
     "Attention",
     "Backbone",
     "Conv2d",
+    "ConvNorm",
     "DropPath",
     "EvalCache",
     "LayerNorm2d",
@@ -57,6 +66,7 @@ __all__ = [
     "conv_norm_gelu",
     "conv_patches",
     "drop_path_rates",
+    "fit_position_table",
     "fold_norm_after",
     "fold_norm_before",
     "inflate",

@@ -40,7 +40,8 @@ class Stage:
 class Backbone(nn.Module):
     """Image (B, in_chans, H, W), floating point -> logits (B, num_classes).
 
-    A subclass calls `super().__init__`, builds its parts, and defines `forward_stages`. It may set `norm` or `head_norm`.
+    A subclass calls `super().__init__` and builds its parts: a pyramid `stages`, before them perhaps a `stem`; any other model defines
+    `forward_stages`. It may set `norm` or `head_norm`.
 
     Args:
         stages: channels and stride of each map that `forward_stages` yields, in order.
@@ -56,6 +57,9 @@ class Backbone(nn.Module):
     """The axes of the input behind batch and channels; a map has the same."""
     preprocessing: Any = None
     """How an image becomes this model's input (vitarium.catalog.Preprocessing); set by `create_model` and `load`."""
+    stem: nn.Module
+    stages: nn.ModuleList
+    """Parts of a pyramid, the first of them optional; see `forward_stages`."""
     labels: list[str] | None = None
     """Names of the classes, in the order of the logits; set by training and `load`."""
 
@@ -79,8 +83,16 @@ class Backbone(nn.Module):
     # ---- what a subclass defines
 
     def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
-        """Yields the map of each stage before any final norm, (B, dim_i, H / stride_i, W / stride_i); rounded as the authors' code does."""
-        raise NotImplementedError(f"{type(self).__name__} does not define forward_stages")
+        """Yields the map of each stage before any final norm, (B, dim_i, H / stride_i, W / stride_i); rounded as the authors' code does.
+
+        Here a pyramid's: `stem`, if there is one, then each of `stages` on the map before it, channels-last in memory. A stage is called
+        as stage(map, run) with `run_blocks`.
+        """
+        x = image.contiguous(memory_format=torch.channels_last)
+        x = self.stem(x) if hasattr(self, "stem") else x
+        for stage in self.stages:
+            x = stage(x, self.run_blocks)
+            yield x
 
     # ---- the forward passes
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitarium.nn.folding import fold_norm_after
 from vitarium.nn.layers import PIECE_BYTES
 from vitarium.ops.convolution import conv2d
 from vitarium.ops.linear import Gelu, in_plain_inference
@@ -33,6 +34,44 @@ def conv_norm_gelu(x: Tensor, conv: nn.Module, norm: nn.Module | None = None, ap
         return conv(x, approximate)
     y = conv(x)
     return F.gelu(y if norm is None else norm(y), approximate=approximate)
+
+
+class ConvNorm(nn.Module):
+    """Convolution and batch norm, one convolution after `fold`: (B, C_in, H, W) -> (B, C, H', W').
+
+    Args:
+        in_dim, dim: channels before and after.
+        kernel_size, stride, groups, bias: of the convolution.
+        padding: pixels; None: half the kernel, so that H' = ceil(H / stride) where it is odd.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        *,
+        padding: int | None = None,
+        groups: int = 1,
+        bias: bool = False,
+    ):
+        super().__init__()
+        around = kernel_size // 2 if padding is None else padding
+        self.conv: nn.Conv2d = Conv2d(in_dim, dim, kernel_size, stride, around, groups=groups, bias=bias)
+        self.bn: nn.Module = nn.BatchNorm2d(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+    def activated(self, x: Tensor) -> Tensor:
+        """GELU of it."""
+        return conv_norm_gelu(x, self.conv, self.bn)
+
+    def fold(self) -> None:
+        """The norm goes into the convolution."""
+        if isinstance(self.bn, nn.BatchNorm2d):
+            self.conv, self.bn = fold_norm_after(self.conv, self.bn), nn.Identity()
 
 
 def by_images(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, channels: int) -> Tensor:

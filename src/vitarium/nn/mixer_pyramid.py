@@ -9,7 +9,7 @@ middle, no positions; at the end a class token, born as the mean, reads the last
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -214,13 +214,6 @@ class MixerPyramid(Backbone):
         """The second head, where token labels are wanted."""
         if self.token_label:
             self.aux_head: nn.Module = nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
-
-    def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
-        """Yields the map of each stage, normed but for the last."""
-        x = image.contiguous(memory_format=torch.channels_last)
-        for stage in self.stages:
-            x = stage(x, self.run_blocks)
-            yield x
 
     def pool(self, features: Tensor) -> Tensor:
         """Map (B, C, h, w) -> (B, C): the class token that reads it ("token"), or its mean or maximum."""

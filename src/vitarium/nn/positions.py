@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,10 @@ class EvalCache(nn.Module):
             with torch.inference_mode(False), torch.no_grad():  # an inference tensor would be refused by a later autograd pass
                 kept = self._values[key] = (stamp, build())
         return kept[1]
+
+    def for_grid(self, module: nn.Module, table: Tensor, old: tuple[int, int], new: tuple[int, int], *, prefix: int = 0) -> Tensor:
+        """A position table for another grid; itself where it was made for this one. Arguments as for `resize_position_table`."""
+        return table if new == old else self.get(module, new, table, lambda: resize_position_table(table, old, new, prefix=prefix))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_values": {}}
@@ -150,3 +155,16 @@ def resize_position_table(table: Tensor, old: tuple[int, int], new: tuple[int, i
     image = grid.reshape(1, *old, -1).permute(0, 3, 1, 2).float()
     image = F.interpolate(image, size=new, mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([fixed, image.flatten(2).transpose(1, 2).to(table.dtype)], 1)
+
+
+def fit_position_table(table: Tensor, shape: torch.Size, new: tuple[int, int], *, prefix: int = 0) -> Tensor | None:
+    """A checkpoint's table of a square grid for a model's, by `resize_position_table`; None where it is no such table.
+
+    Args:
+        shape: of the model's table.
+        new: the model's grid, tokens.
+    """
+    side = math.isqrt(max(0, table.shape[1] - prefix)) if table.ndim == 3 else 0
+    if table.shape[2:] != shape[2:] or side**2 + prefix != table.shape[1]:
+        return None
+    return resize_position_table(table, (side, side), new, prefix=prefix)

@@ -5,9 +5,8 @@ Names and arithmetic are those of MAE's and timm's, whose checkpoints fill it.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from vitarium.nn.attention import Attention
 from vitarium.nn.layers import DropPath, Mlp, drop_path_rates
 from vitarium.nn.patch_embed import PatchEmbed
-from vitarium.nn.positions import EvalCache, resize_position_table, sincos_2d
+from vitarium.nn.positions import EvalCache, fit_position_table, sincos_2d
 from vitarium.nn.tokens import TokenBackbone
 
 EPS = 1e-6
@@ -132,10 +131,7 @@ class VisionTransformer(TokenBackbone):
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """The position table of a grid, (1, 1 + h w, C); resampled where it is not the one that the model was made for."""
-        if grid == self.table_grid:
-            return self.pos_embed
-        resized: Callable[[], Tensor] = lambda: resize_position_table(self.pos_embed, self.table_grid, grid, prefix=1)
-        return self.cache.get(self, grid, self.pos_embed, resized)
+        return self.cache.for_grid(self, self.pos_embed, self.table_grid, grid, prefix=1)
 
     def with_class_token(self, patches: Tensor, positions: Tensor) -> Tensor:
         """Patch tokens (B, K, C), all or some of them -> (B, 1 + K, C)."""
@@ -158,10 +154,7 @@ class VisionTransformer(TokenBackbone):
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
         """A checkpoint's position table for this model's grid; None for any other tensor that does not fit."""
-        side = math.isqrt(max(0, tensor.shape[1] - 1)) if tensor.ndim == 3 else 0
-        if name != "pos_embed" or tensor.shape[2:] != shape[2:] or side**2 + 1 != tensor.shape[1]:
-            return None
-        return resize_position_table(tensor, (side, side), self.table_grid, prefix=1)
+        return fit_position_table(tensor, shape, self.table_grid, prefix=1) if name == "pos_embed" else None
 
 
 def init_as_mae(module: nn.Module) -> None:

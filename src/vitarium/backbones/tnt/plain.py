@@ -18,8 +18,8 @@ from vitarium.nn import (
     TokenBackbone,
     TransformerBlock,
     drop_path_rates,
+    fit_position_table,
     init_weights,
-    resize_position_table,
 )
 from vitarium.ops.windows import pad_to_multiple
 
@@ -60,9 +60,7 @@ class WordEmbed(nn.Module):
 
     def positions(self, grid: Grid) -> Tensor:
         """The sentences' position table of a grid, (1, 1 + N, C)."""
-        if grid == self.table_grid:
-            return self.outer_pos
-        return self.cache.get(self, grid, self.outer_pos, lambda: resize_position_table(self.outer_pos, self.table_grid, grid, prefix=1))
+        return self.cache.for_grid(self, self.outer_pos, self.table_grid, grid, prefix=1)
 
     def forward(self, image: Tensor) -> Pair:
         batch, channels, side = image.shape[0], image.shape[1], self.patch_size
@@ -202,7 +200,4 @@ class TNT(TokenBackbone):
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
         """A checkpoint's position table for this model's grid; None for any other tensor that does not fit."""
-        side = math.isqrt(max(0, tensor.shape[1] - 1)) if tensor.ndim == 3 else 0
-        if name != "patch_embed.outer_pos" or tensor.shape[2:] != shape[2:] or side**2 + 1 != tensor.shape[1]:
-            return None
-        return resize_position_table(tensor, (side, side), self.patch_embed.table_grid, prefix=1)
+        return fit_position_table(tensor, shape, self.patch_embed.table_grid, prefix=1) if name == "patch_embed.outer_pos" else None

@@ -321,9 +321,7 @@ class PyramidTNT(Backbone):
     def positions(self, grid: Grid) -> Tensor:
         """The sentences' position table of a grid, (1, N, C)."""
         table: Tensor = self.stem.outer_pos  # type: ignore[assignment]
-        if grid == self.table_grid:
-            return table
-        return self.cache.get(self, grid, table, lambda: resize_position_table(table, self.table_grid, grid))
+        return self.cache.for_grid(self, table, self.table_grid, grid)
 
     def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
         """Yields the map of the sentences behind each stage, (B, dim_i, h_i, w_i)."""

@@ -49,6 +49,7 @@ function vertical() {
   return [Math.max(-0.01, low - pad), Math.min(1.01, high + pad)];
 }
 
+const MOST_NAMES = 12; // beside the points; more cover one another
 const SIDES = ["middle right", "middle left", "top right", "bottom right", "top left", "bottom left", "top center", "bottom center"];
 
 function nameBox(point, side) {
@@ -87,8 +88,9 @@ function drawScatter() {
   const { at, ...xaxis } = horizontal(values);
   const y = vertical();
   const width = scatter.clientWidth - 72, height = scatter.clientHeight - 62;
-  const points = models.map((m) => ({
-    name: m.name,
+  const named = (i) => models.length <= MOST_NAMES || cost.front.includes(i); // of many, the others say theirs under the pointer
+  const points = models.map((m, i) => ({
+    name: named(i) ? m.name : "",
     x: ((at(m[cost.key]) - xaxis.range[0]) / (xaxis.range[1] - xaxis.range[0])) * width,
     y: ((y[1] - m.accuracy) / (y[1] - y[0])) * height,
     bar: (m.error / (y[1] - y[0])) * height,
@@ -101,15 +103,15 @@ function drawScatter() {
   };
   const marks = {
     x: values, y: models.map((m) => m.accuracy), mode: "markers+text",
-    text: models.map((m) => escapeHtml(m.name)), textposition: placeNames(points, front, width, height), cliponaxis: false,
+    text: points.map((p) => escapeHtml(p.name)), textposition: placeNames(points, front, width, height), cliponaxis: false,
     textfont: { size: 13, color: css("--ink") },
     marker: {
       size: 12, color: models.map(hue), opacity: 1,
       line: { width: models.map((_, i) => (front.includes(i) ? 2.5 : 0)), color: css("--card") },
     },
     error_y: { array: models.map((m) => m.error), color: css("--soft"), thickness: 1, width: 3 },
-    customdata: models.map((m) => m.hover.map(escapeHtml).join("<br>")),
-    hovertemplate: "<b>%{text}</b><br>%{customdata}<extra></extra>",
+    customdata: models.map((m) => `<b>${escapeHtml(m.name)}</b><br>${m.hover.map(escapeHtml).join("<br>")}`),
+    hovertemplate: "%{customdata}<extra></extra>",
   };
   const rings = {
     x: front.map((i) => values[i]), y: front.map((i) => models[i].accuracy), mode: "markers", hoverinfo: "skip",
