@@ -153,7 +153,6 @@ def gallery_pages() -> dict[str, str]:
         f"{found.recommendation.sentence}",
         "",
         "Differences below one standard error, half a point here, are noise, and one easy task says nothing of photographs.",
-        "Other work ran on the machine: latencies of the first models in the table of the report, DependencyViT above all, are too long.",
         "",
         '<iframe src="report.html" title="The report of the comparison" style="width: 100%; height: 46rem; border: 1px solid #8884">'
         "</iframe>",
