@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import socket
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 
 TESTS = Path(__file__).parent
-EVIDENCE = TESTS.parent / "src/vitarium/catalog/evidence.json"
+EVIDENCE = TESTS.parent / "src/vitarium/catalog/recorded"
 LOCAL = ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::", "", None)
 
 
@@ -41,7 +40,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--record-evidence", action="store_true", help="write the results of goldens and identities to catalog/evidence.json")
+    parser.addoption("--record-evidence", action="store_true", help="write the results of goldens and identities to catalog/recorded")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -65,10 +64,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 class EvidenceRecorder:
-    """Collects the outcomes of a run into rows of evidence.json: slug -> goldens and identities."""
+    """Collects the outcomes of a run into one file a system, recorded/<slug>.json, with its goldens and identities."""
 
-    def __init__(self, path: Path = EVIDENCE, goldens: Path = TESTS / "golden"):
-        self.path = path
+    def __init__(self, folder: Path = EVIDENCE, goldens: Path = TESTS / "golden"):
+        self.folder = folder
         self.vendored = sorted(file.stem for file in goldens.glob("*.json"))
         self.goldens: dict[str, float | None] = {}
         self.identities: dict[str, dict[str, bool]] = {}
@@ -95,14 +94,12 @@ class EvidenceRecorder:
         from vitarium.catalog.systems import systems
         from vitarium.files import write_json
 
-        rows = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
         seen = {*self.identities, *map(_slug_of_golden, self.goldens)}
         for slug in (s.slug for s in systems() if s.slug in seen):
             wired = [name for name in self.vendored if _slug_of_golden(name) == slug]
             goldens = {name: self.goldens.get(name) for name in wired}
             identities = dict(sorted(self.identities.get(slug, {}).items()))
-            rows[slug] = {"goldens": goldens, "identities": identities}
-        write_json(self.path, dict(sorted(rows.items())))
+            write_json(self.folder / f"{slug}.json", {"goldens": goldens, "identities": identities})
         if self.combinations:
             table = TESTS.parent / "docs/examples/combinations.json"
             write_json(table, sorted(self.combinations, key=lambda row: (row["model"], row["smaller"], row["reducer"])))

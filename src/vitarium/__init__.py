@@ -15,6 +15,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from vitarium.version import __version__
+
 if TYPE_CHECKING:
     from vitarium.catalog.applying import apply as apply
     from vitarium.catalog.applying import undo as undo
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
     from vitarium.catalog.systems import systems as systems
     from vitarium.catalog.timm_registry import register_with_timm as register_with_timm
     from vitarium.data import open_data as open_data
-
-__version__ = "0.1.0"
 
 _FRONT_DOOR = {
     "create_model": "vitarium.catalog.create",

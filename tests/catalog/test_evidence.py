@@ -90,8 +90,8 @@ def test_unknown_slug():
 
 
 def test_every_recorded_golden_is_in_the_repository_and_the_other_way_round():
-    rows = json.loads(EVIDENCE.read_text(encoding="utf-8")) if EVIDENCE.exists() else {}
-    for slug, row in rows.items():
+    assert len(evidence.recorded()) == len(list(EVIDENCE.glob("*.json"))) > 0
+    for slug, row in evidence.recorded().items():
         find_system(slug)
         assert set(row["goldens"]) == {p.stem for p in (TESTS / "golden").glob(f"{slug}-*.json")}, f"run `make evidence` ({slug})"
 
@@ -106,13 +106,14 @@ def recorder(tmp_path):
     (tmp_path / "golden").mkdir()
     for name in ("swin-a", "swin-b", "convnext-a"):
         (tmp_path / "golden" / f"{name}.json").touch()
-    (tmp_path / "evidence.json").write_text('{"convnext": {"goldens": {"convnext-a": 0.5}, "identities": {"test_old": true}}}')
-    return EvidenceRecorder(tmp_path / "evidence.json", tmp_path / "golden")
+    (tmp_path / "recorded").mkdir()
+    (tmp_path / "recorded/convnext.json").write_text('{"goldens": {"convnext-a": 0.5}, "identities": {"test_old": true}}')
+    return EvidenceRecorder(tmp_path / "recorded", tmp_path / "golden")
 
 
 def rows_of(recorder):
     recorder.pytest_sessionfinish()
-    return json.loads(recorder.path.read_text())
+    return {file.stem: json.loads(file.read_text()) for file in recorder.folder.glob("*.json")}
 
 
 def test_records_what_passed_and_keeps_other_systems(recorder):
@@ -164,8 +165,8 @@ def test_the_plugin_collects_across_workers(tmp_path):
     command = [sys.executable, "-m", "pytest", "--import-mode=importlib", "-n2", "-p", "no:cacheprovider", "--record-evidence"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads((tmp_path / "src/vitarium/catalog/evidence.json").read_text())
-    assert rows == {"swin": {"goldens": {"swin-a": 1e-11}, "identities": {"test_same": True}}}
+    row = json.loads((tmp_path / "src/vitarium/catalog/recorded/swin.json").read_text())
+    assert row == {"goldens": {"swin-a": 1e-11}, "identities": {"test_same": True}}
 
 
 @pytest.mark.parametrize(("keyword", "args"), [("golden", []), ("", ["tests/backbones/test_swin.py::test_golden"])])

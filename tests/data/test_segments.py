@@ -231,7 +231,7 @@ def test_pictures_of_another_size_than_the_json_says_are_broken(tmp_path):
     ("spec", "words", "kind"),
     [
         ("nowhere", "no data called", DataError),
-        ("scenes:task=class", "have no tasks", UsageError),
+        ("scenes:task=class", "take no task", UsageError),
         ("coco:{},broken=mend", "broken=refuse|drop", UsageError),
         ("{}", "images/ with masks/", DataError),
     ],

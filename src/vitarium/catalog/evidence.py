@@ -1,6 +1,6 @@
 """How far each of the 103 systems has come, computed from what is there: never from a hand-typed word.
 
-`pytest --record-evidence` writes what the tests found into evidence.json beside this file; the claims write their verdicts into
+`pytest --record-evidence` writes test results into `recorded/<slug>.json` beside this file; the claims write their verdicts into
 `claims/ledger/<slug>.json`. Everything else is looked up: whether the module is there, and which models it registers.
 """
 
@@ -88,10 +88,11 @@ def system_statuses() -> list[Status]:
 
 @functools.cache
 def recorded() -> dict[str, dict[str, dict[str, Any]]]:
-    """What the tests found: slug -> "goldens" (name -> error relative to the output's standard deviation, None: failed) and "identities"
-    (test -> whether it passed)."""
-    file = resources.files("vitarium.catalog").joinpath("evidence.json")
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    """Return the recorded test results: slug -> "goldens" (name -> error relative to the output's standard deviation, None: failed) and
+    "identities" (test -> whether it passed)."""
+    folder = resources.files("vitarium.catalog").joinpath("recorded")
+    files = sorted(folder.iterdir(), key=lambda file: file.name) if folder.is_dir() else []
+    return {file.name.removesuffix(".json"): json.loads(file.read_text(encoding="utf-8")) for file in files if file.name.endswith(".json")}
 
 
 def _verdict(slug: str) -> str | None:

@@ -25,7 +25,6 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-import vitarium
 from vitarium.catalog.applying import methods_on, rebuild_methods
 from vitarium.catalog.checkpoints import load_checkpoint
 from vitarium.catalog.create import ModelSpec, create_model
@@ -34,6 +33,7 @@ from vitarium.catalog.preprocessing import Preprocessing
 from vitarium.catalog.states import RECORD, SEAL, existing, fingerprint, looks_like_safetensors, read_safetensors, seal_of
 from vitarium.errors import CheckpointError, UsageError, VitariumError
 from vitarium.files import atomic_path
+from vitarium.version import __version__
 
 log = logging.getLogger("vitarium")
 
@@ -168,7 +168,7 @@ def _record(model: nn.Module) -> Record:
         raise UsageError(f"{spec.name} has {classes} classes and {len(labels)} labels; set model.labels to their names, or to None")
     preprocessing = getattr(model, "preprocessing", None)
     record = Record(
-        vitarium=vitarium.__version__,
+        vitarium=__version__,
         format=1,
         name=spec.name,
         arguments=arguments,
@@ -216,7 +216,7 @@ def _parse(path: Path, text: str) -> Record:
         ) from error
     if version > FORMAT:
         raise CheckpointError(
-            f"{path} was written by vitarium {values.get('vitarium')} (format {version}); this is {vitarium.__version__} "
+            f"{path} was written by vitarium {values.get('vitarium')} (format {version}); this is {__version__} "
             f"(format {FORMAT}): pip install --upgrade vitarium"
         )
     return record

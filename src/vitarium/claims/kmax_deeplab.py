@@ -11,7 +11,7 @@ import numpy as np
 from vitarium.claims import Comparison, Measured, claim
 from vitarium.data import open_data
 from vitarium.data.joint import Segmentation
-from vitarium.data.segments import Seen, SegmentedData
+from vitarium.data.segmented import MappedTargets, SegmentedData
 from vitarium.training import find_learner, fit, load_recipe
 
 SEEDS = 3
@@ -57,4 +57,10 @@ def one_kind_of_thing(data: Any) -> SegmentedData:
     def merged(target: Segmentation) -> Segmentation:
         return replace(target, labels=np.maximum(target.labels - count + 1, 0))
 
-    return replace(data, train=Seen(data.train, merged), val=Seen(data.val, merged), classes=["thing", *data.classes[count:]], things=(0,))
+    return replace(
+        data,
+        train=MappedTargets(data.train, merged),
+        val=MappedTargets(data.val, merged),
+        classes=["thing", *data.classes[count:]],
+        things=(0,),
+    )

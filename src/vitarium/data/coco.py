@@ -16,7 +16,7 @@ from vitarium.data.bad_files import BrokenImage
 from vitarium.data.images import open_image
 from vitarium.data.joint import Segmentation
 from vitarium.data.parts import few, part_names
-from vitarium.data.segments import Kind, SegmentedData, SegmentedImages, split_samples
+from vitarium.data.segmented import Kind, SegmentedData, SegmentedImages, split_samples
 from vitarium.errors import DataError, require
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from vitarium.data.folders import find_images
 from vitarium.data.images import open_image
 from vitarium.data.joint import Segmentation
 from vitarium.data.parts import few, part_names
-from vitarium.data.segments import SegmentedData, SegmentedImages, split_samples
+from vitarium.data.segmented import SegmentedData, SegmentedImages, split_samples
 from vitarium.errors import DataError
 
 if TYPE_CHECKING:

@@ -1,0 +1,106 @@
+"""Images with segments, as every source of them yields: the data set, its image sets, and views that transform their targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from vitarium.data.image_set import ImageData, ImageSet, stratified_split
+from vitarium.data.joint import Segmentation
+from vitarium.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Kind = Literal["panoptic", "semantic", "instance"]
+
+
+@dataclass(frozen=True)
+class SegmentedData(ImageData):
+    """`ImageData` whose targets are `Segmentation`s.
+
+    Attributes:
+        things: numbers of the classes that have instances; the others are stuff.
+    """
+
+    things: tuple[int, ...] = ()
+
+
+class SegmentedImages:
+    """An image set of (image, `Segmentation`) pairs that are read on access.
+
+    Args:
+        samples: one object a sample, in any form that `read` accepts.
+        read: maps a sample to its image and segments; raises BrokenImage.
+        describe: maps a sample to its name.
+    """
+
+    def __init__(self, samples: Sequence[Any], read: Callable[[Any], tuple[Image.Image, Segmentation]], describe: Callable[[Any], str]):
+        self.samples, self._read, self._describe = samples, read, describe
+        self.targets = [0] * len(samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return self._read(self.samples[index])
+
+    def describe(self, index: int) -> str:
+        """Return the sample's name."""
+        return self._describe(self.samples[index])
+
+
+class MappedTargets:
+    """A view of an image set that transforms each target.
+
+    Args:
+        images: the underlying set.
+        change: maps a `Segmentation` to the one that the view returns.
+    """
+
+    def __init__(self, images: ImageSet, change: Callable[[Segmentation], Segmentation]):
+        self.images, self.change = images, change
+        self.targets = images.targets
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        image, target = self.images[index]
+        return image, self.change(target)  # type: ignore[arg-type]
+
+    def describe(self, index: int) -> str:
+        """Return the name that the underlying set gives the sample."""
+        return self.images.describe(index)
+
+
+def merge_classes(target: Segmentation) -> Segmentation:
+    """Merge the segments of each class into one, in the order of the classes."""
+    labels = np.unique(target.labels)
+    masks = np.array([target.masks[target.labels == label].any(0) for label in labels], bool).reshape(-1, *target.masks.shape[1:])
+    return Segmentation(masks, labels)
+
+
+def keep_classes(target: Segmentation, classes: Sequence[int]) -> Segmentation:
+    """Keep only the segments of `classes`; the new label of a class is its position in that sequence."""
+    kept = np.isin(target.labels, classes)
+    numbers = {label: number for number, label in enumerate(classes)}
+    labels = np.array([numbers[label] for label in target.labels[kept].tolist()], np.int64)
+    return Segmentation(target.masks[kept], labels, target.crowds[kept])
+
+
+def split_samples(samples: list[Any], val_fraction: float, seed: int, name: str) -> tuple[list[Any], list[Any]]:
+    """Split samples at random into a training and a held-out part.
+
+    Raises:
+        DataError: fewer than two samples, or `val_fraction` is not between 0 and 1.
+    """
+    if not 0 < val_fraction < 1:
+        raise DataError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
+    if len(samples) < 2:
+        raise DataError(f"{name} holds {len(samples) or 'no'} images with segments; at least two are needed, one of them for validation")
+    train, val = stratified_split([0] * len(samples), val_fraction, seed)
+    return [samples[i] for i in train], [samples[i] for i in val]
