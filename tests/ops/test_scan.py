@@ -25,6 +25,20 @@ with torch.no_grad():
     compare("triton", torch.float32, False, length=130, channels=17, states=1, images=1)
 """
 
+FIRST_USE = """
+import sys, torch
+import vitarium.backbones.vim
+from tests.ops.test_scan import inputs, scan
+values = inputs(torch.float32, length=20)
+with torch.inference_mode():
+    expected = scan(values)[0]
+assert "torch._dynamo" not in sys.modules
+y = torch.compile(lambda *v: scan(list(v))[0], fullgraph=True, backend="aot_eager")(*[v.requires_grad_() for v in values])
+torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+y.sum().backward()
+assert all(v.grad.isfinite().all() for v in values)
+"""
+
 
 def inputs(dtype: torch.dtype = torch.float64, *, images: int = 2, length: int = 150, channels: int = 9, states: int = 5) -> list[Tensor]:
     """x, delta, a, b, c, skip, bias."""
@@ -201,6 +215,12 @@ def test_compiles_whole_and_counts_its_operations():
     with FlopCounterMode(display=False) as counter:
         scan([v.detach() for v in values])
     assert counter.get_total_flops() == 2 * 70 * 9 * (9 * 5 + 1)
+
+
+def test_the_operator_is_registered_at_first_use():
+    """Importing and plain inference leave the compiler out of the process; a first call inside a compiled graph still works."""
+    run = subprocess.run([sys.executable, "-c", FIRST_USE], capture_output=True, text=True, timeout=250)
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 def test_exports_as_ordinary_operators():

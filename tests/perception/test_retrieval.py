@@ -11,7 +11,8 @@ import vitarium
 from vitarium.errors import CheckpointError, UsageError
 from vitarium.perception.retrieval.embedding import embeddings_of
 from vitarium.perception.retrieval.index import Index, embed_files, model_fingerprint, update
-from vitarium.perception.retrieval.metrics import RetrievalMetric, retrieval_scores
+from vitarium.perception.retrieval.metrics import RetrievalMetric
+from vitarium.perception.retrieval.scores import retrieval_scores
 from vitarium.perception.retrieval.sheet import Found, sheet
 
 
@@ -31,7 +32,7 @@ def brute_force(x: torch.Tensor, y: list[int], ranks: tuple[int, ...]) -> dict[s
 
 @pytest.mark.parametrize("classes", [3, 20])
 def test_recall_and_map_at_r_are_those_of_counting(classes: int, monkeypatch):
-    monkeypatch.setattr("vitarium.perception.retrieval.metrics.ROWS", 7)
+    monkeypatch.setattr("vitarium.perception.retrieval.scores.ROWS", 7)
     generator = torch.Generator().manual_seed(classes)
     x = F.normalize(torch.randn(40, 6, generator=generator, dtype=torch.float64), dim=1)
     y = torch.randint(0, classes, (40,), generator=generator)

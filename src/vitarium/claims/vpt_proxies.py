@@ -18,7 +18,7 @@ from vitarium.claims import Comparison, Measured, claim
 from vitarium.data.image_set import ImageData
 from vitarium.data.retrieval import Groups
 from vitarium.perception.retrieval.embedding import embeddings_of
-from vitarium.perception.retrieval.metrics import retrieval_scores
+from vitarium.perception.retrieval.scores import retrieval_scores
 from vitarium.perception.vpt_proxies import VPTProxiesLearner
 from vitarium.training import ClassificationLearner, fit, load_recipe
 

@@ -43,7 +43,6 @@ from vitarium.catalog.registry import State, family, rename
 from vitarium.errors import AttachError, UsageError
 from vitarium.perception.retrieval.embedding import embeddings_of
 from vitarium.perception.retrieval.lora import LoRA as LoRA
-from vitarium.perception.retrieval.metrics import RetrievalMetric
 from vitarium.perception.retrieval.prompts import EmbeddingHead, PromptSite, VisualPrompts, freeze, head_width
 from vitarium.perception.retrieval.proxies import PlainProxies, SemanticProxies
 from vitarium.perception.retrieval.sheet import Found, sheet
@@ -352,6 +351,8 @@ class VPTProxiesLearner(Learner):
 
     def metrics(self) -> Any:
         """recall_at_1, _2, _4, _8 and map_at_r."""
+        from vitarium.perception.retrieval.metrics import RetrievalMetric
+
         return RetrievalMetric()
 
     def evaluate_batch(self, model: nn.Module, batch: dict[str, Any], metrics: Any) -> None:

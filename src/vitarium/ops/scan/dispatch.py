@@ -15,14 +15,12 @@ Memory: linear in tokens and channels; for the backward pass a state is kept eve
 from __future__ import annotations
 
 import functools
-import math
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import register_flop_formula
 
 from vitarium.errors import UsageError, nearest, require
 from vitarium.ops.linear import in_plain_inference
@@ -79,18 +77,22 @@ def selective_scan(
     if _needs_operators():
         y, state = _with_operators(x.to(exact), delta.to(exact), a, b.to(exact), c.to(exact), skip, bias, softplus, reverse)
         return y.to(x.dtype), state
-    name = choose(x.device.type, implementation)
+    run: Any = forward
+    pick = choose
+    if not in_plain_inference(x, delta, a, b, c, skip, bias):
+        from vitarium.ops.scan import operators  # imports the compiler: not before a call needs the registered operator
+
+        run, pick = operators.scan, operators.choose_once
+    name = pick(x.device.type, implementation)
     values = (x, delta, b, c) if name == "triton" else tuple(v.to(exact) for v in (x, delta, b, c))
     tensors = (values[0], values[1], a, *values[2:], skip, bias)
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    every = _spacing(a.shape[1]) if wanted else max(1, x.shape[1])
-    run: Any = _forward if in_plain_inference(*tensors) else _operator
+    trained = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    every = _spacing(a.shape[1]) if trained else max(1, x.shape[1])
     y, states = run(*tensors, softplus, reverse, every, name)
     state = states[:, -1].transpose(1, 2) if x.shape[1] else states.new_zeros(x.shape[0], *a.shape)
     return y.to(x.dtype), state.detach()
 
 
-@torch.compiler.assume_constant_result
 def choose(device: str, implementation: str = "auto") -> str:
     """The implementation that a device type gets.
 
@@ -159,7 +161,7 @@ def _spacing(states: int) -> int:
     return max(64, 4 << max(0, states - 1).bit_length())
 
 
-def _forward(
+def forward(
     x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor, bias: Tensor,
     softplus: bool, reverse: bool, every: int, implementation: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -175,7 +177,7 @@ def _forward(
         return (y.flip(1) if reverse else y).addcmul_(x, skip), states
 
 
-def _backward(
+def backward(
     grad: Tensor, x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor, bias: Tensor, states: Tensor,
     softplus: bool, reverse: bool, every: int, implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -208,48 +210,3 @@ def _loop_inputs(
 
 def _no_states(x: Tensor, a: Tensor, every: int) -> Tensor:
     return a.new_zeros(x.shape[0], -(-x.shape[1] // every), a.shape[1], a.shape[0])
-
-
-# ---- one operator of torch's: what compilers, autograd and counters see
-
-_operator = torch.library.custom_op("vitarium::selective_scan", _forward, mutates_args=())
-_operator_backward = torch.library.custom_op("vitarium::selective_scan_backward", _backward, mutates_args=())
-
-
-@_operator.register_fake
-def _shapes(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor, bias: Tensor, softplus: bool, reverse: bool, every: int, implementation: str) -> tuple[Tensor, Tensor]:  # fmt: skip # noqa: E501
-    return torch.empty_like(x, memory_format=torch.contiguous_format), a.new_empty(
-        x.shape[0], -(-x.shape[1] // every), a.shape[1], a.shape[0]
-    )
-
-
-@_operator_backward.register_fake
-def _shapes_backward(grad: Tensor, x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor, bias: Tensor, *rest: Any) -> tuple[Tensor, ...]:  # fmt: skip # noqa: E501
-    return tuple(torch.empty_like(v, memory_format=torch.contiguous_format) for v in (x, delta, a, b, c, skip, bias))
-
-
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:7], output[1])
-    ctx.options = inputs[7:]
-    ctx.mark_non_differentiable(output[1])
-
-
-def _gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    return (*_operator_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None)
-
-
-_operator.register_autograd(_gradients, setup_context=_remember)
-
-
-@register_flop_formula(torch.ops.vitarium.selective_scan)
-def _flops(x: tuple[int, ...], delta: Any, a: tuple[int, ...], *rest: Any, out_shape: Any = None, **options: Any) -> int:
-    """9 operations a state and 1 a channel, for each token: the count of VMamba's authors."""
-    return math.prod(x) * (9 * a[1] + 1)
-
-
-@register_flop_formula(torch.ops.vitarium.selective_scan_backward)
-def _flops_backward(
-    grad: Any, x: tuple[int, ...], delta: Any, a: tuple[int, ...], *rest: Any, out_shape: Any = None, **options: Any
-) -> int:
-    """The states once more, and about twice as much for the adjoint."""
-    return 3 * math.prod(x) * (9 * a[1] + 1)
