@@ -51,9 +51,9 @@ def test_photos_are_told_apart_by_tiles_that_do_not_overlap():
     assert data.image_size == 24
     assert {"china", "flower"} <= set(data.classes)
     assert data.train[0][0].size == (24, 24)
-    assert not set(data.train.tiles) & set(data.val.tiles)
-    assert data.val.describe(0) == "{}, column {}, row {}".format(*data.val.tiles[0])
-    name, column, row = data.val.tiles[0]
+    assert not set(data.train.samples) & set(data.val.samples)
+    assert data.val.describe(0) == "{}, column {}, row {}".format(*data.val.samples[0])
+    name, column, row = data.val.samples[0]
     photo = dict(photos.sample_photos())[name]
     side = min(photo.size) // photos.TILES
     expected = photo.crop((column * side, row * side, column * side + side, row * side + side)).resize((24, 24))

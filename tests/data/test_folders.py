@@ -185,9 +185,9 @@ def test_a_file_that_vanishes_in_mid_epoch_is_left_out(tmp_path, monkeypatch):
     bad = BadFiles(limit=0.5)
     batches = Loader(data, Preprocessing(8), batch_size=2, bad_files=bad).epoch(0)
     next(batches)
-    os.remove(data.files[5])
+    os.remove(data.samples[5])
     assert [i for batch in batches for i in batch["index"].tolist()] == [2, 3, 4, 6, 7]
-    assert bad.items() == [(data.files[5], "no such file or directory (tried 4 times)")]
+    assert bad.items() == [(data.samples[5], "no such file or directory (tried 4 times)")]
 
 
 # ---- tables

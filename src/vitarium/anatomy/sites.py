@@ -25,8 +25,9 @@ from torch.utils._pytree import tree_leaves
 from vitarium.anatomy.finding import of
 from vitarium.anatomy.parts import Anatomy, BlockView
 from vitarium.anatomy.tokens import Tokens, carried, carry
-from vitarium.catalog.probe import evaluating, example_input
+from vitarium.catalog.probe import example_input
 from vitarium.errors import AttachError, InputError
+from vitarium.nn.modes import evaluating
 
 PROOF = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference to the original on the probe, in standard deviations of its output: kernels may round differently."""

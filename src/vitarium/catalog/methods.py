@@ -19,9 +19,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
-import yaml
 from torch import Tensor, nn
 
+from vitarium.assignments import parse_call
 from vitarium.catalog.registry import import_system, system_module
 from vitarium.catalog.systems import systems
 from vitarium.errors import UsageError, nearest
@@ -222,26 +222,5 @@ def parse_method(text: str) -> Method:
 
     Values are read as YAML. Raises UsageError where the text is none of this.
     """
-    slug, _, rest = text.partition(":")
-    options: dict[str, Any] = {}
-    for part in _split(rest):
-        name, equals, value = part.partition("=")
-        if not equals or not name.strip():
-            raise UsageError(f"cannot read {part!r} in {text!r}: options are written NAME=VALUE, with commas between, after METHOD:")
-        try:
-            options[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UsageError(f"cannot read the value of {name!r} in {text!r}: {value!r}") from error
-    return build_method(slug.strip(), options)
-
-
-def _split(text: str) -> list[str]:
-    """Parts between the commas that are outside of brackets."""
-    parts, depth = [""], 0
-    for char in text:
-        depth += (char in "[{") - (char in "]}")
-        if char == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += char
-    return [part for part in parts if part.strip()]
+    slug, options = parse_call(text)
+    return build_method(slug, options)

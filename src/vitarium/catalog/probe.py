@@ -5,13 +5,13 @@ Methods prove themselves on such an input, and report costs with it; nothing her
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from vitarium.nn.modes import evaluating, frozen_parameters
 
 
 def example_input(model: nn.Module, batch: int = 1) -> Tensor | None:
@@ -48,30 +48,11 @@ def _input_shape(model: nn.Module) -> tuple[int, int, int] | None:
     return None
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients for a while; every module has its own mode again afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def macs_of(model: nn.Module, *inputs: Any) -> int:
     """Multiply-accumulates of one pass in eval mode, as torch counts what really runs. Works on the meta device."""
-    learning = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for p in learning:  # torch's counter hooks a gradient to a parameter that is handed to a module, and fails where none flows
-            p.requires_grad_(False)
-        with evaluating(model), FlopCounterMode(display=False) as counter:
-            model(*inputs)
-    finally:
-        for p in learning:
-            p.requires_grad_(True)
+    # torch's counter hooks a gradient to a parameter that is handed to a module, and fails where none flows
+    with frozen_parameters(model), evaluating(model), FlopCounterMode(display=False) as counter:
+        model(*inputs)
     return counter.get_total_flops() // 2
 
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from vitarium.claims import Comparison, Measured, claim
 from vitarium.data import open_data
+from vitarium.data.image_set import View
 from vitarium.data.joint import Segmentation
-from vitarium.data.segmented import MappedTargets, SegmentedData
+from vitarium.data.segmented import SegmentedData
 from vitarium.training import find_learner, fit, load_recipe
 
 SEEDS = 3
@@ -57,10 +58,5 @@ def one_kind_of_thing(data: Any) -> SegmentedData:
     def merged(target: Segmentation) -> Segmentation:
         return replace(target, labels=np.maximum(target.labels - count + 1, 0))
 
-    return replace(
-        data,
-        train=MappedTargets(data.train, merged),
-        val=MappedTargets(data.val, merged),
-        classes=["thing", *data.classes[count:]],
-        things=(0,),
-    )
+    train, val = (View(part, transform_target=merged) for part in (data.train, data.val))
+    return replace(data, train=train, val=val, classes=["thing", *data.classes[count:]], things=(0,))

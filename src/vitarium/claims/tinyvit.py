@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -13,29 +12,12 @@ from torch import nn
 from vitarium.catalog import create_model
 from vitarium.claims import Comparison, Measured, claim
 from vitarium.data import ImageData, open_data
+from vitarium.data.image_set import View
 from vitarium.data.loader import seed_generators
 from vitarium.training import find_learner, fit, load_recipe
 from vitarium.training.distillation import save_logits
 
 SEEDS, STEPS, K = 3, 300, 3
-
-
-@dataclass
-class Part:
-    """Some pictures of a set, under other labels."""
-
-    images: Any
-    indices: list[int]
-    targets: list[int]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.images[self.indices[index]][0], self.targets[index]
-
-    def describe(self, index: int) -> str:
-        return self.images.describe(self.indices[index])
 
 
 @claim("tinyvit", says="stored answers of a teacher teach a small model more than labels of which a fifth are wrong", minutes=3)
@@ -64,7 +46,7 @@ def noisy_quarter(data: ImageData, seed: int) -> ImageData:
     targets = np.array([data.train.targets[i] for i in indices])
     wrong = rng.random(len(targets)) < 0.2
     targets[wrong] = (targets[wrong] + rng.integers(1, len(data.classes), wrong.sum())) % len(data.classes)
-    return replace(data, train=Part(data.train, indices, targets.tolist()))
+    return replace(data, train=View(data.train, indices, targets=targets.tolist()))
 
 
 def trained(seed: int, data: ImageData, teacher: nn.Module) -> tuple[float, float]:

@@ -132,9 +132,12 @@ def matched(model: Any, images: ImageSet, classes: list[str]) -> tuple[ImageSet,
     Raises:
         DataError: the data's classes are not the model's.
     """
+    from vitarium.data.image_set import View
+
     labels = getattr(model, "labels", None)
     if labels is not None and labels != classes:
-        return Renumbered(images, numbers_of(classes, labels)), labels
+        numbers = numbers_of(classes, labels)
+        return View(images, targets=[numbers[target] for target in images.targets]), labels
     if labels is None and getattr(model, "num_classes", len(classes)) != len(classes):
         raise DataError(f"the model tells {model.num_classes} classes apart, the data has {len(classes)}: {', '.join(classes[:8])}")
     return images, classes
@@ -151,25 +154,6 @@ def numbers_of(classes: list[str], labels: list[str]) -> list[int]:
         count = f"{len(unknown)} of the data's {len(classes)} classes"
         raise DataError(f"the model does not know {count}, such as {unknown[0]!r}{nearest(unknown[0], labels)} (it knows {known})")
     return [labels.index(name) for name in classes]
-
-
-class Renumbered:
-    """An image set whose classes have the model's numbers."""
-
-    def __init__(self, images: ImageSet, numbers: list[int]):
-        self.images, self.numbers = images, numbers
-        self.targets = [numbers[target] for target in images.targets]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, target = self.images[index]
-        return image, self.numbers[target]
-
-    def describe(self, index: int) -> str:
-        """As the set does."""
-        return self.images.describe(index)
 
 
 def told(metrics: dict[str, Any]) -> dict[str, str]:

@@ -91,19 +91,14 @@ def read_options(assignments: list[str]) -> dict[str, Any]:
     Raises:
         UsageError: one that is none of this, or that has an option of its own.
     """
-    import yaml
+    from vitarium.assignments import parse_assignment
 
     found: dict[str, Any] = {}
     for text in assignments:
-        key, equals, value = text.partition("=")
-        if not equals or not key.strip().isidentifier():
-            raise UsageError(f"--set wants KEY=VALUE, such as sampler=heun; got {text!r}")
-        if key.strip() in ("steps", "guidance", "seed"):
-            raise UsageError(f"{key.strip()} is an option of its own: --{key.strip()} {value}")
-        try:
-            found[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UsageError(f"cannot read the value of {key!r}: {value!r}") from error
+        key, value = parse_assignment(text, "--set wants KEY=VALUE, such as sampler=heun")
+        if key in ("steps", "guidance", "seed"):
+            raise UsageError(f"{key} is an option of its own: --{key} {value}")
+        found[key] = value
     return found
 
 

@@ -112,7 +112,8 @@ def ask(learner: Learner, files: list[str], batch_size: int, output: Path | None
     from vitarium.data.folders import FileImages
     from vitarium.data.loader import Loader
     from vitarium.files import atomic_path, write_json
-    from vitarium.training.evaluation import evaluating, to_device
+    from vitarium.nn.modes import evaluating
+    from vitarium.training.evaluation import to_device
 
     model, bad_files = learner.eval_model(), BadFiles(1.0)
     pictures = FileImages(files, [0] * len(files))
@@ -123,7 +124,7 @@ def ask(learner: Learner, files: list[str], batch_size: int, output: Path | None
     loader = Loader(pictures, transform, collate=learner.collate, batch_size=batch_size, bad_files=bad_files)
     rows: list[dict[str, Any]] = [{"image": file} for file in files]
     folder = output if output is not None and output.suffix != ".json" else None
-    with evaluating(model):
+    with evaluating(model, inference=True):
         for batch in loader.epoch(0):
             if not len(batch["index"]):
                 continue

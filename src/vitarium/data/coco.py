@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitarium.data.bad_files import BrokenImage
+from vitarium.data.image_set import Samples
 from vitarium.data.images import open_image
 from vitarium.data.joint import Segmentation
 from vitarium.data.parts import few, part_names
-from vitarium.data.segmented import Kind, SegmentedData, SegmentedImages, split_samples
+from vitarium.data.segmented import Kind, SegmentedData, split_samples
 from vitarium.errors import DataError, require
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def open_coco(path: Path, kind: Kind, *, broken: str = "refuse", seed: int = 0, 
         parts = train.samples, val.samples
     else:
         parts = split_samples(train.samples, val_fraction, seed, name)
-    images = [SegmentedImages(part, read_sample, _file_of) for part in parts]
+    images = [Samples(part, read=read_sample, name=_file_of) for part in parts]
     if not all(map(len, images)):
         raise DataError(f"{name} holds {len(images[0])} pictures for training and {len(images[1])} held out; both need some")
     return SegmentedData(name, images[0], images[1], train.classes, things=train.things)

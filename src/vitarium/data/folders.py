@@ -11,34 +11,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitarium.data.clips import VideoFile, is_video_file, open_file
-from vitarium.data.image_set import ImageData
+from vitarium.data.clips import is_video_file, open_file
+from vitarium.data.image_set import ImageData, Samples
 from vitarium.data.images import is_image_file
 from vitarium.data.parts import Listing, assemble, few, part_names
 from vitarium.errors import DataError, require
 
 if TYPE_CHECKING:
-    from PIL import Image
+    pass
 
 PATH_COLUMNS = ("path", "image", "file", "filename", "file_name")
 LABEL_COLUMNS = ("label", "class", "target")
 
 
-class FileImages:
-    """Picture or video files with class numbers. Each is opened when it is asked for."""
+class FileImages(Samples):
+    """Image or video files with class numbers. Each is opened when it is asked for."""
 
     def __init__(self, files: list[str], targets: list[int]):
-        self.files, self.targets = files, targets
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image | VideoFile, int]:
-        return open_file(self.files[index]), self.targets[index]
-
-    def describe(self, index: int) -> str:
-        """The path."""
-        return self.files[index]
+        super().__init__(files, targets, read=open_file)
 
 
 def open_folder(path: Path, *, seed: int = 0, val_fraction: float = 0.2) -> ImageData:

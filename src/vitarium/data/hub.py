@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitarium.data.bad_files import BrokenImage
-from vitarium.data.image_set import ImageData
+from vitarium.data.image_set import ImageData, Samples
 from vitarium.data.images import decode_image, open_image
 from vitarium.data.parts import Listing, assemble, few, part_names
 from vitarium.errors import DataError, require
@@ -18,36 +18,20 @@ if TYPE_CHECKING:
 LABEL_COLUMNS = ("label", "labels", "class", "cls", "target")
 
 
-class SavedImages:
-    """Rows of a saved data set, with class numbers.
+def _read(place: tuple[str, int], name: str, parts: dict[str, tuple[Any, str]]) -> Image.Image:
+    """The image at (split name, row); `parts` holds split name -> (the `datasets.Dataset` with undecoded images, its image column)."""
+    part, row = place
+    dataset, column = parts[part]
+    stored = dataset[row][column] or {}
+    if stored.get("bytes") is not None:
+        return decode_image(stored["bytes"], _name_of(place, name))
+    if stored.get("path"):
+        return open_image(stored["path"])
+    raise BrokenImage(_name_of(place, name), "the row has no image")
 
-    Args:
-        name: of the data, for `describe`.
-        parts: split name -> (the `datasets.Dataset` with undecoded pictures, its picture column).
-        rows: (split name, row) of each sample.
-        targets: class number of each.
-    """
 
-    def __init__(self, name: str, parts: dict[str, tuple[Any, str]], rows: list[tuple[str, int]], targets: list[int]):
-        self.name, self.parts, self.rows, self.targets = name, parts, rows, targets
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        part, row = self.rows[index]
-        dataset, column = self.parts[part]
-        stored = dataset[row][column] or {}
-        if stored.get("bytes") is not None:
-            return decode_image(stored["bytes"], self.describe(index)), self.targets[index]
-        if stored.get("path"):
-            return open_image(stored["path"]), self.targets[index]
-        raise BrokenImage(self.describe(index), "the row has no picture")
-
-    def describe(self, index: int) -> str:
-        """name/split[row]"""
-        part, row = self.rows[index]
-        return f"{self.name}/{part}[{row}]"
+def _name_of(place: tuple[str, int], name: str) -> str:
+    return f"{name}/{place[0]}[{place[1]}]"
 
 
 def open_saved(path: Path, *, seed: int = 0, val_fraction: float = 0.2) -> ImageData:
@@ -78,7 +62,8 @@ def open_saved(path: Path, *, seed: int = 0, val_fraction: float = 0.2) -> Image
         names = getattr(dataset.features[label], "names", None)
         classes = classes or names
         listings[split] = Listing([(split, row) for row in range(len(dataset))], _labels(dataset[label], names, f"{path} ({split})"))
-    make = functools.partial(SavedImages, name, parts)
+    read, name_of = functools.partial(_read, name=name, parts=parts), functools.partial(_name_of, name=name)
+    make = functools.partial(Samples, read=read, name=name_of)
     held_out = listings[val] if val else None
     return assemble(name, make, listings[train], held_out, classes=classes, seed=seed, val_fraction=val_fraction)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -42,22 +42,105 @@ class ImageData:
     image_size: int | None = None
 
 
-class Subset:
-    """Some samples of an image set, in a given order."""
+class Samples:
+    """An image set over a list of samples, each of which is read when it is asked for.
 
-    def __init__(self, images: ImageSet, indices: Sequence[int]):
-        self.images, self.indices = images, list(indices)
-        self.targets = [images.targets[i] for i in self.indices]
+    Args:
+        samples: what `read` takes: paths, places in an archive, numbers of drawings.
+        targets: class number (or another target) of each sample; None where `read` gives the target, and `targets` is then all 0.
+        read: sample -> image, or sample -> (image, target) where there are no `targets`. Raises `BrokenImage` for an unreadable one.
+        name: sample -> its name in messages and reports; the sample itself as text by default.
+    """
+
+    def __init__(
+        self, samples: Sequence[Any], targets: Sequence[Any] | None = None, *, read: Callable[[Any], Any], name: Callable[[Any], str] = str
+    ):
+        self.samples, self._read, self._name = samples, read, name
+        self._read_target = targets is None
+        self.targets: Any = [0] * len(samples) if targets is None else targets
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        read = self._read(self.samples[index])
+        return read if self._read_target else (read, self.targets[index])
+
+    def describe(self, index: int) -> str:
+        """The sample's name."""
+        return self._name(self.samples[index])
+
+
+class View:
+    """A view of an image set: some of its samples in a given order, with the same or other targets.
+
+    Args:
+        images: the image set.
+        indices: which samples, in order, repetitions allowed; all by default.
+        targets: target of each sample of the view; those of `images` by default.
+        transform_target: applied to each target of `images` as it is read (segments, for example); `targets` is then as it was.
+
+    Raises:
+        ValueError: both `targets` and `transform_target`, or `targets` of another length than the view.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        indices: Sequence[int] | None = None,
+        *,
+        targets: Sequence[Any] | None = None,
+        transform_target: Callable[[Any], Any] | None = None,
+    ):
+        self.images, self.indices = images, list(range(len(images)) if indices is None else indices)
+        if targets is not None and (transform_target is not None or len(targets) != len(self.indices)):
+            raise ValueError(f"a view of {len(self.indices)} samples takes as many targets (got {len(targets)}) or transform_target")
+        self._replaced, self._transform_target = targets is not None, transform_target
+        self.targets: Any = [images.targets[i] for i in self.indices] if targets is None else list(targets)
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.images[self.indices[index]]
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        image, target = self.images[self.indices[index]]
+        if self._replaced:
+            return image, self.targets[index]
+        return image, target if self._transform_target is None else self._transform_target(target)
 
     def describe(self, index: int) -> str:
-        """The name that the whole set gives the sample."""
+        """The name that `images` gives the sample."""
         return self.images.describe(self.indices[index])
+
+
+class Joined:
+    """Several image sets, one after the other.
+
+    Args:
+        parts: image sets with the same classes.
+    """
+
+    def __init__(self, parts: Sequence[ImageSet]):
+        self._places = [(part, i) for part in parts for i in range(len(part))]
+        self.targets: Any = [target for part in parts for target in part.targets]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        part, i = self._places[index]
+        return part[i]
+
+    def describe(self, index: int) -> str:
+        """The name that the sample has in its own set."""
+        part, i = self._places[index]
+        return part.describe(i)
+
+
+class Subset(View):
+    """Some samples of an image set, in a given order."""
+
+    def __init__(self, images: ImageSet, indices: Sequence[int]):
+        super().__init__(images, indices)
 
 
 def stratified_split(targets: Sequence[int], val_fraction: float, seed: int) -> tuple[list[int], list[int]]:

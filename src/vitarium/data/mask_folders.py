@@ -10,10 +10,11 @@ import numpy as np
 
 from vitarium.data.bad_files import BrokenImage
 from vitarium.data.folders import find_images
+from vitarium.data.image_set import Samples
 from vitarium.data.images import open_image
 from vitarium.data.joint import Segmentation
 from vitarium.data.parts import few, part_names
-from vitarium.data.segmented import SegmentedData, SegmentedImages, split_samples
+from vitarium.data.segmented import SegmentedData, split_samples
 from vitarium.errors import DataError
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def open_mask_folder(
     if not all(parts):
         raise DataError(f"{name} holds {len(parts[0])} pictures for training and {len(parts[1])} held out; both need some")
     read = functools.partial(read_pair, classes=len(classes), zero_is_void=zero_is_void)
-    train, val = (SegmentedImages(part, read, lambda pair: pair.file) for part in parts)
+    train, val = (Samples(part, read=read, name=lambda pair: pair.file) for part in parts)
     return SegmentedData(name, train, val, classes)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import random
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vitarium.data.folders import find_images
-from vitarium.data.image_set import ImageData, Subset
+from vitarium.data.image_set import ImageData, Samples, Subset, View
 from vitarium.data.images import open_image
 from vitarium.data.parts import few, natural_order, part_names
 from vitarium.data.photos import sample_photos
@@ -36,25 +37,19 @@ ACCEPTED = (
 )
 
 
-class HighPictures:
-    """Pictures of high quality: (picture, None), the None for the low one that is to be made of it."""
+class HighPictures(Samples):
+    """Images of high quality alone: (image, None); the low-quality one is made from it.
+
+    Args:
+        files: paths.
+    """
 
     def __init__(self, files: list[str]):
-        self.files, self.targets = files, [0] * len(files)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
-        return open_image(self.files[index]), None
-
-    def describe(self, index: int) -> str:
-        """The path."""
-        return self.files[index]
+        super().__init__(files, read=_read_high)
 
 
-class PairedPictures:
-    """Pictures in two qualities: (low, high).
+class PairedPictures(Samples):
+    """Images in two qualities: (low, high).
 
     Args:
         pairs: (path of the low, path of the high one).
@@ -62,36 +57,22 @@ class PairedPictures:
     """
 
     def __init__(self, pairs: list[tuple[str, str]], scale: int):
-        self.pairs, self.scale, self.targets = pairs, scale, [0] * len(pairs)
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
-        low, high = self.pairs[index]
-        return open_image(low), open_image(high)
-
-    def describe(self, index: int) -> str:
-        """The path of the low one."""
-        return self.pairs[index][0]
+        super().__init__(pairs, read=_read_pair, name=operator.itemgetter(0))
+        self.scale = scale
 
 
-class PhotoSquares:
-    """Squares of the embedded photographs, whole where those are smaller: (picture, None)."""
+def _read_high(file: str) -> tuple[Image.Image, None]:
+    return open_image(file), None
 
-    def __init__(self, names: list[str], photos: dict[str, Image.Image]):
-        self.squares = [(name, photos[name].crop(box)) for name in names for box in _squares(*photos[name].size)]
-        self.targets = [0] * len(self.squares)
 
-    def __len__(self) -> int:
-        return len(self.squares)
+def _read_pair(pair: tuple[str, str]) -> tuple[Image.Image, Image.Image]:
+    return open_image(pair[0]), open_image(pair[1])
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
-        return self.squares[index][1], None
 
-    def describe(self, index: int) -> str:
-        """The photograph."""
-        return self.squares[index][0]
+def _photo_squares(names: list[str], photos: dict[str, Image.Image]) -> Samples:
+    """Squares of the embedded photographs, whole where those are smaller: (image, None), named after the photograph."""
+    squares = [(name, photos[name].crop(box)) for name in names for box in _squares(*photos[name].size)]
+    return Samples(squares, read=lambda square: (square[1], None), name=operator.itemgetter(0))
 
 
 def _squares(width: int, height: int) -> list[tuple[int, int, int, int]]:
@@ -117,7 +98,7 @@ def open_pairs(spec: str, *, seed: int = 0, val_fraction: float = 0.2, image_siz
     if spec == "photos":
         photos = {name: photo for name, photo in sample_photos() if name not in NOT_SCENERY}
         train, val = _split(sorted(photos), val_fraction, seed, spec)
-        return ImageData(spec, PhotoSquares(train, photos), PhotoSquares(val, photos), [])
+        return ImageData(spec, _photo_squares(train, photos), _photo_squares(val, photos), [])
     found = re.fullmatch(r"(?:folder:)?(.*?)(?::x(\d))?", spec)
     assert found is not None
     path, scale = Path(found[1]), found[2]
@@ -143,14 +124,14 @@ def open_pairs(spec: str, *, seed: int = 0, val_fraction: float = 0.2, image_siz
     return _data(name, HighPictures(kept), HighPictures(held))
 
 
-def _data(name: str, train: HighPictures | PairedPictures, val: HighPictures | PairedPictures) -> ImageData:
+def _data(name: str, train: Samples, val: Samples) -> ImageData:
     times = -(-CROPS // len(train))
-    return ImageData(name, Subset(train, [*range(len(train))] * times) if times > 1 else train, val, [])  # type: ignore[arg-type]
+    return ImageData(name, Subset(train, [*range(len(train))] * times) if times > 1 else train, val, [])
 
 
 def scale_of(images: object) -> int | None:
     """How many times larger the high pictures of a set are; None where the low ones are made of them."""
-    while isinstance(images, Subset):
+    while isinstance(images, View):
         images = images.images
     return getattr(images, "scale", None)
 

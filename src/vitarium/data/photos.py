@@ -7,7 +7,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitarium.data.image_set import ImageData
+from vitarium.data.image_set import ImageData, Samples
 from vitarium.data.images import open_image
 from vitarium.data.parts import Listing, assemble
 from vitarium.errors import DataError
@@ -44,32 +44,16 @@ def sample_photos() -> list[tuple[str, Image.Image]]:
     return [(name, _photo(name).copy()) for name in _installed()]
 
 
-class PhotoTiles:
-    """Square tiles of the photographs, resized; the class is the photograph.
+def _tile(tile: tuple[str, int, int], image_size: int) -> Image.Image:
+    """A square tile (photograph, column, row), resized."""
+    name, column, row = tile
+    photo = _photo(name)
+    side = min(photo.size) // TILES
+    return photo.crop((column * side, row * side, (column + 1) * side, (row + 1) * side)).resize((image_size, image_size))
 
-    Args:
-        image_size: side of the pictures, pixels.
-        tiles: (photograph, column, row) of each.
-        targets: class number of each.
-    """
 
-    def __init__(self, image_size: int, tiles: list[tuple[str, int, int]], targets: list[int]):
-        self.image_size, self.tiles, self.targets = image_size, tiles, targets
-
-    def __len__(self) -> int:
-        return len(self.tiles)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        name, column, row = self.tiles[index]
-        photo = _photo(name)
-        side = min(photo.size) // TILES
-        box = (column * side, row * side, (column + 1) * side, (row + 1) * side)
-        return photo.crop(box).resize((self.image_size, self.image_size)), self.targets[index]
-
-    def describe(self, index: int) -> str:
-        """Photograph, column and row."""
-        name, column, row = self.tiles[index]
-        return f"{name}, column {column}, row {row}"
+def _name_of_tile(tile: tuple[str, int, int]) -> str:
+    return f"{tile[0]}, column {tile[1]}, row {tile[2]}"
 
 
 def open_photos(*, image_size: int | None = None, seed: int = 0, val_fraction: float = 0.2) -> ImageData:
@@ -82,7 +66,8 @@ def open_photos(*, image_size: int | None = None, seed: int = 0, val_fraction: f
         tiles = [(name, column, row) for row in range(height // side) for column in range(width // side)]
         listing.samples.extend(tiles)
         listing.labels.extend([name] * len(tiles))
-    data = assemble("photos", functools.partial(PhotoTiles, image_size), listing, seed=seed, val_fraction=val_fraction)
+    make = functools.partial(Samples, read=functools.partial(_tile, image_size=image_size), name=_name_of_tile)
+    data = assemble("photos", make, listing, seed=seed, val_fraction=val_fraction)
     return ImageData(data.name, data.train, data.val, data.classes, image_size)
 
 

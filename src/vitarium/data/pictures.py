@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vitarium.data.folders import FileImages, find_images
-from vitarium.data.image_set import ImageData, Subset, stratified_split
+from vitarium.data.image_set import ImageData, Subset, View, stratified_split
 from vitarium.data.opening import EMBEDDED, open_data
 from vitarium.errors import DataError
 
@@ -25,11 +25,12 @@ def open_pictures(spec: str, *, seed: int = 0, val_fraction: float = 0.2, image_
     path = Path(spec.removeprefix("folder:"))
     if spec.partition(":")[0] in EMBEDDED or not path.is_dir() or not (spec.startswith("folder:") or next(find_images(path), None)):
         data = open_data(spec, seed=seed, val_fraction=val_fraction, image_size=image_size)
-        return ImageData(data.name, Unlabelled(data.train), Unlabelled(data.val), [], data.image_size)
+        train, val = (View(part, targets=[0] * len(part)) for part in (data.train, data.val))
+        return ImageData(data.name, train, val, [], data.image_size)
     parts = {part: sorted(find_images(path / part)) for part in ("train", "val") if (path / part).is_dir()}
     if len(parts) == 2 and all(parts.values()):
-        train, val = (FileImages(files, [0] * len(files)) for files in parts.values())
-        return ImageData(path.resolve().name, train, val, [])
+        sets = [FileImages(files, [0] * len(files)) for files in parts.values()]
+        return ImageData(path.resolve().name, sets[0], sets[1], [])
     files = sorted(find_images(path))
     if len(files) < 2:
         raise DataError(
@@ -38,21 +39,3 @@ def open_pictures(spec: str, *, seed: int = 0, val_fraction: float = 0.2, image_
     everything = FileImages(files, [0] * len(files))
     kept, held_out = stratified_split(everything.targets, val_fraction, seed)
     return ImageData(path.resolve().name, Subset(everything, kept), Subset(everything, held_out), [])
-
-
-class Unlabelled:
-    """An image set whose samples all have the class 0."""
-
-    def __init__(self, images: object):
-        self.images = images
-        self.targets = [0] * len(images)  # type: ignore[arg-type]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[object, int]:
-        return self.images[index][0], 0  # type: ignore[index]
-
-    def describe(self, index: int) -> str:
-        """As the set does."""
-        return self.images.describe(index)  # type: ignore[attr-defined]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vitarium.data.folders import FileImages, list_classes
-from vitarium.data.image_set import ImageData, ImageSet
+from vitarium.data.image_set import ImageData, ImageSet, Joined, View
 from vitarium.data.opening import open_data
 from vitarium.data.parts import natural_order, part_names
 from vitarium.errors import DataError
@@ -49,25 +48,10 @@ class Groups:
         return f"{self.size} pictures such as {self.images.describe(self.members[self.targets[index]][0])}"
 
 
-class Numbered:
-    """Parts of an image set behind one another, under new class numbers."""
-
-    def __init__(self, parts: Sequence[ImageSet], numbers: dict[int, int]):
-        self.parts = parts
-        self.places = [(part, i) for part in parts for i, target in enumerate(part.targets) if target in numbers]
-        self.targets = [numbers[part.targets[i]] for part, i in self.places]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        part, i = self.places[index]
-        return part[i][0], self.targets[index]
-
-    def describe(self, index: int) -> str:
-        """As its part does."""
-        part, i = self.places[index]
-        return part.describe(i)
+def _renumbered(images: ImageSet, numbers: dict[int, int]) -> View:
+    """The samples whose class is in `numbers`, under the class number that it maps to."""
+    indices = [i for i, target in enumerate(images.targets) if target in numbers]
+    return View(images, indices, targets=[numbers[images.targets[i]] for i in indices])
 
 
 def open_retrieval(spec: str, *, seed: int = 0, val_fraction: float = 0.2, image_size: int | None = None) -> ImageData:
@@ -98,9 +82,9 @@ def open_retrieval(spec: str, *, seed: int = 0, val_fraction: float = 0.2, image
             f"{data.name} has {len(data.classes)} classes; learning to find pictures takes four or more: half of them are searched, and "
             "two or more must be told apart while learning"
         )
-    parts = (data.train, data.val)
-    train = Numbered(parts, {i: i for i in range(half)})
-    val = Numbered(parts, {i: i - half for i in range(half, len(data.classes))})
+    both = Joined([data.train, data.val])
+    train = _renumbered(both, {i: i for i in range(half)})
+    val = _renumbered(both, {i: i - half for i in range(half, len(data.classes))})
     return ImageData(data.name, Groups(train), val, data.classes[:half], data.image_size)  # type: ignore[arg-type]
 
 

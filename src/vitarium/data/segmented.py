@@ -1,19 +1,16 @@
-"""Images with segments, as every source of them yields: the data set, its image sets, and views that transform their targets."""
+"""Images with segments, as every source of them yields: the data set, and functions that transform its targets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from vitarium.data.image_set import ImageData, ImageSet, stratified_split
+from vitarium.data.image_set import ImageData, stratified_split
 from vitarium.data.joint import Segmentation
 from vitarium.errors import DataError
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 Kind = Literal["panoptic", "semantic", "instance"]
 
@@ -27,54 +24,6 @@ class SegmentedData(ImageData):
     """
 
     things: tuple[int, ...] = ()
-
-
-class SegmentedImages:
-    """An image set of (image, `Segmentation`) pairs that are read on access.
-
-    Args:
-        samples: one object a sample, in any form that `read` accepts.
-        read: maps a sample to its image and segments; raises BrokenImage.
-        describe: maps a sample to its name.
-    """
-
-    def __init__(self, samples: Sequence[Any], read: Callable[[Any], tuple[Image.Image, Segmentation]], describe: Callable[[Any], str]):
-        self.samples, self._read, self._describe = samples, read, describe
-        self.targets = [0] * len(samples)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        return self._read(self.samples[index])
-
-    def describe(self, index: int) -> str:
-        """Return the sample's name."""
-        return self._describe(self.samples[index])
-
-
-class MappedTargets:
-    """A view of an image set that transforms each target.
-
-    Args:
-        images: the underlying set.
-        change: maps a `Segmentation` to the one that the view returns.
-    """
-
-    def __init__(self, images: ImageSet, change: Callable[[Segmentation], Segmentation]):
-        self.images, self.change = images, change
-        self.targets = images.targets
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        image, target = self.images[index]
-        return image, self.change(target)  # type: ignore[arg-type]
-
-    def describe(self, index: int) -> str:
-        """Return the name that the underlying set gives the sample."""
-        return self.images.describe(index)
 
 
 def merge_classes(target: Segmentation) -> Segmentation:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vitarium.assignments import split_assignment
+from vitarium.data.image_set import Samples, View
 from vitarium.data.joint import Segmentation
-from vitarium.data.segmented import Kind, MappedTargets, SegmentedData, SegmentedImages, keep_classes, merge_classes
+from vitarium.data.segmented import Kind, SegmentedData, keep_classes, merge_classes
 from vitarium.errors import DataError, UsageError, nearest
 
 if TYPE_CHECKING:
@@ -74,9 +76,9 @@ def _options(options: list[str]) -> dict[str, str]:
     accepted = {"broken": ("refuse", "drop"), "void": ("0", "255")}
     values = {}
     for option in options:
-        key, _, value = option.partition("=")
+        known = ", ".join(f"{name}={'|'.join(choices)}" for name, choices in accepted.items())
+        key, value = split_assignment(option, f"options of segmentation data are {known}")
         if value not in accepted.get(key, ()):
-            known = ", ".join(f"{name}={'|'.join(choices)}" for name, choices in accepted.items())
             raise UsageError(f"segmentation data take no option {option!r}{nearest(key, accepted)} (accepted: {known})")
         values[key] = value
     return values
@@ -86,11 +88,11 @@ def _as_kind(kind: Kind, data: SegmentedData) -> SegmentedData:
     if kind == "panoptic":
         return data
     if kind == "semantic":
-        merged = functools.partial(MappedTargets, change=merge_classes)
+        merged = functools.partial(View, transform_target=merge_classes)
         return replace(data, train=merged(data.train), val=merged(data.val), things=())
     if not data.things:
         raise DataError(f"{data.name} has no classes with instances (things); use it for semantic segmentation")
-    only = functools.partial(MappedTargets, change=functools.partial(keep_classes, classes=data.things))
+    only = functools.partial(View, transform_target=functools.partial(keep_classes, classes=data.things))
     classes = [data.classes[c] for c in data.things]
     return replace(data, train=only(data.train), val=only(data.val), classes=classes, things=tuple(range(len(classes))))
 
@@ -114,7 +116,7 @@ def open_scene_segments(options: str = "", *, image_size: int | None = None, see
     length = _number("length", values.get("length", 2000), least=2)
     numbers = list(range(length))
     border = min(max(1, round(length * (1 - val_fraction))), length - 1)
-    make = functools.partial(SegmentedImages, read=SceneReader(size, seed), describe=lambda number: f"scene #{number}")
+    make = functools.partial(Samples, read=SceneReader(size, seed), name=lambda number: f"scene #{number}")
     parts = make(numbers[:border]), make(numbers[border:])
     return SegmentedData("scenes-segments", *parts, list(CATEGORIES), size, things=tuple(range(len(THINGS))))
 

@@ -6,6 +6,7 @@ A sample is the files of one shard that share a key, the path up to the first do
 
 from __future__ import annotations
 
+import functools
 import glob
 import itertools
 import json
@@ -14,7 +15,7 @@ import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from vitarium.data.image_set import ImageData
+from vitarium.data.image_set import ImageData, Samples
 from vitarium.data.images import EXTENSIONS, decode_image, read_bytes
 from vitarium.data.parts import TRAIN_NAMES, VAL_NAMES, Listing, assemble, few, part_names
 from vitarium.errors import DataError, nearest
@@ -34,22 +35,12 @@ class Member(NamedTuple):
     name: str
 
 
-class ShardImages:
-    """Pictures inside tar files, with class numbers."""
+def _read(member: Member) -> Image.Image:
+    return decode_image(read_bytes(member.shard, member.offset, member.size), _name_of(member))
 
-    def __init__(self, members: list[Member], targets: list[int]):
-        self.members, self.targets = members, targets
 
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        shard, offset, size, _ = self.members[index]
-        return decode_image(read_bytes(shard, offset, size), self.describe(index)), self.targets[index]
-
-    def describe(self, index: int) -> str:
-        """shard.tar/path/inside.jpg"""
-        return f"{self.members[index].shard}/{self.members[index].name}"
+def _name_of(member: Member) -> str:
+    return f"{member.shard}/{member.name}"
 
 
 def open_shards(path: Path, *, seed: int = 0, val_fraction: float = 0.2) -> ImageData:
@@ -76,7 +67,9 @@ def open_shards(path: Path, *, seed: int = 0, val_fraction: float = 0.2) -> Imag
     name = (path if path.is_dir() else path.parent).resolve().name
     first, *held_out = listings.values()
     rest = held_out[0] if held_out else None
-    return assemble(name, ShardImages, first, rest, classes=classes, seed=seed, val_fraction=val_fraction)
+    return assemble(
+        name, functools.partial(Samples, read=_read, name=_name_of), first, rest, classes=classes, seed=seed, val_fraction=val_fraction
+    )
 
 
 def find_shards(path: Path) -> list[Path]:

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitarium.errors import UsageError
+from vitarium.nn.modes import evaluating, frozen_parameters
 
 WARM_UP = 2  # runs before the clock starts: allocators, kernel choice, caches
 
@@ -69,7 +70,7 @@ def profile(
     """
     if batch < 1 or runs < 1:
         raise UsageError(f"batch and runs must be at least 1, got batch={batch} and runs={runs}")
-    with _evaluating(model, device):
+    with _measured(model, device):
         one = example_image(model, image_size)
         if one.is_meta:
             raise UsageError("a model on the meta device has no weights to time; use count_macs, or create it on a real device")
@@ -99,7 +100,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 def count_macs(model: nn.Module, image_size: int | tuple[int, int]) -> int:
     """Multiply-accumulates of one image through the model, as torch counts. Works on the meta device, without arithmetic."""
-    with _evaluating(model), FlopCounterMode(display=False) as counter:
+    with _measured(model), FlopCounterMode(display=False) as counter:
         model(example_image(model, image_size))
     return counter.get_total_flops() // 2
 
@@ -113,7 +114,7 @@ def peak_memory(model: nn.Module, image: Tensor) -> int:
     Args:
         image: (B, C, H, W) on the model's device.
     """
-    with _evaluating(model):
+    with _measured(model):
         if image.device.type == "cuda":
             torch.cuda.synchronize(image.device)
             torch.cuda.reset_peak_memory_stats(image.device)
@@ -154,24 +155,16 @@ def _median_seconds(call: Callable[[], Any], device: torch.device, runs: int) ->
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module, device: str | torch.device | None = None) -> Iterator[None]:
-    """Eval mode, no gradients, another device for a while."""
-    modes = {module: module.training for module in model.modules()}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def _measured(model: nn.Module, device: str | torch.device | None = None) -> Iterator[None]:
+    """Evaluation mode without gradients, on another device for a while."""
     home = next(iter(_weights(model)), torch.empty(0)).device
     try:
         if device is not None:
             model.to(device)
-        model.eval()
-        for parameter in trained:  # torch's flop counter fails on a part that is handed a parameter without a gradient function
-            parameter.requires_grad_(False)
-        with torch.inference_mode():
+        # torch's flop counter fails on a module that is handed a parameter without a gradient function
+        with frozen_parameters(model), evaluating(model, inference=True):
             yield
     finally:
-        for module, training in modes.items():
-            module.training = training
-        for parameter in trained:
-            parameter.requires_grad_(True)
         if device is not None:
             model.to(home)
 

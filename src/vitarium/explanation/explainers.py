@@ -11,21 +11,21 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import torch
-import yaml
 from PIL import Image
 from torch import Tensor, nn
 
+from vitarium.assignments import parse_call
 from vitarium.catalog.preprocessing import Preprocessing
-from vitarium.catalog.probe import evaluating
 from vitarium.catalog.registry import import_system
 from vitarium.catalog.systems import systems
 from vitarium.errors import InputError, UsageError, nearest
 from vitarium.explanation.heatmap import overlay
 from vitarium.explanation.reading import logits_of, to_pixels
+from vitarium.nn.modes import evaluating
 
 Target = int | str | Tensor | None
 ExplainerClass = TypeVar("ExplainerClass", bound="type[Explainer]")
@@ -223,21 +223,13 @@ def create_explainer(text: str, model: nn.Module, **options: Any) -> Explainer:
         UnsupportedModel: the method cannot look into this model.
         MissingExtra: it comes from a library that is not installed.
     """
-    name, _, rest = text.partition(":")
-    cls = find_explainer(name.strip())
-    given = {**dict(_options(text, rest)), **options}
+    name, given = parse_call(text)
+    cls = find_explainer(name)
+    given |= options
     known = [p for p in inspect.signature(cls.__init__).parameters if p not in ("self", "model")]
     if wrong := [key for key in given if key not in known]:
         raise UsageError(f"{name} has no option {wrong[0]!r}{nearest(wrong[0], known)} (it has {', '.join(known) or 'none'})")
     return cls(model if cls.trained else getattr(model, "explained", model), **given)
-
-
-def _options(text: str, rest: str) -> Iterator[tuple[str, Any]]:
-    for part in filter(None, (piece.strip() for piece in rest.split(","))):
-        key, equals, value = part.partition("=")
-        if not equals or not key.strip():
-            raise UsageError(f"cannot read {part!r} in {text!r}: options are written NAME=VALUE, with commas between, after METHOD:")
-        yield key.strip(), yaml.safe_load(value)
 
 
 def whole(name: str, value: Any, least: int = 1) -> int:

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitarium.catalog.probe import evaluating
 from vitarium.errors import InputError, UsageError
 from vitarium.explanation.reading import logits_of
+from vitarium.nn.modes import evaluating
 
 SHARES = (1.0, 0.5, 0.15)
 """Of a map's pixels that are kept for average drop and increase."""

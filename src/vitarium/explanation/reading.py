@@ -19,9 +19,10 @@ from torch.nn import functional as F
 
 from vitarium import anatomy
 from vitarium.anatomy import Anatomy
-from vitarium.catalog.probe import evaluating, example_input
+from vitarium.catalog.probe import example_input
 from vitarium.errors import InputError, UnsupportedModel, UsageError, nearest
 from vitarium.nn.backbone import Backbone
+from vitarium.nn.modes import evaluating
 
 Tap = str | int
 Size = tuple[int, int]

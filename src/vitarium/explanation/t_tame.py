@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitarium.catalog.create import ModelSpec, create_model
-from vitarium.catalog.probe import evaluating, example_input
+from vitarium.catalog.probe import example_input
 from vitarium.catalog.registry import State, chain, family, rename
 from vitarium.catalog.saving import load
 from vitarium.errors import InputError, UsageError
@@ -44,6 +44,7 @@ from vitarium.explanation.explainers import Explainer, explainer, scaled
 from vitarium.explanation.faithfulness import SHARES, average_drop, increase_in_confidence, masked_probability
 from vitarium.explanation.heatmap import grid_of, overlay, overlay_on_input
 from vitarium.explanation.reading import Tap, covered, find_taps, logits_of, read_maps, to_pixels
+from vitarium.nn.modes import evaluating
 from vitarium.training import Learner, learner
 from vitarium.training.settings import Section
 

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from vitarium import anatomy
 from vitarium.catalog.preprocessing import Preprocessing
-from vitarium.catalog.probe import evaluating
 from vitarium.explanation.explainers import Explainer, explainer
 from vitarium.explanation.heatmap import seen_box
 from vitarium.explanation.reading import covered
 from vitarium.explanation.simple import attention_of_blocks
+from vitarium.nn.modes import evaluating
 from vitarium.ops.token_tree import TokenTree, grow_tree
 
 

@@ -19,6 +19,7 @@ from vitarium.nn.layers import (
     init_weights,
 )
 from vitarium.nn.mixer_pyramid import MixerPyramid
+from vitarium.nn.modes import eval_mode, evaluating, frozen_parameters
 from vitarium.nn.patch_embed import PatchEmbed
 from vitarium.nn.positions import (
     EvalCache,
@@ -66,9 +67,12 @@ __all__ = [
     "conv_norm_gelu",
     "conv_patches",
     "drop_path_rates",
+    "eval_mode",
+    "evaluating",
     "fit_position_table",
     "fold_norm_after",
     "fold_norm_before",
+    "frozen_parameters",
     "inflate",
     "inflate_kernel",
     "init_convs_by_fan_out",

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from vitarium.data.joint import FitTransform, pad_batch
 from vitarium.errors import UsageError
 from vitarium.nn import Backbone
-from vitarium.training.evaluation import evaluating
+from vitarium.nn.modes import evaluating
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -240,7 +240,7 @@ class Segmenter(nn.Module):
         """`probabilities` of a picture in any mode and size, at its own size."""
         tensor, target = FitTransform(self.preprocessing)(picture, None)
         batch, _ = pad_batch([tensor], size=self.preprocessing.image_size)
-        with evaluating(self):
+        with evaluating(self, inference=True):
             found = self(batch.to(next(self.parameters())))
             masks = restore_masks(found["masks"][0].float(), batch.shape[-2:], target["size"].tolist(), target["original_size"].tolist())
             return self.probabilities(found["logits"][0].float(), masks)

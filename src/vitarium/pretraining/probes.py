@@ -18,8 +18,8 @@ from vitarium.catalog import preprocessing_of
 from vitarium.data import BadFiles, ImageData
 from vitarium.data.loader import Loader
 from vitarium.errors import DataError, UsageError
+from vitarium.nn.modes import evaluating
 from vitarium.training.classification import ClassificationLearner
-from vitarium.training.evaluation import evaluating
 from vitarium.training.learners import learner
 from vitarium.training.multilabel import MultilabelLearner
 
@@ -41,7 +41,7 @@ def features_of(model: nn.Module, images: Any, *, batch_size: int = 64, bad_file
     place = next(model.parameters())
     loader = Loader(images, preprocessing_of(model), batch_size=batch_size, bad_files=bad_files)
     rows: list[tuple[Tensor, Tensor]] = []
-    with evaluating(model):
+    with evaluating(model, inference=True):
         for batch in loader.epoch(0):
             if len(batch["index"]):
                 pooled = head(features(batch["image"].to(place)), pre_logits=True)  # type: ignore[operator]

@@ -24,8 +24,8 @@ from vitarium.catalog.preprocessing import Preprocessing, to_mode
 from vitarium.data.bad_files import BadFiles
 from vitarium.data.loader import Loader
 from vitarium.errors import DataError, UsageError, nearest
+from vitarium.nn.modes import evaluating
 from vitarium.robustness.corruptions import KINDS, SEVERITIES, available_kinds, corrupt
-from vitarium.training.evaluation import evaluating
 
 ALEXNET = dict(
     zip(KINDS, (0.886, 0.894, 0.923, 0.820, 0.826, 0.786, 0.798, 0.867, 0.827, 0.819, 0.565, 0.853, 0.646, 0.718, 0.607), strict=True)
@@ -131,7 +131,7 @@ def corruption_errors(
     how: Any = dict(batch_size=max(1, batch_size // versions), seed=seed, num_workers=num_workers, bad_files=bad_files)
     place = next(model.parameters(), torch.empty(0))
     wrong, count = torch.zeros(versions, dtype=torch.int64), 0
-    with evaluating(model):
+    with evaluating(model, inference=True):
         for batch in Loader(images, transform, shuffle=False, **how).epoch(0):
             if not len(batch["index"]):
                 continue

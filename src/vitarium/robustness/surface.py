@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from vitarium.errors import UsageError
-from vitarium.training.evaluation import evaluating
+from vitarium.nn.modes import evaluating
 from vitarium.training.optim import move_back
 
 PALETTE = np.array(
@@ -86,7 +86,7 @@ def loss_surface(
     axis[side // 2] = 0.0
     losses = np.zeros((side,) * directions)
     try:
-        with evaluating(model):
+        with evaluating(model, inference=True):
             for place in np.ndindex(*losses.shape):
                 for i, (p, weight) in enumerate(before):
                     p.copy_(sum((float(axis[at]) * moves[d][i] for d, at in enumerate(place)), weight))

@@ -35,11 +35,11 @@ from vitarium.data.bad_files import BadFiles
 from vitarium.data.loader import Loader, seed_generators, stack
 from vitarium.errors import DataError, UsageError
 from vitarium.files import atomic_path, lock_folder, write_json
+from vitarium.nn.modes import evaluating
 from vitarium.training.base import Batch, Learner
 from vitarium.training.building import build_model
 from vitarium.training.checkpoint import fingerprint
 from vitarium.training.classification import ClassificationLearner
-from vitarium.training.evaluation import evaluating
 from vitarium.training.learners import learner
 from vitarium.training.settings import Section
 
@@ -271,7 +271,7 @@ def _answers(
     )
     place = next(teacher.parameters())
     own, given = preprocessing_of(teacher), preprocessing_of(student)
-    with evaluating(teacher):
+    with evaluating(teacher, inference=True):
         for batch in loader.epoch(epoch):
             if len(batch["index"]):
                 image = _renormalised(batch["image"], given, own)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,20 +12,8 @@ from torch import Tensor, nn
 from vitarium.catalog.create import preprocessing_of
 from vitarium.data.bad_files import BadFiles
 from vitarium.data.loader import Loader
+from vitarium.nn.modes import evaluating
 from vitarium.training.base import Batch, Learner
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, without gradients; the mode of every part is put back afterwards."""
-    training = [part for part in model.modules() if part.training]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def run_evaluation(
@@ -48,7 +36,7 @@ def run_evaluation(
         return {}
     metrics.to(device)
     dtype = _place_of(model).dtype
-    with evaluating(model):
+    with evaluating(model, inference=True):
         for batch in batches:
             if len(batch["index"]):
                 batch = to_device(batch, device)
@@ -121,7 +109,7 @@ def predict_logits(
     place = _place_of(model)
     loader = Loader(images, preprocessing_of(model), batch_size=batch_size, num_workers=num_workers, bad_files=bad_files)
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
-    with evaluating(model):
+    with evaluating(model, inference=True):
         for batch in loader.epoch(0):
             if len(batch["index"]):
                 rows.append((model(batch["image"].to(place)).float().cpu(), batch["target"], batch["index"]))

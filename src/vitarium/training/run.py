@@ -17,9 +17,10 @@ from vitarium.data.bad_files import BadFiles
 from vitarium.data.loader import Loader, generators_kept, seed_generators
 from vitarium.errors import TrainingStopped
 from vitarium.files import atomic_path
+from vitarium.nn.modes import evaluating
 from vitarium.training.base import Batch, Learner
 from vitarium.training.checkpoint import LAST, RunState, save_run
-from vitarium.training.evaluation import evaluating, run_evaluation, to_device
+from vitarium.training.evaluation import run_evaluation, to_device
 from vitarium.training.logs import Logs, Meters
 from vitarium.training.optim import Average, Rates, create_optimizer
 from vitarium.training.recipe import Recipe
@@ -161,7 +162,7 @@ class Run:
         if not len(batch["index"]):
             return
         model = self.model_to_evaluate()
-        with evaluating(model), generators_kept():
+        with evaluating(model, inference=True), generators_kept():
             seed_generators(self.recipe.seed)
             drawn = self.learner.pictures(model, to_device(batch, self.fabric.device))
         try:

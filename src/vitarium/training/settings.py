@@ -7,13 +7,11 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from vitarium.assignments import parse_assignment
 from vitarium.errors import UsageError, nearest
-
-MAX_BYTES = 64 * 1024
-"""A settings file larger than this is a mistake."""
+from vitarium.plain_yaml import MAX_BYTES, parse_yaml
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -22,52 +20,6 @@ class Section(BaseModel):
     """A group of settings: frozen, unknown keys and values that are not finite refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """YAML of plain values (no tags, no anchors) -> Python values.
-
-    Args:
-        text: the YAML.
-        source: what to call it in messages.
-
-    Raises:
-        UsageError: too long, not YAML, anchors (they can blow up to any size), a key given twice, or nested too deeply.
-    """
-    if len(text) > MAX_BYTES:
-        raise UsageError(f"{source} has {len(text):,} characters; settings have at most {MAX_BYTES:,}")
-    try:
-        return yaml.load(text, Loader=_PlainLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UsageError(f"{source} is not plain YAML{where}: {problem}") from error
-    except RecursionError as error:
-        raise UsageError(f"{source} is not plain YAML: nested too deeply") from error
-    except ValueError as error:  # a date that does not exist, and the like
-        raise UsageError(f"{source} is not plain YAML: {error}") from error
-
-
-class _PlainLoader(yaml.SafeLoader):
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent):
-            raise yaml.composer.ComposerError(
-                None,
-                None,
-                "anchors and aliases are not accepted here; write the value out",
-                event.start_mark,  # type: ignore[arg-type]
-            )
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen if isinstance(key.value, str) else False:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
-            seen.add(key.value if isinstance(key.value, str) else id(key))
-        return super().construct_mapping(node, deep)
 
 
 def read_settings(path: str | Path) -> Any:
@@ -149,11 +101,8 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     """
     result = dict(values)
     for assignment in assignments:
-        path, equals, text = assignment.partition("=")
-        keys = path.strip().split(".")
-        if not equals or not all(keys):
-            raise UsageError(f"an override has the form KEY=VALUE, such as optimizer.lr=1e-4; got {assignment!r}")
-        value = parse_yaml(text, f"the value of {path!r}")
+        path, value = parse_assignment(assignment, "an override has the form KEY=VALUE, such as optimizer.lr=1e-4")
+        keys = path.split(".")
         here = result
         for key in keys[:-1]:
             inner = here.get(key)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from vitarium.assignments import split_assignment, split_options
 from vitarium.data.image_set import ImageData
 from vitarium.data.scenes.actions import ACTIONS, action_label, draw_action
 from vitarium.data.scenes.layout import THINGS
@@ -111,13 +112,12 @@ def open_scenes(options: str = "", *, image_size: int | None = None, seed: int =
 
 
 def _parse(options: str) -> dict[str, str]:
-    accepted = ("image_size", "length", "task")
+    accepted = "accepted: image_size=64, length=2000, task=class"
     values = {}
-    for option in filter(None, options.split(",")):
-        key, equals, value = (piece.strip() for piece in option.partition("="))
-        if key not in accepted or not equals or not value:
-            hint = nearest(key, accepted) if key not in accepted else ""
-            raise UsageError(f"scenes have no option {option!r}{hint} (accepted: image_size=64, length=2000, task=class)")
+    for option in split_options(options):
+        key, value = split_assignment(option, f"scenes have no option {option!r} ({accepted})")
+        if key not in (known := ("image_size", "length", "task")) or not value:
+            raise UsageError(f"scenes have no option {option!r}{nearest(key, known) if key not in known else ''} ({accepted})")
         values[key] = value
     return values
 

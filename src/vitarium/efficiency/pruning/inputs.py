@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitarium.catalog.probe import evaluating
+from vitarium.nn.modes import evaluating
 
 
 def input_sizes(model: nn.Module, layers: Iterable[str], images: Iterable[Tensor]) -> dict[str, Tensor]:

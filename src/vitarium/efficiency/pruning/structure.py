@@ -17,9 +17,10 @@ from torch.utils._pytree import tree_leaves
 
 from vitarium import anatomy
 from vitarium.anatomy import AttentionView, Site, install
-from vitarium.catalog.probe import evaluating, example_input
+from vitarium.catalog.probe import example_input
 from vitarium.efficiency.pruning.masks import set_zeros
 from vitarium.errors import AttachError, UnsupportedModel
+from vitarium.nn.modes import evaluating
 
 Kind = Literal["heads", "channels"]
 

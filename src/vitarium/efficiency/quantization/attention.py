@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from vitarium.anatomy import Attended, Site, install
-from vitarium.efficiency.quantization.calibration import draw, float_eval
+from vitarium.efficiency.quantization.calibration import draw
 from vitarium.efficiency.quantization.hessian import fit_product
 from vitarium.efficiency.quantization.ranges import symmetric_step
+from vitarium.nn.modes import eval_mode, frozen_parameters
 from vitarium.ops.number_formats import Integer
 
 SPLITS = tuple(2.0**-i for i in range(20))
@@ -96,7 +97,7 @@ def attach_attention(
     """
     replaced, sites = install(model, lambda view: [RoundedAttention(bits) for _ in view.blocks])
     image = torch.cat(list(images))[:MOST_IMAGES].requires_grad_(weigh)
-    with float_eval(model), torch.set_grad_enabled(weigh):
+    with eval_mode(model), frozen_parameters(model), torch.set_grad_enabled(weigh):
         output = model(image)
         kept = [site.kept[-1] for site in sites]  # type: ignore[attr-defined]
         products = [tensor for one in kept for tensor in one[-2:]]

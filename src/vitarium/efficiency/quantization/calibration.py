@@ -9,8 +9,7 @@ Legend: R sampled rows (tokens, or whole images for convolutions), N inputs, M o
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from vitarium.efficiency.quantization.ranges import Observer
 from vitarium.errors import UsageError
+from vitarium.nn.modes import eval_mode, frozen_parameters
 
 BATCH = 8  # images at once: their whole graph is in memory
 
@@ -74,23 +74,6 @@ class Record:
     g: list[Tensor] = field(default_factory=list)
 
 
-@contextlib.contextmanager
-def float_eval(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and no parameter wants a gradient; everything is as before afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    learning = [p for p in model.parameters() if p.requires_grad]
-    try:
-        model.eval()
-        for p in learning:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for p in learning:
-            p.requires_grad_(True)
-
-
 def watch(
     model: nn.Module, layers: Mapping[str, nn.Module], images: Iterable[Tensor], *, rows: int = 512, weigh: bool = True
 ) -> dict[str, Record]:
@@ -120,7 +103,7 @@ def watch(
     generator = torch.Generator().manual_seed(0)
     hooks = [hook(name, layer) for name, layer in layers.items()]
     try:
-        with float_eval(model), torch.set_grad_enabled(weigh):
+        with eval_mode(model), frozen_parameters(model), torch.set_grad_enabled(weigh):
             for image in batches:
                 calls.clear()
                 output = model(image.requires_grad_(weigh) if image.is_leaf else image)
@@ -176,6 +159,6 @@ def divergence(reference: Tensor, logits: Tensor) -> float:
 @torch.no_grad()
 def outputs(model: nn.Module, images: Iterable[Tensor]) -> Tensor:
     """What the model gives out for batches of images, in eval mode: its first floating-point tensor, (n, ...)."""
-    with float_eval(model):
+    with eval_mode(model), frozen_parameters(model):
         found = [next(t for t in tree_leaves(model(image)) if isinstance(t, Tensor) and t.is_floating_point()) for image in images]
     return torch.cat(found).clone()

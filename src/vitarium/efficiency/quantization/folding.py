@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from vitarium.efficiency.quantization.calibration import float_eval
+from vitarium.nn.modes import eval_mode, frozen_parameters
 
 CARRIES = {"view", "reshape", "permute", "transpose", "movedim", "flatten", "unflatten", "contiguous", "clone", "roll", "__getitem__",
            "select", "chunk", "split", "unbind", "squeeze", "unsqueeze", "expand", "dropout", "to"}  # fmt: skip
@@ -76,7 +76,7 @@ def find_pairs(model: nn.Module, image: Tensor) -> dict[str, tuple[str, ...]]:
         elif isinstance(module, nn.Linear):
             hooks += trace.follow_linear(name, module)
     try:
-        with float_eval(model), torch.no_grad(), trace:
+        with eval_mode(model), frozen_parameters(model), torch.no_grad(), trace:
             trace.spoil(model(image))
     finally:
         for hook in hooks:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from vitarium.anatomy import Anatomy, Attended, Site, SitedBlock, Tokens, carried, install
 from vitarium.catalog.methods import AttachReport, Method
-from vitarium.catalog.probe import evaluating
 from vitarium.errors import AttachError, UsageError
+from vitarium.nn.modes import evaluating
 
 
 @dataclass(frozen=True)

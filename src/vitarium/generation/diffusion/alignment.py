@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitarium.errors import UsageError, nearest
+from vitarium.nn.modes import evaluating
 
 
 @contextlib.contextmanager
@@ -215,9 +216,7 @@ class Alignment(nn.Module):
 def block_width(denoiser: nn.Module, block: str) -> int:
     """Channels of a block's tokens, found by a forward pass of zeros. `denoiser` tells `sample_chans` and `sample_size`."""
     like, side = next(denoiser.parameters()), denoiser.sample_size
-    training = denoiser.training
-    with hidden_tokens(denoiser, [block]) as found, torch.no_grad():
+    with hidden_tokens(denoiser, [block]) as found, evaluating(denoiser):
         x = like.new_zeros(1, denoiser.sample_chans, side, side)  # type: ignore[call-overload]
-        denoiser.eval()(x, like.new_zeros(1), torch.zeros(1, dtype=torch.int64, device=like.device))
-    denoiser.train(training)
+        denoiser(x, like.new_zeros(1), torch.zeros(1, dtype=torch.int64, device=like.device))
     return found[block].shape[-1]

@@ -12,7 +12,7 @@ from vitarium.generation.diffusion.codecs import codec_of
 from vitarium.generation.diffusion.guidance import guided
 from vitarium.generation.diffusion.process import Process, kind_of, parse_process, sample
 from vitarium.generation.labels import check_labels
-from vitarium.training.evaluation import evaluating
+from vitarium.nn.modes import evaluating
 
 DEFAULT_STEPS = 50
 
@@ -65,7 +65,7 @@ def generate(
     x = _noise((len(labels), model.sample_chans, *2 * (size // model.latent_stride,)), seed, weight.device)
     generator = torch.Generator().manual_seed(seed + 2**32)
     channels = model.guided_channels if guided_channels is None else guided_channels or None
-    with evaluating(model):
+    with evaluating(model, inference=True):
         predict = guided(
             model,
             labels.to(weight.device),

@@ -10,9 +10,9 @@ import functools
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
+from vitarium.assignments import parse_call
 from vitarium.errors import UsageError, nearest
 from vitarium.generation.diffusion import samplers
 from vitarium.generation.diffusion.flow import Flow
@@ -32,16 +32,12 @@ def parse_process(text: str) -> Process:
     Raises:
         UsageError: the line is none of these.
     """
-    kind, _, rest = text.partition(":")
+    kind, values = parse_call(text)
     if kind not in KINDS:
         raise UsageError(f"a diffusion process is one of {', '.join(KINDS)}; got {text!r}{nearest(kind, KINDS)}")
     known = [field.name for field in dataclasses.fields(KINDS[kind])]
-    values: dict[str, Any] = {}
-    for part in filter(str.strip, rest.split(",")):
-        name, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or name not in known:
-            raise UsageError(f"{kind} takes NAME=VALUE with {', '.join(known)}; got {part!r}{nearest(name, known)}")
-        values[name] = yaml.safe_load(value)
+    if wrong := [name for name in values if name not in known]:
+        raise UsageError(f"{kind} takes NAME=VALUE with {', '.join(known)}; got {wrong[0]!r}{nearest(wrong[0], known)}")
     try:
         return KINDS[kind](**values)
     except TypeError as error:

@@ -16,7 +16,7 @@ from vitarium.generation.labels import check_labels
 from vitarium.generation.var.tokenizer import OFFICIAL as TOKENIZER_OFFICIAL
 from vitarium.generation.var.tokenizer import PREPARATION
 from vitarium.generation.var.transformer import ScaleTransformer, Steps
-from vitarium.training.evaluation import evaluating
+from vitarium.nn.modes import evaluating
 
 GUIDANCE = 2.5
 """Of the last scale; the authors write it as cfg = 1.5, the amount above 1."""
@@ -159,7 +159,7 @@ class VAR(nn.Module):
             UsageError: an option that it cannot take.
         """
         sampling = self._options(labels, seed=seed, guidance=guidance, steps=steps, **options)
-        with evaluating(self):
+        with evaluating(self, inference=True):
             image = self._sample(labels.to(self._device()), **sampling)
         return image.clone()
 
@@ -185,7 +185,7 @@ class VAR(nn.Module):
         """
         image, mask = self._checked_edit(image, mask, len(labels))
         sampling = self._options(labels, seed=seed, **options)
-        with evaluating(self):
+        with evaluating(self, inference=True):
             codes = self.tokenizer.encode(2 * image - 1)
             kept = [self._kept(mask, p) for p in self.scales]
             made = self._sample(labels.to(self._device()), **sampling, codes=codes, kept=kept)
@@ -194,7 +194,7 @@ class VAR(nn.Module):
 
     def reconstructions(self, image: Tensor) -> Tensor:
         """A picture (B, in_chans, H, W) in [-1, 1] as the first 1, 2, ... K scales have it: (K, B, in_chans, H, W) in [0, 1]."""
-        with evaluating(self):
+        with evaluating(self, inference=True):
             totals = self.tokenizer.totals(self.tokenizer.encode(image))
             stages = torch.stack([self.tokenizer.to_image(total) for total in totals])
         return (stages.float() + 1) / 2

@@ -24,8 +24,8 @@ from vitarium.data.folders import FileImages
 from vitarium.data.loader import Loader
 from vitarium.errors import CheckpointError, UsageError
 from vitarium.files import atomic_path
+from vitarium.nn.modes import evaluating
 from vitarium.perception.retrieval.embedding import embeddings_of
-from vitarium.training.evaluation import evaluating
 
 KEY, FORMAT = "vitarium_index", 1
 SPARE = 32
@@ -204,7 +204,7 @@ def _embed(model: nn.Module, files: Sequence[str], batch_size: int) -> Iterator[
     for number, batch in enumerate(loader.epoch(0), start=1):
         vectors = torch.empty(0)
         if len(batch["index"]):
-            with evaluating(model):
+            with evaluating(model, inference=True):
                 vectors = embeddings_of(model, batch["image"].to(place)).cpu()
         found = {files[i]: vector.clone() for i, vector in zip(batch["index"].tolist(), vectors, strict=True)}
         for file, vector in list(found.items()):
