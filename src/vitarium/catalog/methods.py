@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from torch import Tensor, nn
 
 from vitarium.assignments import parse_call
+from vitarium.catalog.options import check_names
 from vitarium.catalog.registry import import_system, system_module
 from vitarium.catalog.systems import systems
 from vitarium.errors import UsageError, nearest
@@ -150,6 +151,8 @@ def _plain(value: Any) -> Any:
 def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{','.join(map(_text, value))}]"
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -202,15 +205,13 @@ def methods_of_system(slug: str) -> list[str]:
 
 
 def build_method(slug: str, options: Mapping[str, Any]) -> Method:
-    """A method from its slug and options.
+    """Return a method from its slug and options; lists become tuples.
 
     Raises:
         UsageError: unknown slug or option, or a value out of range.
     """
     cls = find_method(slug)
-    known = [f.name for f in dataclasses.fields(cls)]
-    if wrong := [name for name in options if name not in known]:
-        raise UsageError(f"{slug} has no option {wrong[0]!r}{nearest(wrong[0], known)} (it has {', '.join(known) or 'none'})")
+    check_names(slug, options, [f.name for f in dataclasses.fields(cls)])
     try:
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in options.items()})
     except TypeError as error:
@@ -218,9 +219,10 @@ def build_method(slug: str, options: Mapping[str, Any]) -> Method:
 
 
 def parse_method(text: str) -> Method:
-    """A method from the command line's way of writing it: "pitome", "pitome:keep=0.925", "evit:keep=0.7,blocks=[3,6,9]".
+    """Return a method from its text on the command line: "pitome", "pitome:keep=0.925", "evit:keep=0.7,blocks=[3,6,9]".
 
-    Values are read as YAML. Raises UsageError where the text is none of this.
+    Raises:
+        UsageError: the text has another form, or `build_method` refuses it.
     """
     slug, options = parse_call(text)
     return build_method(slug, options)

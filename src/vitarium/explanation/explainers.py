@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vitarium.assignments import parse_call
+from vitarium.catalog.options import check_names
 from vitarium.catalog.preprocessing import Preprocessing
 from vitarium.catalog.registry import import_system
 from vitarium.catalog.systems import systems
@@ -227,8 +228,7 @@ def create_explainer(text: str, model: nn.Module, **options: Any) -> Explainer:
     cls = find_explainer(name)
     given |= options
     known = [p for p in inspect.signature(cls.__init__).parameters if p not in ("self", "model")]
-    if wrong := [key for key in given if key not in known]:
-        raise UsageError(f"{name} has no option {wrong[0]!r}{nearest(wrong[0], known)} (it has {', '.join(known) or 'none'})")
+    check_names(name, given, known)
     return cls(model if cls.trained else getattr(model, "explained", model), **given)
 
 

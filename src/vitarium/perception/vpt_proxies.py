@@ -26,7 +26,6 @@ B batch, C channels, E length of an embedding, K classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -39,6 +38,7 @@ import vitarium
 from vitarium.anatomy import Anatomy, Site, install, of
 from vitarium.catalog.create import create_model
 from vitarium.catalog.methods import AttachReport, Method, method
+from vitarium.catalog.options import validated
 from vitarium.catalog.registry import State, family, rename
 from vitarium.errors import AttachError, UsageError
 from vitarium.perception.retrieval.embedding import embeddings_of
@@ -60,7 +60,7 @@ PROMPTS = "visual_prompts"
 
 
 @method("vpt_proxies", kind="adapt")
-@dataclass(frozen=True)
+@validated
 class VisualPromptTuning(Method):
     """Deep visual prompts in a plain ViT, and, if wanted, an embedding in the classifier's place. All else is frozen, but for the head.
 
@@ -70,14 +70,11 @@ class VisualPromptTuning(Method):
         embed_dim: length E of the unit vectors that the model gives out instead of logits; 0: the classifier stays, and learns.
     """
 
-    prompts: int = 10
-    depth: int | None = None
-    embed_dim: int = 0
+    prompts: Annotated[int, Field(ge=0)] = 10
+    depth: Annotated[int, Field(ge=1)] | None = None
+    embed_dim: Annotated[int, Field(ge=0)] = 0
 
     def __post_init__(self) -> None:
-        for name, value, least in (("prompts", self.prompts, 0), ("depth", self.depth, 1), ("embed_dim", self.embed_dim, 0)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise UsageError(f"{name} must be a whole number of at least {least}, got {value!r}")
         if not self.prompts and not self.embed_dim:
             raise UsageError("with prompts=0 and embed_dim=0 there is nothing to train")
 

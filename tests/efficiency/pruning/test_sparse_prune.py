@@ -290,19 +290,19 @@ def test_a_curve_leaves_the_model_alone():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sparse_prune:amount=50", "share that goes, from 0 to below 1"),
-        ("sparse_prune:amount=1", "share that goes"),
+        ("sparse_prune:amount=50", "amount must be a number from 0 to below 1, got 50"),
+        ("sparse_prune:amount=1", "from 0 to below 1, got 1"),
         ("sparse_prune:structure=rows", "weights, heads, channels, both or a pattern"),
         ("sparse_prune:structure=4:2", "a pattern such as 2:4"),
         ("sparse_prune:structure=2:4,amount=0.3", "removes 0.5 of the weights"),
-        ("sparse_prune:scope=all", "scope must be auto or global or layer"),
-        ("sparse_prune:score=taylor", "magnitude or activation"),
+        ("sparse_prune:scope=all", "scope must be 'auto', 'global' or 'layer', got 'all'"),
+        ("sparse_prune:score=taylor", "'magnitude' or 'activation'"),
         ("sparse_prune:score=activation", "looks at pictures"),
         ("sparse_prune:include=[block.*]", "nothing to prune is called 'block\\.\\*' \\(such as patch"),
         ("sparse_prune:structure=both,exclude=[atn]", "nothing to prune is called 'atn'"),
     ],
 )
-def test_mistakes_are_told(text: str, message: str):
+def test_mistakes_are_refused_with_a_reason(text: str, message: str):
     model = timm_model("vit")
     before = logits(model)
     with pytest.raises(UsageError, match=message):

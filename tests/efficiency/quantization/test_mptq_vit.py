@@ -293,11 +293,16 @@ def test_a_failure_leaves_the_model_as_it_was(images, monkeypatch):
     ("options", "message"),
     [
         (dict(bits=9), "bits must be a whole number from 3 to 8, got 9"),
-        (dict(bits=4, weight_bits=1), "weight_bits must be"),
-        (dict(search="best"), "search must be one of hessian, mse, minmax"),
+        (dict(bits=4, weight_bits=1), "weight_bits must be a whole number from 2 to 8 or null, got 1"),
+        (dict(search="best"), "search must be 'hessian', 'mse' or 'minmax', got 'best'"),
         (dict(mean_bits=3), "mean_bits must lie between the widths 4 and 8"),
-        (dict(widths=(8, 4)), "widths are"),
-        (dict(alpha=2), "alpha is a share"),
+        (dict(widths=(8, 4)), "widths must be .narrowest, widest."),
+        (dict(widths=(1, 4)), "widths must be .a whole number from 2 to 8; a whole number from 2 to 8., got .1, 4."),
+        (dict(activation_bits=16), "from 3 to 8, 32 or null, got 16"),
+        (dict(bits=True), "bits must be a whole number from 3 to 8, got True"),
+        (dict(smooth="scal"), "did you mean scale"),
+        (dict(bit=4), "has no option 'bit'; did you mean bits"),
+        (dict(alpha=2), "alpha must be a number from 0 to 1, got 2"),
     ],
 )
 def test_wrong_options_say_what_is_right(options, message):

@@ -150,7 +150,7 @@ def test_knobs_are_live(image):
         assert str(report.method) == "evit:keep=0.5"
         assert trace(model, image)[-1].place.shape[1] < 17
         assert not torch.equal(model(image), full)
-        with pytest.raises(UsageError, match=r"keep is a share in \(0, 1\]"):
+        with pytest.raises(UsageError, match="keep must be a number above 0 and up to 1, got 2"):
             report.tune(keep=2)
         with pytest.raises(UsageError, match="cannot change 'blocks' while attached"):
             report.tune(blocks=(0,))
@@ -192,14 +192,14 @@ def test_macs_are_counted(capsys):
 
 def test_bad_options_and_models():
     for text, words in [
-        ("evit:keep=0", "keep is a share"),
+        ("evit:keep=0", "keep must be a number above 0 and up to 1, got 0"),
         ("evit:blocks=[9]", "numbers of these|names others"),
         ("evit:tokens=[3]", "needs blocks"),
         ("evit:score=max", "score must be"),
-        ("tome:r=-1", "whole numbers of at least 0"),
-        ("tome:inflection=2", "inflection lies in"),
-        ("pitome:keep=0.3", "keep must be at least 0.5"),
-        ("pitome:margin=3", "margin is a cosine"),
+        ("tome:r=-1", "a whole number of at least 0 or a list with a whole number of at least 0 each, got -1"),
+        ("tome:inflection=2", "inflection must be a number from -1 to 1, got 2"),
+        ("pitome:keep=0.3", "keep must be a number from 0.5 to 1, got 0.3"),
+        ("pitome:margin=3", "margin must be a number from -1 to 1, got 3"),
         ("pitome:protect=never", "protect must be"),
         ("tome:ratio=0.5", "tome has no option 'ratio'"),
         ("tomme", "unknown method 'tomme'; did you mean tome"),

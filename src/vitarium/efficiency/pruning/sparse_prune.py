@@ -28,11 +28,12 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
 import vitarium
 from vitarium.catalog.methods import AttachReport, Method, method
+from vitarium.catalog.options import Patterns, validated
 from vitarium.catalog.probe import bytes_of, example_input, macs_of
 from vitarium.efficiency.pruning.inputs import input_sizes
 from vitarium.efficiency.pruning.masks import Masks, chosen, keep_largest, keep_n_of_m, prunable, set_zeros, sparsity
@@ -66,8 +67,13 @@ class PruneReport(AttachReport):
         return super().__str__() + (f"; {self.note}" if self.note else "")
 
 
+def _as_pattern(structure: Any) -> Any:
+    """Undo YAML 1.1's reading of 2:4 as two minutes and four seconds."""
+    return f"{structure // 60}:{structure % 60}" if isinstance(structure, int) else structure
+
+
 @method("sparse_prune", kind="prune")
-@dataclass(frozen=True)
+@validated
 class SparsePrune(Method):
     """Remove weights, heads or hidden channels, without data or with a few pictures.
 
@@ -86,25 +92,18 @@ class SparsePrune(Method):
         calibration: pictures for score="activation", (B, C, H, W) or batches of them. No file holds them.
     """
 
-    amount: float = 0.5
-    structure: str = "weights"
-    scope: str = "auto"
-    score: str = "magnitude"
+    amount: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    structure: Annotated[str, BeforeValidator(_as_pattern)] = "weights"
+    scope: Literal["auto", "global", "layer"] = "auto"
+    score: Literal["magnitude", "activation"] = "magnitude"
     shrink: bool = True
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
+    include: Patterns = ()
+    exclude: Patterns = ()
     calibration: Any = field(default=(), metadata={"saved": False}, compare=False, repr=False)
 
     keeps_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.structure, int):  # YAML 1.1 reads 2:4 as two minutes and four seconds
-            object.__setattr__(self, "structure", f"{self.structure // 60}:{self.structure % 60}")
-        for name in ("include", "exclude"):
-            if isinstance(patterns := getattr(self, name), str):
-                object.__setattr__(self, name, (patterns,))
-        if isinstance(self.amount, bool) or not isinstance(self.amount, int | float) or not 0 <= self.amount < 1:
-            raise UsageError(f"amount is the share that goes, from 0 to below 1, got {self.amount!r}")
         if self.structure not in ("weights", *UNITS) and self.pattern is None:
             raise UsageError(f"structure must be weights, heads, channels, both or a pattern such as 2:4, got {self.structure!r}")
         if self.pattern is not None:
@@ -112,9 +111,6 @@ class SparsePrune(Method):
             if self.amount not in (implied, 0.5):
                 raise UsageError(f"structure={self.structure} removes {implied:g} of the weights; leave amount={self.amount:g} out")
             object.__setattr__(self, "amount", implied)
-        for name, accepted in (("scope", ("auto", "global", "layer")), ("score", ("magnitude", "activation"))):
-            if getattr(self, name) not in accepted:
-                raise UsageError(f"{name} must be {' or '.join(accepted)}, got {getattr(self, name)!r}")
         if self.score == "activation" and isinstance(self.calibration, tuple) and not self.calibration:
             object.__setattr__(self, "calibration", None)  # the sign by which the command line gives pictures
 

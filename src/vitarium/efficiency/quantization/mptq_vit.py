@@ -23,13 +23,15 @@ from __future__ import annotations
 import copy
 import fnmatch
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import field
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from vitarium.catalog.methods import AttachReport, method
+from vitarium.catalog.options import Patterns, validated
 from vitarium.efficiency.quantization.allocation import greedy_allocation
 from vitarium.efficiency.quantization.attention import attach_attention, rebuild_attention
 from vitarium.efficiency.quantization.calibration import Record, batches, divergence, outputs, watch
@@ -108,9 +110,12 @@ def is_post_gelu(low: Tensor, high: Tensor) -> bool:
 
 # ---- the method
 
+InputBits = Annotated[int, Field(ge=3, le=8)]
+WeightBits = Annotated[int, Field(ge=2, le=8)]
+
 
 @method("mptq_vit", kind="quantize")
-@dataclass(frozen=True)
+@validated
 class MPTQ(Quantizer):
     """Quantize linear layers and convolutions of any model, from calibration images.
 
@@ -132,46 +137,28 @@ class MPTQ(Quantizer):
         calibration: tensor (n, C, H, W) or loader of training images; not saved.
     """
 
-    bits: int = 8
-    weight_bits: int | None = None
-    activation_bits: int | None = None
-    mean_bits: float | None = None
-    widths: tuple[int, int] = (4, 8)
+    bits: InputBits = 8
+    weight_bits: WeightBits | None = None
+    activation_bits: InputBits | Literal[32] | None = None
+    mean_bits: Annotated[float, Field(ge=2, le=8)] | None = None
+    widths: Annotated[tuple[WeightBits, WeightBits], Field(strict=False)] = (4, 8)
     allocation: Mapping[str, Any] | None = None
-    cost: str = "size"
-    smooth: str = "sqb"
-    alpha: float = 0.5
-    gelu: str = "auto"
+    cost: Literal["size", "bops"] = "size"
+    smooth: Literal["sqb", "scale", "none"] = "sqb"
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    gelu: Literal["auto", "opt_m", "uniform"] = "auto"
     attention: bool = False
-    granularity: str = "row"
-    search: str = "hessian"
-    skip: tuple[str, ...] = ()
-    images: int = 32
+    granularity: Literal["row", "block", "tensor"] = "row"
+    search: Literal["hessian", "mse", "minmax"] = "hessian"
+    skip: Patterns = ()
+    images: Annotated[int, Field(ge=1)] = 32
     calibration: Any = field(default=None, metadata={"saved": False}, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name, least, more in (("bits", 3, ()), ("weight_bits", 2, (None,)), ("activation_bits", 3, (None, 32))):
-            value = getattr(self, name)
-            if value not in more and (not isinstance(value, int) or isinstance(value, bool) or not least <= value <= 8):
-                raise UsageError(f"{name} must be a whole number from {least} to 8{' (or 32)' if 32 in more else ''}, got {value!r}")
-        choices = dict(
-            cost=("size", "bops"),
-            smooth=("sqb", "scale", "none"),
-            gelu=("auto", "opt_m", "uniform"),
-            granularity=("row", "block", "tensor"),
-            search=("hessian", "mse", "minmax"),
-        )
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise UsageError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-        if not 0 <= self.alpha <= 1:
-            raise UsageError(f"alpha is a share in [0, 1], got {self.alpha!r}")
-        if len(self.widths) != 2 or not 2 <= self.widths[0] <= self.widths[1] <= 8:
-            raise UsageError(f"widths are the narrowest and the widest, from 2 to 8, got {list(self.widths)}")
+        if self.widths[0] > self.widths[1]:
+            raise UsageError(f"widths must be [narrowest, widest], got {list(self.widths)}")
         if self.mean_bits is not None and not self.widths[0] <= self.mean_bits <= self.widths[1]:
             raise UsageError(f"mean_bits must lie between the widths {self.widths[0]} and {self.widths[1]}, got {self.mean_bits}")
-        if self.images < 1:
-            raise UsageError(f"images must be at least 1, got {self.images}")
 
     def attach(self, model: nn.Module) -> AttachReport:
         """Calibrate, fold, search, and exchange the layers.

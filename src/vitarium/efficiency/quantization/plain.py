@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vitarium.catalog.methods import AttachReport, Method, method
+from vitarium.catalog.options import Patterns, validated
 from vitarium.efficiency.quantization.layers import Activation, Packed, PerToken, QuantizedLayer, find_layers, quantized, rebuilt
 from vitarium.efficiency.quantization.ranges import search_step, squared_error, symmetric_step
 from vitarium.errors import UsageError
@@ -59,7 +60,7 @@ def rows_to_nearest(layer: nn.Module, format: Integer, *, search: bool = False) 
 
 
 @method("int8", kind="quantize")
-@dataclass(frozen=True)
+@validated
 class Int8(Quantizer):
     """Linear layers in 8 bits: a step for each row of the weight, and for each token of the input as it comes.
 
@@ -70,7 +71,7 @@ class Int8(Quantizer):
         skip: shell patterns of layers to leave alone, such as ["head"].
     """
 
-    skip: tuple[str, ...] = ()
+    skip: Patterns = ()
 
     def attach(self, model: nn.Module) -> AttachReport:
         """Exchange every linear layer."""
@@ -78,7 +79,7 @@ class Int8(Quantizer):
 
 
 @method("int4w", kind="quantize")
-@dataclass(frozen=True)
+@validated
 class Int4W(Quantizer):
     """Weights of linear layers in 4 bits, a step for each row, searched for the least squared error; inputs stay floating point.
 
@@ -88,7 +89,7 @@ class Int4W(Quantizer):
         skip: shell patterns of layers to leave alone, such as ["head"].
     """
 
-    skip: tuple[str, ...] = ()
+    skip: Patterns = ()
 
     def attach(self, model: nn.Module) -> AttachReport:
         """Exchange every linear layer."""

@@ -19,21 +19,22 @@ token; equal attentions keep their order; a fused token has no position, so rota
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 
 from vitarium.anatomy import Anatomy, Attended, Tokens
 from vitarium.catalog.methods import method
-from vitarium.efficiency.tokens.reducer import Reducer, check_share, whole_numbers
+from vitarium.catalog.options import Numbers, Share, validated
+from vitarium.efficiency.tokens.reducer import Reducer
 from vitarium.errors import AttachError, UsageError
 from vitarium.ops.merging import rows
 from vitarium.ops.sorting import descending_order
 
 
 @method("evit", kind="reduce")
-@dataclass(frozen=True)
+@validated
 class EViT(Reducer):
     """Keep what the class token attends to.
 
@@ -45,24 +46,17 @@ class EViT(Reducer):
         score: "class": attention of the class token; "mean": attention that a token gets from all image tokens, for models without one.
     """
 
-    keep: float = 0.7
-    blocks: tuple[int, ...] | None = None
+    keep: Share = 0.7
+    blocks: Numbers | None = None
     fuse: bool = True
-    tokens: tuple[int, ...] | None = None
-    score: str = "class"
+    tokens: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)] | None = None
+    score: Literal["class", "mean"] = "class"
 
     tunable: ClassVar[tuple[str, ...]] = ("keep", "fuse", "tokens")
 
     def __post_init__(self) -> None:
-        check_share("keep", self.keep)
-        if self.blocks is not None:
-            whole_numbers("blocks", self.blocks)
-        if self.tokens is not None:
-            whole_numbers("tokens", self.tokens, least=1)
-            if self.blocks is None or len(self.tokens) != len(self.blocks):
-                raise UsageError(f"tokens={list(self.tokens)} needs blocks, one for each number; got blocks={self.blocks}")
-        if self.score not in ("class", "mean"):
-            raise UsageError(f"score must be 'class' or 'mean', got {self.score!r}")
+        if self.tokens is not None and (self.blocks is None or len(self.tokens) != len(self.blocks)):
+            raise UsageError(f"tokens={list(self.tokens)} needs blocks, one for each number; got blocks={self.blocks}")
 
     def acts_on(self, block: int, depth: int) -> bool:
         return block in self._blocks(depth)

@@ -22,23 +22,23 @@ a rotary model turns with the place of its destination. Cost: PiToMe pays a T x 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from vitarium.anatomy import Attended, Tokens
 from vitarium.catalog.methods import method
-from vitarium.efficiency.tokens.reducer import Reducer, check_share, whole_numbers
-from vitarium.errors import UsageError
+from vitarium.catalog.options import Numbers, validated
+from vitarium.efficiency.tokens.reducer import Reducer
 from vitarium.ops.merging import Merge, bipartite_matching, rows
 from vitarium.ops.sorting import descending_order
 
 
 @method("tome", kind="reduce")
-@dataclass(frozen=True)
+@validated
 class ToMe(Reducer):
     """Merge the r most similar pairs in every block.
 
@@ -49,16 +49,11 @@ class ToMe(Reducer):
         proportional: whether attention counts merged tokens by their sizes; the authors switch it off for MAE models and in training. Live.
     """
 
-    r: int | tuple[int, ...] = 8
-    inflection: float = 0.0
+    r: Annotated[int, Field(ge=0)] | Numbers = 8
+    inflection: Annotated[float, Field(ge=-1, le=1)] = 0.0
     proportional: bool = True
 
     tunable: ClassVar[tuple[str, ...]] = ("r", "inflection", "proportional")
-
-    def __post_init__(self) -> None:
-        whole_numbers("r", (self.r,) if not isinstance(self.r, tuple) else self.r)
-        if not -1 <= self.inflection <= 1:
-            raise UsageError(f"inflection lies in [-1, 1], got {self.inflection!r}")
 
     @property
     def counts_sizes(self) -> bool:
@@ -79,7 +74,7 @@ class ToMe(Reducer):
 
 
 @method("pitome", kind="reduce")
-@dataclass(frozen=True)
+@validated
 class PiToMe(Reducer):
     """Merge within big clusters, protect lonely tokens.
 
@@ -93,22 +88,13 @@ class PiToMe(Reducer):
         proportional: whether attention counts merged tokens by their sizes. Live.
     """
 
-    keep: float = 0.925
-    margin: float = 0.75
-    protect: str = "late"
+    keep: Annotated[float, Field(ge=0.5, le=1)] = 0.925
+    margin: Annotated[float, Field(ge=-1, le=1)] = 0.75
+    protect: Literal["late", "early", "all"] = "late"
     prune: bool = False
     proportional: bool = False
 
     tunable: ClassVar[tuple[str, ...]] = ("keep", "margin", "proportional")
-
-    def __post_init__(self) -> None:
-        check_share("keep", self.keep)
-        if self.keep < 0.5:
-            raise UsageError(f"keep must be at least 0.5: sources and their destinations are different tokens; got {self.keep!r}")
-        if not -1 <= self.margin <= 1:
-            raise UsageError(f"margin is a cosine, in [-1, 1]; got {self.margin!r}")
-        if self.protect not in ("late", "early", "all"):
-            raise UsageError(f"protect must be 'late', 'early' or 'all', got {self.protect!r}")
 
     @property
     def counts_sizes(self) -> bool:

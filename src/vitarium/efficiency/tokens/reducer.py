@@ -7,7 +7,6 @@ and neutral options change nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,15 +114,3 @@ def trace(model: nn.Module, image: Tensor) -> list[Tokens]:
         for hook in hooks:
             hook.remove()
     return states
-
-
-def check_share(name: str, value: float, *, least: float = 0.0) -> None:
-    """Refuse a share that is not in (least, 1]."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not least < value <= 1:
-        raise UsageError(f"{name} is a share in ({least:g}, 1], where 1 keeps everything; got {value!r}")
-
-
-def whole_numbers(name: str, values: Sequence[Any], *, least: int = 0) -> None:
-    """Refuse anything but whole numbers of at least `least`."""
-    if wrong := [v for v in values if not isinstance(v, int) or isinstance(v, bool) or v < least]:
-        raise UsageError(f"{name} takes whole numbers of at least {least}, got {wrong[0]!r}")

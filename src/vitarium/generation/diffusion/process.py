@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vitarium.assignments import parse_call
+from vitarium.catalog.options import check_names
 from vitarium.errors import UsageError, nearest
 from vitarium.generation.diffusion import samplers
 from vitarium.generation.diffusion.flow import Flow
@@ -35,9 +36,7 @@ def parse_process(text: str) -> Process:
     kind, values = parse_call(text)
     if kind not in KINDS:
         raise UsageError(f"a diffusion process is one of {', '.join(KINDS)}; got {text!r}{nearest(kind, KINDS)}")
-    known = [field.name for field in dataclasses.fields(KINDS[kind])]
-    if wrong := [name for name in values if name not in known]:
-        raise UsageError(f"{kind} takes NAME=VALUE with {', '.join(known)}; got {wrong[0]!r}{nearest(wrong[0], known)}")
+    check_names(kind, values, [field.name for field in dataclasses.fields(KINDS[kind])])
     try:
         return KINDS[kind](**values)
     except TypeError as error:

@@ -8,16 +8,17 @@ W and b stay as they are, A (r, in) begins random, B (out, r) with zeros: a fres
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitarium.anatomy import AttentionView, of
 from vitarium.catalog.methods import AttachReport, Method, method
-from vitarium.errors import AttachError, UsageError
+from vitarium.catalog.options import validated
+from vitarium.errors import AttachError
 from vitarium.nn import Linear
 from vitarium.perception.retrieval.prompts import freeze
 
@@ -52,7 +53,7 @@ class LowRankLinear(nn.Module):
 
 
 @method("lora", kind="adapt")
-@dataclass(frozen=True)
+@validated
 class LoRA(Method):
     """Train small additions to queries, keys, values and output layers; everything else but the head is frozen.
 
@@ -61,14 +62,8 @@ class LoRA(Method):
         alpha: the additions are multiplied by alpha / rank.
     """
 
-    rank: int = 8
-    alpha: float = 8.0
-
-    def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise UsageError(f"rank must be a whole number of at least 1, got {self.rank!r}")
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not self.alpha > 0:
-            raise UsageError(f"alpha must be above 0, got {self.alpha!r}")
+    rank: Annotated[int, Field(ge=1)] = 8
+    alpha: Annotated[float, Field(gt=0)] = 8.0
 
     def attach(self, model: nn.Module) -> AttachReport:
         """Exchange the linear layers of every attention (of EVA's the output layers alone: it uses the others' weights by themselves).
