@@ -1,11 +1,10 @@
-"""Trees of tokens: the best one, its parts, its picture."""
+"""Dependency trees over patches: the maximum spanning tree and its parts."""
 
 from __future__ import annotations
 
 import networkx
 import numpy as np
 import pytest
-from PIL import Image
 
 from vitarium.ops.token_tree import TokenTree, grow_tree, spanning_arborescence
 
@@ -69,19 +68,6 @@ def test_a_single_patch_is_a_tree():
     assert tree.root == 0
     assert tree.parts().tolist() == [[0]]
     assert tree.saliency().tolist() == [[True]]
-    assert tree.draw(Image.new("L", (16, 16))).size == (672, 672)
-
-
-def test_picture_shows_the_tree_where_the_model_looked():
-    tree = chain()
-    grey = Image.new("RGB", (90, 60), (120, 120, 120))
-    drawn = tree.draw(grey, (15, 0, 75, 60))
-    assert drawn.size == (1008, 672)
-    pixels = np.asarray(drawn).astype(int)
-    assert (pixels[:, :160] == 30).all()  # outside: dark
-    assert len(np.unique(pixels[:, 180:820].reshape(-1, 3), axis=0)) > 50
-    assert np.abs(pixels[168, 168 + 112] - (215, 30, 50)).max() < 30  # the root's heart
-    assert tree.draw(Image.new("RGB", (4000, 20))).width == 1600
 
 
 def test_refusals():

@@ -1,4 +1,4 @@
-"""The tree of tokens as an explanation: which patches hang together, and by which the picture is read."""
+"""Dependency trees as an explanation: the root patch, and how strongly each other patch is connected to it."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from vitarium.explanation.explainers import Explainer, explainer
 from vitarium.explanation.heatmap import seen_box
 from vitarium.explanation.reading import covered
 from vitarium.explanation.simple import attention_of_blocks
+from vitarium.explanation.tree_drawing import draw_tree
 from vitarium.nn.modes import evaluating
 from vitarium.ops.token_tree import TokenTree, grow_tree
 
 
 @explainer("token_tree")
 class TreeOfTokens(Explainer):
-    """Each patch hangs on the one it depends on most; the map is the weakest edge between a patch and the root.
+    """Map of the weakest edge between each patch and the root of the dependency tree.
 
-    A model that grows such trees itself (`dependency_trees`: DependencyViT, where a token depends on whom it sends to) is asked for them;
-    of any other plain vision transformer they are grown from its attention, mean over heads and blocks, where a token depends on whom it
-    looks at. Trees know of no class. `vitarium explain` draws the tree over the picture, its largest branches in colours.
+    A model with `dependency_trees` (DependencyViT, whose tokens depend on those they send to) supplies the trees. For any other plain
+    vision transformer they are grown from attention averaged over heads and blocks: a token depends on the tokens it attends to. Trees do
+    not depend on a class. `vitarium explain` draws the tree over the image, with the largest branches in colours.
 
     Args:
-        model: a plain vision transformer with all its tokens, or one that grows trees.
+        model: a plain vision transformer that keeps all its tokens, or a model with `dependency_trees`.
 
     Raises:
-        UnsupportedModel: any other.
+        UnsupportedModel: any other model.
     """
 
     by_class = False
@@ -39,7 +40,7 @@ class TreeOfTokens(Explainer):
             anatomy.of(model)
 
     def trees(self, image: Tensor) -> list[TokenTree]:
-        """One for each image (B, C, H, W)."""
+        """Return one tree for each image of a batch (B, C, H, W)."""
         if hasattr(self.model, "dependency_trees"):
             return self.model.dependency_trees(image)  # type: ignore[operator]
         view = anatomy.of(self.model)
@@ -57,4 +58,4 @@ class TreeOfTokens(Explainer):
     def picture(self, picture: Image.Image, image: Tensor, heat: Tensor, preprocessing: Preprocessing | None) -> Image.Image:
         with evaluating(self.model):
             (tree,) = self.trees(image[None])
-        return tree.draw(picture, seen_box(picture.size, preprocessing))
+        return draw_tree(tree, picture, seen_box(picture.size, preprocessing))
