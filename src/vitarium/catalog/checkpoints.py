@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vitarium.catalog.heads import mark_fresh
 from vitarium.catalog.registry import Family, Renamer, families, find_model
 from vitarium.catalog.states import State, Weights, read_state, read_weights
 from vitarium.catalog.weights import TOGETHER, fetch
@@ -118,6 +119,8 @@ def load_checkpoint(model: nn.Module, source: str | Path, *, strict: bool = True
         best = _fit(model, best.state, LoadReport(str(source), report.dialect, weights.opened))
         report = best.report
     model.load_state_dict(best.ready, strict=False)
+    if fresh := _fresh_heads(_heads(model), model.state_dict(), best.state):
+        mark_fresh(model, fresh, f"{source} {'holds a head of other classes' if best.classes else 'holds none'}")
     model.weights_from = str(Path(source).resolve()) if Path(source).exists() else str(source)  # type: ignore[assignment]
     log.log(logging.WARNING if report.resized or report.head or not report.complete else logging.INFO, "%s", report)
     return report

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +109,26 @@ def _create_ours(name: str, **given: Any) -> nn.Module:
 def preprocessing_of(model: nn.Module) -> Preprocessing:
     """The preprocessing that a model carries, or the usual one of ImageNet at 224 pixels."""
     return getattr(model, "preprocessing", None) or Preprocessing()
+
+
+def set_image_size(model: nn.Module, image_size: int) -> None:
+    """Let a model see images of another size: its preprocessing, and in timm's models with a fixed input the position tables.
+
+    Args:
+        image_size: side of the square image, pixels.
+
+    Raises:
+        UsageError: a size that the model cannot take.
+    """
+    if not isinstance(image_size, int) or image_size < 1:
+        raise UsageError(f"image_size must be a whole number of at least 1, got {image_size!r}")
+    if preprocessing_of(model).image_size == image_size:
+        return
+    if hasattr(model, "set_input_size"):
+        try:
+            model.set_input_size(img_size=image_size)  # type: ignore[operator]
+        except (AssertionError, ValueError, RuntimeError) as error:
+            raise UsageError(f"{type(model).__name__} cannot take images of {image_size} pixels: {error}") from error
+        if isinstance(spec := getattr(model, "spec", None), ModelSpec):
+            model.spec = replace(spec, arguments={**spec.arguments, "image_size": image_size})  # type: ignore[assignment]
+    model.preprocessing = replace(preprocessing_of(model), image_size=image_size)  # type: ignore[assignment]

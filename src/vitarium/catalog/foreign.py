@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import inspect
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
+from vitarium.catalog.dialects import VIT_DIALECTS
+from vitarium.catalog.heads import head_names, mark_fresh
 from vitarium.catalog.preprocessing import Preprocessing
-from vitarium.catalog.registry import Renamer
+from vitarium.catalog.registry import Renamer, State
+from vitarium.catalog.transformers_models import TOWERS, TransformersClassifier, VisionTower, wrap
 from vitarium.errors import CheckpointError, UsageError, nearest, require
 
 # Small forms of timm's classics for 16x16 inputs and 16 tokens: they learn digits in seconds. (architecture, its arguments)
@@ -51,6 +58,9 @@ def create_timm(name: str, *, pretrained: bool = False, image_size: int | None =
     crop = 1.0 if size < 128 else cfg["crop_pct"]
     model.preprocessing = Preprocessing(size, mean, std, cfg["interpolation"], crop)  # type: ignore[assignment]
     model.labels = None  # type: ignore[assignment]
+    own = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
+    if pretrained and arguments.get("num_classes") not in (None, own):
+        mark_fresh(model, head_names(model), f"timm's weights of {name} hold a head of {own or 'no'} classes")
     return model
 
 
@@ -67,88 +77,175 @@ def _timm_create(architecture: str, pretrained: bool, image_size: int | None, ar
     return timm.create_model(architecture, pretrained=pretrained, **arguments)
 
 
-class TransformersClassifier(nn.Module):
-    """A vision model of transformers behind our convention: image (B, 3, H, W) -> logits (B, num_classes)."""
-
-    labels: list[str] | None = None
-
-    def __init__(self, model: Any, preprocessing: Preprocessing):
-        super().__init__()
-        self.model = model
-        self.preprocessing = preprocessing
-        self.num_classes: int = model.config.num_labels
-        names = [str(model.config.id2label.get(i)) for i in range(self.num_classes)]
-        if not any(name.startswith("LABEL_") for name in names):
-            self.labels = names
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.model(pixel_values=image).logits
-
-    def get_classifier(self) -> nn.Module:
-        """The head: a linear layer, or identity where there are no classes."""
-        return getattr(self.model, "classifier", None) or nn.Identity()
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """A fresh head for `num_classes` (0: none).
-
-        Raises:
-            UsageError: the head is no plain linear layer; then `num_classes` must be given when the model is made.
-        """
-        old = self.get_classifier()
-        if not isinstance(old, nn.Linear):
-            raise UsageError(f"the head of {type(self.model).__name__} is a {type(old).__name__}; pass num_classes to create_model instead")
-        fresh = nn.Linear(old.in_features, num_classes).to(old.weight) if num_classes else nn.Identity()
-        self.model.classifier = fresh
-        self.model.config.num_labels = self.num_classes = num_classes
-        self.labels = None
-
-
 def dialects_of_foreign(model: nn.Module) -> dict[str, Renamer]:
-    """How the files of a foreign model's own world name its tensors: (dialect -> renamer), as a family's table."""
+    """Return how files of other origins name the tensors of a foreign model: (dialect -> renamer), as a family's table."""
     if isinstance(model, TransformersClassifier):
-        return {"transformers": lambda state: {f"model.{name}": tensor for name, tensor in state.items()}}
-    convert = getattr(sys.modules.get(type(model).__module__), "checkpoint_filter_fn", None)
-    return {"timm": lambda state: convert(state, model)} if convert else {}  # authors' names -> timm's, position tables resized
+        return {"transformers": lambda state: _own_names(model, state)}
+    modules = [sys.modules.get(cls.__module__) for cls in type(model).__mro__ if cls.__module__.startswith("timm.models.")]
+    convert = next((m.checkpoint_filter_fn for m in modules if hasattr(m, "checkpoint_filter_fn")), None)
+    if convert is None:
+        return {}
+    # timm's filter knows the authors' names and resizes position tables
+    read: dict[str, Renamer] = {"timm": lambda state: convert(state, model)}
+    if "adapt_layer_scale" in inspect.signature(convert).parameters:
+        read["deit3"] = lambda state: convert(state, model, adapt_layer_scale=True)
+    if isinstance(getattr(model, "patch_embed", None), nn.Module):
+        read |= {name: lambda state, rename=rename: convert(rename(state), model) for name, rename in VIT_DIALECTS.items()}
+    return read
+
+
+def _own_names(model: TransformersClassifier, state: State) -> State:
+    """Tensors under the names of any release of transformers -> under those of this model, by transformers' own rules."""
+    bare = model.model.vision_model if isinstance(model.model, VisionTower) else model.model
+    place = "model.vision_model." if isinstance(model.model, VisionTower) else "model."
+    head = {f"model.{name}": t for name, t in state.items() if name.startswith("classifier.")} if bare is not model.model else {}
+    rest = {name: t for name, t in state.items() if not (head and name.startswith("classifier."))}
+    with quiet_transformers():
+        loaded, info = type(bare).from_pretrained(None, config=bare.config, state_dict=rest, ignore_mismatched_sizes=True, **LOADING)
+    lacking = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    named = {f"{place}{name}": t for name, t in loaded.state_dict().items() if name not in lacking}
+    return head | named | {f"{place}{name}": rest[name] for name in info["unexpected_keys"] if name in rest}
 
 
 def create_transformers(
     name: str, *, pretrained: bool = False, image_size: int | None = None, num_classes: int | None = None, **arguments: Any
 ) -> nn.Module:
-    """An image classifier of transformers, from its configuration (random weights) or, with `pretrained`, with its weights.
+    """Build an image model of transformers, from its configuration (random weights) or, with `pretrained`, with its weights.
+
+    Of a pair of towers (CLIP, SigLIP) that is no classifier, the vision tower is taken. Weights without a classifier make a model without
+    one, whose `forward` gives pooled features, unless `num_classes` asks for a head; that one is marked as untrained (see `heads`).
 
     Args:
         name: "owner/name" on the hub (from the local cache when offline), or a folder beginning with "." or "/".
 
     Raises:
         MissingExtra: transformers is not installed.
-        UsageError: it is no image classifier, or cannot be fetched.
+        UsageError: it is no image model, or cannot be fetched.
+        CheckpointError: the weights lack more than a classifier.
     """
     transformers = require("transformers", "transformers")
-    if num_classes is not None:
-        arguments |= dict(num_labels=num_classes, id2label={i: f"LABEL_{i}" for i in range(num_classes)})
-    if image_size is not None:
-        arguments["image_size"] = image_size
-    auto = transformers.AutoModelForImageClassification
     try:
-        config = transformers.AutoConfig.from_pretrained(name, **arguments)
-        model = auto.from_pretrained(name, config=config, ignore_mismatched_sizes=True) if pretrained else auto.from_config(config)
+        with quiet_transformers():
+            config = _vision_config(transformers.AutoConfig.from_pretrained(name, **arguments))
+            if num_classes is not None:
+                config.num_labels = num_classes
+                config.id2label = {i: f"LABEL_{i}" for i in range(num_classes)}
+            if image_size is not None and not pretrained:
+                config.image_size = image_size  # with weights the table keeps its size, and is interpolated where images differ
+            module, lacking = _load(transformers, name, config, num_classes) if pretrained else (_build(transformers, config), [])
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UsageError(
             f"cannot open 'hf/{name}': {first} (without a network, pass a folder in transformers' layout: hf/./FOLDER)"
         ) from error
+    model = wrap(module, _preprocessing(transformers, name, config, image_size))
+    if lacking:
+        mark_fresh(model, [f"model.{n}" for n in lacking], f"the weights of hf/{name} hold no head of {model.num_classes} classes")
+    return model
+
+
+LOADING: dict[str, Any] = dict(output_loading_info=True, dtype=torch.float32)
+"""How transformers is asked to load: with its report, and in float32 whatever the file holds."""
+UNUSED = ("mask_token", "pooler.dense.weight", "pooler.dense.bias")
+"""Endings of parameters that no classifier reads."""
+
+
+def _vision_config(config: Any) -> Any:
+    """The vision tower's configuration of a pair of towers that is no classifier; any other configuration as it is."""
+    vision = getattr(config, "vision_config", None)
+    classifier = any(name.endswith("ForImageClassification") for name in getattr(config, "architectures", None) or [])
+    return vision if vision is not None and not classifier and hasattr(vision, "model_type") else config
+
+
+def _build(transformers: Any, config: Any) -> nn.Module:
+    """transformers' classifier of a configuration, or its bare tower with a head of ours; fresh weights.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    auto = transformers.AutoModelForImageClassification
+    if type(config) in auto._model_mapping:
+        return auto.from_config(config)
+    tower = transformers.AutoModel.from_config(config)
+    if type(tower).__name__ not in TOWERS:
+        raise ValueError(f"a {type(tower).__name__} is no image classifier and no vision tower that is known here")
+    return VisionTower(tower, config.num_labels)
+
+
+def _load(transformers: Any, name: str, config: Any, num_classes: int | None) -> tuple[nn.Module, list[str]]:
+    """As `_build`, with the weights of a repository or folder, and the names of the head's parameters that they lack.
+
+    Raises:
+        CheckpointError: they lack more than a head.
+    """
+    whole = type(config) in transformers.AutoModelForImageClassification._model_mapping
+    auto = transformers.AutoModelForImageClassification if whole else transformers.AutoModel
+    module, info = auto.from_pretrained(name, config=config, ignore_mismatched_sizes=True, **LOADING)
+    mismatched = [key for key, *_ in info["mismatched_keys"]]
+    absent = [key for key in info["missing_keys"] if not key.endswith(UNUSED)] + mismatched
+    if not whole:
+        if type(module).__name__ not in TOWERS:
+            raise ValueError(f"a {type(module).__name__} is no image classifier and no vision tower that is known here")
+        if body := sorted(absent):
+            raise CheckpointError(f"the weights of 'hf/{name}' are not those of a {type(module).__name__}: {body[0]} is missing")
+        module = VisionTower(module, num_classes or 0)
+        return module, [f"classifier.{n}" for n, _ in module.classifier.named_parameters()]
+    if body := sorted(key for key in absent if "classifier" not in key.split(".")[0]):
+        more = f" and {len(body) - 1} more" if len(body) > 1 else ""
+        raise CheckpointError(f"the weights of 'hf/{name}' are not those of a {type(module).__name__}: {body[0]}{more} missing")
+    if absent and num_classes is None:
+        wrap(module, Preprocessing()).reset_classifier(0)
+        absent = []
+    return module, absent
+
+
+def _preprocessing(transformers: Any, name: str, config: Any, image_size: int | None) -> Preprocessing:
+    """How the repository's image processor prepares images, or the usual way where it has none."""
     try:
-        processor = transformers.AutoImageProcessor.from_pretrained(name).to_dict()
-    except (OSError, ValueError):
+        with quiet_transformers():
+            processor = transformers.AutoImageProcessor.from_pretrained(name).to_dict()
+    except (OSError, ValueError, ImportError):
         processor = {}
-    size = image_size or getattr(config, "image_size", None) or 224
-    size = size[0] if isinstance(size, list | tuple) else size
-    plain = Preprocessing(size)
-    crop = 1.0
-    preprocessing = Preprocessing(
-        size, tuple(processor.get("image_mean", plain.mean)), tuple(processor.get("image_std", plain.std)), "bicubic", crop
-    )
-    return TransformersClassifier(model, preprocessing)
+    plain = Preprocessing()
+    made_for = getattr(config, "image_size", None)
+    side = image_size or _side(processor, "crop_size" if processor.get("do_center_crop") else "size") or made_for or plain.image_size
+    side = side[0] if isinstance(side, list | tuple) else side
+    resized, cropped = _side(processor, "size"), _side(processor, "crop_size")
+    crop = cropped / resized if processor.get("do_center_crop") and resized and cropped and cropped <= resized else 1.0
+    mean, std = tuple(processor.get("image_mean") or plain.mean), tuple(processor.get("image_std") or plain.std)
+    return Preprocessing(side, mean, std, RESAMPLING.get(processor.get("resample"), "bicubic"), crop)
+
+
+RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+"""Pillow's numbers of its filters, as image processors store them."""
+
+
+def _side(processor: dict[str, Any], key: str) -> int | None:
+    """The shorter side that an image processor's "size" or "crop_size" names; None where it names none."""
+    value = processor.get(key)
+    sides = [value] if isinstance(value, int) else [v for v in value.values() if isinstance(v, int)] if isinstance(value, dict) else []
+    return min(sides, default=None)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' reports and progress bars for a while; what matters of them is raised or marked here."""
+    from transformers.utils import logging as theirs
+
+    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(level)
+        if bars:
+            theirs.enable_progress_bar()
+
+
+def is_foreign(name: str) -> bool:
+    """Return whether another library builds the model of this name."""
+    return name.startswith(("timm/", "hf/"))
 
 
 def library_of(name: str) -> str:
@@ -171,8 +268,7 @@ def rebuild_transformers(config: dict[str, Any]) -> TransformersClassifier:
     """
     transformers = require("transformers", "transformers")
     try:
-        known = transformers.AutoConfig.for_model(**config)
-        model = transformers.AutoModelForImageClassification.from_config(known)
+        model = _build(transformers, transformers.AutoConfig.for_model(**config))
     except (ValueError, TypeError, KeyError) as error:
         raise UsageError(f"transformers {transformers.__version__} refuses the saved configuration: {error}") from error
-    return TransformersClassifier(model, Preprocessing())
+    return wrap(model, Preprocessing())

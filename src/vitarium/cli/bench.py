@@ -38,7 +38,7 @@ class Dtype(StrEnum):
 
 @configurable
 def bench(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Names of our models.")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Models' names: ours, timm/NAME, hf/OWNER/NAME, hf/./folder.")],
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Time the peer too, on the same weights.")] = True,
     kind: Annotated[list[Kind], typer.Option(help="Forward, forward and backward, or forward under torch.compile. Repeatable.")] = [  # noqa: B006
         Kind.INFERENCE,

@@ -53,6 +53,7 @@ def compress(
     import copy
 
     import vitarium
+    from vitarium.catalog.heads import has_trained_head
     from vitarium.catalog.methods import parse_method
     from vitarium.files import write_json
 
@@ -72,7 +73,7 @@ def compress(
     with err().status("Measuring before and after"):
         before, after = costs(original.to(place), None), costs(loaded, output)
         if images is not None:
-            for one, side in ((original, before), (loaded, after)):
+            for one, side in ((original, before), (loaded, after)) if has_trained_head(opened) else ():
                 side.update(worth(one, images, batch_size))
         times = timed(original, loaded, batch, compiled)
     found: dict[str, Any] = {

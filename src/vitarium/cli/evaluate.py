@@ -46,11 +46,13 @@ def evaluate(
 ) -> None:
     """Measure a trained model on labelled images: accuracy, loss, calibration, and the classes it knows least."""
     from vitarium.catalog import preprocessing_of
+    from vitarium.catalog.heads import require_head
     from vitarium.data import open_data
     from vitarium.files import write_json
     from vitarium.training.learners import learner_of
 
     opened = open_model(model, checkpoint)
+    require_head(opened)
     learner = learner_of(opened)
     classes = learner.objective == "classification"
     if corruptions and not classes:

@@ -47,13 +47,16 @@ def explain(
     occlusion, smooth_grad, gradient_shap, token_tree (draws which patches hang together), and random to compare with. A picture
     that cannot be read is named and counted, and the others go on.
     """
+    from vitarium.catalog.heads import require_head
     from vitarium.explanation.explainers import class_number, create_explainer, target_numbers
     from vitarium.files import write_json
 
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output is a folder for overlays and explanations.json, and {output} is a file")
     files = find_pictures(images)
-    opened = apply_methods(open_model(model, checkpoint), methods, None).to(find_device(device))
+    opened = open_model(model, checkpoint)
+    require_head(opened)
+    opened = apply_methods(opened, methods, None).to(find_device(device))
     number = None if target is None else class_number(opened, target)
     if number is not None:
         target_numbers(opened, number, 1)

@@ -37,10 +37,12 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Say what is in pictures. One that cannot be read is named and counted, and the others go on (exit code 3 if none can be read)."""
+    from vitarium.catalog.heads import require_head
     from vitarium.training.learners import learner_of
 
     files = find_pictures(images)
     opened = open_model(model, checkpoint)
+    require_head(opened)
     learner = learner_of(opened)
     classes = learner.objective == "classification"
     if output is not None and classes and output.suffix not in ENDINGS:

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from vitarium.catalog import Family, create_model, find_model
 from vitarium.catalog.create import preprocessing_of
+from vitarium.catalog.foreign import is_foreign
 from vitarium.efficiency.profiler import count_macs, count_params, example_image, weight_bytes
 from vitarium.errors import UsageError
 from vitarium.nn import Backbone
@@ -115,7 +116,7 @@ def bench(
     """Time models, each beside its peer. Yields a row as soon as it is measured.
 
     Args:
-        models: names of ours.
+        models: names: ours, "timm/NAME", "hf/OWNER/NAME" or "hf/./folder"; the last three have no peer.
         peers: whether to time the peer as well.
         kinds: any of "inference", "training", "compiled".
         batches: images a call; training takes the largest.
@@ -126,7 +127,7 @@ def bench(
         threads: of PyTorch on a CPU; more than the free cores slow everything down.
 
     Raises:
-        UsageError: an option out of range, or a model that is not ours.
+        UsageError: an option out of range, or an unknown model.
         OutputsDiffer: from the peer's, beyond rounding.
     """
     if rounds < 3:
@@ -134,7 +135,8 @@ def bench(
     if wrong := [k for k in kinds if k not in KINDS]:
         raise UsageError(f"unknown kind {wrong[0]!r}; there are {', '.join(KINDS)}")
     for name in models:
-        find_model(name)
+        if not is_foreign(name):
+            find_model(name)
     for name in models:
         contest = prepare(name, peers=peers, image_size=image_size, dtype=dtype, device=device)
         for kind in kinds:
@@ -190,6 +192,8 @@ def prepare(
         UsageError: a model that is not ours.
         OutputsDiffer: beyond rounding.
     """
+    if is_foreign(name):
+        return _alone(name, image_size=image_size, dtype=dtype, device=device)
     family, variant = find_model(name)
     size = image_size or family.preprocessing(variant).image_size
     peer_name = peer_of(family, variant) if peers else ""
@@ -217,6 +221,15 @@ def prepare(
         peer = peer.to(device, dtype).eval()
     error = _difference(ours, peer, size) if peer is not None else None
     return Contest(name, peer_name, size, ours, trained, peer, error)
+
+
+def _alone(name: str, *, image_size: int | None, dtype: torch.dtype, device: str) -> Contest:
+    """Another library's model with random weights: it is the public implementation itself, so it has no peer."""
+    given = {} if image_size is None else {"image_size": image_size}
+    model = create_model(name, **given)
+    size = image_size or preprocessing_of(model).image_size
+    model = model.to(device, dtype).eval()
+    return Contest(name, "", size, model, model, None, None)
 
 
 def _scattered(model: nn.Module) -> nn.Module:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitarium.catalog import preprocessing_of
+from vitarium.catalog.features import pooled_features
 from vitarium.data import BadFiles, ImageData
 from vitarium.data.loader import Loader
-from vitarium.errors import DataError, UsageError
+from vitarium.errors import DataError
 from vitarium.nn.modes import evaluating
 from vitarium.training.classification import ClassificationLearner
 from vitarium.training.learners import learner
@@ -35,16 +36,13 @@ def features_of(model: nn.Module, images: Any, *, batch_size: int = 64, bad_file
     Raises:
         UsageError: a model that gives no features apart from its answers.
     """
-    if not hasattr(model, "forward_features") or not hasattr(model, "forward_head"):
-        raise UsageError(f"{type(model).__name__} does not give features (forward_features, forward_head); probe a backbone or an encoder")
-    features, head = model.forward_features, model.forward_head
     place = next(model.parameters())
     loader = Loader(images, preprocessing_of(model), batch_size=batch_size, bad_files=bad_files)
     rows: list[tuple[Tensor, Tensor]] = []
     with evaluating(model, inference=True):
         for batch in loader.epoch(0):
             if len(batch["index"]):
-                pooled = head(features(batch["image"].to(place)), pre_logits=True)  # type: ignore[operator]
+                pooled = pooled_features(model, batch["image"].to(place))
                 rows.append((pooled.float().cpu(), batch["target"]))
     if not rows:
         raise DataError("no picture could be read")

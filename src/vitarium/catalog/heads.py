@@ -1,0 +1,80 @@
+"""Classifiers that no weights have filled: marked when a model is made, refused where an answer would rest on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitarium.errors import UsageError
+
+
+@dataclass(frozen=True)
+class FreshHead:
+    """The parameters of a head that were drawn at random because the weights hold none for it.
+
+    Args:
+        values: name of a parameter -> its value when it was drawn, a copy on the CPU.
+        reason: what the weights lack, for messages.
+    """
+
+    values: dict[str, Tensor]
+    reason: str
+
+
+def mark_fresh(model: nn.Module, names: Iterable[str], reason: str) -> None:
+    """Remember that these parameters of a head came from no weights (`model.fresh_head`). Training them removes the mark by itself."""
+    parameters = dict(model.named_parameters())
+    values = {name: parameters[name].detach().cpu().clone() for name in names if name in parameters and not parameters[name].is_meta}
+    model.fresh_head = FreshHead(values, reason) if values else None  # type: ignore[assignment]
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """Names of the parameters of a model's classifier (both of them, in a distilled model)."""
+    found: Any = model.get_classifier() if hasattr(model, "get_classifier") else ()  # type: ignore[operator]
+    heads = found if isinstance(found, tuple | list) else (found,)
+    own = {id(p) for head in heads if isinstance(head, nn.Module) for p in head.parameters()}
+    return [name for name, p in model.named_parameters() if id(p) in own]
+
+
+def fresh_names(model: nn.Module) -> list[str]:
+    """Parameters of the head that still have the random values of `mark_fresh`; empty once any of them was trained or replaced."""
+    mark: FreshHead | None = getattr(model, "fresh_head", None)
+    if mark is None:
+        return []
+    now = dict(model.named_parameters())
+    same = [
+        name
+        for name, drawn in mark.values.items()
+        if name in now and now[name].shape == drawn.shape and torch.equal(now[name].detach().cpu(), drawn.to(now[name].dtype))
+    ]
+    return same if len(same) == len(mark.values) else []
+
+
+def has_trained_head(model: nn.Module) -> bool:
+    """Return whether a model's answers may be used: False for one that `require_head` refuses."""
+    try:
+        require_head(model)
+    except UsageError:
+        return False
+    return True
+
+
+def require_head(model: nn.Module) -> None:
+    """Refuse a model whose answer would come from an untrained classifier, or that has no classifier.
+
+    A model that was created without any weights is not refused: all of it is untrained, and its user knows.
+
+    Raises:
+        UsageError: the weights hold no head; the message says what to do.
+    """
+    name = getattr(getattr(model, "spec", None), "name", type(model).__name__)
+    advice = f"train one (vitarium train mae_finetune --model {name} --pretrained --data DATA) or use probe or index, which need none"
+    if names := fresh_names(model):
+        mark: Any = model.fresh_head
+        raise UsageError(f"the classifier of {name} is untrained ({', '.join(names)}: {mark.reason}); {advice}")
+    if getattr(model, "num_classes", None) == 0 and hasattr(model, "get_classifier") and not head_names(model):
+        raise UsageError(f"{name} has no classifier: its weights hold none; {advice}")
