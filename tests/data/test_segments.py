@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-import random
+import pickle
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import tv_tensors
 
 from tests.data.pictures import picture, put
 from vitarium.catalog.preprocessing import Preprocessing
 from vitarium.data import BrokenImage, open_data
 from vitarium.data.coco import encode_panoptic
+from vitarium.data.geometry import FitScale
 from vitarium.data.joint import FitTransform, JitterTransform, Segmentation, pad_batch
+from vitarium.data.loader import seed_generators
 from vitarium.errors import DataError, UsageError
 
 HEIGHT, WIDTH = 10, 12
@@ -275,7 +278,7 @@ def marked():
 @pytest.mark.parametrize("jitter", [(1.0, 1.0), (0.4, 0.4), (1.3, 1.3)])
 @pytest.mark.parametrize("flip", [0.0, 1.0])
 def test_segments_stay_on_their_pixels(jitter, flip):
-    random.seed(0)
+    torch.manual_seed(0)
     transform = JitterTransform(Preprocessing(48, (0.5,), (0.5,), "nearest", 1.0), jitter=jitter, flip=flip, square=True)
     tensor, target = transform(*marked())
     assert tensor.shape == (1, 48, 48)
@@ -301,6 +304,65 @@ def test_what_is_cropped_away_and_crowds_are_no_targets():
     assert len(JitterTransform(Preprocessing(48))(image, crowd)[1]["labels"]) == 0
     tiny = Segmentation(np.zeros((1, 40, 60), bool), target.labels)
     assert len(JitterTransform(Preprocessing(48))(image, tiny)[1]["labels"]) == 0
+
+
+def test_the_generators_decide():
+    """A transform is a function of the state that the loader sets for each (seed, epoch, index)."""
+    image, target = marked()
+    transform = pickle.loads(pickle.dumps(JitterTransform(Preprocessing(24), jitter=(0.5, 2), flip=0.5, color_jitter=0.4)))
+    results = []
+    for key in (1, 1, 2):
+        seed_generators(key)
+        results.append(transform(image, target))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1]["masks"], results[1][1]["masks"])
+    assert results[0][0].shape != results[2][0].shape or not torch.equal(results[0][0], results[2][0])
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_boxes_and_keypoints_move_with_the_masks(flip):
+    image, segments = marked()
+    top_left, size = (10, 5), (40, 60)
+    objects = {
+        "masks": tv_tensors.Mask(torch.from_numpy(np.repeat(segments.masks, 2, 0))),
+        "boxes": tv_tensors.BoundingBoxes([[10, 5, 25, 30], [10, 5, 25, 30]], format="XYXY", canvas_size=size, dtype=torch.float32),
+        "points": tv_tensors.KeyPoints([[top_left], [top_left]], canvas_size=size, dtype=torch.float32),
+        "labels": torch.tensor([3, 4]),
+        "iscrowd": torch.tensor([True, False]),
+    }
+    for seed in range(20):
+        torch.manual_seed(seed)
+        _, found = JitterTransform(Preprocessing(48), jitter=(0.8, 1.5), flip=flip, square=True)(image, objects)
+        assert found["labels"].tolist() == [4]
+        assert all(type(value) is torch.Tensor for value in found.values())
+        rows, columns = (found["masks"][0].any(axis).nonzero() for axis in (1, 0))
+        around = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+        assert (found["boxes"][0] - around).abs().max() < 1.01
+        if (found["boxes"][0] > 0).all() and (found["boxes"][0] < 48).all():  # nothing was cropped away
+            corner = torch.stack([around[2 if flip else 0], around[1]])
+            assert (found["points"][0, 0] - corner).abs().max() < 2.01  # a keypoint is the middle of a pixel
+    boxes = {name: objects[name] for name in ("boxes", "labels")}
+    assert len(JitterTransform(Preprocessing(48))(image, boxes)[1]["labels"]) == 2
+    assert set(FitTransform(Preprocessing(48))(image, boxes)[1]) == {"boxes", "labels", "size", "original_size"}
+
+
+def test_other_targets_are_refused():
+    image, _ = marked()
+    with pytest.raises(UsageError, match="needs masks or boxes, got labels"):
+        JitterTransform(Preprocessing(48))(image, {"labels": torch.zeros(1)})
+    with pytest.raises(UsageError, match="XYXY"):
+        JitterTransform(Preprocessing(48))(image, {"boxes": torch.zeros(1, 4)})
+    with pytest.raises(UsageError, match=r"range of factors above 0, got \(0, 1\)"):
+        JitterTransform(Preprocessing(48), jitter=(0, 1))
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4, 5])
+def test_masks_are_sampled_in_the_middle(factor):
+    """An even step between two halves stays where it is, and no factor shifts a mask by more than half a pixel."""
+    ramp = torch.arange(60 * factor).expand(1, 4 * factor, -1)
+    small = FitScale(60)({"image": Image.new("L", (60 * factor, 4 * factor)), "masks": tv_tensors.Mask(ramp)})["masks"]
+    middles = (torch.arange(60) + 0.5) * factor - 0.5
+    assert (small[0, 0] - middles).abs().max() <= 0.5
 
 
 def test_padded_batches():

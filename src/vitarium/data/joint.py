@@ -1,9 +1,12 @@
-"""Pictures and their segments, changed together: fitted into a square, scaled, cropped, flipped, and padded to batches."""
+"""Joint transforms: an image and its masks, boxes and keypoints are scaled, cropped, flipped and padded together.
+
+The geometry is that of torchvision.transforms.v2: a target holds `tv_tensors` (Mask, BoundingBoxes, KeyPoints), which move with the image.
+Random numbers come from torch's global generator, which the loader seeds by (seed, epoch, index): see `vitarium.data.loader`.
+"""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Segmentation:
-    """The segments of a picture of H x W pixels. A pixel that lies in none of them is void: nothing is said of it.
+    """The segments of an image of H x W pixels. Pixels outside all segments are void: they have no label.
 
     Args:
-        masks: bool (n, H, W). Those of a panoptic or semantic picture do not overlap.
+        masks: bool (n, H, W). In panoptic and semantic data they do not overlap.
         labels: int64 (n,), class numbers.
-        crowd: bool (n,), segments that stand for many things at once and are not learned; None: none.
+        crowd: bool (n,), True for a segment that covers many objects at once and is not trained on; None: no such segment.
     """
 
     masks: NDArray[np.bool_]
@@ -34,18 +37,22 @@ class Segmentation:
 
     @property
     def crowds(self) -> NDArray[np.bool_]:
-        """(n,)"""
+        """`crowd`, (n,), all False where it is None."""
         return np.zeros(len(self.labels), bool) if self.crowd is None else self.crowd
 
 
-class FitTransform:
-    """Picture and segments -> the picture scaled so that its longer side is image_size, normalised; nothing is cut off.
+Target = Segmentation | Mapping[str, Any]
+"""The labels of an image: segments, or tensors by name, of which the `tv_tensors` move with the image. All have one row an object."""
 
-    In evaluation the segments stay at the picture's own size: answers are measured there. Without segments the target has sizes only.
+
+class FitTransform:
+    """Scale an image so that its longer side is image_size, and normalise it; nothing is cropped.
+
+    For evaluation: the target keeps the image's own size, at which metrics are computed. Anything but a `Target` counts as no target.
 
     Args:
         preprocessing: of the model.
-        square: fill the shorter side up with zeros, at the right or the bottom.
+        square: whether to pad the shorter side with zeros, at the right or the bottom, to image_size.
     """
 
     joint = True
@@ -54,30 +61,41 @@ class FitTransform:
     def __init__(self, preprocessing: Preprocessing, *, square: bool = False):
         self.preprocessing, self.square = preprocessing, square
 
-    def __call__(self, picture: Image.Image, target: Segmentation | Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """-> (channels, h, w) float32, and {"size", "original_size"} (height, width), and of segments {"masks", "labels", "iscrowd"}."""
+    def __call__(self, image: Image.Image, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Transform one sample.
+
+        Args:
+            image: any size and mode.
+            target: `Target` or anything else.
+
+        Returns:
+            float32 (channels, h, w), and {"size", "original_size"} (height, width), with "masks", "labels", "iscrowd" of a `Segmentation`,
+            or the entries of a mapping.
+        """
         import torch
 
-        image = to_mode(picture, self.preprocessing.channels)
-        size = _fitted(image.size, self.preprocessing.image_size)
-        tensor = normalised(_resized(image, size, self.preprocessing), self.preprocessing)
-        found = {"size": torch.tensor(tensor.shape[-2:]), "original_size": torch.tensor((picture.height, picture.width))}
-        if self.square:
-            tensor = padded(tensor, self.preprocessing.image_size)
-        return tensor, found | (as_tensors(target) if isinstance(target, Segmentation) else {})
+        from vitarium.data.geometry import FitScale, PadTo
+
+        side, original = self.preprocessing.image_size, (image.height, image.width)
+        image = FitScale(side, interpolation=self.preprocessing.interpolation)(to_mode(image, self.preprocessing.channels))
+        tensor = self.preprocessing.normalised(image)
+        size = {"size": torch.tensor(tensor.shape[-2:]), "original_size": torch.tensor(original)}
+        tensor = PadTo(side)(tensor) if self.square else tensor
+        known = isinstance(target, Segmentation | Mapping)
+        return tensor.as_subclass(torch.Tensor), (_plain(as_tensors(target)) if known else {}) | size
 
 
 class JitterTransform:
-    """Picture and segments -> both, flipped, scaled by a random factor, cropped where that is too large. For training.
+    """Flip, scale and crop an image and its target at random, for training.
 
     Args:
-        preprocessing: of the model; image_size is the side of the square into which everything must go.
+        preprocessing: of the model; image_size is the side of the square that the result fits into.
         jitter: range of the factor on the fitted size; (0.1, 2.0) is the usual large-scale jitter, (1, 1) none.
-        flip: chance of a horizontal flip.
-        color_jitter: strength of brightness, contrast and saturation changes.
-        square: fill picture and masks up to the square, at the right and the bottom.
+        flip: probability of a horizontal flip.
+        color_jitter: strength of the changes of brightness, contrast and saturation.
+        square: whether to pad image and masks to the square, at the right and the bottom.
 
-    Segments of which fewer than `least` pixels are left do not count, and neither do crowds.
+    Crowds are left out, and so are objects with fewer than `least` pixels left (of the mask, or else of the box).
     """
 
     joint = True
@@ -94,83 +112,101 @@ class JitterTransform:
     ):
         if not 0 < jitter[0] <= jitter[1]:
             raise UsageError(f"jitter must be a range of factors above 0, got {jitter}")
-        self.preprocessing, self.jitter, self.flip, self.square = preprocessing, jitter, flip, square
-        self.colours: Any = None
-        if color_jitter:
-            from torchvision.transforms import v2
+        from torchvision.transforms import v2
 
-            self.colours = v2.ColorJitter(*3 * [color_jitter])
+        from vitarium.data.geometry import CropInside, FitScale
 
-    def __call__(self, picture: Image.Image, target: Segmentation) -> tuple[Tensor, dict[str, Tensor]]:
-        """-> (channels, h, w) float32, and {"size", "masks" (n, h, w), "labels", "iscrowd"}."""
+        side = preprocessing.image_size
+        self.preprocessing, self.square = preprocessing, square
+        self.vary = v2.Compose(
+            [
+                v2.RandomHorizontalFlip(flip),
+                FitScale(side, jitter, preprocessing.interpolation),
+                CropInside(side),
+                v2.ClampBoundingBoxes(),
+                *([v2.ColorJitter(*3 * [color_jitter])] if color_jitter else []),
+            ]
+        )
+
+    def __call__(self, image: Image.Image, target: Target) -> tuple[Tensor, dict[str, Tensor]]:
+        """Transform one sample.
+
+        Args:
+            image: any size and mode.
+            target: its objects.
+
+        Returns:
+            float32 (channels, h, w), and the target's tensors with "size" (height, width), such as {"masks" (n, h, w), "labels",
+            "iscrowd", "size"}.
+        """
         import torch
 
-        side = self.preprocessing.image_size
-        image, masks = to_mode(picture, self.preprocessing.channels), target.masks
-        if self.flip and random.random() < self.flip:
-            from PIL import Image
+        from vitarium.data.geometry import PadTo
 
-            image, masks = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), masks[..., ::-1]
-        factor = random.uniform(*self.jitter)
-        width, height = (max(1, round(length * factor)) for length in _fitted(image.size, side))
-        image, masks = _resized(image, (width, height), self.preprocessing), resize_masks(masks, (height, width))
-        left, top = random.randint(0, max(0, width - side)), random.randint(0, max(0, height - side))
-        if width > side or height > side:
-            image = image.crop((left, top, min(width, left + side), min(height, top + side)))
-            masks = masks[:, top : top + side, left : left + side]
-        if self.colours:
-            image = self.colours(image)
-        tensor = normalised(image, self.preprocessing)
-        kept = ~target.crowds & (masks.sum((1, 2)) >= self.least)
-        found = as_tensors(Segmentation(masks[kept], target.labels[kept])) | {"size": torch.tensor(tensor.shape[-2:])}
+        image, found = self.vary(to_mode(image, self.preprocessing.channels), as_tensors(target))
+        kept = self._kept(found)
+        tensor, found = self.preprocessing.normalised(image), {name: _rows(value, kept) for name, value in found.items()}
+        size = torch.tensor(tensor.shape[-2:])
         if self.square:
-            tensor, found["masks"] = padded(tensor, side), padded(found["masks"], side)
-        return tensor, found
+            tensor, found = PadTo(self.preprocessing.image_size)(tensor, found)
+        return tensor.as_subclass(torch.Tensor), _plain(found) | {"size": size}
+
+    def _kept(self, target: dict[str, Any]) -> Tensor:
+        """Return which objects remain, (n,) bool."""
+        if "masks" in target:
+            pixels = target["masks"].sum((1, 2))
+        else:
+            left, top, right, lower = target["boxes"].unbind(-1)
+            pixels = (right - left) * (lower - top)
+        kept = pixels >= self.least
+        return kept & ~target["iscrowd"] if "iscrowd" in target else kept
 
 
-def as_tensors(target: Segmentation) -> dict[str, Tensor]:
-    """masks (n, H, W) bool, labels (n,) int64, iscrowd (n,) bool."""
+def as_tensors(target: Target) -> dict[str, Any]:
+    """Return a target as tensors by name: of a `Segmentation`, a Mask "masks" (n, H, W) bool, "labels" (n,) int64 and "iscrowd" (n,) bool.
+
+    Raises:
+        UsageError: a mapping with neither "masks" nor "boxes", or with boxes that are not (x1, y1, x2, y2).
+    """
     import torch
+    from torchvision import tv_tensors
 
-    masks, labels = np.ascontiguousarray(target.masks), np.ascontiguousarray(target.labels, dtype=np.int64)
-    return {"masks": torch.from_numpy(masks), "labels": torch.from_numpy(labels), "iscrowd": torch.from_numpy(target.crowds.copy())}
-
-
-def resize_masks(masks: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_]:
-    """(n, H, W) -> (n, *size), each cell from the pixel at its middle."""
-    rows, columns = (((np.arange(new) + 0.5) * old / new).astype(np.intp) for new, old in zip(size, masks.shape[1:], strict=True))
-    return masks[:, rows[:, None], columns]
-
-
-def normalised(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
-    """A picture of the right mode and size -> float32 (channels, height, width) by the preprocessing's mean and std."""
-    import torch
-
-    pixels = torch.from_numpy(np.array(image)).view(image.height, image.width, -1).permute(2, 0, 1)
-    mean, std = (255 * torch.tensor(values).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
-    return pixels.float().sub_(mean).div_(std)
+    if isinstance(target, Segmentation):
+        masks, labels = np.ascontiguousarray(target.masks), np.ascontiguousarray(target.labels, dtype=np.int64)
+        crowd = torch.from_numpy(target.crowds.copy())
+        return {"masks": tv_tensors.Mask(torch.from_numpy(masks)), "labels": torch.from_numpy(labels), "iscrowd": crowd}
+    boxes = target.get("boxes")
+    if "masks" not in target and boxes is None:
+        raise UsageError(f"a target needs masks or boxes, got {', '.join(target) or 'nothing'}")
+    if boxes is not None and getattr(boxes, "format", None) != tv_tensors.BoundingBoxFormat.XYXY:
+        raise UsageError("boxes must be tv_tensors.BoundingBoxes of the format XYXY")
+    return dict(target)
 
 
-def padded(x: Tensor, side: int) -> Tensor:
-    """(C, h, w) -> (C, side, side), zeros (or False) at the right and the bottom."""
-    if tuple(x.shape[-2:]) == (side, side):
-        return x
-    filled = x.new_zeros(*x.shape[:-2], side, side)
-    filled[..., : x.shape[-2], : x.shape[-1]] = x
-    return filled
+def _rows(value: Any, kept: Tensor) -> Any:
+    """Select the rows of the kept objects; a tv_tensor stays one."""
+    from torchvision import tv_tensors
+
+    return tv_tensors.wrap(value[kept], like=value) if isinstance(value, tv_tensors.TVTensor) else value[kept]
+
+
+def _plain(target: dict[str, Any]) -> dict[str, Tensor]:
+    from torchvision.transforms import v2
+
+    return v2.ToPureTensor()(target)
 
 
 def pad_batch(images: Sequence[Tensor], *, multiple: int = 1, size: int | None = None, value: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Pictures of any sizes in one tensor, each at the upper left.
+    """Pad images of any sizes at the right and the bottom, and stack them.
 
     Args:
         images: (C, h, w) each.
-        multiple: height and width are the largest ones, rounded up to one.
-        size: least height and width.
-        value: of what is added.
+        multiple: height and width of the batch are the largest of its images, rounded up to a multiple of this.
+        size: least height and width of the batch.
+        value: of the padding.
 
     Returns:
-        (B, C, H, W), and bool (B, H, W), True where padding is.
+        the batch (B, C, H, W), and a mask (B, H, W) bool, True at the padding.
     """
     import torch
 
@@ -181,15 +217,3 @@ def pad_batch(images: Sequence[Tensor], *, multiple: int = 1, size: int | None =
         batch[i, :, : image.shape[-2], : image.shape[-1]] = image
         padding[i, : image.shape[-2], : image.shape[-1]] = False
     return batch, padding
-
-
-def _fitted(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """Width and height of a picture whose longer side becomes `side`."""
-    longer = max(size)
-    return max(1, round(size[0] * side / longer)), max(1, round(size[1] * side / longer))
-
-
-def _resized(image: Image.Image, size: tuple[int, int], preprocessing: Preprocessing) -> Image.Image:
-    from PIL import Image
-
-    return image if image.size == size else image.resize(size, Image.Resampling[preprocessing.interpolation.upper()])
