@@ -28,7 +28,9 @@ class FreshHead:
 def mark_fresh(model: nn.Module, names: Iterable[str], reason: str) -> None:
     """Remember that these parameters of a head came from no weights (`model.fresh_head`). Training them removes the mark by itself."""
     parameters = dict(model.named_parameters())
-    values = {name: parameters[name].detach().cpu().clone() for name in names if name in parameters and not parameters[name].is_meta}
+    values = {
+        name: parameters[name].detach().cpu().clone() for name in sorted(names) if name in parameters and not parameters[name].is_meta
+    }
     model.fresh_head = FreshHead(values, reason) if values else None  # type: ignore[assignment]
 
 

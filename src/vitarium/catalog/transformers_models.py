@@ -115,7 +115,7 @@ class TransformersClassifier(nn.Module):
         self.model = model
         self.preprocessing = preprocessing
         self.num_classes: int = model.config.num_labels
-        names = [str(model.config.id2label.get(i)) for i in range(self.num_classes)]
+        names = [str((model.config.id2label or {}).get(i, f"LABEL_{i}")) for i in range(self.num_classes)]
         if names and not any(name.startswith("LABEL_") for name in names):
             self.labels = names
 
@@ -159,11 +159,17 @@ class TransformersClassifier(nn.Module):
         return None
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory in training: activations inside blocks are computed again in the backward pass."""
-        for part in self.model.modules():
-            if hasattr(part, "gradient_checkpointing_enable"):
-                part.gradient_checkpointing_enable() if enable else part.gradient_checkpointing_disable()
-                return
+        """Trade time for memory in training: activations inside blocks are computed again in the backward pass.
+
+        Raises:
+            UsageError: transformers does not support it for this architecture.
+        """
+        part = next(part for part in self.model.modules() if hasattr(part, "gradient_checkpointing_enable"))
+        if not part.supports_gradient_checkpointing:
+            if enable:
+                raise UsageError(f"transformers' {type(part).__name__} does not support gradient checkpointing; leave it off")
+            return
+        part.gradient_checkpointing_enable() if enable else part.gradient_checkpointing_disable()
 
 
 class TransformersBackbone(TransformersClassifier):
