@@ -32,7 +32,7 @@ def steps(learner: TTAMELearner, count: int) -> None:
     optimizer = torch.optim.SGD([p for p in learner.parameters() if p.requires_grad], lr=0.1)
     for _ in range(count):
         optimizer.zero_grad()
-        learner.loss({"image": images()})["loss"].backward()
+        learner({"image": images()})["loss"].backward()
         optimizer.step()
 
 
@@ -149,10 +149,10 @@ def test_logits_are_the_classifiers_own():
 
 def test_the_loss_is_the_sum_of_its_terms():
     learner = TTAMELearner(TTAME.over(vit()))
-    terms = learner.eval().loss({"image": images()})
+    terms = learner.eval()({"image": images()})
     terms = {name: term.detach() for name, term in terms.items()}
     assert float(terms["loss"]) == pytest.approx(float(terms["cross_entropy"] + terms["area"] + terms["variation"]), rel=1e-6)
-    own = TTAMELearner(learner.model, TTAMELearner.Settings(masks="diagonal")).loss({"image": images()})
+    own = TTAMELearner(learner.model, TTAMELearner.Settings(masks="diagonal"))({"image": images()})
     own = {name: term.detach() for name, term in own.items()}
     logits, c = learner.model.maps(images())
     assert float(own["area"]) == pytest.approx(2 * float(area(pick(c.sigmoid(), logits.argmax(1)).detach())), rel=1e-6)
@@ -160,9 +160,9 @@ def test_the_loss_is_the_sum_of_its_terms():
 
 def test_training_makes_the_masks_smaller():
     learner = TTAMELearner(TTAME.over(vit()))
-    before = float(learner.loss({"image": images()})["loss"].detach())
+    before = float(learner({"image": images()})["loss"].detach())
     steps(learner, 20)
-    assert float(learner.loss({"image": images()})["loss"].detach()) < before
+    assert float(learner({"image": images()})["loss"].detach()) < before
 
 
 # ---- any classifier, saved with it

@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import math
+import shutil
 import signal
 from pathlib import Path
 
@@ -107,6 +108,20 @@ def test_a_crash_between_checkpoints_repeats_the_steps_after_the_last(tmp_path, 
     assert lines(tmp_path) == lines(folder)
 
 
+def test_a_run_of_version_0_1_0_goes_on(tmp_path):
+    """Its checkpoint, of step 10, has one optimizer and one average; the weights are those that version ended with."""
+    fixture = Path(__file__).parents[1] / "fixtures" / "run-0.1.0"
+    shutil.copy(fixture / "last.ckpt", tmp_path)
+    result, resumed = train(tmp_path)
+    assert result.steps == 24
+    for name, expected in torch.load(fixture / "weights.pt", weights_only=True).items():
+        torch.testing.assert_close(resumed[name], expected, rtol=1e-5, atol=1e-6)
+    (tmp_path / "last.ckpt").unlink()
+    shutil.copy(fixture / "last.ckpt", tmp_path)
+    with pytest.raises(UsageError, match=r"holds another run.*recipe.optimizer.lr: 0.01 there, 0.5 now"):
+        train(tmp_path, "optimizer.lr=0.5")
+
+
 def test_a_finished_run_gives_its_result_without_training(tmp_path):
     first, final = train(tmp_path)
     stamp = (tmp_path / "last.ckpt").stat().st_mtime_ns
@@ -119,9 +134,9 @@ def test_a_finished_run_gives_its_result_without_training(tmp_path):
 def test_the_final_weights_are_the_moving_average(tmp_path):
     _, final = train(tmp_path)
     _, tensors = load_run(tmp_path / "last.ckpt")
-    assert_same_weights(final, tensors["ema"])
+    assert_same_weights(final, tensors["averages"]["model"])
     assert not torch.equal(final["head.weight"], tensors["learner"]["model.head.weight"])
-    assert "optimizer" not in tensors
+    assert "optimizers" not in tensors
 
 
 def test_accumulation_equals_the_larger_batch(tmp_path):

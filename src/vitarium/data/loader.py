@@ -105,8 +105,8 @@ class _Reader:
     def __getitems__(self, plan: _Plan) -> dict[str, Any] | _Failure:
         worker = get_worker_info()
         place = worker.id if worker else 0
-        samples, indices, broken = [], [], []
-        for index, copy in zip(plan.indices, plan.copies, strict=True):
+        samples, indices, positions, broken = [], [], [], []
+        for position, (index, copy) in enumerate(zip(plan.indices, plan.copies, strict=True)):
             self.reading[place] = index
             try:
                 samples.append(self._sample(plan.epoch, index, copy))
@@ -119,8 +119,10 @@ class _Reader:
                     return failure
                 raise _data_error(self.dataset, failure) from error
             indices.append(index)
+            positions.append(position)
         self.reading[place] = -1
-        return {**self.collate(samples), "index": torch.tensor(indices, dtype=torch.int64), "broken": broken}
+        numbers = {"index": torch.tensor(indices, dtype=torch.int64), "position": torch.tensor(positions, dtype=torch.int64)}
+        return {**self.collate(samples), **numbers, "broken": broken}
 
     def _sample(self, epoch: int, index: int, copy: int) -> tuple[Tensor, Any]:
         if self.memory is not None and index in self.memory:
@@ -156,6 +158,8 @@ class _Sampler:
 
 class Loader:
     """Batches of an image set, `{"image": (B, C, H, W) float32, "target": (B,) int64, "index": (B,) int64}`; clips are (B, C, T, H, W).
+
+    "position" (B,) int64 numbers the samples within the batch, counting those that could not be read.
 
     An image that raises `BrokenImage` is recorded and left out: its batch is smaller by one, nothing takes its place, and the order of
     the others does not change. A batch of which no image can be read comes out empty (B = 0).

@@ -46,6 +46,7 @@ from vitarium.explanation.heatmap import grid_of, overlay, overlay_on_input
 from vitarium.explanation.reading import Tap, covered, find_taps, logits_of, read_maps, to_pixels
 from vitarium.nn.modes import evaluating
 from vitarium.training import Learner, learner
+from vitarium.training.players import ONLY
 from vitarium.training.settings import Section
 
 MAX_SIDE = 56
@@ -284,16 +285,20 @@ class TTAMELearner(Learner):
         model = create_model(name, pretrained=pretrained, checkpoint=checkpoint)
         return cls(model if isinstance(model, TTAME) else TTAME.over(model, taps=settings.taps), settings)
 
-    def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        image, s = batch["image"], self.settings
-        model: Any = self.model
-        logits, c = model.maps(image)
+    def first_pass(self, batch: dict[str, Any], player: str = ONLY) -> dict[str, Any]:
+        """Adds the maps a (B, num_classes, h, w) as "maps", and the predicted classes (B,) as "label"; "image" is weighted by its map."""
+        image, model = batch["image"], self.model
+        logits, c = model.maps(image)  # type: ignore[operator]
         label, a = logits.argmax(dim=1), c.sigmoid()
-        own = pick(a, label)
-        masked = image * model.enlarged(own, (image.shape[-2], image.shape[-1]))[:, None]
-        masks = a[:, label] if s.masks == "random" else own[:, None]
+        mask = model.enlarged(pick(a, label), (image.shape[-2], image.shape[-1]))  # type: ignore[operator]
+        return {**batch, "image": image * mask[:, None], "maps": a, "label": label}
+
+    def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The second pass: on the batch of `first_pass`."""
+        s, a, label = self.settings, batch["maps"], batch["label"]
+        masks = a[:, label] if s.masks == "random" else pick(a, label)[:, None]
         terms = {
-            "cross_entropy": s.cross_entropy * F.cross_entropy(model(masked), label),
+            "cross_entropy": s.cross_entropy * F.cross_entropy(self.model(batch["image"]), label),
             "area": s.area * area(masks),
             "variation": s.variation * variation(masks),
         }

@@ -30,6 +30,7 @@ from vitarium.errors import InputError, UsageError
 from vitarium.training.optim import move_back, move_uphill
 from vitarium.training.recipe import Sam
 from vitarium.training.settings import check
+from vitarium.training.steppers import SharpnessAware
 
 RHO = {
     "timm/vit_small_patch32_224": 0.05,
@@ -104,19 +105,37 @@ class SAM:
         self.optimizer.zero_grad()
 
     def step(self, closure: Callable[[], Tensor]) -> Tensor:
-        """Both passes; returns the loss of the weights before the step, detached.
+        """Make both passes, by the training loop's stepper; returns the loss of the weights before the step, detached.
 
         Args:
             closure: computes the loss, a scalar, of the same batch each time (this calls backward).
+
+        Raises:
+            UsageError: the weights are uphill.
         """
+        if self._before is not None:
+            raise UsageError("step makes both passes; second_step comes after first_step")
         self.optimizer.zero_grad()
         with torch.enable_grad():
-            loss = closure()
-            loss.backward()
-            self.first_step()
-            closure().backward()
-        self.second_step()
-        return loss.detach()
+            losses = SharpnessAware(self.settings).gradients(_Closure(self, closure))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return losses["loss"]
+
+
+class _Closure:
+    """What the training loop's stepper sees of a closure (`vitarium.training.steppers.Passes`)."""
+
+    def __init__(self, sam: SAM, closure: Callable[[], Tensor]):
+        self.parameters, self.zero_grad, self.closure = list(sam._parameters()), sam.optimizer.zero_grad, closure
+
+    def buffers(self) -> Iterable[Tensor]:
+        return ()  # `frozen_statistics` keeps those of batch norms
+
+    def accumulate(self) -> dict[str, Tensor]:
+        loss = self.closure()
+        loss.backward()
+        return {"loss": loss.detach()}
 
 
 @contextlib.contextmanager

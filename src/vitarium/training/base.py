@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -10,14 +10,17 @@ from torch import Tensor, nn
 from vitarium.catalog.create import preprocessing_of
 from vitarium.data.loader import stack
 from vitarium.errors import UsageError
+from vitarium.training.draws import Draws, positions_of
+from vitarium.training.players import ONLY, Player, has_players
 from vitarium.training.settings import Section
+from vitarium.training.steppers import SharpnessAware, Stepper
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from vitarium.data import ImageData
     from vitarium.data.transforms import Augment
-    from vitarium.training.recipe import Recipe
+    from vitarium.training.recipe import PlayerRecipe, Recipe
 
 Batch = dict[str, Any]
 
@@ -42,8 +45,8 @@ class Learner(nn.Module):
       another: an attribute `rates` maps a parameter's name to its share of the rate.
     - `eval_model()` is what is averaged (EMA), evaluated and kept: the model, unless a subclass says otherwise (a teacher, a generator).
 
-    An adversarial objective needs several optimizers: its `loss` will give a list, one such dict a player, and name each player's
-    parameters; the loop will step them in that order. Today's loop drives the form with one dict.
+    An adversarial objective trains several players, each with its optimizer: `players` names them, and `loss(batch, player)` and
+    `first_pass(batch, player)` then take the player's name as a second argument (see `vitarium.training.players`).
 
     Args:
         model: the model that training is about.
@@ -73,6 +76,7 @@ class Learner(nn.Module):
         super().__init__()
         self.model = model
         self.settings = settings if settings is not None else self.Settings()
+        self.draws = Draws(0, 0, ONLY)  # the loop sets those of each step
 
     @classmethod
     def create(cls, name: str, data: ImageData, recipe: Recipe, *, pretrained: bool = False, checkpoint: str | None = None) -> Learner:
@@ -93,17 +97,52 @@ class Learner(nn.Module):
         model = build_model(name, data, recipe, pretrained=pretrained, checkpoint=checkpoint)
         return cls(model, recipe.settings_of(cls))
 
+    def players(self) -> Mapping[str, Player]:
+        """What takes optimizer steps of its own, by name, in the order of the steps; by default the learner as one player."""
+        return {ONLY: Player(self, ema=self.eval_model())}
+
+    def first_pass(self, batch: Batch, player: str = ONLY) -> Batch:
+        """An extra pass ahead of `loss`: returns the batch that `loss` receives, such as masked or attacked images, with whatever else
+        `loss` needs of it. Gradients flow through what it adds."""
+        return batch
+
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Scalars of a batch: "loss" is minimised (a mean over the samples), the others are logged beside it.
+
+        With several players it takes the player's name as well.
 
         Args:
             batch: "image" (B, C, H, W), "target" (B, ...), "index" (B,), on the learner's device; what `collate` makes of samples.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define loss")
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """`loss`, through the wrappers that several devices need."""
-        return self.loss(batch)
+    def regularize(self, batch: Batch, player: str, name: str) -> Tensor:
+        """A player's lazy regularizer, a scalar. The loop adds it to the player's loss at every k-th step, times k (see `Player.lazy`)."""
+        raise NotImplementedError(f"{type(self).__name__} does not define regularize")
+
+    def stepper(self, settings: PlayerRecipe, player: str) -> Stepper:
+        """How the gradients of a player's steps are made: in one pass, or as `optimizer.sam` of the recipe says."""
+        return Stepper() if settings.optimizer.sam is None else SharpnessAware(settings.optimizer.sam)
+
+    def forward(self, batch: Batch, player: str = ONLY, lazy: tuple[str, ...] = ()) -> dict[str, Tensor]:
+        """All passes of a player's loss, through the wrappers that several devices need; `lazy` names the regularizers that are due."""
+        who = (player,) if has_players(self) else ()
+        self.draws.restart()
+        seen = self.first_pass(batch, *who)
+        losses = self.loss(seen, *who)
+        if not lazy:
+            return losses
+        terms = {name: self.regularize(seen, player, name) for name in lazy}
+        total = losses["loss"] + sum(self.players()[player].lazy[name] * term for name, term in terms.items())
+        return {**losses, **{name: term.detach() for name, term in terms.items()}, "loss": total}
+
+    def noise(self, batch: Batch, *shape: int) -> Tensor:
+        """Standard normal numbers (B, *shape), a row a sample, which neither the number of processes nor other players change."""
+        return self.draws.normal(positions_of(batch), *shape).to(batch["image"])
+
+    def uniform(self, batch: Batch, *shape: int) -> Tensor:
+        """Uniform numbers in [0, 1), (B, *shape); otherwise as `noise`."""
+        return self.draws.uniform(positions_of(batch), *shape).to(batch["image"])
 
     def eval_model(self) -> nn.Module:
         """The module that is averaged, evaluated and kept."""

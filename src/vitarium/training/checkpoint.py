@@ -6,6 +6,7 @@ stays until the new one is complete; a kill at any instant leaves one of them.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,6 +19,9 @@ from torch import nn
 
 from vitarium.errors import CheckpointError, UsageError
 from vitarium.files import atomic_path
+from vitarium.training.players import ONLY
+from vitarium.training.recipe import Recipe
+from vitarium.training.settings import check
 
 LAST = "last.ckpt"
 _MARK = b"\nvitarium sha256 "
@@ -36,7 +40,7 @@ class RunState:
         seconds: spent in training steps so far, over all sessions.
         best: the best value of the learner's primary metric so far.
         history: one entry an evaluation.
-        skipped: steps left out because a loss or gradient was not finite; `in_a_row` of them directly before now.
+        skips: by player, turns left out because a loss or gradient was not finite; `in_a_row` of them directly before now.
         bad_files: (path, reason) of images that could not be read.
         finished: whether all steps are done and evaluated.
     """
@@ -48,11 +52,16 @@ class RunState:
     seconds: float = 0.0
     best: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
-    skipped: int = 0
-    in_a_row: int = 0
+    skips: dict[str, int] = field(default_factory=dict)
+    in_a_row: dict[str, int] = field(default_factory=dict)
     bad_files: list[tuple[str, str]] = field(default_factory=list)
     meters: dict[str, Any] = field(default_factory=dict)
     finished: bool = False
+
+    @property
+    def skipped(self) -> int:
+        """Turns left out, of all players."""
+        return sum(self.skips.values())
 
 
 def identity_of(recipe: Any, data: Any, learner: nn.Module, processes: int) -> dict[str, Any]:
@@ -92,7 +101,7 @@ def save_run(path: Path, state: RunState, tensors: dict[str, Any]) -> None:
     """Write a run's state.
 
     Args:
-        tensors: "learner", "optimizer", "ema" -> state dicts.
+        tensors: "learner" -> a state dict; "optimizers", "averages" -> state dicts by player.
 
     Raises:
         OSError: no space, no permission, read-only disk; the old file is intact and nothing else is left behind.
@@ -128,11 +137,25 @@ def load_run(path: Path) -> tuple[RunState, dict[str, Any]]:
             f"{path} was changed after it was written: expected SHA-256 {expected[:16]}..., got {found[:16]}...; {advice}"
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _of_today(torch.load(path, map_location="cpu", weights_only=True))
         return RunState(**content.pop("run")), content
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path} cannot be read ({first}); it may come from another version: {advice}") from error
+
+
+def _of_today(content: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds, in today's form: until version 0.1 a run had one optimizer, one moving average and one count of skipped
+    steps, and its recipe may have had keys that lie elsewhere now."""
+    run = content["run"]
+    if isinstance(skipped := run.pop("skipped", None), int):
+        run["skips"], run["in_a_row"] = {ONLY: skipped}, {ONLY: run["in_a_row"]}
+        content["averages"] = {ONLY: content.pop("ema")} if "ema" in content else {}
+        if "optimizer" in content:
+            content["optimizers"] = {ONLY: content.pop("optimizer")}
+        with contextlib.suppress(UsageError):  # one that cannot be read differs from every other, which is then said
+            run["identity"]["recipe"] = check(Recipe, run["identity"]["recipe"], "the recipe of the checkpoint").identity()
+    return content
 
 
 def _digest_of_first(file: Any, count: int) -> str:

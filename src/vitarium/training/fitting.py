@@ -24,7 +24,8 @@ from vitarium.training.base import Learner
 from vitarium.training.checkpoint import LAST, RunState, check_same_run, identity_of, load_run
 from vitarium.training.logs import Logs
 from vitarium.training.loop import take_step, train
-from vitarium.training.optim import Average, Rates
+from vitarium.training.optim import Rates
+from vitarium.training.phases import Plan
 from vitarium.training.processes import create_fabric, lost_processes_named, run_in_processes, spawns
 from vitarium.training.recipe import Recipe
 from vitarium.training.run import Progress, Run
@@ -44,7 +45,8 @@ class FitResult:
         steps: optimizer steps taken in all.
         seconds: spent in them, over all sessions.
         bad_files: (path, reason) of images that could not be read.
-        skipped: steps left out because a loss or gradient was not finite.
+        skipped: steps left out because a loss or gradient was not finite; of all players together.
+        skips: the same by player.
     """
 
     metrics: dict[str, float]
@@ -53,6 +55,7 @@ class FitResult:
     seconds: float
     bad_files: list[tuple[str, str]] = field(default_factory=list)
     skipped: int = 0
+    skips: dict[str, int] = field(default_factory=dict)
 
 
 def fit(
@@ -112,13 +115,23 @@ def _fit_here(
 ) -> FitResult:
     """The whole of `fit` in one of its processes."""
     run, tensors = _prepare(fabric, learner, data, recipe, folder, progress)
-    with lost_processes_named(), _told_out_of_memory(run), run.stop:
+    with lost_processes_named(), _told_out_of_memory(run), _undone_on_error(run), run.stop:
         if run.state.finished:
             run.restore(tensors or {})
         else:
             _set_up(run, tensors)
             train(run)
     return _finish(run)
+
+
+@contextlib.contextmanager
+def _undone_on_error(run: Run) -> Iterator[None]:
+    """Where the training ends before its time, the learner is one that `fit` can go on with: not in the middle of a phase or turn."""
+    try:
+        yield
+    except BaseException:
+        run.plan.undo(run.averages())
+        raise
 
 
 def _prepare(
@@ -145,56 +158,57 @@ def _prepare(
         world_size=fabric.world_size,
         num_workers=_workers(recipe, data, fabric),
     )
-    loader = Loader(
-        data.train,
-        learner.transform(recipe.augment),
-        shuffle=True,
-        drop_last=True,
-        repeats=recipe.repeats,
-        bad_files=BadFiles(),
-        **shared,
-    )
-    val_loader = Loader(data.val, learner.transform(None), bad_files=BadFiles(), **shared)
+
+    def loaders() -> tuple[Loader, Loader]:
+        order: dict[str, Any] = dict(shuffle=True, drop_last=True, repeats=recipe.repeats)
+        return (
+            Loader(data.train, learner.transform(recipe.augment), bad_files=BadFiles(), **order, **shared),
+            Loader(data.val, learner.transform(None), bad_files=BadFiles(), **shared),
+        )
+
+    if is_sharded(fabric):
+        check_shardable(learner, recipe)
+    plan = Plan(learner, recipe)
     if recipe.precision == "64-true":
         learner.double()  # as Fabric would, but before the average is taken
     fabric.to_device(learner)
-    if is_sharded(fabric):
-        check_shardable(learner, recipe)
-    ema = Average(learner.eval_model(), recipe.ema) if recipe.ema else None
     whole = copy.deepcopy(learner.model) if is_sharded(fabric) else None
-    run = Run(fabric, learner, recipe, state, folder, loader, val_loader, ema, whole, progress if fabric.is_global_zero else None)
+    shown = progress if fabric.is_global_zero else None
+    run = Run(fabric, learner, recipe, state, folder, plan, loaders, whole, shown)
     if not run.steps_per_epoch:
         raise DataError(
             f"{len(data.train)} training pictures are fewer than one step takes ({run.images_per_step} = batch_size x accumulate x "
-            f"processes); use a smaller batch_size or accumulate={loader.steps}"
+            f"processes); use a smaller batch_size or accumulate={run.loader.steps}"
         )
     return run, tensors
 
 
 def _set_up(run: Run, tensors: dict[str, Any] | None) -> None:
-    """Optimizer, wrappers, rates and logs of a run that has steps to take."""
+    """Optimizers, wrappers, rates, phases and logs of a run that has steps to take."""
     fabric, state = run.fabric, run.state
     run.set_up()
     if tensors is not None:
         run.restore(tensors)
     else:
         state.total_steps = _total_steps(run)
-    run.rates = _rates(run)
+    _place(run)
     if fabric.is_global_zero:
         for litter in run.folder.glob(".*.tmp"):  # half a file of a run that was killed while writing it
             litter.unlink(missing_ok=True)
         run.logs = Logs(run.folder, state.step)
 
 
-def _rates(run: Run) -> Rates:
-    recipe = run.recipe
-    return Rates(
-        recipe.schedule,
-        recipe.optimizer,
-        total_steps=run.state.total_steps,
-        steps_per_epoch=run.steps_per_epoch,
-        total_batch=run.images_per_step,
-    )
+def _place(run: Run) -> None:
+    """Rates, phases and values over the run's steps."""
+    for seat in run.seats:
+        seat.rates = Rates(
+            seat.settings.schedule,
+            seat.settings.optimizer,
+            total_steps=run.state.total_steps,
+            steps_per_epoch=run.steps_per_epoch,
+            total_batch=run.images_per_step,
+        )
+    run.plan.place(run.state.total_steps, run.steps_per_epoch)
 
 
 def _total_steps(run: Run) -> int:
@@ -205,6 +219,8 @@ def _total_steps(run: Run) -> int:
     if budget.epochs is not None:
         return max(1, round(budget.epochs * run.steps_per_epoch))
     assert budget.minutes is not None
+    if any(phase.image_size for phase in run.recipe.phases):
+        raise UsageError("phases of several image sizes differ in speed, which a budget in minutes cannot foresee; use steps or epochs")
     return _steps_in(run, 60 * budget.minutes)
 
 
@@ -212,21 +228,23 @@ def _steps_in(run: Run, seconds: float) -> int:
     """How many steps fit into a time, from the speed of the first ones, which are then undone. At most a tenth of it is spent on that."""
     before = {name: tensor.clone() for name, tensor in run.learner.state_dict().items()}
     run.state.total_steps = 1
-    rates = _rates(run)
+    _place(run)
+    run.enter(0)
     batches = run.batches()
     begin = time.perf_counter()
     times: list[float] = []
     while len(times) < 24 and (len(times) < 4 or time.perf_counter() - begin < 0.1 * seconds):
         began = time.perf_counter()
-        take_step(run, batches, rates)
+        take_step(run, batches)
         times.append(time.perf_counter() - began)
     spent = time.perf_counter() - begin
     typical = sorted(times[2:])[len(times[2:]) // 2]  # the first steps allocate and compile
     steps = torch.tensor(max(1, int((seconds - spent) / typical)))
     run.learner.load_state_dict(before)
-    run.optimizer.state.clear()
-    if run.ema:
-        run.ema.reset()
+    for seat in run.seats:
+        seat.optimizer.state.clear()
+        if seat.average:
+            seat.average.reset()
     return int(run.fabric.broadcast(steps.item()))
 
 
@@ -236,14 +254,18 @@ def _finish(run: Run) -> FitResult:
     run.val_loader.close()
     if run.logs:
         run.logs.close()
-    if run.ema:
-        run.learner.eval_model().load_state_dict(run.ema.module.state_dict())
-    if run.module is not None and run.whole is not None:
-        run.learner.model = run.whole  # its last evaluation gathered the final weights
+    for seat in run.seats:
+        if seat.average and seat.player.averaged is not None:
+            seat.player.averaged.load_state_dict(seat.average.module.state_dict())
     state = run.state
+    run.plan.place(state.total_steps, run.steps_per_epoch)
+    run.plan.leave(run.averages())
+    if run.whole is not None and run.seats[0].module is not None:
+        run.learner.model = run.whole  # its last evaluation gathered the final weights
     last = state.history[-1] if state.history else {}
     metrics = {name: value for name, value in last.items() if name not in ("step", "epoch", "seconds", "lr")}
-    return FitResult(metrics, state.history, state.step, state.seconds, [tuple(pair) for pair in state.bad_files], state.skipped)  # type: ignore[misc]
+    bad_files = [(path, reason) for path, reason in state.bad_files]
+    return FitResult(metrics, state.history, state.step, state.seconds, bad_files, state.skipped, dict(state.skips))
 
 
 def _result_of(processes: int, learner: Learner, data: ImageData, recipe: Recipe, folder: Path) -> FitResult:

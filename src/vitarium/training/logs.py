@@ -7,7 +7,6 @@ import csv
 import importlib.util
 import json
 import logging
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,24 +29,25 @@ class Meters:
 
     def __init__(self, saved: dict[str, Any], device: torch.device):
         self.sums: dict[str, Tensor] = {name: total.to(device) for name, total in saved.get("sums", {}).items()}
-        self.count: int = saved.get("count", 0)
+        # checkpoints written before there were several players have one count for all
+        self.counts: dict[str, int] = saved.get("counts") or dict.fromkeys(self.sums, saved.get("count", 0))
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Count one step's scalars."""
+        """Count one step's scalars; those of a name are averaged over the steps that gave it."""
         for name, value in values.items():
             known = self.sums.get(name)
             self.sums[name] = value.detach().clone() if known is None else known.add_(value.detach())
-        self.count += 1
+            self.counts[name] = self.counts.get(name, 0) + 1
 
     def means(self) -> dict[str, float]:
-        """The means, and begin anew. Without a counted step: nan."""
-        means = {name: float(total) / self.count for name, total in self.sums.items()} if self.count else {"loss": math.nan}
-        self.sums, self.count = {}, 0
+        """Return the means and start over. Empty without a counted step."""
+        means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        self.sums, self.counts = {}, {}
         return means
 
     def state(self) -> dict[str, Any]:
         """For `saved`."""
-        return {"sums": dict(self.sums), "count": self.count}
+        return {"sums": dict(self.sums), "counts": dict(self.counts)}
 
 
 class Logs:
@@ -82,11 +82,17 @@ class Logs:
             return [row for row in reader if None not in row.values() and (row.get("step") or "").isdigit() and int(row["step"]) <= step]
 
     def line(self, row: dict[str, Any]) -> None:
-        """Append a line to log.csv. The first line decides the columns."""
+        """Append a line to log.csv. A number that no line had before gets a column of its own."""
         header = not self.columns
-        self.columns = self.columns or list(row)
-        with self._forgiven(self.path), open(self.path, "a", encoding="utf-8", newline="") as file:
-            file.write(_csv_text(self.columns, [row], header=header))
+        new = [] if header else [name for name in row if name not in self.columns]
+        with self._forgiven(self.path):
+            if new:
+                with open(self.path, encoding="utf-8", newline="") as file:
+                    rows: list[dict[str, Any]] = list(csv.DictReader(file))
+                write_text(self.path, _csv_text([*self.columns, *new], rows, header=True))
+            self.columns = [*self.columns, *new] if not header else list(row)
+            with open(self.path, "a", encoding="utf-8", newline="") as file:
+                file.write(_csv_text(self.columns, [row], header=header))
         self._plot("train", row)
 
     def evaluation(self, history: list[dict[str, Any]]) -> None:

@@ -1,10 +1,12 @@
-"""The loop: every learner of the house is trained here, by one explicit sequence.
+"""The loop: one explicit sequence trains every learner.
 
-    a step:  generators from (seed, step, rank)  ->  rates of the step  ->  gradients, accumulated over batches (with SAM once more,
-             uphill)  ->  clip  ->  finite in all processes?  ->  optimizer, the learner's hook, moving average
+    a step:   phase and values of the step -> batches -> for each player that is due, in their order:
+    a turn:   generators from (seed, step, rank, player) -> rates of the step -> gradients by the player's stepper, accumulated over the
+              batches -> clip -> finite in all processes? -> optimizer;   then the learner's hook and the moving averages
 
-Nothing of a step depends on how the loop got there: the data are a function of (seed, epoch, step), the rates of the step, the random
-numbers of (seed, step, rank). So a run that goes on from a checkpoint ends with the weights of an unbroken one, bit for bit.
+Nothing of a step depends on how the loop got there: the data are a function of (seed, epoch, step), rates, phases and values of the step,
+random numbers of (seed, step, rank, player). A run that goes on from a checkpoint therefore ends with the weights of an unbroken one, bit
+for bit.
 """
 
 from __future__ import annotations
@@ -16,22 +18,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from vitarium.data.loader import mix, seed_generators
-from vitarium.errors import DataError, TrainingStopped
+from vitarium.errors import TrainingStopped
 from vitarium.files import write_json
 from vitarium.training.base import Batch
 from vitarium.training.checkpoint import LAST
-from vitarium.training.evaluation import to_device
-from vitarium.training.optim import Rates, clip_gradients, uphill
 from vitarium.training.run import Run, same_on_all
+from vitarium.training.turns import Outcome, Seat, StepBatches, Turn, kept_buffers, restore_buffers, seed_step
 
 log = logging.getLogger("vitarium")
 
 PATIENCE = 3
-"""Steps in a row without a finite loss and gradient before training stops."""
+"""Turns of one player in a row without a finite loss and gradient before training stops."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +36,13 @@ class Step:
     """What came of one step.
 
     Attributes:
-        losses: means over its batches, on the device.
-        norm: of the gradient before clipping, on the device.
+        outcomes: of the turns that were taken.
         indices: the samples of its batches, in this process.
-        finite, stop, save: whether loss and gradient are finite; whether to stop; whether to save. The same in all processes.
+        stop, save: whether to stop; whether to save. The same in all processes.
     """
 
-    losses: dict[str, Tensor]
-    norm: Tensor
+    outcomes: list[Outcome]
     indices: list[list[int]]
-    finite: bool
     stop: bool
     save: bool
 
@@ -61,33 +55,24 @@ def train(run: Run) -> None:
         KeyboardInterrupt: after SIGINT or SIGTERM, when the state is saved.
         DataError: samples cannot be read (see `Loader.epoch`).
     """
-    state, rates = run.state, run.rates
-    assert rates is not None
-    batches = run.batches()
-    suspects: list[dict[str, Any]] = []
+    state = run.state
+    suspects: dict[str, list[dict[str, Any]]] = {}
     while True:
         if run.evaluation_due:
             run.evaluate()
         if state.step == state.total_steps:
             break
+        run.enter(state.step)
         began = time.perf_counter()
-        step = take_step(run, batches, rates)
+        step = take_step(run, run.stream())
         state.seconds += time.perf_counter() - began
         state.step += 1
-        if step.finite:
-            state.in_a_row = 0
-            suspects.clear()
-            for meters in run.meters.values():
-                meters.add(step.losses)
-        else:
-            state.skipped += 1
-            state.in_a_row += 1
-            suspects.append(describe(run, step, rates))
-            if state.in_a_row >= PATIENCE:
-                raise give_up(run, suspects)
+        for outcome in step.outcomes:
+            judge(run, outcome, step, suspects.setdefault(outcome.seat.name, []))
+        run.note(step.outcomes)
         if state.step % run.recipe.log_every == 0:
-            run.write_line(step.norm)
-        run.tell(step.losses)
+            run.write_line()
+        run.tell(step.outcomes)
         if step.stop:
             run.leave()
         if step.save:
@@ -97,82 +82,77 @@ def train(run: Run) -> None:
     run.check_saved()
 
 
-def take_step(run: Run, batches: Iterator[Batch], rates: Rates) -> Step:
-    """One step of the optimizer; left out, with nothing changed, where a loss or gradient is not finite."""
-    fabric, learner, state, recipe = run.fabric, run.learner, run.state, run.recipe
-    seed_step(run)
+def take_step(run: Run, batches: Iterator[Batch]) -> Step:
+    """One step: the turns of all players that are due, on the same batches."""
+    learner, state = run.learner, run.state
+    due = [seat for seat in run.seats if seat.due(state.step)]
+    again = len(due) > 1 or any(seat.stepper.passes > 1 for seat in due)
+    step_batches = StepBatches(batches, run.recipe.accumulate, again=again)
+    seed_step(run, run.seats[0].name)
     learner.before_step(state.step, state.total_steps)
-    rates.apply(run.optimizer, state.step)
-    run.optimizer.zero_grad()
-    kept = [statistic.clone() for statistic in run.statistics]  # batch norm's, which the forward pass changes
-    losses, indices = gradients(run, batches)
-    norm = clip_gradients(run.parameters, recipe.clip) if losses else torch.tensor(math.nan)
-    losses = losses or {"loss": norm}
+    outcomes, stop, save = [], False, False
+    for seat in due:
+        outcome, stop_now, save_now = take_turn(run, seat, step_batches)
+        outcomes.append(outcome)
+        stop, save = stop or stop_now, save or save_now
+    for _ in step_batches if not due else ():
+        pass  # nobody looked at them, and the next step begins after them
+    if any(outcome.finite for outcome in outcomes):
+        learner.after_step(state.step, state.total_steps)
+    for outcome in outcomes:
+        if outcome.finite and outcome.seat.average:
+            outcome.seat.average.update(state.step // outcome.seat.player.every + 1)
+    return Step(outcomes, step_batches.indices, stop, save)
+
+
+def take_turn(run: Run, seat: Seat, batches: StepBatches) -> tuple[Outcome, bool, bool]:
+    """One player's turn; left out, with nothing changed, where a loss or gradient is not finite. Also whether to stop, and to save.
+
+    During the turn the other players' parameters do not require gradients; after it their buffers are as they were.
+    """
+    run.listen_to(seat)
+    kept = [statistic.clone() for statistic in run.statistics]  # of batch norms, which the forward pass changes
+    guarded = kept_buffers(seat.guarded)
+    losses, norm = Turn(run, seat, batches).take()
+    restore_buffers(guarded)
     broken = not math.isfinite(float(norm + losses["loss"]))
-    broken, stop, save = same_on_all(fabric, broken, run.stop.requested, run.save_due)
+    broken, stop, save = same_on_all(run.fabric, broken, run.stop.requested, run.save_due)
     if broken:
         for statistic, value in zip(run.statistics, kept, strict=True):
             statistic.copy_(value)
     else:
-        run.optimizer.step()
-        learner.after_step(state.step, state.total_steps)
-        if run.ema:
-            run.ema.update(state.step + 1)
-    return Step(losses, norm, indices, not broken, stop, save)
+        seat.optimizer.step()
+    return Outcome(seat, losses, norm, not broken), stop, save
 
 
-def gradients(run: Run, batches: Iterator[Batch]) -> tuple[dict[str, Tensor], list[list[int]]]:
-    """As `accumulate`; under SAM the gradients are those of the weights moved uphill, the losses those of the weights themselves."""
-    sam = run.recipe.optimizer.sam
-    if sam is None:
-        return accumulate(run, batches)
-    same = [next(batches) for _ in range(run.recipe.accumulate)]
-    losses, indices = accumulate(run, iter(same))
-    if losses:
-        with uphill(run.parameters, run.learner.buffers(), sam):
-            run.optimizer.zero_grad()
-            accumulate(run, iter(same))
-    return losses, indices
+def judge(run: Run, outcome: Outcome, step: Step, suspects: list[dict[str, Any]]) -> None:
+    """Count a turn that was left out.
+
+    Raises:
+        TrainingStopped: it was the player's third in a row.
+    """
+    state, name = run.state, outcome.seat.name
+    if outcome.finite:
+        state.in_a_row[name] = 0
+        suspects.clear()
+        return
+    state.skips[name] = state.skips.get(name, 0) + 1
+    state.in_a_row[name] = state.in_a_row.get(name, 0) + 1
+    suspects.append(describe(run, outcome, step))
+    if state.in_a_row[name] >= PATIENCE:
+        raise give_up(run, suspects)
 
 
-def accumulate(run: Run, batches: Iterator[Batch]) -> tuple[dict[str, Tensor], list[list[int]]]:
-    """Gradients of one step's batches into `.grad`; their mean losses, and the samples seen. Empty where no image could be read."""
-    fabric, count = run.fabric, run.recipe.accumulate
-    seed_step(run)  # a second pass draws what the first one drew
-    means: dict[str, Tensor] = {}
-    indices: list[list[int]] = []
-    for number in range(count):
-        batch = next(batches)
-        indices.append(batch["index"].tolist())
-        if not indices[-1]:
-            if fabric.world_size > 1:
-                raise DataError(f"none of a batch's {run.recipe.batch_size} images can be read in process {fabric.global_rank}")
-            continue
-        with fabric.no_backward_sync(run.module, enabled=number < count - 1):
-            losses = run.module(to_device(batch, fabric.device))
-            fabric.backward(losses["loss"] / count)
-        for name, value in losses.items():
-            mean = value.detach() / count
-            means[name] = means[name] + mean if name in means else mean
-    return means, indices
-
-
-def seed_step(run: Run) -> None:
-    """All generators from (seed, step, rank), so that nothing random of a step depends on the steps before it."""
-    key = run.recipe.seed, run.state.step, run.fabric.global_rank
-    seed_generators(*key)
-    if run.fabric.device.type != "cpu":
-        torch.get_device_module(run.fabric.device).manual_seed(mix(*key))
-
-
-def describe(run: Run, step: Step, rates: Rates) -> dict[str, Any]:
-    """A step that was left out, for the log and the dump."""
-    number = run.state.step - 1
-    loss, norm = float(step.losses["loss"]), float(step.norm)
-    log.warning("step %d skipped: loss %g, gradient norm %g", number, loss, norm)
+def describe(run: Run, outcome: Outcome, step: Step) -> dict[str, Any]:
+    """A turn that was left out, for the log and the file that lists them."""
+    number, seat = run.state.step - 1, outcome.seat
+    loss, norm = float(outcome.losses["loss"]), float(outcome.norm)
+    who = f" of the {seat.name}" if len(run.seats) > 1 else ""
+    log.warning("step %d%s skipped: loss %g, gradient norm %g", number, who, loss, norm)
     images = run.loader.dataset
     names = [[images.describe(i) for i in batch] for batch in step.indices] if hasattr(images, "describe") else []
-    return {"step": number, "lr": rates.at(number), "loss": str(loss), "grad_norm": str(norm), "indices": step.indices, "images": names}
+    told = {"step": number, "player": seat.name, "lr": seat.rates.at(number) if seat.rates else 0.0}
+    return {**told, "loss": str(loss), "grad_norm": str(norm), "indices": step.indices, "images": names}
 
 
 def give_up(run: Run, suspects: list[dict[str, Any]]) -> TrainingStopped:
@@ -182,8 +162,10 @@ def give_up(run: Run, suspects: list[dict[str, Any]]) -> TrainingStopped:
         run.save()
     path = run.folder / f"not_finite_step{last['step']}_rank{run.fabric.global_rank}.json"
     write_json(path, suspects)
+    who = f" of the player {last['player']}" if len(run.seats) > 1 else ""
+    where = f"players.{last['player']}." if len(run.seats) > 1 else ""
     return TrainingStopped(
-        f"loss or gradient was not finite in {PATIENCE} steps in a row, up to step {last['step']} (loss {last['loss']}, gradient norm "
+        f"loss or gradient{who} was not finite in {PATIENCE} steps in a row, up to step {last['step']} (loss {last['loss']}, gradient norm "
         f"{last['grad_norm']}, lr {last['lr']:.3g}); the batches are listed in {path}, the last good checkpoint is kept. "
-        "A lower optimizer.lr, a longer schedule.warmup, clip.norm or precision=32-true often helps"
+        f"A lower {where}optimizer.lr, a longer {where}schedule.warmup, {where}clip.norm or precision=32-true often helps"
     )

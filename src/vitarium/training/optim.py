@@ -86,12 +86,19 @@ def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
     return {name: decay ** (last - layers.get(name, last)) for name in names}
 
 
-def parameter_groups(learner: nn.Module, settings: Optimizer) -> list[dict[str, Any]]:
+def parameter_groups(learner: nn.Module, settings: Optimizer, parameters: Iterable[Tensor] | None = None) -> list[dict[str, Any]]:
     """Groups of a learner's trainable parameters, each parameter once, by layer and by whether weight decay applies.
 
     No decay on tensors with fewer than two axes and on what `model.no_weight_decay()` names (shell patterns allowed). Layer-wise decay
     concerns `learner.model`; whatever else a learner trains takes the full rate, or its share of it in `learner.rates`.
+
+    Args:
+        parameters: those of the learner's that are meant; None: all.
+
+    Raises:
+        UsageError: none of them requires gradients, or the model has no layers for `layer_decay`.
     """
+    meant = None if parameters is None else {id(parameter) for parameter in parameters}
     model = getattr(learner, "model", None)
     scales: dict[str, float] = {}
     rates: dict[str, float] = getattr(learner, "rates", {})
@@ -103,7 +110,7 @@ def parameter_groups(learner: nn.Module, settings: Optimizer) -> list[dict[str, 
         exempt = [f"model.{name}" for name in named()]
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in learner.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or (meant is not None and id(parameter) not in meant):
             continue
         free = parameter.ndim < 2 or any(name == e or fnmatch.fnmatchcase(name, e) for e in exempt)
         decay, scale = 0.0 if free else settings.weight_decay, scales.get(name, rates.get(name, 1.0))
@@ -114,14 +121,14 @@ def parameter_groups(learner: nn.Module, settings: Optimizer) -> list[dict[str, 
     return list(groups.values())
 
 
-def create_optimizer(learner: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    """The recipe's optimizer over a learner's parameters; one fused kernel where torch has it."""
+def create_optimizer(learner: nn.Module, settings: Optimizer, parameters: Iterable[Tensor] | None = None) -> torch.optim.Optimizer:
+    """The recipe's optimizer over a learner's parameters, or some of them; one fused kernel where torch has it."""
     from timm.optim import create_optimizer_v2
 
     given: dict[str, Any] = {name: getattr(settings, name) for name in ("betas", "eps", "momentum") if getattr(settings, name) is not None}
     if settings.name in ("adamw", "adam", "sgd"):
         given["fused"] = True
-    groups = parameter_groups(learner, settings)
+    groups = parameter_groups(learner, settings, parameters)
     try:
         optimizer = create_optimizer_v2(groups, settings.name, lr=settings.lr, weight_decay=settings.weight_decay, **given)
     except (TypeError, ValueError, IndexError, AssertionError, ImportError) as error:  # each optimizer has its own way

@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from vitarium.data.transforms import Augment
 from vitarium.errors import UsageError, nearest
-from vitarium.training.settings import Section, check, override, read_settings
+from vitarium.training.settings import Section, check, merged, override, read_settings
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -185,6 +185,53 @@ class Clip(Section):
         return self
 
 
+class PlayerRecipe(Section):
+    """What a recipe sets for one player: under `players.NAME`, each key as at the recipe's root, whose values it falls back to."""
+
+    optimizer: Optimizer
+    schedule: Schedule = Schedule()
+    clip: Clip = Clip()
+    ema: Ema | None = None
+
+
+class Phase(Section):
+    """A part of a training that differs from the rest of it.
+
+    Args:
+        until: where it ends, counted from the beginning of the training; None (in the last phase only): at the end.
+        freeze: patterns of parameters that do not learn, such as "model.stages.0" or "model.*.bias". A pattern stands for the parameters
+            whose names it matches, and for all parameters of modules whose names it matches.
+        train: patterns of parameters that learn all the same, whether `freeze` names them or the learner had frozen them.
+        image_size: side of the square input, pixels; None: the recipe's.
+        values: numbers by path, such as "objective.coefficient": 0.1; see `Course`.
+    """
+
+    until: Stretch | None = None
+    freeze: tuple[str, ...] = ()
+    train: tuple[str, ...] = ()
+    image_size: Annotated[int, Field(ge=1, le=8192)] | None = None
+    values: dict[str, float] = Field(default_factory=dict)
+
+
+class Course(Section):
+    """A number as a function of the step: `from` up to `start`, then along the shape to `to`, which is reached at `until`.
+
+    Its path is "objective.KEY", a number of the learner's settings, or "method.SLUG.OPTION", a live option of a method on the model.
+
+    Args:
+        from_: the first value; written `from` in a recipe.
+        to: the last value.
+        start, until: where the change begins and ends, counted from the beginning of the training.
+        shape: "linear" or half a "cosine".
+    """
+
+    from_: float = Field(alias="from")
+    to: float
+    start: Stretch = Span(amount=0, unit="share")
+    until: Stretch = Span(amount=1, unit="share")
+    shape: Literal["linear", "cosine"] = "cosine"
+
+
 class Recipe(Section):
     """Every number of a training run.
 
@@ -197,6 +244,9 @@ class Recipe(Section):
         batch_size: pictures a step of one process holds in memory.
         accumulate: such batches a step of the optimizer; the total batch is batch_size x accumulate x processes.
         repeats: augmented copies of a picture in an epoch (repeated augmentation).
+        players: of a learner with several players, by their names: what differs from the root (see `PlayerRecipe`), key by key.
+        phases: parts of the training that follow one another; what comes after the last one is as without phases.
+        values: numbers that change with the step, by path (see `Course`).
         precision: "32-true", "bf16-mixed" or "64-true".
         eval_every: between evaluations; the end is always evaluated.
         log_every: optimizer steps between lines of log.csv.
@@ -222,6 +272,9 @@ class Recipe(Section):
     augment: Augment = Augment()
     ema: Ema | None = None
     clip: Clip = Clip()
+    players: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    phases: tuple[Phase, ...] = ()
+    values: dict[str, Course] = Field(default_factory=dict)
     precision: Literal["32-true", "bf16-mixed", "64-true"] = "32-true"
     eval_every: Stretch = Span(amount=1, unit="epochs")
     log_every: Count = 50
@@ -240,6 +293,23 @@ class Recipe(Section):
             check(find_learner(str(name)).Settings, given, f"settings of {name}")
         return {"name": str(name), **given}
 
+    @model_validator(mode="after")
+    def _parts_are_whole(self) -> Recipe:
+        for name in self.players:
+            self.player(name)
+        for number, phase in enumerate(self.phases[:-1]):
+            if phase.until is None:
+                raise ValueError(f"phases.{number}.until is missing: only the last phase may go on to the end")
+        return self
+
+    def player(self, name: str) -> PlayerRecipe:
+        """The numbers of one player; those of the recipe's root for a player that it does not name."""
+        root = {key: getattr(self, key).model_dump() if getattr(self, key) else None for key in PlayerRecipe.model_fields}
+        given = self.players.get(name, {})
+        if "clip" in given:
+            root["clip"] = {}  # its keys exclude each other
+        return check(PlayerRecipe, merged(root, given), f"players.{name}")
+
     def settings_of(self, learner: Any) -> Any:
         """The objective's settings, as the learner's class checks them."""
         given = {key: value for key, value in self.objective.items() if key != "name"}
@@ -247,7 +317,9 @@ class Recipe(Section):
 
     def identity(self) -> dict[str, Any]:
         """What makes the outcome of a run, as plain values; how often it logs and saves, and who reads the pictures, does not."""
-        return self.model_dump(mode="json", exclude={"log_every", "checkpoint_minutes", "num_workers", "model", "model_arguments", "data"})
+        excluded = {"log_every", "checkpoint_minutes", "num_workers", "model", "model_arguments", "data"}
+        excluded |= {name for name in ("players", "phases", "values") if not getattr(self, name)}  # recipes without them are as they were
+        return self.model_dump(mode="json", by_alias=True, exclude=excluded)
 
     def digest(self) -> str:
         """Hex digest of `identity`."""

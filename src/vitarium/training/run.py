@@ -1,8 +1,9 @@
-"""What one process holds while it trains, and what it does between two steps: evaluate, save, tell how far it is."""
+"""State of one training process, and its work between two steps: phases, evaluation, checkpoints, progress."""
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from vitarium.catalog.create import preprocessing_of
 from vitarium.data.bad_files import BadFiles
 from vitarium.data.loader import Loader, generators_kept, seed_generators
 from vitarium.errors import TrainingStopped
@@ -22,10 +24,13 @@ from vitarium.training.base import Batch, Learner
 from vitarium.training.checkpoint import LAST, RunState, save_run
 from vitarium.training.evaluation import run_evaluation, to_device
 from vitarium.training.logs import Logs, Meters
-from vitarium.training.optim import Average, Rates, create_optimizer
+from vitarium.training.optim import Average, create_optimizer
+from vitarium.training.phases import Plan, hold_norms, require_gradients
+from vitarium.training.players import checked_players
 from vitarium.training.recipe import Recipe
 from vitarium.training.sharding import gather_model, restore_whole, whole_states
 from vitarium.training.signals import StopSignals
+from vitarium.training.turns import Outcome, Seat, foreign_buffers
 
 log = logging.getLogger("vitarium")
 
@@ -40,11 +45,12 @@ class Progress:
     Attributes:
         step, total_steps: optimizer steps done and in all.
         epoch: passes over the training part, with fraction.
-        loss: of the last step.
-        lr: the last step's learning rate.
+        loss: of the last step; with several players, the sum of theirs.
+        lr: the last step's learning rate; with several players, the first one's.
         images_per_second: over all processes, since the last call.
         seconds: spent in training steps, over all sessions of the run.
         metrics: numbers of the last evaluation.
+        losses: the last loss of each player.
     """
 
     step: int
@@ -55,6 +61,7 @@ class Progress:
     images_per_second: float
     seconds: float
     metrics: dict[str, float]
+    losses: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -66,34 +73,113 @@ class Run:
     recipe: Recipe
     state: RunState
     folder: Path
-    loader: Loader
-    val_loader: Loader
-    ema: Average | None = None
+    plan: Plan
+    make_loaders: Callable[[], tuple[Loader, Loader]]  # for training and evaluation, at the model's present image size
     whole: nn.Module | None = None  # where weights are spread over processes: a model to gather them in
     progress: Callable[[Progress], None] | None = None
     stop: StopSignals = field(default_factory=StopSignals)
 
-    module: Any = None  # the learner as Fabric wrapped it: calling it gives the losses
-    optimizer: Any = None
-    rates: Rates | None = None
+    seats: list[Seat] = field(default_factory=list)
     logs: Logs | None = None  # in the first process
     save_error: str | None = None
     last_saved: float = field(default_factory=time.monotonic)
     _shown: tuple[float, int] = (0.0, 0)
+    _phase: int = 0
+    _batches: Iterator[Batch] | None = None
+    _last: dict[str, Outcome] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         norms = [m for m in self.learner.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
         self.statistics: list[Tensor] = [b for norm in norms for b in norm.buffers(recurse=False)]
         device = self.fabric.device
         self.meters = {name: Meters(self.state.meters.get(name, {}), device) for name in ("line", "evaluation")}
+        players = checked_players(self.learner, self.recipe)
+        for name, player in players.items():
+            settings = self.recipe.player(name)
+            average = Average(player.averaged, settings.ema) if player.averaged is not None and settings.ema else None
+            others = [other for key, other in players.items() if key != name]
+            guarded = foreign_buffers(self.learner, player, others)
+            self.seats.append(Seat(name, player, settings, self.learner.stepper(settings, name), average, guarded=guarded))
+        self.loader, self.val_loader = self.make_loaders()
 
     def set_up(self) -> None:
-        """Wrap the learner for the devices, and make its optimizer."""
-        self.module = self.fabric.setup_module(self.learner)
-        self.optimizer = self.fabric.setup_optimizers(create_optimizer(self.learner, self.recipe.optimizer))
-        self.parameters = [p for p in self.learner.parameters() if p.requires_grad]
+        """Wrap the learner for the devices, and make the players' optimizers, over what learns in any phase."""
+        require_gradients(self.learner, self.plan.ever)
+        if len(self.seats) == 1:  # sharding has to come before the optimizer
+            self.seats[0].module = self.fabric.setup_module(self.learner)
+        for seat in self.seats:
+            optimizer = create_optimizer(self.learner, seat.settings.optimizer, seat.player.parameters())
+            seat.optimizer = self.fabric.setup_optimizers(optimizer)
+        self._phase = -1
+
+    def wrap(self) -> None:
+        """Let Fabric wrap the learner once a player: the wrapper of several processes averages the gradients of what learns now."""
+        for seat in self.seats:
+            if seat.parameters:
+                self.listen_to(seat)
+                seat.module = self.fabric.setup_module(self.learner)
+
+    def listen_to(self, seat: Seat) -> None:
+        """Let the parameters of one player require gradients, and no others."""
+        if len(self.seats) > 1:
+            self.learner.requires_grad_(False)
+            for parameter in seat.parameters:
+                parameter.requires_grad_(True)
+
+    # ---- phases
+
+    def averages(self) -> list[nn.Module]:
+        """The players' moving averages, and the model that is evaluated: what phases change beside `learner.model`."""
+        return [*(seat.average.module for seat in self.seats if seat.average), self.learner.eval_model()]
+
+    def enter(self, step: int, value_step: int | None = None) -> None:
+        """Set the phase and the values of a step.
+
+        Args:
+            value_step: the step of the values, if another.
+        """
+        number = self.plan.phase_at(step)
+        if number != self._phase:
+            before = self._phase
+            self._phase = number
+            self._change_phase(before, number)
+        self.plan.set_values(step if value_step is None else value_step, number, self.averages())
+
+    def _change_phase(self, before: int, number: int) -> None:
+        plan = self.plan
+        learns = plan.learning[number]
+        if before < 0 or plan.learning[before] != learns:
+            require_gradients(self.learner, learns)
+            if self.recipe.phases:
+                hold_norms(self.learner, plan.managed, learns)
+            ids = {id(p) for name, p in self.learner.named_parameters() if name in learns}
+            for seat in self.seats:
+                seat.parameters = [p for p in seat.player.parameters() if id(p) in ids]
+            if self.seats[0].optimizer is not None and (len(self.seats) > 1 or before >= 0 or learns != plan.ever):
+                self.wrap()
+        size = plan.image_size(number)
+        if size != preprocessing_of(self.learner.model).image_size:
+            plan.set_image_size(number, self.averages())
+            bad = [(self.loader.bad_files, self.val_loader.bad_files)]
+            self.loader.close()
+            self.val_loader.close()
+            self.loader, self.val_loader = self.make_loaders()
+            self.loader.bad_files, self.val_loader.bad_files = bad[0]
+            self._batches = None
 
     # ---- sizes and data
+
+    def positions(self, batch: Batch, number: int) -> Tensor:
+        """Positions in the whole batch, (B,), of the samples of accumulated batch 0, 1, ... of this process."""
+        first = (number * self.fabric.world_size + self.fabric.global_rank) * self.recipe.batch_size
+        position: Tensor = batch["position"]
+        return position + first
+
+    def stream(self) -> Iterator[Batch]:
+        """The iterator over the batches of the present phase; `batches` from the present step on."""
+        if self._batches is None:
+            self._batches = self.batches()
+        return self._batches
 
     @property
     def steps_per_epoch(self) -> int:
@@ -102,7 +188,7 @@ class Run:
 
     @property
     def images_per_step(self) -> int:
-        """Pictures a step, over accumulation and processes."""
+        """Images a step, over accumulation and processes."""
         return self.recipe.batch_size * self.recipe.accumulate * self.fabric.world_size
 
     @property
@@ -130,8 +216,9 @@ class Run:
         return state.evaluated != state.step and (state.step == state.total_steps or (state.step > 0 and state.step % every == 0))
 
     def evaluate(self) -> None:
-        """Evaluate the moving average, or the model where there is none, and note the numbers."""
+        """Evaluate the moving average, or the model where there is none, and note the numbers; in the phase of the step before."""
         state = self.state
+        self.enter(max(0, state.step - 1), state.step)
         values = run_evaluation(
             self.learner,
             self.model_to_evaluate(),
@@ -142,7 +229,7 @@ class Run:
         )
         numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
         means = {f"train_{name}": value for name, value in self.means("evaluation").items()}
-        lr = self.rates.at(max(0, state.step - 1)) if self.rates else 0.0
+        lr = self.lr(self.seats[0], state.step - 1)
         state.history.append({"step": state.step, "epoch": self.epoch, "seconds": state.seconds, "lr": lr, **means, **numbers})
         state.evaluated = state.step
         name, better = self.learner.primary_metric
@@ -177,11 +264,13 @@ class Run:
         """The moving average, the gathered weights, or the model itself; called in all processes."""
         if self.whole is not None:
             gather_model(self.learner, self.whole)
-        return self.ema.module if self.ema else self.whole or self.learner.eval_model()
+        model = self.learner.eval_model()
+        averages = [seat.average.module for seat in self.seats if seat.average and seat.player.averaged is model]
+        return averages[0] if averages else self.whole or model
 
     def means(self, meters: str) -> dict[str, float]:
-        """The means of logged scalars over all processes, beginning anew."""
-        means = self.meters[meters].means()
+        """The means of logged scalars since the last call, over all processes."""
+        means = self.meters[meters].means() or {self.named(seat, "loss"): math.nan for seat in self.seats}
         if self.fabric.world_size > 1:
             together: Any = self.fabric.all_reduce(torch.tensor(list(means.values()), device=self.fabric.device), reduce_op="mean")
             means = dict(zip(means, together.tolist(), strict=True))
@@ -224,27 +313,29 @@ class Run:
             log.warning("cannot write %s (%s); training goes on with the old checkpoint intact", self.folder / LAST, error)
 
     def tensors(self) -> dict[str, Any]:
-        """State dicts of the learner, the moving average and (until the end) the optimizer."""
+        """State dicts of the learner and, by player, of moving averages and (until the end) optimizers."""
         if self.whole is not None:
-            tensors = whole_states(self.learner, self.optimizer)
+            learner, optimizer = whole_states(self.learner, self.seats[0].optimizer)
+            tensors = {"learner": learner, "optimizers": {self.seats[0].name: optimizer}}
         else:
-            tensors = {"learner": self.learner.state_dict(), "optimizer": self.optimizer.state_dict()}
-        if self.ema:
-            tensors["ema"] = self.ema.module.state_dict()
+            optimizers = {seat.name: seat.optimizer.state_dict() for seat in self.seats}
+            tensors = {"learner": self.learner.state_dict(), "optimizers": optimizers}
+        tensors["averages"] = {seat.name: seat.average.module.state_dict() for seat in self.seats if seat.average}
         if self.state.finished:
-            tensors.pop("optimizer")
+            tensors.pop("optimizers")
         return tensors
 
     def restore(self, tensors: dict[str, Any]) -> None:
         """Put back what `tensors` gave."""
-        if self.whole is not None and "optimizer" in tensors:
-            restore_whole(self.learner, self.optimizer, tensors)
+        if self.whole is not None and "optimizers" in tensors:
+            restore_whole(self.learner, self.seats[0].optimizer, tensors["learner"], tensors["optimizers"][self.seats[0].name])
             return
         self.learner.load_state_dict(tensors["learner"])
-        if self.ema:
-            self.ema.module.load_state_dict(tensors["ema"])
-        if "optimizer" in tensors:
-            self.optimizer.load_state_dict(tensors["optimizer"])
+        for seat in self.seats:
+            if seat.average:
+                seat.average.module.load_state_dict(tensors["averages"][seat.name])
+            if "optimizers" in tensors:
+                seat.optimizer.load_state_dict(tensors["optimizers"][seat.name])
 
     def stop_if_asked(self) -> None:
         """Between two batches of an evaluation: save and leave when a signal came."""
@@ -274,31 +365,60 @@ class Run:
                 "training goes on from the checkpoint before"
             )
 
-    # ---- telling
+    # ---- logs and progress
 
-    def tell(self, losses: dict[str, Tensor] | None) -> None:
-        """Call the progress callback: after an evaluation (None), and now and then after a step, with its losses."""
+    def named(self, seat: Seat, name: str) -> str:
+        """The name under which a player's number is logged: with the player's before it where there are several."""
+        return name if len(self.seats) == 1 else f"{seat.name}.{name}"
+
+    @staticmethod
+    def lr(seat: Seat, step: int) -> float:
+        """A player's rate at a step; 0 for a run that takes no steps any more."""
+        return seat.rates.at(max(0, step)) if seat.rates else 0.0
+
+    def note(self, outcomes: list[Outcome]) -> None:
+        """Count the losses of a step's turns, but of those that were left out."""
+        self._last |= {outcome.seat.name: outcome for outcome in outcomes}
+        counted = {self.named(o.seat, name): value for o in outcomes if o.finite for name, value in o.losses.items()}
+        norms = {self.named(o.seat, "grad_norm"): o.norm for o in outcomes if o.finite} if len(self.seats) > 1 else {}
+        if counted:
+            self.meters["evaluation"].add(counted)
+            self.meters["line"].add(counted | norms)
+
+    def tell(self, outcomes: list[Outcome] | None) -> None:
+        """Call the progress callback: after an evaluation (None), and now and then after a step, with its turns."""
         now = time.monotonic()
         before, step = self._shown
-        if not self.progress or (losses is not None and now - before < PROGRESS_SECONDS):
+        if not self.progress or (outcomes is not None and now - before < PROGRESS_SECONDS):
             return
         self._shown = now, self.state.step
         speed = (self.state.step - step) * self.images_per_step / (now - before) if before else 0.0
         last = self.state.history[-1] if self.state.history else {}
         metrics = {name: value for name, value in last.items() if name not in ("step", "epoch", "seconds", "lr")}
-        loss = float(losses["loss"]) if losses is not None else metrics.get("train_loss", float("nan"))
-        lr = self.rates.at(max(0, self.state.step - 1)) if self.rates else 0.0
-        self.progress(Progress(self.state.step, self.state.total_steps, self.epoch, loss, lr, speed, self.state.seconds, metrics))
+        if outcomes is None:
+            losses = {seat.name: metrics.get(f"train_{self.named(seat, 'loss')}", math.nan) for seat in self.seats}
+        else:
+            losses = {name: float(outcome.losses["loss"]) for name, outcome in self._last.items()}
+        done, lr = self.state.step, self.lr(self.seats[0], self.state.step - 1)
+        self.progress(
+            Progress(done, self.state.total_steps, self.epoch, sum(losses.values()), lr, speed, self.state.seconds, metrics, losses)
+        )
 
-    def write_line(self, norm: Tensor) -> None:
-        """A line of log.csv: means since the line before, the last step's rate and gradient norm."""
+    def write_line(self) -> None:
+        """Write a line of log.csv: means since the line before, each player's rate and count of skipped steps, and the gradient norm of a
+        single player's last step (of several players: means)."""
         state = self.state
         means = self.means("line")
         if not self.logs:
             return
-        lr = self.rates.at(state.step - 1) if self.rates else 0.0
+        numbers: dict[str, Any] = {}
+        for seat in self.seats:
+            numbers[self.named(seat, "lr")] = self.lr(seat, state.step - 1)
+            if len(self.seats) == 1:
+                numbers["grad_norm"] = float(self._last[seat.name].norm)
+            numbers[self.named(seat, "skipped")] = state.skips.get(seat.name, 0)
         speed = state.step * self.images_per_step / state.seconds if state.seconds else 0.0
-        numbers = {"lr": lr, "grad_norm": float(norm), "skipped": state.skipped, "seconds": state.seconds, "images_per_second": speed}
+        numbers |= {"seconds": state.seconds, "images_per_second": speed}
         self.logs.line({"step": state.step, "epoch": self.epoch, **means, **numbers})
 
 

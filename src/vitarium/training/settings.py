@@ -70,20 +70,24 @@ def _problem(model: type[BaseModel], error: Any) -> str:
 
 def keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
     """The keys that the section at a path takes; those of `model` itself for an empty path."""
-    for part in path:
+    parts = iter(path)
+    for part in parts:
         field = model.model_fields.get(part)
         sections = _sections(field.annotation) if field else []
         if not sections:
             break
         model = sections[0]
-    return list(getattr(model, "model_fields", None) or getattr(model, "__pydantic_fields__", {}))
+        if field and typing.get_origin(field.annotation) in (dict, list, tuple):
+            next(parts, None)  # the entry's key or number
+    fields: dict[str, Any] = getattr(model, "model_fields", None) or getattr(model, "__pydantic_fields__", {})
+    return [getattr(field, "alias", None) or name for name, field in fields.items()]
 
 
 def _sections(annotation: Any) -> list[Any]:
     """The settings classes inside an annotation such as `Ema | None`."""
     if isinstance(annotation, type) and (issubclass(annotation, BaseModel) or hasattr(annotation, "__dataclass_fields__")):
         return [annotation]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated, dict, list, tuple):
         return [section for part in typing.get_args(annotation) for section in _sections(part)]
     return []
 
@@ -109,4 +113,13 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
             here[key] = dict(inner) if isinstance(inner, dict) else {}
             here = here[key]
         here[keys[-1]] = value
+    return result
+
+
+def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A copy of nested settings in which `changes` replaces single keys; a section that was None becomes that of `changes`."""
+    result = dict(values)
+    for key, value in changes.items():
+        here = result.get(key)
+        result[key] = merged(here, value) if isinstance(here, dict) and isinstance(value, dict) else value
     return result

@@ -14,6 +14,7 @@ from torch import nn
 
 from vitarium.errors import UsageError
 from vitarium.training.base import Learner
+from vitarium.training.players import has_players
 from vitarium.training.recipe import Recipe
 
 
@@ -32,6 +33,8 @@ def check_shardable(learner: Learner, recipe: Recipe) -> None:
     Raises:
         UsageError: the recipe or the learner needs whole weights at every step.
     """
+    if has_players(learner) or recipe.phases:
+        raise UsageError("strategy=fsdp serves learners of one player without phases; use strategy=ddp")
     if recipe.ema:
         raise UsageError("a moving average needs the whole weights at every step, which strategy=fsdp avoids; use ema=null or strategy=ddp")
     if learner.eval_model() is not learner.model:
@@ -51,24 +54,23 @@ def _shard(learner: nn.Module, mesh: Any) -> nn.Module:
     return learner
 
 
-def whole_states(learner: nn.Module, optimizer: Any) -> dict[str, Any]:
+def whole_states(learner: nn.Module, optimizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """State dicts of learner and optimizer as those of a single device, in the first process; called in all of them."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    learner_state, optimizer_state = get_state_dict(learner, optimizer, options=options)
-    return {"learner": learner_state, "optimizer": optimizer_state}
+    return get_state_dict(learner, optimizer, options=options)
 
 
-def restore_whole(learner: nn.Module, optimizer: Any, tensors: dict[str, Any]) -> None:
+def restore_whole(learner: nn.Module, optimizer: Any, learner_state: dict[str, Any], optimizer_state: dict[str, Any]) -> None:
     """Spread what `whole_states` gave; every process holds all of it."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
     set_state_dict(
         learner,
         optimizer,
-        model_state_dict=tensors["learner"],
-        optim_state_dict=tensors["optimizer"],
+        model_state_dict=learner_state,
+        optim_state_dict=optimizer_state,
         options=StateDictOptions(full_state_dict=True),
     )
 

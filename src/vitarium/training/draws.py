@@ -1,0 +1,73 @@
+"""Random numbers for single samples, independent of the number of processes, the accumulation and the other players.
+
+    noise = learner.noise(batch, 64)      # (B, 64): row i depends on (seed, step, player, position of sample i in the whole batch, call)
+
+The position of a sample counts over accumulated batches and processes, so that one process with a batch of 16, two processes with 8 each
+and two accumulated batches of 8 draw the same numbers for the same sample. torch's global generators do not have this property: the loop
+seeds them by process, and they serve draws that concern no single sample, such as dropout.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitarium.data.loader import mix
+
+
+def player_key(player: str) -> int:
+    """A number that depends on the player's name alone, so that adding a player does not change another's draws."""
+    return zlib.crc32(player.encode())
+
+
+class Draws:
+    """The generators of one player's step.
+
+    Successive calls within one forward pass give different numbers; `restart` begins at the first call again, so that a second pass over
+    the same batch draws what the first one drew.
+
+    Args:
+        seed: of the recipe.
+        step: optimizer step 0, 1, ...
+        player: its name.
+    """
+
+    def __init__(self, seed: int, step: int, player: str):
+        self.key = seed, step, player_key(player)
+        self.calls = 0
+
+    def restart(self) -> None:
+        """Begin at the first call again; the loop does this before each forward pass."""
+        self.calls = 0
+
+    def generators(self, positions: Tensor) -> Iterator[torch.Generator]:
+        """One CPU generator a sample; each is valid until the next one is taken.
+
+        Args:
+            positions: of the samples in the whole batch, (B,) int64.
+        """
+        call, self.calls = self.calls, self.calls + 1
+        generator = torch.Generator()
+        for position in positions.tolist():
+            generator.manual_seed(mix(*self.key, position, call))
+            yield generator
+
+    def normal(self, positions: Tensor, *shape: int) -> Tensor:
+        """Standard normal numbers, (B, *shape) float32 on the CPU."""
+        rows = [torch.randn(shape, generator=generator) for generator in self.generators(positions)]
+        return torch.stack(rows) if rows else torch.empty(0, *shape)
+
+    def uniform(self, positions: Tensor, *shape: int) -> Tensor:
+        """Uniform numbers in [0, 1), (B, *shape) float32 on the CPU."""
+        rows = [torch.rand(shape, generator=generator) for generator in self.generators(positions)]
+        return torch.stack(rows) if rows else torch.empty(0, *shape)
+
+
+def positions_of(batch: dict[str, Any]) -> Tensor:
+    """Positions of a batch's samples in the whole batch, (B,) int64; their numbers in the batch where the loop did not set them."""
+    known = batch.get("position")
+    return known if known is not None else torch.arange(len(batch["image"]))

@@ -1,0 +1,332 @@
+"""Phases and courses of a recipe at work: which parameters learn, at which resolution, and with which numbers, as functions of the step.
+
+    phases:
+      - {until: 0.3, freeze: [model.stages.0, model.stages.1], image_size: 224}
+      - {image_size: 384}
+    values:
+      method.evit.keep: {from: 1.0, to: 0.7, until: 0.5, shape: cosine}
+
+Nothing here remembers earlier steps: what holds at step n is computed from n alone, so that a run that is resumed on either side of a
+boundary finds what an unbroken one finds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from vitarium.catalog.applying import methods_on
+from vitarium.catalog.create import preprocessing_of
+from vitarium.catalog.probe import example_input
+from vitarium.errors import UsageError, VitariumError, nearest
+from vitarium.training.base import Learner
+from vitarium.training.evaluation import evaluating
+from vitarium.training.recipe import Course, Phase, Recipe
+from vitarium.training.settings import check
+
+PLAIN = Phase()
+"""What holds after the last phase, and where a recipe has none."""
+
+
+# ---- which parameters learn
+
+
+def matching(module: nn.Module, patterns: Iterable[str], where: str) -> set[str]:
+    """Names of the parameters that patterns stand for: those that match, and those inside modules that match.
+
+    Args:
+        module: whose `named_parameters` are searched.
+        patterns: shell patterns of whole names, such as "model.stages.*", "model.blocks.0" or "*.bias".
+        where: what to call them in messages.
+
+    Raises:
+        UsageError: a pattern stands for nothing; the message names near ones.
+    """
+    names = [name for name, _ in module.named_parameters()]
+    found: set[str] = set()
+    for pattern in patterns:
+        matched = {name for name in names if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")}
+        if not matched:
+            known = [*(name for name, _ in module.named_modules() if name), *names]
+            raise UsageError(f"{where}: {pattern!r} matches no parameter of {type(module).__name__}{nearest(pattern, known)}")
+        found |= matched
+    return found
+
+
+def learning_by_phase(learner: Learner, recipe: Recipe) -> list[set[str]]:
+    """For each phase, and for what follows the last one, the names of the parameters that learn.
+
+    Raises:
+        UsageError: a pattern matches nothing, or a phase leaves nothing to learn.
+    """
+    usual = {name for name, p in learner.named_parameters() if p.requires_grad}
+    sets = []
+    for number, phase in enumerate([*recipe.phases, PLAIN]):
+        learns = usual - matching(learner, phase.freeze, f"phases.{number}.freeze")
+        learns |= matching(learner, phase.train, f"phases.{number}.train")
+        if not learns:
+            raise UsageError(f"phases.{number} leaves no parameter of {type(learner).__name__} that learns")
+        sets.append(learns)
+    return sets if not recipe.phases or recipe.phases[-1].until is not None else sets[:-1]
+
+
+@contextlib.contextmanager
+def settled(learner: Learner, recipe: Recipe) -> Iterator[None]:
+    """Inside, parameters require gradients if they learn in some phase, as after the training; afterwards, as before.
+
+    Raises:
+        UsageError: see `learning_by_phase`.
+    """
+    ever = set[str]().union(*learning_by_phase(learner, recipe))
+    before = [(parameter, parameter.requires_grad) for parameter in learner.parameters()]
+    require_gradients(learner, ever)
+    try:
+        yield
+    finally:
+        for parameter, learns in before:
+            parameter.requires_grad_(learns)
+
+
+def require_gradients(learner: nn.Module, learns: set[str]) -> None:
+    """Let the parameters of these names require gradients, and no others."""
+    for name, parameter in learner.named_parameters():
+        parameter.requires_grad_(name in learns)
+
+
+def hold_norms(learner: nn.Module, managed: set[str], learns: set[str]) -> None:
+    """Put batch norms that phases froze into eval mode, so that frozen parts keep their statistics; those that learn into training mode.
+
+    Args:
+        managed: names of the parameters that phases freeze and thaw.
+        learns: those that learn now.
+    """
+    for name, module in learner.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            own = {f"{name}.{inner}" for inner, _ in module.named_parameters(recurse=False)} & managed
+            if own:
+                module.train(bool(own & learns))
+
+
+# ---- numbers by step
+
+
+def value_at(course: Course, step: int, total: int, per_epoch: int) -> float:
+    """The number of a course at a step, from 0 to `total`."""
+    start, end = course.start.steps(total, per_epoch), course.until.steps(total, per_epoch)
+    if step < start:
+        return course.from_
+    share = min(1.0, (step - start) / (end - start)) if end > start else 1.0
+    if course.shape == "cosine":
+        share = 0.5 * (1 - math.cos(math.pi * share))
+    return course.from_ + (course.to - course.from_) * share
+
+
+class Target:
+    """A number that a path of a recipe names, in a learner or in a method on its model.
+
+    Args:
+        path: "objective.KEY", keys of inner sections behind dots, or "method.SLUG.OPTION".
+        learner: whose settings or model it is about.
+
+    Raises:
+        UsageError: the path names nothing, or nothing that is a number and may change.
+    """
+
+    def __init__(self, path: str, learner: Learner):
+        self.path, self.learner = path, learner
+        kind, _, rest = path.partition(".")
+        if kind not in ("objective", "method") or not rest:
+            raise UsageError(f"{path!r} is no path of a value; paths are objective.KEY and method.SLUG.OPTION")
+        self._set: Callable[[float, Sequence[nn.Module]], None]
+        if kind == "objective":
+            self.keys = rest.split(".")
+            usual = self._setting()
+            self._set = self._set_setting
+        else:
+            self.slug, _, self.option = rest.partition(".")
+            usual = self._live_option()
+            self._set = self._set_option
+        if isinstance(usual, bool) or not isinstance(usual, int | float):
+            raise UsageError(f"{path} is {usual!r}, and only numbers can change by the step")
+        self.usual: float = usual
+        self.now: float = usual
+
+    def set(self, value: float, models: Sequence[nn.Module]) -> None:
+        """Change the number; whole numbers are rounded to.
+
+        Args:
+            models: the model and its moving averages, for options of methods.
+
+        Raises:
+            UsageError: out of its range.
+        """
+        number = round(value) if isinstance(self.usual, int) else float(value)
+        if number != self.now:
+            self._set(number, models)
+            self.now = number
+
+    def _setting(self) -> Any:
+        section = self.learner.settings
+        for depth, key in enumerate(self.keys):
+            known = list(getattr(type(section), "model_fields", {}))
+            if key not in known:
+                name = ".".join(["objective", *self.keys[: depth + 1]])
+                raise UsageError(
+                    f"values: {name} is no setting of {self.learner.objective or type(self.learner).__name__}{nearest(key, known)} "
+                    f"(settings: {', '.join(known) or 'none'})"
+                )
+            section = getattr(section, key)
+        return section
+
+    def _set_setting(self, value: float, models: Sequence[nn.Module]) -> None:
+        settings = self.learner.settings
+        values = settings.model_dump()
+        inner = values
+        for key in self.keys[:-1]:
+            inner = inner[key]
+        inner[self.keys[-1]] = value
+        self.learner.settings = check(type(settings), values, f"values: {self.path}={value:g}")
+
+    def _live_option(self) -> Any:
+        model = self.learner.model
+        slugs = [report.method.slug for report in methods_on(model)]
+        if self.slug not in slugs:
+            raise UsageError(
+                f"values: {self.path}: no method {self.slug!r} is on the model{nearest(self.slug, slugs)} "
+                f"(on it: {', '.join(slugs) or 'none'}; vitarium train --apply {self.slug} puts it there)"
+            )
+        method = methods_on(model)[slugs.index(self.slug)].method
+        if self.option not in method.tunable:
+            raise UsageError(
+                f"values: {self.path}: {self.slug} cannot change {self.option!r} while attached{nearest(self.option, method.tunable)} "
+                f"(it can: {', '.join(method.tunable) or 'none'})"
+            )
+        return getattr(method, self.option)
+
+    def _set_option(self, value: float, models: Sequence[nn.Module]) -> None:
+        for model in {id(model): model for model in (self.learner.model, *models)}.values():
+            for report in methods_on(model):
+                if report.method.slug == self.slug:
+                    report.tune(**{self.option: value})
+
+
+# ---- all together
+
+
+class Plan:
+    """A recipe's phases and courses for one learner.
+
+    Args:
+        learner: with the parameters that require gradients before any phase.
+        recipe: with the phases and values.
+
+    Raises:
+        UsageError: a pattern or path that names nothing, a value out of range, or an image size that the model cannot take.
+    """
+
+    def __init__(self, learner: Learner, recipe: Recipe):
+        self.learner, self.recipe = learner, recipe
+        self.learning = learning_by_phase(learner, recipe)
+        self.before = {name: p.requires_grad for name, p in learner.named_parameters()}
+        self.ever = set[str]().union(*self.learning)
+        self.managed = self.ever | {name for name, learns in self.before.items() if learns}
+        paths = dict.fromkeys([*recipe.values, *(path for phase in recipe.phases for path in phase.values)])
+        self.targets = [Target(path, learner) for path in paths]
+        self.usual_size: int = preprocessing_of(learner.model).image_size
+        self._check_values()
+        for size in dict.fromkeys(phase.image_size for phase in recipe.phases):
+            if size is not None and size != self.usual_size:
+                self._check_size(size)
+        self.total, self.per_epoch = 0, 1
+        self.ends: list[int] = []
+
+    def place(self, total_steps: int, steps_per_epoch: int) -> None:
+        """Turn the ends of phases into steps.
+
+        Raises:
+            UsageError: a phase ends before the one before it.
+        """
+        self.total, self.per_epoch = total_steps, steps_per_epoch
+        ends = [total_steps if p.until is None else p.until.steps(total_steps, steps_per_epoch) for p in self.recipe.phases]
+        if ends != sorted(ends):
+            raise UsageError(f"phases must end one after the other; of {total_steps} steps they end at {', '.join(map(str, ends))}")
+        self.ends = ends
+
+    def phase_at(self, step: int) -> int:
+        """The number of the phase of optimizer step 0, 1, ...; what follows the last one has their count as its number."""
+        return sum(end <= step for end in self.ends)
+
+    def phase(self, number: int) -> Phase:
+        """The phase of a number that `phase_at` gave."""
+        return self.recipe.phases[number] if number < len(self.recipe.phases) else PLAIN
+
+    def image_size(self, number: int) -> int:
+        """Side of the square input in a phase, pixels."""
+        return self.phase(number).image_size or self.usual_size
+
+    def set_values(self, step: int, number: int, models: Sequence[nn.Module]) -> None:
+        """Give every number of the recipe's paths its value at a step of a phase.
+
+        Args:
+            models: the model's moving averages, which have its methods too.
+        """
+        fixed = self.phase(number).values
+        for target in self.targets:
+            course = self.recipe.values.get(target.path)
+            value = target.usual if course is None else value_at(course, step, self.total, self.per_epoch)
+            target.set(fixed.get(target.path, value), models)
+
+    def set_image_size(self, number: int, models: Iterable[nn.Module]) -> None:
+        """Let models take images of a phase's size: it is part of their `preprocessing`."""
+        for model in (self.learner.model, *models):
+            _resize(model, self.image_size(number))
+
+    def leave(self, models: Sequence[nn.Module]) -> None:
+        """Leave the learner as it is at the end of the training: what learned in some phase requires gradients; numbers and image size are
+        those of the last step."""
+        last = self.phase_at(max(0, self.total - 1))
+        require_gradients(self.learner, self.ever)
+        self.set_values(self.total, last, models)
+        self.set_image_size(last, models)
+
+    def undo(self, models: Sequence[nn.Module]) -> None:
+        """Put back what was there before the training: which parameters require gradients, numbers, image size."""
+        for name, parameter in self.learner.named_parameters():
+            parameter.requires_grad_(self.before[name])
+        for target in self.targets:
+            target.set(target.usual, models)
+        for model in (self.learner.model, *models):
+            _resize(model, self.usual_size)
+
+    def _check_values(self) -> None:
+        for target in self.targets:
+            course = self.recipe.values.get(target.path)
+            tried = [phase.values[target.path] for phase in self.recipe.phases if target.path in phase.values]
+            for value in [*tried, *((course.from_, course.to) if course else ()), target.usual]:
+                target.set(value, ())
+
+    def _check_size(self, size: int) -> None:
+        model = self.learner.model
+        _resize(model, size)
+        try:
+            image = example_input(model, batch=2)
+            if image is not None:
+                with evaluating(model):
+                    model(image)
+        except (VitariumError, ValueError, RuntimeError, AssertionError, TypeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UsageError(f"phases: the model cannot take images of {size} pixels ({reason})") from error
+        finally:
+            _resize(model, self.usual_size)
+
+
+def _resize(model: nn.Module, size: int) -> None:
+    preprocessing = preprocessing_of(model)
+    if preprocessing.image_size != size:
+        model.preprocessing = dataclasses.replace(preprocessing, image_size=size)  # type: ignore[assignment]
