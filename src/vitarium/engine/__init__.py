@@ -1,0 +1,13 @@
+"""Many independent runs, or many images, on this machine or on a Ray cluster.
+
+`run_all` works on runs (a model of a comparison, a claim), `map_images` on parts of a long list of images. Both know nothing of models: they
+call picklable functions, write atomically, skip what is finished whichever engine did it, and give the same results on every engine.
+
+One training over several devices or machines is not their matter: `training.fit` does that with Lightning Fabric.
+"""
+
+from vitarium.engine.images import map_images
+from vitarium.engine.runs import Job, Outcome, RunEvent, run_all
+from vitarium.engine.settings import Engine, as_engine
+
+__all__ = ["Engine", "Job", "Outcome", "RunEvent", "as_engine", "map_images", "run_all"]

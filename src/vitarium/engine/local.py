@@ -1,0 +1,129 @@
+"""Runs on this machine: in the calling process, or several at a time in processes of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from vitarium.engine.runs import Job, Message
+from vitarium.engine.settings import Engine
+from vitarium.engine.worker import execute, portable, prepare, wait_until_free
+from vitarium.errors import TrainingStopped
+
+POLL_SECONDS = 0.2
+STOPPING_SECONDS = 30.0
+"""How long processes that are asked to stop may take to save."""
+
+
+class InProcess:
+    """One run after the other in the calling process.
+
+    Args:
+        handle: called with each message at once, since nobody polls while a run is under way.
+    """
+
+    def __init__(self, handle: Callable[[Message], None]):
+        self.handle = handle
+
+    def has_room(self, running: int) -> bool:
+        return not running
+
+    def start(self, position: int, job: Job) -> None:
+        try:
+            value = execute(job, lambda value: self.handle(Message("progress", position, value)))
+        except Exception as error:
+            return self.handle(Message("failed", position, error, "".join(traceback.format_exception(error))))
+        self.handle(Message("done", position, value))
+
+    def messages(self) -> Iterator[Message]:
+        return iter(())
+
+    def close(self, *, cancel: bool) -> None:
+        pass
+
+
+class Processes:
+    """Each run in a process of its own, `engine.jobs` at a time."""
+
+    def __init__(self, engine: Engine):
+        self.jobs = engine.jobs or 1
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.threads = max(1, int(engine.cpus or cores / self.jobs))
+        self.context = multiprocessing.get_context("spawn")
+        self.running: dict[Connection, tuple[int, Any, int]] = {}
+
+    def has_room(self, running: int) -> bool:
+        return running < self.jobs
+
+    def start(self, position: int, job: Job) -> None:
+        ours, theirs = self.context.Pipe()
+        slot = min(set(range(self.jobs)) - {slot for _, _, slot in self.running.values()})
+        process = self.context.Process(target=_child, args=(theirs, job, self.threads, slot), name=job.name)
+        process.start()
+        theirs.close()
+        self.running[ours] = position, process, slot
+
+    def messages(self) -> Iterator[Message]:
+        for connection in wait(list(self.running), POLL_SECONDS):
+            assert isinstance(connection, Connection)
+            position, process, _ = self.running[connection]
+            try:
+                kind, value, text = connection.recv()
+            except (EOFError, OSError):
+                kind, value, text = "failed", None, ""
+            if kind == "progress":
+                yield Message(kind, position, value)
+                continue
+            process.join()
+            del self.running[connection]
+            connection.close()
+            if value is None and kind == "failed":
+                value = TrainingStopped(f"its process ended with exit code {process.exitcode}{_why(process.exitcode)}")
+            yield Message(kind, position, value, text)
+
+    def close(self, *, cancel: bool) -> None:
+        for _, process, _ in self.running.values():
+            process.terminate()
+        for _, process, _ in self.running.values():
+            process.join(STOPPING_SECONDS)
+            if process.is_alive():
+                process.kill()
+        self.running.clear()
+
+
+def _why(code: int | None) -> str:
+    return " (killed: out of memory?)" if code in (-9, 137) else ""
+
+
+def _child(connection: Connection, job: Job, threads: int, slot: int) -> None:
+    """The whole life of a run's process."""
+    prepare(threads)
+    _take_device(slot)
+
+    def report(value: Any) -> None:
+        connection.send(("progress", value, ""))
+
+    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):  # asked to stop, or nobody listens any more; the run has saved
+        try:
+            wait_until_free(job.folder)
+            value = execute(job, report)
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            connection.send(("failed", *portable(error)))
+        else:
+            connection.send(("done", value, ""))
+
+
+def _take_device(slot: int) -> None:
+    """Spread the processes over this machine's GPUs where it has several."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if count > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(slot % count)

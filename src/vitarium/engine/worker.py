@@ -1,0 +1,92 @@
+"""What happens in the process that does the work, whichever engine started it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vitarium.errors import UsageError
+from vitarium.files import lock_folder, write_json
+
+if TYPE_CHECKING:
+    from vitarium.engine.runs import Job, Report
+
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+LEAVING_SECONDS = 60.0
+"""How long a run waits for an earlier attempt on a lost machine to leave its folder."""
+
+
+def execute(job: Job, report: Report) -> dict[str, Any] | None:
+    """Run a job in this process; its result is written last.
+
+    Raises:
+        whatever the job's function raises.
+    """
+    from vitarium.engine.runs import RESULT
+
+    value = job.function(job.folder, report, **job.settings)
+    if value is not None:
+        write_json(job.folder / RESULT, value)
+    return value
+
+
+def prepare(threads: int | None, folder: str | None = None) -> None:
+    """Make a fresh worker process like the calling one: its folder, its threads, and no trace of a launcher.
+
+    Args:
+        threads: of PyTorch; None leaves them.
+        folder: working folder of the caller, by which relative paths are meant; skipped where this machine does not have it.
+    """
+    for name in [n for n in os.environ if n in LAUNCHERS or n.startswith("SLURM_")]:
+        del os.environ[name]  # a cluster started by srun passes these on, and training would take the run for one of several processes
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            os.chdir(folder)
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(max(1, threads))
+
+
+def wait_until_free(folder: Path) -> None:
+    """Wait until no other process holds a run's folder: one that lost its machine needs a moment to end.
+
+    Raises:
+        UsageError: it is still held after `LEAVING_SECONDS`.
+    """
+    end = time.monotonic() + LEAVING_SECONDS
+    while True:
+        try:
+            with lock_folder(folder):
+                return
+        except UsageError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.2)
+
+
+def portable(error: Exception) -> tuple[Exception, str]:
+    """Return an error that survives pickling, and its traceback as text."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        if type(pickle.loads(pickle.dumps(error))) is type(error):
+            return error, text
+    except Exception:  # an exception may refuse in any way
+        pass
+    return nearest_kind(error), text
+
+
+def nearest_kind(error: Exception) -> Exception:
+    """Return an error with the same message, of the nearest kind that is made from a message alone."""
+    message = str(error)
+    for kind in type(error).__mro__:
+        with contextlib.suppress(Exception):
+            made = kind(message)
+            if isinstance(made, Exception) and type(pickle.loads(pickle.dumps(made))) is kind and str(made) == message:
+                return made
+    return RuntimeError(f"{type(error).__name__}: {message}")
