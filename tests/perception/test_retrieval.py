@@ -97,14 +97,12 @@ def pictures(tmp_path):
     return tmp_path
 
 
-def test_an_index_is_brought_up_to_date_and_reads_only_what_is_new(pictures, monkeypatch):
-    monkeypatch.setattr("vitarium.perception.retrieval.index.SAVE_EVERY", 2)
+def test_an_index_is_brought_up_to_date_and_reads_only_what_is_new(pictures):
     model = vitarium.create_model("timm/vit_pico", image_size=16).eval()
     files = sorted(map(str, pictures.glob("*")))
-    index, halves = Index("m", model_fingerprint(model)), []
+    index = Index("m", model_fingerprint(model))
     index_file = pictures / "x.index"
-    assert update(index, model, files, batch_size=2, save=lambda half: halves.append(len(half))) == (5, 0)
-    assert halves[0] < 5  # on the way it was whole, and smaller
+    assert update(index, model, files, batch_size=2) == (5, 0)
     assert index.broken[0][0].endswith("broken.jpg")
     index.save(index_file)
     again = Index.load(index_file)
@@ -120,6 +118,37 @@ def test_an_index_is_brought_up_to_date_and_reads_only_what_is_new(pictures, mon
     assert not torch.equal(again.embeddings[0], before[files[0]])
     whole, _ = embed_files(model, files)
     torch.testing.assert_close(again.embeddings, torch.stack([whole[file] for file in files]))
+
+
+def test_an_interrupted_index_continues_even_with_another_list(pictures, monkeypatch):
+    monkeypatch.setattr("vitarium.perception.retrieval.index.PART_BATCHES", 1)
+    model = vitarium.create_model("timm/vit_pico", image_size=16).eval()
+    files = sorted(map(str, pictures.glob("*")))
+    new = lambda: Index("m", model_fingerprint(model))
+    whole = new()
+    update(whole, model, files, batch_size=1)
+
+    def stop_at(count):
+        def stop(done, total):
+            if done == count:
+                raise KeyboardInterrupt
+
+        return stop
+
+    parts = pictures.parent / "x.parts"
+    for count in (2, 1):  # the second call still has the first one's two images, and reads a third
+        with pytest.raises(KeyboardInterrupt):
+            update(new(), model, files, batch_size=1, parts=parts, progress=stop_at(count))
+    seen, index = [], new()
+    assert update(index, model, files[1:], batch_size=1, parts=parts, progress=lambda *numbers: seen.append(numbers)) == (2, 0)
+    assert seen[0] == (0, len(files) - 3)
+    assert index.files == whole.files[1:]
+    torch.testing.assert_close(index.embeddings, whole.embeddings[1:])
+    assert not parts.exists()
+    other = vitarium.create_model("timm/vit_pico", image_size=16).eval()
+    with pytest.raises(KeyboardInterrupt):
+        update(new(), model, files, batch_size=1, parts=parts, progress=stop_at(2))
+    assert update(Index("m", model_fingerprint(other)), other, files, batch_size=1, parts=parts) == (5, 0)  # nothing of another model
 
 
 def test_files_that_are_no_index_are_told(pictures):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,8 +11,8 @@ import typer
 from vitarium.cli.config import configurable
 from vitarium.cli.console import err, out, pairs, print_json
 from vitarium.cli.opening import apply_methods, find_device, open_model
-from vitarium.cli.options import Apply, Checkpoint, Device
-from vitarium.errors import UsageError, nearest
+from vitarium.cli.options import Address, Apply, Checkpoint, Device, EngineKind, Jobs
+from vitarium.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,12 +41,17 @@ def generate(
     mask: Annotated[Path | None, typer.Option(help="A picture as large as it, white where new pixels are wanted.")] = None,
     checkpoint: Checkpoint = None,
     methods: Apply = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once; it decides which noise a picture begins with.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once; they do not depend on it.")] = 64,
     device: Device = "auto",
+    engine: EngineKind = "local",
+    address: Address = None,
+    jobs: Jobs = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Make pictures of classes with a trained generator: a denoiser, or an autoregressive model."""
+    from vitarium.engine import as_engine
     from vitarium.generation.labels import parse_classes
+    from vitarium.generation.making import make_images
 
     if output.suffix and output.suffix not in (*SHEETS, ".npz"):
         raise UsageError(f"--output must end in {', '.join(SHEETS)} or .npz, or be a folder; got {output}")
@@ -59,7 +65,11 @@ def generate(
     wanted = parse_classes(classes, opened.num_classes, names)
     wanted = wanted[:10] if classes is None else wanted
     with err().status(f"Making {count * len(wanted)} pictures"):
-        images, labels, seconds = make(opened, wanted * count, batch_size, steps=steps, guidance=guidance, seed=seed, **given)
+        start, labels = time.perf_counter(), wanted * count
+        where = as_engine(engine, address=address, jobs=jobs)
+        given |= {"steps": steps, "guidance": guidance, "seed": seed}
+        images = make_images(opened, labels, batch_size=batch_size, engine=where, **given)
+        seconds = time.perf_counter() - start
     write(images, labels, names, output, columns=len(wanted))
     rows = {"pictures": len(images), "classes": ", ".join(str(names[c] if names else c) for c in wanted), "output": str(output)}
     rows["seconds a picture"] = round(seconds / len(images), 4)
@@ -132,32 +142,6 @@ def read_edit(model: Any, image: Path | None, mask: Path | None) -> dict[str, Te
     if not region.any():
         raise UsageError(f"{mask} has no white where the model looks, so nothing would be made anew")
     return {"image": pixels[None], "mask": region[None]}
-
-
-def make(model: Any, classes: list[int], batch_size: int, *, seed: int, **options: Any) -> tuple[Tensor, list[int], float]:
-    """Pictures of classes, batch by batch -> (B, C, H, W) on the CPU, their classes, and the seconds it took.
-
-    Raises:
-        UsageError: an option that the model does not have.
-    """
-    import inspect
-    import time
-
-    import torch
-
-    call = model.edit if "image" in options else model.generate
-    start, parts = time.perf_counter(), []
-    for first in range(0, len(classes), batch_size):
-        labels = torch.tensor(classes[first : first + batch_size])
-        try:
-            parts.append(call(labels=labels, seed=seed + first, **options).cpu())
-        except TypeError as error:
-            if "unexpected keyword argument" not in str(error):
-                raise
-            known = [name for name in inspect.signature(model.generate).parameters if name not in ("self", "labels")]
-            word = str(error).rpartition("argument ")[2].strip("'")
-            raise UsageError(f"{type(model).__name__} takes no option {word!r}{nearest(word, known)}") from error
-    return torch.cat(parts), classes, time.perf_counter() - start
 
 
 def write(images: Tensor, labels: list[int], names: list[str] | None, output: Path, *, columns: int) -> None:

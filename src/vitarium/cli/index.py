@@ -11,7 +11,7 @@ import typer
 from vitarium.cli.config import configurable
 from vitarium.cli.console import clock, err, out, pairs, print_json
 from vitarium.cli.opening import find_device, open_model
-from vitarium.cli.options import BatchSize, Checkpoint, Device
+from vitarium.cli.options import Address, BatchSize, Checkpoint, Device, EngineKind, Jobs
 from vitarium.errors import DataError
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ def index(
     checkpoint: Checkpoint = None,
     batch_size: BatchSize = 32,
     device: Device = "auto",
+    engine: EngineKind = "local",
+    address: Address = None,
+    jobs: Jobs = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Make an index of pictures, to be searched with `vitarium search`. Any image model will do; one of 'train vpt_proxies' is best.
@@ -34,6 +37,7 @@ def index(
     cannot be read is named and skipped (exit code 3 if none can be read).
     """
     from vitarium.cli.predict import find_pictures
+    from vitarium.engine import as_engine
     from vitarium.perception.retrieval.index import model_fingerprint, update
 
     files = list(dict.fromkeys(find_pictures(folders)))
@@ -48,8 +52,9 @@ def index(
             opened,
             files,
             batch_size=batch_size,
-            progress=lambda done, total: status.update(f"{done} of {total} new pictures"),
-            save=lambda half: half.save(output),
+            engine=as_engine(engine, address=address, jobs=jobs),
+            parts=output.with_name(f"{output.name}.parts"),
+            progress=lambda done, total: status.update(f"{done} of {total} new images"),
         )
     if not len(found):
         raise DataError("no picture could be read:\n" + "\n".join(f"  {file}: {reason}" for file, reason in found.broken[:10]))

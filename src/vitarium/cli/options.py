@@ -24,3 +24,17 @@ Devices = Annotated[int, typer.Option(min=1, help="Processes on this machine, on
 NumNodes = Annotated[int, typer.Option(min=1, help="Machines (started by torchrun or SLURM).", rich_help_panel=MACHINE)]
 Strategy = Annotated[str, typer.Option(help="How processes share the work: auto, ddp or fsdp.", rich_help_panel=MACHINE)]
 Accelerator = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.", rich_help_panel=MACHINE)]
+EngineKind = Annotated[
+    str,
+    typer.Option(
+        "--engine", help="Where the work runs: local (this machine) or ray (a Ray cluster; vitarium[cluster]).", rich_help_panel=MACHINE
+    ),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Of a running Ray cluster: auto or HOST:PORT.", show_default="Ray starts here", rich_help_panel=MACHINE),
+]
+Jobs = Annotated[
+    int | None,
+    typer.Option(min=1, help="Runs or model processes at a time.", show_default="1; what the cluster takes", rich_help_panel=MACHINE),
+]

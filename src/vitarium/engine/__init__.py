@@ -1,9 +1,9 @@
 """Many independent runs, or many images, on this machine or on a Ray cluster.
 
-`run_all` works on runs (a model of a comparison, a claim), `map_images` on parts of a long list of images. Both know nothing of models: they
-call picklable functions, write atomically, skip what is finished whichever engine did it, and give the same results on every engine.
+`run_all` works on runs (a model of a comparison, a claim), `map_images` on parts of a long list of images. Both know nothing of models:
+they call picklable functions, write atomically, skip what is finished whichever engine did it, and give the same results on every engine.
 
-One training over several devices or machines is not their matter: `training.fit` does that with Lightning Fabric.
+One training over several devices or machines is left to Lightning Fabric (`training.fit`).
 """
 
 from vitarium.engine.images import map_images

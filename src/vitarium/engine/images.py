@@ -1,7 +1,8 @@
 """Many images: a long list cut into parts, each worked on by a process that holds the model.
 
-A part is a run of consecutive items. Its value is the same wherever it is computed, so that the engine, the number of processes and a loss on
-the way change nothing. With a folder, each part is a file there, written whole or not at all, and a later call continues with the rest.
+A part is a run of consecutive items. Its value is the same wherever it is computed, so that the engine, the number of processes and a
+machine lost on the way change nothing. With a folder, each part is a file there, written whole or not at all, and a later call continues
+with the rest.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import nn
 
 from vitarium.engine.settings import Engine, as_engine
 from vitarium.engine.worker import portable, prepare
-from vitarium.errors import TrainingStopped
+from vitarium.errors import TrainingStopped, UsageError
 from vitarium.files import atomic_path, lock_folder, write_json
 
 log = logging.getLogger("vitarium")
@@ -46,6 +47,7 @@ def map_images(
     engine: str | Engine = "local",
     parts: str | os.PathLike[str] | None = None,
     identity: Any = None,
+    keep: Sequence[Any] = (),
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> list[Any]:
     """Return function(items[i : i + part_size], *shared) for each part, in order.
@@ -60,19 +62,20 @@ def map_images(
         parts: folder for the parts, removed when all are done; on a cluster it must be on a disk that all machines share. None: values
             stay in memory, and an interrupted call begins again.
         identity: JSON value of everything besides items and part_size that decides the values, such as a model's fingerprint and
-            options. A folder of parts of another identity is emptied.
+            options. A folder of parts of another identity is emptied, and so is one of another list.
+        keep: values of `finished_parts` that belong to another list and are still wanted: they stay in the folder until all is done.
         progress: called with the number of items that are done and of all.
 
     Raises:
         MissingExtra: the engine is "ray" and Ray is not installed.
-        UsageError: another process works in the folder.
+        UsageError: another process works in the folder, or the cluster does not see it.
         Exception: of a part that failed twice; of user errors the first time.
     """
+    if part_size < 1:
+        raise UsageError(f"part_size must be at least 1, got {part_size}")
     where = as_engine(engine)
-    if not items:
-        return []
     starts = range(0, len(items), part_size)
-    with _Parts.open(parts, items, part_size, identity) as store:
+    with _Parts.open(parts, items, part_size, identity, keep) as store:
         missing = [i for i in range(len(starts)) if not store.has(i)]
         done = len(items) - sum(len(items[starts[i] : starts[i] + part_size]) for i in missing)
         progress(done, len(items))
@@ -94,7 +97,7 @@ class _Parts:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, folder: Any, items: Sequence[Any], part_size: int, identity: Any) -> Iterator[_Parts]:
+    def open(cls, folder: Any, items: Sequence[Any], part_size: int, identity: Any, keep: Sequence[Any]) -> Iterator[_Parts]:
         if folder is None:
             yield cls(None)
             return
@@ -103,8 +106,7 @@ class _Parts:
         wanted = json.loads(json.dumps({"items": digest, "part_size": part_size, "identity": identity}))
         with lock_folder(path):
             if _read_json(path / IDENTITY) != wanted:
-                for old in path.glob("part-*.pt"):
-                    old.unlink()
+                _replace_parts(path, keep)
                 write_json(path / IDENTITY, wanted)
             yield cls(path)
             shutil.rmtree(path, ignore_errors=True)
@@ -117,8 +119,6 @@ class _Parts:
         if payload is not None:
             self.values[number] = unpack(payload)
         elif not self.has(number):
-            from vitarium.errors import UsageError
-
             raise UsageError(
                 f"a part is finished, but {self.folder} does not hold it: the folder must be on a disk that all machines share"
             )
@@ -128,6 +128,28 @@ class _Parts:
             return self.values[number]
         assert self.folder is not None
         return unpack(file_of(self.folder, number).read_bytes())
+
+
+def finished_parts(folder: str | os.PathLike[str], identity: Any) -> list[Any]:
+    """Return the values of all parts that an interrupted `map_images` left in a folder, of whatever list, if they are of this identity."""
+    path = Path(folder)
+    found = _read_json(path / IDENTITY)
+    if not isinstance(found, dict) or found.get("identity") != json.loads(json.dumps(identity)):
+        return []
+    return [unpack(file.read_bytes()) for file in sorted([*path.glob("kept-*.pt"), *path.glob("part-*.pt")])]
+
+
+def _replace_parts(folder: Path, keep: Sequence[Any]) -> None:
+    """Delete the parts of another list, once what is kept of them is written."""
+    old = {*folder.glob("part-*.pt"), *folder.glob("kept-*.pt")}
+    for value in keep:
+        payload = pack(value)
+        path = folder / f"kept-{hashlib.sha256(payload).hexdigest()[:16]}.pt"
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(payload)
+        old.discard(path)
+    for path in old:
+        path.unlink()
 
 
 def file_of(folder: Path, number: int) -> Path:

@@ -1,7 +1,7 @@
 """Many runs: skip the finished ones, start the others, retry a failure once, report what happens.
 
-A run is a picklable function of plain settings that writes into one folder of its own. The engine writes `result.json` there last, so that a
-folder either has the whole result or none; what the function leaves before that (checkpoints) is its own means to resume.
+A run is a picklable function of plain settings that writes into one folder of its own. The engine writes `result.json` there last, so that
+a folder either has the whole result or none; from what the function leaves before that (checkpoints) it resumes.
 """
 
 from __future__ import annotations

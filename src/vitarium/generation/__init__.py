@@ -17,14 +17,26 @@ class Generator(Protocol):
 
     num_classes: int
 
-    def generate(self, labels: Tensor, *, seed: int = 0, guidance: float | None = None, steps: int | None = None, **options: Any) -> Tensor:
+    def generate(
+        self,
+        labels: Tensor,
+        *,
+        seed: int = 0,
+        indices: Tensor | None = None,
+        guidance: float | None = None,
+        steps: int | None = None,
+        **options: Any,
+    ) -> Tensor:
         """Images of the given classes, (B, C, H, W) float32 in [0, 1], on the model's device; without gradients, in eval mode.
 
-        The same labels, seed and options give the same images, whatever the state of the global generators.
+        The same labels, seed, numbers and options give the same images (to 1e-5), however they are cut into batches and whatever the state
+        of the global generators.
 
         Args:
             labels: class numbers (B,) int64, 0 to num_classes - 1.
             seed: of all randomness, 0 or more.
+            indices: numbers (B,) of the images in a longer list; the randomness of an image depends on the seed and its number alone.
+                None: 0, 1, ...
             guidance: strength of classifier-free guidance; 1 is without. None: what the model was made for.
             steps: evaluations of the sampler's loop; None: what the model was made for. A model whose number of steps is fixed
                 raises UsageError for another.

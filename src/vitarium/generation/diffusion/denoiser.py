@@ -51,11 +51,20 @@ class Denoiser(nn.Module):
         """H and W of x for pictures of image_size."""
         return self.image_size // self.latent_stride
 
-    def generate(self, labels: Tensor, *, seed: int = 0, guidance: float | None = None, steps: int | None = None, **options: Any) -> Tensor:
+    def generate(
+        self,
+        labels: Tensor,
+        *,
+        seed: int = 0,
+        indices: Tensor | None = None,
+        guidance: float | None = None,
+        steps: int | None = None,
+        **options: Any,
+    ) -> Tensor:
         """Pictures (B, in_chans, H, W) in [0, 1] of the given classes; see `vitarium.generation.Generator` and `pipeline.generate`."""
         from vitarium.generation.diffusion.pipeline import generate
 
-        return generate(self, labels, seed=seed, guidance=guidance, steps=steps, **options)
+        return generate(self, labels, seed=seed, indices=indices, guidance=guidance, steps=steps, **options)
 
     def check_input(self, x: Tensor, t: Tensor, multiple: int) -> None:
         """Refuse what the network cannot take.

@@ -96,7 +96,7 @@ class DiffusionLearner(Learner):
         metrics["loss"].update(sum(losses.values()))
         if "frechet" in metrics and metrics["frechet"].made_count < self.settings.samples:
             metrics["frechet"].update(image / 2 + 0.5, real=True)
-            metrics["frechet"].update(model.generate(labels, seed=int(batch["index"][0])), real=False)  # type: ignore[operator]
+            metrics["frechet"].update(model.generate(labels, indices=batch["index"]), real=False)  # type: ignore[operator]
 
     def summary(self, metrics: Any) -> dict[str, Any]:
         return {name: metric.compute().item() for name, metric in metrics.items()}

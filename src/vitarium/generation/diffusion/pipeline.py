@@ -12,9 +12,12 @@ from vitarium.generation.diffusion.codecs import codec_of
 from vitarium.generation.diffusion.guidance import guided
 from vitarium.generation.diffusion.process import Process, kind_of, parse_process, sample
 from vitarium.generation.labels import check_labels
+from vitarium.generation.noise import ImageNoise, numbered
 from vitarium.nn.modes import evaluating
 
 DEFAULT_STEPS = 50
+ADAPTIVE = ("dopri5",)
+"""Samplers that choose their steps by the error of all that they integrate at once."""
 
 
 def process_of(model: Any) -> Process:
@@ -28,6 +31,7 @@ def generate(
     labels: Tensor,
     *,
     seed: int = 0,
+    indices: Tensor | None = None,
     guidance: float | None = None,
     steps: int | None = None,
     sampler: str | None = None,
@@ -43,6 +47,7 @@ def generate(
         model: a `Denoiser`; its `objective` says what it was trained for.
         labels: classes (B,), 0 to num_classes; the last is the null class: a picture of no class in particular.
         seed: of the noise, and of what a stochastic sampler adds.
+        indices: numbers (B,) of the images in a longer list; an image's noise depends on the seed and its number alone. None: 0, 1, ...
         guidance: strength; 1 is without. None: what training was set to, else the model's own.
         steps: of the sampler; None: what training was set to, else 50.
         sampler: see `process.sample`; None: what training was set to.
@@ -62,8 +67,13 @@ def generate(
         raise UsageError(f"image_size must divide by {model.latent_stride}, got {size}")
     process, settings = process_of(model), dict(getattr(model, "objective", None) or {})
     weight = next(model.parameters())
-    x = _noise((len(labels), model.sample_chans, *2 * (size // model.latent_stride,)), seed, weight.device)
-    generator = torch.Generator().manual_seed(seed + 2**32)
+    numbers = numbered(labels, indices)
+    if (sampler or settings.get("sampler")) in ADAPTIVE and len(labels) > 1:  # its steps would depend on the whole batch
+        given: dict[str, Any] = dict(seed=seed, guidance=guidance, steps=steps, sampler=sampler, interval=interval)
+        given |= dict(guided_channels=guided_channels, image_size=image_size, autoencoder=autoencoder, **options)
+        return torch.cat([generate(model, one, indices=at, **given) for one, at in zip(labels.split(1), numbers.split(1), strict=True)])
+    noise = ImageNoise(seed, numbers)
+    x = _first_noise(noise, (model.sample_chans, *2 * (size // model.latent_stride,)), weight.device)
     channels = model.guided_channels if guided_channels is None else guided_channels or None
     with evaluating(model, inference=True):
         predict = guided(
@@ -82,7 +92,7 @@ def generate(
             steps=_first(steps, settings.get("steps"), DEFAULT_STEPS),
             sampler=sampler or settings.get("sampler"),
             clip=not model.latent_chans,
-            generator=generator,
+            generator=noise,
             **options,
         )
         image = codec_of(model, autoencoder).decode(x.float())
@@ -101,10 +111,9 @@ def check_interval(interval: Any) -> tuple[float, float]:
     return float(values[0]), float(values[1])
 
 
-def _noise(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
-    """The same on every device; float64 where there is such a thing, since a sampler adds up many small steps."""
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return noise.to(device, torch.float32 if device.type == "mps" else torch.float64)
+def _first_noise(noise: ImageNoise, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return the sampler's start (B, *shape); in float64 where the device has it, since a sampler adds up many small steps."""
+    return noise.normal(*shape).to(device, torch.float32 if device.type == "mps" else torch.float64)
 
 
 def _first(*values: Any) -> Any:

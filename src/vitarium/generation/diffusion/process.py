@@ -9,7 +9,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vitarium.assignments import parse_call
@@ -18,7 +17,7 @@ from vitarium.errors import UsageError, nearest
 from vitarium.generation.diffusion import samplers
 from vitarium.generation.diffusion.flow import Flow
 from vitarium.generation.diffusion.gaussian import GaussianDiffusion
-from vitarium.generation.diffusion.samplers import Predict
+from vitarium.generation.diffusion.samplers import Noise, Predict
 
 Process = Flow | GaussianDiffusion
 KINDS: dict[str, type[Flow] | type[GaussianDiffusion]] = {"flow": Flow, "gaussian": GaussianDiffusion}
@@ -56,7 +55,7 @@ def sample(
     steps: int = 50,
     sampler: str | None = None,
     clip: bool = False,
-    generator: torch.Generator | None = None,
+    generator: Noise | None = None,
     **options: Any,
 ) -> Tensor:
     """Noise (B, C, H, W) -> data, in the noise's dtype (float64 is best; the model may be of another).
@@ -69,7 +68,7 @@ def sample(
         sampler: "euler", "heun", "dopri5" or "sde" of a flow, "ddim" or "ddpm" of Gaussian diffusion, or a scheduler of diffusers by the
             name of its class, such as "UniPCMultistepScheduler". None: the first.
         clip: of Gaussian diffusion: keep its estimate of the data in [-1, 1] (for pixels).
-        generator: of the noise that a stochastic sampler adds.
+        generator: of the noise that a stochastic sampler adds; an `ImageNoise` makes each image independent of its batch.
         options: of `samplers.sde` (form, norm), `ddim` (eta), `dopri5` (rtol, atol), or the scheduler's configuration.
 
     Raises:

@@ -16,6 +16,10 @@ from torch import Tensor
 
 from vitarium.generation.diffusion.gaussian import GaussianDiffusion
 from vitarium.generation.diffusion.paths import Path
+from vitarium.generation.noise import ImageNoise
+
+Noise = torch.Generator | ImageNoise
+"""Where a stochastic sampler's noise comes from: one generator for the batch, or a stream an image."""
 
 
 class Predict(Protocol):
@@ -24,8 +28,10 @@ class Predict(Protocol):
     def __call__(self, x: Tensor, t: float, decided_at: float | None = None) -> Tensor: ...
 
 
-def noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal numbers of x's shape, drawn on the generator's device in float32: the same on every device and in every dtype."""
+def noise_like(x: Tensor, generator: Noise | None) -> Tensor:
+    """Return standard normal numbers of x's shape, drawn in float32 where the generator lives: the same on every device, in any dtype."""
+    if isinstance(generator, ImageNoise):
+        return generator.normal(*x.shape[1:]).to(x)
     device = generator.device if generator is not None else x.device
     return torch.randn(x.shape, generator=generator, device=device).to(x)
 
@@ -74,7 +80,7 @@ def sde(
     *,
     form: str = "linear",
     norm: float = 1.0,
-    generator: torch.Generator | None = None,
+    generator: Noise | None = None,
 ) -> Tensor:
     """Euler and Maruyama's method for dx = (v + w score) dt + sqrt(2 w dt) noise, time counted towards the data; see `Path.sde_rate` for w.
 
@@ -102,7 +108,7 @@ def ddpm(
     steps: Sequence[int],
     *,
     clip: bool = False,
-    generator: torch.Generator | None = None,
+    generator: Noise | None = None,
 ) -> Tensor:
     """Ancestral sampling through the original steps of `steps` (ascending), last to first. `clip` keeps the data in [-1, 1]."""
     tables = diffusion.respaced(steps)
@@ -122,7 +128,7 @@ def ddim(
     *,
     eta: float = 0.0,
     clip: bool = False,
-    generator: torch.Generator | None = None,
+    generator: Noise | None = None,
 ) -> Tensor:
     """DDIM through the original steps of `steps` (ascending), last to first; with `eta` 0 without chance, with 1 as noisy as DDPM."""
     tables = diffusion.respaced(steps)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vitarium.errors import UsageError, nearest, require
 from vitarium.generation.diffusion.flow import Flow
 from vitarium.generation.diffusion.gaussian import GaussianDiffusion
-from vitarium.generation.diffusion.samplers import Predict
+from vitarium.generation.diffusion.samplers import Noise, Predict
+from vitarium.generation.noise import ImageNoise
 
 PREDICTIONS = {"noise": "epsilon", "data": "sample", "v": "v_prediction"}
 
@@ -61,7 +61,7 @@ def sample_with(
     noise: Tensor,
     *,
     steps: int,
-    generator: torch.Generator | None = None,
+    generator: Noise | None = None,
     **options: Any,
 ) -> Tensor:
     """Noise -> data by a scheduler of diffusers: a name, or the object itself.
@@ -75,7 +75,8 @@ def sample_with(
     scheduler.set_timesteps(steps, device=noise.device)
     velocity = process.velocities(predict) if isinstance(process, Flow) else predict
     x = noise * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else noise
-    extra = {"generator": generator} if "generator" in scheduler.step.__code__.co_varnames else {}
+    source = generator.torch_generators() if isinstance(generator, ImageNoise) else generator
+    extra = {"generator": source} if "generator" in scheduler.step.__code__.co_varnames else {}
     for step in scheduler.timesteps:
         scaled = scheduler.scale_model_input(x, step) if hasattr(scheduler, "scale_model_input") else x
         if isinstance(process, Flow):

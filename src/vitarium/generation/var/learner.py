@@ -237,7 +237,7 @@ class VARLearner(Learner):
             metric.update(part)
         if "frechet" in metrics and metrics["frechet"].made_count < self.settings.samples:
             metrics["frechet"].update(image / 2 + 0.5, real=True)
-            metrics["frechet"].update(model.generate(labels, seed=int(batch["index"][0])), real=False)
+            metrics["frechet"].update(model.generate(labels, indices=batch["index"]), real=False)
 
     def summary(self, metrics: Any) -> dict[str, Any]:
         loss, *scales = (metric.compute().item() for metric in metrics["losses"])

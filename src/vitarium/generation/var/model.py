@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from vitarium.catalog import create_model, family, rename
 from vitarium.errors import InputError, UsageError, nearest
 from vitarium.generation.labels import check_labels
+from vitarium.generation.noise import ImageNoise, numbered
 from vitarium.generation.var.tokenizer import OFFICIAL as TOKENIZER_OFFICIAL
 from vitarium.generation.var.tokenizer import PREPARATION
 from vitarium.generation.var.transformer import ScaleTransformer, Steps
@@ -138,6 +139,7 @@ class VAR(nn.Module):
         labels: Tensor,
         *,
         seed: int = 0,
+        indices: Tensor | None = None,
         guidance: float | None = None,
         steps: int | None = None,
         **options: Any,
@@ -147,6 +149,7 @@ class VAR(nn.Module):
         Args:
             labels: class numbers (B,); `num_classes` stands for no class.
             seed: of all randomness.
+            indices: numbers (B,) of the images in a longer list, see `Generator`. None: 0, 1, ...
             guidance: strength of classifier-free guidance at the last scale, to which it rises linearly from 1 at the first; 1 is
                 without. None: 2.5 (the authors' cfg = 1.5).
             steps: one a scale; no other number can be asked for.
@@ -160,10 +163,20 @@ class VAR(nn.Module):
         """
         sampling = self._options(labels, seed=seed, guidance=guidance, steps=steps, **options)
         with evaluating(self, inference=True):
-            image = self._sample(labels.to(self._device()), **sampling)
+            image = self._sample(labels.to(self._device()), numbered(labels, indices), **sampling)
         return image.clone()
 
-    def edit(self, image: Tensor, mask: Tensor, labels: Tensor, *, seed: int = 0, paste: bool = True, **options: Any) -> Tensor:
+    def edit(
+        self,
+        image: Tensor,
+        mask: Tensor,
+        labels: Tensor,
+        *,
+        seed: int = 0,
+        indices: Tensor | None = None,
+        paste: bool = True,
+        **options: Any,
+    ) -> Tensor:
         """Pictures with a region made anew for a class: in-painting, out-painting (mask the border), or change of an object.
 
         At each scale the picture's own codes are kept outside the mask, so that what is made fits them.
@@ -172,7 +185,7 @@ class VAR(nn.Module):
             image: (B, in_chans, H, W) or (1, ...), in [0, 1].
             mask: (B, 1, H, W) or (1, 1, H, W), nonzero where new pixels are wanted.
             labels: class numbers (B,), `num_classes` for no class.
-            seed: of all randomness.
+            seed, indices: as for `generate`.
             paste: put the picture's own pixels back outside the mask. False shows them as the codes have them.
             options: as for `generate`.
 
@@ -188,7 +201,7 @@ class VAR(nn.Module):
         with evaluating(self, inference=True):
             codes = self.tokenizer.encode(2 * image - 1)
             kept = [self._kept(mask, p) for p in self.scales]
-            made = self._sample(labels.to(self._device()), **sampling, codes=codes, kept=kept)
+            made = self._sample(labels.to(self._device()), numbered(labels, indices), **sampling, codes=codes, kept=kept)
             made = torch.where(mask, made, image.float()) if paste else made
         return made.clone()
 
@@ -204,6 +217,7 @@ class VAR(nn.Module):
     def _sample(
         self,
         labels: Tensor,
+        numbers: Tensor,
         *,
         seed: int,
         guidance: float,
@@ -216,7 +230,7 @@ class VAR(nn.Module):
     ) -> Tensor:
         """Scale by scale; `codes` (B, p^2) a scale are taken where `kept` (B, p^2) is true."""
         quantizer, count, last = self.tokenizer.quantizer, len(labels), len(self.scales) - 1
-        generator = torch.Generator(labels.device).manual_seed(seed)
+        noise = ImageNoise(seed, numbers)
         guided = guidance != 1
         steps = Steps(self.transformer, torch.cat([labels, torch.full_like(labels, self.num_classes)]) if guided else labels, cache)
         total: Tensor | None = None
@@ -228,9 +242,12 @@ class VAR(nn.Module):
             if guided:
                 strength = 1 + (guidance - 1) * share
                 logits = strength * logits[:count] + (1 - strength) * logits[count:]
-            chosen = draw(logits, generator, top_k, top_p)
+            chosen = draw(logits, noise.uniform(logits.shape[1]), top_k, top_p)
             if smooth:
-                vectors = _mixed(logits, generator, share).to(quantizer.codebook.weight.dtype) @ quantizer.codebook.weight
+                vectors = (
+                    _mixed(logits, noise.exponential(*logits.shape[1:]), share).to(quantizer.codebook.weight.dtype)
+                    @ quantizer.codebook.weight
+                )
             else:
                 vectors = quantizer.codebook(chosen)
             if codes is not None and kept is not None:
@@ -296,8 +313,12 @@ class VAR(nn.Module):
         return image.to(weight).expand(count, -1, -1, -1), (mask != 0).to(weight.device).expand(count, -1, -1, -1)
 
 
-def draw(logits: Tensor, generator: torch.Generator, top_k: int = 0, top_p: float = 0.0) -> Tensor:
-    """A code for each place, (B, n, V) -> (B, n): among the `top_k` likeliest, and in the least set of probability `top_p`."""
+def draw(logits: Tensor, uniform: Tensor, top_k: int = 0, top_p: float = 0.0) -> Tensor:
+    """Draw a code for each place, (B, n, V) -> (B, n): among the `top_k` likeliest, and in the least set of probability `top_p`.
+
+    Args:
+        uniform: numbers (B, n) in [0, 1), float64, each of which picks a code by its place in the cumulative probabilities.
+    """
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], -torch.inf)
     if 0 < top_p < 1:
@@ -305,11 +326,13 @@ def draw(logits: Tensor, generator: torch.Generator, top_k: int = 0, top_p: floa
         tail = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
         tail[..., -1] = False
         logits = logits.masked_fill(tail.scatter(-1, order, tail), -torch.inf)
-    return torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator).view(logits.shape[:2])
+    sums = logits.softmax(-1).to(torch.float32 if logits.device.type == "mps" else torch.float64).cumsum(-1)
+    places = uniform.to(sums)[..., None] * sums[..., -1:]
+    return torch.searchsorted(sums, places, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
-def _mixed(logits: Tensor, generator: torch.Generator, share: float) -> Tensor:
+def _mixed(logits: Tensor, exponential: Tensor, share: float) -> Tensor:
     """Shares of the codes, (B, n, V): Gumbel-softmax that hardens with the scales (`share` from 0 to 1); the authors' numbers."""
     temperature = max(0.27 * (1 - 0.95 * share), 0.005)
-    gumbel = -torch.empty_like(logits).exponential_(generator=generator).log()
+    gumbel = -exponential.to(logits).clamp(min=torch.finfo(torch.float32).tiny).log()
     return ((logits * (1 + share) + gumbel) / temperature).softmax(-1)

@@ -22,6 +22,8 @@ from vitarium.catalog.states import existing, fingerprint, looks_like_safetensor
 from vitarium.data.bad_files import BadFiles
 from vitarium.data.folders import FileImages
 from vitarium.data.loader import Loader
+from vitarium.engine import Engine, map_images
+from vitarium.engine.images import PART_BATCHES, finished_parts
 from vitarium.errors import CheckpointError, UsageError
 from vitarium.files import atomic_path
 from vitarium.nn.modes import evaluating
@@ -30,8 +32,6 @@ from vitarium.perception.retrieval.embedding import embeddings_of
 KEY, FORMAT = "vitarium_index", 1
 SPARE = 32
 """Candidates beyond those asked for, so that equal cosines at the end of the list are ordered alike by every search."""
-SAVE_EVERY = 2048
-"""Pictures between two writings of an index that is being made."""
 
 
 @dataclass
@@ -153,72 +153,80 @@ def update(
     files: Sequence[str],
     *,
     batch_size: int = 32,
+    engine: str | Engine = "local",
+    parts: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], Any] = lambda done, total: None,
-    save: Callable[[Index], Any] = lambda index: None,
 ) -> tuple[int, int]:
-    """Bring an index up to date: `files` are then in it and no others, in their order; those that have not changed are not read again.
+    """Bring an index up to date: afterwards it holds `files` and no others, in their order; unchanged ones are not read again.
 
     Args:
         index: of the same model; changed in place.
         model: in eval mode; any that `embeddings_of` takes.
-        files: pictures.
-        progress: called with the number of pictures looked at and of all that have to be.
-        save: called with the index from time to time on the way, so that an interrupted work is not lost.
+        files: paths of images.
+        batch_size: images at once.
+        engine: where the images are embedded, see `vitarium.engine.map_images`.
+        parts: folder for what is finished on the way, so that an interrupted call continues; removed at the end. None keeps nothing.
+        progress: called with the number of images read and of all that have to be.
 
     Returns:
-        how many pictures were read, and how many of the old ones are gone.
+        how many images were read, and how many of the old ones are gone.
     """
     known = {file: i for i, file in enumerate(index.files)}
     stamps = {file: stamp_of(file) for file in files}
     rows: dict[str, Tensor] = {f: index.embeddings[i] for f, i in known.items() if f in stamps and index.stamps[i] == stamps[f]}
-    new = [file for file in files if file not in rows]
     gone = sum(file not in stamps for file in known)
-    broken: list[tuple[str, str]] = []
+    earlier = finished_parts(parts, index.fingerprint) if parts is not None else []
+    rows |= {f: vector for part in earlier for f, stamp, vector in _rows_of(part) if stamps.get(f) == stamp}
+    new = [(file, stamps[file]) for file in files if file not in rows]
+    found = map_images(
+        _embed_part,
+        new,
+        shared=(model, batch_size),
+        part_size=batch_size * PART_BATCHES,
+        engine=engine,
+        parts=parts,
+        identity=index.fingerprint,
+        keep=earlier,
+        progress=progress,
+    )
+    rows |= {file: vector for part in found for file, _, vector in _rows_of(part)}
+    index.files = [file for file in files if file in rows]
+    index.stamps = [stamps[file] for file in index.files]
+    index.embeddings = torch.stack([rows[file] for file in index.files]) if index.files else torch.empty(0, 0)
+    index.broken = [(file, reason) for part in found for file, reason in part["broken"]]
+    return len(new) - len(index.broken), gone
 
-    def store() -> None:
-        index.files = [file for file in files if file in rows]
-        index.stamps = [stamps[file] for file in index.files]
-        index.embeddings = torch.stack([rows[file] for file in index.files]) if index.files else torch.empty(0, 0)
-        index.broken = broken
 
-    saved = 0
-    for done, found, unreadable in _embed(model, new, batch_size):
-        rows |= found
-        broken = unreadable
-        progress(done, len(new))
-        if done - saved >= SAVE_EVERY:
-            store()
-            save(index)
-            saved = done
-    store()
-    return len(new) - len(broken), gone
+def _embed_part(items: Sequence[tuple[str, tuple[int, int]]], model: nn.Module, batch_size: int) -> dict[str, Any]:
+    """Embed the files of a part: items are (file, stamp)."""
+    vectors, broken = embed_files(model, [file for file, _ in items], batch_size)
+    read = [(file, stamp) for file, stamp in items if file in vectors]
+    stacked = torch.stack([vectors[file] for file, _ in read]) if read else torch.empty(0, 0)
+    return {"files": [file for file, _ in read], "stamps": [stamp for _, stamp in read], "vectors": stacked, "broken": broken}
 
 
-def _embed(model: nn.Module, files: Sequence[str], batch_size: int) -> Iterator[tuple[int, dict[str, Tensor], list[tuple[str, str]]]]:
-    """Pictures looked at so far, the vectors of the last batch by file, and all that could not be read so far."""
-    if not files:
-        return
-    bad_files = BadFiles(1.0)
-    loader = Loader(FileImages(list(files), [0] * len(files)), preprocessing_of(model), batch_size=batch_size, bad_files=bad_files)
-    place = next(model.parameters(), torch.empty(0))
-    for number, batch in enumerate(loader.epoch(0), start=1):
-        vectors = torch.empty(0)
-        if len(batch["index"]):
-            with evaluating(model, inference=True):
-                vectors = embeddings_of(model, batch["image"].to(place)).cpu()
-        found = {files[i]: vector.clone() for i, vector in zip(batch["index"].tolist(), vectors, strict=True)}
-        for file, vector in list(found.items()):
-            if not vector.isfinite().all():
-                bad_files.record(file, "the model's output is not finite")
-                del found[file]
-        yield min(number * batch_size, len(files)), found, bad_files.items()
+def _rows_of(part: dict[str, Any]) -> Iterator[tuple[str, tuple[int, int], Tensor]]:
+    """File, stamp and vector of each image that a part could read."""
+    for file, stamp, vector in zip(part["files"], part["stamps"], part["vectors"], strict=True):
+        yield file, tuple(stamp), vector
 
 
 def embed_files(model: nn.Module, files: Sequence[str], batch_size: int = 32) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
-    """The unit vectors of picture files by path, and those that could not be read, with reasons."""
+    """Return the unit vectors of image files by path, and those that could not be read, with reasons."""
     rows: dict[str, Tensor] = {}
-    broken: list[tuple[str, str]] = []
-    for _, found, unreadable in _embed(model, files, batch_size):
-        rows |= found
-        broken = unreadable
-    return rows, broken
+    bad_files = BadFiles(1.0)
+    if not files:
+        return rows, []
+    loader = Loader(FileImages(list(files), [0] * len(files)), preprocessing_of(model), batch_size=batch_size, bad_files=bad_files)
+    place = next(model.parameters(), torch.empty(0))
+    for batch in loader.epoch(0):
+        if not len(batch["index"]):
+            continue
+        with evaluating(model, inference=True):
+            vectors = embeddings_of(model, batch["image"].to(place)).cpu()
+        for i, vector in zip(batch["index"].tolist(), vectors, strict=True):
+            if vector.isfinite().all():
+                rows[files[i]] = vector.clone()
+            else:
+                bad_files.record(files[i], "the model's output is not finite")
+    return rows, bad_files.items()

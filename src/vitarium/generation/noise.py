@@ -1,0 +1,73 @@
+"""Random numbers of images: each image has a stream of its own, so that it does not depend on the batch that it is made in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitarium.errors import UsageError
+
+WORD = 2**64
+
+
+class ImageNoise:
+    """Streams of random numbers, one an image, keyed by (seed, number of the image).
+
+    They are drawn on the CPU with the counter-based generator Philox (Salmon et al. 2011), whose key holds both numbers whole: the same
+    image gets the same numbers in every batch, on every device and in every process.
+
+    Args:
+        seed: of all images, 0 or more.
+        indices: numbers of the images (B,) in a longer list, 0 or more; those of one image are the same wherever it is made.
+
+    Raises:
+        UsageError: a negative seed or number.
+    """
+
+    def __init__(self, seed: int, indices: Tensor):
+        numbers = indices.tolist()
+        if seed < 0 or any(number < 0 for number in numbers):
+            raise UsageError(
+                f"the seed and the numbers of images must be 0 or more, got seed {seed} and numbers from {min(numbers, default=0)}"
+            )
+        self.keys = [(seed % WORD, number) for number in numbers]
+        self.streams = [np.random.Generator(np.random.Philox(key=np.array(key, dtype=np.uint64))) for key in self.keys]
+
+    def __len__(self) -> int:
+        return len(self.streams)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal numbers (B, *shape), float32."""
+        return self._drawn(lambda stream: stream.standard_normal(shape, dtype=np.float32))
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform numbers (B, *shape) in [0, 1), float64."""
+        return self._drawn(lambda stream: stream.random(shape))
+
+    def exponential(self, *shape: int) -> Tensor:
+        """Standard exponential numbers (B, *shape), float32."""
+        return self._drawn(lambda stream: stream.standard_exponential(shape, dtype=np.float32))
+
+    def torch_generators(self) -> list[torch.Generator]:
+        """Generators of PyTorch, one an image, as diffusers' schedulers take them; they start from the streams' next numbers."""
+        return [torch.Generator().manual_seed(int(stream.integers(2**63))) for stream in self.streams]
+
+    def _drawn(self, draw: Callable[[np.random.Generator], Any]) -> Tensor:
+        return torch.stack([torch.from_numpy(draw(stream)) for stream in self.streams])
+
+
+def numbered(labels: Tensor, indices: Tensor | None) -> Tensor:
+    """Return the numbers (B,) of the images of a batch: `indices`, or 0, 1, ... where they are not given.
+
+    Raises:
+        UsageError: not one number a label.
+    """
+    if indices is None:
+        return torch.arange(len(labels))
+    if indices.shape != labels.shape:
+        raise UsageError(f"indices must hold one number an image, {tuple(labels.shape)}; got {tuple(indices.shape)}")
+    return indices
