@@ -1,8 +1,8 @@
-"""The 2-D convolution, by the fastest kernel of the device that says the same.
+"""2-D convolution with the fastest equivalent kernel of the device.
 
-On a CPU PyTorch takes a slow path for 1 x 1 kernels (it fills the output with the bias and accumulates image by image), and a GELU behind a
-convolution goes over its whole map once more. oneDNN's fused convolution does all three at once on a channels-last map: an inverted
-bottleneck takes 0.6 of the time. Used where `ops/linear.py` uses oneDNN: in plain inference only.
+On a CPU PyTorch's 1 x 1 convolutions are slow (the output is filled with the bias, then accumulated image by image), and a GELU after a
+convolution reads the whole map once more. oneDNN's fused convolution does all three in one pass over a channels-last map: an inverted
+bottleneck takes 0.6 of the time. It is used under the conditions of `ops/linear.py`: in plain inference only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def conv2d(
     groups: int = 1,
     gelu: Gelu | None = None,
 ) -> Tensor:
-    """`F.conv2d`, with `gelu` the GELU of it: (B, C_in, H, W), (C, C_in / groups, k, k), (C,) -> (B, C, H', W')."""
+    """Apply `F.conv2d` and, if `gelu` is set, a GELU: (B, C_in, H, W), (C, C_in / groups, k, k), (C,) -> (B, C, H', W')."""
     if onednn_serves(x, weight, bias) and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
         name = "gelu" if gelu else "none"
         return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, padding, stride, dilation, groups, name, [], gelu or "")

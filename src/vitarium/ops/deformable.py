@@ -1,4 +1,4 @@
-"""Sampling that deformable attention is made of: each query looks at a few places of several maps."""
+"""Multi-scale deformable attention: each query samples a few locations of several maps."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch.nn import functional as F
 
 
 def deformable_attention(value: Tensor, shapes: Sequence[tuple[int, int]], places: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of bilinear samples. Outside of the maps lies zero.
+    """Return the weighted sum of bilinear samples; locations outside the maps are zero.
 
-    Legend: B batch, N cells of all L maps, h heads, d channels a head, Q queries, P places a map.
+    Notation: B batch, N cells of all L maps, h heads, d channels per head, Q queries, P locations per map.
 
     Args:
-        value: (B, N, h, d), the maps' cells one map after the other, row by row.
-        shapes: height and width of each map; their products sum to N.
-        places: (B, Q, h, L, P, 2), x and y in shares of a map, 0 its left and upper edge, 1 its right and lower.
+        value: (B, N, h, d), the cells of all maps, one map after the other, each row by row.
+        shapes: height and width of each map; the products sum to N.
+        places: (B, Q, h, L, P, 2), x and y relative to the map: 0 is its left or upper edge, 1 its right or lower edge.
         weights: (B, Q, h, L, P).
 
     Returns:
         (B, Q, h d).
 
     Raises:
-        ValueError: shapes that do not make N cells.
+        ValueError: the shapes do not add up to N cells.
 
     Source: Zhu et al., "Deformable DETR", 2021; equal to its CUDA kernel.
     """

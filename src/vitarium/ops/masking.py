@@ -1,4 +1,4 @@
-"""Hiding most of a sequence's tokens, and putting the rest back in its places."""
+"""Random masking of a sequence's tokens, and restoring their order, for masked autoencoders."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 class Masking(NamedTuple):
-    """Which tokens of a batch of sequences of length L stay visible.
+    """A mask for each sequence of a batch; L is the length of a sequence.
 
     Attributes:
-        kept: places of the visible tokens in the order in which they come out, int64 (B, K).
-        restore: for each place, where its token stands among [visible tokens, hidden tokens], int64 (B, L).
-        hidden: 1 at hidden places, 0 at visible ones, float32 (B, L).
+        kept: indices of the visible tokens, in the order in which they are taken, int64 (B, K).
+        restore: for each position, the index of its token in [visible tokens, hidden tokens], int64 (B, L).
+        hidden: 1 at hidden positions, 0 at visible ones, float32 (B, L).
     """
 
     kept: Tensor
@@ -23,25 +23,27 @@ class Masking(NamedTuple):
 
 
 def visible_count(count: int, mask_ratio: float) -> int:
-    """How many of `count` tokens stay visible; rounded down, as MAE does (196 tokens at 0.9: 19)."""
+    """Return the number of visible tokens out of `count`, rounded down as in MAE (196 tokens at 0.9: 19)."""
     return int(count * (1 - mask_ratio))
 
 
 def mask_by_noise(noise: Tensor, keep: int) -> Masking:
-    """The `keep` places of least noise stay visible, those of the least first: (B, L) -> Masking. Uniform noise makes every choice equally
-    likely."""
+    """Keep the `keep` positions with the smallest noise visible, in ascending order of noise: (B, L) -> Masking.
+
+    With uniform noise every choice is equally likely.
+    """
     order = noise.argsort(1)
     restore = order.argsort(1)
     return Masking(order[:, :keep], restore, (restore >= keep).float())
 
 
 def take_tokens(tokens: Tensor, places: Tensor) -> Tensor:
-    """Tokens (B, L, C) at places (B, K) -> (B, K, C)."""
+    """Gather tokens (B, L, C) at indices (B, K): (B, K, C)."""
     return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[2]))
 
 
 def restore_tokens(visible: Tensor, filler: Tensor, restore: Tensor) -> Tensor:
-    """Visible tokens (B, K, C) in their places, `filler` (1, 1, C) in all others -> (B, L, C)."""
+    """Put visible tokens (B, K, C) at their positions and `filler` (1, 1, C) at all others: (B, L, C)."""
     batch, keep, dim = visible.shape
     hidden = filler.to(visible.dtype).expand(batch, restore.shape[1] - keep, dim)
     return take_tokens(torch.cat([visible, hidden], 1), restore)

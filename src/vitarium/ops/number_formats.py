@@ -1,10 +1,10 @@
-"""Number formats of few bits: what values a code stands for, and the nearest code of a value. Pure functions of tensors.
+"""Number formats of few bits: the value of each code, and the nearest code of a value. Pure functions of tensors.
 
     int4 = Integer(4)
     codes = int4.encode(weight, step)            # bit patterns, uint8, ready for ops.packing
-    int4.decode(codes, step)                     # = int4.quantize(weight, step), the nearest value that the format has
+    int4.decode(codes, step)                     # = int4.quantize(weight, step), the nearest value of the format
 
-A format's grid is multiplied by a step (a tensor that broadcasts), so every format is scale-equivariant. Rounding is half to even.
+Values are multiplied by a step (a tensor that broadcasts), so every format is scale-equivariant. Rounding is half to even.
 
     Integer      step * (code - zero)            int2 to int8, uint2 to uint8; symmetric without a zero point, else asymmetric
     Float        step * (-1)^s 2^e (1 + m)       ExMy with subnormals; no code is spent on infinity or NaN
@@ -24,25 +24,25 @@ from vitarium.errors import UsageError
 
 
 class Format(Protocol):
-    """A grid of numbers. `str(format)` names it, `parse_format` reads the name."""
+    """A grid of numbers. `str(format)` is its name, and `parse_format` parses the name."""
 
     @property
     def bits(self) -> int:
-        """Of one code."""
+        """Number of bits of one code."""
 
     def quantize(self, x: Tensor, step: Tensor, zero: Tensor | None = None) -> Tensor:
-        """The nearest value on the grid, in x's shape and dtype."""
+        """Round to the nearest value of the grid, in x's shape and dtype."""
 
     def encode(self, x: Tensor, step: Tensor, zero: Tensor | None = None) -> Tensor:
-        """Its bit pattern, uint8 in [0, 2^bits)."""
+        """Return the bit pattern of the nearest value, uint8 in [0, 2^bits)."""
 
     def decode(self, codes: Tensor, step: Tensor, zero: Tensor | None = None) -> Tensor:
-        """Bit patterns back to values, in the step's dtype."""
+        """Return the values of bit patterns, in the step's dtype."""
 
 
 def _whole(name: str, value: int, least: int, most: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise UsageError(f"{name} takes a whole number from {least} to {most}, got {value!r}")
+        raise UsageError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Integer:
     """Equally spaced numbers.
 
     Args:
-        bits: 1 to 8 (2 to 8 where signed).
-        signed: codes from -2^(bits-1) to 2^(bits-1) - 1, kept in two's complement; else from 0 to 2^bits - 1.
+        bits: 1 to 8 (2 to 8 if signed).
+        signed: whether codes run from -2^(bits-1) to 2^(bits-1) - 1, in two's complement, or from 0 to 2^bits - 1.
     """
 
     bits: int
@@ -74,7 +74,7 @@ class Integer:
         return self.lowest + 2**self.bits - 1
 
     def round(self, x: Tensor, step: Tensor, zero: Tensor | None = None) -> Tensor:
-        """Codes as whole numbers in x's dtype: clamp(round(x / step) + zero)."""
+        """Return codes as whole numbers in x's dtype: clamp(round(x / step) + zero)."""
         codes = (x / step).round()
         return (codes if zero is None else codes + zero).clamp(self.lowest, self.highest)
 
@@ -86,12 +86,12 @@ class Integer:
         return (self.round(x, step, zero).to(torch.int16) & (2**self.bits - 1)).to(torch.uint8)
 
     def integers(self, codes: Tensor) -> Tensor:
-        """Bit patterns as whole numbers: int8 where signed, else uint8."""
+        """Return bit patterns as whole numbers: int8 if signed, else uint8."""
         if not self.signed:
             return codes
         if self.bits == 8:
             return codes.view(torch.int8)
-        return (codes << (8 - self.bits)).view(torch.int8) >> (8 - self.bits)  # the shift back brings copies of the sign
+        return (codes << (8 - self.bits)).view(torch.int8) >> (8 - self.bits)  # the right shift extends the sign
 
     def decode(self, codes: Tensor, step: Tensor, zero: Tensor | None = None) -> Tensor:
         values = self.integers(codes).to(step.dtype)
@@ -105,7 +105,7 @@ class Float:
     Args:
         exponent: 1 to 6; the natural grid (step 1) has bias max(2^(exponent-1) - 1, 1): e2m1 is 0, .5, 1, 1.5, 2, 3, 4, 6.
         mantissa: 0 to 6.
-        signed: whether a bit is spent on the sign.
+        signed: whether one bit holds the sign.
     """
 
     exponent: int
@@ -116,19 +116,19 @@ class Float:
         _whole("exponent", self.exponent, 1, 6)
         _whole("mantissa", self.mantissa, 0, 6)
         if self.bits > 8:
-            raise UsageError(f"a format of at most 8 bits is wanted, {self} has {self.bits}")
+            raise UsageError(f"a format has at most 8 bits, {self} has {self.bits}")
 
     def __str__(self) -> str:
         return f"{'' if self.signed else 'u'}e{self.exponent}m{self.mantissa}"
 
     @property
     def bits(self) -> int:
-        """Of one code."""
+        """Number of bits of one code."""
         return self.exponent + self.mantissa + self.signed
 
     @property
     def bias(self) -> int:
-        """Of the exponent on the natural grid."""
+        """Bias of the exponent on the natural grid."""
         return max(2 ** (self.exponent - 1) - 1, 1)
 
     @property
@@ -137,9 +137,9 @@ class Float:
         return (2 - 2.0**-self.mantissa) * 2.0 ** (2**self.exponent - 1 - self.bias)
 
     def _binade(self, y: Tensor) -> Tensor:
-        """Exponent field of each magnitude, at least 1 (subnormals share the spacing of the first binade)."""
+        """Return the exponent field of each magnitude, at least 1 (subnormals share the spacing of the first binade)."""
         exponent = torch.frexp(y).exponent - 1 + self.bias
-        return torch.where(y == 0, 1, exponent.clamp(min=1))  # frexp gives 0 the exponent of 0.5
+        return torch.where(y == 0, 1, exponent.clamp(min=1))  # frexp returns the exponent of 0.5 for 0
 
     def _nearest(self, y: Tensor) -> Tensor:
         y = y.clamp(-self.largest if self.signed else 0.0, self.largest)
@@ -157,7 +157,7 @@ class Float:
         return (codes + ((y < 0).to(torch.int16) << (self.bits - 1)) if self.signed else codes).to(torch.uint8)
 
     def grid(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The value of every code at step 1, (2^bits,)."""
+        """Return the value of every code at step 1, (2^bits,)."""
         codes = torch.arange(2 ** (self.exponent + self.mantissa), device="cpu")
         binade = (codes >> self.mantissa).clamp(min=1)
         units = codes - ((binade - 1) << self.mantissa)
@@ -170,9 +170,9 @@ class Float:
 
 @dataclass(frozen=True)
 class PowerOfTwo:
-    """Values of one sign as powers: step * 2^(-code / per_octave); what lies below the last code becomes 0.
+    """Values of one sign on a grid of powers, step * 2^(-code / per_octave); values below the last code become 0.
 
-    Zero is no code but the absence of one, as in the published log2 quantizers of attention weights: there is no `encode`.
+    Zero has no code, as in the published log2 quantizers of attention weights; there is therefore no `encode`.
 
     Args:
         bits: 1 to 8.
@@ -195,10 +195,10 @@ class PowerOfTwo:
 
 
 def parse_format(name: str) -> Integer | Float | PowerOfTwo:
-    """A format from its name: int4, uint8, e2m1, ue3m3, pot4, pot4x2.
+    """Return a format from its name: int4, uint8, e2m1, ue3m3, pot4, pot4x2.
 
     Raises:
-        UsageError: no such format.
+        UsageError: unknown name.
     """
     if found := re.fullmatch(r"(u?)int(\d)", name):
         return Integer(int(found[2]), signed=not found[1])
@@ -206,4 +206,4 @@ def parse_format(name: str) -> Integer | Float | PowerOfTwo:
         return Float(int(found[2]), int(found[3]), signed=not found[1])
     if found := re.fullmatch(r"pot(\d)(?:x(\d))?", name):
         return PowerOfTwo(int(found[1]), int(found[2] or 1))
-    raise UsageError(f"unknown number format {name!r}; there are int2 to int8, uint1 to uint8, eXmY (e2m1, e4m3, ...) and potN")
+    raise UsageError(f"unknown number format {name!r}; accepted are int2 to int8, uint1 to uint8, eXmY (e2m1, e4m3, ...) and potN")

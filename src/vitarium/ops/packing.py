@@ -1,4 +1,4 @@
-"""Codes of 1 to 8 bits without gaps: n of them occupy n * bits / 8 bytes.
+"""Packing of codes of 1 to 8 bits without gaps: n codes occupy n * bits / 8 bytes.
 
 The shortest run of codes that fills whole bytes is packed at once (two codes of 4 bits: one byte; four of 6 bits: three bytes), the first
 code in the lowest bits.
@@ -13,13 +13,13 @@ from torch import Tensor
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Bytes that `count` codes take."""
+    """Return the number of bytes that `count` codes occupy."""
     codes, size = _run(bits)
     return -(-count // codes) * size
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes below 2^bits, any shape -> uint8 bytes, (packed_bytes(count, bits),). 8 bits are handed through."""
+    """Pack uint8 codes below 2^bits, any shape, into uint8 bytes (packed_bytes(count, bits),). Codes of 8 bits are returned unchanged."""
     codes = codes.reshape(-1)
     if bits == 8:
         return codes
@@ -31,7 +31,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(data: Tensor, bits: int, count: int) -> Tensor:
-    """The inverse of `pack`: bytes -> the first `count` codes, uint8 (count,)."""
+    """Invert `pack`: bytes -> the first `count` codes, uint8 (count,)."""
     if bits == 8:
         return data
     in_run, size = _run(bits)
@@ -42,7 +42,7 @@ def unpack(data: Tensor, bits: int, count: int) -> Tensor:
 
 
 def _run(bits: int) -> tuple[int, int]:
-    """(codes, bytes) of the shortest run that fills whole bytes."""
+    """Return (codes, bytes) of the shortest run of codes that fills whole bytes."""
     common = math.gcd(bits, 8)
     return 8 // common, bits // common
 

@@ -1,4 +1,4 @@
-"""Pictures as sequences of square patches, and back."""
+"""Images as sequences of square patches, and back."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from torch import Tensor
 
 
 def patchify(image: Tensor, patch_size: int) -> Tensor:
-    """(B, C, h p, w p) -> (B, h w, p p C): patches row by row; inside a patch rows, columns, then channels, channels fastest (as MAE).
+    """Cut images into flattened patches, row by row: (B, C, h p, w p) -> (B, h w, p p C).
+
+    Inside a patch the order is rows, columns, channels, with channels fastest, as in MAE.
 
     Raises:
-        ValueError: a side that patches of this size do not fill.
+        ValueError: a side is not a multiple of the patch size.
     """
     height, width = image.shape[-2:]
     if height % patch_size or width % patch_size:
@@ -19,6 +21,6 @@ def patchify(image: Tensor, patch_size: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
-    """The inverse of `patchify`: (B, h w, p p C) and (h, w) -> (B, C, h p, w p)."""
+    """Invert `patchify`: (B, h w, p p C) and (h, w) -> (B, C, h p, w p)."""
     pixels = patches.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, grid)  # (B, h, w, p, p, C)
     return pixels.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

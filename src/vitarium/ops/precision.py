@@ -1,4 +1,4 @@
-"""Parts of a model that stay in full precision whatever surrounds them."""
+"""Full precision for parts of a model under autocast."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from torch import Tensor
 
 
 def without_autocast(x: Tensor) -> Any:
-    """A context in which nothing is cast by autocast on x's device. (The meta device, where models are measured, knows no autocast.)"""
+    """Return a context that disables autocast on x's device. (The meta device, on which models are measured, has no autocast.)"""
     return contextlib.nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)

@@ -1,6 +1,6 @@
-"""Attention backwards: queries send their values by their own softmax, and keys add up what they receive.
+"""Reversed attention: each query distributes its value by its softmax over the keys, and each key sums what it receives.
 
-The fused attention kernels normalise over what is summed, and so cannot do it: the matrix is transposed between softmax and product.
+Fused attention kernels normalise over the summed axis and cannot compute it: the matrix is transposed between softmax and product.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from torch import Tensor
 from vitarium.ops.linear import only_for_values
 
 PIECE_BYTES = {"cpu": 2**19}
-"""How much of the matrices is made at once in plain inference: on a CPU what a core's cache holds."""
+"""Bytes of attention weights that are computed at once in plain inference; on a CPU they fit a core's cache."""
 PIECE_ELSEWHERE = 2**28
 
 
 def reversed_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """sum_i softmax_j(q_i k_j) v_i: queries and keys (B, H, N, d), messages (B, H, N, e) -> what each token receives (B, H, N, e)."""
+    """Return sum_i softmax_j(q_i k_j) v_i: queries and keys (B, H, N, d), values (B, H, N, e) -> what each token receives, (B, H, N, e)."""
     if not only_for_values(q, k, v):
         return (q @ k.transpose(-2, -1)).softmax(-1).transpose(-2, -1) @ v
     count, cells = q.shape[-2], PIECE_BYTES.get(q.device.type, PIECE_ELSEWHERE) // q.element_size()

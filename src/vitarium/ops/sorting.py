@@ -1,4 +1,4 @@
-"""Orders that do not depend on the machine: of equal values the first stays first."""
+"""Sorting that gives the same order on every device: equal values keep their order."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def descending_order(values: Tensor) -> Tensor:
-    """(..., n) -> int64 (..., n), the places of the values from the largest to the smallest.
+    """Return the indices that sort values in descending order: (..., n) -> int64 (..., n).
 
-    In an exported graph equal values may come in another order, by what runs the graph: ONNX has no stable sort.
+    In an exported graph the order of equal values depends on the runtime, because ONNX has no stable sort.
     """
     if torch.compiler.is_exporting():
         return values.argsort(dim=-1, descending=True)

@@ -1,6 +1,6 @@
-"""Windows on a map: partition and its inverse, and the order in which the tokens of (shifted) windows lie.
+"""Windows on a map: partition and its inverse, and the token order of (shifted) windows.
 
-Legend: B batch, H W map, C channels, M window side, n = M * M tokens a window, nW windows of the padded map.
+Notation: B batch, H W map, C channels, M window side, n = M * M tokens per window, nW windows of the padded map.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from torch.nn import functional as F
 
 
 def pad_to_multiple(x: Tensor, size: int) -> Tensor:
-    """Zeros at the bottom and the right until both sides divide by `size`: (B, H, W, C) -> (B, H', W', C)."""
+    """Pad with zeros at the bottom and the right until both sides are multiples of `size`: (B, H, W, C) -> (B, H', W', C)."""
     bottom, right = -x.shape[1] % size, -x.shape[2] % size
     return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
 
 
 def window_partition(x: Tensor, size: int) -> Tensor:
-    """(B, H, W, C) with sides that divide by `size` -> (B * nW, size * size, C); windows row-major, batch outermost."""
+    """Cut a map with sides that are multiples of `size` into row-major windows: (B, H, W, C) -> (B * nW, size * size, C)."""
     batch, height, width, dim = x.shape
     x = x.view(batch, height // size, size, width // size, size, dim)
     return x.transpose(2, 3).reshape(-1, size * size, dim)
 
 
 def window_reverse(windows: Tensor, size: int, height: int, width: int) -> Tensor:
-    """The inverse of `window_partition`: (B * nW, size * size, C) -> (B, height, width, C)."""
+    """Invert `window_partition`: (B * nW, size * size, C) -> (B, height, width, C)."""
     dim = windows.shape[-1]
     x = windows.view(-1, height // size, width // size, size, size, dim)
     return x.transpose(2, 3).reshape(-1, height, width, dim)
@@ -35,15 +35,15 @@ def window_reverse(windows: Tensor, size: int, height: int, width: int) -> Tenso
 
 @dataclass(frozen=True, eq=False)
 class WindowLayout:
-    """How the tokens of a padded map lie when each window's tokens stand together.
+    """Token order of a padded map in which the tokens of each window are adjacent.
 
     Attributes:
-        order: (H' * W',) int64; place i of the window order holds token order[i] of the row-major padded map.
-        inverse: (H' * W',) int64; token t of the padded map stands at place inverse[t].
-        inside: (H' * W', 1) bool in window order, False for padding; None where nothing is padded.
-        region: (nW, n) int64; tokens of a window may see one another only where their numbers are equal; None where all may.
+        order: (H' * W',) int64; position i of the window order holds token order[i] of the row-major padded map.
+        inverse: (H' * W',) int64; token t of the padded map is at position inverse[t].
+        inside: (H' * W', 1) bool in window order, False for padding; None without padding.
+        region: (nW, n) int64; tokens of a window attend to each other only if their regions are equal; None: all do.
         size: side M of a window, tokens.
-        unseen: what is added to the logit of two tokens that may not see one another.
+        unseen: value added to the attention logit of two tokens of different regions.
     """
 
     order: Tensor
@@ -55,10 +55,10 @@ class WindowLayout:
 
 
 def window_layout(height: int, width: int, size: int, shift: tuple[int, int], device: torch.device | None = None) -> WindowLayout:
-    """The layout of windows of side `size` on a map whose grid is moved down and right by `shift` tokens, cyclically.
+    """Return the layout of windows of side `size` on a map whose grid is shifted down and right by `shift` tokens, cyclically.
 
-    A shifted grid's last windows hold tokens from opposite borders of the map. Their `region` follows the Swin authors: on each axis
-    cuts at -size and at -shift.
+    The last windows of a shifted grid hold tokens from opposite borders of the map. Their regions are cut as by the Swin authors: on each
+    axis at -size and at -shift.
     """
     padded = (height + -height % size, width + -width % size)
     axes = [torch.arange(side, device=device) for side in padded]
@@ -74,20 +74,20 @@ def window_layout(height: int, width: int, size: int, shift: tuple[int, int], de
             for axis, side, s in zip(axes, padded, shift, strict=True)
         )
         region = _in_windows(3 * rows[:, None] + columns, size).view(-1, size * size)
-    return WindowLayout(order, inverse, inside, region, size, -100.0)  # the Swin authors' number
+    return WindowLayout(order, inverse, inside, region, size, -100.0)  # -100 as in the Swin authors' code
 
 
 def attention_layout(
     height: int, width: int, size: int, *, grid: bool = False, interval: int = 1, device: torch.device | None = None
 ) -> WindowLayout:
-    """The layout of windows of side `size`, where no token sees padding.
+    """Return the layout of windows of side `size` in which padding is masked out of attention.
 
     Args:
         height, width: of the map, tokens.
         size: side of a window, tokens.
-        grid: not neighbours stand together but tokens that are spread evenly over the whole (padded) map, `size` a side: MaxViT's grid
-            attention.
-        interval: of a window's tokens from one to the next, where it is no grid: 1 for neighbours, more for CrossFormer's long distances.
+        grid: whether a window holds tokens spread evenly over the whole (padded) map, `size` per side, instead of neighbours: MaxViT's
+            grid attention.
+        interval: distance between adjacent tokens of a window unless `grid`: 1 for neighbours, more for CrossFormer's long distances.
     """
     step = 1 if grid else interval
     padded = (height + -height % (size * step), width + -width % (size * step))
@@ -104,18 +104,18 @@ def attention_layout(
 
 
 def _apart(grid: Tensor, size: int, steps: tuple[int, int]) -> Tensor:
-    """(H', W') -> (H' * W',), tokens that are `steps` rows and columns apart together, `size` a side."""
+    """Order tokens (H', W') so that those `steps` rows and columns apart are adjacent, `size` per side: (H' * W',)."""
     height, width = (side // (size * step) for side, step in zip(grid.shape, steps, strict=True))
     return grid.view(height, size, steps[0], width, size, steps[1]).permute(0, 2, 3, 5, 1, 4).flatten()
 
 
 def _in_windows(grid: Tensor, size: int) -> Tensor:
-    """(H', W') -> (H' * W',) in window order."""
+    """Flatten (H', W') in window order: (H' * W',)."""
     return window_partition(grid[None, :, :, None], size).flatten()
 
 
 def relative_position_index(height: int, width: int, device: torch.device | None = None) -> Tensor:
-    """Row of a table of (2 height - 1) * (2 width - 1) offsets, for query i and key j of a height x width window: query minus key.
+    """Return the row, in a table of (2 height - 1) * (2 width - 1) offsets, of each query i and key j of a window: query minus key.
 
     Returns (height * width, height * width) int64.
     """

@@ -1,4 +1,4 @@
-"""The selective scan of state-space models, by the fastest implementation of the device."""
+"""Selective scan of state-space models, with the fastest implementation for the device."""
 
 from vitarium.ops.scan.causal_conv import causal_conv_silu
 from vitarium.ops.scan.dispatch import IMPLEMENTATIONS, choose, selective_scan

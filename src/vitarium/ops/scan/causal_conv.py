@@ -1,4 +1,4 @@
-"""The short causal convolution before a selective scan, without leaving the tokens' own layout."""
+"""Short causal convolution before a selective scan, computed with tokens before channels."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from vitarium.ops.scan.dispatch import choose, kernels
 
 
 def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, *, reverse: bool = False) -> Tensor:
-    """SiLU(bias + sum_k weight_{K-1-k} x_{t-k}), channel by channel, with zeros before the first token.
+    """Compute SiLU(bias + sum_k weight_{K-1-k} x_{t-k}) for each channel, with zeros before the first token.
 
     Args:
         x: (I, L, D): images, tokens, channels.
-        weight: (D, K), as the weight of torch's grouped convolution without its middle axis; the last column weighs the token itself.
+        weight: (D, K), as the weight of torch's grouped convolution without its middle axis; the last column multiplies the token itself.
         bias: (D,).
-        reverse: whether later tokens take the place of earlier ones: the same as flipping the tokens of x, and those of y back.
+        reverse: whether to run from the last token to the first; equals flipping the tokens of x and of the result.
 
-    On a CPU a few multiply-adds of shifted copies are more than twice as fast as a grouped convolution, which wants channels first; in
-    plain inference it is one compiled loop.
+    On a CPU a few multiply-adds of shifted copies are more than twice as fast as a grouped convolution, which needs channels first; plain
+    inference uses one compiled loop.
     """
     if _compiled(x, weight, bias):
         return kernels("numba").causal_conv_silu(x, weight, bias, reverse)  # type: ignore[union-attr]

@@ -1,11 +1,11 @@
-"""The selective scan on a CPU: loops that numba compiles on their first call (the machine code is kept on disk for the next process).
+"""Selective scan on a CPU: loops that numba compiles on their first call (the machine code is cached on disk).
 
-State and adjoint of a channel range stay in the cache while the tokens pass; the innermost loops run along the channels, so that they
-become vector instructions. numba's own exponential is a library call a value, hence the polynomials. Nothing of size tokens times states
-is written: the backward pass computes the states again, chunk by chunk, from those kept.
+State and adjoint of a range of channels stay in the cache during the loop over tokens; the innermost loops run along the channels, so
+that they are vectorised. numba's own exponential is one library call per value, hence the polynomials. Nothing of size tokens times
+states is stored: the backward pass recomputes the states chunk by chunk from those that were kept.
 
-Threads: numba's may not be entered from two Python threads at once, so the pieces go to plain threads; the kernels release the lock.
-Legend: as in reference.py; here a is (N, D).
+Threads: numba's cannot be entered from two Python threads at once, so the pieces run on plain threads; the kernels release the lock.
+Notation: as in reference.py; here a is (N, D).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from numba.extending import overload
 from torch import Tensor
 
 OPTIONS: Any = dict(
-    fastmath={"reassoc", "contract", "nsz", "arcp"},  # sums in any order, fused multiply-adds; infinities and NaN keep their meaning
-    error_model="numpy",  # a division that may raise is no vector instruction
+    fastmath={"reassoc", "contract", "nsz", "arcp"},  # reordered sums and fused multiply-adds; infinities and NaN keep their meaning
+    error_model="numpy",  # a division that can raise is not vectorised
 )
-NARROWEST = 128  # channels that are worth a thread
+NARROWEST = 128  # fewest channels for a thread of its own
 
 _LOG2E = np.float32(math.log2(math.e))
 _ONE, _HALF, _BIAS, _MANTISSA = np.float32(1), np.float32(0.5), np.float32(127), np.float32(2**23)
@@ -36,15 +36,15 @@ _L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7 = (np.float32(2 / (2 * k + 1)) for k in r
 
 
 def _kernel(function: Callable[..., None]) -> Callable[..., None]:
-    """Compiled on the first call; from the disk where an earlier process left it and the disk may be written."""
+    """Compile on the first call, and cache on disk if the disk can be written."""
     try:
         return njit(nogil=True, cache=True, **OPTIONS)(function)
-    except RuntimeError:  # no folder to keep it in
+    except RuntimeError:  # no cache folder
         return njit(nogil=True, **OPTIONS)(function)
 
 
 def _exp(v):
-    raise NotImplementedError  # compiled only
+    raise NotImplementedError  # only exists compiled
 
 
 def _log1p(v):
@@ -53,7 +53,7 @@ def _log1p(v):
 
 @overload(_exp, jit_options=OPTIONS)
 def _compile_exp(v):
-    """exp(v); in float32 as 2^k 2^r with |r| <= 1/2, the power of two put together bit by bit, to 2e-7 of the value."""
+    """exp(v); float32 as 2^k 2^r with |r| <= 1/2 and the power of two built from its bits, to a relative error of 2e-7."""
     if v != types.float32:
         return lambda v: math.exp(v)
 
@@ -69,7 +69,7 @@ def _compile_exp(v):
 
 @overload(_log1p, jit_options=OPTIONS)
 def _compile_log1p(v):
-    """log(1 + v) for 0 <= v <= 1; in float32 as 2 artanh(q), q = v / (2 + v) <= 1/3, by its series, to 1e-7 of the value."""
+    """log(1 + v) for 0 <= v <= 1; float32 as 2 artanh(q), q = v / (2 + v) <= 1/3, by its series, to a relative error of 1e-7."""
     if v != types.float32:
         return lambda v: math.log1p(v)
 
@@ -83,10 +83,10 @@ def _compile_log1p(v):
 
 @njit(**OPTIONS)
 def _prepare(x, raw, bias, softplus, delta, drive):
-    """A token's step sizes, delta = raw + bias or softplus of it, and what drives its states, delta x."""
+    """Compute a token's step sizes, delta = raw + bias or its softplus, and the drive of its states, delta x."""
     for d in range(len(x)):
         delta[d] = raw[d] + bias[d]
-    if softplus:  # max(v, 0) + log(1 + exp(-|v|)), |v| by its halves: a comparison with 0 would make it float64
+    if softplus:  # max(v, 0) + log(1 + exp(-|v|)); the maximum as (v + |v|) / 2, because a comparison with 0 would promote to float64
         for d in range(len(x)):
             size = abs(delta[d])
             delta[d] = (delta[d] + size) * _HALF + _log1p(_exp(-size))
@@ -96,14 +96,14 @@ def _prepare(x, raw, bias, softplus, delta, drive):
 
 @njit(**OPTIONS)
 def _advance(delta, a, drive, b, before, after):
-    """One state of each channel, one token on: s <- exp(delta a) s + delta x b."""
+    """Advance one state of each channel by one token: s <- exp(delta a) s + delta x b."""
     for d in range(len(delta)):
         after[d] = _exp(delta[d] * a[d]) * before[d] + drive[d] * b
 
 
 @njit(**OPTIONS)
 def _advance_and_read(delta, a, drive, b, c, state, y):
-    """`_advance` in place, and y += c s."""
+    """Advance one state of each channel in place, and add c s to y."""
     for d in range(len(delta)):
         s = _exp(delta[d] * a[d]) * state[d] + drive[d] * b
         state[d] = s
@@ -112,7 +112,7 @@ def _advance_and_read(delta, a, drive, b, c, state, y):
 
 @njit(**OPTIONS)
 def _retreat(delta, a, drive, b, c, before, after, grad, adjoint, grad_delta, grad_drive, grad_a):
-    """One state of each channel, one token back: the adjoint, and what the token adds to the gradients; those to b and c are returned."""
+    """Step one state of each channel back by one token: update the adjoint, add the token's gradients, return those to b and c."""
     grad_b = grad_c = grad[0] - grad[0]
     for d in range(len(delta)):
         g = adjoint[d] + c * grad[d]
@@ -129,7 +129,7 @@ def _retreat(delta, a, drive, b, c, before, after, grad, adjoint, grad_delta, gr
 
 @njit(**OPTIONS)
 def _finish(x, raw, bias, skip, softplus, grad, delta, grad_delta, grad_drive, grad_x, grad_raw, grad_skip, grad_bias):
-    """From the gradients to delta and delta x to those to the token's inputs."""
+    """Convert the gradients to delta and delta x into those to the token's inputs."""
     for d in range(len(x)):
         grad_x[d] = skip[d] * grad[d] + grad_drive[d] * delta[d]
         g = grad_delta[d] + grad_drive[d] * x[d]
@@ -144,7 +144,7 @@ def _finish(x, raw, bias, skip, softplus, grad, delta, grad_delta, grad_drive, g
 
 @_kernel
 def _forward(x, raw, a, b, c, skip, bias, y, states, every, softplus, reverse, first, last, low, high):
-    """Images first..last, channels low..high: fills y, (I, L, D), and states, (I, ceil(L / every), N, D)."""
+    """Fill y, (I, L, D), and states, (I, ceil(L / every), N, D), for images first..last and channels low..high."""
     length, count, width = x.shape[1], a.shape[0], high - low
     state = np.empty((count, width), x.dtype)
     delta = np.empty(width, x.dtype)
@@ -168,7 +168,7 @@ def _backward(
     grad, x, raw, a, b, c, skip, bias, states, every, softplus, reverse, grad_x, grad_raw, grad_a, grad_b, grad_c, grad_skip, grad_bias,
     first, last, low, high,
 ):  # fmt: skip
-    """Images first..last, channels low..high: fills grad_x and grad_raw, adds to the others."""
+    """Fill grad_x and grad_raw, and add to the other gradients, for images first..last and channels low..high."""
     length, count, width = x.shape[1], a.shape[0], high - low
     inside = np.empty((every + 1, count, width), x.dtype)
     delta = np.empty((every, width), x.dtype)
@@ -209,7 +209,7 @@ def _backward(
 
 @_kernel
 def _causal_conv_silu(x, taps, bias, y, reverse, first, last, low, high):
-    """Images first..last, channels low..high of y; taps are (K, D), the last one the token's own."""
+    """Fill y for images first..last and channels low..high; taps are (K, D), the last one multiplies the token itself."""
     length, count, width = x.shape[1], taps.shape[0], high - low
     total = np.empty(width, x.dtype)
     for i in range(first, last):
@@ -237,8 +237,8 @@ def _silu(x, y):
 def forward(
     x: Tensor, raw: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor, bias: Tensor, softplus: bool, reverse: bool, every: int
 ) -> tuple[Tensor, Tensor]:
-    """See `dispatch.selective_scan`; a is (D, N). Returns y, (I, L, D), and the kept states, (I, ceil(L / every), N, D)."""
-    y = x.new_empty(x.shape)  # contiguous whatever x is: the kernels must not fill a copy
+    """Run the scan forward: y, (I, L, D), and the kept states, (I, ceil(L / every), N, D). See `dispatch.selective_scan`; a is (D, N)."""
+    y = x.new_empty(x.shape)  # always contiguous: the kernels must not fill a copy
     states = x.new_empty(x.shape[0], -(-x.shape[1] // every), a.shape[1], a.shape[0])
     arrays = _arrays(x, raw, a.T, b, c, skip, bias, y, states)
     _run(x, lambda _, *piece: _forward(*arrays, every, softplus, reverse, *piece))
@@ -249,10 +249,10 @@ def backward(
     grad: Tensor, x: Tensor, raw: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor, bias: Tensor, states: Tensor,
     softplus: bool, reverse: bool, every: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients to x, raw, a, b, c, skip and bias from that to y."""
+    """Return the gradients to x, raw, a, b, c, skip and bias from that to y."""
     pieces = len(_pieces(x))
     grad_x, grad_raw = x.new_empty(x.shape), x.new_empty(x.shape)
-    shared = [v.new_zeros(pieces, *v.shape) for v in (a.T, b, c, skip, bias)]  # each thread adds to its own
+    shared = [v.new_zeros(pieces, *v.shape) for v in (a.T, b, c, skip, bias)]  # one copy per thread
     arrays = _arrays(grad, x, raw, a.T, b, c, skip, bias, states)
     own = [grad_x.numpy(), grad_raw.numpy()]
     _run(x, lambda p, *piece: _backward(*arrays, every, softplus, reverse, *own, *(v[p].numpy() for v in shared), *piece))
@@ -261,7 +261,7 @@ def backward(
 
 
 def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
-    """See `causal_conv.causal_conv_silu`."""
+    """Compute `causal_conv.causal_conv_silu` in compiled loops."""
     y = torch.empty(x.shape, dtype=x.dtype)
     arrays = _arrays(x, weight.T, bias, y)
     _run(x, lambda _, *piece: _causal_conv_silu(*arrays, reverse, *piece))
@@ -273,7 +273,7 @@ def _arrays(*tensors: Tensor) -> list[np.ndarray]:
 
 
 def _pieces(x: Tensor) -> list[tuple[int, int, int, int]]:
-    """(first, last, low, high) of each thread: images where there are enough, else channels."""
+    """Return (first, last, low, high) of each thread: images are divided if there are enough, else channels."""
     images, _, channels = x.shape
     threads = torch.get_num_threads()
     if images >= threads:
@@ -285,7 +285,7 @@ def _pieces(x: Tensor) -> list[tuple[int, int, int, int]]:
 
 
 def _run(x: Tensor, kernel: Callable[..., None]) -> None:
-    """kernel(number, *piece) for each piece, at once."""
+    """Call kernel(number, *piece) for all pieces in parallel."""
     pieces = _pieces(x)
     if len(pieces) == 1:
         return kernel(0, *pieces[0])

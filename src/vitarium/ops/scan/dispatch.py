@@ -1,15 +1,15 @@
-"""The selective scan: one call, the fastest implementation that the device has.
+"""Selective scan with the fastest implementation that the device has.
 
 | implementation | where | what it is |
 |---|---|---|
 | "numba" | CPU, with the extra `fast` | loops compiled at run time (cpu.py) |
-| "triton" | CUDA and other devices that Triton knows | one program a block of channels (gpu.py) |
+| "triton" | CUDA and other devices that Triton supports | one program per block of channels (gpu.py) |
 | "loop" | anywhere | the time-major loop in tensor operators (reference.py) |
 
-Eager calls and compiled graphs see one operator, `vitarium::selective_scan`, with a hand-written backward pass and a formula for flop
-counters. Exported graphs must run without this library, and function transforms want ordinary operators: they get the parallel prefix.
+Under autograd and in compiled graphs the scan is one operator, `vitarium::selective_scan`, with its own backward pass and flop formula
+(operators.py). Exported graphs run without this library, and function transforms need ordinary operators: these use a parallel prefix.
 
-Memory: linear in tokens and channels; for the backward pass a state is kept every K >= 4 N tokens, a quarter of an activation at most.
+Memory: linear in tokens and channels; the backward pass keeps one state every K >= 4 N tokens, at most a quarter of an activation.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ def selective_scan(
     reverse: bool = False,
     implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence of Mamba along the tokens, s_t = exp(delta_t a) s_{t-1} + delta_t b_t x_t, y_t = <c_t, s_t> + skip x_t, from s = 0.
+    """Scan along the tokens: s_t = exp(delta_t a) s_{t-1} + delta_t b_t x_t, y_t = <c_t, s_t> + skip x_t, from s = 0 (Mamba).
 
     Args:
         x: input, (I, L, D): images, tokens, channels.
         delta: step sizes before `bias` and `softplus`, (I, L, D).
         a: (D, N), rate of each state of each channel; negative.
-        b, c: (I, L, N), how each token writes to and reads from the states.
-        skip: (D,), weight of the input itself; None for none.
+        b, c: (I, L, N), input and output weights of the states at each token.
+        skip: (D,), weight of the input itself; None: zero.
         bias: (D,), added to delta.
-        softplus: whether delta then goes through log(1 + exp(.)).
-        reverse: whether to run from the last token to the first: the same as flipping the tokens of everything, and y back.
+        softplus: whether log(1 + exp(.)) is applied to delta.
+        reverse: whether to run from the last token to the first; equals flipping the tokens of all inputs and of y.
         implementation: one of IMPLEMENTATIONS; "auto" takes the fastest.
 
     Returns:
@@ -62,7 +62,7 @@ def selective_scan(
 
     Raises:
         UsageError: shapes that do not fit, or an unknown implementation.
-        MissingExtra: an implementation that is asked for by name is not installed.
+        MissingExtra: the requested implementation is not installed.
 
     Source: mamba's `selective_scan_ref` and `selective_scan_fn`, with tokens before channels.
     """
@@ -80,7 +80,7 @@ def selective_scan(
     run: Any = forward
     pick = choose
     if not in_plain_inference(x, delta, a, b, c, skip, bias):
-        from vitarium.ops.scan import operators  # imports the compiler: not before a call needs the registered operator
+        from vitarium.ops.scan import operators  # imports the compiler, so only when the registered operator is needed
 
         run, pick = operators.scan, operators.choose_once
     name = pick(x.device.type, implementation)
@@ -94,15 +94,15 @@ def selective_scan(
 
 
 def choose(device: str, implementation: str = "auto") -> str:
-    """The implementation that a device type gets.
+    """Return the implementation for a device type.
 
     Raises:
-        UsageError: no such implementation.
-        MissingExtra: it was asked for by name and is not installed.
+        UsageError: unknown implementation.
+        MissingExtra: the requested implementation is not installed.
     """
     if implementation not in IMPLEMENTATIONS:
         raise UsageError(
-            f"unknown scan {implementation!r}{nearest(implementation, IMPLEMENTATIONS)}; there are {', '.join(IMPLEMENTATIONS)}"
+            f"unknown scan {implementation!r}{nearest(implementation, IMPLEMENTATIONS)} (accepted: {', '.join(IMPLEMENTATIONS)})"
         )
     if implementation == "auto":
         wanted = {"cpu": "numba", "cuda": "triton", "xpu": "triton"}.get(device, "loop")
@@ -114,7 +114,7 @@ def choose(device: str, implementation: str = "auto") -> str:
 
 @functools.cache
 def kernels(name: str) -> ModuleType | None:
-    """The module of compiled kernels, or None where what compiles them is missing or does not fit this Python."""
+    """Return the module of compiled kernels, or None if its compiler is not installed or does not support this Python."""
     try:
         if name == "numba":
             from vitarium.ops.scan import cpu
@@ -137,11 +137,11 @@ def _check(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tens
     for name, tensor in given.items():
         accepted = shapes.get(name, (channels,))
         if tensor is not None and tuple(tensor.shape) != accepted:
-            raise UsageError(f"beside x {tuple(x.shape)} and {states} states, {name} must be {accepted}, got {tuple(tensor.shape)}")
+            raise UsageError(f"with x {tuple(x.shape)} and {states} states, {name} must be {accepted}, got {tuple(tensor.shape)}")
 
 
 def _needs_operators() -> bool:
-    """Whether a graph is being made that must run without this library, or a function is being transformed."""
+    """Return whether the graph being traced must run without this library, or a function transform is active."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     return torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None
@@ -157,7 +157,7 @@ def _with_operators(
 
 
 def _spacing(states: int) -> int:
-    """Tokens between two kept states: a power of two, at least four times the states."""
+    """Return the number of tokens between two kept states: a power of two, at least four times the states."""
     return max(64, 4 << max(0, states - 1).bit_length())
 
 
@@ -165,7 +165,7 @@ def forward(
     x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor, bias: Tensor,
     softplus: bool, reverse: bool, every: int, implementation: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y, (I, L, D), and the state after each `every` tokens, (I, ceil(L / every), N, D)."""
+    """Return y, (I, L, D), and the state after each `every` tokens, (I, ceil(L / every), N, D)."""
     if not x.numel():
         return torch.empty_like(x), _no_states(x, a, every)
     with without_autocast(x):
@@ -181,7 +181,7 @@ def backward(
     grad: Tensor, x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor, bias: Tensor, states: Tensor,
     softplus: bool, reverse: bool, every: int, implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients to x, delta, a, b, c, skip and bias."""
+    """Return the gradients to x, delta, a, b, c, skip and bias."""
     if not x.numel():
         zeros = [torch.zeros_like(v) for v in (x, delta, a, b, c, skip, bias)]
         return zeros[0], zeros[1], zeros[2], zeros[3], zeros[4], zeros[5], zeros[6]
@@ -202,7 +202,7 @@ def backward(
 def _loop_inputs(
     x: Tensor, delta: Tensor, b: Tensor, c: Tensor, bias: Tensor, softplus: bool, reverse: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """Step sizes before the softplus, and what the loop takes in the order of its run."""
+    """Return the step sizes before the softplus, and the loop's inputs in the order of its run."""
     step = delta + bias
     inputs = [x, F.softplus(step) if softplus else step, b, c]
     return step, [v.flip(1) for v in inputs] if reverse else inputs

@@ -1,16 +1,16 @@
-"""The selective scan in Triton: one program an image and block of channels, chunk after chunk, each chunk by a parallel prefix.
+"""Selective scan in Triton: one program per image and block of channels, chunk by chunk, each chunk by a parallel prefix.
 
-A chunk's tokens are scanned at once (s -> p s + q composes associatively) and continued from the state before it. The backward pass has
-one state a chunk in memory and makes the others again: exp(delta_t a) s_{t-1} is s_t minus what token t drives, so nothing is shifted;
-the adjoint is a scan in the other direction, with the decay of the token after. Gradients to b and c add up over the blocks of channels
+The tokens of a chunk are scanned in parallel (s -> p s + q composes associatively) and continue from the state before it. The backward
+pass keeps one state per chunk and recomputes the others: exp(delta_t a) s_{t-1} is s_t minus the drive of token t, so no shift is needed;
+the adjoint is a scan in the other direction, with the decay of the next token. Gradients to b and c are summed over the blocks of channels
 in no fixed order.
 
 Values may be half precision in memory; arithmetic and states are float32 (float64 for float64).
 Without a GPU it runs in Triton's interpreter (TRITON_INTERPRET=1, set before this is imported), as the tests do.
-Legend: as in reference.py; i image, K tokens a chunk, W channels a block; here a is (N, D).
+Notation: as in reference.py; i image, K tokens per chunk, W channels per block; here a is (N, D).
 """
 
-# ruff: noqa: N803 - Triton writes what is known at compile time in capitals
+# ruff: noqa: N803 - compile-time constants are in capitals in Triton
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _softplus(v):
 
 @triton.jit
 def _step_sizes(raw, bias, at, mask, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr):
-    """Before and after the softplus, (K, W); 0 outside, where a token then leaves the state as it is."""
+    """Return the step sizes before and after the softplus, (K, W); they are 0 outside, where a token leaves the state unchanged."""
     v = tl.load(raw + at, mask, 0.0).to(EXACT) + bias[None, :]
     delta = _softplus(v) if SOFTPLUS else v
     return v, tl.where(mask, delta, 0.0)
@@ -78,7 +78,7 @@ def _forward_kernel(
             out += s * c_n[:, None]
             tl.store(states + (after + n) * channels + d, tl.sum(tl.where(j[:, None] == K - 1, s, 0.0), 0), inside)
         tl.store(y + at, out, mask)
-        tl.debug_barrier()  # the states are read by other threads than wrote them
+        tl.debug_barrier()  # the states are read by other threads than those that wrote them
 
 
 @triton.jit
@@ -147,14 +147,14 @@ def _backward_kernel(
 def forward(
     x: Tensor, raw: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor, bias: Tensor, softplus: bool, reverse: bool, every: int
 ) -> tuple[Tensor, Tensor]:
-    """See `dispatch.selective_scan`; a is (D, N). Returns y, (I, L, D), and the kept states, (I, ceil(L / every), N, D)."""
+    """Run the scan forward: y, (I, L, D), and the kept states, (I, ceil(L / every), N, D). See `dispatch.selective_scan`; a is (D, N)."""
     _check_device(x)
     x, raw, b, c = (v.contiguous() for v in (x, raw, b, c))
     images, length, channels = x.shape
     kept = -(-length // every)
     chunk = every if kept > 1 else CHUNK
     chunks = -(-length // chunk)
-    slots = chunks if kept > 1 else 2  # where nothing is kept, the last state and the one before it take turns
+    slots = chunks if kept > 1 else 2  # if no state is kept, the last two alternate
     states = a.new_empty(images, slots, a.shape[1], channels)
     y = torch.empty_like(x)
     _forward_kernel[_grid(x)](
@@ -169,7 +169,7 @@ def backward(
     grad: Tensor, x: Tensor, raw: Tensor, a: Tensor, b: Tensor, c: Tensor, skip: Tensor, bias: Tensor, states: Tensor,
     softplus: bool, reverse: bool, every: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients to x, raw, a, b, c, skip and bias from that to y."""
+    """Return the gradients to x, raw, a, b, c, skip and bias from that to y."""
     grad, x, raw, b, c, states = (v.contiguous() for v in (grad, x, raw, b, c, states))
     images, length, channels = x.shape
     adjoints = a.new_empty(images, 2, a.shape[1], channels)
@@ -187,7 +187,7 @@ def backward(
 def _check_device(x: Tensor) -> None:
     if x.device.type == "cpu" and not triton.knobs.runtime.interpret:
         raise UsageError(
-            "Triton's scan needs a GPU, got tensors on the CPU; take implementation='auto' (or set TRITON_INTERPRET=1 to debug)"
+            "Triton's scan needs a GPU, got tensors on the CPU; use implementation='auto' (or set TRITON_INTERPRET=1 to debug)"
         )
 
 

@@ -1,6 +1,6 @@
-"""The selective scan as one operator of PyTorch's, `vitarium::selective_scan`: what compilers, autograd and flop counters see.
+"""Selective scan as a PyTorch operator, `vitarium::selective_scan`, for compilers, autograd and flop counters.
 
-Registering an operator imports the compiler (`torch._dynamo`), about a second of processor time. `dispatch` therefore imports this module
+Registering an operator imports the compiler (`torch._dynamo`), which takes about a second. `dispatch` therefore imports this module
 only when a call needs the operator: under a compiler, for gradients, or inside a dispatch mode such as a flop counter.
 """
 
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from vitarium.ops.scan.dispatch import backward, choose, forward
 
 choose_once = torch.compiler.assume_constant_result(choose)
-"""`choose`, evaluated while a graph is traced and constant in the graph."""
+"""`choose`, evaluated during tracing, so that its result is a constant of the graph."""
 
 scan = torch.library.custom_op("vitarium::selective_scan", forward, mutates_args=())
 scan_backward = torch.library.custom_op("vitarium::selective_scan_backward", backward, mutates_args=())
@@ -49,7 +49,7 @@ scan.register_autograd(_gradients, setup_context=_remember)
 
 @register_flop_formula(torch.ops.vitarium.selective_scan)
 def _flops(x: tuple[int, ...], delta: Any, a: tuple[int, ...], *rest: Any, out_shape: Any = None, **options: Any) -> int:
-    """9 operations a state and 1 a channel, for each token: the count of VMamba's authors."""
+    """Count 9 operations per state and 1 per channel for each token, as VMamba's authors do."""
     return math.prod(x) * (9 * a[1] + 1)
 
 
@@ -57,5 +57,5 @@ def _flops(x: tuple[int, ...], delta: Any, a: tuple[int, ...], *rest: Any, out_s
 def _flops_backward(
     grad: Any, x: tuple[int, ...], delta: Any, a: tuple[int, ...], *rest: Any, out_shape: Any = None, **options: Any
 ) -> int:
-    """The states once more, and about twice as much for the adjoint."""
+    """Count the states once more, and about twice as much for the adjoint."""
     return 3 * math.prod(x) * (9 * a[1] + 1)

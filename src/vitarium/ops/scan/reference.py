@@ -1,7 +1,7 @@
-"""The selective scan in plain tensor operators: token by token as one reads it, time-major with its own backward, and as a parallel prefix.
+"""Selective scan in plain tensor operators: token by token, as a time-major loop with its own backward pass, and as a parallel prefix.
 
-All forms take the step sizes as they are; bias, softplus and direction are the caller's (`dispatch.py`).
-Legend: I images (batch), L tokens, D channels, N states a channel, K tokens between two kept states.
+All forms take final step sizes; `dispatch.py` applies bias, softplus and direction.
+Notation: I images (batch), L tokens, D channels, N states per channel, K tokens between two kept states.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ from torch import Tensor
 
 
 def scan_step(state: Tensor, x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """One token: s <- exp(delta a) s + delta x b, y = <c, s>.
+    """Process one token: s <- exp(delta a) s + delta x b, y = <c, s>.
 
     Args:
         state: (I, D, N).
         x, delta: (I, D), input and step size.
-        a: (D, N), negative for a state that forgets.
-        b, c: (I, N), how the token writes to and reads from the states.
+        a: (D, N), negative for a decaying state.
+        b, c: (I, N), input and output weights of the states.
 
     Returns:
         y, (I, D), and the new state, (I, D, N).
 
-    Source: mamba's `selective_state_update`; Euler's rule for b, not the exact zero-order hold.
+    Source: mamba's `selective_state_update`; Euler's rule for b instead of the exact zero-order hold.
     """
     state = torch.exp(delta[..., None] * a) * state + (delta * x)[..., None] * b[:, None]
     return (state * c[:, None]).sum(-1), state
 
 
 def scan_reference(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """`scan_step` over x, delta (I, L, D) and b, c (I, L, N) -> y (I, L, D), the last state (I, D, N). The oracle of tests."""
+    """Loop over `scan_step`: x, delta (I, L, D), b, c (I, L, N) -> y (I, L, D), last state (I, D, N). The tests' reference."""
     state = x.new_zeros(x.shape[0], *a.shape)
     outputs = []
     for t in range(x.shape[1]):
@@ -39,10 +39,10 @@ def scan_reference(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) ->
 
 
 def scan_doubling(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """The same in ceil(log2 L) steps of whole-sequence operators, for graphs that cannot hold a loop or a kernel of ours.
+    """Scan in ceil(log2 L) steps of whole-sequence operators, for graphs that cannot hold a loop or a custom kernel.
 
-    A token's map of the state, s -> p s + q, composes associatively: (p1, q1) then (p2, q2) is (p1 p2, p2 q1 + q2); p lies in (0, 1] for
-    a <= 0, so nothing overflows. It holds (I, L, D, N) values in memory and is about five times slower on a CPU than a loop.
+    A token maps the state as s -> p s + q, which composes associatively: (p1, q1) then (p2, q2) is (p1 p2, p2 q1 + q2); p lies in (0, 1]
+    for a <= 0, so nothing overflows. It holds (I, L, D, N) values in memory and is about five times slower on a CPU than a loop.
     """
     decay = torch.exp(delta[..., None] * a)
     state = (delta * x)[..., None] * b[:, :, None]
@@ -56,7 +56,7 @@ def scan_doubling(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> 
 
 
 def scan_matrix(delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """The scan written as attention: y_t = sum over s <= t of M[t, s] x_s.
+    """Return the scan as an attention matrix: y_t = sum over s <= t of M[t, s] x_s.
 
     Args:
         delta: (I, L, D), step sizes.
@@ -64,11 +64,11 @@ def scan_matrix(delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         b, c: (I, L, N).
 
     Returns:
-        M, (I, D, L, L), lower triangular: <c_t, exp(a (delta_{s+1} + ... + delta_t)) b_s> delta_s. It is what "hidden attention" pictures
-        show (Ali et al. 2024); quadratic in tokens and in no fast path.
+        M, (I, D, L, L), lower triangular: <c_t, exp(a (delta_{s+1} + ... + delta_t)) b_s> delta_s, the "hidden attention" of Ali et al.
+        (2024). Quadratic in tokens; used for drawings only.
     """
     elapsed = delta.cumsum(1).transpose(1, 2)  # (I, D, L)
-    between = (elapsed[..., :, None] - elapsed[..., None, :]).clamp(min=0)  # a future token would overflow before it is cut
+    between = (elapsed[..., :, None] - elapsed[..., None, :]).clamp(min=0)  # future tokens would overflow before they are masked
     matrix = torch.zeros_like(between)
     for n in range(a.shape[1]):
         matrix += torch.exp(a[:, n, None, None] * between) * (c[:, None, :, None, n] * b[:, None, None, :, n])
@@ -76,7 +76,7 @@ def scan_matrix(delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def _chunk_states(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Decays and states of K tokens, time-major: x, delta (K, I, D), b (K, I, N), state before them (I, D, N) -> two of (K, I, D, N)."""
+    """Return decays and states of K tokens, time-major: x, delta (K, I, D), b (K, I, N), state before (I, D, N) -> two of (K, I, D, N)."""
     decay = torch.exp(delta[..., None] * a)
     states = (delta * x)[..., None] * b[:, :, None]
     for decay_t, state_t in zip(decay, states, strict=True):
@@ -85,7 +85,7 @@ def _chunk_states(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, state: Tensor)
 
 
 def loop_forward(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, every: int) -> tuple[Tensor, Tensor]:
-    """The time-major loop, for machines without a kernel: a buffer of `every` tokens' states at a time.
+    """Scan in a time-major loop, for devices without a kernel, with a buffer for the states of `every` tokens.
 
     Returns:
         y, (I, L, D), and the states after each `every` tokens and after the last, (I, ceil(L / every), N, D).
@@ -104,7 +104,7 @@ def loop_forward(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, ever
 def loop_backward(
     grad: Tensor, x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, states: Tensor, every: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to x, delta, a, b, c from that to y, (I, L, D); a chunk's states are computed again from the one kept before it.
+    """Return the gradients to x, delta, a, b, c from that to y, (I, L, D); states are recomputed per chunk from the one kept before it.
 
     The adjoint runs backwards, g_t = c_t grad_t + exp(delta_{t+1} a) g_{t+1}; with r_t = g_t exp(delta_t a) s_{t-1} the rest is local.
     """
