@@ -1,9 +1,9 @@
-"""Ours against the best public implementation of the same model, on equal weights, in one run.
+"""Paired benchmark of our models against the best public implementation of the same model, on equal weights, in one run.
 
-A machine's speed drifts by tens of percent within minutes, so nothing is timed alone: in each round every arm runs once, in changing order,
-and what counts is the median of the rounds' ratios. A second copy of our model runs along; where the ratio to the peer lies inside the
-spread of ours against ours, there is no verdict. Outputs are proven equal before anything is timed. Ours runs as it is deployed: after
-`fuse()`; in training as it trains.
+A machine's speed drifts by tens of percent within minutes, so no arm is timed alone: in each round every arm runs once, in changing order,
+and the result is the median of the rounds' ratios. A second copy of our model runs along; if the ratio to the peer lies inside the spread
+of ours against ours, there is no verdict. Outputs are proven equal before anything is timed. Inference runs after `fuse()`; training does
+not fuse.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ Kind = Literal["inference", "training", "compiled"]
 KINDS: tuple[Kind, ...] = ("inference", "training", "compiled")
 Forward = Callable[[Tensor], Tensor]
 WRITTEN_OUT = "its equations, written out"
-"""The peer's name where no public implementation is known and a reference stands in."""
+"""Name of the peer if no public implementation is known and a reference stands in."""
 
 
 class OutputsDiffer(RuntimeError):
-    """Ours and the peer are not the same function: nothing is timed."""
+    """Our model and the peer are not the same function; nothing is timed."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model in one setting.
+    """Result for one model in one setting.
 
     Attributes:
-        model, peer: what was timed; `peer` is "" where no public peer is known.
+        model, peer: names; `peer` is "" if no public peer is known.
         kind: "inference", "training" (forward and backward) or "compiled" (inference under torch.compile).
         batch, image_size, dtype, device, threads: the setting.
-        params, bytes, macs: of our model before it is fused; macs of one image.
+        params, bytes, macs: of our model before it is fused; macs for one image.
         error: largest difference of the logits over the peer's standard deviation, in this dtype.
-        ours_ms, peer_ms: medians, milliseconds a call: processor time on a CPU, time between synchronisations elsewhere.
-        ratio, ratio_low, ratio_high: peer's time over ours, round by round: median, least, most. Above 1: ours is faster.
-        aa, aa_low, aa_high: the same for a second copy of ours.
+        ours_ms, peer_ms: medians in milliseconds per call: processor time on a CPU, time between synchronisations elsewhere.
+        ratio, ratio_low, ratio_high: peer's time over ours, over the rounds: median, least, most. Above 1: ours is faster.
+        aa, aa_low, aa_high: the same for a second copy of our model.
         load: processes waiting for a processor, average of the last minute, at the end.
-        yardstick, yardstick_ms: a model that ran along in the same turns, such as a plain ViT; "" for none.
-        share, share_low, share_high: our multiply-accumulates a second over the yardstick's, round by round: median, least, most.
+        yardstick, yardstick_ms: a reference model timed in the same rounds, such as a plain ViT; "" for none.
+        share, share_low, share_high: our multiply-accumulates per second over the yardstick's, over the rounds: median, least, most.
         peer_share: the peer's, median, for the same work.
     """
 
@@ -89,7 +89,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """In words: "1.20x faster", "1.10x slower", "no difference beyond the noise", or "" without a peer."""
+        """Verdict: "1.20x faster", "1.10x slower", "no difference beyond the noise", or "" without a peer."""
         if self.ratio is None:
             return ""
         if abs(self.ratio - 1) <= max(abs(self.aa_low - 1), abs(self.aa_high - 1), abs(self.aa - 1)):
@@ -97,7 +97,7 @@ class Row:
         return f"{self.ratio:.2f}x faster" if self.ratio > 1 else f"{1 / self.ratio:.2f}x slower"
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields as a dictionary for JSON."""
         return asdict(self) | {"verdict": self.verdict}
 
 
@@ -119,21 +119,21 @@ def bench(
         models: names: ours, "timm/NAME", "hf/OWNER/NAME" or "hf/./folder"; the last three have no peer.
         peers: whether to time the peer as well.
         kinds: any of "inference", "training", "compiled".
-        batches: images a call; training takes the largest.
-        image_size: side, pixels; by default what each variant was made for.
-        dtype: float32, bfloat16 or float16, for weights and image.
+        batches: images per call; training takes the largest.
+        image_size: side in pixels; by default the native size of each variant.
+        dtype: of weights and image: float32, bfloat16 or float16.
         device: "cpu", "cuda", ...
         rounds: at least 3; 7 resolve about 5 % on a noisy machine.
-        threads: of PyTorch on a CPU; more than the free cores slow everything down.
+        threads: number of PyTorch's threads on a CPU; more than the free cores slow everything down.
 
     Raises:
         UsageError: an option out of range, or an unknown model.
-        OutputsDiffer: from the peer's, beyond rounding.
+        OutputsDiffer: the outputs differ from the peer's, beyond rounding.
     """
     if rounds < 3:
         raise UsageError(f"rounds must be at least 3, got {rounds}")
     if wrong := [k for k in kinds if k not in KINDS]:
-        raise UsageError(f"unknown kind {wrong[0]!r}; there are {', '.join(KINDS)}")
+        raise UsageError(f"unknown kind {wrong[0]!r} (accepted: {', '.join(KINDS)})")
     for name in models:
         if not is_foreign(name):
             find_model(name)
@@ -145,7 +145,7 @@ def bench(
 
 
 def peer_of(family: Family, variant: str) -> str:
-    """The public implementation that a variant is timed against, "timm/NAME", or "" where none is known: the one its weights come from."""
+    """Return the public implementation that a variant is compared with, "timm/NAME": that of its weights' source; "" if none is known."""
     sources = [source for tag in family.weights.get(variant, {}).values() for source in tag]
     names = [source.removeprefix("timm:").partition(".")[0] for source in sources if source.startswith("timm:")]
     return f"timm/{names[0]}" if names else ""
@@ -153,13 +153,13 @@ def peer_of(family: Family, variant: str) -> str:
 
 @dataclass(frozen=True)
 class Contest:
-    """One model and its peer, on equal weights, with outputs proven equal.
+    """A model and its peer, on equal weights, with outputs proven equal.
 
     Attributes:
         model, peer_name: their names.
-        image_size: side, pixels.
-        ours, trained: our model after `fuse()`, and as it trains.
-        peer: a module, or a function of an image, which does not train; None for none.
+        image_size: side in pixels.
+        ours, trained: our model after `fuse()`, and in training.
+        peer: a module, or a function of an image, which cannot be trained; None for none.
         error: see `Row`.
     """
 
@@ -181,16 +181,16 @@ def prepare(
     device: str = "cpu",
     reference: Callable[[nn.Module], nn.Module | Forward] | None = None,
 ) -> Contest:
-    """Our model and its peer with the same random weights; without stochastic depth, whose defaults differ.
+    """Create our model and its peer with the same random weights, without stochastic depth, whose defaults differ.
 
     Args:
-        reference: what stands in where there is no public peer in timm: our model -> the same function computed otherwise, either from
-            our model's weights, or as a module that brings its own and loads them into the model that it is given.
+        reference: stands in for a public peer: our model -> the same function computed otherwise, either from our model's weights,
+            or as a module with its own weights that it loads into the given model.
         The others as for `bench`.
 
     Raises:
-        UsageError: a model that is not ours.
-        OutputsDiffer: beyond rounding.
+        UsageError: the model is not ours.
+        OutputsDiffer: the outputs differ beyond rounding.
     """
     if is_foreign(name):
         return _alone(name, image_size=image_size, dtype=dtype, device=device)
@@ -202,7 +202,7 @@ def prepare(
     ours = create_model(name, image_size=size, **plain)
     peer: nn.Module | Forward | None = None
     if peer_name:
-        classes = getattr(ours, "num_classes", None)  # timm's may be those of a larger data set
+        classes = getattr(ours, "num_classes", None)  # timm's may have the classes of a larger data set
         peer = _scattered(create_model(peer_name, num_classes=classes, image_size=size, drop_path_rate=0.0))
         names = family.dialects
         ours.load_state_dict(names.get("timm", names.get("official", dict))(peer.state_dict()))
@@ -224,7 +224,7 @@ def prepare(
 
 
 def _alone(name: str, *, image_size: int | None, dtype: torch.dtype, device: str) -> Contest:
-    """Another library's model with random weights: it is the public implementation itself, so it has no peer."""
+    """Create another library's model with random weights; it is the public implementation itself, so it has no peer."""
     given = {} if image_size is None else {"image_size": image_size}
     model = create_model(name, **given)
     size = image_size or preprocessing_of(model).image_size
@@ -233,7 +233,7 @@ def _alone(name: str, *, image_size: int | None, dtype: torch.dtype, device: str
 
 
 def _scattered(model: nn.Module) -> nn.Module:
-    """Away from the initial zeros of layer scales and biases."""
+    """Randomise layer scales and biases, whose initial values are constant."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -261,10 +261,10 @@ def measure(
     yardstick: nn.Module | None = None,
     yardstick_name: str = "",
 ) -> Row:
-    """Time ours, a second copy of ours, the peer (a function not in training) and the yardstick, in turns.
+    """Time our model, a second copy of it, the peer (not a function in training) and the yardstick, in turns.
 
     Args:
-        yardstick: another model of the same dtype and device, at the image size of its preprocessing; its rate is the measure of ours.
+        yardstick: another model of the same dtype and device, at the image size of its preprocessing; our rate is given relative to its.
         The others as for `bench`.
     """
     ours, size = contest.trained if kind == "training" else contest.ours, contest.image_size
@@ -279,7 +279,7 @@ def measure(
         work = macs / count_macs(yardstick, its_size)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    torch.compiler.reset()  # else many models in one process reach the limit of recompilations, and run eagerly
+    torch.compiler.reset()  # or many models in one process reach the limit of recompilations and run eagerly
     try:
         times = paired({arm: _call(model, images[arm], kind) for arm, model in arms.items()}, rounds=rounds, device=image.device)
     finally:
@@ -314,12 +314,12 @@ def measure(
 
 
 def _ratios(times: dict[str, list[float]], above: str, below: str) -> list[float]:
-    """Round by round; empty where one of the arms did not run."""
+    """Return the ratios, round by round; empty if one of the arms did not run."""
     return [a / b for a, b in zip(times.get(above, []), times.get(below, []), strict=False)]
 
 
 def _spread(name: str, values: list[float]) -> dict[str, Any]:
-    """Median, least, most; None of no values."""
+    """Return median, least and most; None for no values."""
     found = (statistics.median(values), min(values), max(values)) if values else (None, None, None)
     return dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
 
@@ -349,13 +349,13 @@ def _call(model: nn.Module | Forward, image: Tensor, kind: Kind) -> Callable[[],
 def paired(
     calls: dict[str, Callable[[], Any]], *, rounds: int, device: torch.device | str = "cpu", least_seconds: float = 0.4
 ) -> dict[str, list[float]]:
-    """Seconds a call, for each arm and round. Arms take turns, in an order that turns with the round.
+    """Measure the seconds per call of each arm and round. Arms take turns, in an order that rotates with the round.
 
     Args:
         calls: the arms.
         rounds: turns of each arm, after one that is not counted.
-        device: where the work is done; on a CPU the process's processor time is taken, which other processes disturb less.
-        least_seconds: an arm's turn repeats its call until about this much time is measured, at least once.
+        device: on which the work is done; on a CPU the process's processor time is taken, which other processes disturb less.
+        least_seconds: an arm repeats its call in each turn until about this much time is measured, at least once.
     """
     device = torch.device(device)
     clock = time.process_time if device.type == "cpu" else time.perf_counter
@@ -368,7 +368,7 @@ def paired(
         _synchronize(device)
         return (clock() - start) / repeats
 
-    for call in calls.values():  # caches, kernel choice, compilation
+    for call in calls.values():  # fills caches, chooses kernels, compiles
         call()
     repeats = {arm: max(1, round(least_seconds / max(turn(call, 1), 1e-6))) for arm, call in calls.items()}
     times: dict[str, list[float]] = {arm: [] for arm in calls}

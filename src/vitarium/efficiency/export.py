@@ -1,4 +1,4 @@
-"""A model as a graph that runs without this library: ONNX, or torch.export's program. No file is left that does not compute the same.
+"""Export of a model as a graph that runs without this library: ONNX, or torch.export's program. The graph is checked before it is kept.
 
     export(model, "swin.onnx").error        # root mean square of the difference over that of the logits
 
@@ -32,15 +32,15 @@ Runner = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how far its outputs are from the model's.
+    """Result of an export, with the error of the graph's outputs.
 
     Args:
         path: the file.
         format: "onnx" or "torch-export".
-        image_size: side of the square input, pixels.
-        batch: images at once that the graph takes; None for any number.
+        image_size: side of the square input in pixels.
+        batch: number of images that the graph takes; None for any number.
         bytes: size of the file.
-        error: root mean square of (graph - model) over that of the model's outputs, the worst of the batches tried.
+        error: root mean square of (graph - model) over that of the model's outputs, the largest over the batches tried.
     """
 
     path: Path
@@ -63,33 +63,33 @@ def export(
     """Write a model's graph, read it back, run it beside the model, and keep it only if the outputs agree.
 
     Args:
-        model: float32, on the CPU; left as it is.
-        path: where; an older file stays intact unless the new one is right.
+        model: float32, on the CPU; it is not changed.
+        path: an older file is replaced only if the new one is right.
         format: "onnx" (input "image", output "logits") or "torch-export".
-        image_size: side of the square input, pixels; the model's own by default.
-        batch: images at once; None lets it vary.
-        tolerance: largest error that is accepted (see `Exported`).
+        image_size: side of the square input in pixels; by default the model's own.
+        batch: number of images; None: variable.
+        tolerance: largest accepted error (see `Exported`).
 
     Raises:
         UsageError: an unknown format, a model that cannot be traced, or one that is too large for the format.
-        CheckpointError: the graph computes something else; nothing is written.
+        CheckpointError: the graph's outputs differ from the model's; nothing is written.
         MissingExtra: onnx is not installed.
     """
     if format not in FORMATS:
         raise UsageError(f"unknown format {format!r}{nearest(format, FORMATS)} (formats: {', '.join(FORMATS)})")
     if batch is not None and batch < 1:
-        raise UsageError(f"batch must be at least 1, or None to let it vary; got {batch}")
+        raise UsageError(f"batch must be at least 1, or None for a variable batch; got {batch}")
     write, read, packages = FORMATS[format]
     for package in packages:
         require(package, "export")
-    twin = copy.deepcopy(model).cpu().eval()  # tracing may leave marks on a module, and the caller's is not ours to mark
+    twin = copy.deepcopy(model).cpu().eval()  # tracing may leave attributes on a module; the caller's must stay unchanged
     size = image_size or preprocessing_of(model).image_size
     with torch.no_grad(), _silent():
         program = _trace(twin, example_image(twin, size, batch or 2), dynamic=batch is None)
         with atomic_path(path) as temporary:
             write(program, temporary, _record(model, size))
             error = compare(read(temporary), twin, size, [batch] if batch else [1, 3])
-            if not error <= tolerance:  # also when it is not a number
+            if not error <= tolerance:  # also true for NaN
                 raise CheckpointError(
                     f"the {format} graph differs from the model by {error:.2g} of its outputs' root mean square (accepted: {tolerance:g}); "
                     f"{path} was not written; try another format or image size"
@@ -98,7 +98,7 @@ def export(
 
 
 def compare(graph: Runner, model: nn.Module, image_size: int, batches: list[int]) -> float:
-    """The worst relative error (root mean square) of a graph against its model, over random images in batches of these sizes."""
+    """Return the largest relative error (root mean square) of a graph against its model, over random images in batches of these sizes."""
     errors = []
     for batch in batches:
         image = example_image(model, image_size, batch)
@@ -116,7 +116,7 @@ def _trace(model: nn.Module, image: Tensor, *, dynamic: bool) -> torch.export.Ex
         return torch.export.export(model, (image,), dynamic_shapes=shapes)
     except UsageError:
         raise
-    except Exception as error:  # torch.export has no common class for what it cannot trace
+    except Exception as error:  # torch.export has no common class for its errors
         first = str(error).strip().splitlines()[0]
         hint = "; a fixed batch may work: --batch 1" if dynamic else ""
         raise UsageError(f"{type(model).__name__} cannot be traced at {tuple(image.shape)}: {first}{hint}") from error
@@ -131,7 +131,7 @@ def _record(model: nn.Module, size: int) -> str:
 def _write_onnx(program: torch.export.ExportedProgram, path: Path, record: str) -> None:
     if weight_bytes(program.module()) > ONNX_LIMIT:
         raise UsageError("the weights exceed the 2 GB that one ONNX file can hold; choose --format torch-export")
-    axes = ({0: "batch"},) if program.range_constraints else None  # the name that readers of the file see
+    axes = ({0: "batch"},) if program.range_constraints else None  # name of the axis in the file
     graph = torch.onnx.export(program, input_names=["image"], output_names=["logits"], dynamic_shapes=axes, verbose=False)
     assert graph is not None  # it is None only when a path is given
     graph.model.metadata_props["vitarium"] = record
@@ -160,12 +160,12 @@ FORMATS: dict[str, tuple[Writer, Callable[[Path], Runner], tuple[str, ...]]] = {
     "onnx": (_write_onnx, _read_onnx, ("onnx", "onnxscript", "onnxruntime")),
     "torch-export": (_write_program, _read_program, ()),
 }
-"""Format -> what writes it, what reads it back, the packages that it needs."""
+"""Writer, reader and required packages of each format."""
 
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Exporters talk much about themselves; what matters here is checked by running the graph."""
+    """Silence exporters' output; the graph is checked by running it."""
     logger: Any = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,9 +1,9 @@
-"""What a model costs: parameters, bytes, multiply-accumulates, time, memory. Counted where it can be counted, timed where it must be.
+"""Cost of a model: parameters, bytes, multiply-accumulates, time, memory. Counted where possible, timed otherwise.
 
     profile(model, 224).latency_ms
 
-MACs are half of what torch's flop counter counts in the graph that really runs, fused attention included; so a method that skips work shows
-it here, and one that only promises to does not.
+MACs are half of what torch's flop counter counts in the graph that really runs, fused attention included, so skipped work is measured, not
+assumed.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitarium.errors import UsageError
 from vitarium.nn.modes import evaluating, frozen_parameters
 
-WARM_UP = 2  # runs before the clock starts: allocators, kernel choice, caches
+WARM_UP = 2  # runs before timing, which fill allocators and caches and choose kernels
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The cost of inference. MB are 10^6 bytes.
+    """Cost of inference. MB are 10^6 bytes.
 
     Args:
         params: number of parameters.
         bytes: size of parameters and buffers in memory.
         macs: multiply-accumulates for one image.
         latency_ms: milliseconds for one image at batch 1 (median).
-        throughput: images a second at the batch asked for (median).
-        peak_memory_mb: most memory that is alive at once in a forward pass at that batch: weights, image and activations.
+        throughput: images per second at the given batch (median).
+        peak_memory_mb: largest memory alive at once in a forward pass at that batch: weights, image and activations.
     """
 
     params: int
@@ -49,24 +49,24 @@ class Profile:
     peak_memory_mb: float
 
     def to_dict(self) -> dict[str, float]:
-        """For JSON."""
+        """Return the fields as a dictionary for JSON."""
         return asdict(self)
 
 
 def profile(
     model: nn.Module, image_size: int | tuple[int, int], *, batch: int = 1, device: str | torch.device | None = None, runs: int = 10
 ) -> Profile:
-    """Measure a model in eval mode, without gradients. Its mode and its device are as before afterwards.
+    """Measure a model in eval mode, without gradients. Its mode and device are restored.
 
     Args:
         model: takes an image (B, C, H, W) of the dtype of its weights.
         image_size: side, or (height, width), in pixels.
-        batch: images at once, for throughput and memory.
-        device: where to measure; the model's own by default.
+        batch: number of images, for throughput and memory.
+        device: by default the model's own.
         runs: timed forward passes at batch 1; a third as many (at least three) at `batch`.
 
     Raises:
-        UsageError: batch or runs below 1, or a model on the meta device, which has no time.
+        UsageError: batch or runs below 1, or a model on the meta device, which cannot be timed.
     """
     if batch < 1 or runs < 1:
         raise UsageError(f"batch and runs must be at least 1, got batch={batch} and runs={runs}")
@@ -89,27 +89,27 @@ def profile(
 
 
 def count_params(model: nn.Module) -> int:
-    """Number of parameters; one that is shared counts once."""
+    """Return the number of parameters; a shared one counts once."""
     return sum(p.numel() for p in model.parameters())
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes that parameters and buffers take in memory."""
+    """Return the bytes of parameters and buffers in memory."""
     return sum(t.numel() * t.element_size() for t in _weights(model))
 
 
 def count_macs(model: nn.Module, image_size: int | tuple[int, int]) -> int:
-    """Multiply-accumulates of one image through the model, as torch counts. Works on the meta device, without arithmetic."""
+    """Return the multiply-accumulates of one image, as torch counts them. Works on the meta device, without arithmetic."""
     with _measured(model), FlopCounterMode(display=False) as counter:
         model(example_image(model, image_size))
     return counter.get_total_flops() // 2
 
 
 def peak_memory(model: nn.Module, image: Tensor) -> int:
-    """Bytes alive at the worst moment of a forward pass: weights, image and activations.
+    """Return the peak of bytes alive in a forward pass: weights, image and activations.
 
-    On CUDA it is the allocator's own peak. Elsewhere it is the sum of the tensors that operations make, followed as each is made and
-    freed: the same on every system, and without the private scratch space of a kernel.
+    On CUDA it is the allocator's own peak. Elsewhere it is the sum of the tensors that operations create, followed while alive:
+    the same on every system, and without the private scratch space of a kernel.
 
     Args:
         image: (B, C, H, W) on the model's device.
@@ -128,7 +128,7 @@ def peak_memory(model: nn.Module, image: Tensor) -> int:
 
 
 def example_image(model: nn.Module, image_size: int | tuple[int, int], batch: int = 1) -> Tensor:
-    """A random image (batch, C, H, W), or clip (batch, C, T, H, W), of a model's channels, dtype and device; always the same one."""
+    """Return a random image (batch, C, H, W), or clip (batch, C, T, H, W), of a model's channels, dtype and device; always the same one."""
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     preprocessing = getattr(model, "preprocessing", None)
     channels = preprocessing.channels if preprocessing is not None else getattr(model, "in_chans", 3)
@@ -156,12 +156,12 @@ def _median_seconds(call: Callable[[], Any], device: torch.device, runs: int) ->
 
 @contextlib.contextmanager
 def _measured(model: nn.Module, device: str | torch.device | None = None) -> Iterator[None]:
-    """Evaluation mode without gradients, on another device for a while."""
+    """Switch to evaluation mode without gradients, on another device if given, and back."""
     home = next(iter(_weights(model)), torch.empty(0)).device
     try:
         if device is not None:
             model.to(device)
-        # torch's flop counter fails on a module that is handed a parameter without a gradient function
+        # torch's flop counter fails on a module that gets a parameter without a gradient function
         with frozen_parameters(model), evaluating(model, inference=True):
             yield
     finally:
@@ -170,7 +170,7 @@ def _measured(model: nn.Module, device: str | torch.device | None = None) -> Ite
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Adds up the storages that are alive while operations run; `peak` is the most bytes at once."""
+    """Sum of the storages alive while operations run; `peak` is its largest value in bytes."""
 
     def __init__(self, known: list[Tensor]):
         super().__init__()
@@ -180,7 +180,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self._watch(tree_leaves((args, result)))  # arguments too: what a module has cached is memory as well
+        self._watch(tree_leaves((args, result)))  # arguments too: a module's caches are memory as well
         return result
 
     def _watch(self, values: list[Any]) -> None:

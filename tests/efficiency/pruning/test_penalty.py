@@ -76,6 +76,6 @@ def test_mistakes_are_told():
         AttentionPenalty(blocks="first")
     with AttentionPenalty().watch(timm_model("vit")) as term, pytest.raises(UsageError, match="has seen no pass"):
         term()
-    for model, message in ((timm_model("dinov3"), "by their places"), (nn.Linear(2, 2), "no plain vision transformer")):
+    for model, message in ((timm_model("dinov3"), "by position"), (nn.Linear(2, 2), "no plain vision transformer")):
         with pytest.raises(UnsupportedModel, match=message), AttentionPenalty().watch(model):
             pass

@@ -297,7 +297,7 @@ def test_a_curve_leaves_the_model_alone():
         ("sparse_prune:structure=2:4,amount=0.3", "removes 0.5 of the weights"),
         ("sparse_prune:scope=all", "scope must be 'auto', 'global' or 'layer', got 'all'"),
         ("sparse_prune:score=taylor", "'magnitude' or 'activation'"),
-        ("sparse_prune:score=activation", "looks at pictures"),
+        ("sparse_prune:score=activation", "needs images"),
         ("sparse_prune:include=[block.*]", "nothing to prune is called 'block\\.\\*' \\(such as patch"),
         ("sparse_prune:structure=both,exclude=[atn]", "nothing to prune is called 'atn'"),
     ],
@@ -321,7 +321,7 @@ def test_what_cannot_be_smaller_is_refused_unchanged():
     with pytest.raises(AttachError, match="does not run with smaller layers"):
         vitarium.apply(model, "sparse_prune:structure=heads", quiet=True)
     assert torch.equal(logits(model), before)
-    with pytest.raises(AttachError, match="does not say what image it takes"):
+    with pytest.raises(AttachError, match="input size of a .* is not known"):
         vitarium.apply(nn.Sequential(vitarium.nn.Mlp(8, 32)), "sparse_prune:structure=channels", quiet=True)
     with pytest.raises(UsageError, match="no sparse_prune is on this model"):
         make_permanent(model)

@@ -1,1 +1,1 @@
-"""Fewer weights: masks of single weights, smaller layers, and what to train with before and after."""
+"""Pruning: masks of single weights, structured removal of heads and channels, and a penalty for training before it."""

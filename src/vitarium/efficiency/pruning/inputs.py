@@ -1,4 +1,4 @@
-"""How large a layer's inputs are on real pictures: a small weight on a large input says more than a large one on silence."""
+"""Input magnitudes of linear layers on real images, for pruning scores that multiply weights by their inputs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from vitarium.nn.modes import evaluating
 
 
 def input_sizes(model: nn.Module, layers: Iterable[str], images: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Root mean square of each input of linear layers over all tokens of all images: name -> (in_features,), float32.
+    """Return the root mean square of each input of linear layers over all tokens of all images: name -> (in_features,), float32.
 
     Args:
         model: runs once on each batch, in eval mode, without gradients.
-        layers: names of linear layers; one that does not run is left out.
+        layers: names of linear layers; layers that do not run are left out.
         images: batches (B, C, H, W).
     """
     sums: dict[str, Tensor] = {}

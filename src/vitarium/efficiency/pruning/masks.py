@@ -1,7 +1,7 @@
-"""Zeros among the weights: which weights they may hit, where they go, and how they stay.
+"""Masks of single weights: which weights can be pruned, where the zeros go, and how they survive training.
 
-A pruned weight is exactly zero, and the zero is its mask: nothing else is stored, so that a file, a moving average or a resumed run knows
-the mask from the weights. (A weight that was zero before counts as pruned too.)
+A pruned weight is exactly zero, and the zero is its mask: nothing else is stored, so that a file, a moving average or a resumed run
+recovers the mask from the weights. (A weight that was zero before counts as pruned.)
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
 def prunable(model: nn.Module, include: Iterable[str] = (), exclude: Iterable[str] = (), *, norms: bool = True) -> dict[str, Tensor]:
-    """The weights that may be pruned, by name: of linear layers and convolutions, and (`norms`) the scales of layer norms in blocks.
+    """Return the weights that can be pruned, by name: of linear layers and convolutions, and (`norms`) the scales of layer norms in blocks.
 
-    Biases, class tokens, position tables and the norms outside of blocks (the last one) are never among them: the list of the paper.
+    Biases, class tokens, position tables and norms outside blocks (the last one) are excluded, as in the paper.
 
     Args:
-        model: any.
-        include, exclude: shell patterns of names, such as "blocks.*.mlp.*", or parts of names, such as "head"; none includes all.
-        norms: whether scales of norms count.
+        model: any module.
+        include, exclude: shell patterns of names, such as "blocks.*.mlp.*", or parts of names, such as "head"; an empty include means all.
+        norms: whether scales of norms are included.
 
     Raises:
-        UsageError: a pattern that fits no weight.
+        UsageError: a pattern matches no weight.
     """
     found: dict[str, Tensor] = {}
-    for place, module in model.named_modules():  # a module that is used twice comes once
+    for place, module in model.named_modules():  # a shared module appears once
         for name, weight in module._parameters.items():
             if weight is None or not _counts(place, module, name, norms) or any(weight is other for other in found.values()):
                 continue
@@ -44,10 +44,10 @@ def prunable(model: nn.Module, include: Iterable[str] = (), exclude: Iterable[st
 
 
 def chosen(found: Mapping[str, Value], include: Iterable[str], exclude: Iterable[str]) -> dict[str, Value]:
-    """What is included (all, without a pattern) and not excluded, by name.
+    """Return the entries that are included (all, without a pattern) and not excluded, by name.
 
     Raises:
-        UsageError: a pattern that fits no name.
+        UsageError: a pattern matches no name.
     """
     fits: Callable[[str, str], bool] = lambda name, pattern: fnmatch.fnmatch(name, pattern if set(pattern) & set("*?[") else f"*{pattern}*")
     for pattern in (*include, *exclude):
@@ -66,13 +66,13 @@ def _counts(place: str, module: nn.Module, name: str, norms: bool) -> bool:
     return norms and in_block and name == "weight" and isinstance(module, NORMS)
 
 
-# ---- where the zeros go: scores -> masks, True where a weight stays
+# ---- scores -> masks, True where a weight stays
 
 
 def keep_largest(scores: Mapping[str, Tensor], amount: float, *, together: bool) -> dict[str, Tensor]:
-    """Masks that remove the share `amount` with the smallest scores: round(amount * count) of all weights together, or of each tensor.
+    """Return masks that remove the share `amount` with the smallest scores: round(amount * count), over all weights or in each tensor.
 
-    Of equal scores the first in order go. Any shapes -> bool masks of the same shapes.
+    Of equal scores the first are removed. Any shapes -> bool masks of the same shapes.
     """
     if not together:
         return {name: mask for name, score in scores.items() for mask in keep_largest({name: score}, amount, together=True).values()}
@@ -90,9 +90,9 @@ def keep_largest(scores: Mapping[str, Tensor], amount: float, *, together: bool)
 
 
 def keep_n_of_m(score: Tensor, n: int, m: int) -> Tensor:
-    """The mask that keeps the n largest of every m consecutive inputs of a layer: (out, in) -> (out, in), in divisible by m.
+    """Return the mask that keeps the n largest of every m consecutive inputs of a layer: (out, in) -> (out, in), in divisible by m.
 
-    2 of 4 is the pattern that sparse tensor cores run (NVIDIA Ampere and later). Of equal scores the first stay.
+    2 of 4 is the pattern of sparse tensor cores (NVIDIA Ampere and later). Of equal scores the first are kept.
     """
     groups = score.unflatten(1, (-1, m))
     order = groups.argsort(dim=2, descending=True, stable=True)
@@ -101,18 +101,18 @@ def keep_n_of_m(score: Tensor, n: int, m: int) -> Tensor:
 
 @torch.no_grad()
 def set_zeros(tensors: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
-    """Zero, in place, what the masks do not keep."""
+    """Set to zero, in place, what the masks do not keep."""
     for name, mask in kept.items():
         tensors[name].masked_fill_(~mask.to(tensors[name].device), 0)
 
 
-# ---- how they stay
+# ---- zeros during training
 
 
 class Masks:
-    """Zeros that survive an optimizer: what is zero in these tensors as a step begins is zero again when it ends.
+    """Zeros that survive an optimizer: entries that are zero when a step begins are set to zero when it ends.
 
-        Masks.of(model).hold(optimizer)              # for a loop of one's own; the learner "sparse_prune" does the same
+    Masks.of(model).hold(optimizer)              # for a custom loop; the learner "sparse_prune" does the same
 
     Args:
         tensors: name -> weight.
@@ -124,10 +124,10 @@ class Masks:
 
     @classmethod
     def of(cls, model: nn.Module) -> Masks:
-        """Of a model that a pruning method is on.
+        """Create for a model with a pruning method.
 
         Raises:
-            UsageError: there is none on it.
+            UsageError: no pruning method is on the model.
         """
         names = [site for report in getattr(model, "methods", ()) if report.method.kind == "prune" for site in report.sites]
         if not names:
@@ -137,34 +137,34 @@ class Masks:
 
     @torch.no_grad()
     def remember(self) -> None:
-        """Note where zeros are; before a step."""
+        """Record where the zeros are, before a step."""
         self._zeros = [tensor == 0 for tensor in self.tensors.values()]
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the noted zeros back; after a step."""
+        """Restore the recorded zeros, after a step."""
         for tensor, zeros in zip(self.tensors.values(), self._zeros, strict=False):
             tensor.masked_fill_(zeros, 0)
 
     def hold(self, optimizer: torch.optim.Optimizer) -> list[Any]:
-        """Do both around every step of an optimizer. Returns the hooks' handles (`remove()` lets the weights grow again)."""
+        """Record and restore around every step of an optimizer. Returns the hooks' handles; `remove()` lets the weights change again."""
         return [
             optimizer.register_step_pre_hook(lambda *_: self.remember()),
             optimizer.register_step_post_hook(lambda *_: self.restore()),
         ]
 
 
-# ---- what is there
+# ---- statistics
 
 
 @dataclass(frozen=True)
 class Sparsity:
-    """How sparse a model is.
+    """Sparsity of a model.
 
     Args:
-        zeros, total: weights that are zero, and all that could be.
-        bytes: that these weights take, zeros included.
-        packed_bytes: what they would take as one bit a weight and the values that are left, where that is less.
+        zeros, total: number of weights that are zero, and of all that can be pruned.
+        bytes: memory of these weights, zeros included.
+        packed_bytes: memory as one bit per weight and the non-zero values, if that is less.
         tensors: name -> share of zeros.
     """
 
@@ -176,12 +176,12 @@ class Sparsity:
 
     @property
     def share(self) -> float:
-        """Of zeros, 0..1."""
+        """Share of zeros, 0 to 1."""
         return self.zeros / max(1, self.total)
 
     @property
     def empty(self) -> list[str]:
-        """Names of the weights of which nothing is left."""
+        """Names of the weights that are entirely zero."""
         return [name for name, share in self.tensors.items() if share == 1]
 
 

@@ -1,11 +1,11 @@
-"""Penalties on attention, for any model that `anatomy` knows, read by hooks while the loss is computed and at no other time.
+"""Penalties on attention weights for any model that `anatomy` supports, computed by hooks during the loss only.
 
     penalty = AttentionPenalty("log1p_sq", weight=0.01, blocks="last")
     with penalty.watch(model) as term:
         logits = model(image)
     loss = cross_entropy(logits, target) + term()
 
-Legend: B images, H heads, N tokens; A (B, H, N, N) attention weights after the softmax, Z the logits before it.
+Notation: B images, H heads, N tokens; A (B, H, N, N) attention weights after the softmax, Z the logits before it.
 """
 
 from __future__ import annotations
@@ -19,46 +19,46 @@ import torch
 from torch import Tensor, nn
 
 from vitarium import anatomy
-from vitarium.errors import UnsupportedModel, UsageError
+from vitarium.errors import UnsupportedModel, UsageError, nearest
 
 
 def log1p_sq(logits: Tensor) -> Tensor:
-    """mean log(1 + A^2): between log(1 + 1/N^2) where all attention is even, and log(2)/N where each row looks at one token."""
+    """Return mean log(1 + A^2): log(1 + 1/N^2) for uniform attention, up to log(2)/N if each row attends to one token."""
     return logits.softmax(-1).square().log1p().mean()
 
 
 def l1(logits: Tensor) -> Tensor:
-    """mean |Z|: small logits, hence even attention."""
+    """Return mean |Z|: small logits mean uniform attention."""
     return logits.abs().mean()
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Mean entropy of the rows over log N: 1 where attention is even, 0 where each row looks at one token."""
+    """Return the mean entropy of the rows over log N: 1 for uniform attention, 0 if each row attends to one token."""
     log = logits.log_softmax(-1)
     return -(log.exp() * log).sum(-1).mean() / math.log(max(2, logits.shape[-1]))
 
 
 def hoyer(logits: Tensor) -> Tensor:
-    """1 - Hoyer's sparsity, mean over the rows: 1 where attention is even, 0 where each row looks at one token."""
+    """Return 1 - Hoyer's sparsity, mean over the rows: 1 for uniform attention, 0 if each row attends to one token."""
     root = math.sqrt(max(2, logits.shape[-1]))
     return 1 - (root - 1 / logits.softmax(-1).norm(dim=-1)).mean() / (root - 1)
 
 
 PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {"log1p_sq": log1p_sq, "l1": l1, "entropy": entropy, "hoyer": hoyer}
-"""Name -> logits (B, H, N, N) -> scalar."""
+"""Penalties by name: logits (B, H, N, N) -> scalar."""
 
 
 @dataclass(frozen=True)
 class AttentionPenalty:
-    """A term for the loss, of the attention of a vision transformer.
+    """A loss term on the attention of a vision transformer.
 
-    The published one, log1p_sq, is smallest where attention is *even*: it pushes towards low, spread weights, not towards few. For few,
-    take "entropy" or "hoyer" (or weight=-0.01).
+    The published penalty, log1p_sq, is smallest for *uniform* attention: it favours many small weights, not few large ones. For sparse
+    attention use "entropy" or "hoyer" (or weight=-0.01).
 
     Args:
         kind: "log1p_sq" (the paper's), "l1", "entropy" or "hoyer".
-        weight: factor in the loss; negative: the contrary.
-        blocks: "last" (what the authors' code does) or "all" (the mean over the blocks).
+        weight: factor in the loss; a negative one inverts the penalty.
+        blocks: "last" (as in the authors' code) or "all" (the mean over the blocks).
     """
 
     kind: str = "log1p_sq"
@@ -67,19 +67,19 @@ class AttentionPenalty:
 
     def __post_init__(self) -> None:
         if self.kind not in PENALTIES:
-            raise UsageError(f"a penalty on attention is one of {', '.join(PENALTIES)}; got {self.kind!r}")
+            raise UsageError(f"kind must be one of {', '.join(PENALTIES)}; got {self.kind!r}{nearest(str(self.kind), PENALTIES)}")
         if self.blocks not in ("last", "all"):
             raise UsageError(f"blocks must be 'last' or 'all', got {self.blocks!r}")
 
     @contextlib.contextmanager
     def watch(self, model: nn.Module) -> Iterator[Callable[[], Tensor]]:
-        """Watch the model's next pass. Gives a function that, after the pass, returns `weight` times the penalty, with gradients.
+        """Record the model's next pass, and give a function that then returns `weight` times the penalty, with gradients.
 
-        The attention of the watched blocks is computed once more, in the open (the model's own may be a fused kernel): for "last" that
-        is one block's queries, keys and N x N weights.
+        The attention of the watched blocks is computed once more in plain operators (the model's own may be a fused kernel): for "last"
+        that is one block's queries, keys and N x N weights.
 
         Raises:
-            UnsupportedModel: anatomy does not know the model, or it turns queries and keys by their places.
+            UnsupportedModel: anatomy does not support the model, or the model rotates queries and keys by position.
         """
         watched = self.watched(model)
         seen: dict[int, Tensor] = {}
@@ -102,8 +102,8 @@ class AttentionPenalty:
                 hook.remove()
 
     def watched(self, model: nn.Module) -> list[anatomy.BlockView]:
-        """The blocks whose attention counts. Raises UnsupportedModel, see `watch`."""
+        """Return the blocks whose attention counts. Raises UnsupportedModel, see `watch`."""
         view = anatomy.of(model)
         if view.rotary:
-            raise UnsupportedModel(f"{view.family} turns queries and keys by their places; the penalty reads models with added positions")
+            raise UnsupportedModel(f"{view.family} rotates queries and keys by position; the penalty supports models with added positions")
         return list(view.blocks if self.blocks == "all" else view.blocks[-1:])

@@ -1,22 +1,22 @@
-"""Sparse then Prune: a penalty on attention while fine-tuning, then the smallest weights go (Prasetyo et al. 2023).
+"""Sparse then Prune: fine-tuning with a penalty on attention, followed by magnitude pruning (Prasetyo et al. 2023).
 
-The idea: attention that was kept low and spread while training survives pruning better. The loss of the authors' code is
+Attention that is kept low and uniform during training survives pruning better. The loss of the authors' code is
 
     cross_entropy(logits, y) + 0.01 mean log(1 + A^2)      A: attention weights of the last block, over images, heads, queries and keys
 
-and afterwards the share p of *all* weights with the smallest |w| becomes zero, by one threshold for the whole network: patch convolution,
-projections, MLPs, the norms of blocks and the classifier; not biases, class token, positions and the last norm. No training after that.
+and afterwards the share p of *all* weights with the smallest |w| becomes zero, with one threshold for the whole network: patch convolution,
+projections, MLPs, the norms of blocks and the classifier; not biases, class token, positions and the last norm. No training follows.
 
-Rows of A sum to one, so the term is smallest where attention is even and largest (log(2) / N) where each query looks at one token: it
-makes attention low and even, not sparse in the sense of few. At 577 tokens it is about 1e-5: with 0.01 before it, nearly nothing.
-`AttentionPenalty` (penalty.py) offers others, and all blocks.
+Rows of A sum to one, so the term is smallest for uniform attention and largest (log(2) / N) if each query attends to one token: it makes
+attention uniform, not sparse. At 577 tokens it is about 1e-5, which a factor of 0.01 makes nearly nothing. `AttentionPenalty` (penalty.py)
+offers other penalties, and all blocks.
 
 Followed: the authors' code (yogiprsty/Sparse-ViT), whose files load into `sparse_prune_base`. Added, because zeros alone save no time:
-heads and hidden channels that are really taken out (structure.py), N:M patterns, masks that survive training (masks.py).
+removal of heads and hidden channels (structure.py), N:M patterns, masks that survive training (masks.py).
 
     vitarium.apply(model, "sparse_prune:amount=0.5")                    half of the weights zero; dense kernels take as long as before
-    vitarium.apply(model, "sparse_prune:structure=both,amount=0.5")     half of the heads and of the hidden channels gone: 1.9x faster
-    vitarium train sparse_prune --data DIR --set objective.amount=0.5   the penalty, and pruning on the way
+    vitarium.apply(model, "sparse_prune:structure=both,amount=0.5")     half of the heads and hidden channels removed: 1.9x faster
+    vitarium train sparse_prune --data DIR --set objective.amount=0.5   the penalty, and pruning during training
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from vitarium.training.settings import Section
 
 UNITS: dict[str, tuple[Kind, ...]] = {"heads": ("heads",), "channels": ("channels",), "both": ("heads", "channels")}
 CHANNEL_STEP = 8
-"""Hidden widths are multiples of this: kernels like even ones."""
+"""Hidden widths are multiples of this, for efficient kernels."""
 
 
 # ---- the method
@@ -55,10 +55,10 @@ CHANNEL_STEP = 8
 
 @dataclass
 class PruneReport(AttachReport):
-    """As every report, and what became of the weights.
+    """Report of an attached pruning, with a summary of the weights.
 
     Args:
-        note: in words.
+        note: the summary.
     """
 
     note: str = ""
@@ -68,28 +68,28 @@ class PruneReport(AttachReport):
 
 
 def _as_pattern(structure: Any) -> Any:
-    """Undo YAML 1.1's reading of 2:4 as two minutes and four seconds."""
+    """Undo the YAML 1.1 reading of 2:4 as two minutes and four seconds."""
     return f"{structure // 60}:{structure % 60}" if isinstance(structure, int) else structure
 
 
 @method("sparse_prune", kind="prune")
 @validated
 class SparsePrune(Method):
-    """Remove weights, heads or hidden channels, without data or with a few pictures.
+    """Remove weights, heads or hidden channels, without data or with a few images.
 
     Args:
-        amount: share that goes, [0, 1): of the weights, or of each layer's heads and hidden channels. 0 changes nothing. An N:M pattern
-            implies it.
-        structure: what goes. "weights": single ones, which become zero and save no time; "2:4" (or another N:M): all but 2 of every 4
-            inputs of linear layers, for sparse tensor cores; "heads", "channels" (hidden ones of MLPs), "both": the layers become smaller.
-        scope: "global": one threshold for all layers; "layer": the same share of each; "auto": global for weights by magnitude (the
+        amount: share to remove, from 0 to below 1: of the weights, or of each layer's heads and hidden channels. 0 changes nothing. An N:M
+            pattern implies it.
+        structure: "weights": single weights, which become zero and save no time; "2:4" (or another N:M): all but 2 of every 4 inputs of
+            linear layers, for sparse tensor cores; "heads", "channels" (hidden ones of MLPs), "both": the layers become smaller.
+        scope: "global": one threshold for all layers; "layer": the same share of each; "auto": global for weights by magnitude (as in the
             paper), layer otherwise.
-        score: "magnitude", or "activation": weights times the size of their inputs on `calibration` pictures (Wanda). Which keeps more is
-            to be tried: on a small ViT of digits magnitude does.
-        shrink: whether removed heads and channels leave smaller layers; False: their outgoing weights are zero, so that training can go on
-            pruning them, and `make_permanent` takes them out later.
+        score: "magnitude", or "activation": weights times the size of their inputs on `calibration` images (Wanda). Neither is always
+            better: on a small ViT of digits magnitude keeps more.
+        shrink: whether removed heads and channels leave smaller layers; False: their outgoing weights are zero, so that training can
+            continue pruning them, and `make_permanent` removes them later.
         include, exclude: shell patterns, or parts, of the names of weights (or of attentions and MLPs), such as exclude=[head].
-        calibration: pictures for score="activation", (B, C, H, W) or batches of them. No file holds them.
+        calibration: images for score="activation", (B, C, H, W) or batches of them; not saved.
     """
 
     amount: Annotated[float, Field(ge=0, lt=1)] = 0.5
@@ -112,7 +112,7 @@ class SparsePrune(Method):
                 raise UsageError(f"structure={self.structure} removes {implied:g} of the weights; leave amount={self.amount:g} out")
             object.__setattr__(self, "amount", implied)
         if self.score == "activation" and isinstance(self.calibration, tuple) and not self.calibration:
-            object.__setattr__(self, "calibration", None)  # the sign by which the command line gives pictures
+            object.__setattr__(self, "calibration", None)  # marks for the command line that images are needed
 
     @property
     def pattern(self) -> tuple[int, int] | None:
@@ -123,13 +123,13 @@ class SparsePrune(Method):
 
     @property
     def together(self) -> bool:
-        """Whether one threshold holds for all layers."""
+        """Return whether one threshold applies to all layers."""
         return self.scope == "global" or (self.scope == "auto" and self.structure == "weights" and self.score == "magnitude")
 
-    # ---- what may go
+    # ---- candidates
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
-        """The weights that may become zero, by name."""
+        """Return the weights that can become zero, by name."""
         plain = self.structure == "weights" and self.score == "magnitude"
         found = prunable(model, self.include, self.exclude, norms=plain)
         if plain:
@@ -138,26 +138,26 @@ class SparsePrune(Method):
         return {n: w for n, w in linear.items() if self.pattern is None or w.shape[1] % self.pattern[1] == 0}
 
     def groups(self, model: nn.Module) -> list[Group]:
-        """The attentions and MLPs whose units may go."""
+        """Return the attentions and MLPs whose units can be removed."""
         found = {group.name: group for group in find_groups(model, UNITS[self.structure])}
         return list(chosen(found, self.include, self.exclude).values())
 
     def inputs(self, model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor] | None:
-        """What the calibration pictures say; None for magnitude.
+        """Return the input magnitudes on the calibration images; None for magnitude.
 
         Raises:
-            UsageError: there are no pictures.
+            UsageError: there are no images.
         """
         if self.score == "magnitude":
             return None
         if self.calibration is None:
-            raise UsageError("score=activation looks at pictures: calibration=TENSOR or LOADER in Python, --data on the command line")
+            raise UsageError("score=activation needs images: calibration=TENSOR or LOADER in Python, --data on the command line")
         from vitarium.efficiency.quantization.calibration import batches
 
         return input_sizes(model, layers, batches(self.calibration, 256, next(model.parameters())))
 
     def kept_units(self, model: nn.Module, groups: Sequence[Group], amount: float) -> dict[str, Tensor]:
-        """Group -> the numbers of the units that stay."""
+        """Return, for each group, the indices of the units that stay."""
         inputs = self.inputs(model, [group.out for group in groups])
         kept: dict[str, Tensor] = {}
         for kind in UNITS[self.structure]:
@@ -166,7 +166,7 @@ class SparsePrune(Method):
         return kept
 
     def masks(self, model: nn.Module, amount: float) -> dict[str, Tensor]:
-        """Weight -> mask of its shape, True where it stays, at a share between 0 and `amount` (N:M patterns are whole at once)."""
+        """Return masks, True where a weight stays, at a share between 0 and `amount` (N:M patterns are applied whole)."""
         if self.structure in UNITS:
             groups = self.groups(model)
             kept = self.kept_units(model, groups, amount)
@@ -180,7 +180,7 @@ class SparsePrune(Method):
             return {name: keep_n_of_m(score, *self.pattern) for name, score in scores.items()}
         return keep_largest(scores, amount, together=self.together)
 
-    # ---- the work
+    # ---- attaching
 
     def attach(self, model: nn.Module) -> AttachReport:
         if self.structure in UNITS and self.shrink:
@@ -205,7 +205,7 @@ class SparsePrune(Method):
         return report
 
     def rebuild(self, model: nn.Module, state: Mapping[str, Any]) -> AttachReport:
-        """Layers of the saved widths; zeros come with the weights."""
+        """Create layers of the saved widths; zeros come with the weights."""
         if self.structure not in UNITS:
             return PruneReport(self, sites=tuple(self.weights(model)))
         groups = self.groups(model)
@@ -227,11 +227,11 @@ class SparsePrune(Method):
 
 
 def make_permanent(model: nn.Module) -> nn.Module:
-    """Make a pruning final: heads and channels whose outgoing weights are zero are taken out; of single weights the zeros stay, and the
-    values of before are let go. Returns the same model.
+    """Make a pruning final: remove heads and channels whose outgoing weights are zero; keep zeros of single weights and free the original
+    values. Returns the same model.
 
     Raises:
-        UsageError: no pruning is on it.
+        UsageError: no pruning is on the model.
         AttachError, UnsupportedModel: see `SparsePrune`.
     """
     reports = list(getattr(model, "methods", ()))
@@ -255,18 +255,18 @@ def make_permanent(model: nn.Module) -> nn.Module:
 def _alive(model: nn.Module, group: Group) -> Tensor:
     weight: Any = model.get_submodule(group.out).weight
     heard = weight.detach().ne(0).view(len(weight), group.units, -1).any(2).any(0).nonzero().flatten()
-    return heard if len(heard) else heard.new_zeros(1)  # a layer of no width is none
+    return heard if len(heard) else heard.new_zeros(1)  # layers of width 0 are not supported
 
 
 def pruning_curve(
     model: nn.Module, measure: Callable[[nn.Module], float], amounts: Iterable[float] = (0.3, 0.5, 0.6, 0.7), **options: Any
 ) -> dict[float, float]:
-    """What `measure` says of the model, pruned by each of the amounts in turn; the model is as before afterwards.
+    """Return `measure` of the model, pruned by each of the amounts in turn; the model is unchanged afterwards.
 
     Args:
         model: without methods.
-        measure: such as lambda m: evaluate(m, data.val)["accuracy"].
-        amounts: shares that go.
+        measure: function of the model, such as lambda m: evaluate(m, data.val)["accuracy"].
+        amounts: shares to remove.
         options: of `SparsePrune`.
     """
     found = {}
@@ -284,22 +284,22 @@ def pruning_curve(
 
 @learner("sparse_prune")
 class SparsePruneLearner(ClassificationLearner):
-    """Image -> class, with a penalty on attention, and weights that go while training goes on.
+    """Classification with a penalty on attention, and pruning during training.
 
-    Weights that are zero by a pruning on the model (`--apply sparse_prune:...`, or `amount` here) stay zero. With `amount`, the share of
-    zeros rises from `begin` to `end` of the training along amount (1 - (1 - t)^3) (Zhu and Gupta 2017), every hundredth of it; heads and
-    channels are kept as zeros, and `make_permanent` takes them out of the trained model.
+    Weights that a pruning on the model (`--apply sparse_prune:...`, or `amount` here) has set to zero stay zero. With `amount`, the share
+    of zeros rises from `begin` to `end` of the training along amount (1 - (1 - t)^3) (Zhu and Gupta 2017), in steps of a hundredth of it;
+    heads and channels are kept as zeros, and `make_permanent` removes them from the trained model.
 
     Raises:
         UsageError: an amount together with a moving average, whose zeros would not be zeros.
-        UnsupportedModel: a penalty on a model that anatomy does not know (weight=0: any model).
+        UnsupportedModel: a penalty on a model that anatomy does not support (weight=0: any model).
     """
 
     class Settings(Section):
         """Args:
         penalty, weight, blocks: see `AttentionPenalty`; weight 0 switches it off.
         amount, structure, scope: see `SparsePrune`; amount 0 prunes nothing.
-        begin, end: shares of the training between which pruning happens.
+        begin, end: shares of the training between which pruning takes place.
         """
 
         penalty: Literal["log1p_sq", "l1", "entropy", "hoyer"] = "log1p_sq"
@@ -328,7 +328,7 @@ class SparsePruneLearner(ClassificationLearner):
     @classmethod
     def from_recipe(cls, model: nn.Module, recipe: Recipe) -> SparsePruneLearner:
         if recipe.ema and recipe.settings_of(cls).amount:
-            raise UsageError("a moving average of weights that become zero on the way is not zero: set ema=null, or objective.amount=0")
+            raise UsageError("a moving average of weights that become zero during training is not zero: set ema=null or objective.amount=0")
         return cls(model, recipe.settings_of(cls), loss=recipe.loss, mixing=recipe.mixing)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
@@ -340,7 +340,7 @@ class SparsePruneLearner(ClassificationLearner):
         return {"loss": losses["loss"] + penalty, "penalty": penalty}
 
     def amount_at(self, step: int, total_steps: int) -> float | None:
-        """The share of zeros that is due at a step; None where nothing is pruned there."""
+        """Return the share of zeros that is due at a step; None if nothing is pruned there."""
         s, every = self.settings, max(1, total_steps // 100)
         begin, end = round(s.begin * (total_steps - 1)), round(max(s.begin, s.end) * (total_steps - 1))
         if not s.amount or not begin <= step <= end or (step % every and step != end):

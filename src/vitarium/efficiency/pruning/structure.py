@@ -1,8 +1,8 @@
-"""Whole units that can go: heads of an attention, hidden channels of an MLP. Without them the layers around are smaller, hence faster.
+"""Structured pruning: removal of attention heads and of hidden channels of MLPs, which makes the layers smaller and faster.
 
-A unit is a set of output rows of the layers that make it (queries, keys and values of a head; a hidden channel's weights) and of input
-columns of the layer that reads it. With those columns at zero it says nothing (the mask of a unit); without its rows and columns the
-network computes the same. `shrink` exchanges linear layers for smaller ones of the same class.
+A unit is a set of output rows of the layers that produce it (queries, keys and values of a head; a hidden channel's weights) and of input
+columns of the layer that reads it. Zeros in those columns mask the unit; removing its rows and columns computes the same function. `shrink`
+replaces linear layers by smaller ones of the same class.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ from vitarium.nn.modes import evaluating
 Kind = Literal["heads", "channels"]
 
 MLPS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("fc1",), "fc2"),  # timm, transformers, ours; GLU variants hold value and gate in one
+    (("fc1",), "fc2"),  # timm, transformers, ours; in GLU variants value and gate are one layer
     (("fc1_g", "fc1_x"), "fc2"),
     (("gate_proj", "up_proj"), "down_proj"),
     (("weights_in",), "weights_out"),
     (("c_fc",), "c_proj"),
     (("linear1",), "linear2"),
 )
-"""Names inside an MLP: the layers that make the hidden channels, the layer that reads them."""
+"""Names inside an MLP: the layers that produce the hidden channels, and the layer that reads them."""
 
 
 FIXED_WIDTH = ("EvaAttention", "AttentionRope")
-"""Attentions whose code takes the width of its output from its input; with fewer heads, anatomy's blocks run their parts."""
+"""Attentions that take the width of their output from their input; with fewer heads, anatomy's blocks run their parts."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """The units of one module.
+    """The removable units of one module.
 
     Args:
         kind: "heads" or "channels".
         name: of the attention or the MLP in the model.
-        units: how many there are.
-        width: rows of a unit in each part: channels of a head, 1 for a hidden channel.
-        into: names of the linear layers whose outputs are the units; each holds them `parts` times, one block after the other.
-        vectors: names of parameters and buffers with an entry a row (biases kept apart).
+        units: number of units.
+        width: rows per unit in each part: channels of a head, 1 for a hidden channel.
+        into: names of the linear layers whose outputs are the units; each holds `parts` blocks of them, one after the other.
+        vectors: names of parameters and buffers with one entry per row (separate biases).
         out: name of the linear layer whose inputs are the units.
-        sizes: attributes of the module that count units, or rows, and must follow.
+        sizes: attributes of the module that count units or rows and are updated.
     """
 
     kind: Kind
@@ -64,15 +64,15 @@ class Group:
     sizes: tuple[str, ...] = ()
 
     def rows(self, kept: Tensor) -> Tensor:
-        """Indices of the kept units' rows in one part."""
+        """Return the indices of the kept units' rows in one part."""
         return (kept[:, None] * self.width + torch.arange(self.width, device=kept.device)).flatten()
 
 
 def find_groups(model: nn.Module, kinds: Iterable[Kind]) -> list[Group]:
-    """The units of a model: channels of every MLP of a known form, heads of every attention that `anatomy` knows.
+    """Find the units of a model: channels of every MLP of a known form, heads of every attention that `anatomy` supports.
 
     Raises:
-        UnsupportedModel: heads are asked for in a model or an attention where they cannot be taken out; the message says why.
+        UnsupportedModel: heads cannot be removed from the model or one of its attentions; the message says why.
     """
     groups: list[Group] = []
     if "heads" in kinds:
@@ -88,16 +88,14 @@ def _heads(name: str, view: AttentionView) -> Group:
     layers = layout.qkv[:1] if joint is not None else layout.qkv[1:]
     gate = (layout.gate,) if view.part(layout.gate) is not None else ()
     if not all(isinstance(view.part(n), nn.Linear) for n in (*layers, *gate, layout.proj)):
-        raise UnsupportedModel(
-            f"{name} ({type(module).__name__}) keeps its projections in other than linear layers; structure=channels works"
-        )
+        raise UnsupportedModel(f"{name} ({type(module).__name__}) has projections that are not linear layers; structure=channels works")
     if _learns(view.part(layout.norm)):
-        raise UnsupportedModel(f"{name} normalises all heads together, so none can be taken out alone; structure=channels may work")
+        raise UnsupportedModel(f"{name} normalises all heads together, so none can be removed alone; structure=channels may work")
     if layout.kv_groups and getattr(module, layout.kv_groups, 1) != 1:
-        raise UnsupportedModel(f"{name} shares keys among heads, so none can be taken out alone; structure=channels works")
+        raise UnsupportedModel(f"{name} shares keys among heads, so none can be removed alone; structure=channels works")
     rows = view.num_heads * view.head_dim
     if _learns(norm := view.part(layout.q_norm)) and getattr(norm, "normalized_shape", None) != (view.head_dim,):
-        raise UnsupportedModel(f"{name} normalises queries over all heads, so none can be taken out alone; structure=channels works")
+        raise UnsupportedModel(f"{name} normalises queries over all heads, so none can be removed alone; structure=channels works")
     into = {f"{name}.{n}": 3 if joint is not None else 1 for n in layers} | {f"{name}.{n}": 1 for n in gate}
     vectors = tuple(f"{name}.{n}" for n in layout.biases if view.part(n) is not None)
     sizes = tuple(n for n in (layout.heads, "attn_dim", "kv_dim") if getattr(module, n, None) in (view.num_heads, rows))
@@ -124,15 +122,15 @@ def _learns(module: nn.Module | None) -> bool:
     return module is not None and (any(True for _ in module.parameters()) or any(True for _ in module.buffers()))
 
 
-# ---- which units stay
+# ---- selection
 
 
 def unit_scores(model: nn.Module, group: Group, inputs: Mapping[str, Tensor] | None = None) -> Tensor:
-    """How much each unit can say, (units,): the norm of the weights that read it, times that of the weights that make it.
+    """Return the importance of each unit, (units,): the norm of the weights that read it, times that of the weights that produce it.
 
     Args:
         model: holds the group.
-        inputs: root mean square of each input of the layers, by name; in place of the weights that make the unit.
+        inputs: root mean square of each input of the layers, by name; replaces the weights that produce the unit.
     """
     reads = _weight(model, group.out)
     if inputs is not None:
@@ -148,13 +146,13 @@ def _weight(model: nn.Module, name: str) -> Tensor:
 
 
 def units_kept(scores: Mapping[str, Tensor], amount: float, *, together: bool, step: int = 1) -> dict[str, Tensor]:
-    """The numbers of the units that stay, ascending, of each group of one kind: at least `step` of each.
+    """Return the ascending indices of the units that stay, for each group of one kind: at least `step` of each.
 
     Args:
         scores: group -> (units,).
-        amount: share that goes.
-        together: rank the units of all groups together, each score over its group's mean; else the same share of each.
-        step: what stays is a multiple of this, where a group is that large: kernels like even widths.
+        amount: share to remove.
+        together: whether to rank the units of all groups together, each score over its group's mean; else the same share of each group.
+        step: the number of units that stay is a multiple of this if the group is that large, for efficient kernels.
     """
     counts = {name: (1 - amount) * len(score) for name, score in scores.items()}
     if together and scores:
@@ -171,16 +169,16 @@ def units_kept(scores: Mapping[str, Tensor], amount: float, *, together: bool, s
     return kept
 
 
-# ---- taking them out
+# ---- removal
 
 PROOF = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest difference, in standard deviations of the output, between units at zero and units taken out."""
+"""Largest accepted difference, in standard deviations of the output, between masked and removed units."""
 
 
 def taken_out(model: nn.Module, groups: Sequence[Group], kept: Mapping[str, Tensor]) -> dict[str, nn.Module]:
-    """Take units out, and prove on a probe that the model computes what it does with them at zero.
+    """Remove units, and check on a probe that the model computes the same as with these units at zero.
 
-    Returns name -> module that was exchanged. Raises AttachError, with the model as it was, where the outputs differ or cannot be compared.
+    Returns the replaced modules by name. Raises AttachError, with the model unchanged, if the outputs differ or cannot be compared.
     """
     changed = [group for group in groups if len(kept[group.name]) < group.units]
     if not changed:
@@ -188,7 +186,7 @@ def taken_out(model: nn.Module, groups: Sequence[Group], kept: Mapping[str, Tens
     image = example_input(model, batch=2)
     if image is None:
         raise AttachError(
-            f"a {type(model).__name__} does not say what image it takes, so smaller layers cannot be proven on it; set model.preprocessing "
+            f"the input size of a {type(model).__name__} is not known, so smaller layers cannot be checked on it; set model.preprocessing "
             "(vitarium.catalog.Preprocessing(image_size=...))"
         )
     own = dict(model.named_parameters(remove_duplicate=False))
@@ -219,7 +217,7 @@ def taken_out(model: nn.Module, groups: Sequence[Group], kept: Mapping[str, Tens
 
 
 def widened(model: nn.Module, groups: Sequence[Group]) -> dict[str, nn.Module]:
-    """Let anatomy's blocks run attentions that know one width only. Returns name -> block that was exchanged; none where none must be."""
+    """Let anatomy's blocks run attentions that support one width only. Returns the replaced blocks by name; none if not needed."""
     heads = [model.get_submodule(group.name) for group in groups if group.kind == "heads"]
     if not any(type(module).__name__ in FIXED_WIDTH for module in heads):
         return {}
@@ -243,7 +241,7 @@ def _prove(want: list[Tensor], got: list[Tensor]) -> None:
 
 
 def columns_of(model: nn.Module, group: Group, kept: Tensor) -> tuple[str, Tensor]:
-    """Name of the weight that reads the units, and its mask: True in the columns of those that stay."""
+    """Return the name of the weight that reads the units, and its mask: True in the columns of those that stay."""
     weight: Any = model.get_submodule(group.out).weight
     mask = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
     mask[group.rows(kept.to(weight.device))] = True
@@ -251,7 +249,7 @@ def columns_of(model: nn.Module, group: Group, kept: Tensor) -> tuple[str, Tenso
 
 
 def shrink(model: nn.Module, group: Group, kept: Tensor) -> dict[str, nn.Module]:
-    """Take out the units that are not kept. Returns name -> module of what was exchanged, for `undo`."""
+    """Remove the units that are not kept. Returns the replaced modules by name, for `undo`."""
     per_part = group.rows(kept)
     owner = model.get_submodule(group.name)
     smaller = _twin(owner)
@@ -272,7 +270,7 @@ def shrink(model: nn.Module, group: Group, kept: Tensor) -> dict[str, nn.Module]
 
 
 def _twin(module: nn.Module) -> Any:
-    """Another module of the same class with the same parts, which may be exchanged in it without changing the first."""
+    """Return a module of the same class with the same parts, which can be replaced in it without changing the original."""
     twin = object.__new__(type(module))
     twin.__dict__ = dict(module.__dict__)
     for table in ("_parameters", "_buffers", "_modules"):

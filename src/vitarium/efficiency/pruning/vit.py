@@ -1,4 +1,4 @@
-"""The vision transformer that "Sparse then Prune" fine-tunes: ViT-B/16 at 384 pixels, with the authors' names and dropout."""
+"""Vision transformer that "Sparse then Prune" fine-tunes: ViT-B/16 at 384 pixels, with the authors' names and dropout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vitarium.nn import VisionTransformer
 
 
 def _matrices(state: State) -> State:
-    """The authors' tensors with an axis for the heads, (in, heads, d) and (heads, d, out) -> linear layers' weights (out, in)."""
+    """Convert the authors' tensors with an axis for the heads, (in, heads, d) and (heads, d, out), to linear weights (out, in)."""
     flat = dict(state)
     for name, tensor in state.items():
         if ".attn." in name and tensor.ndim == 3:
@@ -49,10 +49,10 @@ OFFICIAL = chain(
     crop_pct=1.0,
 )
 class SparseViT(VisionTransformer):
-    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes), from the class token.
+    """Classify images (B, in_chans, H, W), any H and W, from the class token: logits (B, num_classes).
 
     Args:
-        dropout: rate behind the positions, the attention, and both layers of the MLPs; the authors' is 0.1.
+        dropout: rate after the positions, the attention, and both layers of the MLPs; the authors' is 0.1.
         The others as for `vitarium.nn.VisionTransformer`.
     """
 

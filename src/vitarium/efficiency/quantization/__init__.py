@@ -1,1 +1,1 @@
-"""Fewer bits: number formats of ops, packed layers, range estimators, calibration, allocation of bits, and the systems built on them."""
+"""Quantization: packed low-bit layers, range estimators, calibration, allocation of bits, and the methods built on them."""

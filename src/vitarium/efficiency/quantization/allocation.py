@@ -1,4 +1,4 @@
-"""How many bits each layer gets: a greedy descent that weighs what is lost against what is saved.
+"""Greedy allocation of bits to layers, by the loss of accuracy per saved bit.
 
 found = greedy_allocation(sizes, loss, target=5)       # any quantizer's layers, any measure of loss
 found.bits                                             # {"blocks.0.attn.qkv": 6, ...}
@@ -14,11 +14,11 @@ from vitarium.errors import UsageError
 
 @dataclass
 class Allocation:
-    """What was found.
+    """Result of an allocation.
 
     Attributes:
-        bits: of each layer.
-        path: each step as (layer, its bits after the step, loss after it, mean bits after it).
+        bits: number of bits of each layer.
+        path: the steps, each as (layer, its bits after the step, loss after it, mean bits after it).
     """
 
     bits: dict[str, int]
@@ -36,15 +36,15 @@ def greedy_allocation(
 ) -> Allocation:
     """Lower one layer by one bit at a time until the mean is low enough.
 
-    All start at the widest. The layer with the least (rise of the loss) / (what its bit saves) goes next. Losses change as other layers
-    do; only the `fresh` most promising layers are measured anew before each step.
+    All layers start at the widest. The layer with the least (increase of the loss) / (saving of its bit) goes next. The losses depend on
+    the other layers' bits; only the `fresh` most promising layers are measured again before each step.
 
     Args:
-        sizes: layer -> its share in the mean, such as its number of weights.
-        loss: of an allocation, such as the divergence of the logits from the float model's; lower is better.
+        sizes: layer -> its weight in the mean, such as its number of weights.
+        loss: loss of an allocation, such as the divergence of the logits from the float model's; lower is better.
         target: mean bits, weighted by sizes.
-        widths: narrowest and widest.
-        saved: (layer, its bits) -> what one bit less saves; by default its size.
+        widths: narrowest and widest number of bits.
+        saved: (layer, its bits) -> saving of one bit less; by default the layer's size.
         fresh: layers measured before each step.
 
     Raises:

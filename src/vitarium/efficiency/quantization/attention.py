@@ -1,12 +1,12 @@
-"""Rounding inside attention: queries, keys, values and attention weights, in models that anatomy knows.
+"""Quantized attention: queries, keys, values and attention weights are rounded, in models that `anatomy` supports.
 
     logits = Q(q) Q(k)^T,   out = Qs(softmax(logits)) Q(v)
 
-Queries, keys and values have a step for each head. Attention weights p take PTQ4ViT's split of [0, 1] at 2^-i: p >= split with step
-1 / (2^(b-1) - 1), the others with step split / (2^(b-1) - 1); its code adds the split to the large ones as well, which is not followed.
-Steps and split are searched like a layer's (`hessian.fit_product`). Simulated: slower than the fused kernel.
+Queries, keys and values have one step per head. Attention weights p use PTQ4ViT's split of [0, 1] at 2^-i: p >= split with step
+1 / (2^(b-1) - 1), the others with step split / (2^(b-1) - 1). (PTQ4ViT's code also adds the split to the large ones; this is not followed.)
+Steps and split are searched as for a layer (`hessian.fit_product`). Simulated: slower than the fused kernel.
 
-B images, H heads, N tokens, D channels of a head.
+Notation: B images, H heads, N tokens, D channels per head.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MOST_IMAGES = 8
 
 
 def round_softmax(p: Tensor, split: Tensor, bits: int) -> Tensor:
-    """Attention weights in [0, 1] on the split grid."""
+    """Rounding of attention weights in [0, 1] to the split grid."""
     highest = 2 ** (bits - 1) - 1
     large = (p * highest).round().clamp(0, highest) / highest
     step = split / highest
@@ -37,11 +37,11 @@ def round_softmax(p: Tensor, split: Tensor, bits: int) -> Tensor:
 
 
 class RoundedAttention(Site):
-    """A block's attention between integers; without steps it computes what the original does, and keeps it.
+    """A block's attention with rounded operands; without steps it computes the original attention and records the operands.
 
     Args:
-        bits: of all operands.
-        steps: {"q", "k", "v": H numbers each, "split": a number}, None while calibrating.
+        bits: number of bits of all operands.
+        steps: {"q", "k", "v": H numbers each, "split": a number}; None while calibrating.
     """
 
     def __init__(self, bits: int, steps: Mapping[str, Any] | None = None):
@@ -65,7 +65,7 @@ class RoundedAttention(Site):
         return Integer(self.bits).quantize(x, torch.tensor(steps, dtype=x.dtype, device=x.device).view(-1, 1, 1))
 
     def fit(self, kept: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-        """Find the steps from q, k, p, v, q k^T, p v and the roots of the weights of the last two."""
+        """Find the steps from q, k, p, v, q k^T, p v and the square roots of the weights of the last two."""
         q, k, p, v, product, out = kept
         format, bits = Integer(self.bits), self.bits
         first = {n: symmetric_step(x.abs().amax((0, 2, 3)).view(-1, 1, 1), bits) for n, x in (("q", q), ("k", k), ("v", v))}
@@ -83,17 +83,17 @@ class RoundedAttention(Site):
 def attach_attention(
     model: nn.Module, images: Sequence[Tensor], bits: int, *, weigh: bool
 ) -> tuple[dict[str, nn.Module], list[Any], dict[str, Any]]:
-    """Calibrate and set the rounding of every block.
+    """Calibrate and attach the rounding of every block.
 
     Args:
-        bits: of all operands, 3 to 8.
-        weigh: whether errors are weighted by what they do to the prediction.
+        bits: number of bits of all operands, 3 to 8.
+        weigh: whether errors are weighted by their effect on the prediction.
 
     Returns:
-        name of a block -> the block that was there, the sites, and their steps in plain values.
+        the replaced blocks by name, the sites, and their steps as plain values.
 
     Raises:
-        UnsupportedModel: anatomy does not know the model.
+        UnsupportedModel: anatomy does not support the model.
     """
     replaced, sites = install(model, lambda view: [RoundedAttention(bits) for _ in view.blocks])
     image = torch.cat(list(images))[:MOST_IMAGES].requires_grad_(weigh)
@@ -115,7 +115,7 @@ def _steps_of(names: Mapping[str, nn.Module], sites: Sequence[Any]) -> dict[str,
 
 
 def rebuild_attention(model: nn.Module, state: Mapping[str, Any]) -> tuple[dict[str, nn.Module], list[Any]]:
-    """The rounding of every block from its saved steps."""
+    """Attach the rounding of every block with saved steps."""
     rows = [dict(row) for row in state.values()]
     replaced, sites = install(model, lambda _view: [RoundedAttention(row.pop("bits"), row) for row in rows])
     return replaced, list(sites)

@@ -1,10 +1,10 @@
-"""What a model's layers see on calibration images: ranges, sampled inputs and outputs, and how much each output matters.
+"""Calibration statistics of a model's layers: input ranges, sampled inputs and outputs, and the importance of each output.
 
-The weight of an output value y is g^2, g the gradient of log p(c) where c is drawn from the model's own prediction: the diagonal of the
-Fisher matrix, which is the second derivative of the divergence between float and quantized logits at the float model, where the first one
-is zero. Models that give out no logits are taken as predicting with unit variance, which makes it the squared error of the output.
+The importance of an output value y is g^2, where g is the gradient of log p(c) and c is drawn from the model's own prediction: the diagonal
+of the Fisher matrix. It is the second derivative of the divergence between float and quantized logits at the float model, where the first
+derivative is zero. A model without logits is treated as predicting with unit variance, which gives the squared error of its output.
 
-Legend: R sampled rows (tokens, or whole images for convolutions), N inputs, M outputs.
+Notation: R sampled rows (tokens, or whole images for convolutions), N inputs, M outputs.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from vitarium.efficiency.quantization.ranges import Observer
 from vitarium.errors import UsageError
 from vitarium.nn.modes import eval_mode, frozen_parameters
 
-BATCH = 8  # images at once: their whole graph is in memory
+BATCH = 8  # images at once; the autograd graph of a whole batch is in memory
 
 
 def batches(calibration: Any, count: int, like: Tensor, batch: int = BATCH) -> list[Tensor]:
-    """At most `count` images from whatever holds them, as small batches of the dtype and device of `like`.
+    """Yield at most `count` images as small batches of the dtype and device of `like`.
 
     Args:
-        calibration: a tensor (n, C, H, W), or an iterable of tensors, of {"image": tensor}, or of (tensor, ...), such as a loader. Of a
-            tensor, list or tuple the images are taken evenly from all over it, of anything else the first ones.
+        calibration: a tensor (n, C, H, W), or an iterable of tensors, of {"image": tensor}, or of (tensor, ...), such as a loader. Images
+            are taken evenly from a tensor, list or tuple, and from the beginning of anything else.
 
     Raises:
-        UsageError: None, empty, or none of these.
+        UsageError: None, empty, or of another form.
     """
     if calibration is None:
         raise UsageError(
@@ -45,7 +45,7 @@ def batches(calibration: Any, count: int, like: Tensor, batch: int = BATCH) -> l
         image = item["image"] if isinstance(item, Mapping) else item[0] if isinstance(item, list | tuple) else item
         if not isinstance(image, Tensor) or image.ndim < 4:
             kind = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
-            raise UsageError(f"calibration gives batches of images (B, C, H, W), or {{'image': ...}}, or (images, ...); got {kind}")
+            raise UsageError(f"calibration must yield batches of images (B, C, H, W), or {{'image': ...}}, or (images, ...); got {kind}")
         found += image.detach().unbind()
         if len(found) >= count and not sized:
             break
@@ -57,13 +57,13 @@ def batches(calibration: Any, count: int, like: Tensor, batch: int = BATCH) -> l
 
 @dataclass
 class Record:
-    """What a layer saw.
+    """Statistics of one layer.
 
     Attributes:
-        ranges: extremes of its input, for each channel, of all calibration images.
+        ranges: extremes of each channel of its input over all calibration images.
         axis: of the channels: -1, or 1 for convolutions.
-        positions: outputs a channel over all calibration images: how often its weight was used.
-        x, y, g: sampled inputs (R, N), outputs (R, M) and their weights' roots (R, M); for convolutions whole images. Empty g: all ones.
+        positions: number of outputs per channel over all calibration images, that is, uses of each weight.
+        x, y, g: samples of inputs (R, N), outputs (R, M) and roots of importance (R, M); of convolutions whole images. Empty g: ones.
     """
 
     ranges: Observer
@@ -77,13 +77,13 @@ class Record:
 def watch(
     model: nn.Module, layers: Mapping[str, nn.Module], images: Iterable[Tensor], *, rows: int = 512, weigh: bool = True
 ) -> dict[str, Record]:
-    """Run the images through the model and keep what its layers saw. Layers that were never called are left out.
+    """Run the images through the model and record statistics of its layers. Layers that are never called are left out.
 
     Args:
-        layers: by name.
+        layers: layers by name.
         images: batches (B, C, H, W).
-        rows: most rows that are sampled of a layer over all images.
-        weigh: whether to find g, which takes a backward pass.
+        rows: largest number of rows sampled per layer over all images.
+        weigh: whether to compute g, which takes a backward pass.
     """
     batches = list(images)
     records: dict[str, Record] = {}
@@ -117,14 +117,14 @@ def watch(
 
 
 def _sample(calls: list[tuple[Record, Tensor, Tensor]], output: Any, rows: int, weigh: bool, generator: torch.Generator) -> None:
-    """A batch's share of rows from every call of every layer."""
+    """Sample a batch's share of rows from every call of every layer."""
     used = [(record, x, y) for record, x, y in calls if not weigh or y.requires_grad]
     grads: Iterable[Tensor | None] = [None] * len(used)
     if weigh and used:
         grads = torch.autograd.grad(draw(output, generator), [y for _, _, y in used], allow_unused=True)
     for (record, x, y), g in zip(used, grads, strict=True):
         if weigh and g is None:
-            continue  # what comes out of it goes nowhere
+            continue  # its output is not used
         parts = [x, y.detach()] + ([] if g is None else [g])
         if record.axis == -1:
             parts = [part.flatten(0, -2) for part in parts]
@@ -136,10 +136,10 @@ def _sample(calls: list[tuple[Record, Tensor, Tensor]], output: Any, rows: int, 
 
 
 def draw(output: Any, generator: torch.Generator) -> Tensor:
-    """Minus the log-likelihood of something drawn from the model's own prediction, a number."""
+    """Return the negative log-likelihood of a sample drawn from the model's own prediction, a scalar."""
     leaf = next((t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()), None)
     if leaf is None:
-        raise UsageError(f"a model that gives out a {type(output).__name__} without floating-point tensors cannot be calibrated")
+        raise UsageError(f"a model that returns a {type(output).__name__} without floating-point tensors cannot be calibrated")
     if leaf.ndim == 2 and leaf.shape[1] > 1:
         drawn = torch.multinomial(leaf.detach().float().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(leaf.device)
         return nn.functional.cross_entropy(leaf, drawn, reduction="sum")
@@ -148,7 +148,7 @@ def draw(output: Any, generator: torch.Generator) -> Tensor:
 
 
 def divergence(reference: Tensor, logits: Tensor) -> float:
-    """KL(reference || logits), mean over the rows of two (R, classes); for other outputs the mean squared error over the variance."""
+    """Return KL(reference || logits), mean over rows of two (R, classes); for other outputs the mean squared error over the variance."""
     reference, logits = reference.double(), logits.double()
     if reference.ndim == 2 and reference.shape[1] > 1:
         p = reference.log_softmax(-1)
@@ -158,7 +158,7 @@ def divergence(reference: Tensor, logits: Tensor) -> float:
 
 @torch.no_grad()
 def outputs(model: nn.Module, images: Iterable[Tensor]) -> Tensor:
-    """What the model gives out for batches of images, in eval mode: its first floating-point tensor, (n, ...)."""
+    """Return the first floating-point tensor of a model's output for batches of images, in eval mode: (n, ...)."""
     with eval_mode(model), frozen_parameters(model):
         found = [next(t for t in tree_leaves(model(image)) if isinstance(t, Tensor) and t.is_floating_point()) for image in images]
     return torch.cat(found).clone()

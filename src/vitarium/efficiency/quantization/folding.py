@@ -1,9 +1,9 @@
-"""Moving a scale and a shift of each channel out of a layer norm's output and into the linear layers that read it.
+"""Folding of a scale and a shift per channel from a layer norm into the linear layers that read it.
 
     x = norm(z),  y = x W^T + c           becomes           x' = (x - b) / s,  y = x' (W s)^T + (c + W b)
 
-with gamma' = gamma / s and beta' = (beta - b) / s: in floating point nothing changes, but x' is easier to quantize. SmoothQuant is b = 0;
-SQ-b shifts as well; other choices of b and s (re-parameterised zero points, balancing by time step) use the same fold.
+with gamma' = gamma / s and beta' = (beta - b) / s. The function is unchanged in floating point, and x' is easier to quantize. SmoothQuant
+has b = 0; SQ-b shifts as well; other choices of b and s (re-parameterised zero points, balancing by time step) use the same fold.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from vitarium.nn.modes import eval_mode, frozen_parameters
 
 CARRIES = {"view", "reshape", "permute", "transpose", "movedim", "flatten", "unflatten", "contiguous", "clone", "roll", "__getitem__",
            "select", "chunk", "split", "unbind", "squeeze", "unsqueeze", "expand", "dropout", "to"}  # fmt: skip
-"""Functions of torch that keep channels apart and commute with a scale and a shift of each."""
+"""Functions of torch that do not mix channels and commute with a scale and a shift of each."""
 
 
 def sqb(low: Tensor, high: Tensor, weights: Tensor, *, alpha: float = 0.5, shift: bool = True) -> tuple[Tensor, Tensor]:
-    """SQ-b's shift and scale of each channel.
+    """Return SQ-b's shift and scale of each channel.
 
         b_j = (max_j + min_j) / 2,     s_j = max|X_j - b_j|^alpha / max_i|W_ij|^(1 - alpha),  at least 1e-5
 
     Args:
-        low, high: (N,) extremes of each channel.
-        weights: (M, N), stacked where several layers read the channels.
-        alpha: in [0, 1]; how much of the difficulty goes from the input into the weight.
+        low, high: extremes of each channel, (N,).
+        weights: (M, N), stacked if several layers read the channels.
+        alpha: share of the difficulty that moves from the input into the weight, in [0, 1].
         shift: False gives SmoothQuant (b = 0).
 
     Returns:
@@ -42,15 +42,15 @@ def sqb(low: Tensor, high: Tensor, weights: Tensor, *, alpha: float = 0.5, shift
     reach = torch.maximum((low - b).abs(), (high - b).abs())
     column = weights.abs().amax(0)
     s = (reach**alpha / column.clamp(min=1e-12) ** (1 - alpha)).clamp(min=1e-5)
-    return b, torch.where((reach == 0) | (column == 0), torch.ones_like(s), s)  # a dead channel has nothing to balance
+    return b, torch.where((reach == 0) | (column == 0), torch.ones_like(s), s)  # a constant or unread channel needs no balancing
 
 
 @torch.no_grad()
 def fold(norm: nn.LayerNorm, linears: Sequence[nn.Linear], b: Tensor, s: Tensor) -> tuple[dict[str, Tensor], list[nn.Linear]]:
-    """The folded weights; nothing is changed.
+    """Return the folded weights without changing the model.
 
     Returns:
-        new "weight" and "bias" of the norm, and copies of the linear layers that fit it (each with a bias).
+        new "weight" and "bias" of the norm, and copies of the linear layers with matching weights (each with a bias).
     """
     gamma, beta = norm.weight, norm.bias
     folded = []
@@ -64,9 +64,9 @@ def fold(norm: nn.LayerNorm, linears: Sequence[nn.Linear], b: Tensor, s: Tensor)
 
 
 def find_pairs(model: nn.Module, image: Tensor) -> dict[str, tuple[str, ...]]:
-    """Layer norms whose output goes into linear layers and nowhere else: name of the norm -> names of the layers.
+    """Find layer norms whose output goes only into linear layers: name of the norm -> names of the layers.
 
-    Found by following the norms' outputs through one pass (image: a batch that the model takes), so it holds for any model.
+    The norms' outputs are traced through one forward pass (image: a batch for the model), so any model is accepted.
     """
     trace = _Trace()
     hooks = []
@@ -85,12 +85,12 @@ def find_pairs(model: nn.Module, image: Tensor) -> dict[str, tuple[str, ...]]:
 
 
 class _Trace(TorchFunctionMode):
-    """Which norm each tensor comes from, while a model runs."""
+    """Tracking of the norm that each tensor comes from, while a model runs."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norm_of: dict[int, str] = {}
-        self.alive: list[Tensor] = []  # so that no identity is used twice
+        self.alive: list[Tensor] = []  # keeps tensors alive, so that no id is used twice
         self.readers: dict[str, set[str]] = {}
         self.sources: dict[str, set[str | None]] = {}
         self.spoiled: set[str] = set()
@@ -109,7 +109,7 @@ class _Trace(TorchFunctionMode):
 
     @staticmethod
     def _carries(func: Any, args: Any, kwargs: Any, result: Any) -> bool:
-        """Whether channels stay themselves: not in a mean over the last axis, nor where zeros are put beside the tokens."""
+        """Return whether an operation keeps channels apart: no mean over the last axis, no zeros padded beside the tokens."""
         name = getattr(func, "__name__", "")
         if name == "pad":
             return result.shape == args[0].shape
@@ -126,11 +126,11 @@ class _Trace(TorchFunctionMode):
                 self.alive.append(leaf)
 
     def spoil(self, value: Any) -> None:
-        """These tensors are used in another way."""
+        """Mark tensors that a non-linear consumer reads; they cannot be folded."""
         self.spoiled |= {self.norm_of[id(leaf)] for leaf in tree_leaves(value) if id(leaf) in self.norm_of}
 
     def follow_norm(self, name: str, module: nn.Module) -> list[Any]:
-        """Hooks that mark its output."""
+        """Register hooks that mark a norm's output."""
 
         def enter(_: nn.Module, inputs: Any) -> None:
             if not self.inside:
@@ -145,7 +145,7 @@ class _Trace(TorchFunctionMode):
         return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
 
     def follow_linear(self, name: str, module: nn.Module) -> list[Any]:
-        """Hooks that note where its input comes from."""
+        """Register hooks that record the norm a layer's input comes from."""
 
         def enter(_: nn.Module, inputs: Any) -> None:
             source = self.norm_of.get(id(inputs[0]))
@@ -160,6 +160,6 @@ class _Trace(TorchFunctionMode):
         return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
 
     def pairs(self) -> dict[str, tuple[str, ...]]:
-        """What can be folded: every reader of the norm reads it alone, and nothing else looks at it."""
+        """Return the foldable pairs: each reader of the norm reads nothing else, and the norm has no other consumers."""
         alone = {norm: readers for norm, readers in self.readers.items() if readers and norm not in self.spoiled}
         return {norm: tuple(sorted(readers)) for norm, readers in alone.items() if all(self.sources[r] == {norm} for r in readers)}

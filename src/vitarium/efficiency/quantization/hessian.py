@@ -1,10 +1,10 @@
-"""PTQ4ViT's search for steps, by how much the error of a layer's output matters to the network.
+"""PTQ4ViT's search for quantization steps, weighted by the importance of each output.
 
-For weights with a step for each group of rows, and an input with one step, the steps are taken from `first * FACTORS` so that
+The steps of a weight (one per group of rows) and of an input (one) are chosen from `first * FACTORS` to minimise
 
     sum over sampled rows of (g (y - y_q))^2
 
-is least: weights with the input as it is, then the input with the weights as they are, three times. g = 1 gives the squared error of the
+alternately: the weight's with the input as it is, then the input's with the weight fixed, three times. g = 1 gives the squared error of the
 output. First steps: absmax / (2^(b-1) - 0.5). Source: Yuan et al., "PTQ4ViT" (ECCV 2022); g^2 as in `calibration`.
 """
 
@@ -22,7 +22,7 @@ from vitarium.ops.number_formats import Integer
 
 ROUNDS = 3
 Rounding = Callable[[Tensor, Tensor], Tensor]
-"""(values, step) -> values on the grid."""
+"""Rounding function: (values, step) -> values on the grid."""
 
 
 @torch.no_grad()
@@ -38,17 +38,17 @@ def fit_layer(
     first_input: Tensor | None = None,
     rounds: int = ROUNDS,
 ) -> tuple[Tensor, Tensor | None]:
-    """Steps of a linear layer's or a convolution's weight, and of its input.
+    """Search the steps of a linear layer's or a convolution's weight, and of its input.
 
     Args:
         layer: in floating point.
-        x, y, g: sampled inputs (R, N) or (R, C, H, W), outputs, and roots of their weights in y's shape (None: ones).
-        format: of the weight.
-        groups: steps of the weight: 1, a number of row blocks, or all rows.
-        round_input, first_input: how the input is rounded, and its first step (a number); None leaves it floating point.
+        x, y, g: sampled inputs (R, N) or (R, C, H, W), outputs, and square roots of their importance in y's shape (None: ones).
+        format: number format of the weight.
+        groups: number of steps of the weight: 1, a number of row blocks, or all rows.
+        round_input, first_input: rounding of the input, and its first step (a number); None: the input stays in floating point.
 
     Returns:
-        the weight's steps (groups, 1), and the input's, or None.
+        the weight's steps (groups, 1), and the input's step or None.
     """
     rows = layer.weight.detach().reshape(groups, -1)
     first = symmetric_step(rows.abs().amax(1, keepdim=True), format.bits)
@@ -61,7 +61,7 @@ def fit_layer(
 
     def error(out: Tensor) -> Tensor:
         lost = y - out if g is None else g * (y - out)
-        return lost.square().movedim(1, 0).reshape(groups, -1).sum(1)  # outputs are axis 1 of rows and of maps
+        return lost.square().movedim(1, 0).reshape(groups, -1).sum(1)  # axis 1 holds the outputs, of rows and of maps
 
     def rounded(step: Tensor | None) -> Tensor:
         return x if step is None or round_input is None else round_input(x, step)
@@ -74,7 +74,7 @@ def fit_layer(
             now = weight_step
             input_step = search_step(first_input, lambda s, now=now: error(run(rounded(s), now)).sum())  # type: ignore[misc]
         if before is None or input_step is None or torch.equal(before, input_step):
-            break  # a further round would find the same
+            break  # converged
     return weight_step, input_step
 
 
@@ -92,16 +92,16 @@ def fit_product(
     candidates_a: tuple[float, ...] | None = None,
     rounds: int = ROUNDS,
 ) -> tuple[Tensor, Tensor]:
-    """Steps of both operands of the heads' products, such as q k^T.
+    """Search the steps of both operands of a batched product over heads, such as q k^T.
 
     Args:
-        a, b, y, g: (B, H, N, K), (B, H, K, M), their product (B, H, N, M), and roots of its weights.
+        a, b, y, g: (B, H, N, K), (B, H, K, M), their product (B, H, N, M), and square roots of its importance.
         round_a, round_b: (operand, step) -> rounded operand.
-        first_a, first_b: first steps, (H, 1, 1), or (1, 1, 1) for one that all heads share.
-        candidates_a: factors on the first operand's first step, where they are not the usual ones.
+        first_a, first_b: first steps, (H, 1, 1), or (1, 1, 1) for a step shared by all heads.
+        candidates_a: factors of the first operand's first step; by default FACTORS.
 
     Returns:
-        the steps, in their shapes.
+        the two steps, in the shapes of the first ones.
     """
 
     def error(step_a: Tensor, step_b: Tensor, like: Tensor) -> Tensor:

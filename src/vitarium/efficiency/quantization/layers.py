@@ -1,13 +1,13 @@
-"""Layers of few bits: weights packed in memory and in the file, and inputs quantized as they come.
+"""Low-bit layers: weights packed in memory and on disk, inputs quantized at run time.
 
     layer = QuantizedLinear.of(nn.Linear(...), Packed.of(weight, Integer(4), step), PerToken(8))
 
-Where weight and input are integers of at most 8 bits, inference runs on int8 matrix products with exact int32 sums (`torch._int_mm`), the
-same integers that the simulation multiplies as floats. Elsewhere (other formats, gradients, exporters) the layer is simulated: the weight
+If weight and input are integers of at most 8 bits, inference runs on int8 matrix products with exact int32 sums (`torch._int_mm`), on the
+same integers that the simulation multiplies as floats. Otherwise (other formats, gradients, exporters) the layer is simulated: the weight
 is unpacked and the input rounded at each call, which is slower than float32.
 
-Every layer can be described in plain values (`describe`) and built again from them (`rebuilt`) without its weights, so a saved file needs
-no more than its tensors and that description. Shapes: B rows, N inputs, M outputs.
+A layer is described by plain values (`describe`) and rebuilt from them without its weights (`rebuilt`), so a saved file holds its tensors
+and that description. Notation: B rows, N inputs, M outputs.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from vitarium.ops.packing import pack, packed_bytes, unpack
 
 
 class Packed(nn.Module):
-    """A weight as codes without gaps, and a step for each group of codes.
+    """A weight as densely packed codes, with a step for each group.
 
     Args:
         shape: of the weight.
-        format: of the codes.
-        groups: equal runs of the row-major weight with a step each: 1 (whole tensor), the number of rows, of row blocks, ...
-        zero: whether each group has a zero point too.
-        dtype: of steps and of the weight that is given out.
+        format: number format of the codes.
+        groups: number of equal runs of the row-major weight with a step each: 1 (whole tensor), the number of rows, of row blocks, ...
+        zero: whether each group also has a zero point.
+        dtype: of the steps and of the unpacked weight.
 
     Raises:
-        UsageError: the groups do not divide the weight.
+        UsageError: the number of groups does not divide the weight.
     """
 
     codes: Tensor
@@ -56,7 +56,7 @@ class Packed(nn.Module):
 
     @classmethod
     def of(cls, weight: Tensor, format: Format, step: Tensor, zero: Tensor | None = None) -> Packed:
-        """Quantize and pack. Step and zero point: one for each group, any shape."""
+        """Quantize and pack a weight. Step and zero point: one for each group, any shape."""
         packed = cls(tuple(weight.shape), format, step.numel(), zero=zero is not None, dtype=weight.dtype).to(weight.device)
         packed.step = step.detach().view(-1, 1).to(weight.dtype)
         packed.zero = None if zero is None else zero.detach().view(-1, 1).to(weight.dtype)
@@ -65,11 +65,11 @@ class Packed(nn.Module):
         return packed
 
     def forward(self) -> Tensor:
-        """The weight in floating point, (shape)."""
+        """Return the weight in floating point, (shape)."""
         return self.format.decode(self._unpacked(), self.step, self.zero).view(self.shape)
 
     def integers(self) -> Tensor:
-        """The codes as int8, (shape); for signed integer formats."""
+        """Return the codes as int8, (shape); for signed integer formats."""
         assert isinstance(self.format, Integer)
         return self.format.integers(self._unpacked()).view(self.shape)
 
@@ -78,13 +78,13 @@ class Packed(nn.Module):
 
     @property
     def row_steps(self) -> Tensor | None:
-        """(rows,) where a row has one step and no zero point, so that the product of integers can be scaled afterwards; else None."""
+        """Return a step per row, (rows,), if rows have one step and no zero point, so that integer products can be scaled; else None."""
         if self.zero is not None or not isinstance(self.format, Integer) or not self.format.signed or self.shape[0] % self.groups:
             return None
         return self.step.view(-1).repeat_interleave(self.shape[0] // self.groups)
 
     def describe(self) -> dict[str, Any]:
-        """In plain values."""
+        """Return the constructor's arguments as plain values."""
         return {"format": str(self.format), "groups": self.groups} | ({"zero": True} if self.zero is not None else {})
 
     def extra_repr(self) -> str:
@@ -95,7 +95,7 @@ class Packed(nn.Module):
 
 
 class Activation(nn.Module):
-    """How a layer's input is quantized: (..., N) -> the same shape, on a grid. Subclasses are registered by `@activation(kind)`."""
+    """Quantization of a layer's input: (..., N) -> the same shape, on a grid. Subclasses are registered by `@activation(kind)`."""
 
     kind: ClassVar[str]
 
@@ -104,15 +104,15 @@ class Activation(nn.Module):
 
     @property
     def integer(self) -> bool:
-        """Whether it defines `terms`."""
+        """Return whether `terms` is defined."""
         return False
 
     def terms(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The same as whole numbers: x (B, N) = sum of codes (B, N) int8 * step (broadcast to (B, 1))."""
+        """Return the input as whole numbers: x (B, N) = sum of codes (B, N) int8 * step (broadcast to (B, 1))."""
         raise NotImplementedError(f"{type(self).__name__} does not define terms")
 
     def describe(self) -> dict[str, Any]:
-        """The constructor's arguments in plain values."""
+        """Return the constructor's arguments as plain values."""
         raise NotImplementedError(f"{type(self).__name__} does not define describe")
 
 
@@ -121,7 +121,7 @@ ActivationClass = TypeVar("ActivationClass", bound="type[Activation]")
 
 
 def activation(kind: str) -> Callable[[ActivationClass], ActivationClass]:
-    """Register a way of quantizing inputs, under the name that saved files use."""
+    """Register a quantization of inputs under the name that saved files use."""
 
     def register(cls: ActivationClass) -> ActivationClass:
         cls.kind = kind
@@ -133,11 +133,11 @@ def activation(kind: str) -> Callable[[ActivationClass], ActivationClass]:
 
 @activation("static")
 class Static(Activation):
-    """A step for the tensor (or for each channel) that was fitted beforehand.
+    """A calibrated step for the tensor, or for each channel.
 
     Args:
         format: name or format.
-        channels: steps along the last axis; 1 for the tensor.
+        channels: number of steps along the last axis; 1 for the tensor.
         zero: whether there are zero points.
     """
 
@@ -152,7 +152,7 @@ class Static(Activation):
 
     @classmethod
     def of(cls, format: Format, step: Tensor, zero: Tensor | None = None) -> Static:
-        """With fitted values."""
+        """Create with calibrated values."""
         made = cls(format, step.numel(), zero=zero is not None)
         made.step, made.zero = step.detach().view(-1), None if zero is None else zero.detach().view(-1)
         return made
@@ -180,7 +180,7 @@ class Static(Activation):
 
 @activation("token")
 class PerToken(Activation):
-    """A step for each token, found as it comes: absmax / (2^(bits-1) - 1). Needs no calibration."""
+    """A step for each token, computed at run time: absmax / (2^(bits-1) - 1). Needs no calibration."""
 
     def __init__(self, bits: int = 8):
         super().__init__()
@@ -208,12 +208,12 @@ class PerToken(Activation):
 
 
 class QuantizedLayer(nn.Module):
-    """Base of layers with a packed weight. `weight` gives it unpacked, for code that reads a layer's weight.
+    """Base of layers with a packed weight. `weight` unpacks it, for code that reads a layer's weight.
 
     Args:
         packed: the weight.
-        bias: (M,) or None; stays floating point.
-        activation: how the input is quantized; None: not at all.
+        bias: (M,) or None; stays in floating point.
+        activation: quantization of the input; None: not quantized.
     """
 
     def __init__(self, packed: Packed, bias: Tensor | None, activation: Activation | None):
@@ -223,16 +223,16 @@ class QuantizedLayer(nn.Module):
 
     @property
     def simulated(self) -> bool:
-        """Whether the layer has no integer product: it computes in floating point, which is slower than it was before."""
+        """Return whether the layer has no integer product and computes in floating point, slower than the original layer."""
         return True
 
     @property
     def weight(self) -> Tensor:
-        """Floating point, unpacked at each use."""
+        """The weight in floating point, unpacked at each use."""
         return self.packed()
 
     def describe(self) -> dict[str, Any]:
-        """How to build it again, beside the layer that it replaces."""
+        """Return what `rebuilt` needs, apart from the layer to replace, as plain values."""
         row: dict[str, Any] = {"weight": self.packed.describe(), "bias": self.bias is not None}
         if self.activation is not None:
             row["input"] = {"kind": self.activation.kind, **self.activation.describe()}
@@ -248,7 +248,7 @@ class QuantizedLinear(QuantizedLayer):
 
     @classmethod
     def of(cls, layer: nn.Linear, packed: Packed, activation: Activation | None = None) -> QuantizedLinear:
-        """In the place of a layer, with its bias."""
+        """Create the counterpart of a linear layer, with its bias."""
         return cls(packed, layer.bias, activation)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -261,21 +261,21 @@ class QuantizedLinear(QuantizedLayer):
 
     @property
     def simulated(self) -> bool:
-        """Whether weight or input are no plain integers."""
+        """Return whether weight or input is not a plain integer."""
         return self.packed.row_steps is None or self.activation is None or not self.activation.integer
 
     def _integer_product(self, x: Tensor) -> bool:
-        """Whether int8 matrix products can be used here and now."""
+        """Return whether int8 matrix products can be used for this call."""
         if self.simulated or x.numel() == 0 or torch.compiler.is_exporting():
             return False
         if not torch.compiler.is_compiling() and not in_plain_inference(x):
             return False
-        if x.device.type == "cuda":  # what cuBLAS asks of int8 matrices
+        if x.device.type == "cuda":  # cuBLAS's conditions on int8 matrices
             return x.numel() // self.in_features > 16 and self.in_features % 8 == 0 and self.out_features % 8 == 0
         return x.device.type == "cpu"
 
     def _multiply(self, terms: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """sum over terms of (codes W^T) * step * row steps, plus bias."""
+        """Return the sum over terms of (codes W^T) * step * row steps, plus the bias."""
         weight, rows = self.packed.integers().t(), self.packed.row_steps
         assert rows is not None
         out: Tensor | None = None
@@ -302,7 +302,7 @@ class QuantizedConv(QuantizedLayer):
 
     @classmethod
     def of(cls, layer: nn.Module, packed: Packed, activation: Activation | None = None) -> QuantizedConv:
-        """In the place of a layer, with its bias."""
+        """Create the counterpart of a convolution, with its bias."""
         return cls(layer, packed, layer.bias, activation)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -311,24 +311,24 @@ class QuantizedConv(QuantizedLayer):
 
 
 def can_quantize(module: nn.Module) -> bool:
-    """Whether a module is a layer with a quantized counterpart here: linear, or a convolution that pads with zeros."""
+    """Return whether a module has a quantized counterpart: a linear layer, or a convolution with zero padding."""
     if isinstance(module, nn.Linear):
         return module.weight.numel() > 0
     return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.padding_mode == "zeros"
 
 
 def quantized(layer: nn.Module, packed: Packed, activation: Activation | None = None) -> QuantizedLinear | QuantizedConv:
-    """The counterpart of a layer."""
+    """Return the quantized counterpart of a layer."""
     if isinstance(layer, nn.Linear):
         return QuantizedLinear.of(layer, packed, activation)
     return QuantizedConv.of(layer, packed, activation)
 
 
 def rebuilt(layer: nn.Module, row: Mapping[str, Any]) -> QuantizedLinear | QuantizedConv:
-    """The counterpart of a layer by its description (`QuantizedLayer.describe`), with values still to be filled in; on the layer's device.
+    """Return the counterpart of a layer from its description (`QuantizedLayer.describe`), on the layer's device; values are not set.
 
     Raises:
-        UsageError: the description names a format or a kind of input that is not known.
+        UsageError: unknown format or kind of input in the description.
     """
     weight: Tensor = layer.weight  # type: ignore[assignment]
     with torch.device(weight.device):
@@ -338,18 +338,18 @@ def rebuilt(layer: nn.Module, row: Mapping[str, Any]) -> QuantizedLinear | Quant
         inputs = dict(row.get("input", {}))
         kind = inputs.pop("kind", None)
         if kind is not None and kind not in _ACTIVATIONS:
-            raise UsageError(f"unknown kind of quantized input {kind!r} (there are {', '.join(_ACTIVATIONS)})")
+            raise UsageError(f"unknown kind of quantized input {kind!r} (accepted: {', '.join(_ACTIVATIONS)})")
         made = quantized(layer, packed, None if kind is None else _ACTIVATIONS[kind](**inputs))
         made.bias = nn.Parameter(torch.zeros(weight.shape[0], dtype=weight.dtype), requires_grad=False) if row["bias"] else None
     return made.train(layer.training)
 
 
 def find_layers(model: nn.Module, *, skip: tuple[str, ...] = (), convolutions: bool = True) -> dict[str, nn.Module]:
-    """The layers of a model that can be quantized, by name, in order; each shared one under its first name.
+    """Return the layers of a model that can be quantized, by name, in order; a shared layer appears once, under its first name.
 
     Args:
-        skip: shell patterns of names to leave alone, such as "head" or "*.proj".
-        convolutions: whether convolutions are wanted.
+        skip: shell patterns of names to leave out, such as "head" or "*.proj".
+        convolutions: whether to include convolutions.
     """
     import fnmatch
 

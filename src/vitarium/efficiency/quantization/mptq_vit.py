@@ -1,20 +1,20 @@
-"""MPTQ-ViT: post-training quantization of a vision transformer from a few images, in one width or a mixed one.
+"""MPTQ-ViT: post-training quantization of vision transformers from a few images, with uniform or mixed precision.
 
 "MPTQ-ViT: Mixed-Precision Post-Training Quantization for Vision Transformer" (2024). Weights and inputs of linear layers and convolutions
-become integers, code = round(x / D), D searched as PTQ4ViT does (`hessian`). Three parts meet what makes that hard:
+become integers, code = round(x / D), with D searched as in PTQ4ViT (`hessian`). Three parts address the difficult distributions:
 
-    SQ-b       channels after a layer norm are skewed and uneven: shift each by b = (max + min) / 2, divide by s, undo both in the next
-               layer (`folding`); exact in floating point
-    OPT-m      values after GELU: many small ones around zero, few large ones. One bit of the code picks a region,
-                   fine    D1 round(x / D1),  codes -2^(b-2) .. 2^(b-2) - 1, all negatives and what it reaches of the positives
+    SQ-b       channels after a layer norm are skewed and uneven: shift each by b = (max + min) / 2, divide by s, and undo both in the
+               next layer (`folding`); exact in floating point
+    OPT-m      values after GELU: many small ones around zero, few large ones. One bit of the code selects a region,
+                   fine    D1 round(x / D1),  codes -2^(b-2) .. 2^(b-2) - 1, all negatives and the smallest positives
                    coarse  D2 round(x / D2),  codes 0 .. 2^(b-1) - 1, the rest;   D2 = 2^m D1
-               m by the least squared error on the layer's data
-    Greedy MP  bits a layer: lower the layer next that loses least for what it saves, until the mean is reached (`allocation`)
+               with m of least squared error on the layer's data
+    Greedy MP  bits per layer: lower the layer with the least loss per saving next, until the mean is reached (`allocation`)
 
 Linear layers between integers run on int8 matrix products, fine and coarse codes as two; attention and convolutions are simulated, which
-is slower than float32. No public code: followed is the paper's outline; the base quantizer, the search and the softmax split are PTQ4ViT's
-(its numbers are reproduced). Ours: g^2 is the Fisher diagonal, a step a row of the weight by default (granularity="block": PTQ4ViT's),
-an input with few values below zero counts as post-GELU by its range. Not done: integer layer norm, softmax and GELU.
+is slower than float32. There is no public code: the paper's outline is followed; base quantizer, search and softmax split are PTQ4ViT's
+(its numbers are reproduced). Our choices: g^2 is the Fisher diagonal; one step per weight row by default (granularity="block": PTQ4ViT's);
+an input with few values below zero counts as post-GELU by its range. Left out: integer layer norm, softmax and GELU.
 Cost of calibration: up to 600 passes over 512 sampled rows of every layer: a few minutes for a ViT-S on a core; search="mse" takes seconds.
 """
 
@@ -44,7 +44,7 @@ from vitarium.errors import AttachError, UsageError
 from vitarium.ops.number_formats import Integer
 
 LOWEST_ACTIVATION = -0.2785
-"""Of SiLU; GELU's is -0.16997. Inputs that stay above it, with a few times as much above zero, come from such a function."""
+"""Minimum of SiLU (GELU's is -0.16997). Inputs above it that reach several times as far above zero come from such a function."""
 
 
 # ---- OPT-m
@@ -52,10 +52,10 @@ LOWEST_ACTIVATION = -0.2785
 
 @activation("two_region")
 class TwoRegion(Activation):
-    """OPT-m's grid for values after GELU: a fine region around zero, a coarse one above, with steps a power of two apart.
+    """OPT-m's grid for values after GELU: a fine region around zero and a coarse one above, with steps a power of two apart.
 
     Args:
-        bits: of a code, 3 to 8; one of them says which region.
+        bits: number of bits of a code, 3 to 8; one of them selects the region.
     """
 
     coarse: Tensor
@@ -63,7 +63,7 @@ class TwoRegion(Activation):
 
     def __init__(self, bits: int = 8):
         if not 3 <= bits <= 8:
-            raise UsageError(f"two regions take 3 to 8 bits, got {bits}")
+            raise UsageError(f"two regions need 3 to 8 bits, got {bits}")
         super().__init__()
         self.bits = bits
         self.register_buffer("coarse", torch.ones(()))
@@ -71,7 +71,7 @@ class TwoRegion(Activation):
 
     @classmethod
     def of(cls, x: Tensor, bits: int) -> TwoRegion:
-        """D2 = max / (2^(b-1) - 1), and the m in 0 .. b + 4 of least squared error on x; of equal ones the smallest."""
+        """Find D2 = max / (2^(b-1) - 1) and the m in 0 .. b + 4 of least squared error on x; of equal ones the smallest."""
         made = cls(bits).to(x.device)
         made.coarse = symmetric_step(x.max().detach(), bits, margin=1)
         errors = torch.stack([squared_error(x, made._set_m(m)(x)) for m in range(bits + 5)])
@@ -104,7 +104,7 @@ class TwoRegion(Activation):
 
 
 def is_post_gelu(low: Tensor, high: Tensor) -> bool:
-    """Whether a range (numbers) is that of values after GELU or SiLU."""
+    """Return whether a range (numbers) is that of values after GELU or SiLU."""
     return LOWEST_ACTIVATION <= float(low) < 0 and float(high) > -4 * float(low)
 
 
@@ -120,20 +120,20 @@ class MPTQ(Quantizer):
     """Quantize linear layers and convolutions of any model, from calibration images.
 
     Args:
-        bits: of weights and inputs, 3 to 8.
-        weight_bits, activation_bits: where they differ from `bits` (weights 2 to 8; inputs 3 to 8, or 32: left in floating point).
-        mean_bits: mixed precision: bits a layer between those of `widths`, so that this is their mean over all weights. None: one width.
-        widths: narrowest and widest of mixed precision.
-        allocation: bits of layers by name or shell pattern, {"blocks.0.*": 6, "head": [8, 8]} (weight, input); wins over all of the above.
-        cost: what a bit saves in mixed precision: "size" of the weights, or "bops" (MACs * weight bits * input bits).
-        smooth: before a layer norm's readers: "sqb" (scale and shift), "scale" (SmoothQuant), "none".
-        alpha: share of the difficulty that goes into the weight, [0, 1].
-        gelu: grid of inputs after GELU: "opt_m", "uniform", or "auto": opt_m under 8 bits; at 8 one step is fine enough, and faster.
-        attention: whether queries, keys, values and attention weights are rounded too, in models that anatomy knows. Simulated.
-        granularity: steps of a weight: "row", "block" (three for a joint layer of queries, keys and values, else one) or "tensor".
-        search: steps by "hessian" (least weighted error of the output), "mse" (of the layer's own values) or "minmax".
-        skip: shell patterns of layers to leave alone, such as ["head"].
-        images: how many calibration images are used at most.
+        bits: number of bits of weights and inputs, 3 to 8.
+        weight_bits, activation_bits: override `bits` (weights 2 to 8; inputs 3 to 8, or 32: left in floating point).
+        mean_bits: for mixed precision: mean over all weights of the bits, which vary by layer within `widths`. None: uniform precision.
+        widths: narrowest and widest number of bits in mixed precision.
+        allocation: bits of layers by name or shell pattern, {"blocks.0.*": 6, "head": [8, 8]} (weight, input); overrides all of the above.
+        cost: saving of a bit in mixed precision: "size" of the weights, or "bops" (MACs * weight bits * input bits).
+        smooth: folding after layer norms: "sqb" (scale and shift), "scale" (SmoothQuant), "none".
+        alpha: share of the difficulty that moves into the weight, 0 to 1.
+        gelu: grid of inputs after GELU: "opt_m", "uniform", or "auto": opt_m below 8 bits; at 8 one step is fine enough, and faster.
+        attention: whether to round queries, keys, values and attention weights too, in models that anatomy supports. Simulated.
+        granularity: steps of a weight: per "row", "block" (three for a joint layer of queries, keys and values, else one) or "tensor".
+        search: criterion for steps: "hessian" (weighted error of the output), "mse" (error of the layer's own values) or "minmax".
+        skip: shell patterns of layers to leave out, such as ["head"].
+        images: largest number of calibration images.
         calibration: tensor (n, C, H, W) or loader of training images; not saved.
     """
 
@@ -161,11 +161,11 @@ class MPTQ(Quantizer):
             raise UsageError(f"mean_bits must lie between the widths {self.widths[0]} and {self.widths[1]}, got {self.mean_bits}")
 
     def attach(self, model: nn.Module) -> AttachReport:
-        """Calibrate, fold, search, and exchange the layers.
+        """Calibrate, fold, search steps, and replace the layers.
 
         Raises:
             UsageError: no calibration images.
-            AttachError: no layer to quantize, or folding changed the model; it is as it was.
+            AttachError: no layer to quantize, or folding changed the outputs; the model is unchanged.
         """
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
         images = batches(self.calibration, self.images, like)
@@ -206,7 +206,7 @@ class MPTQ(Quantizer):
         return report
 
     def _bits(self, name: str) -> tuple[int, int]:
-        """Weight and input bits of a layer by the options."""
+        """Return the weight and input bits of a layer by the options."""
         for pattern, given in (self.allocation or {}).items():
             if fnmatch.fnmatch(name, pattern):
                 return (given, given) if isinstance(given, int) else (int(given[0]), int(given[1]))
@@ -217,7 +217,7 @@ class MPTQ(Quantizer):
 
     @torch.no_grad()
     def _fold(self, model: nn.Module, layers: Mapping[str, nn.Module], images: list[Tensor], reference: Tensor) -> list[str]:
-        """Scale and shift in place; gives the names of the norms' tensors that were overwritten."""
+        """Apply scale and shift in place; return the names of the norms' tensors that were overwritten."""
         if self.smooth == "none":
             return []
         pairs = find_pairs(model, images[0])
@@ -246,7 +246,7 @@ class MPTQ(Quantizer):
     # ---- Greedy MP
 
     def _allocate(self, model: nn.Module, fits: Mapping[str, _Fit], images: list[Tensor], reference: Tensor) -> dict[str, tuple[int, int]]:
-        """Bits of every layer (weight, input)."""
+        """Return the bits of every layer (weight, input)."""
         given = {name: self._bits(name) for name in fits}
         if self.mean_bits is None:
             return given
@@ -281,7 +281,7 @@ _FOLD_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 
 
 class _Fit:
-    """A layer with what it saw; gives its quantized counterpart at any width, searched once."""
+    """A layer with its statistics; returns its quantized counterpart at any width, searched once."""
 
     def __init__(self, options: MPTQ, name: str, layer: Any, record: Record):
         self.options, self.layer_, self.record = options, layer, record
@@ -321,7 +321,7 @@ class _Fit:
         return quantized(self.layer_, Packed.of(weight, format, step), inputs)
 
     def _inputs(self, bits: int) -> tuple[Activation | None, Tensor | None, Callable[[Tensor, Tensor], Tensor] | None]:
-        """The input's grid, its first step, and how it rounds with another. Images themselves stay in floating point."""
+        """Return the input's grid, its first step, and its rounding at another step. Images themselves stay in floating point."""
         ranges = self.record.ranges
         if bits == 32 or (not isinstance(self.layer_, nn.Linear) and self.layer_.in_channels <= 4):
             return None, None, None
@@ -341,9 +341,9 @@ class _Fit:
 
 
 def allocate_bits(model: nn.Module, calibration: Any, mean_bits: float, **options: Any) -> dict[str, tuple[int, int]]:
-    """Bits of every layer (weight, input) for a mean over the weights, by Greedy MP; the model is left as it is.
+    """Return the bits of every layer (weight, input) for a mean over the weights, by Greedy MP; the model is unchanged.
 
-    The table is `allocation=` of this method, and plain enough for any other quantizer.
+    The table can be passed as `allocation=` of this method or to any other quantizer.
 
     Args:
         options: of `MPTQ`, such as cost="bops", widths=(3, 8), search="mse".
@@ -354,7 +354,7 @@ def allocate_bits(model: nn.Module, calibration: Any, mean_bits: float, **option
 
 
 def layer_table(model: nn.Module) -> list[dict[str, Any]]:
-    """What became of each quantized layer: {"layer", "weight_bits", "input_bits", "input", "m", "input_step", "weight_step"}, in order.
+    """Return a row for each quantized layer: {"layer", "weight_bits", "input_bits", "input", "m", "input_step", "weight_step"}, in order.
 
     Steps are numbers: the input's (of two regions the coarse one), and the mean of the weight's.
     """

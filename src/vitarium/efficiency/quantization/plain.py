@@ -1,7 +1,7 @@
-"""The plain baselines: round to nearest, no calibration.
+"""Baseline quantizers: round to nearest, without calibration.
 
-vitarium.apply(model, "int8")      # linear layers in 8 bits, inputs a token at a time: int8 matrix products, real speed
-vitarium.apply(model, "int4w")     # linear layers' weights in 4 bits, half a byte each: memory, not speed
+vitarium.apply(model, "int8")      # linear layers in 8 bits, one step per input token: int8 matrix products, faster
+vitarium.apply(model, "int4w")     # linear layers' weights in 4 bits, half a byte each: saves memory, not time
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from vitarium.ops.number_formats import Integer
 
 @dataclass(frozen=True)
 class Quantizer(Method):
-    """Base of quantizers: exchanges layers, and builds them again from what the report's state describes."""
+    """Base of quantizers: replaces layers, and rebuilds them from the report's state."""
 
     keeps_weights: ClassVar[bool] = False
 
     def rebuild(self, model: nn.Module, state: Mapping[str, Any]) -> AttachReport:
-        """Layers of the saved kinds; their values come from the file.
+        """Create layers of the saved kinds; their values come from the file.
 
         Raises:
-            UsageError: the model has no such layer.
+            UsageError: the model lacks such a layer.
         """
         rows = state.get("layers", {})
         modules = dict(model.named_modules())
         if lost := [name for name in rows if name not in modules]:
-            raise UsageError(f"the model has no layer {lost[0]!r}, which the file has quantized")
+            raise UsageError(f"the model has no layer {lost[0]!r}, which is quantized in the file")
         return exchange(self, model, {name: rebuilt(modules[name], row) for name, row in rows.items()})
 
 
 def exchange(method: Method, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> AttachReport:
-    """Put quantized layers into a model; the report tells undo what was there, and a file how to build them again."""
+    """Put quantized layers into a model; the report holds the replaced layers for undo and their descriptions for files."""
     replaced = {name: model.get_submodule(name) for name in layers}
     for name, layer in layers.items():
         model.set_submodule(name, layer.train(replaced[name].training))
@@ -50,7 +50,7 @@ def exchange(method: Method, model: nn.Module, layers: Mapping[str, QuantizedLay
 
 
 def rows_to_nearest(layer: nn.Module, format: Integer, *, search: bool = False) -> Packed:
-    """A layer's weight with a step for each row that reaches its largest value, or with `search` the step of least squared error."""
+    """Pack a layer's weight with a step per row that covers its largest value, or, with `search`, of least squared error."""
     weight: Tensor = layer.weight.detach()  # type: ignore[union-attr, operator, assignment]
     rows = weight.flatten(1)
     step = symmetric_step(rows.abs().amax(1, keepdim=True), format.bits, margin=0.5 if search else 1)
@@ -62,37 +62,37 @@ def rows_to_nearest(layer: nn.Module, format: Integer, *, search: bool = False) 
 @method("int8", kind="quantize")
 @validated
 class Int8(Quantizer):
-    """Linear layers in 8 bits: a step for each row of the weight, and for each token of the input as it comes.
+    """Quantize linear layers to 8 bits, with a step for each row of the weight and for each token of the input.
 
     Runs on int8 matrix products: a ViT-S is about 1.9 times as fast as in float32 on a CPU with VNNI, 2.4 times under `torch.compile`
-    (mptq_vit at 8 bits, whose steps are static: 2.0 and 2.6 times). No calibration.
+    (mptq_vit at 8 bits, whose steps are static: 2.0 and 2.6 times). Needs no calibration.
 
     Args:
-        skip: shell patterns of layers to leave alone, such as ["head"].
+        skip: shell patterns of layers to leave out, such as ["head"].
     """
 
     skip: Patterns = ()
 
     def attach(self, model: nn.Module) -> AttachReport:
-        """Exchange every linear layer."""
+        """Replace every linear layer."""
         return _round_all(self, model, self.skip, lambda layer: (rows_to_nearest(layer, Integer(8)), PerToken(8)))
 
 
 @method("int4w", kind="quantize")
 @validated
 class Int4W(Quantizer):
-    """Weights of linear layers in 4 bits, a step for each row, searched for the least squared error; inputs stay floating point.
+    """Quantize weights of linear layers to 4 bits, with a step per row of least squared error; inputs stay in floating point.
 
-    Saves memory and disk, not time: each weight is unpacked at each call. No calibration.
+    Saves memory and disk space, not time: each weight is unpacked at each call. Needs no calibration.
 
     Args:
-        skip: shell patterns of layers to leave alone, such as ["head"].
+        skip: shell patterns of layers to leave out, such as ["head"].
     """
 
     skip: Patterns = ()
 
     def attach(self, model: nn.Module) -> AttachReport:
-        """Exchange every linear layer."""
+        """Replace every linear layer."""
         return _round_all(self, model, self.skip, lambda layer: (rows_to_nearest(layer, Integer(4), search=True), None))
 
 
