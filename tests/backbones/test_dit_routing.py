@@ -171,7 +171,7 @@ def test_all_gates_on_is_the_dense_grid():
 def test_with_rows_off_only_patches_remain():
     model, image = mixed(), images()
     set_gates(model, row=False, column=True)
-    x = model.patch_embed(image)[0]
+    x = model.patch_embed(image).flatten(1, 2)
     nodes: list = [x] * 3
     for i, (side, dim) in enumerate(((8, 16), (4, 32)), start=1):
         down = lambda y, j, i=i, side=side, dim=dim: model.down[i - 1][j].dense(model.norms[i - 1](y), (side, side))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitarium.nn import Conv2d, by_images, conv_norm_gelu, fold_norm_after
+from vitarium.nn import Conv2d, ConvMlp, ConvNorm, by_images, conv_norm_gelu, fold_norm_after
 
 
 def lively_norm(dim: int) -> nn.BatchNorm2d:
@@ -66,3 +66,46 @@ def test_a_batch_goes_through_in_pieces_in_inference_alone(monkeypatch):
         net.eval().inner.register_forward_hook(lambda *_: None)
         net(x)
     assert net.batches == [5, 2, 2, 1, 5, 5]
+
+
+class Named(ConvNorm):
+    names = ("proj", "norm")
+
+
+@pytest.mark.identity
+@pytest.mark.parametrize("act", [None, nn.ReLU])
+@pytest.mark.parametrize("kind", [ConvNorm, Named])
+def test_convolution_and_norm_fold_into_one_under_the_names_of_their_class(kind, act):
+    part = kind(4, 6, 3, 2, groups=2, act=act).eval().double()
+    for name, tensor in part.state_dict().items():
+        if name.endswith(("running_var", "running_mean")):
+            tensor.uniform_(0.5, 1.5)
+    x = torch.randn(2, 4, 7, 9, dtype=torch.float64)
+    expected = part(x)
+    assert tuple(expected.shape) == (2, 6, 4, 5)
+    assert {name.partition(".")[0] for name in part.state_dict()} == set(kind.names)
+    for _ in range(2):
+        part.fold()
+        torch.testing.assert_close(part(x), expected)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in part.modules())
+
+
+def test_a_dilated_convolution_keeps_the_map_and_a_sequence_is_not_folded():
+    assert ConvNorm(2, 2, 3, dilation=2)(torch.randn(2, 2, 8, 8)).shape == (2, 2, 8, 8)
+    part = ConvNorm(2, 3, axes=1, norm=nn.BatchNorm1d(3))
+    part.fold()
+    assert isinstance(part.bn, nn.BatchNorm1d)
+    assert part(torch.randn(2, 2, 5)).shape == (2, 3, 5)
+
+
+@pytest.mark.identity
+def test_a_strided_point_convolution_reads_the_pixels_that_pytorch_reads():
+    conv, x = Conv2d(3, 5, 1, 2).double(), torch.randn(2, 3, 7, 8, dtype=torch.float64)
+    torch.testing.assert_close(conv(x), nn.Conv2d.forward(conv, x))
+
+
+@pytest.mark.identity
+def test_the_convolutional_mlp_is_its_three_layers():
+    part, x = ConvMlp(3, 6).eval().double(), torch.randn(1, 3, 5, 4, dtype=torch.float64)
+    dwconv = part.get_submodule(part.depthwise)
+    torch.testing.assert_close(part(x), part.fc2(F.gelu(dwconv(part.fc1(x)))))

@@ -29,6 +29,8 @@ from torch.nn import functional as F
 from vitarium.catalog import family, rename
 from vitarium.nn import Attention, EvalCache, Linear, PatchEmbed, TokenBackbone, TransformerBlock, drop_path_rates, init_weights
 from vitarium.nn.positions import fit_position_table
+from vitarium.ops.attention import merge_heads, split_heads, split_packed_heads
+from vitarium.ops.maps import as_map, as_tokens
 
 Grid = tuple[int, int]
 
@@ -87,7 +89,7 @@ class GPSA(nn.Module):
         by_content = F.scaled_dot_product_attention(q, k, v)
         by_place = self.position_attention(grid).to(v.dtype) @ v
         gate = self.gating_param.sigmoid().to(v.dtype)[:, None, None]
-        return self.proj((by_content + gate * (by_place - by_content)).transpose(1, 2).flatten(2))
+        return self.proj(merge_heads(by_content + gate * (by_place - by_content)))
 
     def attention(self, x: Tensor, grid: Grid) -> Tensor:
         """A, (B, heads, N, N), written out: for pictures and measurements."""
@@ -97,9 +99,8 @@ class GPSA(nn.Module):
         return (1 - gate) * content + gate * self.position_attention(grid)
 
     def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        batch, count, _ = x.shape
-        q, k = self.qk(x).view(batch, count, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        return q, k, self.v(x).view(batch, count, self.num_heads, self.head_dim).transpose(1, 2)
+        q, k = split_packed_heads(self.qk(x), 2, self.num_heads)
+        return q, k, split_heads(self.v(x), self.num_heads)
 
 
 def non_locality(attention: Tensor, grid: Grid) -> Tensor:
@@ -185,7 +186,7 @@ class ConViT(TokenBackbone):
     def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
         """Yields the tokens after each block: (B, N, C), and from the class token's first block on (B, 1 + N, C)."""
         grid = self.patch_embed.grid(*image.shape[-2:])
-        x = self.patch_embed(image).flatten(2).transpose(1, 2) + self.positions(grid)
+        x = as_tokens(self.patch_embed(image)) + self.positions(grid)
         for i, block in enumerate(self.blocks):
             if i == self.local_up_to_layer:
                 x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], 1)
@@ -194,7 +195,7 @@ class ConViT(TokenBackbone):
 
     def as_map(self, features: Tensor, image_size: torch.Size) -> Tensor:  # type: ignore[override]
         rows, columns = self.patch_embed.grid(*image_size)
-        return features[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
+        return as_map(features[:, -rows * columns :], (rows, columns))
 
     @torch.no_grad()
     def gates(self) -> Tensor:

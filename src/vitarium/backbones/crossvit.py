@@ -31,6 +31,8 @@ from vitarium.catalog import family, rename
 from vitarium.nn import Backbone, DropPath, EvalCache, Linear, Stage, TransformerBlock, init_weights
 from vitarium.nn.backbone import POOLS
 from vitarium.nn.positions import fit_position_table
+from vitarium.ops.attention import multi_head_attention
+from vitarium.ops.maps import as_map, as_tokens
 
 Grid = tuple[int, int]
 Pair = tuple[Tensor, Tensor]
@@ -73,7 +75,7 @@ class Branch(nn.Module):
         size = (grid[0] * self.patch_size, grid[1] * self.patch_size)
         if tuple(image.shape[-2:]) != size:
             image = F.interpolate(image, size, mode="bicubic", align_corners=False)
-        patches = self.proj(image).flatten(2).transpose(1, 2)
+        patches = as_tokens(self.proj(image))
         return torch.cat([self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype), patches], 1) + self.positions(grid)
 
 
@@ -82,15 +84,11 @@ class ClassAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
-        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.num_heads = num_heads
         self.wq, self.wk, self.wv, self.proj = (Linear(dim, dim) for _ in range(4))
 
     def forward(self, z: Tensor) -> Tensor:
-        q, k, v = (self._heads(linear(part)) for linear, part in ((self.wq, z[:, :1]), (self.wk, z), (self.wv, z)))
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
+        return self.proj(multi_head_attention(self.wq(z[:, :1]), self.wk(z), self.wv(z), self.num_heads))
 
 
 class Fusion(nn.Module):
@@ -304,11 +302,11 @@ class CrossViT(Backbone):
         """Yields the tokens of both branches after each encoder on the grid of the large patches, (B, 1 + N_1, D_0 + D_1)."""
         fine, coarse = self.grids(*image.shape[-2:])
         for small, large in self._encoders(image):
-            there = F.adaptive_avg_pool2d(small[:, 1:].transpose(1, 2).unflatten(2, fine), coarse).flatten(2).transpose(1, 2)
+            there = as_tokens(F.adaptive_avg_pool2d(as_map(small[:, 1:], fine), coarse))
             yield torch.cat([torch.cat([small[:, :1], there], 1), large], 2)
 
     def as_map(self, features: Tensor, image_size: Sequence[int]) -> Tensor:
-        return features[:, 1:].transpose(1, 2).unflatten(2, self.grids(*image_size)[1])
+        return as_map(features[:, 1:], self.grids(*image_size)[1])
 
     def pool(self, features: Tensor) -> Tensor:
         """(B, 1 + N, D) -> (B, D): the class tokens ("token"), or the mean or maximum of the others."""

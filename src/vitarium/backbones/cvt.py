@@ -25,55 +25,17 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vitarium.catalog import chain, family, rename
-from vitarium.nn import Backbone, DropPath, Linear, Mlp, QuickGELU, Stage, drop_path_rates, fold_norm_after, init_weights
+from vitarium.nn import Backbone, ConvNorm, DropPath, Linear, Mlp, QuickGELU, Stage, drop_path_rates, init_weights
 from vitarium.nn.backbone import POOLS
+from vitarium.nn.pvt import OverlapPatchEmbed
+from vitarium.ops.attention import multi_head_attention
+from vitarium.ops.maps import as_map, as_tokens
 
 Grid = tuple[int, int]
 KERNELS, STRIDES, PADDINGS = (7, 3, 3), (4, 2, 2), (2, 1, 1)
 """Of the three token embeddings."""
-
-
-class ConvEmbed(nn.Module):
-    """Map (B, C_in, H, W) -> tokens (B, h w, C) and their grid (h, w)."""
-
-    def __init__(self, in_dim: int, dim: int, kernel_size: int, stride: int, padding: int):
-        super().__init__()
-        self.proj = nn.Conv2d(in_dim, dim, kernel_size, stride, padding)
-        self.norm = nn.LayerNorm(dim)
-
-    def grid(self, height: int, width: int) -> Grid:
-        """Rows and columns of tokens of a map."""
-        (kernel, _), (stride, _), padding = self.proj.kernel_size, self.proj.stride, int(self.proj.padding[0])
-        rows, columns = ((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
-        return rows, columns
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(x).permute(0, 2, 3, 1).flatten(1, 2))
-
-
-def as_map(tokens: Tensor, grid: Grid) -> Tensor:
-    """(B, h w, C) -> (B, C, h, w), the same memory."""
-    return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
-
-
-class ConvProjection(nn.Module):
-    """A depth-wise 3 x 3 and a batch norm: map (B, C, H, W) -> tokens (B, ceil(H / stride) ceil(W / stride), C)."""
-
-    def __init__(self, dim: int, stride: int):
-        super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 3, stride, 1, groups=dim, bias=False)
-        self.bn: nn.Module = nn.BatchNorm2d(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.conv(x)).permute(0, 2, 3, 1).flatten(1, 2)
-
-    def fold(self) -> None:
-        """The norm goes into the convolution."""
-        if isinstance(self.bn, nn.BatchNorm2d):
-            self.conv, self.bn = fold_norm_after(self.conv, self.bn), nn.Identity()
 
 
 class ConvAttention(nn.Module):
@@ -89,23 +51,19 @@ class ConvAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, kv_stride: int, prefix: int):
         super().__init__()
         self.num_heads, self.prefix, self.scale = num_heads, prefix, dim**-0.5
-        self.conv_proj_q = ConvProjection(dim, 1)
-        self.conv_proj_k = ConvProjection(dim, kv_stride)
-        self.conv_proj_v = ConvProjection(dim, kv_stride)
+        self.conv_proj_q = ConvNorm(dim, dim, 3, groups=dim)
+        self.conv_proj_k = ConvNorm(dim, dim, 3, kv_stride, groups=dim)
+        self.conv_proj_v = ConvNorm(dim, dim, 3, kv_stride, groups=dim)
         self.proj_q, self.proj_k, self.proj_v, self.proj = (Linear(dim, dim) for _ in range(4))
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         image = as_map(x[:, self.prefix :], grid)
         parts = (self.conv_proj_q, self.proj_q), (self.conv_proj_k, self.proj_k), (self.conv_proj_v, self.proj_v)
-        q, k, v = (self._heads(linear(self._with_prefix(x, conv(image)))) for conv, linear in parts)
-        x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        return self.proj(x.transpose(1, 2).flatten(2))
+        q, k, v = (linear(self._with_prefix(x, as_tokens(conv(image)))) for conv, linear in parts)
+        return self.proj(multi_head_attention(q, k, v, self.num_heads, scale=self.scale))
 
     def _with_prefix(self, x: Tensor, convolved: Tensor) -> Tensor:
         return torch.cat([x[:, : self.prefix], convolved], 1) if self.prefix else convolved
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.num_heads, x.shape[2] // self.num_heads)).transpose(1, 2)
 
 
 class CvTBlock(nn.Module):
@@ -127,14 +85,14 @@ class CvTBlock(nn.Module):
 class CvTStage(nn.Module):
     """Map (B, C_in, H, W) -> map (B, dim, h, w), or with a class token the tokens (B, 1 + h w, dim)."""
 
-    def __init__(self, downsample: ConvEmbed, blocks: Sequence[CvTBlock], cls_token: nn.Parameter | None):
+    def __init__(self, downsample: OverlapPatchEmbed, blocks: Sequence[CvTBlock], cls_token: nn.Parameter | None):
         super().__init__()
         self.downsample = downsample
         self.cls_token = cls_token
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor, grid: Grid, run: Callable[..., Tensor]) -> Tensor:
-        x = self.downsample(x)
+        x = self.downsample(x).flatten(1, 2)
         if self.cls_token is None:
             return as_map(run(self.blocks, x, grid), grid)
         return run(self.blocks, torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], 1), grid)
@@ -240,7 +198,7 @@ class CvT(Backbone):
         rates = [[0.0] * depth for depth in depths[:last]] + drop_path_rates(drop_path_rate, depths[last:])
         self.stages = nn.ModuleList(
             CvTStage(
-                ConvEmbed(dims[k - 1] if k else in_chans, dims[k], kernels[k], strides[k], paddings[k]),
+                OverlapPatchEmbed(dims[k - 1] if k else in_chans, dims[k], strides[k], kernel_size=kernels[k], padding=paddings[k]),
                 [CvTBlock(dims[k], num_heads[k], mlp_ratio, kv_stride, int(k == last), rate) for rate in rates[k]],
                 nn.Parameter(torch.empty(1, 1, dims[k])) if k == last else None,
             )

@@ -32,10 +32,11 @@ from vitarium.nn import (
     SqueezeExcite,
     Stage,
     TransformerBlock,
-    fold_norm_after,
+    fold_pair,
     init_convs_by_fan_out,
     init_weights,
 )
+from vitarium.ops.maps import as_map, as_tokens
 from vitarium.ops.spectral import dct2, idct2
 
 ATTENTIONS = ("dct", "spatial", "none")
@@ -84,7 +85,7 @@ class DCTAttention2d(TransformerBlock):
         rows, columns = kept(self.keep, (height, width))
         scale = (height * width) ** 0.5
         z = (dct2(x, (rows, columns)) / scale).to(x.dtype).permute(0, 2, 3, 1) + self.pos[:rows, :columns]
-        z = super().forward(z.flatten(1, 2)).transpose(1, 2).unflatten(2, (rows, columns))
+        z = as_map(super().forward(z.flatten(1, 2)), (rows, columns))
         return (idct2(z, (height, width)) * scale).to(x.dtype)
 
 
@@ -95,8 +96,8 @@ class SpatialAttention2d(TransformerBlock):
         super().__init__(dim, dim // HEAD_DIM, mlp_ratio=2)
 
     def forward(self, x: Tensor, *context: object) -> Tensor:
-        z = super().forward(x.permute(0, 2, 3, 1).flatten(1, 2))
-        return z.transpose(1, 2).unflatten(2, (x.shape[2], x.shape[3]))
+        z = super().forward(as_tokens(x))
+        return as_map(z, (x.shape[2], x.shape[3]))
 
 
 class MobileConv(nn.Module):
@@ -121,10 +122,8 @@ class MobileConv(nn.Module):
 
     def fold(self) -> None:
         """The norms go into the convolutions before them."""
-        if isinstance(self.norm1, nn.BatchNorm2d) and isinstance(self.norm2, nn.BatchNorm2d) and isinstance(self.norm3, nn.BatchNorm2d):
-            self.expand, self.norm1 = fold_norm_after(self.expand, self.norm1), nn.Identity()
-            self.dwconv, self.norm2 = fold_norm_after(self.dwconv, self.norm2), nn.Identity()
-            self.project, self.norm3 = fold_norm_after(self.project, self.norm3), nn.Identity()
+        for conv, norm in (("expand", "norm1"), ("dwconv", "norm2"), ("project", "norm3")):
+            fold_pair(self, conv, norm)
 
 
 class DCTConvBlock(nn.Module):

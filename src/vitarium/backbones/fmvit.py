@@ -32,6 +32,8 @@ from torch.nn import functional as F
 from vitarium.catalog import family, rename
 from vitarium.nn import Backbone, DropPath, PyramidStage, Stage, drop_path_rates, fold_norm_after, fold_norm_before, init_weights
 from vitarium.nn.reparam import RepConv, rep_conv
+from vitarium.ops.attention import multi_head_attention
+from vitarium.ops.maps import as_map, as_tokens
 
 HEAD_DIM = 32
 """Channels of a head's values; its queries and keys have half, and a group of a 3 x 3 convolution has as many."""
@@ -119,15 +121,9 @@ class LightAttention(FoldedInput):
         x = self.norm(x)
         coarse = pooled(x, self.pool_size)
         values = self.v(coarse)
-        q, k, v = (self._heads(part) for part in (self.q(x), self.k(coarse), values))
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        y = y.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        q, k, v = as_tokens(self.q(x)), as_tokens(self.k(coarse)), as_tokens(values)
+        y = as_map(multi_head_attention(q, k, v, self.num_heads), (height, width))
         return self.proj(y + spread(self.local(values), self.pool_size, height, width))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, h, H W, C / h)."""
-        tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
-        return tokens.unflatten(2, (self.num_heads, x.shape[1] // self.num_heads)).transpose(1, 2)
 
 
 class ConvMixer(nn.Module):

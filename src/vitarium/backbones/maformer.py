@@ -41,6 +41,8 @@ from vitarium.nn import (
     drop_path_rates,
     init_weights,
 )
+from vitarium.ops.attention import merge_heads, multi_head_attention, split_packed_heads
+from vitarium.ops.maps import as_map, as_tokens
 from vitarium.ops.windows import pad_to_multiple, window_partition, window_reverse
 
 Grid = tuple[int, int]
@@ -69,13 +71,13 @@ class LocalAttention(Attention):
     def forward(self, x: Tensor, grid: Grid) -> Tensor:  # type: ignore[override]
         batch, _, dim = x.shape
         qkv = self.qkv(x).view(batch, *grid, 3 * dim)
-        near = self.local(qkv[..., 2 * dim :].permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
+        near = as_tokens(self.local(qkv[..., 2 * dim :].permute(0, 3, 1, 2)))
         padded = pad_to_multiple(qkv, self.window_size)
         height, width = padded.shape[1:3]
         windows = window_partition(padded, self.window_size)
-        q, k, v = windows.view(windows.shape[0], self.window_size**2, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = split_packed_heads(windows, 3, self.num_heads)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(batch, grid, (height, width), x))
-        y = window_reverse(y.transpose(1, 2).flatten(2), self.window_size, height, width)
+        y = window_reverse(merge_heads(y), self.window_size, height, width)
         return self.proj(y[:, : grid[0], : grid[1]].flatten(1, 2) + near)
 
     def mask(self, batch: int, grid: Grid, padded: Grid, like: Tensor) -> Tensor | None:
@@ -158,12 +160,10 @@ class Fusion(nn.Module):
 
     def forward(self, local: Tensor, few: Tensor, grid: Grid, coarse: Grid) -> Tensor:
         if self.kind == "cross":
-            heads, size = self.num_heads, local.shape[2] // self.num_heads
-            q = self.q(local).unflatten(2, (heads, size)).transpose(1, 2)
-            k, v = self.kv(few).unflatten(2, (2, heads, size)).permute(2, 0, 3, 1, 4)
-            return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        image = few.transpose(1, 2).unflatten(2, coarse)
-        wide = F.interpolate(image, size=grid, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+            k, v = self.kv(few).chunk(2, 2)
+            return self.proj(multi_head_attention(self.q(local), k, v, self.num_heads))
+        image = as_map(few, coarse)
+        wide = as_tokens(F.interpolate(image, size=grid, mode="bilinear", align_corners=False))
         return wide if self.kind == "add" else self.proj(torch.cat([local, wide], 2))
 
 
@@ -222,8 +222,7 @@ class DeepBlock(TransformerBlock):
         self.position = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:  # type: ignore[override]
-        image = x.unflatten(1, grid).permute(0, 3, 1, 2)
-        return super().forward(x + self.position(image).permute(0, 2, 3, 1).flatten(1, 2))
+        return super().forward(x + as_tokens(self.position(as_map(x, grid))))
 
 
 class TokenStage(nn.Module):
@@ -237,7 +236,7 @@ class TokenStage(nn.Module):
     def forward(self, x: Tensor, run: Callable[..., Tensor]) -> Tensor:
         x = self.downsample(x)
         grid = (x.shape[2], x.shape[3])
-        return run(self.blocks, x.permute(0, 2, 3, 1).flatten(1, 2), grid).unflatten(1, grid).permute(0, 3, 1, 2)
+        return as_map(run(self.blocks, as_tokens(x), grid), grid)
 
 
 @family(

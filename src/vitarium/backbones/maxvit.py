@@ -41,8 +41,8 @@ from vitarium.nn import (
     WindowAttention,
     by_images,
     conv_norm_gelu,
-    fold_norm_after,
     fold_norm_before,
+    fold_pair,
     init_weights,
 )
 from vitarium.nn.positions import resize_bias_table
@@ -112,10 +112,10 @@ class MBConv(nn.Module):
 
     def fold(self) -> None:
         """All three norms go into the convolutions beside them."""
-        if isinstance(self.pre_norm, nn.BatchNorm2d) and isinstance(self.norm1, nn.BatchNorm2d) and isinstance(self.norm2, nn.BatchNorm2d):
-            self.conv1_1x1 = fold_norm_after(fold_norm_before(self.pre_norm, self.conv1_1x1), self.norm1)
-            self.conv2_kxk = fold_norm_after(self.conv2_kxk, self.norm2)
-            self.pre_norm, self.norm1, self.norm2 = nn.Identity(), nn.Identity(), nn.Identity()
+        if isinstance(self.pre_norm, nn.BatchNorm2d):
+            self.conv1_1x1, self.pre_norm = fold_norm_before(self.pre_norm, self.conv1_1x1), nn.Identity()
+        fold_pair(self, "conv1_1x1", "norm1")
+        fold_pair(self, "conv2_kxk", "norm2")
 
 
 class PartitionAttention(nn.Module):
@@ -185,8 +185,7 @@ class Stem(nn.Module):
 
     def fold(self) -> None:
         """The norm goes into the first convolution."""
-        if isinstance(self.norm1, nn.BatchNorm2d):
-            self.conv1, self.norm1 = fold_norm_after(self.conv1, self.norm1), nn.Identity()
+        fold_pair(self, "conv1", "norm1")
 
 
 class PreLogits(nn.Module):

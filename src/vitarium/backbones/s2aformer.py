@@ -31,6 +31,8 @@ from vitarium.catalog import family, rename
 from vitarium.nn import (
     Backbone,
     Conv2d,
+    ConvMlp,
+    ConvNorm,
     DropPath,
     LayerNorm2d,
     PyramidStage,
@@ -38,9 +40,12 @@ from vitarium.nn import (
     by_images,
     conv_norm_gelu,
     drop_path_rates,
-    fold_norm_after,
+    fold_pair,
+    init_convs_by_fan_out,
     init_weights,
 )
+from vitarium.ops.attention import multi_head_attention
+from vitarium.ops.maps import as_map, as_tokens
 
 
 class StripSelfAttention(nn.Module):
@@ -71,11 +76,9 @@ class StripSelfAttention(nn.Module):
         self.proj = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
         coarse = self.reduce(x)
-        q, k, v = self._heads(self.q(x)), self._heads(self.k(coarse)), self._heads(self.v(coarse))
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return self.proj(y.unflatten(1, (height, width)).permute(0, 3, 1, 2))
+        q, k, v = as_tokens(self.q(x)), as_tokens(self.k(coarse)), as_tokens(self.v(coarse))
+        return self.proj(as_map(multi_head_attention(q, k, v, self.num_heads), (x.shape[2], x.shape[3])))
 
     def reduce(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, ceil(H / r), ceil(W / r)), zeros at the right and the bottom first."""
@@ -83,11 +86,6 @@ class StripSelfAttention(nn.Module):
             return x
         bottom, right = (-side % self.sr_ratio for side in x.shape[-2:])
         return self.sr_norm(self.sr(F.pad(x, (0, right, 0, bottom)) if bottom or right else x))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, h, H W, C / h)."""
-        tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
-        return tokens.unflatten(2, (self.num_heads, x.shape[1] // self.num_heads)).transpose(1, 2)
 
 
 class LocalInteraction(nn.Module):
@@ -110,26 +108,14 @@ class LocalInteraction(nn.Module):
 
     def fold(self) -> None:
         """The norms go into the depth-wise convolutions."""
-        if isinstance(self.bn1, nn.BatchNorm2d) and isinstance(self.bn2, nn.BatchNorm2d):
-            self.dw1, self.bn1 = fold_norm_after(self.dw1, self.bn1), nn.Identity()
-            self.dw2, self.bn2 = fold_norm_after(self.dw2, self.bn2), nn.Identity()
+        fold_pair(self, "dw1", "bn1")
+        fold_pair(self, "dw2", "bn2")
 
 
-class ConvMlp(nn.Module):
-    """1 x 1, depth-wise 3 x 3, GELU, 1 x 1: (B, C, H, W) -> the same."""
+class DepthwiseMlp(ConvMlp):
+    """`ConvMlp` under this library's own names for S2AFormer: (B, C, H, W) -> the same shape."""
 
-    def __init__(self, dim: int, hidden_dim: int):
-        super().__init__()
-        self.hidden_dim = hidden_dim
-        self.fc1 = Conv2d(dim, hidden_dim, 1)
-        self.dw = Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
-        self.fc2 = Conv2d(hidden_dim, dim, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return by_images(self, self._mix, x, self.hidden_dim)
-
-    def _mix(self, x: Tensor) -> Tensor:
-        return self.fc2(conv_norm_gelu(self.fc1(x), self.dw))
+    depthwise = "dw"
 
 
 class HybridPerceptionBlock(nn.Module):
@@ -161,7 +147,7 @@ class HybridPerceptionBlock(nn.Module):
             branches["attn"] = StripSelfAttention(dim, num_heads, sr_ratio, qk_dim, pool=pool)
         if lim:
             branches["lim"] = LocalInteraction(dim)
-        branches["mlp"] = ConvMlp(dim, int(mlp_ratio * dim))
+        branches["mlp"] = DepthwiseMlp(dim, int(mlp_ratio * dim))
         self.branches = nn.ModuleDict(branches)
         self.norms = nn.ModuleDict({name: LayerNorm2d(dim, eps=1e-6) for name in branches})
         self.scales = nn.ParameterDict({name: nn.Parameter(torch.full((dim,), 1e-5)) for name in branches})
@@ -172,24 +158,6 @@ class HybridPerceptionBlock(nn.Module):
         for name, branch in self.branches.items():
             x = x + self.drop_path(self.scales[name][:, None, None] * branch(self.norms[name](x)))
         return x
-
-
-class ConvNorm(nn.Module):
-    """A 3 x 3 and a batch norm, perhaps a GELU: (B, C_in, H, W) -> (B, C, ceil(H / stride), ceil(W / stride))."""
-
-    def __init__(self, in_dim: int, dim: int, stride: int, *, gelu: bool = False):
-        super().__init__()
-        self.conv = nn.Conv2d(in_dim, dim, 3, stride, 1, bias=False)
-        self.bn: nn.Module = nn.BatchNorm2d(dim)
-        self.act = nn.GELU() if gelu else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.bn(self.conv(x)))
-
-    def fold(self) -> None:
-        """The norm goes into the convolution."""
-        if isinstance(self.bn, nn.BatchNorm2d):
-            self.conv, self.bn = fold_norm_after(self.conv, self.bn), nn.Identity()
 
 
 @family(
@@ -247,7 +215,7 @@ class S2AFormer(Backbone):
         super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
         half = dims[0] // 2
         sides = [(in_chans, stem_stride), (half, 1), (half, 1)]
-        self.stem = nn.Sequential(*(ConvNorm(before, half, stride, gelu=True) for before, stride in sides))
+        self.stem = nn.Sequential(*(ConvNorm(before, half, 3, stride, act=nn.GELU) for before, stride in sides))
         rates = drop_path_rates(drop_path_rate, depths)
 
         def block(k: int, rate: float) -> nn.Module:
@@ -255,11 +223,9 @@ class S2AFormer(Backbone):
             return HybridPerceptionBlock(dims[k], *strip, pool, attention, lim, mlp_ratio, rate)
 
         self.stages = nn.ModuleList(
-            PyramidStage(ConvNorm(dims[k - 1] if k else half, dims[k], 2), [block(k, rate) for rate in rates[k]]) for k in range(len(dims))
+            PyramidStage(ConvNorm(dims[k - 1] if k else half, dims[k], 3, 2), [block(k, rate) for rate in rates[k]])
+            for k in range(len(dims))
         )
         self.head_norm = nn.LayerNorm(dims[-1], eps=1e-6)
         init_weights(self)
-        for part in self.modules():
-            if isinstance(part, nn.Conv2d) and part.kernel_size != (1, 1):
-                fan_out = part.kernel_size[0] ** 2 * part.out_channels / part.groups
-                nn.init.normal_(part.weight, std=(2 / fan_out) ** 0.5)
+        init_convs_by_fan_out(self, pointwise=False)

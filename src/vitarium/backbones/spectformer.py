@@ -38,8 +38,9 @@ from vitarium.nn import (
     init_weights,
 )
 from vitarium.nn.backbone import POOLS
-from vitarium.nn.mixer_pyramid import Grid, as_map, as_tokens, pyramid_rules
+from vitarium.nn.mixer_pyramid import Grid, pyramid_rules
 from vitarium.nn.positions import fit_position_table
+from vitarium.ops.maps import as_map, as_tokens
 from vitarium.ops.spectral import global_filter, resize_filter
 
 
@@ -176,7 +177,7 @@ class SpectFormer(TokenBackbone):
     def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
         """Yields the tokens after each block, (B, N, C)."""
         grid = self.patch_embed.grid(*image.shape[-2:])
-        x = self.patch_embed(image).flatten(2).transpose(1, 2) + self.positions(grid)
+        x = as_tokens(self.patch_embed(image)) + self.positions(grid)
         for letter, block in zip(self.mixers, self.blocks, strict=False):  # pruned models have fewer blocks
             x = self.run_blocks([block], x, grid) if letter == "S" else self.run_blocks([block], x)
             yield x

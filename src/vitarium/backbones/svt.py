@@ -29,7 +29,8 @@ from torch.nn import functional as F
 from vitarium.catalog import chain, family, join, rename
 from vitarium.errors import InputError
 from vitarium.nn import EvalCache, MixerPyramid
-from vitarium.nn.mixer_pyramid import Grid, as_map, as_tokens, pyramid_rules
+from vitarium.nn.mixer_pyramid import Grid, pyramid_rules
+from vitarium.ops.maps import as_map, as_tokens
 from vitarium.ops.precision import without_autocast
 from vitarium.ops.wavelets import FilterBank, dtcwt, filter_bank, inverse_dtcwt
 

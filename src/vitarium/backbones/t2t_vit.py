@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from vitarium.catalog import family, rename
 from vitarium.nn import Attention, EvalCache, Linear, Mlp, TokenBackbone, TransformerBlock, drop_path_rates, init_weights
 from vitarium.nn.positions import fit_position_table
+from vitarium.ops.maps import as_map, as_tokens
 from vitarium.ops.precision import without_autocast
 
 Grid = tuple[int, int]
@@ -174,7 +175,7 @@ class T2TTokenizer(nn.Module):
         """Yields the map behind each layer, (B, t, h_i, w_i), and at last that of embed_dim channels: strides 4, 8 and 16 as released."""
         x = image
         for split, layer, grid in zip(self.splits, self.layers, self.grids(*image.shape[-2:]), strict=False):
-            x = layer(split(x)).transpose(1, 2).unflatten(2, grid)
+            x = as_map(layer(split(x)), grid)
             yield x
         yield self.project(x)
 
@@ -307,7 +308,7 @@ class T2TViT(TokenBackbone):
 
     def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
         """Yields the tokens after each block, (B, 1 + h w, C), the class token first."""
-        patches = self.patch_embed(image).flatten(2).transpose(1, 2)
+        patches = as_tokens(self.patch_embed(image))
         first = self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype)
         x = torch.cat([first, patches], 1) + self.positions(self.patch_embed.grid(*image.shape[-2:]))
         for block in self.blocks:

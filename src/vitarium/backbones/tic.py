@@ -46,6 +46,7 @@ from vitarium.nn import (
     init_convs_by_fan_out,
     init_weights,
 )
+from vitarium.ops.attention import merge_heads, split_heads, split_packed_heads
 
 Pair = tuple[int, int]
 DIRECTIONS: tuple[Pair, ...] = ((0, -1), (0, 1), (-1, 0), (1, 0), (-1, -1), (-1, 1), (1, -1), (1, 1))
@@ -152,15 +153,13 @@ def neighbour_attention(q: Tensor, kv: Tensor, num_heads: int, tiling: Tiling, *
         tiling: of the map's size.
         dropout: rate on the attention weights.
     """
-    batch, height, width, dim = q.shape
-    queries = tiling.queries(q).unflatten(2, (num_heads, dim // num_heads)).transpose(1, 2)
-    keys, values = tiling.keys(kv).unflatten(2, (2, num_heads, dim // num_heads)).permute(2, 0, 3, 1, 4)
+    batch, height, width, _ = q.shape
+    queries = split_heads(tiling.queries(q), num_heads)
+    keys, values = split_packed_heads(tiling.keys(kv), 2, num_heads)
     bias = tiling.bias.to(q.dtype)
     bias = bias if len(bias) == 1 else bias.repeat(batch, 1, 1, 1)
-    y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, dropout_p=dropout).transpose(1, 2)
-    if torch.compiler.is_exporting():  # elsewhere the kernel's output may lie otherwise in memory, and a recorded view would fail
-        y = y.clone(memory_format=torch.contiguous_format)
-    return tiling.together(y.flatten(2), height, width)
+    y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, dropout_p=dropout)
+    return tiling.together(merge_heads(y), height, width)
 
 
 def neighbour_weights(q: Tensor, k: Tensor, num_heads: int, kernel_size: Pair, dilation: int = 1) -> Tensor:

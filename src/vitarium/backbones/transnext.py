@@ -28,8 +28,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitarium.catalog import chain, family, rename
+from vitarium.catalog import family, rename
 from vitarium.nn import Backbone, DropPath, EvalCache, Linear, Mlp, Stage, drop_path_rates, init_weights
+from vitarium.nn.pvt import OverlapPatchEmbed, pvt_rules
+from vitarium.ops.attention import merge_heads, split_heads, split_packed_heads
+from vitarium.ops.maps import as_tokens
 
 PATHS = ("local", "pooled")
 NEIGHBOURS = [(row, column) for row in range(3) for column in range(3)]
@@ -103,10 +106,6 @@ class CosineAttention(nn.Module):
         self.cache = EvalCache()
         nn.init.trunc_normal_(self.query_embedding, std=0.02)
 
-    def heads(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, h, N, d)."""
-        return x.unflatten(2, (self.num_heads, x.shape[2] // self.num_heads)).transpose(1, 2)
-
     def queries(self, unit: Tensor, keys: Tensor) -> Tensor:
         """Unit queries (B, h, N, d), and how many keys each sees, (N,) or (1,) float32."""
         return (unit + self.query_embedding) * F.softplus(self.temperature) * keys.log().to(unit.dtype)[:, None]
@@ -125,11 +124,11 @@ class FullAttention(CosineAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         grid = (x.shape[1], x.shape[2])
-        q, k, v = (self.heads(part) for part in self.qkv(x.flatten(1, 2)).chunk(3, 2))
+        q, k, v = split_packed_heads(self.qkv(x.flatten(1, 2)), 3, self.num_heads)
         keys = torch.full((1,), float(grid[0] * grid[1]), device=x.device)
         q = self.queries(F.normalize(q, dim=-1), keys)
         y = F.scaled_dot_product_attention(q, F.normalize(k, dim=-1), v, attn_mask=self.bias(grid, grid, q.dtype), scale=1.0)
-        return self.proj(y.transpose(1, 2).flatten(2)).view(x.shape)
+        return self.proj(merge_heads(y)).view(x.shape)
 
 
 class AggregatedAttention(CosineAttention):
@@ -179,14 +178,14 @@ class AggregatedAttention(CosineAttention):
     def pooled_keys(self, x: Tensor, pooled: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Keys of unit length and values of the coarse grid, (B, h, P, d) each."""
         coarse = F.adaptive_avg_pool2d(F.gelu(self.sr(x.permute(0, 3, 1, 2))), pooled)
-        k, v = self.kv(self.norm(coarse.permute(0, 2, 3, 1).flatten(1, 2))).chunk(2, 2)
-        return F.normalize(self.heads(k), dim=-1), self.heads(v)
+        k, v = self.kv(self.norm(as_tokens(coarse))).chunk(2, 2)
+        return F.normalize(split_heads(k, self.num_heads), dim=-1), split_heads(v, self.num_heads)
 
     def forward(self, x: Tensor) -> Tensor:
         _, height, width, dim = x.shape
         per_head = (self.num_heads, dim // self.num_heads)
         pooled = self.pooled_grid(height, width)
-        unit = F.normalize(self.heads(self.q(x).flatten(1, 2)), dim=-1)
+        unit = F.normalize(split_heads(self.q(x).flatten(1, 2), self.num_heads), dim=-1)
         seen = torch.zeros(height * width, device=x.device)
         if "local" in self.paths:
             seen = seen + inside_counts(height, width, x.device)
@@ -245,22 +244,10 @@ class TransNeXtBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class OverlapPatches(nn.Module):
-    """Overlapping patches and their norm: (B, C_in, H, W) -> (B, ceil(H / stride), ceil(W / stride), C)."""
-
-    def __init__(self, in_dim: int, dim: int, stride: int):
-        super().__init__()
-        self.proj = nn.Conv2d(in_dim, dim, 2 * stride - 1, stride, stride - 1)
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
-
-
 class TransNeXtStage(nn.Module):
     """(B, C_in, H, W) -> the normed map (B, C, H', W')."""
 
-    def __init__(self, downsample: OverlapPatches, blocks: Sequence[nn.Module], dim: int):
+    def __init__(self, downsample: OverlapPatchEmbed, blocks: Sequence[nn.Module], dim: int):
         super().__init__()
         self.downsample = downsample
         self.blocks = nn.ModuleList(blocks)
@@ -270,19 +257,7 @@ class TransNeXtStage(nn.Module):
         return self.norm(run(self.blocks, self.downsample(x))).permute(0, 3, 1, 2)
 
 
-def _rules(number: int) -> list[tuple[str, str]]:
-    """The authors' names of stage `number`, from 1."""
-    ours = f"stages.{number - 1}"
-    return [
-        (rf"^patch_embed{number}\.", f"{ours}.downsample."),
-        (rf"^block{number}\.(\d+)\.attn\.cpb_", rf"{ours}.blocks.\1.attn.position_bias.cpb_"),
-        (rf"^block{number}\.(\d+)\.mlp\.dwconv\.dwconv\.", rf"{ours}.blocks.\1.mlp.dwconv."),
-        (rf"^block{number}\.(\d+)\.", rf"{ours}.blocks.\1."),
-        (rf"^norm{number}\.", f"{ours}.norm."),
-    ]
-
-
-OFFICIAL = chain(*(rename(*_rules(number)) for number in (1, 2, 3, 4)))
+OFFICIAL = rename(*pvt_rules(4, (r"attn\.cpb_", "attn.position_bias.cpb_")))
 _FOUR = dict(mlp_ratios=(8, 8, 4, 4), pool_ratios=(8, 4, 2, 1))
 _MICRO = dict(dims=(48, 96, 192, 384), depths=(2, 2, 15, 2), drop_path_rate=0.15, **_FOUR)
 _SMALL = dict(dims=(72, 144, 288, 576), depths=(5, 5, 22, 5), drop_path_rate=0.45, **_FOUR)
@@ -364,7 +339,7 @@ class TransNeXt(Backbone):
 
         self.stages = nn.ModuleList(
             TransNeXtStage(
-                OverlapPatches(dims[k - 1] if k else in_chans, dims[k], 2 if k else patch_size),
+                OverlapPatchEmbed(dims[k - 1] if k else in_chans, dims[k], 2 if k else patch_size),
                 [TransNeXtBlock(dims[k], attention(k), mlp(k), rate) for rate in rates[k]],
                 dims[k],
             )

@@ -24,10 +24,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vitarium.catalog import chain, family, rename
+from vitarium.catalog import family, rename
 from vitarium.nn import (
     Backbone,
     Conv2d,
+    ConvMlp,
+    ConvNorm,
     DropPath,
     LayerNorm2d,
     PyramidStage,
@@ -35,11 +37,11 @@ from vitarium.nn import (
     by_images,
     conv_norm_gelu,
     drop_path_rates,
-    fold_norm_after,
     fold_norm_before,
     init_convs_by_fan_out,
     init_weights,
 )
+from vitarium.nn.pvt import pvt_rules
 
 GATES = ("multiply", "sigmoid", "add")
 
@@ -91,24 +93,6 @@ class GatedAttention(nn.Module):
         return self.proj_2(gated) + y
 
 
-class ConvMlp(nn.Module):
-    """1 x 1, depth-wise 3 x 3, GELU, 1 x 1: (B, C, H, W) -> the same. Dropout after the activation and at the end."""
-
-    def __init__(self, dim: int, hidden_dim: int, drop: float):
-        super().__init__()
-        self.hidden_dim = hidden_dim
-        self.fc1: nn.Conv2d = Conv2d(dim, hidden_dim, 1)
-        self.dwconv = Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
-        self.fc2 = Conv2d(hidden_dim, dim, 1)
-        self.drop = nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return by_images(self, self._mix, x, self.hidden_dim)
-
-    def _mix(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(conv_norm_gelu(self.fc1(x), self.dwconv))))
-
-
 class VANBlock(nn.Module):
     """(B, C, H, W) -> the same, channels-last in memory."""
 
@@ -132,36 +116,13 @@ class VANBlock(nn.Module):
             self.mlp.fc1, self.norm2 = fold_norm_before(self.norm2, self.mlp.fc1), nn.Identity()
 
 
-class ConvPatchEmbed(nn.Module):
+class ConvPatchEmbed(ConvNorm):
     """Overlapping patches and a batch norm: (B, C_in, H, W) -> (B, C, ceil(H / stride), ceil(W / stride))."""
 
-    def __init__(self, in_dim: int, dim: int, kernel_size: int, stride: int):
-        super().__init__()
-        self.proj = nn.Conv2d(in_dim, dim, kernel_size, stride, padding=kernel_size // 2)
-        self.norm: nn.Module = nn.BatchNorm2d(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(x))
-
-    def fold(self) -> None:
-        """The norm goes into the convolution."""
-        if isinstance(self.norm, nn.BatchNorm2d):
-            self.proj, self.norm = fold_norm_after(self.proj, self.norm), nn.Identity()
+    names = ("proj", "norm")
 
 
-def _rules(number: int) -> list[tuple[str, str]]:
-    """The authors' names of stage `number`, from 1."""
-    ours = f"stages.{number - 1}"
-    return [
-        (rf"^patch_embed{number}\.", f"{ours}.downsample."),
-        (rf"^block{number}\.(\d+)\.attn\.spatial_gating_unit\.", rf"{ours}.blocks.\1.attn.lka."),
-        (rf"^block{number}\.(\d+)\.mlp\.dwconv\.dwconv\.", rf"{ours}.blocks.\1.mlp.dwconv."),
-        (rf"^block{number}\.(\d+)\.", rf"{ours}.blocks.\1."),
-        (rf"^norm{number}\.", f"{ours}.norm."),
-    ]
-
-
-OFFICIAL = chain(*(rename(*_rules(number)) for number in (1, 2, 3, 4)))
+OFFICIAL = rename(*pvt_rules(4, (r"attn\.spatial_gating_unit\.", "attn.lka.")))
 _WIDE = dict(mlp_ratios=(8, 8, 4, 4))
 
 
@@ -221,7 +182,9 @@ class VAN(Backbone):
         rates = drop_path_rates(drop_path_rate, depths)
         self.stages = nn.ModuleList(
             PyramidStage(
-                ConvPatchEmbed(dims[k - 1], dims[k], 3, 2) if k else ConvPatchEmbed(in_chans, dims[0], 2 * patch_size - 1, patch_size),
+                ConvPatchEmbed(dims[k - 1], dims[k], 3, 2, bias=True)
+                if k
+                else ConvPatchEmbed(in_chans, dims[0], 2 * patch_size - 1, patch_size, bias=True),
                 [VANBlock(dims[k], mlp_ratios[k], kernel_size, dilation, gate, drop_rate, rate) for rate in rates[k]],
                 LayerNorm2d(dims[k], eps=1e-6),
             )

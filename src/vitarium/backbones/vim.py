@@ -33,6 +33,7 @@ from vitarium.catalog import family, rename
 from vitarium.nn import DropPath, EvalCache, Linear, PatchEmbed, TokenBackbone, drop_path_rates, resize_position_table
 from vitarium.nn.backbone import init_head
 from vitarium.ops.linear import linear
+from vitarium.ops.maps import as_tokens
 from vitarium.ops.scan import IMPLEMENTATIONS, causal_conv_silu, scan_matrix, selective_scan
 
 DIRECTIONS = ("forward", "backward")
@@ -286,7 +287,7 @@ class Vim(TokenBackbone):
 
     def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
         """Yields the tokens after each block, (B, L, C), float32 at least: the residual stream is not rounded to half precision."""
-        x = self.patch_embed(image).flatten(2).transpose(1, 2)
+        x = as_tokens(self.patch_embed(image))
         if self.cls_token is not None:
             middle = self.class_places(x.shape[1])[0]
             x = torch.cat([x[:, :middle], self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x[:, middle:]], 1)

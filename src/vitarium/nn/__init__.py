@@ -2,8 +2,8 @@
 
 from vitarium.nn.attention import Attention
 from vitarium.nn.backbone import Backbone, Stage, VideoBackbone
-from vitarium.nn.convolutions import Conv2d, ConvNorm, by_images, conv_norm_gelu
-from vitarium.nn.folding import fold_norm_after, fold_norm_before
+from vitarium.nn.convolutions import Conv2d, ConvMlp, ConvNorm, by_images, conv_norm_gelu
+from vitarium.nn.folding import fold_norm_after, fold_norm_before, fold_pair
 from vitarium.nn.inflation import inflate, inflate_kernel
 from vitarium.nn.layers import (
     DropPath,
@@ -40,6 +40,7 @@ __all__ = [
     "Attention",
     "Backbone",
     "Conv2d",
+    "ConvMlp",
     "ConvNorm",
     "DropPath",
     "EvalCache",
@@ -72,6 +73,7 @@ __all__ = [
     "fit_position_table",
     "fold_norm_after",
     "fold_norm_before",
+    "fold_pair",
     "frozen_parameters",
     "inflate",
     "inflate_kernel",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitarium.nn.layers import Linear
 from vitarium.nn.positions import apply_rotary
+from vitarium.ops.attention import merge_heads, split_packed_heads
 
 
 class Attention(nn.Module):
@@ -57,14 +57,10 @@ class Attention(nn.Module):
             bias: added to the logits, broadcastable to (B, heads, N, N), in x's dtype; or a bool mask, True where a key may be seen.
             rotary: table of `rotary_2d`, (2, N, head_dim).
         """
-        batch, count, _ = x.shape
-        q, k, v = self.qkv(x).view(batch, count, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = split_packed_heads(self.qkv(x), 3, self.num_heads)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=self.attn_drop if self.training else 0.0, scale=self.scale)
-        x = x.transpose(1, 2)
-        if torch.compiler.is_exporting():  # elsewhere the kernel's output may lie otherwise in memory, and a recorded view would fail
-            x = x.clone(memory_format=torch.contiguous_format)
-        x = self.proj(x.flatten(2))
+        x = self.proj(merge_heads(x))
         return F.dropout(x, self.proj_drop, self.training)

@@ -49,6 +49,20 @@ def fold_norm_before(norm: BatchNorm, conv: nn.Conv2d) -> nn.Conv2d:
     return _with(conv, conv.weight * scale[:, None, None], torch.einsum("oihw,i->o", conv.weight, shift) + bias)
 
 
+def fold_pair(module: nn.Module, conv: str, norm: str) -> None:
+    """Fold the batch norm `module.norm` into the convolution `module.conv` before it, in place; the norm becomes the identity.
+
+    Nothing happens where the norm is no batch norm, for example after an earlier fold, or the convolution is not two-dimensional.
+
+    Args:
+        conv, norm: names of the two submodules.
+    """
+    first, second = getattr(module, conv), getattr(module, norm)
+    if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
+        setattr(module, conv, fold_norm_after(first, second))
+        setattr(module, norm, nn.Identity())
+
+
 def _with(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
     """A convolution like another in everything else."""
     new = copy.deepcopy(conv)

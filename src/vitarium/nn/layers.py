@@ -163,10 +163,14 @@ def init_weights(module: nn.Module, *, std: float = 0.02, conv: bool = True) -> 
                 nn.init.zeros_(part.bias)
 
 
-def init_convs_by_fan_out(module: nn.Module) -> None:
-    """Normal weights of variance 2 / (k^2 C_out / groups) and zero biases for every 2-D convolution below `module`, in place."""
+def init_convs_by_fan_out(module: nn.Module, *, pointwise: bool = True) -> None:
+    """Initialise every 2-D convolution below `module` in place: normal weights of variance 2 / (k^2 C_out / groups), zero biases.
+
+    Args:
+        pointwise: also initialise 1 x 1 convolutions.
+    """
     for part in module.modules():
-        if isinstance(part, nn.Conv2d):
+        if isinstance(part, nn.Conv2d) and (pointwise or part.kernel_size != (1, 1)):
             nn.init.normal_(part.weight, std=math.sqrt(2 / (part.kernel_size[0] * part.kernel_size[1] * part.out_channels / part.groups)))
             if part.bias is not None:
                 nn.init.zeros_(part.bias)

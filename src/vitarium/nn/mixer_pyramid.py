@@ -14,26 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vitarium.nn.attention import Attention
 from vitarium.nn.backbone import POOLS, Backbone, Stage, init_head
-from vitarium.nn.folding import fold_norm_after
+from vitarium.nn.folding import fold_pair
 from vitarium.nn.layers import DropPath, Linear, Mlp, drop_path_rates, init_convs_by_fan_out, init_weights
+from vitarium.nn.pvt import Grid, GridMlp, OverlapPatchEmbed, pvt_rules
+from vitarium.ops.attention import multi_head_attention
+from vitarium.ops.maps import as_map, as_tokens
 
-Grid = tuple[int, int]
 EPS = 1e-6
 """Of every norm but those behind a strided convolution."""
-
-
-def as_tokens(x: Tensor) -> Tensor:
-    """Map (B, C, H, W) -> (B, H W, C), of a channels-last map the same memory."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def as_map(tokens: Tensor, grid: Grid) -> Tensor:
-    """(B, H W, C) -> (B, C, H, W), the same memory."""
-    return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
 
 
 class GridAttention(Attention):
@@ -41,19 +32,6 @@ class GridAttention(Attention):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:  # type: ignore[override]
         return super().forward(x)
-
-
-class GridMlp(nn.Module):
-    """Linear, depth-wise 3 x 3, GELU, linear: tokens (B, N, dim) of a grid -> the same."""
-
-    def __init__(self, dim: int, hidden_dim: int):
-        super().__init__()
-        self.fc1 = Linear(dim, hidden_dim)
-        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
-        self.fc2 = Linear(hidden_dim, dim)
-
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        return self.fc2(F.gelu(as_tokens(self.dwconv(as_map(self.fc1(x), grid)))))
 
 
 class MixerBlock(nn.Module):
@@ -72,21 +50,7 @@ class MixerBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x), grid))
 
 
-class Downsample(nn.Module):
-    """A 3 x 3 of stride 2: map (B, C_in, H, W) -> tokens of the grid (ceil(H / 2), ceil(W / 2)), and the grid. `conv` comes before it."""
-
-    def __init__(self, in_dim: int, dim: int, conv: nn.Sequential | None = None):
-        super().__init__()
-        self.conv = conv or nn.Sequential()
-        self.proj = nn.Conv2d(in_dim, dim, 3, 2, 1)
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
-        x = self.proj(self.conv(x))
-        return self.norm(as_tokens(x)), (x.shape[2], x.shape[3])
-
-
-class Stem(Downsample):
+class Stem(OverlapPatchEmbed):
     """Three convolutions with batch norms, the first 7 x 7, before the strided one; patches of `patch_size` pixels, 2 or 4."""
 
     def __init__(self, in_chans: int, stem_dim: int, dim: int, patch_size: int):
@@ -95,28 +59,27 @@ class Stem(Downsample):
             kernel, stride = (3, 1) if i else (7, patch_size // 2)
             conv = nn.Conv2d(stem_dim if i else in_chans, stem_dim, kernel, stride, kernel // 2, bias=False)
             layers += [conv, nn.BatchNorm2d(stem_dim), nn.ReLU()]
-        super().__init__(stem_dim, dim, nn.Sequential(*layers))
+        super().__init__(stem_dim, dim, conv=nn.Sequential(*layers))
 
     def fold(self) -> None:
         """The batch norms go into the convolutions."""
         for i in (0, 3, 6):
-            conv, norm = self.conv[i], self.conv[i + 1]
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                self.conv[i], self.conv[i + 1] = fold_norm_after(conv, norm), nn.Identity()
+            fold_pair(self.conv, str(i), str(i + 1))
 
 
 class MixerStage(nn.Module):
     """Map -> the next map; `norm` is of what the stage gives out, None for none."""
 
-    def __init__(self, downsample: Downsample, blocks: Sequence[MixerBlock], norm: nn.Module | None):
+    def __init__(self, downsample: OverlapPatchEmbed, blocks: Sequence[MixerBlock], norm: nn.Module | None):
         super().__init__()
         self.downsample = downsample
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
 
     def forward(self, x: Tensor, run: Callable[..., Tensor]) -> Tensor:
-        x, grid = self.downsample(x)
-        x = run(self.blocks, x, grid)
+        x = self.downsample(x)
+        grid = (x.shape[1], x.shape[2])
+        x = run(self.blocks, x.flatten(1, 2), grid)
         return as_map(x if self.norm is None else self.norm(x), grid)
 
 
@@ -134,9 +97,8 @@ class ClassReader(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         token = x.mean(1, keepdim=True)
         y = self.norm1(torch.cat([token, x], 1))
-        heads = lambda t: t.unflatten(2, (self.num_heads, t.shape[2] // self.num_heads)).transpose(1, 2)
-        q, k, v = (heads(t) for t in (self.query(y[:, :1]), *self.key_value(y).chunk(2, 2)))
-        token = token + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        k, v = self.key_value(y).chunk(2, 2)
+        token = token + self.proj(multi_head_attention(self.query(y[:, :1]), k, v, self.num_heads))
         return (token + self.mlp(self.norm2(token)))[:, 0]
 
 
@@ -196,7 +158,7 @@ class MixerPyramid(Backbone):
             side = -(-image_size // stage.stride)
             make = lambda k=k, dim=dim, side=side: self.make_mixer(mixers[k], dim, num_heads[k], (side, side))
             blocks = [MixerBlock(dim, make(), mlp_ratios[k], rate) for rate in rates[k]]
-            downsample = Downsample(dims[k - 1], dim) if k else Stem(in_chans, stem_dim, dim, patch_size)
+            downsample = OverlapPatchEmbed(dims[k - 1], dim) if k else Stem(in_chans, stem_dim, dim, patch_size)
             built.append(MixerStage(downsample, blocks, None if k == last else nn.LayerNorm(dim, eps=EPS)))
         self.stages = nn.ModuleList(built)
         self.class_reader = ClassReader(dims[-1], num_heads[-1])
@@ -245,12 +207,4 @@ def pyramid_rules(stages: int) -> list[tuple[str, Any]]:
         (r"^post_network\.0\.", "class_reader."),
         (rf"^norm{stages}\.", "head_norm."),
     ]
-    for number in range(1, stages + 1):
-        ours = f"stages.{number - 1}"
-        rules += [
-            (rf"^patch_embed{number}\.", f"{ours}.downsample."),
-            (rf"^block{number}\.(\d+)\.mlp\.dwconv\.dwconv\.", rf"{ours}.blocks.\1.mlp.dwconv."),
-            (rf"^block{number}\.(\d+)\.", rf"{ours}.blocks.\1."),
-            (rf"^norm{number}\.", f"{ours}.norm."),
-        ]
-    return rules
+    return rules + pvt_rules(stages)

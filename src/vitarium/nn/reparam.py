@@ -16,25 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitarium.nn.convolutions import ConvNorm
 from vitarium.nn.folding import fold_norm_after
-
-
-class ConvNorm(nn.Module):
-    """A convolution and its batch norm: (B, in_dim, H, W) -> (B, dim, ceil(H / stride), ceil(W / stride))."""
-
-    def __init__(self, in_dim: int, dim: int, kernel_size: int, stride: int, groups: int, dilation: int):
-        super().__init__()
-        self.conv = nn.Conv2d(in_dim, dim, kernel_size, stride, kernel_size // 2 * dilation, dilation, groups, bias=False)
-        self.bn = nn.BatchNorm2d(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        conv = self.conv
-        if conv.kernel_size == (1, 1) and conv.stride != (1, 1):
-            # Only these pixels are read. PyTorch's own weight gradient of a 1 x 1 with stride writes beyond its memory on a CPU, where x
-            # has fewer than 16 channels and lies channels-last (2.15.0: the process dies, or other tensors are spoilt).
-            x = x[:, :, :: conv.stride[0], :: conv.stride[1]]
-            return self.bn(F.conv2d(x, conv.weight, groups=conv.groups))
-        return self.bn(conv(x))
 
 
 class RepConv(nn.Module):
@@ -59,7 +42,7 @@ class RepConv(nn.Module):
             if in_dim % groups or dim % groups:
                 raise ValueError(f"{in_dim} -> {dim} channels do not divide into {groups} groups")
         super().__init__()
-        self.branches = nn.ModuleList(ConvNorm(in_dim, dim, k, stride, g, dilation if k > 1 else 1) for k, g in branches)
+        self.branches = nn.ModuleList(ConvNorm(in_dim, dim, k, stride, dilation=dilation if k > 1 else 1, groups=g) for k, g in branches)
         self.identity = nn.BatchNorm2d(dim) if in_dim == dim and stride == 1 else None
         self.conv: nn.Conv2d | None = None
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vitarium.nn.backbone import POOLS, Backbone, Stage
 from vitarium.nn.patch_embed import PatchEmbed
+from vitarium.ops.maps import as_map
 
 
 class TokenBackbone(Backbone):
@@ -61,7 +62,7 @@ class TokenBackbone(Backbone):
     def as_map(self, features: Tensor, image_size: Sequence[int]) -> Tensor:
         """The patch tokens as (B, C, h, w)."""
         rows, columns = self.patch_embed.grid(*image_size)
-        return self.split_tokens(features)[1].transpose(1, 2).unflatten(2, (rows, columns))
+        return as_map(self.split_tokens(features)[1], (rows, columns))
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] | None = 1, prune_norm: bool = False, prune_head: bool = True

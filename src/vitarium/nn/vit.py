@@ -17,6 +17,7 @@ from vitarium.nn.layers import DropPath, Mlp, drop_path_rates
 from vitarium.nn.patch_embed import PatchEmbed
 from vitarium.nn.positions import EvalCache, fit_position_table, sincos_2d
 from vitarium.nn.tokens import TokenBackbone
+from vitarium.ops.maps import as_tokens
 
 EPS = 1e-6
 """Of every norm."""
@@ -122,7 +123,7 @@ class VisionTransformer(TokenBackbone):
 
     def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
         """Yields the tokens after each block, (B, 1 + h w, C), the class token first."""
-        x = self.patch_embed(image).flatten(2).transpose(1, 2)
+        x = as_tokens(self.patch_embed(image))
         positions = self.positions(self.patch_embed.grid(*image.shape[-2:]))
         x = self.with_class_token(x + positions[:, 1:], positions)
         for block in self.blocks:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitarium.nn import Linear
+from vitarium.ops.attention import merge_heads, split_packed_heads
 from vitarium.ops.reversed_product import reversed_product
 
 TEMPERATURE = 0.1
@@ -72,7 +73,7 @@ class ReversedAttention(nn.Module):
         sent = torch.cat([v * weight, weight], -1) if count else v * weight
         received = reversed_product(q, k, sent)
         mass = received[..., -1].sum(1) if count else None
-        return self.proj(received[..., : self.head_dim].transpose(1, 2).flatten(2)), messages, mass
+        return self.proj(merge_heads(received[..., : self.head_dim])), messages, mass
 
     def dependency_mask(self, x: Tensor, messages: Tensor) -> Tensor:
         """A, (B, N, N) as [parent, child], written out: for trees, pictures and measurements. Arguments as in `forward`."""
@@ -82,8 +83,7 @@ class ReversedAttention(nn.Module):
 
     def _parts(self, x: Tensor, messages: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Scaled queries, keys, values (B, H, N, d), p m (B, H, N) and m (B, N)."""
-        batch, count, _ = x.shape
-        q, k, v = self.qkv(x).view(batch, count, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = split_packed_heads(self.qkv(x), 3, self.num_heads)
         messages = messages * self.message_controller(x)
         heads = (precise(self.head_selector(x)) / TEMPERATURE).softmax(-1)
         weight = (heads * messages[..., None]).transpose(1, 2)

@@ -17,6 +17,7 @@ from vitarium.backbones.dependencyvit.dependency import Dependency, build_tree
 from vitarium.catalog import family, rename
 from vitarium.nn import EvalCache, PatchEmbed, TokenBackbone, drop_path_rates, init_weights
 from vitarium.nn.positions import fit_position_table
+from vitarium.ops.maps import as_tokens
 from vitarium.ops.token_tree import TokenTree
 
 POOLINGS = ("weighted", "mean")
@@ -163,7 +164,7 @@ class DependencyViT(TokenBackbone):
     def embed(self, image: Tensor) -> Flow:
         """Patches with their positions, all of them sending."""
         grid = self.patch_embed.grid(*image.shape[-2:])
-        return start(self.patch_embed(image).flatten(2).transpose(1, 2) + self.positions(grid))
+        return start(as_tokens(self.patch_embed(image)) + self.positions(grid))
 
     def forward_stages(self, image: Tensor) -> Iterator[Any]:
         """Yields the `Flow` after each block."""

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitarium.nn import DropPath, LayoutCache, Linear
-from vitarium.nn.mixer_pyramid import GridMlp, as_map, as_tokens
+from vitarium.nn.pvt import GridMlp, OverlapPatchEmbed, ReducedAttention
+from vitarium.ops.maps import as_map, as_tokens
 
 Grid = tuple[int, int]
 Taken = Tensor | bool
@@ -91,8 +92,8 @@ class Chosen:
         return blank.index_copy_(0, self.place, rows).view(self.batch, self.most, rows.shape[1])
 
 
-class ReducedAttention(nn.Module):
-    """Attention to a map that is R times coarser.
+class SpatialReductionAttention(ReducedAttention):
+    """PVTv2's attention to a map that is R times coarser: (B, N, dim) of a grid -> the same shape.
 
     Args:
         dim, num_heads: channels and heads.
@@ -100,31 +101,20 @@ class ReducedAttention(nn.Module):
     """
 
     def __init__(self, dim: int, num_heads: int, sr_ratio: int):
-        super().__init__()
-        self.num_heads, self.sr_ratio = num_heads, sr_ratio
-        self.q, self.kv, self.proj = Linear(dim, dim), Linear(dim, 2 * dim), Linear(dim, dim)
+        super().__init__(dim, num_heads)
+        self.sr_ratio = sr_ratio
         if sr_ratio > 1:
             self.sr = nn.Conv2d(dim, dim, sr_ratio, sr_ratio)
             self.norm = nn.LayerNorm(dim)
 
-    def forward(self, y: Tensor, grid: Grid) -> Tensor:
-        """(B, N, dim) -> the same."""
-        return self.proj(self.attend(self.q(y), y, grid))
-
-    def attend(self, q: Tensor, y: Tensor, grid: Grid) -> Tensor:
-        """Queries (B, M, dim), to all tokens (B, N, dim) -> (B, M, dim), before the last layer."""
-        if self.sr_ratio > 1:
-            image, missing = as_map(y, grid), [max(0, self.sr_ratio - side) for side in grid]
-            y = self.norm(as_tokens(self.sr(F.pad(image, (0, missing[1], 0, missing[0])) if any(missing) else image)))
-        heads = lambda x: x.unflatten(2, (self.num_heads, x.shape[2] // self.num_heads)).transpose(1, 2)
-        q, k, v = (heads(x) for x in (q, *self.kv(y).chunk(2, 2)))
-        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        if torch.compiler.is_exporting():  # elsewhere the kernel's output may lie otherwise in memory, and a recorded view would fail
-            x = x.clone(memory_format=torch.contiguous_format)
-        return x.flatten(2)
+    def reduce(self, x: Tensor, grid: Grid) -> Tensor:
+        if self.sr_ratio == 1:
+            return x
+        image, missing = as_map(x, grid), [max(0, self.sr_ratio - side) for side in grid]
+        return self.norm(as_tokens(self.sr(F.pad(image, (0, missing[1], 0, missing[0])) if any(missing) else image)))
 
     def keys(self, grid: Grid) -> int:
-        """How many there are."""
+        """Return the number of keys of a grid."""
         return max(1, grid[0] // self.sr_ratio) * max(1, grid[1] // self.sr_ratio)
 
 
@@ -134,7 +124,7 @@ class RoutedBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, sr_ratio: int, drop_path: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = ReducedAttention(dim, num_heads, sr_ratio)
+        self.attn = SpatialReductionAttention(dim, num_heads, sr_ratio)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = GridMlp(dim, int(mlp_ratio * dim))
         self.drop_path = DropPath(drop_path)
@@ -203,16 +193,14 @@ class RowEdge(nn.Module):
         return per_token, per_near, once
 
 
-class ColumnEdge(nn.Module):
+class ColumnEdge(OverlapPatchEmbed):
     """P of the module's docstring: normed tokens (B, N, in_dim) of a grid -> (B, N', dim) of half the grid."""
 
     def __init__(self, in_dim: int, dim: int):
-        super().__init__()
-        self.proj = nn.Conv2d(in_dim, dim, 3, 2, 1)
-        self.norm = nn.LayerNorm(dim)
+        super().__init__(in_dim, dim)
         self.kept = LayoutCache()
 
-    def forward(self, y: Tensor, grid: Grid, taken: Taken) -> Tensor | None:
+    def forward(self, y: Tensor, grid: Grid, taken: Taken) -> Tensor | None:  # type: ignore[override]
         """None: no token takes it, by a fixed gate."""
         if taken is False:
             return None
@@ -225,7 +213,7 @@ class ColumnEdge(nn.Module):
         return self.dense(y, grid) if cells.all() else self.gathered(y, grid, cells)
 
     def dense(self, y: Tensor, grid: Grid) -> Tensor:
-        return self.norm(as_tokens(self.proj(as_map(y, grid))))
+        return super().forward(as_map(y, grid)).flatten(1, 2)
 
     def gathered(self, y: Tensor, grid: Grid, cells: Tensor) -> Tensor:
         """With nothing computed for cells (B, h', w') that are not fed: their tokens are zero."""
@@ -264,16 +252,3 @@ def inputs_of_cells(grid: Grid, device: torch.device) -> Tensor:
     places = rows[:, None, :, None] * width + columns[None, :, None, :]
     inside = ((rows >= 0) & (rows < height))[:, None, :, None] & ((columns >= 0) & (columns < width))[None, :, None, :]
     return torch.where(inside, places, height * width).flatten(0, 1).flatten(1)
-
-
-class PatchEmbed(nn.Module):
-    """Overlapping patches and a norm: (B, in_chans, H, W) -> tokens of the grid (ceil(H / stride), ceil(W / stride)), and the grid."""
-
-    def __init__(self, in_chans: int, dim: int, stride: int):
-        super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, 2 * stride - 1, stride, stride - 1)
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Grid]:
-        x = self.proj(image)
-        return self.norm(as_tokens(x)), (x.shape[2], x.shape[3])

@@ -19,7 +19,6 @@ from vitarium.backbones.dit_routing.edges import (
     FixedGate,
     Gate,
     Grid,
-    PatchEmbed,
     RoutedBlock,
     RowEdge,
     Taken,
@@ -29,7 +28,8 @@ from vitarium.backbones.dit_routing.edges import (
 from vitarium.catalog import family, rename
 from vitarium.errors import UsageError
 from vitarium.nn import Backbone, Stage, drop_path_rates, init_convs_by_fan_out, init_weights
-from vitarium.nn.mixer_pyramid import as_map
+from vitarium.nn.pvt import OverlapPatchEmbed
+from vitarium.ops.maps import as_map
 
 Node = tuple[int, int]
 """Scale and column."""
@@ -145,7 +145,7 @@ class DiTRouting(Backbone):
         rates = drop_path_rates(drop_path_rate, [columns])[0]
         block = lambda i, j: RoutedBlock(dims[i], num_heads[i], mlp_ratios[i], sr_ratios[i], rates[j])
         scales, gates = range(len(dims)), lambda i, count: nn.ModuleList(Gate(dims[i]) for _ in range(count))
-        self.patch_embed = PatchEmbed(in_chans, dims[0], patch_size)
+        self.patch_embed = OverlapPatchEmbed(in_chans, dims[0], patch_size)
         self.stages = nn.ModuleList(
             nn.ModuleList(RowEdge([block(i, j) for _ in range(table[i][j])]) for j in range(columns)) for i in scales
         )
@@ -165,9 +165,10 @@ class DiTRouting(Backbone):
 
     def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
         """Yields the last column's map of each scale, normed."""
-        x, grid = self.patch_embed(image.contiguous(memory_format=torch.channels_last))
+        x = self.patch_embed(image.contiguous(memory_format=torch.channels_last))
         rows: list[Any] = list(self.stages)
-        grids = [grid]
+        grids = [(x.shape[1], x.shape[2])]
+        x = x.flatten(1, 2)
         for _ in rows[1:]:
             grids.append(((grids[-1][0] + 1) // 2, (grids[-1][1] + 1) // 2))
         carried: list[Tensor | None] = [x, *[None] * (len(rows) - 1)]

@@ -21,6 +21,7 @@ from vitarium.nn import (
     fit_position_table,
     init_weights,
 )
+from vitarium.ops.maps import as_tokens
 from vitarium.ops.windows import pad_to_multiple
 
 
@@ -67,7 +68,7 @@ class WordEmbed(nn.Module):
         rows, columns = self.grid(*image.shape[-2:])
         image = pad_to_multiple(image.permute(0, 2, 3, 1), side).permute(0, 3, 1, 2)
         patches = image.reshape(batch, channels, rows, side, columns, side).permute(0, 2, 4, 1, 3, 5)
-        words = self.proj(patches.reshape(batch * rows * columns, channels, side, side)).flatten(2).transpose(1, 2) + self.inner_pos
+        words = as_tokens(self.proj(patches.reshape(batch * rows * columns, channels, side, side))) + self.inner_pos
         sentences = self.gather(words.reshape(batch, rows * columns, words.shape[1] * words.shape[2]))
         first = self.cls_token.expand(batch, -1, -1).to(sentences.dtype)
         return words, torch.cat([first, sentences], 1) + self.positions((rows, columns))
@@ -114,7 +115,7 @@ def from_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
     state = chain(_TIMM, rename((r"\.(inner|outer)\.norm\.", r".\1.norm1.")), join("qkv", "qk", "v"))(state)
     table = state.get("patch_embed.inner_pos")
     if table is not None and table.ndim == 4:
-        state["patch_embed.inner_pos"] = table.flatten(2).transpose(1, 2)
+        state["patch_embed.inner_pos"] = as_tokens(table)
     return state
 
 

@@ -16,6 +16,7 @@ from vitarium.catalog.registry import join
 from vitarium.nn import (
     Attention,
     Backbone,
+    ConvNorm,
     DropPath,
     EvalCache,
     LayerNorm2d,
@@ -24,31 +25,24 @@ from vitarium.nn import (
     Stage,
     TransformerBlock,
     drop_path_rates,
-    fold_norm_after,
     init_weights,
     resize_position_table,
 )
+from vitarium.nn.pvt import ReducedAttention
+from vitarium.ops.maps import as_map, as_tokens
 from vitarium.ops.windows import pad_to_multiple
 
 SIDE = 4
 """Words in a row of a pyramid's sentence."""
 
 
-class ConvNorm(nn.Module):
+class StemConv(ConvNorm):
     """Convolution 3 x 3, batch norm, ReLU: (B, in_dim, H, W) -> (B, dim, ceil(H / stride), ceil(W / stride))."""
 
+    names = ("conv", "norm")
+
     def __init__(self, in_dim: int, dim: int, stride: int):
-        super().__init__()
-        self.conv = nn.Conv2d(in_dim, dim, 3, stride, padding=1)
-        self.norm: nn.Module = nn.BatchNorm2d(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.norm(self.conv(x)))
-
-    def fold(self) -> None:
-        """The norm goes into the convolution."""
-        if isinstance(self.norm, nn.BatchNorm2d):
-            self.conv, self.norm = fold_norm_after(self.conv, self.norm), nn.Identity()
+        super().__init__(in_dim, dim, 3, stride, bias=True, act=nn.ReLU)
 
 
 class PyramidStem(nn.Module):
@@ -60,42 +54,34 @@ class PyramidStem(nn.Module):
 
     def __init__(self, patch_size: int, in_chans: int, inner_dim: int, dim: int):
         super().__init__()
-        self.common = ConvNorm(in_chans, 2 * inner_dim, patch_size // SIDE)
-        self.inner = ConvNorm(2 * inner_dim, inner_dim, 1)
+        self.common = StemConv(in_chans, 2 * inner_dim, patch_size // SIDE)
+        self.inner = StemConv(2 * inner_dim, inner_dim, 1)
         widths = (2 * inner_dim, 4 * inner_dim, 8 * inner_dim, dim)
-        self.outer = nn.Sequential(*(ConvNorm(a, b, s) for a, b, s in zip(widths, widths[1:], (2, 2, 1), strict=False)))
+        self.outer = nn.Sequential(*(StemConv(a, b, s) for a, b, s in zip(widths, widths[1:], (2, 2, 1), strict=False)))
 
     def forward(self, image: Tensor) -> Pair:
         x = self.common(image)
         words = self.inner(x)
         batch, dim, rows, columns = words.shape[0], words.shape[1], words.shape[2] // SIDE, words.shape[3] // SIDE
         words = words.reshape(batch, dim, rows, SIDE, columns, SIDE).permute(0, 2, 4, 3, 5, 1)
-        return words.reshape(batch * rows * columns, SIDE**2, dim), self.outer(x).flatten(2).transpose(1, 2)
+        return words.reshape(batch * rows * columns, SIDE**2, dim), as_tokens(self.outer(x))
 
 
-class SentenceAttention(nn.Module):
+class SentenceAttention(ReducedAttention):
     """Attention of sentences (B, N, dim) of a grid to averages of r x r of them, with a bias (1, heads, N, M) for each pair."""
 
     def __init__(self, dim: int, num_heads: int, reduction: int):
-        super().__init__()
-        self.num_heads, self.head_dim, self.reduction = num_heads, dim // num_heads, reduction
-        self.q = Linear(dim, dim, bias=False)
-        self.kv = Linear(dim, 2 * dim, bias=False)
-        self.proj = Linear(dim, dim)
+        super().__init__(dim, num_heads, qkv_bias=False)
+        self.reduction = reduction
         if reduction > 1:
             self.linear = Linear(dim, dim)
             self.norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, grid: Grid, bias: Tensor) -> Tensor:
-        batch, count, dim = x.shape
-        q = self.q(x).view(batch, count, self.num_heads, self.head_dim).transpose(1, 2)
-        seen = x
-        if self.reduction > 1:
-            pooled = F.avg_pool2d(x.transpose(1, 2).unflatten(2, grid), self.reduction, ceil_mode=True)
-            seen = self.norm(self.linear(pooled.flatten(2).transpose(1, 2)))
-        k, v = self.kv(seen).view(batch, seen.shape[1], 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-        return self.proj(out.transpose(1, 2).reshape(batch, count, dim))
+    def reduce(self, x: Tensor, grid: Grid) -> Tensor:
+        if self.reduction == 1:
+            return x
+        pooled = F.avg_pool2d(as_map(x, grid), self.reduction, ceil_mode=True)
+        return self.norm(self.linear(as_tokens(pooled)))
 
 
 class PyramidInner(nn.Module):
@@ -144,7 +130,7 @@ class Merge(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """Sentences (B, h w, in_dim) -> (B, h' w', dim)."""
-        return self.conv(self.norm(x).transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+        return as_tokens(self.conv(as_map(self.norm(x), grid)))
 
     def words(self, x: Tensor, grid: Grid) -> Tensor:
         """Words (B h w, 16, in_dim) -> (B h' w', 16, dim): those of 2 x 2 sentences are a map of 8 x 8."""
@@ -153,7 +139,7 @@ class Merge(nn.Module):
         x = pad_to_multiple(self.norm(x).view(batch, rows, columns, SIDE**2 * dim), 2)
         rows, columns = -(-rows // 2), -(-columns // 2)
         x = x.reshape(batch, rows, 2, columns, 2, SIDE, SIDE, dim).permute(0, 1, 3, 7, 2, 5, 4, 6)
-        return self.conv(x.reshape(batch * rows * columns, dim, 2 * SIDE, 2 * SIDE)).flatten(2).transpose(1, 2)
+        return as_tokens(self.conv(x.reshape(batch * rows * columns, dim, 2 * SIDE, 2 * SIDE)))
 
 
 class PyramidTNTStage(nn.Module):
@@ -330,7 +316,7 @@ class PyramidTNT(Backbone):
         both = (words + self.stem.inner_pos, sentences + self.positions(grid))
         for stage in self.stages:
             both, grid = stage(both, grid, self.run_blocks)
-            yield both[1].transpose(1, 2).unflatten(2, grid)
+            yield as_map(both[1], grid)
 
     def no_weight_decay(self) -> set[str]:
         return {"stem.outer_pos", "stem.inner_pos"}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -150,18 +150,6 @@ class Convolutions(nn.Sequential):
         for i, stride in enumerate(strides):
             parts += [nn.Conv2d(dims[i], dims[i + 1], 3, stride, 1), nn.BatchNorm2d(dims[i + 1]), nn.GELU()]
         super().__init__(OrderedDict(proj=nn.Sequential(*parts[:-1])))
-
-
-class UniFormerStage(nn.Module):
-    """(B, C_in, S) -> (B, C, S')."""
-
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]):
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, x: Tensor, run: Callable[..., Tensor]) -> Tensor:
-        return run(self.blocks, self.downsample(x))
 
 
 def check_stages(depths: Sequence[int], dims: Sequence[int], mixers: str, head_dim: int) -> None:

@@ -14,12 +14,11 @@ from vitarium.backbones.uniformer.blocks import (
     GlobalBlock,
     LocalBlock,
     Patches,
-    UniFormerStage,
     channels_last,
     check_stages,
 )
 from vitarium.catalog import family
-from vitarium.nn import Backbone, LayerNorm2d, Stage, drop_path_rates, init_weights
+from vitarium.nn import Backbone, LayerNorm2d, PyramidStage, Stage, drop_path_rates, init_weights
 
 SMALL = dict(depths=(3, 4, 8, 3), dims=(64, 128, 320, 512))
 PLUS = dict(depths=(3, 5, 9, 3), dims=(64, 128, 320, 512), conv_stem=True)
@@ -105,7 +104,7 @@ class UniFormer(Backbone):
                     else GlobalBlock(dims[k], 2, head_dim, window_size=window, **common, drop_path=rate)
                 )
             between = Convolutions(dims[k - 1], dims[k], 2) if conv_stem else Patches(dims[k - 1], dims[k], 2)
-            self.stages.append(UniFormerStage(between if k else nn.Identity(), blocks))
+            self.stages.append(PyramidStage(between if k else nn.Identity(), blocks))
         self.norm = nn.BatchNorm2d(dims[-1])
         self.add_parts()
         init_weights(self, conv=False)

@@ -19,14 +19,13 @@ from vitarium.backbones.uniformer.blocks import (
     GlobalBlock,
     LocalBlock,
     Patches,
-    UniFormerStage,
     channels_first,
     channels_last,
     check_stages,
     gamma,
 )
 from vitarium.catalog import family
-from vitarium.nn import Attention, Backbone, Linear, Stage, drop_path_rates, init_weights
+from vitarium.nn import Attention, Backbone, Linear, PyramidStage, Stage, drop_path_rates, init_weights
 from vitarium.nn.backbone import init_head
 from vitarium.ops.sorting import descending_order
 
@@ -94,7 +93,7 @@ class EvolvingBlock(GlobalBlock):
         return x + self.branch(m, self.gamma_2), seen, a[:, -1:] + m[:, -1:]
 
 
-class EvolvingStage(UniFormerStage):
+class EvolvingStage(PyramidStage):
     """A global stage, and how the class token gets to its width: Tokens -> Tokens."""
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], in_dim: int | None, dim: int):
@@ -168,7 +167,7 @@ class UniFormerLight(Backbone):
             between = Patches(dims[k - 1], dims[k], 2) if k else nn.Identity()
             if k < first:
                 local = [LocalBlock(dims[k], 2, **common, drop_path=rate) for rate in rates]
-                self.stages.append(UniFormerStage(between, local))
+                self.stages.append(PyramidStage(between, local))
                 continue
             keeps = [1.0 if (k, i) == (first, 0) else keep_ratio for i in range(depths[k])]
             blocks = [

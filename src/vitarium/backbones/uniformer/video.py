@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitarium.backbones.uniformer.blocks import OFFICIAL, DividedBlock, GlobalBlock, LocalBlock, Patches, UniFormerStage, check_stages
+from vitarium.backbones.uniformer.blocks import OFFICIAL, DividedBlock, GlobalBlock, LocalBlock, Patches, check_stages
 from vitarium.backbones.uniformer.image import BASE, PICO, SMALL
 from vitarium.catalog import family
-from vitarium.nn import Stage, VideoBackbone, drop_path_rates, init_weights
+from vitarium.nn import PyramidStage, Stage, VideoBackbone, drop_path_rates, init_weights
 
 
 def _weights(*names: str) -> dict[str, tuple[str, ...]]:
@@ -109,7 +109,7 @@ class UniFormerVideo(VideoBackbone):
                 for rate in rates
             ]
             between = Patches(dims[k - 1], dims[k], 2, axes=3, frames=3 if overlap else 1) if k else nn.Identity()
-            self.stages.append(UniFormerStage(between, blocks))
+            self.stages.append(PyramidStage(between, blocks))
         self.norm = nn.BatchNorm3d(dims[-1])
         init_weights(self, conv=False)
         for part in self.modules():

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitarium.nn.folding import fold_norm_after
+from vitarium.nn.convolutions import ConvNorm as BaseConvNorm
 
 BN_EPS = 1e-3
 
 
-class ConvNorm(nn.Sequential):
-    """Convolution, batch norm, GELU where `act`: (B, in_dim, *) -> (B, dim, *), the map's size kept.
+class ConvNorm(BaseConvNorm):
+    """Convolution, batch norm and GELU where `act`, with this model's initialisation: (B, in_dim, *) -> (B, dim, *), the size kept.
 
     Args:
         axes: 2 for maps, 1 for queries.
@@ -23,9 +24,11 @@ class ConvNorm(nn.Sequential):
         act: whether a GELU follows.
         bias: of the convolution.
         momentum: of the batch norm's running statistics.
-        gain: first value of the batch norm's weight; 0 makes a residual branch begin as nothing.
-        std: of the first weights; None: He's, or Xavier's where depthwise.
+        gain: initial weight of the batch norm; 0 makes a residual branch start as the identity.
+        std: of the initial weights; None: He's, or Xavier's where depthwise.
     """
+
+    names = ("conv", "norm")
 
     def __init__(
         self,
@@ -42,31 +45,24 @@ class ConvNorm(nn.Sequential):
         gain: float = 1.0,
         std: float | None = None,
     ):
-        super().__init__()
-        conv: type[nn.Conv1d | nn.Conv2d] = nn.Conv2d if axes == 2 else nn.Conv1d
-        self.conv: nn.Conv1d | nn.Conv2d = conv(
+        super().__init__(
             in_dim,
             dim,
             kernel_size,
-            padding=dilation * (kernel_size // 2),
             dilation=dilation,
             groups=dim if depthwise else 1,
             bias=bias,
+            act=nn.GELU if act else None,
+            axes=axes,
+            norm=batch_norm(dim, axes, momentum, gain),
         )
-        self.norm: nn.Module = batch_norm(dim, axes, momentum, gain)
-        if act:
-            self.act = nn.GELU()
+        conv: Any = self.conv
         if depthwise:
-            nn.init.xavier_uniform_(self.conv.weight)
+            nn.init.xavier_uniform_(conv.weight)
         else:
-            truncated_normal(self.conv.weight, (2 / in_dim) ** 0.5 if std is None else std)
-        if self.conv.bias is not None:
-            nn.init.zeros_(self.conv.bias)
-
-    def fold(self) -> None:
-        """For deployment: a map's norm goes into its convolution."""
-        if isinstance(self.conv, nn.Conv2d) and isinstance(self.norm, nn.BatchNorm2d):
-            self.conv, self.norm = fold_norm_after(self.conv, self.norm), nn.Identity()
+            truncated_normal(conv.weight, (2 / in_dim) ** 0.5 if std is None else std)
+        if bias:
+            nn.init.zeros_(conv.bias)
 
 
 def batch_norm(dim: int, axes: int, momentum: float, gain: float = 1.0) -> nn.BatchNorm1d | nn.BatchNorm2d:
