@@ -59,7 +59,9 @@ class RepConv(nn.Module):
         """All branches become one convolution, `conv`. A second call does nothing."""
         if self.conv is not None:
             return
-        folded = [fold_norm_after(branch.conv, branch.bn) for branch in self.branches]  # type: ignore[arg-type]
+        for branch in self.branches:
+            branch.fold()  # type: ignore[operator]
+        folded: list[Any] = [branch.conv for branch in self.branches]
         largest: Any = max(folded, key=lambda conv: conv.kernel_size[0])  # its stride and padding are the whole's
         groups = math.gcd(*(conv.groups for conv in folded))
         if self.identity is not None:
@@ -70,7 +72,7 @@ class RepConv(nn.Module):
             largest.in_channels, largest.out_channels, largest.kernel_size, largest.stride, largest.padding, largest.dilation, groups
         ).to(largest.weight)
         whole.weight.copy_(torch.stack([_widened(conv, groups, largest.kernel_size[0]) for conv in folded]).sum(0))
-        whole.bias.copy_(torch.stack([conv.bias for conv in folded]).sum(0))  # type: ignore[misc,union-attr]
+        whole.bias.copy_(torch.stack([conv.bias for conv in folded]).sum(0))
         self.conv, self.branches, self.identity = whole, nn.ModuleList(), None
 
 
