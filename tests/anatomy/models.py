@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitarium.catalog.foreign import TransformersClassifier
 from vitarium.catalog.preprocessing import Preprocessing
+from vitarium.catalog.transformers_models import VisionTower, wrap
 
 TIMM = dict(img_size=16, patch_size=4, embed_dim=24, depth=4, num_heads=2, num_classes=5)
 TRANSFORMERS = dict(hidden_size=24, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4)
@@ -39,6 +39,10 @@ TRANSFORMERS_MODELS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "dinov2_registers": ("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", {}, 5),
     "clip": ("CLIPForImageClassification", "CLIPConfig", {}, 1),
     "siglip": ("SiglipForImageClassification", "SiglipConfig", {}, 0),
+    "beit": ("BeitForImageClassification", "BeitConfig", {}, 1),
+    "beit_positions": ("BeitForImageClassification", "BeitConfig", dict(use_absolute_position_embeddings=True, use_mean_pooling=False), 1),
+    "clip_tower": ("CLIPVisionModel", "CLIPVisionConfig", {}, 1),
+    "siglip_tower": ("SiglipVisionModel", "SiglipVisionConfig", {}, 0),
 }
 
 
@@ -64,7 +68,8 @@ def transformers_model(name: str) -> nn.Module:
     cls, config, own, _ = TRANSFORMERS_MODELS[name]
     values = {**TRANSFORMERS, **own}
     made = getattr(transformers, config)(**({"vision_config": values} if name in ("clip", "siglip") else values))
-    return fill(TransformersClassifier(getattr(transformers, cls)(made), Preprocessing(16)))
+    theirs = getattr(transformers, cls)(made)
+    return fill(wrap(VisionTower(theirs, 5) if name.endswith("tower") else theirs, Preprocessing(16)))
 
 
 NAMES = [f"timm-{name}" for name in TIMM_MODELS] + [f"transformers-{name}" for name in TRANSFORMERS_MODELS]

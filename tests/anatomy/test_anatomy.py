@@ -11,9 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from tests.anatomy.models import NAMES, TIMM, make, prefix_of, timm_model
+import vitarium
+from tests.anatomy.models import NAMES, TIMM, TRANSFORMERS, make, prefix_of, timm_model
 from vitarium import anatomy
 from vitarium.anatomy import Site, SitedBlock, Tokens, carried, install
+from vitarium.catalog.preprocessing import Preprocessing
+from vitarium.catalog.transformers_models import wrap
 from vitarium.errors import AttachError, InputError, UnsupportedModel
 
 
@@ -83,6 +86,29 @@ def test_refuses_what_it_does_not_know():
         anatomy.of(nn.ModuleList([timm_model("vit"), timm_model("vit")]))
     with pytest.raises(UnsupportedModel, match="drops patches at random"):
         anatomy.of(timm_model("vit", patch_drop_rate=0.5))
+
+
+def test_says_what_pyramids_lack():
+    import timm
+    import transformers
+
+    swin = transformers.SwinConfig(embed_dim=12, depths=[1, 1], num_heads=[2, 2], window_size=2, image_size=16, patch_size=2)
+    convnext = transformers.ConvNextConfig(num_stages=2, depths=[1, 1], hidden_sizes=[8, 16])
+    for build, reason in (
+        (
+            lambda: wrap(transformers.SwinForImageClassification(swin), Preprocessing(16)),
+            r"SwinForImageC.* \(it is a pyramid with strides 2, 4 ",
+        ),
+        (lambda: transformers.SwinModel(swin), r"SwinModel has no .* \(it is a pyramid of 2 stages and has no single sequence of tokens\)"),
+        (lambda: wrap(transformers.ConvNextForImageClassification(convnext), Preprocessing(16)), r"strides 4, 8 .*; it has no attention\)"),
+        (lambda: timm.create_model("swin_tiny_patch4_window7_224"), r"strides 4, 8, 16, 32 "),
+        (lambda: vitarium.create_model("convnext_pico"), r"strides .*; it has no attention\)"),
+    ):
+        with pytest.raises(UnsupportedModel, match=reason):
+            anatomy.of(build())
+    biased = transformers.BeitConfig(**TRANSFORMERS, use_relative_position_bias=True)
+    with pytest.raises(UnsupportedModel, match="BeitModel adds a relative position bias to its attention"):
+        anatomy.of(transformers.BeitForImageClassification(biased))
 
 
 def test_refuses_a_part_that_no_layout_names():

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import vitarium
 from tests.anatomy.models import fill
 from vitarium.catalog.features import pooled_features
-from vitarium.catalog.foreign import TransformersBackbone, TransformersClassifier, VisionTower, wrap
 from vitarium.catalog.heads import fresh_names, has_trained_head, require_head
 from vitarium.catalog.preprocessing import Preprocessing
+from vitarium.catalog.transformers_models import TransformersBackbone, TransformersClassifier, VisionTower, wrap
 from vitarium.errors import CheckpointError, InputError, UsageError
 from vitarium.training.optim import layer_scales
 
@@ -103,7 +103,7 @@ def test_logits_features_and_pooling_are_the_librarys(name):
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_intermediates_are_the_librarys_hidden_states(name):
-    theirs, model = make(name)
+    _, model = make(name)
     image, prefix = images(), MODELS[name][3]
     features, maps = model.forward_intermediates(image)
     close(features, model.forward_features(image))
@@ -205,7 +205,7 @@ def test_layers_and_weight_decay(name):
     assert scales[embedding] < min(of(first)) < max(of(last)) < 1
     assert max(scales.values()) == 1
     free = model.no_weight_decay()
-    assert not [n for n in free if "patch_embed" in n or ".layer" in n.replace("layers.", "") and "relative_position" not in n]
+    assert not [n for n in free if "patch_embed" in n or (".layer" in n.replace("layers.", "") and "relative_position" not in n)]
     assert any("position" in n for n in free) == any("position" in n for n, _ in model.named_parameters())
 
 

@@ -1,4 +1,4 @@
-"""transformers' vision towers: ViT, DeiT, DINOv2 (with registers too), CLIP and SigLIP; bare, in a classifier, or beside a text tower."""
+"""transformers' vision towers: ViT, DeiT, BEiT, DINOv2 (with registers), CLIP, SigLIP; bare, in a classifier, or beside a text tower."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from vitarium.anatomy.parts import Anatomy, AttentionLayout, BlockLayout, read_block
+from vitarium.catalog.transformers_models import VisionTower
 from vitarium.errors import UnsupportedModel
 
 
@@ -51,7 +52,21 @@ def _clip(kind: str) -> BlockLayout:
     )
 
 
+def _beit(kind: str) -> BlockLayout:
+    return BlockLayout(
+        norm1="layernorm_before",
+        attention="attention",
+        branch1=("dropout", "lambda_1", "drop_path"),
+        norm2="layernorm_after",
+        mlp="mlp",
+        branch2=("dropout", "lambda_2", "drop_path"),
+        arguments=("attention_mask", "interpolate_pos_encoding", "resolution"),
+        attention_layouts=_attention(kind, "num_attention_heads", "scaling", "attention_dropout", "o_proj"),
+    )
+
+
 BLOCKS = {
+    "BeitLayer": _beit("BeitAttention"),
     "ViTLayer": _vit("ViTAttention"),
     "DeiTLayer": _vit("DeiTAttention"),
     "Dinov2Layer": _dinov2("Dinov2Attention"),
@@ -62,6 +77,7 @@ BLOCKS = {
 
 # class of the tower -> (where its blocks are, its final norm, tokens before the image: class and distillation)
 TOWERS: dict[str, tuple[str, str, int]] = {
+    "BeitModel": ("layers", "layernorm", 1),
     "ViTModel": ("layers", "layernorm", 1),
     "DeiTModel": ("layers", "layernorm", 2),
     "Dinov2Model": ("encoder.layer", "layernorm", 1),
@@ -70,7 +86,7 @@ TOWERS: dict[str, tuple[str, str, int]] = {
     "SiglipVisionModel": ("encoder.layers", "post_layernorm", 0),
 }
 CLASS_HEADS = ("ViTForImageClassification", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher")
-"""Heads that look at the class token (and the distillation token) alone; the others pool, and a bare tower gives out everything."""
+"""Heads that read the class token (and the distillation token) alone; the others pool patches, and a bare tower returns all tokens."""
 
 
 def is_tower(module: nn.Module) -> bool:
@@ -86,6 +102,10 @@ def read(model: nn.Module, path: str, tower: Any) -> Anatomy:
     """
     place, norm, prefix = TOWERS[type(tower).__name__]
     start = f"{path}." if path else ""
+    if any(getattr(part, "relative_position_bias_table", None) is not None for part in tower.modules()):
+        raise UnsupportedModel(
+            f"{type(tower).__name__} adds a relative position bias to its attention, which methods on blocks cannot carry when tokens move"
+        )
     try:
         layers = tower.get_submodule(place)
     except AttributeError as error:
@@ -98,6 +118,7 @@ def read(model: nn.Module, path: str, tower: Any) -> Anatomy:
     blocks = tuple(read_block(f"{start}{place}.{i}", layer, BLOCKS) for i, layer in enumerate(layers))
     size = tower.config.patch_size
     owner = model.get_submodule(path.rpartition(".")[0]) if path else None
+    class_alone = type(owner).__name__ in CLASS_HEADS or (isinstance(owner, VisionTower) and type(tower).__name__ == "CLIPVisionModel")
     return Anatomy(
         family=f"transformers {type(tower).__name__.removesuffix('Model').removesuffix('Vision')}",
         tower=tower,
@@ -108,5 +129,5 @@ def read(model: nn.Module, path: str, tower: Any) -> Anatomy:
         patch_size=(size, size) if isinstance(size, int) else tuple(size),
         norm=getattr(tower, norm),
         head=getattr(owner, "classifier", None),
-        reads_patches=type(owner).__name__ not in CLASS_HEADS,
+        reads_patches=not class_alone,
     )

@@ -15,7 +15,7 @@ from vitarium.catalog.registry import Renamer, State, chain, join, rename
 _TRANSFORMERS = chain(
     rename(
         (r"^(?:text_model\.|text_projection\.|logit_scale$|logit_bias$)|position_ids$", None),
-        (r"(?:^|\.)(?:pooler\.dense\.\w+|embeddings\.mask_token)$|^decoder\.", None),
+        (r"(?:^|\.)(?:pooler\.dense\.\w+|embeddings\.mask_token)$", None),
         (r"^(?:vit|deit|dinov2|dinov2_with_registers|vision_model)\.", ""),
     ),
     rename(
@@ -36,20 +36,22 @@ _TRANSFORMERS = chain(
         (r"^head\.layernorm\.", "attn_pool.norm."),
         (r"^head\.mlp\.", "attn_pool.mlp."),
         (r"^(?:encoder\.)?layers?\.(\d+)\.", r"blocks.\1."),
+        (r"^decoder\.(?:decoder_layers|decoder_encoder\.layer)\.(\d+)\.", r"decoder_blocks.\1."),
+        (r"^decoder\.", ""),
     ),
     rename(
-        (r"^(blocks\.\d+)\.(?:layernorm_before|layer_norm1)\.", r"\1.norm1."),
-        (r"^(blocks\.\d+)\.(?:layernorm_after|layer_norm2)\.", r"\1.norm2."),
-        (r"^(blocks\.\d+)\.attention\.attention\.(query|key|value)\.", r"\1.attn.\2."),
-        (r"^(blocks\.\d+)\.(?:attention|self_attn)\.q_proj\.", r"\1.attn.query."),
-        (r"^(blocks\.\d+)\.(?:attention|self_attn)\.k_proj\.", r"\1.attn.key."),
-        (r"^(blocks\.\d+)\.(?:attention|self_attn)\.v_proj\.", r"\1.attn.value."),
-        (r"^(blocks\.\d+)\.(?:attention\.output\.dense|attention\.o_proj|self_attn\.out_proj)\.", r"\1.attn.proj."),
-        (r"^(blocks\.\d+)\.intermediate\.dense\.", r"\1.mlp.fc1."),
-        (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
-        (r"^(blocks\.\d+)\.layer_scale(\d)\.lambda1$", r"\1.ls\2.gamma"),
-        (r"^(blocks\.\d+)\.mlp\.weights_in\.", r"\1.mlp.fc1."),
-        (r"^(blocks\.\d+)\.mlp\.(?:weights_out|down_proj)\.", r"\1.mlp.fc2."),
+        (r"^((?:decoder_)?blocks\.\d+)\.(?:layernorm_before|layer_norm1)\.", r"\1.norm1."),
+        (r"^((?:decoder_)?blocks\.\d+)\.(?:layernorm_after|layer_norm2)\.", r"\1.norm2."),
+        (r"^((?:decoder_)?blocks\.\d+)\.attention\.attention\.(query|key|value)\.", r"\1.attn.\2."),
+        (r"^((?:decoder_)?blocks\.\d+)\.(?:attention|self_attn)\.q_proj\.", r"\1.attn.query."),
+        (r"^((?:decoder_)?blocks\.\d+)\.(?:attention|self_attn)\.k_proj\.", r"\1.attn.key."),
+        (r"^((?:decoder_)?blocks\.\d+)\.(?:attention|self_attn)\.v_proj\.", r"\1.attn.value."),
+        (r"^((?:decoder_)?blocks\.\d+)\.(?:attention\.output\.dense|attention\.o_proj|self_attn\.out_proj)\.", r"\1.attn.proj."),
+        (r"^((?:decoder_)?blocks\.\d+)\.intermediate\.dense\.", r"\1.mlp.fc1."),
+        (r"^((?:decoder_)?blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+        (r"^((?:decoder_)?blocks\.\d+)\.layer_scale(\d)\.lambda1$", r"\1.ls\2.gamma"),
+        (r"^((?:decoder_)?blocks\.\d+)\.mlp\.weights_in\.", r"\1.mlp.fc1."),
+        (r"^((?:decoder_)?blocks\.\d+)\.mlp\.(?:weights_out|down_proj)\.", r"\1.mlp.fc2."),
     ),
     join("qkv", "query", "key", "value"),
     join("fc1", "gate_proj", "up_proj"),
@@ -64,7 +66,7 @@ def from_transformers(state: State) -> State:
     classifiers, which average patches.
     """
     contrastive = any(name.endswith("post_layernorm.weight") for name in state)
-    state = _TRANSFORMERS(state)
+    state = mae_from_transformers({name: tensor for name, tensor in state.items() if not name.startswith("decoder.")})
     if "pos_embed" in state and state["pos_embed"].ndim == 2:
         state["pos_embed"] = state["pos_embed"][None]
     if "cls_token" in state:
@@ -81,6 +83,11 @@ def from_transformers(state: State) -> State:
         if (joint := state.pop(f"attn_pool.in_proj.{kind}", None)) is not None:
             state |= {f"attn_pool.q.{kind}": joint[:width], f"attn_pool.kv.{kind}": joint[width:]}
     return state
+
+
+def mae_from_transformers(state: State) -> State:
+    """Rename transformers' ViTMAEForPreTraining to the names of MAE's authors, decoder included."""
+    return _TRANSFORMERS(state)
 
 
 def from_google(state: State) -> State:

@@ -17,7 +17,7 @@ from vitarium.catalog.dialects import VIT_DIALECTS
 from vitarium.catalog.heads import head_names, mark_fresh
 from vitarium.catalog.preprocessing import Preprocessing
 from vitarium.catalog.registry import Renamer, State
-from vitarium.catalog.transformers_models import TOWERS, TransformersBackbone, TransformersClassifier, VisionTower, wrap
+from vitarium.catalog.transformers_models import TOWERS, TransformersClassifier, VisionTower, wrap
 from vitarium.errors import CheckpointError, UsageError, nearest, require
 
 # Small forms of timm's classics for 16x16 inputs and 16 tokens: they learn digits in seconds. (architecture, its arguments)

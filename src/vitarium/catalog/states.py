@@ -72,6 +72,8 @@ def read_weights(path: str | Path) -> Weights:
     metadata: Mapping[str, str] = {}
     if looks_like_safetensors(path):
         content, metadata = read_safetensors(path)
+    elif path.suffix == ".npz":
+        content = _read_npz(path)
     else:
         content = _read_torch(path)
     state, opened = _open_containers(content, path)
@@ -201,6 +203,27 @@ def _what_is_wrong(path: Path) -> str:
     if actual != expected:
         return f"{'truncated' if actual < expected else 'damaged'}: expected {expected:,} bytes, got {actual:,}; fetch it again"
     return "damaged: its table of tensors contradicts itself; fetch it again"
+
+
+# ---- numpy files
+
+
+def _read_npz(path: Path) -> State:
+    """The arrays of an .npz archive, in which Google's JAX code publishes weights; nothing pickled is read.
+
+    Raises:
+        CheckpointError: damaged, or it holds something else than arrays of numbers.
+    """
+    import numpy as np
+
+    with _reading(path):
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                return {name: torch.from_numpy(np.ascontiguousarray(archive[name])) for name in archive.files}
+        except OSError:
+            raise
+        except Exception as error:  # numpy and zipfile fail in many ways on damaged archives
+            raise CheckpointError(f"{path} is no whole archive of arrays ({_first_line(str(error)) or type(error).__name__})") from error
 
 
 # ---- torch files

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from vitarium.catalog import family, rename
-from vitarium.catalog.registry import Renamer, State
+from vitarium.catalog.dialects import from_google, from_transformers, mae_from_transformers
+from vitarium.catalog.registry import Renamer, State, chain
 from vitarium.nn import VisionTransformer
 from vitarium.pretraining.masked_autoencoder import OFFICIAL, MaskedAutoencoder
 
@@ -59,7 +60,15 @@ def _with_fresh(norm: str) -> Renamer:
     "thorax_mae",
     variants=ENCODERS,  # small: 21.7 M, mean AUC of ChestX-ray14 82.3 %; base: 83.0 %
     official=rename((r"^fc_norm\.", "head_norm.")),
-    dialects={"mae": _encoder_of_autoencoder, "mae, patches": _with_fresh("layer"), "mae, probe": _with_fresh("batch")},
+    dialects={
+        "mae": _encoder_of_autoencoder,
+        "mae, patches": _with_fresh("layer"),
+        "mae, probe": _with_fresh("batch"),
+        "transformers": from_transformers,
+        "transformers, patches": chain(from_transformers, _with_fresh("layer")),
+        "transformers, probe": chain(from_transformers, _with_fresh("batch")),
+        "google": from_google,
+    },
     weights={
         "base": {"mae_in1k": ("timm:vit_base_patch16_224.mae",)},
         "large": {"mae_in1k": ("timm:vit_large_patch16_224.mae",)},
@@ -88,6 +97,7 @@ class ThoraxViT(VisionTransformer):
         "huge": dict(ENCODERS["huge"]),
     },
     official=OFFICIAL,
+    dialects={"transformers": chain(mae_from_transformers, OFFICIAL)},
     learner="mae",
     **XRAY,
 )
