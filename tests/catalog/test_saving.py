@@ -14,9 +14,10 @@ from torch import nn
 
 import vitarium
 from tests.catalog.toys import assert_unchanged
-from vitarium.catalog.saving import FORMAT
+from vitarium.catalog.record import FORMAT, DataRecord, LearnerRecord, training_of
 from vitarium.catalog.states import RECORD, SEAL, seal_of
 from vitarium.errors import CheckpointError, UsageError
+from vitarium.training.tasks import task_of
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -241,7 +242,7 @@ def forge(path: Path, **changes) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(format=FORMAT + 1, vitarium="9.9", novelty=1), r"written by vitarium 9\.9 \(format 3\).*pip install --upgrade"),
+        (dict(format=FORMAT + 1, vitarium="9.9", novelty=1), r"written by vitarium 9\.9 \(format 4\).*pip install --upgrade"),
         (dict(methods=[{"slug": "pitom", "options": {}}]), "unknown method 'pitom'; did you mean pitome"),
         (dict(methods=[{"slug": "pitome", "options": {"kep": 0.9}}]), "pitome has no option 'kep'; did you mean keep"),
         (dict(methods=[{"slug": "pitome", "options": {}}]), "has no plain vision transformer in it"),
@@ -289,6 +290,24 @@ def test_files_of_earlier_versions_load_and_give_their_outputs(path):
     image = torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(model(image)[0], torch.tensor(wanted["logits"]), atol=1e-5, rtol=1e-5)
+
+
+def test_earlier_files_say_how_they_were_trained():
+    distilled, head = (training_of(vitarium.load(FIXTURES / f"saved-0.1.0-{name}.safetensors")) for name in ("distilled", "head"))
+    assert distilled.learner == LearnerRecord(name="distillation", settings={"store": "answers", "k": 3})
+    assert head.learner == LearnerRecord(name="linear_probe")
+    assert task_of(vitarium.load(FIXTURES / "saved-0.1.0-distilled.safetensors")).name == "classify"
+
+
+def test_a_training_record_comes_back(tmp_path):
+    model = vitarium.create_model("convnext_pico", num_classes=2)
+    record = training_of(model)
+    record.task = {"name": "classify"}
+    record.learner = LearnerRecord(name="sparse_prune", settings={"weight": 0.1})
+    record.data = DataRecord(source="digits", name="digits", seed=3, val_fraction=0.25, fingerprint="0123")
+    record.temperature = 1.5
+    vitarium.save(model, tmp_path / "m.safetensors")
+    assert training_of(vitarium.load(tmp_path / "m.safetensors")) == record
 
 
 def test_there_is_such_a_file():

@@ -12,9 +12,9 @@ import vitarium
 @pytest.fixture
 def model(run, monkeypatch):
     """A small ViT of ten classes in m.safetensors (`run` has moved to an empty folder)."""
-    monkeypatch.setattr("vitarium.cli.compress.ROUNDS", 1)
-    monkeypatch.setattr("vitarium.cli.compress.SECONDS", 0.0)
-    monkeypatch.setattr("vitarium.cli.opening.CALIBRATION_IMAGES", 16)
+    monkeypatch.setattr("vitarium.verbs.compress.ROUNDS", 1)
+    monkeypatch.setattr("vitarium.verbs.compress.SECONDS", 0.0)
+    monkeypatch.setattr("vitarium.verbs.opening.CALIBRATION_IMAGES", 16)
     torch.manual_seed(0)
     made = vitarium.create_model(
         "timm/vit_tiny_patch16_224", num_classes=10, image_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2

@@ -69,7 +69,7 @@ def test_a_class_by_name_and_by_number(run, files):
         (["pictures", "--target", "3"], 2, "classes 0 to 2"),
         (["pictures/broken.png"], 3, "no picture could be explained"),
         (["absent.png"], 3, "no such file"),
-        (["out"], 3, "holds no pictures"),
+        (["out"], 3, "holds no images"),
         (["pictures", "-o", "vit.safetensors"], 2, "is a file"),
     ],
 )

@@ -73,7 +73,7 @@ def test_mistakes_are_told(run, model, folder, tmp_path):
     run("index", folder, "--model", model, "--output", index)
     (tmp_path / "empty").mkdir()
     for arguments, code, told in (
-        (("index", tmp_path / "empty", "--model", model, "--output", index), 3, "holds no pictures"),
+        (("index", tmp_path / "empty", "--model", model, "--output", index), 3, "holds no images"),
         (("index", folder / "broken.png", "--model", model, "--output", tmp_path / "x.index"), 3, "no picture could be read"),
         (("index", folder, "--model", model, "--output", model), 4, "no index"),
         (("search", model, folder), 4, "no index"),

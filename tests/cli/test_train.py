@@ -9,6 +9,7 @@ from PIL import Image
 
 import vitarium
 from vitarium.data import open_data
+from vitarium.training.tasks import find_task, parse_task
 
 SHORT = ["--set", "budget.steps=2", "--set", "eval_every=1.0"]
 
@@ -130,11 +131,10 @@ def test_metrics_as_table_json_and_file(run, trained, tmp_path):
     assert "Weakest classes" in shown
 
 
-def test_a_learners_own_numbers_are_told_too():
-    from vitarium.cli.evaluate import told
-
-    assert told({"accuracy": 0.985, "loss": 0.1, "cost": 0.52}) == {"accuracy": "98.50 %", "cross entropy": "0.1000", "cost": "0.5200"}
-    assert told({"psnr_y": 31.5}) == {"psnr y": "31.5000"}
+def test_metrics_are_shown_with_names_and_units():
+    texts = find_task("classify")().texts
+    assert texts({"accuracy": 0.985, "loss": 0.1, "cost": 0.52}) == {"accuracy": "98.50 %", "cross entropy": "0.1000", "cost": "0.5200"}
+    assert parse_task("restore").texts({"psnr": 31.5, "ssim_y": 0.5}) == {"psnr": "31.5000 dB", "ssim y": "0.5000"}
 
 
 def test_errors_under_corruptions(run, trained, tmp_path, monkeypatch):
@@ -202,7 +202,7 @@ def test_pictures_are_named_and_broken_ones_counted(run, trained, pictures):
     assert rows["deep/c.png"]["predictions"][0]["label"] in "0123456789"
     assert "predictions" not in rows["broken.png"]
     assert "no such file" in rows["gone.png"]["error"]
-    assert "2 of 5 pictures could not be read" in result.err
+    assert "2 of 5 images could not be read" in result.err
 
 
 def test_predictions_do_not_depend_on_the_batch(run, trained, pictures):
@@ -216,7 +216,7 @@ def test_predictions_do_not_depend_on_the_batch(run, trained, pictures):
 
 def test_predictions_to_files(run, trained, pictures, tmp_path):
     result = run("predict", pictures, "--model", trained, "--output", "o.csv", "--top-k", 2)
-    assert "unreadable" in result.out
+    assert "not readable" in result.out
     with open(tmp_path / "o.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["image", "label_1", "probability_1", "label_2", "probability_2", "error"]
@@ -241,8 +241,8 @@ def test_outputs_that_are_not_finite_are_said(run, trained, pictures, tmp_path):
         (["a.png"], 2, "--model"),
         (["a.png", "--model", "MODEL", "--output", "o.xlsx"], 2, ".csv or .json"),
         (["a.png", "--model", "MODEL", "--top-k", "0"], 2, "--top-k"),
-        (["a.png", "--model", "MODEL"], 3, "no picture could be read"),
-        (["empty", "--model", "MODEL"], 3, "empty holds no pictures"),
+        (["a.png", "--model", "MODEL"], 3, "no image could be read"),
+        (["empty", "--model", "MODEL"], 3, "empty holds no images"),
         (["a.png", "--model", "swim_tiny"], 2, "did you mean swin_tiny"),
         (["a.png", "--model", "gone.safetensors"], 4, "gone.safetensors"),
     ],

@@ -19,7 +19,7 @@ from vitarium.data.scenes.actions import ACTIONS, FRAMES, draw_action, path_of
 from vitarium.data.transforms import Augment, train_transform
 from vitarium.errors import DataError, InputError, MissingExtra, UsageError
 from vitarium.training import ClassificationLearner, evaluate, predict_logits
-from vitarium.training.recipe import Mixing
+from vitarium.training.classification import Mixing
 
 
 def grey_levels(count: int, size: int = 32) -> np.ndarray:
@@ -184,7 +184,9 @@ def test_actions_are_data():
 
 
 def test_clips_are_mixed_frame_by_frame_alike():
-    learner = ClassificationLearner(vitarium.create_model("uniformer_video_pico", num_classes=3), mixing=Mixing(cutmix=1.0))
+    learner = ClassificationLearner(
+        vitarium.create_model("uniformer_video_pico", num_classes=3), ClassificationLearner.Settings(mixing=Mixing(cutmix=1.0))
+    )
     image = torch.arange(4.0).view(4, 1, 1, 1, 1).expand(4, 3, 8, 16, 16).contiguous()
     cut = set()
     for seed in range(6):

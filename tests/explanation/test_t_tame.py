@@ -260,6 +260,6 @@ def test_trained_by_the_common_loop(tmp_path):
     assert isinstance(again, TTAMELearner)
     assert evaluate(again, data.val)["average_drop_50"] == pytest.approx(result.metrics["average_drop_50"])
     picture, _ = data.val[0]
-    answer = again.answers(again.model, {"image": again.transform(None)(picture)[None]})[0]
+    answer = again.task.answers(again.model, {"image": again.transform(None)(picture)[None]})[0]
     assert answer["label"].startswith("class ")
-    assert again.picture_of(picture, answer).size == (224, 224)
+    assert again.task.draw(picture, answer).size == (224, 224)

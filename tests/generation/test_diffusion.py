@@ -9,6 +9,7 @@ from torch.nn import functional as F
 import vitarium
 from tests.golden import TOLERANCE, compare, fill_state, make_input, read_golden
 from vitarium.catalog import families
+from vitarium.catalog.record import LearnerRecord, training_of
 from vitarium.errors import InputError, UsageError
 from vitarium.generation import Generator
 from vitarium.generation.diffusion import (
@@ -118,7 +119,7 @@ def test_without_labels_it_speaks_of_the_null_class_and_training_drops_labels(ti
 
 def test_is_saved_and_loaded_with_what_it_was_trained_for(tmp_path):
     model = awake(vitarium.create_model("sit_flow_pico", num_classes=3))
-    model.objective = {"name": "diffusion", "process": "flow:data_at=0,path=cosine", "steps": 3}
+    training_of(model).learner = LearnerRecord(name="diffusion", settings={"process": "flow:data_at=0,path=cosine", "steps": 3})
     vitarium.save(model, tmp_path / "m.safetensors")
     again = vitarium.load(tmp_path / "m.safetensors")
     assert process_of(again) == Flow("cosine", 0)

@@ -229,7 +229,6 @@ def test_it_learns_draws_and_measures(files: list[str], tmp_path):
     (drawn,) = (tmp_path / "run" / "pictures").glob("restored-*2.png")
     assert Image.open(drawn).width == 3 * 192
     model = learner.eval_model()
-    model.objective = recipe.objective
     vitarium.save(model, tmp_path / "model.safetensors")
     again = evaluate(vitarium.load(tmp_path / "model.safetensors"), data.val)
     assert again["psnr"] == pytest.approx(result.metrics["psnr"], abs=1e-3)
@@ -238,9 +237,9 @@ def test_it_learns_draws_and_measures(files: list[str], tmp_path):
 def test_answers_are_the_restored_pictures(files: list[str]):
     learner = RestorationLearner(Nearest())
     batch = learner.collate([learner.transform(None)(Image.open(files[0]), 0)])
-    (answer,) = learner.answers(learner.model.eval(), batch)
+    (answer,) = learner.task.answers(learner.model.eval(), batch)
     assert (answer["width"], answer["height"]) == (80, 60)
-    assert learner.picture_of(Image.open(files[0]), answer).size == (80, 60)
+    assert learner.task.draw(Image.open(files[0]), answer).size == (80, 60)
 
 
 def test_losses_are_what_they_are_called():

@@ -273,9 +273,9 @@ def test_learns_from_pictures_with_segments(tmp_path):
     assert {path.name.split("-")[0] for path in (tmp_path / "pictures").iterdir()} == {"clusters", "segments"}
     batch = learner.collate([learner.transform(None)(data.val[0][0], 0)])
     with torch.no_grad():
-        (answer,) = learner.answers(learner.eval_model().eval(), batch)
+        (answer,) = learner.task.answers(learner.eval_model().eval(), batch)
     assert answer["_map"].shape == (32, 32)
-    assert learner.picture_of(data.val[0][0], answer).width >= 240
+    assert learner.task.draw(data.val[0][0], answer).width >= 240
 
 
 def test_every_parameter_learns():

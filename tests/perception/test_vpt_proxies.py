@@ -307,7 +307,6 @@ def test_a_trained_model_is_saved_without_its_base_and_measured_again(digits, ba
     learner = VPTProxiesLearner.create(base, digits, settings)
     result = fit(learner, digits, settings, tmp_path / "run")
     model = learner.eval_model()
-    model.objective = settings.objective
     vitarium.save(model, tmp_path / "small.safetensors", trained_only=True)
     vitarium.save(model, tmp_path / "whole.safetensors")
     assert (tmp_path / "small.safetensors").stat().st_size < 0.2 * (tmp_path / "whole.safetensors").stat().st_size
@@ -317,7 +316,7 @@ def test_a_trained_model_is_saved_without_its_base_and_measured_again(digits, ba
         assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {n for n, p in model.named_parameters() if p.requires_grad}
         measured = evaluate(learner_of(loaded), digits.val)
         assert measured["recall_at_1"] == pytest.approx(result.metrics["recall_at_1"])
-    assert len(learner_of(loaded).answers(loaded, {"image": images()})[0]["embedding"]) == 8
+    assert len(learner_of(loaded).task.answers(loaded, {"image": images()})[0]["embedding"]) == 8
 
 
 def test_all_weights_or_the_head_alone(digits, base):

@@ -135,7 +135,7 @@ def test_loss_is_the_mean_error_of_hidden_patches(norm_targets: bool):
 def test_held_out_masks_depend_on_the_number_alone():
     learner = MaskedAutoencoderLearner(small())
     whole, part = batch(3), {name: value[2:] for name, value in batch(3).items()}
-    assert torch.equal(learner.masked(learner.model, whole).hidden[2:], learner.masked(learner.model, part).hidden)
+    assert torch.equal(learner.task.masked(learner.model, whole).hidden[2:], learner.task.masked(learner.model, part).hidden)
 
 
 def test_mean_colour_explains_nothing():
@@ -150,15 +150,15 @@ def test_mean_colour_explains_nothing():
 
 def test_a_picture_shows_the_original_what_was_seen_and_what_was_made_of_it():
     learner = MaskedAutoencoderLearner(small())
-    triplets = learner.triplets(learner.model, batch())
+    triplets = learner.task.triplets(learner.model, batch())
     assert triplets.shape == (3, 16, 48, 3)
-    hidden = learner.masked(learner.model, batch()).hidden.view(3, 4, 4).repeat_interleave(4, 1).repeat_interleave(4, 2).bool()
+    hidden = learner.task.masked(learner.model, batch()).hidden.view(3, 4, 4).repeat_interleave(4, 1).repeat_interleave(4, 2).bool()
     original, seen, restored = triplets.split(16, 2)
     assert torch.equal(seen[~hidden], original[~hidden])
     assert torch.equal(restored[~hidden], original[~hidden])
     assert (seen[hidden] == 128).all()
     picture = learner.pictures(learner.model, batch())["reconstruction"]
     assert picture.size[1] >= 240
-    answer = learner.answers(learner.model, batch())[0]
+    answer = learner.task.answers(learner.model, batch())[0]
     assert answer["reconstruction_error"] > 0
-    assert learner.picture_of(picture, answer).width == 3 * learner.picture_of(picture, answer).height
+    assert learner.task.draw(picture, answer).width == 3 * learner.task.draw(picture, answer).height

@@ -163,7 +163,7 @@ def test_frozen_statistics():
 
 def final(folder, *assignments, norm=True, devices=1, dropout=0.1):
     recipe = tiny_recipe("budget.steps=8", *assignments)
-    learner = ClassificationLearner.from_recipe(tiny_net(norm=norm, dropout=dropout), recipe)
+    learner = ClassificationLearner.create(tiny_net(norm=norm, dropout=dropout), tiny_data(), recipe)
     return fit(learner, tiny_data(), recipe, folder, devices=devices, accelerator="cpu"), weights(learner.model)
 
 
@@ -198,7 +198,7 @@ def test_the_loop_takes_the_steps_of_the_class(tmp_path):
 
     still = (*PLAIN, "clip={}", "precision=64-true", "schedule={name: constant, warmup: 0}", "optimizer.name=sgd", "optimizer.momentum=0.9")
     recipe = tiny_recipe("budget.steps=4", *still, ON)
-    learner = Watches.from_recipe(tiny_net(dropout=0.0, norm=True), recipe)
+    learner = Watches.create(tiny_net(dropout=0.0, norm=True), tiny_data(), recipe)
     net = tiny_net(dropout=0.0, norm=True).double()
     fit(learner, tiny_data(), recipe, tmp_path)
     decayed = [p for p in net.parameters() if p.ndim > 1]
@@ -241,7 +241,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
 
     start = tiny_net(norm=True, dropout=0.0)
     recipe = tiny_recipe("budget.steps=2", *PLAIN, ON)
-    learner = Breaks.from_recipe(tiny_net(norm=True, dropout=0.0), recipe)
+    learner = Breaks.create(tiny_net(norm=True, dropout=0.0), tiny_data(), recipe)
     learner.at, learner.fault = (0, 1), not_finite_uphill
     result = fit(learner, tiny_data(), recipe, tmp_path)
     assert result.skipped == 2

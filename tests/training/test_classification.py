@@ -15,13 +15,13 @@ from vitarium.data import BadFiles
 from vitarium.data.loader import seed_generators
 from vitarium.errors import UsageError
 from vitarium.training import ClassificationLearner, evaluate, predict_logits
-from vitarium.training.recipe import Loss, Mixing
+from vitarium.training.classification import Loss, Mixing
 
 IMAGE, TARGET = torch.randn(7, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3, 0, 1, 2])
 
 
 def learner(**settings) -> ClassificationLearner:
-    return ClassificationLearner(tiny_net(dropout=0.0), **settings)
+    return ClassificationLearner(tiny_net(dropout=0.0), ClassificationLearner.Settings(**settings))
 
 
 def test_cross_entropy_with_smoothing_and_soft_targets():

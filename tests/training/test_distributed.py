@@ -38,7 +38,7 @@ class Complains(Dies):
 
 def train(folder, *assignments, kind=ClassificationLearner, devices=1, progress=None):
     recipe = tiny_recipe(*PLAIN, "budget.steps=7", "num_workers=0", *assignments)
-    learner = kind.from_recipe(tiny_net(dropout=0.0), recipe)
+    learner = kind.create(tiny_net(dropout=0.0), tiny_data(), recipe)
     result = fit(learner, tiny_data(), recipe, folder, devices=devices, accelerator="cpu", progress=progress)
     return result, weights(learner.model)
 

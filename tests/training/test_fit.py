@@ -54,7 +54,7 @@ def not_a_number(learner, losses):
 
 def train(folder: Path, *assignments: str, data=None, norm=True, dropout=0.1, at=(), fault=None, progress=None):
     recipe = tiny_recipe(*assignments)
-    learner = Breaks.from_recipe(tiny_net(norm=norm, dropout=dropout), recipe)
+    learner = Breaks.create(tiny_net(norm=norm, dropout=dropout), data, recipe)
     learner.at, learner.fault = tuple(at), fault or Breaks.fault
     result = fit(learner, data or tiny_data(), recipe, folder, progress=progress)
     return result, weights(learner.model)

@@ -10,7 +10,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 import vitarium
+from vitarium.catalog.record import LearnerRecord, training_of
 from vitarium.data import ImageData, open_data
+from vitarium.data.loader import stack
 from vitarium.errors import UsageError
 from vitarium.training import Learner, evaluate, find_learner, fit, learner, list_learners, load_recipe
 from vitarium.training.learners import learner_of
@@ -18,7 +20,7 @@ from vitarium.training.recipe import Recipe
 from vitarium.training.settings import Section
 
 
-@learner("brightness")
+@learner("brightness", task="pretrain")
 class Brightness(Learner):
     """Tells how bright a picture is; its samples are pairs, and its batches hold one more entry."""
 
@@ -32,7 +34,7 @@ class Brightness(Learner):
 
     @staticmethod
     def collate(samples):
-        batch = Learner.collate(samples)
+        batch = stack(samples)
         return {**batch, "count": torch.tensor(len(samples))}
 
     def loss(self, batch):
@@ -91,10 +93,10 @@ def test_a_learner_of_ones_own_trains_and_draws(tmp_path):
 def test_a_saved_model_is_evaluated_by_the_objective_that_it_was_trained_for(tmp_path):
     made, data = trained(tmp_path)
     model = made.eval_model()
-    model.objective = {"name": "brightness", "weight": 2.0}
+    training_of(model).learner = LearnerRecord(name="brightness", settings={"weight": 2.0})
     vitarium.save(model, tmp_path / "m.safetensors")
     loaded = vitarium.load(tmp_path / "m.safetensors")
-    assert loaded.objective == model.objective
+    assert training_of(loaded) == training_of(model)
     assert isinstance(learner_of(loaded), Brightness)
     assert learner_of(loaded).settings.weight == 2.0
     assert evaluate(loaded, data.val)["error"] == pytest.approx(evaluate(made, data.val)["error"])
@@ -120,5 +122,5 @@ def test_an_unknown_setting_of_an_objective_names_near_ones():
 
 def test_an_objective_that_answers_nothing_says_so():
     made = Brightness(vitarium.create_model("timm/resnet_pico", num_classes=1))
-    with pytest.raises(UsageError, match="'brightness' does not answer"):
-        made.answers(made.model, {})
+    with pytest.raises(UsageError, match="trained to pretrain has no answer for a single image"):
+        made.task.answers(made.model, {})

@@ -66,19 +66,19 @@ def test_what_is_not_known_neither_teaches_nor_counts():
 
 def test_trains_on_drawn_xrays_and_answers():
     data = open_data("scenes:task=thorax,length=64", task="multilabel", image_size=16)
-    learner = MultilabelLearner.create("vim_pico", data, tiny_recipe("objective={name: multilabel}", "mixing={}", "image_size=16"))
+    learner = MultilabelLearner.create("vim_pico", data, tiny_recipe("objective={name: multilabel}", "image_size=16"))
     assert learner.model.labels == data.classes
     found = evaluate(learner, data.val)
     assert 0 <= found["auroc"] <= 1
     assert len(found["findings"]) == 4
-    (answer,) = learner.answers(learner.model, {"image": torch.zeros(1, 3, 16, 16)})
+    (answer,) = learner.task.answers(learner.model, {"image": torch.zeros(1, 3, 16, 16)})
     assert set(answer) == set(data.classes)
     assert list(answer.values()) == sorted(answer.values(), reverse=True)
 
 
 def test_refuses():
     data = open_data("scenes:task=thorax,length=64", task="multilabel", image_size=16)
-    with pytest.raises(UsageError, match="not mixed"):
-        MultilabelLearner.create("vim_pico", data, tiny_recipe("objective={name: multilabel}"))
-    with pytest.raises(DataError, match="the data have 3 labels a picture, other than the model's 4: a, b, c, d"):
+    with pytest.raises(UsageError, match=r"mixing is not a setting"):
+        MultilabelLearner.create("vim_pico", data, tiny_recipe("objective={name: multilabel, mixing: {mixup: 0.8}}"))
+    with pytest.raises(DataError, match="the data has 3 labels an image, the model has 4: class 0"):
         measured(torch.zeros(4, 4), torch.zeros(4, 3), 1)

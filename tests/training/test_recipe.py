@@ -199,3 +199,25 @@ def test_override_does_not_change_what_it_is_given():
     values = {"a": {"b": 1}}
     assert override(values, ["a.b=2", "a.c.d=3"]) == {"a": {"b": 2, "c": {"d": 3}}}
     assert values == {"a": {"b": 1}}
+
+
+def test_a_key_that_the_learner_does_not_read_is_an_error():
+    with pytest.raises(UsageError, match=r"settings of diffusion: loss is not a setting[^\n]*\n[^\n]*mixing is not a setting"):
+        load_recipe("dit", ["loss.label_smoothing=0.3", "mixing.mixup=0.8"])
+    with pytest.raises(UsageError, match="label_smoothin is not a setting; did you mean label_smoothing"):
+        load_recipe("pico", ["loss.label_smoothin=0.3"])
+
+
+def test_loss_and_mixing_at_the_root_are_settings_of_classification(tmp_path):
+    """As in recipes of version 0.1.0."""
+    path = tmp_path / "old.yaml"
+    path.write_text("budget: {steps: 5}\noptimizer: {lr: 1e-3}\nloss: {label_smoothing: 0.1}\nmixing: {mixup: 0.8}\n")
+    old = load_recipe(path, ["mixing.mixup=0.2"])
+    assert old.objective == {"name": "classification", "loss": {"label_smoothing": 0.1}, "mixing": {"mixup": 0.2}}
+    assert old == load_recipe(path, ["objective.mixing.mixup=0.2"])
+    assert load_recipe("pico", ["mixing={}"]).objective["mixing"] == {}
+
+
+def test_another_objective_starts_from_its_defaults():
+    assert load_recipe("pico", ["objective.name=multilabel"]).objective == {"name": "multilabel"}
+    assert load_recipe("sparse_prune_pico", ["objective.weight=1", "objective.name=sparse_prune"]).objective["loss"]

@@ -89,7 +89,9 @@ class LoadReport:
         return "the file holds only a part of the model" if self.missing else "the file holds more than this model"
 
 
-def load_checkpoint(model: nn.Module, source: str | Path, *, strict: bool = True, follow_head: bool = False) -> LoadReport:
+def load_checkpoint(
+    model: nn.Module, source: str | Path, *, strict: bool = True, follow_head: bool = False, quiet: bool = False
+) -> LoadReport:
     """Fill a model from a file, by our names or by those of the authors, timm, torchvision or transformers where its family knows them.
 
     Of the ways to read the names, the one that fits most tensors is taken. A head of other classes stays as it is; tables of positions are
@@ -102,6 +104,7 @@ def load_checkpoint(model: nn.Module, source: str | Path, *, strict: bool = True
             model's parts were released in files of their own.
         strict: refuse a file that does not fill every tensor, or holds others (but for the head).
         follow_head: give the model the file's number of classes first, where it has another.
+        quiet: do not log the report.
 
     Raises:
         CheckpointError: unreadable, unsafe or unreachable; or of another model, then with the report and the models that it would fit.
@@ -122,7 +125,8 @@ def load_checkpoint(model: nn.Module, source: str | Path, *, strict: bool = True
     if fresh := _fresh_heads(_heads(model), model.state_dict(), best.state):
         mark_fresh(model, fresh, f"{source} {'holds a head of other classes' if best.classes else 'holds none'}")
     model.weights_from = str(Path(source).resolve()) if Path(source).exists() else str(source)  # type: ignore[assignment]
-    log.log(logging.WARNING if report.resized or report.head or not report.complete else logging.INFO, "%s", report)
+    if not quiet:
+        log.log(logging.WARNING if report.resized or report.head or not report.complete else logging.INFO, "%s", report)
     return report
 
 

@@ -13,7 +13,6 @@ then remembers where the rest came from, and its hash, and `load` takes the rest
 from __future__ import annotations
 
 import json
-import logging
 import math
 import struct
 from collections import Counter
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from vitarium.catalog.applying import methods_on, rebuild_methods
@@ -30,53 +28,11 @@ from vitarium.catalog.checkpoints import load_checkpoint
 from vitarium.catalog.create import ModelSpec, create_model
 from vitarium.catalog.foreign import configuration_of, library_of, rebuild_transformers
 from vitarium.catalog.preprocessing import Preprocessing
+from vitarium.catalog.record import FORMAT, Base, Record, training_of
 from vitarium.catalog.states import RECORD, SEAL, existing, fingerprint, looks_like_safetensors, read_safetensors, seal_of
 from vitarium.errors import CheckpointError, UsageError, VitariumError
 from vitarium.files import atomic_path
 from vitarium.version import __version__
-
-log = logging.getLogger("vitarium")
-
-FORMAT = 2
-"""Version of the record. It rises when an older vitarium could no longer read the file: 1 whole models, 2 those without their base."""
-
-
-class Base(BaseModel):
-    """Where the weights are that a file leaves out."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    weights_from: str
-    """A path, "hf:OWNER/NAME", an address, or "pretrained:TAG" for the published weights of the model's name."""
-    sha256: str
-    """Fingerprint of the tensors that are left out, in the dtypes that the model had."""
-
-
-class Record(BaseModel):
-    """What the header remembers of a model."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    vitarium: str
-    """Version that wrote the file."""
-    format: int
-    name: str
-    arguments: dict[str, Any]
-    """What `create_model(name, ...)` is asked for."""
-    preprocessing: dict[str, Any] | None
-    labels: list[str] | None
-    objective: dict[str, Any] | None = None
-    """What it was trained for: the name of a learner and its settings; None: what its family is for."""
-    methods: list[dict[str, Any]] = []
-    """What `vitarium.apply` did, in its order, each as {"slug": ..., "options": {...}}, and "state" where the method found something."""
-    tied: dict[str, str] = {}
-    """Name of a tensor that shares its memory -> the name under which it is stored."""
-    library: str = ""
-    """What else built the model, such as "timm 1.0.31"; "" for ours."""
-    config: dict[str, Any] | None = None
-    """transformers' own configuration, for hf/ models."""
-    base: Base | None = None
-    """What the file leaves out; None: nothing."""
 
 
 def save(model: nn.Module, path: str | Path, *, trained_only: bool = False) -> None:
@@ -101,8 +57,7 @@ def save(model: nn.Module, path: str | Path, *, trained_only: bool = False) -> N
         state, record = _without_base(model, state, record)
     tensors, tied = _stored(state)
     record = record.model_copy(update=dict(tied=tied))
-    older = {"base"} if record.base is None else None  # then the file is one of format 1, which knows no such key
-    metadata = {"format": "pt", RECORD: record.model_dump_json(exclude=older), SEAL: "0" * 64}
+    metadata = {"format": "pt", RECORD: record.model_dump_json(exclude={"objective"}), SEAL: "0" * 64}
     with atomic_path(path) as temporary:
         try:
             save_file(tensors, temporary, metadata)
@@ -166,15 +121,15 @@ def _record(model: nn.Module) -> Record:
     labels = getattr(model, "labels", None)
     if labels is not None and classes is not None and len(labels) != classes:
         raise UsageError(f"{spec.name} has {classes} classes and {len(labels)} labels; set model.labels to their names, or to None")
-    preprocessing = getattr(model, "preprocessing", None)
+    preprocessing, training = getattr(model, "preprocessing", None), training_of(model)
     record = Record(
         vitarium=__version__,
-        format=1,
+        format=FORMAT,
         name=spec.name,
         arguments=arguments,
         preprocessing=preprocessing and preprocessing.to_dict(),
         labels=labels and [str(label) for label in labels],
-        objective=getattr(model, "objective", None),
+        **{name: getattr(training, name) for name in type(training).model_fields},
         methods=[report.saved() for report in methods_on(model)],
         library=library_of(spec.name),
         config=configuration_of(model) if spec.name.startswith("hf/") else None,
@@ -239,8 +194,7 @@ def _rebuild(record: Record) -> nn.Module:
     if record.preprocessing is not None:
         model.preprocessing = Preprocessing(**record.preprocessing)  # type: ignore[assignment]
     model.labels = record.labels  # type: ignore[assignment]
-    if record.objective is not None:
-        model.objective = record.objective  # type: ignore[assignment]
+    model.training_record = record.training()  # type: ignore[assignment]
     return model
 
 
@@ -267,7 +221,7 @@ def _without_base(model: nn.Module, state: Mapping[str, Tensor], record: Record)
     if source is None:
         raise UsageError(f"the frozen weights of this {record.name} are in no file that could be named: {advice}")
     digest = fingerprint({name: state[name] for name in frozen})
-    record = record.model_copy(update=dict(format=FORMAT, base=Base(weights_from=source, sha256=digest)))
+    record = record.model_copy(update=dict(base=Base(weights_from=source, sha256=digest)))
     try:
         twin = rebuild_methods(_rebuild(record), record.methods)
         _with_base(twin, kept, Path("the file"), record, None)
@@ -293,11 +247,7 @@ def _with_base(model: nn.Module, state: Mapping[str, Tensor], path: Path, record
             whole = create_model(f"{record.name}.{tag}" if tag else record.name, pretrained=True, **record.arguments)
             have = rebuild_methods(whole, record.methods).state_dict()
         else:
-            log.disabled = True  # its report would tell that the base lacks what was trained
-            try:
-                load_checkpoint(model, source, strict=False)
-            finally:
-                log.disabled = False
+            load_checkpoint(model, source, strict=False, quiet=True)  # the report would list what was trained as missing
             have = model.state_dict()
     except VitariumError as error:
         raise CheckpointError(

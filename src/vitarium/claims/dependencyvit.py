@@ -94,7 +94,7 @@ def trained(model: nn.Module, pictures: ImageData, seed: int, steps: int, lr: fl
     """By the class alone."""
     common = [f"seed={seed}", "eval_every=1.0", "batch_size=32", "mixing.mixup=0", f"budget.steps={steps}", f"optimizer.lr={lr}"]
     recipe = load_recipe("pico", common)
-    learner = ClassificationLearner.from_recipe(model, recipe)
+    learner = ClassificationLearner.create(model, pictures, recipe)
     with tempfile.TemporaryDirectory() as folder:
         fit(learner, pictures, recipe, Path(folder))
     return learner.eval_model().eval()

@@ -82,7 +82,7 @@ def trained(model: Any, objective: str, seed: int, data: ImageData) -> tuple[Any
     """The model after its training, and its accuracy in percent."""
     changes = [f"seed={seed}", f"budget.steps={STEPS}", "eval_every=1.0", "mixing.mixup=0", f"objective={{name: {objective}}}"]
     recipe = load_recipe("dit_routing_pico", changes)
-    learner: Learner = find_learner(objective).from_recipe(model, recipe)  # type: ignore[attr-defined]
+    learner: Learner = find_learner(objective).create(model, data, recipe)
     with tempfile.TemporaryDirectory() as folder:
         fit(learner, data, recipe, folder)
     torch.manual_seed(seed)

@@ -214,7 +214,7 @@ def train_arm(arm: Arm, seed: int) -> float:
     torch.manual_seed(seed)
     model = create_model(arm.model, num_classes=len(data.classes), image_size=arm.image_size or data.image_size, **arm.options)
     with tempfile.TemporaryDirectory() as folder:
-        result = fit(ClassificationLearner.from_recipe(model, recipe), data, recipe, Path(folder))
+        result = fit(ClassificationLearner.create(model, data, recipe), data, recipe, Path(folder))
     return result.metrics["accuracy"]
 
 

@@ -54,7 +54,7 @@ def _trained(data: ImageData, seed: int, rho: float, steps: int) -> nn.Module:
     recipe = load_recipe("pico", [*plain, f"seed={seed}", f"budget.steps={steps}", *([f"optimizer.sam={{rho: {rho}}}"] if rho else [])])
     torch.manual_seed(seed)
     model = create_model("timm/vit_pico", num_classes=10, image_size=16, patch_size=4, depth=4)
-    learner = ClassificationLearner.from_recipe(model, recipe)
+    learner = ClassificationLearner.create(model, data, recipe)
     with tempfile.TemporaryDirectory() as folder:
         fit(learner, data, recipe, Path(folder))
     return learner.eval_model().eval()

@@ -30,7 +30,7 @@ def small_vit(seed: int, *, steps: int) -> nn.Module:
 def trained(model: nn.Module, seed: int, *, steps: int, lr: float = 3e-3) -> nn.Module:
     """A copy that was trained for so many steps more."""
     recipe = load_recipe("pico", [f"budget.steps={steps}", f"seed={seed}", "eval_every=1.0", f"optimizer.lr={lr}"])
-    learner = ClassificationLearner.from_recipe(copy.deepcopy(model), recipe)
+    learner = ClassificationLearner.create(copy.deepcopy(model), digits(), recipe)
     with tempfile.TemporaryDirectory() as folder:
         fit(learner, digits(), recipe, Path(folder))
     return learner.eval_model().eval()

@@ -96,7 +96,7 @@ def trained(seed: int, pictures: ImageData) -> TTAME:
     common = [f"seed={seed}", "eval_every=1.0", "batch_size=32"]
     recipe = load_recipe("pico", [*common, "budget.steps=500", "mixing.mixup=0"])
     with tempfile.TemporaryDirectory() as folder:
-        fit(ClassificationLearner.from_recipe(model, recipe), pictures, recipe, Path(folder, "classifier"))
+        fit(ClassificationLearner.create(model, pictures, recipe), pictures, recipe, Path(folder, "classifier"))
         tame = TTAME.over(model)
         recipe = load_recipe("t_tame_pico", [*common, "budget.steps=200"])
         fit(TTAMELearner(tame), pictures, recipe, Path(folder, "t_tame"))

@@ -30,7 +30,7 @@ def trained(arm: str, seed: int, data: ImageData) -> Any:
     torch.manual_seed(seed)
     model = vitarium.create_model(name, num_classes=len(data.classes), image_size=SIDE, **options)
     with tempfile.TemporaryDirectory() as folder:
-        learner = ClassificationLearner.from_recipe(model, recipe)
+        learner = ClassificationLearner.create(model, data, recipe)
         fit(learner, data, recipe, folder)
     return learner.eval_model()
 

@@ -30,7 +30,7 @@ def compare() -> list[Comparison]:
     teacher = create_model("convnext_pico", num_classes=len(data.classes))
     with tempfile.TemporaryDirectory() as folder:
         recipe = load_recipe("pico", ["budget.steps=600"])
-        fit(find_learner("classification").from_recipe(teacher, recipe), data, recipe, Path(folder) / "teacher")  # type: ignore[attr-defined]
+        fit(find_learner("classification").create(teacher, data, recipe), data, recipe, Path(folder) / "teacher")  # type: ignore[attr-defined]
     teacher.eval()
     pairs = [trained(seed, noisy_quarter(data, seed), teacher) for seed in range(SEEDS)]
     hard, stored = (
@@ -61,6 +61,6 @@ def trained(seed: int, data: ImageData, teacher: nn.Module) -> tuple[float, floa
                 objective["store"] = f"{folder}/store"
                 save_logits(teacher, student, data, recipe, objective["store"], k=K)
             one = recipe.model_copy(update={"objective": objective})
-            learner = find_learner(objective["name"]).from_recipe(student, one)  # type: ignore[attr-defined]
+            learner = find_learner(objective["name"]).create(student, data, one)
             results.append(100 * fit(learner, data, one, f"{folder}/run").metrics["accuracy"])
     return results[0], results[1]

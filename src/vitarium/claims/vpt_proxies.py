@@ -87,7 +87,7 @@ def pretrained(seed: int, folder: Path) -> Path:
     data = ImageData("numbers", train, val, list(map(str, KNOWN)), SIDE)
     changes = [f"seed={seed}", f"budget.steps={PRETRAINING}", "batch_size=64", "eval_every=1.0"]
     recipe = load_recipe("pico", changes)
-    fit(ClassificationLearner.from_recipe(model, recipe), data, recipe, folder / "pretraining")
+    fit(ClassificationLearner.create(model, data, recipe), data, recipe, folder / "pretraining")
     vitarium.save(model, folder / "base.safetensors")
     return folder / "base.safetensors"
 

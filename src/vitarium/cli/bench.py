@@ -11,8 +11,9 @@ import typer
 
 from vitarium.cli.config import configurable
 from vitarium.cli.console import err, out, print_json, short, table
-from vitarium.cli.opening import find_device, quiet
+from vitarium.cli.opening import quiet
 from vitarium.cli.options import Device
+from vitarium.verbs.opening import find_device
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+from vitarium.numbers import clock as clock
+from vitarium.numbers import short as short
+
+if TYPE_CHECKING:
+    from vitarium.training.tasks import TableData
 
 PIPED_WIDTH = 160  # columns; a pipe has no width of its own, and a table cut at 80 loses what one greps for
 
@@ -58,19 +67,30 @@ def pairs(rows: dict[str, Any], title: str | None = None) -> Table:
     return result
 
 
-def short(value: float | None) -> str:
-    """Three significant digits and a suffix: 28288354 -> "28.3 M"; "-" for what is not known."""
-    if value is None:
-        return "-"
-    for size, suffix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " K")):
-        if abs(value) >= size * 0.9995:
-            scaled = value / size
-            return f"{scaled:.{max(0, 2 - len(str(int(abs(scaled)))) + 1)}f}{suffix}"
-    return f"{value:.3g}"
+def note(text: str) -> None:
+    """Print a note, such as the report of a method, on stderr."""
+    err().print(text.rstrip("\n"), markup=False, style="dim")
 
 
-def clock(seconds: float) -> str:
-    """75 -> "1:15"; 3700 -> "1:01:40"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+@contextlib.contextmanager
+def status() -> Iterator[Callable[[str], None]]:
+    """Show the latest message of a verb while it runs; messages that end with a line break (reports of methods) are printed and stay."""
+    console = err()
+    with console.status("") as shown:
+
+        def notify(text: str) -> None:
+            if text.endswith("\n"):
+                note(text)
+            else:
+                shown.update(escape(text))
+
+        yield notify
+
+
+def print_tables(tables: Iterable[TableData]) -> None:
+    """Print tables of a result on stdout."""
+    for data in tables:
+        shown = table(*data.columns, title=data.title or None)
+        for row in data.rows:
+            shown.add_row(*map(escape, row))
+        out().print(shown)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitarium.cli.console import err, out, print_json, table
-from vitarium.cli.opening import apply_methods, find_device, open_model
+from vitarium.cli.console import err, note, out, print_json, table
 from vitarium.cli.options import Apply, Checkpoint, Device
-from vitarium.cli.predict import find_pictures
 from vitarium.errors import DataError, UsageError
+from vitarium.verbs.opening import apply_methods, find_device, open_model
+from vitarium.verbs.opening import find_images as find_pictures
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -56,7 +56,7 @@ def explain(
     files = find_pictures(images)
     opened = open_model(model, checkpoint)
     require_head(opened)
-    opened = apply_methods(opened, methods, None).to(find_device(device))
+    opened = apply_methods(opened, methods, None, note).to(find_device(device))
     number = None if target is None else class_number(opened, target)
     if number is not None:
         target_numbers(opened, number, 1)

@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from vitarium.cli.console import err, out, pairs
-from vitarium.cli.opening import open_model
 from vitarium.cli.options import Checkpoint
 from vitarium.errors import UsageError
+from vitarium.verbs.opening import open_model
 
 
 class Format(StrEnum):

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitarium.cli.config import configurable
-from vitarium.cli.console import err, out, pairs, print_json
-from vitarium.cli.opening import apply_methods, find_device, open_model
+from vitarium.cli.console import err, note, out, pairs, print_json
 from vitarium.cli.options import Address, Apply, Checkpoint, Device, EngineKind, Jobs
 from vitarium.errors import UsageError
+from vitarium.verbs.opening import apply_methods, find_device, open_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +57,7 @@ def generate(
         raise UsageError(f"--output must end in {', '.join(SHEETS)} or .npz, or be a folder; got {output}")
     given = read_options(options or [])
     opened = open_generator(model, checkpoint)
-    apply_methods(opened, methods, None)
+    apply_methods(opened, methods, None, note)
     opened.to(find_device(device))
     if image is not None or mask is not None:
         given |= read_edit(opened, image, mask)

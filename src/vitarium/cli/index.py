@@ -10,9 +10,9 @@ import typer
 
 from vitarium.cli.config import configurable
 from vitarium.cli.console import clock, err, out, pairs, print_json
-from vitarium.cli.opening import find_device, open_model
 from vitarium.cli.options import Address, BatchSize, Checkpoint, Device, EngineKind, Jobs
 from vitarium.errors import DataError
+from vitarium.verbs.opening import find_device, open_model
 
 if TYPE_CHECKING:
     from vitarium.perception.retrieval.index import Index
@@ -36,9 +36,9 @@ def index(
     Called again, it reads only what is new or changed, and forgets what is gone; interrupted, it goes on where it was. A picture that
     cannot be read is named and skipped (exit code 3 if none can be read).
     """
-    from vitarium.cli.predict import find_pictures
     from vitarium.engine import as_engine
     from vitarium.perception.retrieval.index import model_fingerprint, update
+    from vitarium.verbs.opening import find_images as find_pictures
 
     files = list(dict.fromkeys(find_pictures(folders)))
     opened = open_model(model, checkpoint)

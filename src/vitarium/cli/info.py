@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitarium.cli.console import out, pairs, print_json, short, table
-from vitarium.cli.opening import describe_model, is_file
+from vitarium.cli.opening import describe_model
+from vitarium.verbs.opening import is_file
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,8 +10,8 @@ import typer
 
 from vitarium.cli.config import configurable
 from vitarium.cli.console import err, out, pairs, print_json, table
-from vitarium.cli.opening import find_device, open_model
 from vitarium.cli.options import DATA_HELP, BatchSize, Checkpoint, Device
+from vitarium.verbs.opening import find_device, open_model
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,9 +10,9 @@ import typer
 
 from vitarium.cli.config import configurable
 from vitarium.cli.console import err, out, print_json, table
-from vitarium.cli.opening import find_device, open_model
 from vitarium.cli.options import Checkpoint, Device
 from vitarium.errors import DataError, UsageError
+from vitarium.verbs.opening import find_device, open_model
 
 if TYPE_CHECKING:
     from vitarium.generation.restoration.restorer import Restorer
@@ -30,7 +30,7 @@ def restore(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Restore pictures of any size, tile by tile. One that cannot be read is named and skipped (exit code 3 if none can be read)."""
-    from vitarium.cli.predict import find_pictures
+    from vitarium.verbs.opening import find_images as find_pictures
 
     files = find_pictures(images)
     if output.exists() and not output.is_dir():

@@ -9,9 +9,9 @@ import typer
 
 from vitarium.cli.config import configurable
 from vitarium.cli.console import err, out, print_json, table
-from vitarium.cli.opening import find_device, open_model
 from vitarium.cli.options import BatchSize, Checkpoint, Device
 from vitarium.errors import CheckpointError, DataError, UsageError
+from vitarium.verbs.opening import find_device, open_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,9 +42,9 @@ def search(
 
     A picture that cannot be read is named and skipped (exit code 3 if none can be read).
     """
-    from vitarium.cli.predict import find_pictures
     from vitarium.files import write_json
     from vitarium.perception.retrieval.index import Index, embed_files
+    from vitarium.verbs.opening import find_images as find_pictures
 
     if output is not None and output.suffix.lower() not in (*ENDINGS, ".json"):
         raise UsageError(f"--output must end in {', '.join(ENDINGS)} or .json, got {output}")

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vitarium.cli.config import configurable
-from vitarium.cli.console import clock, out, pairs
-from vitarium.cli.evaluate import told
-from vitarium.cli.opening import apply_methods
+from vitarium.cli.console import clock, note, out, pairs
 from vitarium.cli.options import DATA_HELP, Accelerator, Apply, Devices, NumNodes, Strategy
-from vitarium.errors import UsageError
 
 if TYPE_CHECKING:
     from vitarium.reports.events import Event
-    from vitarium.training import FitResult, Progress
+    from vitarium.training import Progress
+    from vitarium.training.tasks import Task
+    from vitarium.verbs.train import Trained
 
 
 class Precision(StrEnum):
@@ -53,59 +52,56 @@ def train(
     strategy: Strategy = "auto",
     accelerator: Accelerator = "auto",
 ) -> None:
-    """Train a model by a recipe and save it as one file with its labels, preprocessing and objective.
+    """Train a model by a recipe and save it as one file with its labels, preprocessing, task and learner.
 
     Interrupted or killed, the same command goes on where it was.
     """
-    import vitarium
     from vitarium.cli.board import Board
-    from vitarium.reports.folder import slug
-    from vitarium.reports.trial import is_main_process
-    from vitarium.training import find_learner, fit, load_recipe
+    from vitarium.verbs.train import train as run
 
-    settings = load_recipe(recipe, [*(changes or []), *([f"precision={precision.value}"] if precision else [])])
-    name = model or settings.model
-    if name is None:
-        raise UsageError(f"the recipe {recipe} names no model; choose one with --model ('vitarium models' lists them)")
-    kind = find_learner(settings.objective["name"])
-    size = settings.image_size
-    drawn = None if kind.data_task == "class" else size
-    images = vitarium.open_data(data or settings.data, task=kind.data_task, seed=settings.seed, val_fraction=val_fraction, image_size=drawn)
-    settings = settings.model_copy(update=dict(image_size=size or images.image_size))
-    folder = out_folder or Path("runs", slug(f"{Path(recipe).stem}-{name}-{images.name}"))
-    learner = kind.create(name, images, settings, pretrained=pretrained, checkpoint=checkpoint)
-    apply_methods(learner.model, methods, images)
-    if trained_only:
-        from vitarium.catalog.saving import check_trained_only
+    shown: list[Board] = []
 
-        check_trained_only(learner.eval_model())
-    with Board([name]) as board:
-        result = fit(
-            learner,
-            images,
-            settings,
-            folder,
+    def progress(name: str, task: Task, at: Progress) -> None:
+        if not shown:
+            shown.append(Board([name]))
+            shown[0].__enter__()
+        shown[0](event_of(at, name, task))
+        if at.step == at.total_steps:
+            shown[0].finish(name)
+
+    try:
+        trained = run(
+            recipe,
+            data,
+            model=model,
+            pretrained=pretrained,
+            checkpoint=checkpoint,
+            changes=[*(changes or []), *([f"precision={precision.value}"] if precision else [])],
+            apply=methods,
+            val_fraction=val_fraction,
+            out=out_folder,
+            trained_only=trained_only,
             devices=devices,
             num_nodes=num_nodes,
             strategy=strategy,
             accelerator=accelerator,
-            progress=lambda progress: board(event_of(progress, name, kind.primary_metric[0])),
+            progress=progress,
+            notify=note,
         )
-        board.finish(name)
-    if is_main_process():
-        trained = learner.eval_model()
-        if kind.objective != "classification":
-            trained.objective = settings.objective  # type: ignore[assignment]
-        vitarium.save(trained, folder / "model.safetensors", trained_only=trained_only)
-        show(result, folder / "model.safetensors", kind.usage.format(file=folder / "model.safetensors"))
+    finally:
+        for board in shown:
+            board.__exit__(None, None, None)
+    if trained is not None:
+        show(trained)
 
 
-def event_of(progress: Progress, model: str, metric: str) -> Event:
-    """What the board shows of a run."""
+def event_of(progress: Progress, model: str, task: Task) -> Event:
+    """Return what the board shows of a run."""
     from vitarium.reports.events import Event
 
-    p = progress
+    p, metric = progress, task.primary
     pace = p.seconds / p.step if p.step else None
+    score = f"{metric.name.replace('_', ' ')} {p.metrics[metric.name]:.4g}" if metric.name in p.metrics else ""
     return Event(
         "step",
         model,
@@ -117,19 +113,20 @@ def event_of(progress: Progress, model: str, metric: str) -> Event:
         seconds_left=None if pace is None else pace * (p.total_steps - p.step),
         loss=p.loss,
         accuracy=p.metrics.get("accuracy"),
-        score=f"{metric.replace('_', ' ')} {p.metrics[metric]:.4g}" if metric in p.metrics else "",
+        score=score,
     )
 
 
-def show(result: FitResult, file: Path, use: str) -> None:
-    """What came of a run, and what to do with it."""
-    rows = told(result.metrics) | {"steps": f"{result.steps} in {clock(result.seconds)}"}
+def show(trained: Trained) -> None:
+    """Print the outcome of a run and the command to use its model."""
+    result, folder = trained.fit, trained.file.parent
+    rows = trained.task.texts(result.metrics) | {"steps": f"{result.steps} in {clock(result.seconds)}"}
     if result.skipped:
         rows["skipped"] = f"{result.skipped} steps whose loss or gradient was not finite"
     if result.bad_files:
-        rows["not readable"] = f"{len(result.bad_files)} images, listed in {file.parent / 'bad_files.txt'}"
+        rows["not readable"] = f"{len(result.bad_files)} images, listed in {folder / 'bad_files.txt'}"
     console = out()
     console.print(pairs(rows))
     console.print()
-    pictures = file.parent / "pictures"
-    console.print(pairs({"model": file, **({"pictures": pictures} if pictures.is_dir() else {}), "use it": use}))
+    drawings = folder / "pictures"
+    console.print(pairs({"model": trained.file, **({"drawings": drawings} if drawings.is_dir() else {}), "use it": trained.use}))

@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,11 +37,9 @@ from vitarium.catalog.create import ModelSpec, create_model
 from vitarium.catalog.probe import example_input
 from vitarium.catalog.registry import State, chain, family, rename
 from vitarium.catalog.saving import load
-from vitarium.errors import InputError, UsageError
+from vitarium.errors import UsageError
 from vitarium.explanation.classifier import describe_classifier, rebuild_classifier
 from vitarium.explanation.explainers import Explainer, explainer, scaled
-from vitarium.explanation.faithfulness import SHARES, average_drop, increase_in_confidence, masked_probability
-from vitarium.explanation.heatmap import grid_of, overlay, overlay_on_input
 from vitarium.explanation.reading import Tap, covered, find_taps, logits_of, read_maps, to_pixels
 from vitarium.nn.modes import evaluating
 from vitarium.training import Learner, learner
@@ -166,6 +163,13 @@ class TTAME(nn.Module):
             logits, maps = read_maps(self.classifier, image, self.taps)
         return logits.shape[1], [m.shape[1] for m in maps]
 
+    def own_maps(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return maps (B, H, W) in [0, 1] of the predictions, their classes (B,) and probabilities (B,)."""
+        logits, c = self.maps(image)
+        label = logits.argmax(dim=1)
+        maps = scaled(self.enlarged(scaled(pick(c, label)), (image.shape[-2], image.shape[-1])))
+        return maps, label, pick(logits.softmax(dim=1), label)
+
     @classmethod
     def over(cls, classifier: nn.Module, *, taps: Sequence[Tap] | None = None) -> TTAME:
         """The same classifier object with a fresh attention module. It can be saved if `create_model` or `load` made the classifier."""
@@ -245,7 +249,7 @@ class TTAMEExplainer(Explainer):
         return covered(self.tame.classifier, self.tame.taps[0], (maps.shape[1], maps.shape[2]), size)
 
 
-@learner("t_tame")
+@learner("t_tame", task="explain")
 class TTAMELearner(Learner):
     """Masks that keep a frozen classifier's own predictions. Labels of the data are not looked at.
 
@@ -261,10 +265,6 @@ class TTAMELearner(Learner):
         variation: float = 0.01
         masks: Literal["random", "diagonal"] = "random"
         taps: tuple[str | int, ...] | None = None
-
-    data_task = "image"
-    primary_metric = ("average_drop_50", "min")
-    usage = "vitarium explain IMAGE --model {file} --method t_tame --output explained"
 
     @classmethod
     def create(cls, name: str, data: Any, recipe: Any, *, pretrained: bool = False, checkpoint: str | None = None) -> TTAMELearner:
@@ -303,44 +303,3 @@ class TTAMELearner(Learner):
             "variation": s.variation * variation(masks),
         }
         return {"loss": torch.stack(list(terms.values())).sum(), **{name: term.detach() for name, term in terms.items()}}
-
-    def metrics(self) -> Any:
-        """average_drop_V and increase_V, V in 100, 50, 15 % of the map."""
-        from torchmetrics import MeanMetric
-
-        names = [f"{kind}_{round(100 * v)}" for kind in ("average_drop", "increase") for v in SHARES]
-        return nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})
-
-    def evaluate_batch(self, model: nn.Module, batch: dict[str, Any], metrics: Any) -> None:
-        image = batch["image"]
-        maps, label, p = self._explained(model, image)
-        for v in SHARES:
-            q = masked_probability(model, image, maps, label, v)
-            metrics[f"average_drop_{round(100 * v)}"].update(average_drop(p, q))
-            metrics[f"increase_{round(100 * v)}"].update(increase_in_confidence(p, q))
-
-    def summary(self, metrics: Any) -> dict[str, Any]:
-        return {name: float(metric.compute()) for name, metric in metrics.items()}
-
-    def _explained(self, model: nn.Module, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Maps (B, H, W) in [0, 1] of the predictions, their classes (B,) and probabilities (B,)."""
-        if not isinstance(model, TTAME):
-            raise InputError(f"this objective is about a TTAME, got a {type(model).__name__}")
-        logits, c = model.maps(image)
-        label = logits.argmax(dim=1)
-        maps = scaled(model.enlarged(scaled(pick(c, label)), (image.shape[-2], image.shape[-1])))
-        return maps, label, pick(logits.softmax(dim=1), label)
-
-    def pictures(self, model: Any, batch: dict[str, Any]) -> dict[str, Image.Image]:
-        image = batch["image"][:8]
-        maps, _, _ = self._explained(model, image)
-        return {"explained": grid_of([overlay_on_input(x, m, model.preprocessing) for x, m in zip(image, maps, strict=True)])}
-
-    def answers(self, model: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
-        maps, label, p = self._explained(model, batch["image"])
-        names = getattr(model, "labels", None) or [f"class {i}" for i in range(model.num_classes)]
-        rows = zip(label.tolist(), p.tolist(), maps.detach().cpu().numpy(), strict=True)
-        return [{"label": names[i], "probability": q, "_map": m, "_preprocessing": model.preprocessing} for i, q, m in rows]
-
-    def picture_of(self, picture: Image.Image, answer: dict[str, Any]) -> Image.Image | None:
-        return overlay(picture, answer["_map"], answer["_preprocessing"])

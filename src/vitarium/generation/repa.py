@@ -134,7 +134,7 @@ class REPA(DiT):
         return velocity, [project(hidden[self.aligned_block]) for project in self.projectors]
 
 
-@learner("repa")
+@learner("repa", task="generate")
 class REPALearner(DiffusionLearner):
     """Denoising with aligned representations, of any denoiser.
 
@@ -169,7 +169,9 @@ class REPALearner(DiffusionLearner):
             self.align(encoders)
 
     @classmethod
-    def create(cls, name: str, data: ImageData, recipe: Recipe, *, pretrained: bool = False, checkpoint: str | None = None) -> REPALearner:
+    def create(
+        cls, name: str | nn.Module, data: ImageData, recipe: Recipe, *, pretrained: bool = False, checkpoint: str | None = None
+    ) -> REPALearner:
         from vitarium.training.building import build_model
 
         settings = recipe.settings_of(cls)
@@ -177,7 +179,7 @@ class REPALearner(DiffusionLearner):
             train_encoder(source.partition(":")[2], data, recipe.seed) if source.startswith("recipe:") else open_encoder(source)
             for source in settings.encoders
         ]
-        dims: dict[str, Any] = {"z_dims": [encoder.dim for encoder in encoders]} if name.startswith("repa_") else {}
+        dims: dict[str, Any] = {"z_dims": [encoder.dim for encoder in encoders]} if str(name).startswith("repa_") else {}
         return cls(build_model(name, data, recipe, pretrained=pretrained, checkpoint=checkpoint, **dims), settings, encoders=encoders)
 
     def align(self, encoders: Sequence[Encoder]) -> None:

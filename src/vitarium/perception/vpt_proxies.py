@@ -25,11 +25,9 @@ B batch, C channels, E length of an embedding, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,16 +39,15 @@ from vitarium.catalog.methods import AttachReport, Method, method
 from vitarium.catalog.options import validated
 from vitarium.catalog.registry import State, family, rename
 from vitarium.errors import AttachError, UsageError
-from vitarium.perception.retrieval.embedding import embeddings_of
 from vitarium.perception.retrieval.lora import LoRA as LoRA
 from vitarium.perception.retrieval.prompts import EmbeddingHead, PromptSite, VisualPrompts, freeze, head_width
 from vitarium.perception.retrieval.proxies import PlainProxies, SemanticProxies
-from vitarium.perception.retrieval.sheet import Found, sheet
+from vitarium.perception.retrieval.task import Grouped
 from vitarium.training import Learner, learner
 from vitarium.training.settings import Section
 
 if TYPE_CHECKING:
-    from PIL import Image
+    pass
 
 PROMPTS = "visual_prompts"
 """Name of the module of prompts in an adapted model."""
@@ -235,21 +232,7 @@ def make_proxies(model: nn.Module, num_classes: int, **options: Any) -> Semantic
 # ---- training
 
 
-class Grouped:
-    """A transform of one picture -> (C, H, W), or of several of one class -> (G, C, H, W), whatever their class is."""
-
-    joint = True
-    needs_target = False
-
-    def __init__(self, single: Any):
-        self.single = single
-
-    def __call__(self, picture: Any, target: int) -> tuple[Tensor, int]:
-        several = isinstance(picture, list)
-        return (torch.stack([self.single(one) for one in picture]) if several else self.single(picture)), target
-
-
-@learner("vpt_proxies")
+@learner("vpt_proxies", task="retrieve")
 class VPTProxiesLearner(Learner):
     """Embeddings by prompts (or all weights), drawn to proxies of the classes.
 
@@ -286,10 +269,6 @@ class VPTProxiesLearner(Learner):
         alpha: Annotated[float, Field(gt=0)] = 32.0
         delta: float = 0.1
         proxy_rate: Annotated[float, Field(gt=0)] = 20.0
-
-    data_task = "retrieval"
-    primary_metric = ("recall_at_1", "max")
-    usage = "vitarium index FOLDER --model {file} --output pictures.index"
 
     def __init__(self, model: nn.Module, settings: Any = None, num_classes: int = 0):
         super().__init__(model, settings)
@@ -338,41 +317,7 @@ class VPTProxiesLearner(Learner):
         return {"loss": self.proxies.loss(self.model(image), labels, **how)}
 
     def transform(self, augment: Any) -> Any:
-        return Grouped(super().transform(augment))
-
-    @staticmethod
-    def collate(samples: list[tuple[Tensor, Any]]) -> dict[str, Any]:
-        """Groups (G, C, H, W) lie behind one another; single pictures as ever."""
-        flat = [(one, target) for tensor, target in samples for one in (tensor if tensor.ndim == 4 else tensor[None])]
-        return Learner.collate(flat)
-
-    def metrics(self) -> Any:
-        """recall_at_1, _2, _4, _8 and map_at_r."""
-        from vitarium.perception.retrieval.metrics import RetrievalMetric
-
-        return RetrievalMetric()
-
-    def evaluate_batch(self, model: nn.Module, batch: dict[str, Any], metrics: Any) -> None:
-        metrics.update(embeddings_of(model, batch["image"]), batch["target"])
-
-    def summary(self, metrics: Any) -> dict[str, Any]:
-        return metrics.compute()
-
-    def pictures(self, model: Any, batch: dict[str, Any]) -> dict[str, Image.Image]:
-        """The batch's first pictures, each with those of the batch that are nearest to it; those of its class are marked."""
-        vectors, labels = embeddings_of(model, batch["image"]), batch["target"].tolist()
-        near = (vectors @ vectors.mT).fill_diagonal_(-2).topk(min(6, len(vectors) - 1), dim=1) if len(vectors) > 1 else None
-        shown = [_shown(one, self.model) for one in batch["image"]]
-        rows: list[tuple[Image.Image, Sequence[Found]]] = []
-        for q in range(min(6, len(shown)) if near is not None else 0):
-            assert near is not None
-            pairs = zip(near.indices[q].tolist(), near.values[q].tolist(), strict=True)
-            rows.append((shown[q], [Found(shown[i], f"{value:.2f}", labels[i] == labels[q]) for i, value in pairs]))
-        return {"nearest": sheet(rows)} if rows else {}
-
-    def answers(self, model: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
-        """The embeddings, as lists of numbers."""
-        return [{"embedding": vector} for vector in embeddings_of(model, batch["image"]).tolist()]
+        return super().transform(None) if augment is None else Grouped(super().transform(augment))
 
 
 def adapted(model: nn.Module, settings: VPTProxiesLearner.Settings) -> nn.Module:
@@ -388,15 +333,3 @@ def adapted(model: nn.Module, settings: VPTProxiesLearner.Settings) -> nn.Module
             if isinstance(module, VisualPrompts):
                 module.requires_grad_(False)
     return model
-
-
-def _shown(image: Tensor, model: nn.Module) -> Image.Image:
-    """A prepared image (C, H, W) as a picture."""
-    from PIL import Image
-
-    from vitarium.catalog.create import preprocessing_of
-
-    preparation = preprocessing_of(model)
-    mean, std = (image.new_tensor(values)[:, None, None] for values in (preparation.mean, preparation.std))
-    pixels = (image * std + mean).clamp(0, 1).mul(255).round().byte().cpu().permute(1, 2, 0).numpy()
-    return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).convert("RGB")

@@ -17,17 +17,17 @@ from __future__ import annotations
 from typing import Annotated, Any, NamedTuple
 
 import torch
-from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitarium.catalog import preprocessing_of, rename
+from vitarium.catalog import rename
 from vitarium.errors import InputError
 from vitarium.nn import Linear, TransformerBlock, VisionTransformer
 from vitarium.nn.vit import EPS, init_as_mae, sincos_table
 from vitarium.ops.masking import mask_by_noise, restore_tokens, take_tokens, visible_count
-from vitarium.ops.patches import patchify, unpatchify
+from vitarium.ops.patches import patchify
+from vitarium.pretraining.reconstruction import Reconstruct, masked_mean, patch_errors
 from vitarium.training.base import Batch, Learner
 from vitarium.training.learners import learner
 from vitarium.training.settings import Section
@@ -191,10 +191,9 @@ class MaskedAutoencoder(nn.Module):
         return sincos_table(shape[2], self.grid) if name.endswith("pos_embed") and tensor.shape[2:] == shape[2:] else None
 
 
-@learner("mae")
+@learner("mae", task="reconstruct")
 class MaskedAutoencoderLearner(Learner):
-    """Pictures without labels -> an encoder. The masks of training are drawn anew at each step; that of a held-out picture depends on its
-    number alone, so that evaluations can be compared."""
+    """Pretrain an encoder by reconstructing hidden patches. Training draws new masks at each step; see `Reconstruct` for evaluation."""
 
     class Settings(Section):
         """Args:
@@ -205,106 +204,11 @@ class MaskedAutoencoderLearner(Learner):
         mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
         norm_targets: bool = True
 
-    data_task = "image"
-    primary_metric = ("loss", "min")
-    usage = "vitarium probe {file} --data DATA"
+    @classmethod
+    def task_for(cls, settings: Any) -> Reconstruct:
+        return Reconstruct(mask_ratio=settings.mask_ratio, norm_targets=settings.norm_targets)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        image = batch["image"]
+        image, task = batch["image"], self.task_for(self.settings)
         made = self.model(image, mask_ratio=self.settings.mask_ratio)
-        return {"loss": masked_mean(patch_errors(made.prediction, self.targets(image)), made.hidden)}
-
-    def targets(self, image: Tensor) -> Tensor:
-        """What the prediction is compared with, (B, L, p p c), float32 at least."""
-        model: Any = self.model
-        patches = patchify(image, model.patch_size)
-        return normalised(patches)[0] if self.settings.norm_targets else patches
-
-    def masked(self, model: Any, batch: Batch) -> Reconstruction:
-        """A held-out batch's reconstruction, under the masks of its pictures' numbers."""
-        image = batch["image"]
-        count = image.shape[-2] // model.patch_size * (image.shape[-1] // model.patch_size)
-        rows = [torch.rand(count, generator=torch.Generator().manual_seed(int(index))) for index in batch["index"]]
-        return model(image, torch.stack(rows).to(image.device), mask_ratio=self.settings.mask_ratio)
-
-    def metrics(self) -> Any:
-        """loss (of hidden patches), and explained: 1 - loss over that of painting each picture's visible mean colour."""
-        from torchmetrics import MeanMetric
-
-        return nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in ("loss", "plain")})
-
-    def evaluate_batch(self, model: nn.Module, batch: Batch, metrics: Any) -> None:
-        made, targets, channels = self.masked(model, batch), self.targets(batch["image"]), batch["image"].shape[1]
-        seen = (1 - made.hidden)[..., None]
-        plain = (targets.unflatten(2, (-1, channels)).mean(2) * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True)
-        plain = plain.repeat(1, 1, targets.shape[2] // channels)
-        for name, guess in (("loss", made.prediction), ("plain", plain)):
-            metrics[name].update((patch_errors(guess, targets) * made.hidden).sum(1) / made.hidden.sum(1))
-
-    def summary(self, metrics: Any) -> dict[str, Any]:
-        loss, plain = (metrics[name].compute().item() for name in ("loss", "plain"))
-        return {"loss": loss, "explained": 1 - loss / plain if plain else float("nan")}
-
-    # ---- pictures
-
-    def triplets(self, model: Any, batch: Batch) -> Tensor:
-        """Original, what was seen, what was made of it, side by side: uint8 (B, H, 3 W, 3) on the CPU. Seen patches stay as they are."""
-        image, made = batch["image"], self.masked(model, batch)
-        patches, p = patchify(image, model.patch_size), model.patch_size
-        grid = image.shape[-2] // p, image.shape[-1] // p
-        painted = made.prediction.to(patches)
-        if self.settings.norm_targets:
-            _, mean, deviation = normalised(patches)
-            painted = painted * deviation + mean
-        hidden = made.hidden[..., None].to(patches)
-        restored = unpatchify(painted * hidden + patches * (1 - hidden), p, grid)
-        seen = unpatchify((1 - hidden).expand_as(patches), p, grid)
-        pre = preprocessing_of(model)
-        mean, std = (torch.tensor(values, device=image.device).view(-1, 1, 1) for values in (pre.mean, pre.std))
-        shown = [image * std + mean, (image * std + mean) * seen + 0.5 * (1 - seen), restored * std + mean]
-        pixels = (torch.cat(shown, 3).float() * 255).round().clamp(0, 255).byte()
-        return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu()
-
-    def pictures(self, model: nn.Module, batch: Batch) -> dict[str, Image.Image]:
-        """`reconstruction`: up to eight held-out pictures, each as original, seen, restored; two in a row."""
-        few = {name: value[:8] for name, value in batch.items() if isinstance(value, Tensor)}
-        rows = self.triplets(model, few)
-        rows = F.pad(rows, (0, 0, 2, 2, 2, 2), value=255)
-        if len(rows) % 2 == 0:
-            rows = torch.cat([rows[0::2], rows[1::2]], 2)
-        return {"reconstruction": _enlarged(rows.flatten(0, 1))}
-
-    def answers(self, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
-        """`reconstruction_error`: mean squared error of the hidden patches, in the units of the loss."""
-        made = self.masked(model, batch)
-        errors = (patch_errors(made.prediction, self.targets(batch["image"])) * made.hidden).sum(1) / made.hidden.sum(1)
-        triplets = self.triplets(model, batch).numpy()
-        return [{"reconstruction_error": float(e), "_triplet": t} for e, t in zip(errors.tolist(), triplets, strict=True)]
-
-    def picture_of(self, picture: Image.Image, answer: dict[str, Any]) -> Image.Image | None:
-        """Original, seen, restored."""
-        return _enlarged(torch.from_numpy(answer["_triplet"]))
-
-
-def normalised(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Patches (B, L, n) with mean 0 and variance 1 each, and the means and deviations that undo it, (B, L, 1)."""
-    mean = patches.mean(2, keepdim=True)
-    deviation = (patches.var(2, keepdim=True) + 1e-6).sqrt()
-    return (patches - mean) / deviation, mean, deviation
-
-
-def patch_errors(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each patch, (B, L, n), (B, L, n) -> (B, L); at least in float32."""
-    exact = torch.float64 if target.dtype is torch.float64 else torch.float32
-    return (prediction.to(exact) - target.to(exact)).square().mean(2)
-
-
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of values where mask is 1, over the whole batch."""
-    return (values * mask).sum() / mask.sum()
-
-
-def _enlarged(pixels: Tensor) -> Image.Image:
-    """A picture of small pictures at a size that one can look at."""
-    times = max(1, 480 // pixels.shape[1])
-    return Image.fromarray(pixels.numpy().repeat(times, 0).repeat(times, 1))
+        return {"loss": masked_mean(patch_errors(made.prediction, task.targets(self.model, image)), made.hidden)}

@@ -169,11 +169,11 @@ class HeadOnly:
         return self
 
 
-@learner("linear_probe")
+@learner("linear_probe", task="classify")
 class LinearProbe(HeadOnly, ClassificationLearner):
     """Classes by a linear head on frozen features."""
 
 
-@learner("multilabel_probe")
+@learner("multilabel_probe", task="multilabel")
 class MultilabelProbe(HeadOnly, MultilabelLearner):
     """Several labels by a linear head on frozen features."""

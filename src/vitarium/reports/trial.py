@@ -80,7 +80,7 @@ def run_trial(
     """
     model = build_model(name, data, recipe, pretrained=pretrained)
     size = preprocessing_of(model).image_size
-    learner = ClassificationLearner.from_recipe(model, recipe)
+    learner = ClassificationLearner.create(model, data, recipe)
     with suitable_threads(count_macs(model, size)):
         fitted = fit(learner, data, recipe, folder, **asdict(devices), progress=progress)
         if not is_main_process():

@@ -1,7 +1,8 @@
 """Training: the loop, the learners' contract, recipes and the state of a run.
 
 recipe = load_recipe("pico", ["budget.steps=500"])
-learner = ClassificationLearner.from_recipe(model, recipe)
+data = open_data("digits")
+learner = find_learner(recipe.objective["name"]).create("swin_pico", data, recipe)
 result = fit(learner, data, recipe, "runs/mine")
 """
 
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
     from vitarium.training.learners import find_learner as find_learner
     from vitarium.training.learners import learner as learner
     from vitarium.training.learners import list_learners as list_learners
+    from vitarium.training.opening import list_recipes as list_recipes
+    from vitarium.training.opening import load_recipe as load_recipe
     from vitarium.training.recipe import Recipe as Recipe
-    from vitarium.training.recipe import list_recipes as list_recipes
-    from vitarium.training.recipe import load_recipe as load_recipe
     from vitarium.training.run import Progress as Progress
 
 _PLACES = {
@@ -36,8 +37,8 @@ _PLACES = {
     "fit": "fitting",
     "learner": "learners",
     "list_learners": "learners",
-    "list_recipes": "recipe",
-    "load_recipe": "recipe",
+    "list_recipes": "opening",
+    "load_recipe": "opening",
     "predict_logits": "evaluation",
 }
 

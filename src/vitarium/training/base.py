@@ -1,4 +1,4 @@
-"""The contract between a training objective and the loop that drives it."""
+"""The contract between a learner and the loop that drives it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from vitarium.catalog.create import preprocessing_of
-from vitarium.data.loader import stack
-from vitarium.errors import UsageError
 from vitarium.training.draws import Draws, positions_of
 from vitarium.training.players import ONLY, Player, has_players
 from vitarium.training.settings import Section
@@ -21,56 +19,51 @@ if TYPE_CHECKING:
     from vitarium.data import ImageData
     from vitarium.data.transforms import Augment
     from vitarium.training.recipe import PlayerRecipe, Recipe
+    from vitarium.training.tasks import Task
 
 Batch = dict[str, Any]
 
 
 class Learner(nn.Module):
-    """A training objective: holds its model (and whatever else it needs), and turns a batch into a loss.
+    """How a model is taught: holds the model (and whatever else it needs), and turns a batch into a loss.
 
-    The loop owns everything else: devices, precision, optimizer, rates, accumulation, clipping, moving average, evaluation, logs and
-    checkpoints. A new objective is a subclass with a `loss`:
+    The loop owns devices, precision, optimizer, rates, accumulation, clipping, moving average, evaluation, logs and checkpoints. A new
+    learner is a subclass with a `loss`, registered for a task:
 
-        class Reconstruction(Learner):
+        @learner("brightness", task="encode")
+        class Brightness(Learner):
             def loss(self, batch):
-                return {"loss": (self.model(batch["image"]) - batch["image"]).square().mean()}
+                return {"loss": (self.model(batch["image"]).mean(1) - batch["image"].mean((1, 2, 3))).square().mean()}
 
-    What a subclass may count on:
-    - `loss` runs under the recipe's precision, data-parallel where there are several processes, and after all generators were set
-      from (seed, step, rank): whatever it draws from them is the same when a run is resumed. It keeps no state outside its
-      parameters and buffers, or a resumed run would not know it.
+    What a subclass may rely on:
+    - `loss` runs under the recipe's precision, data-parallel where there are several processes, and after all generators were seeded from
+      (seed, step, rank): what it draws from them is the same when a run is resumed. State that must survive is in parameters and buffers.
     - `before_step(step, total)` is called ahead of each step and `after_step(step, total)` once the weights have changed: the place
       for schedules of momentum or temperature and for teachers that follow their student.
-    - Every parameter with `requires_grad` is trained: `model`'s by its layers, others (a projector, a decoder) at the full rate, or at
+    - Every parameter with `requires_grad` is trained: the model's by layers, others (a projector, a decoder) at the full rate, or at
       another: an attribute `rates` maps a parameter's name to its share of the rate.
-    - `eval_model()` is what is averaged (EMA), evaluated and kept: the model, unless a subclass says otherwise (a teacher, a generator).
+    - `eval_model()` is what is averaged (EMA), evaluated and saved: the model, unless a subclass says otherwise (a teacher, a generator).
 
-    An adversarial objective trains several players, each with its optimizer: `players` names them, and `loss(batch, player)` and
+    An adversarial learner trains several players, each with its optimizer: `players` names them, and `loss(batch, player)` and
     `first_pass(batch, player)` then take the player's name as a second argument (see `vitarium.training.players`).
 
     Args:
         model: the model that training is about.
-        settings: the objective's own numbers; None: their defaults. A learner must be made from a loaded model alone, because that is
-            how `vitarium evaluate` and `vitarium predict` make it.
+        settings: its settings; None: their defaults. A learner must be constructible from a loaded model alone, because `vitarium
+            evaluate` does that.
     """
 
     objective: ClassVar[str] = ""
-    """The name under which `@learner` registered it."""
+    """Name under which `@learner` registered it."""
+
+    task_name: ClassVar[str] = "pretrain"
+    """Task of the models that it trains, as `parse_task` reads it; set by `@learner(NAME, task=...)`."""
+
+    usage: ClassVar[str | None] = None
+    """Command to show after training, with {file} for the saved model; None: the task's."""
 
     class Settings(Section):
-        """The objective's own numbers: a recipe's `objective` without its name."""
-
-    data_task: ClassVar[str] = "class"
-    """The kind of labels it learns from: the `task` of `open_data`."""
-
-    default_data: ClassVar[str] = "digits"
-    """What `vitarium evaluate` opens when no data are named."""
-
-    usage: ClassVar[str] = "vitarium predict IMAGE --model {file}"
-    """What a user does next with the trained file."""
-
-    primary_metric = ("loss", "min")
-    """The metric that says which evaluation was best, and whether more ("max") or less ("min") is better."""
+        """Settings of the learner: a recipe's `objective` without its name. A key that is not here is an error."""
 
     def __init__(self, model: nn.Module, settings: Any = None):
         super().__init__()
@@ -79,23 +72,43 @@ class Learner(nn.Module):
         self.draws = Draws(0, 0, ONLY)  # the loop sets those of each step
 
     @classmethod
-    def create(cls, name: str, data: ImageData, recipe: Recipe, *, pretrained: bool = False, checkpoint: str | None = None) -> Learner:
-        """What `vitarium train` trains: the learner with a new model.
+    def create(
+        cls, name: str | nn.Module, data: ImageData, recipe: Recipe, *, pretrained: bool = False, checkpoint: str | None = None
+    ) -> Learner:
+        """Make the learner with its model. Commands, claims and tests all come through here.
 
         Args:
-            name: of the model.
+            name: name of the model, or a model that exists already.
             data: what it will be trained on.
-            recipe: for sizes, arguments and the objective's settings.
-            pretrained: begin with published weights.
-            checkpoint: begin with these: file, "hf:OWNER/NAME", or address.
+            recipe: for sizes, arguments and the learner's settings.
+            pretrained: start from published weights.
+            checkpoint: start from these weights: file, "hf:OWNER/NAME", or address.
 
         Raises:
-            UsageError, CheckpointError: no such model, arguments that it does not take, weights that do not fit.
+            UsageError, CheckpointError: no such model, arguments or settings that it does not take, weights that do not fit.
         """
         from vitarium.training.building import build_model
 
-        model = build_model(name, data, recipe, pretrained=pretrained, checkpoint=checkpoint)
-        return cls(model, recipe.settings_of(cls))
+        settings = recipe.settings_of(cls)
+        return cls(build_model(name, data, recipe, pretrained=pretrained, checkpoint=checkpoint), settings)
+
+    @classmethod
+    def task_for(cls, settings: Any) -> Task:
+        """Return the task under these settings. A learner whose settings hold options of its task overrides this."""
+        from vitarium.training.tasks import parse_task
+
+        return parse_task(cls.task_name)
+
+    @property
+    def task(self) -> Task:
+        """What the model is asked to do."""
+        return self.task_for(self.settings)
+
+    @property
+    def primary_metric(self) -> tuple[str, str]:
+        """Name of the metric that decides which evaluation is best, and "max" or "min"; the task's unless a subclass says otherwise."""
+        primary = self.task.primary
+        return primary.name, primary.best
 
     def players(self) -> Mapping[str, Player]:
         """What takes optimizer steps of its own, by name, in the order of the steps; by default the learner as one player."""
@@ -107,7 +120,7 @@ class Learner(nn.Module):
         return batch
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Scalars of a batch: "loss" is minimised (a mean over the samples), the others are logged beside it.
+        """Return the scalars of a batch: "loss" is minimised (a mean over the samples), the others are logged beside it.
 
         With several players it takes the player's name as well.
 
@@ -154,9 +167,11 @@ class Learner(nn.Module):
     def after_step(self, step: int, total_steps: int) -> None:
         """Called after optimizer step `step` has changed the weights."""
 
+    # ---- evaluation: the task's, unless a learner measures more
+
     def metrics(self) -> Any:
-        """A fresh torchmetrics collection that `evaluate_batch` updates; it adds up over processes by itself. None: no metrics."""
-        return None
+        """Return a fresh collection of metrics for `evaluate_batch`; None: none."""
+        return self.task.metrics(self.model)
 
     def evaluate_batch(self, model: nn.Module, batch: Batch, metrics: Any) -> None:
         """Update the metrics by a batch of held-out samples, without gradients, in eval mode.
@@ -164,46 +179,30 @@ class Learner(nn.Module):
         Args:
             model: `eval_model()` or its moving average.
             batch: as for `loss`.
-            metrics: what `metrics()` gave.
+            metrics: from `metrics()`.
         """
+        self.task.update(metrics, model, batch)
 
     def summary(self, metrics: Any) -> dict[str, Any]:
-        """The metrics' values as plain numbers (and lists, for what is more than a number)."""
-        return {} if metrics is None else {name: value.tolist() for name, value in metrics.compute().items()}
+        """Return the metrics' values as plain numbers, and lists for what is more than a number."""
+        return self.task.summary(metrics, self.model)
 
     # ---- samples
 
     def transform(self, augment: Augment | None) -> Callable[..., Any]:
-        """How a picture becomes a tensor (C, H, W): for training with the recipe's augmentation, for evaluation with None.
+        """Return the transform of an image to a tensor (C, H, W): with the recipe's augmentation in training, with None in evaluation.
 
-        A transform with a true attribute `joint` is called with picture and target and gives both (dense tasks, pairs of pictures).
+        A transform with a true attribute `joint` is called with image and target and returns both (dense tasks, pairs of images).
         """
         from vitarium.data.transforms import train_transform
 
-        preprocessing = preprocessing_of(self.model)
-        return preprocessing if augment is None else train_transform(preprocessing, augment)
+        return self.task.transform(self.model) if augment is None else train_transform(preprocessing_of(self.model), augment)
 
-    @staticmethod
-    def collate(samples: list[tuple[Tensor, Any]]) -> Batch:
-        """Samples (tensor, target) -> a batch with "image" and "target"; more entries are allowed. No samples: both empty."""
-        return stack(samples)
-
-    # ---- what people see
+    @property
+    def collate(self) -> Callable[[list[tuple[Tensor, Any]]], Batch]:
+        """Function of samples (tensor, target) to a batch with "image" and "target"; of no samples: both empty. The task's by default."""
+        return self.task.collate
 
     def pictures(self, model: nn.Module, batch: Batch) -> dict[str, Image.Image]:
-        """Pictures by name, drawn from the first held-out batch after each evaluation (in eval mode, without gradients)."""
-        return {}
-
-    def answers(self, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
-        """What the model says of each picture of a batch, as plain values; entries whose name begins with "_" are for `picture_of` alone.
-
-        Raises:
-            UsageError: this objective's models have nothing to say of a picture.
-        """
-        raise UsageError(
-            f"a model of the objective {self.objective!r} does not answer about pictures; 'vitarium predict' is for those that do"
-        )
-
-    def picture_of(self, picture: Image.Image, answer: dict[str, Any]) -> Image.Image | None:
-        """An answer drawn over the picture that it is about; None: nothing to draw."""
-        return None
+        """Return drawings by name of the first held-out batch, made after each evaluation; the task's by default."""
+        return self.task.sheets(model, batch)

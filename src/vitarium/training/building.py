@@ -1,4 +1,4 @@
-"""From a recipe to a model with fresh or given weights."""
+"""Building the model of a recipe, with fresh or given weights."""
 
 from __future__ import annotations
 
@@ -16,20 +16,24 @@ if TYPE_CHECKING:
 
 
 def build_model(
-    name: str, data: ImageData, recipe: Recipe, *, pretrained: bool = False, checkpoint: str | None = None, **arguments: Any
+    name: str | nn.Module, data: ImageData, recipe: Recipe, *, pretrained: bool = False, checkpoint: str | None = None, **arguments: Any
 ) -> nn.Module:
-    """A model for the data's classes; its random weights depend on the recipe's seed alone.
+    """Build a model for the data's classes; its random weights depend on the recipe's seed alone.
 
     Args:
-        name: of the model.
-        data: for the number and the names of the classes (none where the data has none).
+        name: of the model; a model that exists already is returned as it is, after `checkpoint` was loaded.
+        data: for the number and the names of the classes, where it has any.
         recipe: for the seed, the image size and the model's arguments.
-        pretrained, checkpoint: weights to begin with.
-        arguments: more of the constructor's, before those of the recipe.
+        pretrained, checkpoint: initial weights.
+        arguments: further constructor arguments; the recipe's take precedence.
 
     Raises:
         UsageError, CheckpointError: see `create_model` and `load_checkpoint`.
     """
+    if isinstance(name, nn.Module):
+        if checkpoint is not None:
+            load_checkpoint(name, checkpoint)
+        return name
     given = dict(arguments, image_size=recipe.image_size, **({"num_classes": len(data.classes)} if data.classes else {}))
     with generators_kept():
         seed_generators(recipe.seed)

@@ -1,59 +1,83 @@
-"""Learning classes: cross entropy on hard, smoothed, mixed or given soft targets, or a yes or no a class."""
+"""Learn classes: cross entropy on hard, smoothed, mixed or given soft targets, or binary cross entropy, a yes or no a class."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitarium.errors import UsageError
 from vitarium.training.base import Batch, Learner
-from vitarium.training.building import build_model
 from vitarium.training.learners import learner
-from vitarium.training.recipe import Loss, Mixing, Recipe
-
-if TYPE_CHECKING:
-    from vitarium.data import ImageData
+from vitarium.training.settings import Section, Share
 
 
-@learner("classification")
+class Loss(Section):
+    """Cross entropy on hard or soft targets; or binary cross entropy, each class a yes or no (DeiT-III)."""
+
+    name: Literal["cross_entropy", "binary"] = "cross_entropy"
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class Mixing(Section):
+    """Mixup and CutMix (timm's): Beta parameters (0: off), how often a batch is mixed, how often by CutMix where both are on."""
+
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    probability: Share = 1.0
+    cutmix_probability: Share = 0.5
+    mode: Literal["batch", "pair", "elem"] = "batch"
+
+    @property
+    def on(self) -> bool:
+        """Whether any batch is mixed."""
+        return (self.mixup > 0 or self.cutmix > 0) and self.probability > 0
+
+
+@learner("classification", task="classify")
 class ClassificationLearner(Learner):
     """Image -> class.
 
-    A model that gives a pair of logits in training (a class token and a distillation token) is trained on the mean of both losses.
+    A model that returns a pair of logits in training (a class token and a distillation token) is trained on the mean of both losses.
 
     Args:
         model: image (B, C, H, W) -> logits (B, num_classes); `num_classes` is its attribute.
-        loss: cross entropy or binary, and label smoothing.
-        mixing: Mixup and CutMix, drawn anew each batch from NumPy's global generator (which the loop sets by step).
+        settings: loss and mixing. Mixup and CutMix draw from NumPy's global generator, which the loop seeds at each step.
 
     Raises:
         UsageError: the model has no classes.
     """
 
-    primary_metric = ("accuracy", "max")
+    class Settings(Section):
+        """Settings of classification.
 
-    def __init__(self, model: nn.Module, settings: Any = None, *, loss: Loss | None = None, mixing: Mixing | None = None):
+        Args:
+            loss: cross entropy or binary, and label smoothing.
+            mixing: Mixup and CutMix.
+        """
+
+        loss: Loss = Loss()
+        mixing: Mixing = Mixing()
+
+    def __init__(self, model: nn.Module, settings: Any = None):
         super().__init__(model, settings)
         self.num_classes = int(getattr(model, "num_classes", 0))
         if self.num_classes < 1:
             raise UsageError(f"{type(model).__name__} has no classes to learn; create it with num_classes=N")
-        self.criterion_settings = loss or Loss()
-        self.mixing = mixing or Mixing()
         self._mix: Any = None
 
-    @classmethod
-    def create(
-        cls, name: str, data: ImageData, recipe: Recipe, *, pretrained: bool = False, checkpoint: str | None = None
-    ) -> ClassificationLearner:
-        return cls.from_recipe(build_model(name, data, recipe, pretrained=pretrained, checkpoint=checkpoint), recipe)
+    @property
+    def criterion_settings(self) -> Loss:
+        """The loss of the settings; the default for a learner without one."""
+        return getattr(self.settings, "loss", None) or Loss()
 
-    @classmethod
-    def from_recipe(cls, model: nn.Module, recipe: Recipe) -> ClassificationLearner:
-        """With the recipe's loss and mixing."""
-        return cls(model, recipe.settings_of(cls), loss=recipe.loss, mixing=recipe.mixing)
+    @property
+    def mixing(self) -> Mixing:
+        """The mixing of the settings; the default for a learner without one."""
+        return getattr(self.settings, "mixing", None) or Mixing()
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Target: class numbers (B,) or soft targets (B, num_classes)."""
@@ -77,7 +101,7 @@ class ClassificationLearner(Learner):
         return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))
 
     def mixed(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, C, H, W) and classes (B,) -> images and shares (B, num_classes). An odd last image stays as it is.
+        """Mix images (B, C, H, W) and classes (B,) into images and shares (B, num_classes). An odd last image stays as it is.
 
         The shares sum to 1; under the binary loss every class with a share is a yes instead, unsmoothed (DeiT-III).
         """
@@ -104,28 +128,3 @@ class ClassificationLearner(Learner):
             image = image.clone()  # timm mixes in place
             shares[:even] = self._mix(image[:even].flatten(1, -3), target[:even])[1]  # a clip's frames are mixed alike
         return image, shares.gt(0).to(shares.dtype) if binary else shares
-
-    def metrics(self) -> Any:
-        """accuracy and top5 (shares of 1), loss (cross entropy), calibration_error (15 bins), confusion_matrix (truth, prediction)."""
-        from torchmetrics import MeanMetric, MetricCollection
-        from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassConfusionMatrix
-
-        n = max(2, self.num_classes)
-        parts: dict[str, Any] = {
-            "accuracy": MulticlassAccuracy(n, average="micro", validate_args=False),
-            "calibration_error": MulticlassCalibrationError(n, n_bins=15, validate_args=False),
-            "confusion_matrix": MulticlassConfusionMatrix(n, validate_args=False),
-        }
-        if n > 5:
-            parts["top5"] = MulticlassAccuracy(n, top_k=5, average="micro", validate_args=False)
-        return nn.ModuleDict({"classes": MetricCollection(parts, compute_groups=False), "loss": MeanMetric(nan_strategy="disable")})
-
-    def evaluate_batch(self, model: nn.Module, batch: Batch, metrics: Any) -> None:
-        """Target: class numbers (B,)."""
-        logits = model(batch["image"]).float()
-        metrics["classes"].update(logits, batch["target"])
-        metrics["loss"].update(F.cross_entropy(logits, batch["target"], reduction="none"))
-
-    def summary(self, metrics: Any) -> dict[str, Any]:
-        values = {"loss": metrics["loss"].compute(), **metrics["classes"].compute()}
-        return {name: value.tolist() for name, value in values.items()}

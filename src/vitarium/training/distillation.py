@@ -170,8 +170,11 @@ def conditions(student: nn.Module, data: ImageData, recipe: Recipe) -> dict[str,
 
 def refuse_mixing(recipe: Recipe) -> None:
     """Raises UsageError for what changes pictures in ways that a store does not know."""
-    if recipe.mixing.on or recipe.repeats > 1:
-        raise UsageError("stored answers are about single pictures: set mixing.mixup=0, mixing.cutmix=0 and repeats=1")
+    mixing = ClassificationLearner.Settings.model_validate(
+        {key: value for key, value in recipe.objective.items() if key in ("loss", "mixing")}
+    ).mixing
+    if mixing.on or recipe.repeats > 1:
+        raise UsageError("stored answers are about single images: set mixing.mixup=0, mixing.cutmix=0 and repeats=1")
 
 
 def epochs_needed(data: ImageData, recipe: Recipe) -> int:
@@ -301,7 +304,7 @@ def check_store(
     return {"value_error": float(torch.cat(errors).mean()), "class_mismatch": float(torch.cat(others).mean())}
 
 
-@learner("distillation")
+@learner("distillation", task="classify")
 class DistillationLearner(ClassificationLearner):
     """Image -> class, learned from a teacher's stored answers; evaluated as any classifier.
 
@@ -330,7 +333,7 @@ class DistillationLearner(ClassificationLearner):
 
     @classmethod
     def create(
-        cls, name: str, data: ImageData, recipe: Recipe, *, pretrained: bool = False, checkpoint: str | None = None
+        cls, name: str | nn.Module, data: ImageData, recipe: Recipe, *, pretrained: bool = False, checkpoint: str | None = None
     ) -> DistillationLearner:
         made = cls(build_model(name, data, recipe, pretrained=pretrained, checkpoint=checkpoint), recipe.settings_of(cls))
         made.prepare(data, recipe)

@@ -14,6 +14,7 @@ from vitarium.data.bad_files import BadFiles
 from vitarium.data.loader import Loader
 from vitarium.nn.modes import evaluating
 from vitarium.training.base import Batch, Learner
+from vitarium.training.learners import learner_of
 
 
 def run_evaluation(
@@ -81,12 +82,7 @@ def evaluate(
     Returns:
         numbers by name, such as accuracy (0 to 1), and under "confusion_matrix" a list of rows (truth) of counts (prediction).
     """
-    if isinstance(learner_or_model, Learner):
-        learner = learner_or_model
-    else:
-        from vitarium.training.learners import learner_of
-
-        learner = learner_of(learner_or_model)
+    learner = learner_or_model if isinstance(learner_or_model, Learner) else learner_of(learner_or_model)
     model = learner.eval_model()
     reading: dict[str, Any] = dict(batch_size=batch_size, num_workers=num_workers, bad_files=bad_files)
     loader = Loader(images, learner.transform(None), collate=learner.collate, **reading)

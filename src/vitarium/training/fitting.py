@@ -28,6 +28,7 @@ from vitarium.training.optim import Rates
 from vitarium.training.phases import Plan
 from vitarium.training.processes import create_fabric, lost_processes_named, run_in_processes, spawns
 from vitarium.training.recipe import Recipe
+from vitarium.training.recording import record_training
 from vitarium.training.run import Progress, Run
 from vitarium.training.sharding import check_shardable, is_sharded
 
@@ -70,7 +71,7 @@ def fit(
     accelerator: str = "auto",
     progress: Callable[[Progress], None] | None = None,
 ) -> FitResult:
-    """Train, and leave `learner.eval_model()` with the final weights (their moving average where the recipe has one).
+    """Train, and leave `learner.eval_model()` with the final weights (their moving average where the recipe has one) and its record.
 
     The folder receives last.ckpt (the state of the run), log.csv, evaluations.jsonl, TensorBoard's events where that is installed, and
     bad_files.txt where images could not be read. Called again after a kill, it goes on from last.ckpt and ends with the weights of an
@@ -104,10 +105,14 @@ def fit(
         with lock_folder(folder):
             if not (folder / LAST).exists() or not load_run(folder / LAST)[0].finished:
                 run_in_processes(fabric, _fit_here, (learner, data, recipe, folder), progress)
-            return _result_of(fabric.world_size, learner, data, recipe, folder)
+            result = _result_of(fabric.world_size, learner, data, recipe, folder)
+        record_training(learner, data)
+        return result
     fabric.launch()
     with lock_folder(folder) if fabric.is_global_zero else contextlib.nullcontext():
-        return _fit_here(fabric, learner, data, recipe, folder, progress)
+        result = _fit_here(fabric, learner, data, recipe, folder, progress)
+    record_training(learner, data)
+    return result
 
 
 def _fit_here(

@@ -1,19 +1,20 @@
-"""Which training objectives exist: learners registered by name, imported only when asked for.
+"""Learners by name. A file is imported only when its learner is asked for.
 
-    @learner("repa")
+    @learner("repa", task="generate")
     class REPALearner(Learner): ...
 
-A recipe says which one it is for, with its settings: `objective: {name: repa, coefficient: 0.5}`.
+A recipe names its learner and the learner's settings: `objective: {name: repa, coefficient: 0.5}`.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
+from vitarium.catalog.record import training_of
 from vitarium.catalog.registry import find_model, import_system, system_module
 from vitarium.catalog.systems import systems
 from vitarium.errors import UsageError, nearest
@@ -37,11 +38,16 @@ HOMES = {
 _LEARNERS: dict[str, type[Learner]] = {}
 
 
-def learner(name: str) -> Callable[[LearnerClass], LearnerClass]:
-    """Register a learner under the slug of its system, or under a name that has a row in `HOMES`."""
+def learner(name: str, *, task: str = "pretrain") -> Callable[[LearnerClass], LearnerClass]:
+    """Register a learner under the slug of its system, or under a name that has a row in `HOMES`.
+
+    Args:
+        name: what a recipe's objective calls it.
+        task: of the models that it trains, with options, as "classify" or "segment:kind=semantic".
+    """
 
     def register(cls: LearnerClass) -> LearnerClass:
-        cls.objective = name
+        cls.objective, cls.task_name = name, task
         _LEARNERS[name] = cls
         return cls
 
@@ -67,12 +73,17 @@ def find_learner(name: str) -> type[Learner]:
     return _LEARNERS[name]
 
 
+def learner_class_of(model: nn.Module) -> tuple[type[Learner], Any]:
+    """Return the learner's class and settings of a model: those that it was trained by, else its family's, else classification."""
+    trained = training_of(model).learner
+    cls = find_learner(trained.name if trained else family_learner(model))
+    return cls, check(cls.Settings, trained.settings if trained else {}, f"settings of {cls.objective}")
+
+
 def learner_of(model: nn.Module) -> Learner:
-    """The learner that evaluates a model and predicts with it: of the objective that it was trained for (`model.objective`), else of its
-    family's, else classification."""
-    objective = dict(getattr(model, "objective", None) or {"name": family_learner(model)})
-    cls = find_learner(objective.pop("name"))
-    return cls(model, check(cls.Settings, objective, f"settings of {cls.objective}"))
+    """Return the learner that measures a model (see `learner_class_of`)."""
+    cls, settings = learner_class_of(model)
+    return cls(model, settings)
 
 
 def family_learner(model: nn.Module) -> str:

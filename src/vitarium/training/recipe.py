@@ -1,28 +1,17 @@
-"""A recipe: every number of a training run, in a YAML file that is checked before anything starts.
-
-    recipe = load_recipe("deit", ["optimizer.lr=5e-4", "budget.epochs=100"])
-
-The recipes of the house lie in `training/recipes/`; each begins with its command, expected time and expected result.
-"""
+"""A recipe: every number of a training run, checked before anything starts. `load_recipe` reads one from a YAML file."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from vitarium.data.transforms import Augment
-from vitarium.errors import UsageError, nearest
-from vitarium.training.settings import Section, check, merged, override, read_settings
-
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+from vitarium.errors import nearest
+from vitarium.training.settings import Count, Positive, Section, check, merged
 
 
 class Span(Section):
@@ -137,28 +126,6 @@ class Schedule(Section):
     min_lr: Annotated[float, Field(ge=0)] = 0.0
 
 
-class Loss(Section):
-    """Cross entropy on hard or soft targets; or binary cross entropy, each class a yes or no (DeiT-III)."""
-
-    name: Literal["cross_entropy", "binary"] = "cross_entropy"
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-
-
-class Mixing(Section):
-    """Mixup and CutMix (timm's): Beta parameters (0: off), how often a batch is mixed, how often by CutMix where both are on."""
-
-    mixup: Annotated[float, Field(ge=0)] = 0.0
-    cutmix: Annotated[float, Field(ge=0)] = 0.0
-    probability: Share = 1.0
-    cutmix_probability: Share = 0.5
-    mode: Literal["batch", "pair", "elem"] = "batch"
-
-    @property
-    def on(self) -> bool:
-        """Whether anything is mixed at all."""
-        return (self.mixup > 0 or self.cutmix > 0) and self.probability > 0
-
-
 class Ema(Section):
     """A moving average of the weights, which is what is evaluated and saved.
 
@@ -232,6 +199,20 @@ class Course(Section):
     shape: Literal["linear", "cosine"] = "cosine"
 
 
+EARLIER_KEYS = ("loss", "mixing")
+"""Keys at the root of recipes of version 0.1.0 that are settings of the objective now."""
+
+
+def earlier_keys_moved(values: Any) -> Any:
+    """Return nested settings with the keys of earlier recipes in their present place."""
+    moved = [key for key in EARLIER_KEYS if isinstance(values, dict) and key in values]
+    objective = values.get("objective", {}) if moved else None
+    if not isinstance(objective, dict):
+        return values  # nothing to move, or an objective that its own check refuses
+    kept = {key: value for key, value in values.items() if key not in moved}
+    return {**kept, "objective": {**objective, **{key: values[key] for key in moved}}}
+
+
 class Recipe(Section):
     """Every number of a training run.
 
@@ -267,8 +248,6 @@ class Recipe(Section):
     repeats: Count = 1
     optimizer: Optimizer
     schedule: Schedule = Schedule()
-    loss: Loss = Loss()
-    mixing: Mixing = Mixing()
     augment: Augment = Augment()
     ema: Ema | None = None
     clip: Clip = Clip()
@@ -282,16 +261,19 @@ class Recipe(Section):
     num_workers: Annotated[int, Field(ge=0, le=256)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier(cls, values: Any) -> Any:
+        return earlier_keys_moved(values)
+
     @field_validator("objective")
     @classmethod
-    def _is_known(cls, value: dict[str, Any]) -> dict[str, Any]:
-        given = dict(value)
-        name = given.pop("name", "classification")
-        if name != "classification" or given:
-            from vitarium.training.learners import find_learner
-
-            check(find_learner(str(name)).Settings, given, f"settings of {name}")
-        return {"name": str(name), **given}
+    def _named(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            given = json.loads(json.dumps(value, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise ValueError("must hold plain finite values") from error
+        return {"name": str(given.pop("name", "classification")), **given}
 
     @model_validator(mode="after")
     def _parts_are_whole(self) -> Recipe:
@@ -324,35 +306,3 @@ class Recipe(Section):
     def digest(self) -> str:
         """Hex digest of `identity`."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
-
-
-def list_recipes() -> list[str]:
-    """Names of the recipes of the house."""
-    files = resources.files("vitarium.training").joinpath("recipes").iterdir()
-    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
-
-
-def load_recipe(name_or_path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """A recipe of the house by name, or a YAML file of one's own, checked.
-
-    Args:
-        name_or_path: "deit", or a path that ends in .yaml or .yml.
-        overrides: "KEY=VALUE" each, such as "optimizer.lr=1e-4"; one for the budget replaces the recipe's ("budget.steps=500").
-
-    Raises:
-        UsageError: no such recipe or file, or settings that are unknown or out of range; the message names key, bounds and near names.
-    """
-    name = str(name_or_path)
-    if name in list_recipes():
-        values = read_settings(Path(str(resources.files("vitarium.training").joinpath("recipes", f"{name}.yaml"))))
-    elif name.endswith((".yaml", ".yml")):
-        values = read_settings(name)
-    else:
-        hint = nearest(name, list_recipes())
-        raise UsageError(f"no recipe {name!r}{hint} (there are: {', '.join(list_recipes())}; or give a path that ends in .yaml)")
-    assignments = list(overrides or [])
-    if isinstance(values, dict):
-        if any(a.strip().startswith("budget.") for a in assignments):
-            values = {**values, "budget": {}}
-        values = override(values, assignments)
-    return check(Recipe, values, f"recipe {name}")

@@ -5,15 +5,19 @@ from __future__ import annotations
 import types
 import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vitarium.assignments import parse_assignment
 from vitarium.errors import UsageError, nearest
 from vitarium.plain_yaml import MAX_BYTES, parse_yaml
 
 Model = TypeVar("Model", bound=BaseModel)
+
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
@@ -62,7 +66,7 @@ def _problem(model: type[BaseModel], error: Any) -> str:
         keys = keys_at(model, path[:-1])
         if error["type"] == "missing":
             return f"{name} is missing"
-        return f"{name} is not a setting{nearest(path[-1], keys)} (accepted: {', '.join(keys)})"
+        return f"{name} is not a setting{nearest(path[-1], keys)} (accepted: {', '.join(keys) or 'none'})"
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     return f"{name}: {message}, got {_short(error['input'])}"

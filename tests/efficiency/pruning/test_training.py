@@ -11,6 +11,7 @@ from torch import nn
 
 import vitarium
 from tests.training.tiny import tiny_data
+from vitarium.catalog.record import LearnerRecord, training_of
 from vitarium.efficiency.pruning.masks import prunable, sparsity
 from vitarium.efficiency.pruning.penalty import AttentionPenalty
 from vitarium.efficiency.pruning.sparse_prune import SparsePrune, SparsePruneLearner, make_permanent
@@ -126,7 +127,7 @@ def test_heads_and_channels_go_on_the_way_and_are_taken_out_afterwards(tmp_path:
 def test_a_loaded_model_makes_its_learner(tmp_path: Path):
     given = recipe(objective={"amount": 0.5})
     model = learner(given).model
-    model.objective = given.objective  # type: ignore[assignment]
+    training_of(model).learner = LearnerRecord(name="sparse_prune", settings={"amount": 0.5})
     vitarium.save(model, tmp_path / "model.safetensors")
     again = learner_of(vitarium.load(tmp_path / "model.safetensors"))
     assert isinstance(again, SparsePruneLearner)
@@ -137,7 +138,7 @@ def test_mistakes_are_told():
     with pytest.raises(UsageError, match="set ema=null"):
         learner(recipe(ema={"decay": 0.9}, objective={"amount": 0.5}))
     with pytest.raises(UsageError, match="wieght"):
-        recipe(objective={"wieght": 1})
+        learner(recipe(objective={"wieght": 1}))
     net = nn.Linear(2, 2)
     net.num_classes = 2  # type: ignore[assignment]
     with pytest.raises(UnsupportedModel, match="no plain vision transformer"):

@@ -13,13 +13,12 @@ from vitarium.errors import UsageError
 from vitarium.training.base import Batch
 from vitarium.training.classification import ClassificationLearner
 from vitarium.training.learners import learner
-from vitarium.training.settings import Section
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
-@learner("dit_routing")
+@learner("dit_routing", task="classify")
 class RoutingLearner(ClassificationLearner):
     """Image -> class, within a budget. Evaluation tells as `cost` the share of all work that the held-out images took.
 
@@ -27,8 +26,10 @@ class RoutingLearner(ClassificationLearner):
         UsageError: another model than this system's.
     """
 
-    class Settings(Section):
-        """Args:
+    class Settings(ClassificationLearner.Settings):
+        """Those of classification, and
+
+        Args:
         weight: of the budget term.
         hinge: punish only what is above the target.
         warmup: share of the training in which the target falls from 1 to the model's `budget`.

@@ -41,9 +41,8 @@ from vitarium.efficiency.pruning.penalty import AttentionPenalty
 from vitarium.efficiency.pruning.structure import Group, Kind, columns_of, find_groups, shrink, taken_out, unit_scores, units_kept, widened
 from vitarium.efficiency.pruning.vit import SparseViT as SparseViT
 from vitarium.errors import UsageError
-from vitarium.training import ClassificationLearner, Recipe, learner
+from vitarium.training import ClassificationLearner, Learner, Recipe, learner
 from vitarium.training.base import Batch
-from vitarium.training.settings import Section
 
 UNITS: dict[str, tuple[Kind, ...]] = {"heads": ("heads",), "channels": ("channels",), "both": ("heads", "channels")}
 CHANNEL_STEP = 8
@@ -282,7 +281,7 @@ def pruning_curve(
 # ---- training
 
 
-@learner("sparse_prune")
+@learner("sparse_prune", task="classify")
 class SparsePruneLearner(ClassificationLearner):
     """Classification with a penalty on attention, and pruning during training.
 
@@ -295,8 +294,10 @@ class SparsePruneLearner(ClassificationLearner):
         UnsupportedModel: a penalty on a model that anatomy does not support (weight=0: any model).
     """
 
-    class Settings(Section):
-        """Args:
+    class Settings(ClassificationLearner.Settings):
+        """Those of classification, and
+
+        Args:
         penalty, weight, blocks: see `AttentionPenalty`; weight 0 switches it off.
         amount, structure, scope: see `SparsePrune`; amount 0 prunes nothing.
         begin, end: shares of the training between which pruning takes place.
@@ -326,10 +327,10 @@ class SparsePruneLearner(ClassificationLearner):
         self._masks: Masks | None = None
 
     @classmethod
-    def from_recipe(cls, model: nn.Module, recipe: Recipe) -> SparsePruneLearner:
+    def create(cls, name: str | nn.Module, data: Any, recipe: Recipe, **options: Any) -> Learner:
         if recipe.ema and recipe.settings_of(cls).amount:
             raise UsageError("a moving average of weights that become zero during training is not zero: set ema=null or objective.amount=0")
-        return cls(model, recipe.settings_of(cls), loss=recipe.loss, mixing=recipe.mixing)
+        return super().create(name, data, recipe, **options)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         if not self.settings.weight:

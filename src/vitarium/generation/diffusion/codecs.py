@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from vitarium.catalog.record import training_of
 from vitarium.errors import CheckpointError, UsageError, require
 
 DEFAULT_AUTOENCODER = "stabilityai/sd-vae-ft-ema"
@@ -98,7 +99,8 @@ def codec_of(model: Any, source: str | None = None) -> Codec:
     Raises:
         UsageError: an autoencoder for a model of pixels, or one whose latents are not the model's.
     """
-    trained = (getattr(model, "objective", None) or {}).get("autoencoder")
+    learner = training_of(model).learner
+    trained = learner.settings.get("autoencoder") if learner else None
     if not getattr(model, "latent_chans", 0):
         if source:
             raise UsageError("this model makes pixels, and needs no autoencoder")

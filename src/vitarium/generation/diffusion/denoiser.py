@@ -14,7 +14,7 @@ class Denoiser(nn.Module):
     """x (B, C, H, W) at times t (B,) with labels (B,) -> prediction (B, C, H, W), or 2 C channels with a variance.
 
     A subclass defines `forward(x, t, labels=None)`, in which the null class has the number `num_classes`, and says what it is published
-    for. Training overrides that by `objective` (the settings of its learner), which a saved file remembers.
+    for. Training overrides that by the settings of its learner, which the model's training record and saved files hold.
 
     Args:
         image_size: side of the pictures, pixels.
@@ -33,7 +33,6 @@ class Denoiser(nn.Module):
 
     preprocessing: Any = None
     labels: list[str] | None = None
-    objective: dict[str, Any] | None = None
 
     def __init__(self, image_size: int, in_chans: int, latent_chans: int, latent_stride: int, num_classes: int):
         super().__init__()

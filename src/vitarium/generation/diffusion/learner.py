@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from vitarium.catalog.record import LearnerRecord, training_of
 from vitarium.generation.diffusion.codecs import codec_of
 from vitarium.generation.diffusion.pipeline import process_of
 from vitarium.generation.diffusion.process import parse_process
+from vitarium.generation.tasks import Generate
 from vitarium.training import Learner, learner
 from vitarium.training.base import Batch
 from vitarium.training.settings import Section
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-SHEET_COLUMNS, SHEET_ROWS = 10, 4
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
-@learner("diffusion")
+@learner("diffusion", task="generate")
 class DiffusionLearner(Learner):
     """Picture and class -> a denoiser of that class.
 
@@ -57,14 +55,16 @@ class DiffusionLearner(Learner):
                 parse_process(text)
             return text
 
-    usage = "vitarium generate {file}"
+    @classmethod
+    def task_for(cls, settings: Any) -> Generate:
+        return Generate(judge=settings.judge, samples=settings.samples)
+
     primary_metric: tuple[str, Literal["min", "max"]] = ("loss", "min")
 
     def __init__(self, model: nn.Module, settings: Any = None):
         super().__init__(model, settings)
-        model.objective = {"name": self.objective, **self.settings.model_dump(exclude_none=True)}  # type: ignore[assignment]
+        training_of(model).learner = LearnerRecord(name=self.objective, settings=self.settings.model_dump(exclude_none=True))
         self.process = process_of(model)
-        self._judge: Any = None
 
     def encode(self, image: Tensor) -> Tensor:
         """Pictures of the preprocessing, in [-1, 1] -> what is denoised."""
@@ -76,38 +76,18 @@ class DiffusionLearner(Learner):
         return total(losses)
 
     def metrics(self) -> Any:
-        """loss (denoising, at fixed times and noise), frechet (see `Settings.judge`)."""
+        """As of the task, and loss (denoising, at fixed times and noise)."""
         from torchmetrics import MeanMetric
 
-        from vitarium.generation.frechet import FrechetDistance, extractor
-
-        parts: dict[str, Any] = {"loss": MeanMetric(nan_strategy="disable")}
-        if self.settings.samples:
-            self._judge = self._judge or extractor(self.settings.judge)
-            parts["frechet"] = FrechetDistance(*self._judge)
-        return nn.ModuleDict(parts)
+        return nn.ModuleDict({"loss": MeanMetric(nan_strategy="disable"), **super().metrics()})
 
     def evaluate_batch(self, model: nn.Module, batch: Batch, metrics: Any) -> None:
         """Target: class numbers (B,)."""
-        image, labels = batch["image"], batch["target"]
-        x = codec_of(model).encode(image)
+        x = codec_of(model).encode(batch["image"])
         noise, shares = fixed_noise(batch["index"], x)
-        losses = self.process.loss(model, x, noise=noise, t=self.process.times_at(shares), labels=labels)
+        losses = self.process.loss(model, x, noise=noise, t=self.process.times_at(shares), labels=batch["target"])
         metrics["loss"].update(sum(losses.values()))
-        if "frechet" in metrics and metrics["frechet"].made_count < self.settings.samples:
-            metrics["frechet"].update(image / 2 + 0.5, real=True)
-            metrics["frechet"].update(model.generate(labels, indices=batch["index"]), real=False)  # type: ignore[operator]
-
-    def summary(self, metrics: Any) -> dict[str, Any]:
-        return {name: metric.compute().item() for name, metric in metrics.items()}
-
-    def pictures(self, model: nn.Module, batch: Batch) -> dict[str, Image.Image]:
-        """samples: a column a class (the first ten), four pictures each, always from the same noise."""
-        from vitarium.generation.pictures import grid
-
-        columns = max(1, min(int(model.num_classes), SHEET_COLUMNS))  # type: ignore[arg-type]
-        labels = torch.arange(columns).repeat(SHEET_ROWS)
-        return {"samples": grid(model.generate(labels, seed=0), columns)}  # type: ignore[operator]
+        super().evaluate_batch(model, batch, metrics)
 
 
 def fixed_noise(indices: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitarium.catalog.record import training_of
 from vitarium.errors import UsageError
 from vitarium.generation.diffusion.codecs import codec_of
 from vitarium.generation.diffusion.guidance import guided
@@ -21,8 +22,9 @@ ADAPTIVE = ("dopri5",)
 
 
 def process_of(model: Any) -> Process:
-    """What a denoiser was trained for: as its objective says, else as it is published."""
-    trained = (getattr(model, "objective", None) or {}).get("process")
+    """Return the process that a denoiser was trained for: as its record says, else as it is published."""
+    learner = training_of(model).learner
+    trained = learner.settings.get("process") if learner else None
     return parse_process(trained or getattr(model, "process", "flow"))
 
 
@@ -44,7 +46,7 @@ def generate(
     """Pictures (B, in_chans, image_size, image_size) float32 in [0, 1], on the model's device.
 
     Args:
-        model: a `Denoiser`; its `objective` says what it was trained for.
+        model: a `Denoiser`; its training record says what it was trained for.
         labels: classes (B,), 0 to num_classes; the last is the null class: a picture of no class in particular.
         seed: of the noise, and of what a stochastic sampler adds.
         indices: numbers (B,) of the images in a longer list; an image's noise depends on the seed and its number alone. None: 0, 1, ...
@@ -65,7 +67,8 @@ def generate(
     size = image_size or model.image_size
     if size % model.latent_stride:
         raise UsageError(f"image_size must divide by {model.latent_stride}, got {size}")
-    process, settings = process_of(model), dict(getattr(model, "objective", None) or {})
+    learner = training_of(model).learner
+    process, settings = process_of(model), dict(learner.settings if learner else {})
     weight = next(model.parameters())
     numbers = numbered(labels, indices)
     if (sampler or settings.get("sampler")) in ADAPTIVE and len(labels) > 1:  # its steps would depend on the whole batch

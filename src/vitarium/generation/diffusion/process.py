@@ -1,6 +1,6 @@
 """A way to noise data and back, with its samplers, named by one line of text: "flow:path=linear,data_at=0" or "gaussian:schedule=cosine".
 
-What a model was trained for is remembered by such a line (`model.objective`), so that a saved file samples as it was trained.
+What a model was trained for is recorded by such a line (its learner's settings), so that a saved file samples as it was trained.
 """
 
 from __future__ import annotations

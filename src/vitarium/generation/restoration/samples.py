@@ -31,6 +31,7 @@ class PairTransform:
     """
 
     joint = True
+    needs_target = False
 
     def __init__(self, scale: int, channels: int = 3, *, crop: int | None = None, flip: float = 0.0):
         self.scale, self.channels, self.crop, self.flip = scale, channels, crop, flip

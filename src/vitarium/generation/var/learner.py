@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitarium.errors import UsageError
-from vitarium.generation.pictures import grid, to_picture
+from vitarium.generation.tasks import Generate
 from vitarium.generation.var.model import VAR
 from vitarium.generation.var.tokenizer import VARTokenizer
 from vitarium.training import Learner, learner
@@ -21,16 +21,11 @@ from vitarium.training.building import build_model
 from vitarium.training.settings import Section
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from vitarium.data import ImageData
     from vitarium.training.recipe import Recipe
 
-SHOWN = 10
-"""Pictures a row of what is drawn during training."""
 
-
-@learner("var_tokenizer")
+@learner("var_tokenizer", task="autoencode")
 class VARTokenizerLearner(Learner):
     """Reconstruction: squared error of pixels, distance of a frozen network's features where one is named, and the quantizer's loss.
 
@@ -56,9 +51,7 @@ class VARTokenizerLearner(Learner):
         perceptual_weight: Annotated[float, Field(ge=0)] = 1.0
         revive: Annotated[int, Field(ge=0)] = 0
 
-    data_task = "image"
     usage = "vitarium train var_pico --set objective.tokenizer={file}"
-    primary_metric = ("psnr", "max")
 
     def __init__(self, model: VARTokenizer, settings: Any = None):
         super().__init__(model, settings)
@@ -69,7 +62,7 @@ class VARTokenizerLearner(Learner):
 
     @classmethod
     def create(
-        cls, name: str, data: ImageData, recipe: Recipe, *, pretrained: bool = False, checkpoint: str | None = None
+        cls, name: str | nn.Module, data: ImageData, recipe: Recipe, *, pretrained: bool = False, checkpoint: str | None = None
     ) -> VARTokenizerLearner:
         from vitarium.catalog import create_model
 
@@ -110,54 +103,8 @@ class VARTokenizerLearner(Learner):
             dist.broadcast(codes, 0)
             dist.broadcast(self.idle, 0)
 
-    def metrics(self) -> Any:
-        """psnr (decibels), and usage: the share of the codes that at least one picture uses."""
-        from torchmetrics import Metric
-        from torchmetrics.image import PeakSignalNoiseRatio
 
-        class Usage(Metric):
-            seen: Tensor
-
-            def __init__(self, count: int):
-                super().__init__()
-                self.add_state("seen", torch.zeros(count), dist_reduce_fx="sum")
-
-            def update(self, codes: Tensor) -> None:
-                self.seen += codes.flatten().bincount(minlength=len(self.seen))
-
-            def compute(self) -> Tensor:
-                return (self.seen > 0).float().mean()
-
-        return nn.ModuleDict({"psnr": PeakSignalNoiseRatio(data_range=(-1.0, 1.0)), "usage": Usage(self.model.vocab_size)})
-
-    def evaluate_batch(self, model: Any, batch: Batch, metrics: Any) -> None:
-        codes = model.encode(batch["image"])
-        metrics["psnr"].update(model.decode(codes).float(), batch["image"].float())
-        metrics["usage"].update(torch.cat(codes, 1))
-
-    def summary(self, metrics: Any) -> dict[str, Any]:
-        return {name: metric.compute().tolist() for name, metric in metrics.items()}
-
-    def pictures(self, model: Any, batch: Batch) -> dict[str, Image.Image]:
-        """Pictures above what their codes keep of them."""
-        image = batch["image"][:SHOWN]
-        return {"reconstructions": grid((torch.cat([image, model(image)]) + 1) / 2, len(image))}
-
-    def answers(self, model: Any, batch: Batch) -> list[dict[str, Any]]:
-        """The codes of each picture, a list a scale, and how near (psnr, decibels) they bring it."""
-        codes = model.encode(batch["image"])
-        made = model.decode(codes)
-        psnr = -10 * ((made - batch["image"]) / 2).square().mean((1, 2, 3)).log10()
-        return [
-            {"psnr": psnr[i].item(), "codes": [scale[i].tolist() for scale in codes], "_made": (made[i].float() + 1) / 2}
-            for i in range(len(made))
-        ]
-
-    def picture_of(self, picture: Image.Image, answer: dict[str, Any]) -> Image.Image:
-        return to_picture(answer["_made"])
-
-
-@learner("var")
+@learner("var", task="generate")
 class VARLearner(Learner):
     """Cross entropy of every code of every scale, given the class and the picture that earlier scales add up to."""
 
@@ -178,10 +125,16 @@ class VARLearner(Learner):
         judge: str = "pixels"
         samples: Annotated[int, Field(ge=0)] = 256
 
-    usage = "vitarium generate {file}"
+    primary_metric = ("loss", "min")
 
     @classmethod
-    def create(cls, name: str, data: ImageData, recipe: Recipe, *, pretrained: bool = False, checkpoint: str | None = None) -> VARLearner:
+    def task_for(cls, settings: Any) -> Generate:
+        return Generate(judge=settings.judge, samples=settings.samples)
+
+    @classmethod
+    def create(
+        cls, name: str | nn.Module, data: ImageData, recipe: Recipe, *, pretrained: bool = False, checkpoint: str | None = None
+    ) -> VARLearner:
         settings = recipe.settings_of(cls)
         if settings.tokenizer is None and checkpoint is None and not pretrained:
             raise UsageError(
@@ -200,7 +153,6 @@ class VARLearner(Learner):
     def __init__(self, model: VAR, settings: Any = None):
         super().__init__(model, settings)
         self.model.tokenizer.requires_grad_(False)
-        self._judge: Any = None
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         dropped = torch.rand(len(batch["target"]), device=batch["target"].device) < self.settings.label_drop
@@ -218,36 +170,21 @@ class VARLearner(Learner):
         return F.cross_entropy(model.transformer(views, labels).transpose(1, 2), torch.cat(codes, 1), reduction="none")
 
     def metrics(self) -> Any:
-        """loss (mean over all codes), scale_losses (the same of each scale; ln V is chance), frechet (see `Settings.judge`)."""
+        """As of the task, and loss (mean over all codes) and scale_losses (the same of each scale; ln V is chance)."""
         from torchmetrics import MeanMetric
 
-        from vitarium.generation.frechet import FrechetDistance, extractor
-
         losses = [MeanMetric(nan_strategy="disable") for _ in range(1 + len(self.model.scales))]
-        parts: dict[str, Any] = {"losses": nn.ModuleList(losses)}
-        if self.settings.samples:
-            self._judge = self._judge or extractor(self.settings.judge)
-            parts["frechet"] = FrechetDistance(*self._judge)
-        return nn.ModuleDict(parts)
+        return nn.ModuleDict({"losses": nn.ModuleList(losses), **super().metrics()})
 
     def evaluate_batch(self, model: Any, batch: Batch, metrics: Any) -> None:
-        image, labels = batch["image"], batch["target"]
-        losses = self._losses(model, image, labels)
+        losses = self._losses(model, batch["image"], batch["target"])
         for metric, part in zip(metrics["losses"], (losses, *losses.split(list(model.transformer.lengths), 1)), strict=True):
             metric.update(part)
-        if "frechet" in metrics and metrics["frechet"].made_count < self.settings.samples:
-            metrics["frechet"].update(image / 2 + 0.5, real=True)
-            metrics["frechet"].update(model.generate(labels, indices=batch["index"]), real=False)
+        super().evaluate_batch(model, batch, metrics)
 
     def summary(self, metrics: Any) -> dict[str, Any]:
         loss, *scales = (metric.compute().item() for metric in metrics["losses"])
-        frechet = {"frechet": metrics["frechet"].compute().item()} if "frechet" in metrics else {}
-        return {"loss": loss, "scale_losses": scales, **frechet}
-
-    def pictures(self, model: Any, batch: Batch) -> dict[str, Image.Image]:
-        """Samples: a column a class."""
-        labels = torch.arange(min(SHOWN, model.num_classes), device=batch["image"].device)
-        return {"samples": grid(model.generate(labels.repeat(4)), len(labels))}
+        return {"loss": loss, "scale_losses": scales, **super().summary({k: v for k, v in metrics.items() if k != "losses"})}
 
 
 def _tokenizer(file: str) -> Any:
@@ -261,7 +198,7 @@ def _tokenizer(file: str) -> Any:
     return model
 
 
-def _sized(name: str, data: ImageData, recipe: Recipe, codec: Any = None) -> Recipe:
+def _sized(name: str | nn.Module, data: ImageData, recipe: Recipe, codec: Any = None) -> Recipe:
     """The recipe without the size of the data's pictures: they are resized to that of the model, which its scales fix.
 
     Raises:
@@ -269,6 +206,8 @@ def _sized(name: str, data: ImageData, recipe: Recipe, codec: Any = None) -> Rec
     """
     from vitarium.catalog import find_model
 
+    if not isinstance(name, str):
+        return recipe
     family, variant = find_model(name)
     size = codec.image_size if codec is not None else recipe.model_arguments.get("image_size") or family.variants[variant].get("image_size")
     if recipe.image_size not in (None, data.image_size, size):

@@ -12,7 +12,7 @@ from vitarium.ops.precision import without_autocast
 from vitarium.perception.kmax_deeplab.decoder import assign
 from vitarium.perception.kmax_deeplab.losses import criterion
 from vitarium.perception.overlay import grid, overlay
-from vitarium.perception.segmentation import SHOWN, SegmentationLearner, first_of
+from vitarium.perception.segmentation import SHOWN, SegmentationLearner, first_of, image_of
 from vitarium.training.base import Batch
 from vitarium.training.learners import learner
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-@learner("kmax_deeplab")
+@learner("kmax_deeplab", task="panoptic")
 class KMaXLearner(SegmentationLearner):
     """The authors' five losses with their weights, at every layer. For panoptic data, and any other with segments."""
 
@@ -55,7 +55,7 @@ class KMaXLearner(SegmentationLearner):
         found = model(some["image"])
         rows = []
         for i, target in enumerate(some["target"]):
-            picture = self.picture_from(some["image"][i], target)
+            picture = image_of(model, some["image"][i], target)
             row = [picture]
             for prediction in [*found["aux"], found]:
                 clusters = assign(prediction["masks"][i : i + 1])[0]
@@ -69,20 +69,14 @@ class KMaXLearner(SegmentationLearner):
         return {**super().pictures(model, batch), "clusters": grid(rows)}
 
 
-@learner("kmax_deeplab_semantic")
+@learner("kmax_deeplab_semantic", task="semantic")
 class KMaXSemanticLearner(KMaXLearner):
-    """On classes alone, one segment each."""
-
-    data_task = "semantic"
-    primary_metric = ("miou", "max")
+    """Semantic segmentation: one segment a class."""
 
 
-@learner("kmax_deeplab_instance")
+@learner("kmax_deeplab_instance", task="instance")
 class KMaXInstanceLearner(KMaXLearner):
-    """On things alone, one segment each; all else is void."""
-
-    data_task = "instance"
-    primary_metric = ("ap50", "max")
+    """Instance segmentation: one segment a thing; the rest of the image is void."""
 
 
 def _exact(value: Any) -> Any:

@@ -1,0 +1,135 @@
+"""Tasks of generators: make images of classes, and encode images into codes and back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from vitarium.training.tasks import Metric, Task, task
+from vitarium.training.tasks.base import Batch, match_classes
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from vitarium.data import ImageData
+
+COLUMNS, ROWS = 10, 4
+"""Of a sheet of samples: classes, and images of each."""
+
+
+@task("generate")
+class Generate(Task):
+    """Make images of given classes. Target: int64 (), the class of a real image. The model is a `vitarium.generation.Generator`.
+
+    Args:
+        judge: feature extractor of the Fréchet distance: "pixels" (8x8 grey levels), a model's name, or a file.
+        samples: images that are generated for the Fréchet distance at an evaluation, in each process; 0: it is left out.
+    """
+
+    judge: str = "pixels"
+    samples: Annotated[int, Field(ge=0)] = 256
+
+    usage = "vitarium generate {file}"
+    no_answer = "'vitarium generate FILE' makes images with it"
+    conditions = True
+
+    @property
+    def primary(self) -> Metric:
+        return Metric("frechet", "min")
+
+    def match(self, model: Any, data: ImageData) -> ImageData:
+        """Renumber the data's classes by their names, for a model that takes classes.
+
+        Raises:
+            DataError: a class that the model does not know.
+        """
+        return match_classes(model, data, lambda numbers: numbers.__getitem__) if getattr(model, "num_classes", 0) else data
+
+    def metrics(self, model: nn.Module) -> Any:
+        """frechet: the Fréchet distance of generated images to held-out ones of the same classes, in features of `judge`."""
+        if not self.samples:
+            return nn.ModuleDict()
+        from vitarium.generation.frechet import FrechetDistance, extractor
+
+        return nn.ModuleDict({"frechet": FrechetDistance(*extractor(self.judge))})
+
+    def update(self, metrics: Any, model: Any, batch: Batch) -> None:
+        if "frechet" in metrics and metrics["frechet"].made_count < self.samples:
+            metrics["frechet"].update(batch["image"] / 2 + 0.5, real=True)
+            metrics["frechet"].update(model.generate(batch["target"], indices=batch["index"]), real=False)
+
+    def summary(self, metrics: Any, model: nn.Module) -> dict[str, Any]:
+        return {name: metric.compute().item() for name, metric in metrics.items()}
+
+    def sheets(self, model: Any, batch: Batch) -> dict[str, Image.Image]:
+        """Draw "samples": a column a class (the first ten), four images each, always from the same noise."""
+        from vitarium.generation.pictures import grid
+
+        columns = max(1, min(int(model.num_classes), COLUMNS))
+        return {"samples": grid(model.generate(torch.arange(columns).repeat(ROWS), seed=0), columns)}
+
+
+@task("autoencode")
+class Autoencode(Task):
+    """Encode images into codes and decode them. The model has `encode` and `decode`; images are in [-1, 1]."""
+
+    data_kind = "image"
+    result_kind = "codes"
+
+    @property
+    def primary(self) -> Metric:
+        return Metric("psnr", "max", "dB")
+
+    def metrics(self, model: Any) -> Any:
+        """psnr (decibels), and usage: the share of the codes that at least one image uses."""
+        from torchmetrics import Metric as Accumulator
+        from torchmetrics.image import PeakSignalNoiseRatio
+
+        class Usage(Accumulator):
+            seen: Tensor
+
+            def __init__(self, count: int):
+                super().__init__()
+                self.add_state("seen", torch.zeros(count), dist_reduce_fx="sum")
+
+            def update(self, codes: Tensor) -> None:
+                self.seen += codes.flatten().bincount(minlength=len(self.seen))
+
+            def compute(self) -> Tensor:
+                return (self.seen > 0).float().mean()
+
+        return nn.ModuleDict({"psnr": PeakSignalNoiseRatio(data_range=(-1.0, 1.0)), "usage": Usage(model.vocab_size)})
+
+    def update(self, metrics: Any, model: Any, batch: Batch) -> None:
+        codes = model.encode(batch["image"])
+        metrics["psnr"].update(model.decode(codes).float(), batch["image"].float())
+        metrics["usage"].update(torch.cat(codes, 1))
+
+    def summary(self, metrics: Any, model: nn.Module) -> dict[str, Any]:
+        return {name: metric.compute().tolist() for name, metric in metrics.items()}
+
+    def answers(self, model: Any, batch: Batch, *, limit: int = 5) -> list[dict[str, Any]]:
+        """Return the codes of each image, a list a scale, and the psnr (decibels) of the decoded image."""
+        codes = model.encode(batch["image"])
+        made = model.decode(codes)
+        psnr = -10 * ((made - batch["image"]) / 2).square().mean((1, 2, 3)).log10()
+        return [
+            {"psnr": psnr[i].item(), "codes": [scale[i].tolist() for scale in codes], "_made": (made[i].float() + 1) / 2}
+            for i in range(len(made))
+        ]
+
+    def draw(self, image: Image.Image, answer: dict[str, Any]) -> Image.Image:
+        """Return the decoded image."""
+        from vitarium.generation.pictures import to_picture
+
+        return to_picture(answer["_made"])
+
+    def sheets(self, model: Any, batch: Batch) -> dict[str, Image.Image]:
+        """Draw "reconstructions": images above their decoded codes."""
+        from vitarium.generation.pictures import grid
+
+        image = batch["image"][:COLUMNS]
+        return {"reconstructions": grid((torch.cat([image, model(image)]) + 1) / 2, len(image))}

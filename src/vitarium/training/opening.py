@@ -1,0 +1,68 @@
+"""Reading recipes.
+
+    recipe = load_recipe("deit", ["optimizer.lr=5e-4", "budget.epochs=100"])
+
+The library's recipes are in `training/recipes/`; each begins with its command, expected time and expected result.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from vitarium.errors import UsageError, nearest
+from vitarium.training.learners import find_learner
+from vitarium.training.recipe import EARLIER_KEYS, Recipe, earlier_keys_moved
+from vitarium.training.settings import check, override, read_settings
+
+
+def list_recipes() -> list[str]:
+    """Return the names of the library's recipes."""
+    files = resources.files("vitarium.training").joinpath("recipes").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read and check a recipe of the library, or a YAML file.
+
+    Args:
+        name_or_path: "deit", or a path that ends in .yaml or .yml.
+        overrides: "KEY=VALUE" each, such as "optimizer.lr=1e-4"; one for the budget replaces the recipe's ("budget.steps=500"),
+            and another "objective.name" starts from that learner's default settings. "loss." and "mixing." are short for
+            "objective.loss." and "objective.mixing.".
+
+    Raises:
+        UsageError: no such recipe or file, or settings that are unknown, that the objective does not read, or that are out of range; the
+            message names key, bounds and near names.
+    """
+    name = str(name_or_path)
+    if name in list_recipes():
+        values = read_settings(Path(str(resources.files("vitarium.training").joinpath("recipes", f"{name}.yaml"))))
+    elif name.endswith((".yaml", ".yml")):
+        values = read_settings(name)
+    else:
+        hint = nearest(name, list_recipes())
+        raise UsageError(f"no recipe {name!r}{hint} (there are: {', '.join(list_recipes())}; or give a path that ends in .yaml)")
+    return _checked(values, list(overrides or []), f"recipe {name}")
+
+
+def with_changes(recipe: Recipe, overrides: list[str]) -> Recipe:
+    """Return a recipe with changes, as for `load_recipe`, checked."""
+    return _checked(recipe.model_dump(mode="json", exclude_unset=True), overrides, "the recipe") if overrides else recipe
+
+
+def _checked(values: Any, assignments: list[str], source: str) -> Recipe:
+    if isinstance(values, dict):
+        if any(a.strip().startswith("budget.") for a in assignments):
+            values = {**values, "budget": {}}
+        values = earlier_keys_moved(values)
+        assignments = [f"objective.{a.strip()}" if re.match(rf"\s*({'|'.join(EARLIER_KEYS)})\s*[.=]", a) else a for a in assignments]
+        chosen = [a.partition("=")[2].strip() for a in assignments if a.partition("=")[0].strip() == "objective.name"]
+        if chosen and chosen[-1] != (values.get("objective") or {}).get("name", "classification"):
+            values = {**values, "objective": {}}
+        values = override(values, assignments)
+    recipe = check(Recipe, values, source)
+    recipe.settings_of(find_learner(recipe.objective["name"]))
+    return recipe

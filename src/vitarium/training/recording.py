@@ -1,0 +1,32 @@
+"""The training record of a model (see `vitarium.catalog.record`)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING
+
+from vitarium.catalog.record import DataRecord, LearnerRecord, Training, training_of
+from vitarium.training.checkpoint import fingerprint
+
+if TYPE_CHECKING:
+    from vitarium.data import ImageData
+    from vitarium.training.base import Learner
+
+
+def record_training(learner: Learner, data: ImageData, *, source: str | None = None, seed: int = 0, val_fraction: float = 0.2) -> Training:
+    """Record in `learner.eval_model()` its task, its learner and its data, so that a saved file knows them.
+
+    Args:
+        learner: after training.
+        data: what it was trained on.
+        source: as it was given to `open_data`; None: the data's name.
+        seed, val_fraction: of the split.
+    """
+    record = training_of(learner.eval_model())
+    record.task = learner.task.record()
+    if learner.objective:
+        record.learner = LearnerRecord(name=learner.objective, settings=learner.settings.model_dump(mode="json", exclude_unset=True))
+    digest = hashlib.sha256(json.dumps(fingerprint(data), sort_keys=True).encode()).hexdigest()[:16]
+    record.data = DataRecord(source=source or data.name, name=data.name, seed=seed, val_fraction=val_fraction, fingerprint=digest)
+    return record

@@ -1,0 +1,266 @@
+"""The contract of a task: what a model is asked to do, and everything that a command needs to know about the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from vitarium.data.image_set import View
+from vitarium.errors import DataError, UsageError, nearest
+from vitarium.training.settings import Section
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from vitarium.data import ImageData
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that a task measures.
+
+    Attributes:
+        name: key in the task's metrics.
+        best: whether larger or smaller values are better.
+        unit: "%" for a share of 1 that is shown in percent, "dB", ...; "" for a plain number.
+    """
+
+    name: str
+    best: Literal["max", "min"] = "max"
+    unit: str = ""
+
+    def text(self, value: float) -> str:
+        """Return the value with its unit."""
+        return f"{100 * value:.2f} %" if self.unit == "%" else f"{value:.4f} {self.unit}".rstrip()
+
+    def difference(self, before: float, after: float) -> str:
+        """Return the signed change of the value with its unit."""
+        return f"{100 * (after - before):+.2f} points" if self.unit == "%" else f"{after - before:+.4g} {self.unit}".rstrip()
+
+
+@dataclass(frozen=True)
+class TableData:
+    """A table of a report.
+
+    Attributes:
+        title: caption.
+        columns: headers; ">" in front aligns to the right.
+        rows: cells as text, one list a row.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+
+
+class Task(Section):
+    """What a model is asked to do with an image.
+
+    A task opens labelled data, matches a model's outputs with the data's labels, measures, answers about single images, and draws answers.
+    Commands call these methods and never depend on which task it is. The task is recorded in saved files; how the model was taught (the
+    learner) does not matter here.
+
+    A subclass is registered by `@task(NAME)`. Its fields are its options: plain values that a saved file records.
+    """
+
+    name: ClassVar[str] = ""
+    """Registered name, set by `@task`."""
+
+    data_kind: ClassVar[str] = "class"
+    """Kind of labels: the `task` of `open_data`."""
+
+    default_data: ClassVar[str] = "digits"
+    """Data to evaluate on when the user names none."""
+
+    usage: ClassVar[str] = "vitarium predict IMAGE --model {file}"
+    """Command to show after training, with {file} for the saved model."""
+
+    result_kind: ClassVar[str | None] = None
+    """What `vitarium predict` returns for an image, such as "labels" or "segments"; None: the task has no answer for one image."""
+
+    no_answer: ClassVar[str] = ""
+    """Why there is no answer for one image, and which command to use instead."""
+
+    classifies: ClassVar[bool] = False
+    """Whether the output is logits (B, num_classes) of which one class is right: what error rates and class explanations need."""
+
+    conditions: ClassVar[bool] = False
+    """Whether the model takes classes as input."""
+
+    @property
+    def primary(self) -> Metric:
+        """The metric that decides which evaluation is best."""
+        return Metric("loss", "min")
+
+    def record(self) -> dict[str, Any]:
+        """Return name and options as plain values, from which `parse_task` makes an equal task."""
+        return {"name": self.name, **self.model_dump(mode="json")}
+
+    # ---- data
+
+    def open(self, source: str | None = None, *, seed: int = 0, val_fraction: float = 0.2, image_size: int | None = None) -> ImageData:
+        """Open data with the labels of this task.
+
+        Args:
+            source: name or path (see `open_data`); None: `default_data`.
+            seed, val_fraction: of the split, where the data has none.
+            image_size: side of images that are rendered, pixels. Class-labelled data ignores it and keeps its own size.
+
+        Raises:
+            DataError: there is no such data, or it has no labels of this kind.
+        """
+        from vitarium.data import open_data
+
+        size = None if self.data_kind == "class" else image_size
+        return open_data(source or self.default_data, task=self.data_kind, seed=seed, val_fraction=val_fraction, image_size=size)
+
+    def match(self, model: nn.Module, data: ImageData) -> ImageData:
+        """Return the data with its targets in the model's numbering of the labels. The default changes nothing.
+
+        Raises:
+            DataError: the data has labels that the model does not know.
+        """
+        return data
+
+    def transform(self, model: nn.Module) -> Callable[..., Any]:
+        """Return the evaluation transform: image -> tensor (C, H, W); one with a true attribute `joint` maps (image, target) to both."""
+        from vitarium.catalog.create import preprocessing_of
+
+        return preprocessing_of(model)
+
+    @staticmethod
+    def collate(samples: list[tuple[Tensor, Any]]) -> Batch:
+        """Collate samples (tensor, target) into a batch with "image" and "target"."""
+        from vitarium.data.loader import stack
+
+        return stack(samples)
+
+    # ---- metrics
+
+    def metrics(self, model: nn.Module) -> Any:
+        """Return a fresh torchmetrics collection (or a ModuleDict of metrics) for `update`; None: the task has no metrics."""
+        return None
+
+    def update(self, metrics: Any, model: nn.Module, batch: Batch) -> None:
+        """Update the metrics by a batch of held-out samples; called without gradients, in eval mode.
+
+        Args:
+            metrics: from `metrics`.
+            model: on the device of the batch.
+            batch: "image" (B, C, H, W), "target", "index" (B,), and more where `collate` adds it.
+        """
+
+    def summary(self, metrics: Any, model: nn.Module) -> dict[str, Any]:
+        """Return the metrics' values as plain numbers, and lists or tables for what is more than a number."""
+        return {} if metrics is None else {name: value.tolist() for name, value in metrics.compute().items()}
+
+    def report(self, values: dict[str, Any], data: ImageData) -> dict[str, Any]:
+        """Return the values of an evaluation arranged for a report, for example with one row a class."""
+        return values
+
+    def texts(self, values: dict[str, Any]) -> dict[str, str]:
+        """Return the scalar metrics as readable names and values with units."""
+        primary = self.primary
+        numbers = {name: value for name, value in values.items() if isinstance(value, float)}
+        return {name.replace("_", " "): primary.text(v) if name == primary.name else f"{v:.4f}" for name, v in numbers.items()}
+
+    def tables(self, report: dict[str, Any]) -> list[TableData]:
+        """Return further tables of a report."""
+        return []
+
+    def baseline(self, data: ImageData) -> dict[str, float]:
+        """Return the scores of the best constant answer on the held-out part; {} where there is none."""
+        return {}
+
+    # ---- answers
+
+    def answers(self, model: nn.Module, batch: Batch, *, limit: int = 5) -> list[dict[str, Any]]:
+        """Return one answer an image as plain values; entries whose names begin with "_" are for `draw` only.
+
+        Args:
+            model: in eval mode, on the device of the batch; gradients are off.
+            batch: "image" (B, C, H, W) and "index" (B,).
+            limit: length of ranked answers.
+
+        Raises:
+            UsageError: the task has no answer for one image.
+        """
+        raise UsageError(self.refusal())
+
+    def refusal(self) -> str:
+        """Return the message of a command that needs an answer for one image where there is none."""
+        return f"a model trained to {self.name} has no answer for a single image; {self.no_answer or 'vitarium evaluate measures it'}"
+
+    def cells(self, answer: dict[str, Any]) -> dict[str, str]:
+        """Return the columns of an answer for a table on the terminal."""
+        said = ", ".join(f"{name} {_short(value)}" for name, value in answer.items() if not name.startswith("_"))
+        return {"answer": said}
+
+    def flat(self, answer: dict[str, Any]) -> dict[str, Any]:
+        """Return the columns of an answer for a CSV file: scalars by name; nested values as JSON."""
+        import json
+
+        plain = {name: value for name, value in answer.items() if not name.startswith("_")}
+        return {name: v if isinstance(v, str | int | float | bool) else json.dumps(v) for name, v in plain.items()}
+
+    def draw(self, image: Image.Image, answer: dict[str, Any]) -> Image.Image | None:
+        """Draw an answer over its image. None: there is nothing to draw."""
+        return None
+
+    def sheets(self, model: nn.Module, batch: Batch) -> dict[str, Image.Image]:
+        """Draw example outputs of a held-out batch by name; shown after each evaluation of a training."""
+        return {}
+
+
+def match_classes(model: Any, data: ImageData, renumber: Callable[[list[int]], Callable[[Any], Any]], *, listed: bool = True) -> ImageData:
+    """Match the data's class names with the model's labels.
+
+    Args:
+        model: with `labels` (or None where the names are unknown) and `num_classes`.
+        data: with `classes`.
+        renumber: makes, of the model's number of each of the data's classes, the function that maps one target.
+        listed: whether the targets are in `data.train.targets`; else those are placeholders, and targets are mapped as they are read.
+
+    Returns:
+        the data with the model's labels as `classes`; the same object where nothing has to change.
+
+    Raises:
+        DataError: a class that the model does not know, or another number of classes where the model has no names.
+    """
+    labels, classes = getattr(model, "labels", None), list(data.classes)
+    if labels is None:
+        count = getattr(model, "num_classes", len(classes))
+        if classes and count != len(classes):
+            raise DataError(f"the model has {count} classes, the data has {len(classes)}: {', '.join(classes[:8])}")
+        return data
+    if not classes or list(labels) == classes:
+        return data
+    change = renumber(numbers_of(classes, list(labels)))
+    train, val = (
+        View(part, targets=[change(target) for target in part.targets]) if listed else View(part, transform_target=change)
+        for part in (data.train, data.val)
+    )
+    return replace(data, train=train, val=val, classes=list(labels))
+
+
+def numbers_of(classes: list[str], labels: list[str]) -> list[int]:
+    """Return the model's number of each class of the data.
+
+    Raises:
+        DataError: a class that the model does not know.
+    """
+    if unknown := [name for name in classes if name not in labels]:
+        known = ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")
+        count = f"{len(unknown)} of the data's {len(classes)} classes"
+        raise DataError(f"the model does not know {count}, such as {unknown[0]!r}{nearest(unknown[0], labels)} (it knows {known})")
+    return [labels.index(name) for name in classes]
+
+
+def _short(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -1,0 +1,121 @@
+"""Classification: one label an image."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitarium.training.tasks.base import Batch, Metric, TableData, Task, match_classes
+from vitarium.training.tasks.registry import task
+
+if TYPE_CHECKING:
+    from vitarium.data import ImageData
+
+WEAKEST = 5
+"""Classes in the table of the lowest accuracies."""
+
+TEXTS = {"accuracy": "accuracy", "top5": "accuracy, first five", "loss": "cross entropy", "calibration_error": "calibration error"}
+
+
+@task("classify")
+class Classify(Task):
+    """Assign one of the model's classes to an image.
+
+    Target: int64 (), a class number. Model output: logits (B, num_classes).
+    """
+
+    result_kind = "labels"
+    classifies = True
+
+    @property
+    def primary(self) -> Metric:
+        return Metric("accuracy", "max", "%")
+
+    def match(self, model: nn.Module, data: ImageData) -> ImageData:
+        """Renumber the data's classes by their names.
+
+        Raises:
+            DataError: a class that the model does not know.
+        """
+        return match_classes(model, data, lambda numbers: numbers.__getitem__)
+
+    def metrics(self, model: nn.Module) -> Any:
+        """accuracy and top5 (shares of 1), loss (cross entropy), calibration_error (15 bins), confusion_matrix (truth, prediction)."""
+        from torchmetrics import MeanMetric, MetricCollection
+        from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassConfusionMatrix
+
+        n = max(2, int(model.num_classes))  # type: ignore[arg-type]
+        parts: dict[str, Any] = {
+            "accuracy": MulticlassAccuracy(n, average="micro", validate_args=False),
+            "calibration_error": MulticlassCalibrationError(n, n_bins=15, validate_args=False),
+            "confusion_matrix": MulticlassConfusionMatrix(n, validate_args=False),
+        }
+        if n > 5:
+            parts["top5"] = MulticlassAccuracy(n, top_k=5, average="micro", validate_args=False)
+        return nn.ModuleDict({"classes": MetricCollection(parts, compute_groups=False), "loss": MeanMetric(nan_strategy="disable")})
+
+    def update(self, metrics: Any, model: nn.Module, batch: Batch) -> None:
+        logits = model(batch["image"]).float()
+        metrics["classes"].update(logits, batch["target"])
+        metrics["loss"].update(F.cross_entropy(logits, batch["target"], reduction="none"))
+
+    def summary(self, metrics: Any, model: nn.Module) -> dict[str, Any]:
+        values = {"loss": metrics["loss"].compute(), **metrics["classes"].compute()}
+        return {name: value.tolist() for name, value in values.items()}
+
+    def report(self, values: dict[str, Any], data: ImageData) -> dict[str, Any]:
+        """Add one row a class: name, images, accuracy (None without images)."""
+        confusion = values["confusion_matrix"]
+        rows = [
+            {"name": name, "images": sum(row), "accuracy": row[i] / sum(row) if sum(row) else None}
+            for i, (name, row) in enumerate(zip(data.classes, confusion, strict=False))
+        ]
+        plain = {name: value for name, value in values.items() if name != "confusion_matrix"}
+        return {**plain, "classes": rows, "confusion_matrix": confusion}
+
+    def texts(self, values: dict[str, Any]) -> dict[str, str]:
+        numbers = {name: value for name, value in values.items() if isinstance(value, float)}
+        known = {}
+        for name, text in TEXTS.items():
+            if name in numbers:
+                known[text] = f"{numbers[name]:.4f}" if name == "loss" else f"{100 * numbers[name]:.2f} %"
+        return known | {name.replace("_", " "): f"{value:.4f}" for name, value in numbers.items() if name not in TEXTS}
+
+    def tables(self, report: dict[str, Any]) -> list[TableData]:
+        known = sorted((row for row in report["classes"] if row["accuracy"] is not None), key=lambda row: row["accuracy"])
+        rows = [[row["name"], str(row["images"]), f"{100 * row['accuracy']:.1f} %"] for row in known[:WEAKEST]]
+        return [TableData("Weakest classes", ["class", ">images", ">accuracy"], rows)] if len(known) > 1 else []
+
+    def baseline(self, data: ImageData) -> dict[str, float]:
+        """Accuracy of always answering the most frequent training class."""
+        most = Counter(data.train.targets).most_common(1)[0][0]
+        return {"accuracy": sum(target == most for target in data.val.targets) / max(1, len(data.val))}
+
+    def answers(self, model: Any, batch: Batch, *, limit: int = 5) -> list[dict[str, Any]]:
+        """Return {"predictions": [{"label", "probability"}, ...]}, the most probable first."""
+        return [ranked(row, class_names(model, row.shape[-1]), limit) for row in model(batch["image"]).float().cpu()]
+
+    def cells(self, answer: dict[str, Any]) -> dict[str, str]:
+        first, *others = answer["predictions"]
+        then = ", ".join(f"{p['label']} {100 * p['probability']:.1f} %" for p in others)
+        return {"label": first["label"], "probability": f"{100 * first['probability']:.1f} %", "then": then}
+
+    def flat(self, answer: dict[str, Any]) -> dict[str, Any]:
+        pairs = enumerate(answer["predictions"], 1)
+        return {f"{kind}_{i}": p[kind] if kind == "label" else f"{p[kind]:.6f}" for i, p in pairs for kind in ("label", "probability")}
+
+
+def ranked(logits: Tensor, names: list[str], limit: int) -> dict[str, Any]:
+    """Return the most probable classes of logits (num_classes,), or {"error"} where these are not finite."""
+    if not logits.isfinite().all():
+        return {"error": "the model's output is not finite"}
+    shares, classes = (found.tolist() for found in logits.softmax(-1).topk(min(limit, len(logits))))
+    return {"predictions": [{"label": names[c], "probability": p} for c, p in zip(classes, shares, strict=True)]}
+
+
+def class_names(model: Any, count: int) -> list[str]:
+    """Return the model's labels, or "class 0", "class 1", ... where it has none."""
+    return list(getattr(model, "labels", None) or [f"class {i}" for i in range(count)])

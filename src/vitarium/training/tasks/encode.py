@@ -1,0 +1,46 @@
+"""Encoding: an image becomes a feature vector."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from vitarium.errors import UsageError
+from vitarium.training.tasks.base import Batch, Task
+from vitarium.training.tasks.registry import task
+
+
+@task("encode")
+class Encode(Task):
+    """Return pooled features (C,) of an image: what probes, indices and teachers use. There is nothing to measure without labels."""
+
+    data_kind = "image"
+    usage = "vitarium index FOLDER --model {file} --output images.index"
+    result_kind = "features"
+
+    def answers(self, model: Any, batch: Batch, *, limit: int = 5) -> list[dict[str, Any]]:
+        """Return {"features": [...]} for each image.
+
+        Raises:
+            UsageError: the model has no forward_features and forward_head.
+        """
+        return [{"features": row} for row in pooled_features(model, batch["image"]).float().tolist()]
+
+    def cells(self, answer: dict[str, Any]) -> dict[str, str]:
+        values = answer["features"]
+        return {"dimensions": str(len(values)), "features": ", ".join(f"{v:.3g}" for v in values[:6]) + ", ..."}
+
+    def flat(self, answer: dict[str, Any]) -> dict[str, Any]:
+        return {f"feature_{i}": value for i, value in enumerate(answer["features"])}
+
+
+def pooled_features(model: nn.Module, image: Any) -> Any:
+    """Return pooled features (B, C) of images (B, C, H, W).
+
+    Raises:
+        UsageError: the model has no forward_features and forward_head.
+    """
+    if not hasattr(model, "forward_features") or not hasattr(model, "forward_head"):
+        raise UsageError(f"{type(model).__name__} does not give features (forward_features, forward_head); use a backbone or an encoder")
+    return model.forward_head(model.forward_features(image), pre_logits=True)  # type: ignore[operator]

@@ -1,0 +1,15 @@
+"""Pretraining: the model learns features, and has no answer for one image."""
+
+from __future__ import annotations
+
+from vitarium.training.tasks.base import Task
+from vitarium.training.tasks.registry import task
+
+
+@task("pretrain")
+class Pretrain(Task):
+    """Learn features without labels. The loss is the only metric; a probe measures the features."""
+
+    data_kind = "image"
+    usage = "vitarium probe {file} --data DATA"
+    no_answer = "measure its features with 'vitarium probe', or train a head on them"

@@ -1,0 +1,109 @@
+"""Tasks by name. A file is imported only when its task is asked for."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import nn
+
+from vitarium.assignments import parse_call
+from vitarium.errors import UsageError, nearest
+from vitarium.training.settings import check
+from vitarium.training.tasks.base import Task
+
+TaskClass = TypeVar("TaskClass", bound=type[Task])
+
+HOMES = {
+    "autoencode": "vitarium.generation.tasks",
+    "classify": "vitarium.training.tasks.classify",
+    "encode": "vitarium.training.tasks.encode",
+    "explain": "vitarium.explanation.task",
+    "generate": "vitarium.generation.tasks",
+    "multilabel": "vitarium.training.tasks.multilabel",
+    "pretrain": "vitarium.training.tasks.pretrain",
+    "reconstruct": "vitarium.pretraining.reconstruction",
+    "restore": "vitarium.generation.restoration.task",
+    "retrieve": "vitarium.perception.retrieval.task",
+    "segment": "vitarium.perception.segmentation",
+}
+"""Names of the library's tasks -> their modules. Other packages register theirs by `@task`."""
+
+ALIASES: dict[str, dict[str, Any]] = {
+    "class": {"name": "classify"},
+    "classification": {"name": "classify"},
+    "panoptic": {"name": "segment", "kind": "panoptic"},
+    "semantic": {"name": "segment", "kind": "semantic"},
+    "instance": {"name": "segment", "kind": "instance"},
+    "pairs": {"name": "restore"},
+    "restoration": {"name": "restore"},
+    "retrieval": {"name": "retrieve"},
+    "features": {"name": "encode"},
+}
+"""Other spellings that are accepted, such as those of earlier versions."""
+
+_TASKS: dict[str, type[Task]] = {}
+
+
+def task(name: str) -> Callable[[TaskClass], TaskClass]:
+    """Register a task under a name."""
+
+    def register(cls: TaskClass) -> TaskClass:
+        cls.name = name
+        _TASKS[name] = cls
+        return cls
+
+    return register
+
+
+def find_task(name: str) -> type[Task]:
+    """Return the class of a task. Imports only its file.
+
+    Raises:
+        UsageError: there is none; the message names near ones.
+    """
+    name = ALIASES.get(name, {}).get("name", name)
+    if name not in _TASKS and name in HOMES:
+        importlib.import_module(HOMES[name])
+    if name not in _TASKS:
+        known = list_tasks()
+        raise UsageError(f"unknown task {name!r}{nearest(name, [*known, *ALIASES])} (tasks: {', '.join(known)})")
+    return _TASKS[name]
+
+
+def parse_task(text: str | dict[str, Any]) -> Task:
+    """Make a task from text ("segment:kind=semantic"), from an alias ("semantic"), or from the record of a saved file.
+
+    Raises:
+        UsageError: no such task or option.
+    """
+    if isinstance(text, str):
+        name, given = parse_call(text)
+    else:
+        given = dict(text)
+        name = str(given.pop("name", ""))
+    cls = find_task(name)
+    extra = {key: value for key, value in ALIASES.get(name, {}).items() if key != "name"}
+    return check(cls, {**extra, **given}, f"options of the task {cls.name}")
+
+
+def list_tasks() -> list[str]:
+    """Return the names of all tasks."""
+    return sorted({*HOMES, *_TASKS})
+
+
+def task_of(model: nn.Module) -> Task:
+    """Return the task of a model: as its record says, else that of its learner or family, else classify.
+
+    Raises:
+        UsageError: the record names a task or learner that is not installed.
+    """
+    from vitarium.catalog.record import training_of
+    from vitarium.training.learners import learner_class_of
+
+    recorded = training_of(model).task
+    if recorded is not None:
+        return parse_task(recorded)
+    cls, settings = learner_class_of(model)
+    return cls.task_for(settings)

@@ -1,0 +1,241 @@
+"""Apply methods to a trained model, write one file, and compare before and after."""
+
+from __future__ import annotations
+
+import copy
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vitarium.errors import CheckpointError, UsageError
+from vitarium.training.tasks.base import Metric, TableData
+from vitarium.verbs.opening import Notify, apply_methods, find_device, name_of, open_for, open_model, quiet
+from vitarium.verbs.result import Result
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vitarium.data import ImageData
+
+ENDING = ".safetensors"
+ROUNDS, SECONDS = 7, 0.2
+"""Interleaved timings of the model before and after, and the least duration of each, seconds."""
+
+
+@dataclass(repr=False)
+class Compression(Result):
+    """A compressed model beside the original.
+
+    Attributes:
+        model: file or name of the original.
+        methods: what was applied, as text.
+        file: of the compressed model.
+        data: name of the data that accuracy was measured on; None: none.
+        before, after: disk_bytes, memory_bytes, macs, and the primary metric of the task.
+        batch: images a call when time was measured.
+        times: "eager" and "compiled": before_ms, after_ms, speedup, least, most.
+        quantized: numbers of quantized layers, of simulated ones, and of those that unpack at each call; None without any.
+        metric: the primary metric.
+    """
+
+    model: str
+    methods: list[str]
+    file: str
+    data: str | None
+    before: dict[str, Any]
+    after: dict[str, Any]
+    batch: int
+    times: dict[str, Any]
+    quantized: dict[str, int] | None
+    metric: Metric = field(repr=False)
+
+    def facts(self) -> dict[str, Any]:
+        return {"file": self.file, "speedup": f"{self.times['eager']['speedup']:.2f}x"}
+
+    def tables(self) -> list[TableData]:
+        return [comparison(self)]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().to_dict().items() if name != "metric"}
+
+
+def compress(
+    model: str | os.PathLike[str] | nn.Module,
+    apply: Sequence[Any],
+    output: str | os.PathLike[str],
+    data: str | os.PathLike[str] | None = None,
+    *,
+    checkpoint: str | None = None,
+    val_fraction: float = 0.2,
+    seed: int = 0,
+    batch_size: int = 64,
+    batch: int = 1,
+    compiled: bool = False,
+    device: str = "cpu",
+    notify: Notify = quiet,
+) -> Compression:
+    """Apply methods to a copy of a model, save it, and compare both: primary metric, size, MACs, time.
+
+    The metric is measured on the held-out part, of the model as loaded from the file.
+
+    Args:
+        model: a file of `vitarium.save`, a model's name, or a model, which is not changed.
+        apply: methods, in order, as "mptq_vit:bits=6".
+        output: .safetensors file to write.
+        data: for calibration and the metric; None: neither.
+        checkpoint: weights for a name.
+        val_fraction, seed: of the split, where the data has none.
+        batch_size: images a forward pass when the metric is measured.
+        batch: images a call when time is measured.
+        compiled: time both under torch.compile too.
+        device: "auto", "cpu", "cuda", ...
+        notify: called with messages about progress.
+
+    Raises:
+        UsageError: unknown methods, a wrong order, an output of another ending, or a method that needs data where there is none.
+        DataError: labels that the model does not know.
+        CheckpointError: weights that cannot be had, or a saved file that gives other outputs (it is deleted).
+    """
+    import vitarium
+    from vitarium.catalog.methods import parse_method
+    from vitarium.training.tasks import task_of
+
+    path = Path(output)
+    if path.suffix != ENDING:
+        raise UsageError(f"--output must end in {ENDING}, got {output}")
+    for method in apply:
+        if isinstance(method, str):
+            parse_method(method)  # an error before anything is opened
+    original = open_model(model, checkpoint)
+    images = None if data is None else open_for(original, data, seed=seed, val_fraction=val_fraction)
+    changed = copy.deepcopy(original)
+    texts = [method if isinstance(method, str) else repr(method) for method in apply]
+    notify("Applying " + ", ".join(texts))
+    apply_methods(changed, apply, images, notify)
+    vitarium.save(changed, path)
+    place = find_device(device)
+    loaded = vitarium.load(path).to(place)
+    check_equal(changed.to(place), loaded, path)
+    notify("Measuring before and after")
+    before, after = costs(original.to(place), None), costs(loaded, path)
+    if images is not None:
+        for one, side in ((original, before), (loaded, after)):
+            side.update(primary_value(one, images, batch_size))
+    times = timed(original, loaded, batch, compiled)
+    name, metric = name_of(model), task_of(loaded).primary
+    return Compression(name, texts, str(path), images and images.name, before, after, batch, times, quantized(loaded), metric)
+
+
+def primary_value(model: nn.Module, images: ImageData, batch_size: int) -> dict[str, float]:
+    """Return the primary metric of the model's task on the held-out part, by its name."""
+    from vitarium.training.tasks import task_of
+    from vitarium.verbs.evaluate import measure
+
+    name = task_of(model).primary.name
+    return {name: measure(model, images.val, batch_size)[0][name]}
+
+
+def costs(model: nn.Module, path: Path | None) -> dict[str, Any]:
+    """Return the bytes on disk (of the file, or of one that is written and deleted), bytes of weights in memory, MACs of one image."""
+    import vitarium
+    from vitarium.catalog import preprocessing_of
+    from vitarium.efficiency.profiler import count_macs, weight_bytes
+
+    with tempfile.TemporaryDirectory() as folder:
+        if path is None:
+            path = Path(folder) / f"original{ENDING}"
+            vitarium.save(model, path)
+        size = path.stat().st_size
+    return {"disk_bytes": size, "memory_bytes": weight_bytes(model), "macs": count_macs(model, preprocessing_of(model).image_size)}
+
+
+def example(model: nn.Module, batch: int) -> Any:
+    """Return images of the size that the model takes."""
+    from vitarium.catalog import preprocessing_of
+    from vitarium.efficiency.profiler import example_image
+
+    return example_image(model, preprocessing_of(model).image_size, batch)
+
+
+def check_equal(model: nn.Module, loaded: nn.Module, path: Path) -> None:
+    """Delete a file whose model gives other outputs than the one that was saved.
+
+    Raises:
+        CheckpointError: outputs differ.
+    """
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    image = example(model, 2)
+    with torch.inference_mode():
+        pairs = zip(tree_leaves(model.eval()(image)), tree_leaves(loaded(image)), strict=True)
+        same = all(torch.equal(a, b) for a, b in pairs if isinstance(a, torch.Tensor))
+    if not same:
+        path.unlink()
+        raise CheckpointError(f"the model loaded from {path} gives other outputs than the one that was saved; the file was deleted")
+
+
+def timed(original: nn.Module, loaded: nn.Module, batch: int, compiled: bool) -> dict[str, Any]:
+    """Return for "eager" (and "compiled") the milliseconds a call before and after, and the ratio by round: median, least, most."""
+    import torch
+
+    from vitarium.efficiency.bench import paired
+
+    image, found = example(original, batch), {}
+    for kind in ("eager", "compiled") if compiled else ("eager",):
+        before, after = (torch.compile(m) if kind == "compiled" else m for m in (original, loaded))
+        with torch.inference_mode():
+            calls: dict[str, Callable[[], Any]] = {"before": partial(before, image), "after": partial(after, image)}
+            times = paired(calls, rounds=ROUNDS, device=image.device, least_seconds=SECONDS)
+        ratios = [b / a for b, a in zip(times["before"], times["after"], strict=True)]
+        medians = {f"{k}_ms": 1e3 * statistics.median(v) for k, v in times.items()}
+        found[kind] = {**medians, "speedup": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+    return found
+
+
+def quantized(model: nn.Module) -> dict[str, int] | None:
+    """Return how many quantized layers there are, how many have no integer product, and how many unpack codes at each call."""
+    from vitarium.efficiency.quantization.layers import QuantizedLayer
+
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
+    unpacked = sum(layer.packed.format.bits < 8 for layer in layers)
+    return {"layers": len(layers), "simulated": sum(x.simulated for x in layers), "unpacked": unpacked} if layers else None
+
+
+def comparison(found: Compression) -> TableData:
+    """Return the table before and after."""
+    from vitarium.numbers import short
+
+    table = TableData(f"{found.model}: {', '.join(found.methods)}", ["", ">before", ">after", ">"])
+    for name, a in found.before.items():
+        b = found.after[name]
+        if name == "macs":
+            table.rows.append(["MACs", short(a), short(b), times_less(a, b)])
+        elif name.endswith("_bytes"):
+            where = "size on disk" if name == "disk_bytes" else "weights in memory"
+            table.rows.append([where, f"{a / 1e6:.3g} MB", f"{b / 1e6:.3g} MB", times_less(a, b)])
+        else:
+            table.rows.append([name, found.metric.text(a), found.metric.text(b), found.metric.difference(a, b)])
+    for kind, t in found.times.items():
+        name = "latency" + (", compiled" if kind == "compiled" else "") + (f" of {found.batch}" if found.batch > 1 else "")
+        table.rows.append([name, f"{t['before_ms']:.3g} ms", f"{t['after_ms']:.3g} ms", faster(t["speedup"], t["least"], t["most"])])
+    return table
+
+
+def times_less(before: float, after: float) -> str:
+    """Return "3.90x less" or "1.20x more"; "" for no difference."""
+    if not before or not after or before == after:
+        return ""
+    return f"{before / after:.2f}x less" if after < before else f"{after / before:.2f}x more"
+
+
+def faster(ratio: float, least: float, most: float) -> str:
+    """Return "1.20x faster [1.15, 1.31]", or the same with "slower"."""
+    if ratio < 1:
+        return f"{1 / ratio:.2f}x slower [{1 / most:.2f}, {1 / least:.2f}]"
+    return f"{ratio:.2f}x faster [{least:.2f}, {most:.2f}]"

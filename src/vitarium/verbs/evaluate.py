@@ -1,0 +1,159 @@
+"""Measure a trained model on labelled images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from vitarium.errors import UsageError
+from vitarium.training.tasks.base import TableData, Task
+from vitarium.verbs.opening import Notify, apply_methods, find_device, name_of, open_for, open_model, quiet
+from vitarium.verbs.result import Result
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vitarium.data import ImageData, ImageSet
+
+
+@dataclass(repr=False)
+class Evaluation(Result):
+    """The metrics of a model on a part of a data set.
+
+    Attributes:
+        model: file or name.
+        data: name of the data.
+        split: "val" or "train".
+        images: how many were measured.
+        metrics: by name: numbers, and lists for what is more than a number. Rates are shares of 1.
+        broken: {"path", "reason"} of images that could not be read.
+        corruptions: errors under corruptions, where they were asked for.
+        task: what the model was asked to do.
+    """
+
+    model: str
+    data: str
+    split: str
+    images: int
+    metrics: dict[str, Any]
+    broken: list[dict[str, str]]
+    task: Task = field(repr=False)
+    corruptions: dict[str, Any] | None = None
+
+    def facts(self) -> dict[str, Any]:
+        return {"images": f"{self.images} ({self.data}, {self.split})", **self.task.texts(self.metrics)}
+
+    def tables(self) -> list[TableData]:
+        corrupted = [corruption_table(self.corruptions)] if self.corruptions else []
+        return [*self.task.tables(self.metrics), *corrupted]
+
+    def to_dict(self) -> dict[str, Any]:
+        report = {"model": self.model, "task": self.task.name, "data": self.data, "split": self.split, **self.metrics}
+        report |= {"images": self.images, "broken": self.broken}
+        return report | ({"corruptions": self.corruptions} if self.corruptions else {})
+
+
+def evaluate(
+    model: str | os.PathLike[str] | nn.Module,
+    data: str | os.PathLike[str] | None = None,
+    *,
+    checkpoint: str | None = None,
+    apply: Sequence[Any] | None = None,
+    corruptions: bool = False,
+    split: Literal["val", "train"] = "val",
+    val_fraction: float = 0.2,
+    seed: int = 0,
+    batch_size: int = 64,
+    device: str = "auto",
+    output: str | os.PathLike[str] | None = None,
+    notify: Notify = quiet,
+) -> Evaluation:
+    """Measure a model on labelled data by the metrics of its task. Labels are matched by their names where the model knows them.
+
+    Args:
+        model: a file of `vitarium.save`, a model's name, or a model. A model with `apply` is changed.
+        data: as for `vitarium.open_data`; None: the default of the model's task.
+        checkpoint: weights for a name.
+        apply: methods to apply first, as "evit:keep=0.7".
+        corruptions: also measure a classifier's error under ImageNet-C's corruptions, at five severities each.
+        split: part of the data.
+        val_fraction, seed: of the split, where the data has none.
+        batch_size: images a forward pass.
+        device: "auto", "cpu", "cuda", ...
+        output: JSON file for all metrics.
+        notify: called with messages about progress.
+
+    Raises:
+        UsageError: unknown name or method, a head that was never trained, or corruptions for a model that is no classifier.
+        DataError: no such data, labels that the model does not know, or too many images that cannot be read.
+        CheckpointError: weights that cannot be had.
+    """
+    from vitarium.catalog.heads import require_head
+    from vitarium.files import write_json
+    from vitarium.training.tasks import task_of
+
+    opened = open_model(model, checkpoint)
+    require_head(opened)
+    task = task_of(opened)
+    if corruptions and not task.classifies:
+        raise UsageError(f"corruptions count the errors of a classifier; this model's task is {task.name}")
+    images = open_for(opened, data, seed=seed, val_fraction=val_fraction)
+    apply_methods(opened, apply, images, notify)
+    opened.to(find_device(device))
+    part = images.val if split == "val" else images.train
+    notify(f"Evaluating on {len(part)} images")
+    values, broken = measure(opened, part, batch_size)
+    found = Evaluation(name_of(model), images.name, split, len(part) - len(broken), task.report(values, images), broken, task)
+    if corruptions:
+        found.corruptions = measure_corrupted(opened, part, images, batch_size, seed, notify)
+    if output is not None:
+        write_json(Path(output), found.to_dict())
+    return found
+
+
+def measure(model: nn.Module, images: ImageSet, batch_size: int) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """Return the metrics of a model's task (and what its learner measures beside them) and the images that could not be read.
+
+    Raises:
+        UsageError: the task has no metrics.
+        DataError: too many images cannot be read.
+    """
+    from vitarium.data import BadFiles
+    from vitarium.training import evaluate as run
+    from vitarium.training.tasks import task_of
+
+    bad_files = BadFiles()
+    values = run(model, images, batch_size=batch_size, bad_files=bad_files)
+    if not values:
+        task = task_of(model)
+        raise UsageError(f"the task {task.name} has no metrics on held-out images; {task.no_answer or 'there is nothing to evaluate'}")
+    return values, [{"path": path, "reason": reason} for path, reason in bad_files.items()]
+
+
+def measure_corrupted(model: Any, images: ImageSet, data: ImageData, batch_size: int, seed: int, notify: Notify = quiet) -> dict[str, Any]:
+    """Return the errors of a classifier under each corruption; with ImageNet's 1000 classes also relative to AlexNet's."""
+    from vitarium.data import BadFiles
+    from vitarium.robustness.benchmark import ALEXNET, corruption_errors
+
+    found = corruption_errors(
+        model,
+        images,
+        batch_size=batch_size,
+        seed=seed,
+        bad_files=BadFiles(),
+        progress=lambda done: notify(f"Corrupting images: {done} of {len(images)}"),
+    )
+    whole = len(data.classes) == 1000 and len(found.errors) == len(ALEXNET)
+    return {**found.to_dict(), **({"over_alexnet": found.over_alexnet} if whole else {})}
+
+
+def corruption_table(found: dict[str, Any]) -> TableData:
+    """Return errors in percent, a row a corruption, a column a severity."""
+    rows = [
+        [kind.replace("_", " "), *(f"{100 * e:.1f}" for e in errors), f"{100 * found['by_kind'][kind]:.1f}"]
+        for kind, errors in found["errors"].items()
+    ]
+    return TableData("Errors by severity, %", ["corruption", *(f">{s}" for s in found["severities"]), ">mean"], rows)

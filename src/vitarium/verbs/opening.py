@@ -1,0 +1,162 @@
+"""What verbs share: a model from a file, a name or an object; a device from a word; methods from text; files from paths."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vitarium.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from vitarium.data import ImageData
+
+FILE_ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
+CALIBRATION_IMAGES = 256
+"""Training images that a method which calibrates sees at most."""
+
+Source = "str | os.PathLike[str] | nn.Module"
+Notify = Callable[[str], None]
+
+
+def quiet(_text: str) -> None:
+    """Ignore a message. One that ends with a line break is a note to keep; others are about progress."""
+
+
+def is_file(source: Any) -> bool:
+    """Return whether a model argument means a saved file rather than a name."""
+    text = os.fspath(source)
+    return text.endswith(FILE_ENDINGS) or Path(text).is_file()
+
+
+def open_model(source: str | os.PathLike[str] | nn.Module, checkpoint: str | None = None, **options: Any) -> nn.Module:
+    """Open a trained model in eval mode.
+
+    Args:
+        source: a file of `vitarium.save`; a name, with `checkpoint` or else its published weights; or a model, which is returned as it is.
+        checkpoint: weights for a name: file, "hf:OWNER/NAME", or address.
+        options: for `create_model`, with a name.
+
+    Raises:
+        UsageError: unknown name, or a checkpoint for what has its own weights.
+        CheckpointError: weights that are not there, or cannot be read or fetched.
+    """
+    import vitarium
+
+    if not isinstance(source, str | os.PathLike):
+        if checkpoint is not None:
+            raise UsageError("a model that is given as an object has its own weights; give checkpoint only with a model's name")
+        return source.eval()
+    if is_file(source):
+        if checkpoint is not None:
+            raise UsageError(f"{source} holds its own weights; give --checkpoint only with a model's name")
+        return vitarium.load(source)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs each attempt; the error at the end is enough
+    return vitarium.create_model(os.fspath(source), checkpoint=checkpoint, pretrained=checkpoint is None, **options).eval()
+
+
+def name_of(source: str | os.PathLike[str] | nn.Module) -> str:
+    """Return what a report calls a model: the file or name as it was given, else the name in its spec, else its class."""
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    return getattr(getattr(source, "spec", None), "name", None) or type(source).__name__
+
+
+def apply_methods(model: nn.Module, methods: Sequence[Any] | None, data: ImageData | None, notify: Notify = quiet) -> nn.Module:
+    """Apply methods, in order, and pass their reports to `notify`.
+
+    Args:
+        model: is changed.
+        methods: each a `Method` or its text, as "evit:keep=0.7". One that calibrates sees up to `CALIBRATION_IMAGES` training images.
+        data: for calibration.
+        notify: called with each report as text.
+
+    Raises:
+        UsageError: unknown methods or options, a wrong order, or a method that needs data where there is none.
+    """
+    import vitarium
+    from vitarium.catalog.methods import parse_method
+
+    parsed = [parse_method(method) if isinstance(method, str) else method for method in methods or []]
+    for i, method in enumerate(parsed):
+        if getattr(method, "calibration", False) is None:
+            if data is None:
+                raise UsageError(f"{method.slug} is calibrated on images; give some with --data")
+            parsed[i] = dataclasses.replace(method, calibration=calibration_batches(model, data))
+    vitarium.apply(model, *parsed, quiet=True)
+    for report in getattr(model, "methods", [])[-len(parsed) :] if parsed else []:
+        notify(f"{report}\n")
+    return model
+
+
+def calibration_batches(model: nn.Module, data: ImageData, batch_size: int = 32) -> list[torch.Tensor]:
+    """Return training images, spread evenly over the whole part, prepared for the model: tensors (B, C, H, W)."""
+    from vitarium.catalog import preprocessing_of
+    from vitarium.data import BadFiles, Subset
+    from vitarium.data.loader import Loader
+
+    step = max(1, len(data.train) // CALIBRATION_IMAGES)
+    some = Subset(data.train, range(0, len(data.train), step)[:CALIBRATION_IMAGES])
+    loader = Loader(some, preprocessing_of(model), batch_size=batch_size, bad_files=BadFiles())
+    return [batch["image"] for batch in loader.epoch(0) if len(batch["index"])]
+
+
+def find_device(word: str) -> torch.device:
+    """Return the device of "auto" (an accelerator if there is one), "cpu", "cuda", "cuda:1", "mps" ...
+
+    Raises:
+        UsageError: not a device, or not one of this machine's.
+    """
+    import torch
+
+    if word == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(word)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"no device {word!r} here; 'vitarium env' lists those that there are ('auto' picks)") from error
+    return device
+
+
+def find_images(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Return the files that are named, and the images (or, where there are none, the videos) below the folders that are named, in order.
+
+    Raises:
+        DataError: a folder without images.
+    """
+    from vitarium.data.folders import find_images as images_below
+    from vitarium.data.folders import find_videos
+
+    found: list[str] = []
+    for path in [Path(p) for p in ([paths] if isinstance(paths, str | os.PathLike) else paths)]:
+        inside = (sorted(images_below(path)) or sorted(find_videos(path))) if path.is_dir() else [str(path)]
+        if not inside:
+            raise DataError(f"{path} holds no images and no videos")
+        found += inside
+    return found
+
+
+def open_for(model: nn.Module, data: str | os.PathLike[str] | None, *, seed: int = 0, val_fraction: float = 0.2) -> ImageData:
+    """Open data with the labels of a model's task, rendered at its size, with targets in its numbering of the labels.
+
+    Args:
+        model: any; see `task_of`.
+        data: as for `vitarium.open_data`; None: the task's default.
+
+    Raises:
+        DataError: no such data, or labels that the model does not know.
+    """
+    from vitarium.catalog import preprocessing_of
+    from vitarium.training.tasks import task_of
+
+    task = task_of(model)
+    source = None if data is None else os.fspath(data)
+    images = task.open(source, seed=seed, val_fraction=val_fraction, image_size=preprocessing_of(model).image_size)
+    return task.match(model, images)

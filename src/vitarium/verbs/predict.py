@@ -1,0 +1,191 @@
+"""Answer about images with a trained model."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vitarium.errors import DataError, UsageError
+from vitarium.training.tasks.base import TableData, Task
+from vitarium.verbs.opening import Notify, apply_methods, find_device, find_images, name_of, open_model, quiet
+from vitarium.verbs.result import Result
+
+if TYPE_CHECKING:
+    from torch import nn
+
+ENDINGS = (".csv", ".json")
+
+
+@dataclass(repr=False)
+class Predictions(Result):
+    """Answers about images.
+
+    Attributes:
+        model: file or name.
+        rows: one an image, in the order of the files: {"image", ...answer}, or {"image", "error"}. "drawing" is the file of a drawn answer.
+        task: what the model was asked to do.
+    """
+
+    model: str
+    rows: list[dict[str, Any]]
+    task: Task = field(repr=False)
+
+    @property
+    def broken(self) -> list[dict[str, Any]]:
+        """The rows of images that could not be read."""
+        return [row for row in self.rows if "error" in row]
+
+    def facts(self) -> dict[str, Any]:
+        return {"model": self.model, "images": len(self.rows), "not readable": len(self.broken)}
+
+    def tables(self) -> list[TableData]:
+        return [answer_table(self.rows, self.task)]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"model": self.model, "task": self.task.name, "images": self.rows}
+
+
+def predict(
+    images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    model: str | os.PathLike[str] | nn.Module,
+    *,
+    checkpoint: str | None = None,
+    apply: Sequence[Any] | None = None,
+    top_k: int = 5,
+    batch_size: int = 32,
+    device: str = "auto",
+    output: str | os.PathLike[str] | None = None,
+    notify: Notify = quiet,
+) -> Predictions:
+    """Answer about images as the model's task does: labels, segments, a restored image, an embedding, ...
+
+    An image that cannot be read gets a row with its error, and the others go on.
+
+    Args:
+        images: files and folders; folders are searched at any depth.
+        model: a file of `vitarium.save`, a model's name, or a model. A model with `apply` is changed.
+        checkpoint: weights for a name.
+        apply: methods to apply first, as "evit:keep=0.7".
+        top_k: length of ranked answers.
+        batch_size: images a forward pass.
+        device: "auto", "cpu", "cuda", ...
+        output: a .csv or .json file, or a folder for answers.json and a drawing of each answer that can be drawn.
+        notify: called with messages about progress.
+
+    Raises:
+        UsageError: a task that has no answer for one image, a head that was never trained, or an output of another ending.
+        DataError: a folder without images, or no image could be read.
+        CheckpointError: weights that cannot be had.
+    """
+    from vitarium.catalog.heads import require_head
+    from vitarium.training.tasks import task_of
+
+    path = None if output is None else Path(output)
+    if path is not None and path.suffix and path.suffix not in ENDINGS:
+        raise UsageError(f"--output must end in {' or '.join(ENDINGS)}, or be a folder; got {path}")
+    files = find_images(images)
+    opened = open_model(model, checkpoint)
+    require_head(opened)
+    task = task_of(opened)
+    if task.result_kind is None:
+        raise UsageError(task.refusal())
+    apply_methods(opened, apply, None, notify)
+    opened.to(find_device(device))
+    notify(f"Looking at {len(files)} images")
+    folder = path if path is not None and not path.suffix else None
+    rows = answer_files(task, opened, files, limit=top_k, batch_size=batch_size, folder=folder)
+    found = Predictions(name_of(model), rows, task)
+    if len(found.broken) == len(rows):
+        raise DataError("no image could be read:\n" + "\n".join(f"  {row['image']}: {row['error']}" for row in rows[:10]))
+    if path is not None:
+        write(rows, task, path)
+    return found
+
+
+def answer_files(
+    task: Task, model: nn.Module, files: list[str], *, limit: int = 5, batch_size: int = 32, folder: Path | None = None, first: int = 0
+) -> list[dict[str, Any]]:
+    """Return {"image", ...answer} for each file, or {"image", "error"}; in the order of the files.
+
+    Args:
+        task: of the model.
+        model: in eval mode, on its device.
+        files: images.
+        limit: length of ranked answers.
+        batch_size: images a forward pass.
+        folder: for drawings of answers, as NUMBER-NAME.png; None: none.
+        first: number of the first file in the names of drawings.
+    """
+    import torch
+
+    from vitarium.data import BadFiles
+    from vitarium.data.folders import FileImages
+    from vitarium.data.loader import Loader
+    from vitarium.nn.modes import evaluating
+    from vitarium.training.evaluation import to_device
+
+    bad_files, images = BadFiles(1.0), FileImages(files, [0] * len(files))
+    place, transform = next(model.parameters(), torch.empty(0)), task.transform(model)
+    loader = Loader(images, transform, collate=task.collate, batch_size=batch_size, bad_files=bad_files)
+    rows: list[dict[str, Any]] = [{"image": file} for file in files]
+    with evaluating(model):
+        for batch in loader.epoch(0):
+            if not len(batch["index"]):
+                continue
+            batch = to_device({**batch, "image": batch["image"].to(place.dtype)}, place.device)
+            for index, answer in zip(batch["index"].tolist(), task.answers(model, batch, limit=limit), strict=True):
+                rows[index] |= {name: value for name, value in answer.items() if not name.startswith("_")}
+                drawn = None if folder is None or "error" in answer else task.draw(images[index][0], answer)
+                if folder is not None and drawn is not None:
+                    rows[index]["drawing"] = str(save_drawing(drawn, folder / f"{first + index:04d}-{Path(files[index]).stem}.png"))
+    reasons = dict(bad_files.items())
+    return [row | ({"error": reasons[row["image"]]} if row["image"] in reasons else {}) for row in rows]
+
+
+def save_drawing(drawn: Any, path: Path) -> Path:
+    """Write a drawing as PNG, whole or not at all."""
+    from vitarium.files import atomic_path
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        drawn.save(temporary, format="png")
+    return path
+
+
+def write(rows: list[dict[str, Any]], task: Task, path: Path) -> None:
+    """Write answers to a .csv or .json file, or to answers.json of a folder."""
+    from vitarium.files import write_json, write_text
+
+    if path.suffix == ".csv":
+        return write_text(path, to_csv(rows, task))
+    if not path.suffix:
+        path.mkdir(parents=True, exist_ok=True)
+    write_json(path if path.suffix else path / "answers.json", rows)
+
+
+def to_csv(rows: list[dict[str, Any]], task: Task) -> str:
+    """Return answers as CSV, a line an image: image, the task's columns (`Task.flat`), error."""
+    cells = [{} if "error" in row else task.flat({k: v for k, v in row.items() if k != "image"}) for row in rows]
+    columns = list(dict.fromkeys(name for row in cells for name in row))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", *columns, "error"])
+    for row, values in zip(rows, cells, strict=True):
+        writer.writerow([row["image"], *(values.get(name, "") for name in columns), row.get("error", "")])
+    return text.getvalue()
+
+
+def answer_table(rows: list[dict[str, Any]], task: Task) -> TableData:
+    """Return answers as a table for people, a row an image."""
+    cells = [None if "error" in row else task.cells({k: v for k, v in row.items() if k not in ("image", "drawing")}) for row in rows]
+    columns = list(dict.fromkeys(name for row in cells if row for name in row))
+    table = TableData("", ["image", *columns])
+    for row, values in zip(rows, cells, strict=True):
+        texts = [f"not readable: {row['error']}", *[""] * (len(columns) - 1)] if values is None else [values.get(c, "") for c in columns]
+        table.rows.append([row["image"], *texts])
+    return table

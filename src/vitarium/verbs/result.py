@@ -1,0 +1,53 @@
+"""What a verb returns: values with a short text, a table for notebooks, and a plain dictionary."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from vitarium.training.tasks.base import TableData
+
+SHOWN_ROWS = 50
+"""Rows of a table in a notebook; further ones are counted."""
+
+
+class Result:
+    """Base of all results. A subclass is a dataclass; it overrides `facts`, and `tables` where it has any."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return the most important values by readable names."""
+        return {}
+
+    def tables(self) -> list[TableData]:
+        """Return the tables of the result."""
+        return []
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all values as plain ones, as the command prints them with --json."""
+        return asdict(self)  # type: ignore[call-overload]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}: {value}' for name, value in self.facts().items())})"
+
+    def _repr_html_(self) -> str:
+        """Return the facts and tables as HTML; Jupyter shows it."""
+        return html_table(TableData("", [], [[name, str(value)] for name, value in self.facts().items()])) + "".join(
+            html_table(table) for table in self.tables()
+        )
+
+
+def html_table(table: TableData) -> str:
+    """Return a table as HTML, with all text escaped."""
+    right = [name.startswith(">") for name in table.columns]
+
+    def row(cells: Sequence[str], tag: str) -> str:
+        aligned = [" style='text-align: right'" if i < len(right) and right[i] else "" for i in range(len(cells))]
+        return "<tr>" + "".join(f"<{tag}{a}>{html.escape(c)}</{tag}>" for a, c in zip(aligned, cells, strict=True)) + "</tr>"
+
+    head = row([name.lstrip(">~") for name in table.columns], "th") if table.columns else ""
+    caption = f"<caption>{html.escape(table.title)}</caption>" if table.title else ""
+    more = len(table.rows) - SHOWN_ROWS
+    rest = f"<tr><td colspan='{max(1, len(table.columns))}'>and {more} more</td></tr>" if more > 0 else ""
+    return f"<table>{caption}{head}{''.join(row(cells, 'td') for cells in table.rows[:SHOWN_ROWS])}{rest}</table>"

@@ -1,0 +1,139 @@
+"""Train one model by one recipe."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vitarium.errors import UsageError
+from vitarium.training.tasks.base import TableData, Task
+from vitarium.verbs.opening import Notify, apply_methods, quiet
+from vitarium.verbs.result import Result
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vitarium.training import FitResult, Progress, Recipe
+
+
+@dataclass(repr=False)
+class Trained(Result):
+    """A trained model.
+
+    Attributes:
+        model: in eval mode, with its labels, preprocessing and training record.
+        file: where it was saved.
+        fit: metrics, history, steps, seconds, images that could not be read, skipped steps.
+        task: what it was trained for.
+        use: the command to use it.
+    """
+
+    model: nn.Module = field(repr=False)
+    file: Path
+    fit: FitResult
+    task: Task = field(repr=False)
+    use: str
+
+    def facts(self) -> dict[str, Any]:
+        return {"file": self.file, **self.task.texts(self.fit.metrics), "steps": self.fit.steps, "seconds": round(self.fit.seconds, 1)}
+
+    def tables(self) -> list[TableData]:
+        names = [name for name in (self.fit.history[-1] if self.fit.history else {}) if name != "epoch"]
+        rows = [[f"{entry.get(name, ''):.4g}" if name in entry else "" for name in names] for entry in self.fit.history]
+        return [TableData("Evaluations", [f">{name}" for name in names], rows)]
+
+    def to_dict(self) -> dict[str, Any]:
+        done = self.fit
+        return {
+            "file": str(self.file),
+            "task": self.task.name,
+            "metrics": done.metrics,
+            "steps": done.steps,
+            "seconds": done.seconds,
+            "skipped": done.skipped,
+            "broken": [{"path": path, "reason": reason} for path, reason in done.bad_files],
+            "history": done.history,
+        }
+
+
+def train(
+    recipe: str | os.PathLike[str] | Recipe,
+    data: str | os.PathLike[str] | None = None,
+    *,
+    model: str | None = None,
+    pretrained: bool = False,
+    checkpoint: str | None = None,
+    changes: Sequence[str] | None = None,
+    apply: Sequence[Any] | None = None,
+    val_fraction: float = 0.2,
+    out: str | os.PathLike[str] | None = None,
+    trained_only: bool = False,
+    devices: int = 1,
+    num_nodes: int = 1,
+    strategy: str = "auto",
+    accelerator: str = "auto",
+    progress: Callable[[str, Task, Progress], None] | None = None,
+    notify: Notify = quiet,
+) -> Trained | None:
+    """Train a model by a recipe and save it as OUT/model.safetensors. An interrupted run goes on when the same call is made again.
+
+    Args:
+        recipe: a recipe's name, a YAML file, or a `Recipe`.
+        data: as for `vitarium.open_data`; None: the recipe's.
+        model: a model's name; None: the recipe's.
+        pretrained: start from published weights.
+        checkpoint: start from these weights: file, "hf:OWNER/NAME", or address.
+        changes: changes of the recipe, as "optimizer.lr=1e-4".
+        apply: methods to apply before training, as "evit:keep=0.7".
+        val_fraction: share held out of data that has no val/ part.
+        out: folder of the run; None: runs/RECIPE-MODEL-DATA.
+        trained_only: save only what was trained; the file then needs the weights that the model began with.
+        devices, num_nodes, strategy, accelerator: see `vitarium.training.fit`.
+        progress: called some times a second with the model's name, its task and the progress.
+        notify: called with the reports of methods.
+
+    Returns:
+        the trained model; None in processes other than the first.
+
+    Raises:
+        UsageError: no such recipe, model, setting or method; or the folder holds another run.
+        DataError, CheckpointError: data or weights that cannot be used.
+        TrainingStopped: see `fit`.
+        KeyboardInterrupt: the run was interrupted; its state is saved.
+    """
+    import vitarium
+    from vitarium.catalog.saving import check_trained_only
+    from vitarium.reports.folder import slug
+    from vitarium.reports.trial import is_main_process
+    from vitarium.training import find_learner, fit
+    from vitarium.training.opening import load_recipe, with_changes
+    from vitarium.training.recording import record_training
+
+    named = isinstance(recipe, str | os.PathLike)
+    settings = load_recipe(os.fspath(recipe), list(changes or [])) if named else with_changes(recipe, list(changes or []))  # type: ignore[arg-type]
+    name = model or settings.model
+    if name is None:
+        raise UsageError(f"the recipe {recipe if named else ''} names no model; choose one with --model ('vitarium models' lists them)")
+    kind = find_learner(settings.objective["name"])
+    task = kind.task_for(settings.settings_of(kind))
+    source = os.fspath(data) if data is not None else settings.data
+    images = task.open(source, seed=settings.seed, val_fraction=val_fraction, image_size=settings.image_size)
+    settings = settings.model_copy(update=dict(image_size=settings.image_size or images.image_size))
+    stem = Path(os.fspath(recipe)).stem if named else settings.objective["name"]  # type: ignore[arg-type]
+    folder = Path(out) if out is not None else Path("runs", slug(f"{stem}-{name}-{images.name}"))
+    learner = kind.create(name, images, settings, pretrained=pretrained, checkpoint=checkpoint)
+    apply_methods(learner.model, apply, images, notify)
+    if trained_only:
+        check_trained_only(learner.eval_model())
+    report = None if progress is None else lambda at: progress(name, task, at)
+    where: dict[str, Any] = dict(devices=devices, num_nodes=num_nodes, strategy=strategy, accelerator=accelerator)
+    result = fit(learner, images, settings, folder, **where, progress=report)
+    if not is_main_process():
+        return None
+    record_training(learner, images, source=source, seed=settings.seed, val_fraction=val_fraction)
+    trained, file = learner.eval_model().eval(), folder / "model.safetensors"
+    vitarium.save(trained, file, trained_only=trained_only)
+    return Trained(trained, file, result, task, (learner.usage or task.usage).format(file=file))
