@@ -27,6 +27,13 @@ if TYPE_CHECKING:
     from vitarium.catalog.systems import systems as systems
     from vitarium.catalog.timm_registry import register_with_timm as register_with_timm
     from vitarium.data import open_data as open_data
+    from vitarium.verbs.compress import compress as compress
+    from vitarium.verbs.evaluate import evaluate as evaluate
+    from vitarium.verbs.predict import predict as predict
+    from vitarium.verbs.train import train as train
+
+VERBS = ("compress", "evaluate", "predict", "train")
+"""Functions of `vitarium.verbs`, one a command."""
 
 _FRONT_DOOR = {
     "create_model": "vitarium.catalog.create",
@@ -38,6 +45,7 @@ _FRONT_DOOR = {
     "systems": "vitarium.catalog.systems",
     "register_with_timm": "vitarium.catalog.timm_registry",
     "open_data": "vitarium.data",
+    **{verb: f"vitarium.verbs.{verb}" for verb in VERBS},
 }
 
 __all__ = ["__version__", *_FRONT_DOOR]

@@ -30,8 +30,8 @@ SURFACE = {
     "generate": "model --classes --count --output --steps --guidance --seed --set --image --mask --checkpoint --apply --batch-size "
     "--device --json --config --print-config",
     "bench": "models --peers --kind --batch --image-size --dtype --device --rounds --threads --json --config --print-config",
-    "probe": "model --data --task --checkpoint --image-size --neighbours --uniform --val-fraction --seed --batch-size --device --output --json --config "
-    "--print-config",
+    "probe": "model --data --task --checkpoint --image-size --neighbours --uniform --val-fraction --seed --batch-size --device "
+    "--output --json --config --print-config",
     "claim": "slugs --all --jobs --out --json",
     "export": "model --checkpoint --format --output --image-size --batch --tolerance",
     "env": "--json",
