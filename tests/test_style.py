@@ -26,6 +26,15 @@ COVERED = [
     "src/vitarium/efficiency/profiler.py",
     "src/vitarium/efficiency/pruning",
     "src/vitarium/efficiency/quantization",
+    "src/vitarium/explanation/__init__.py",
+    "src/vitarium/explanation/classifier.py",
+    "src/vitarium/explanation/explainers.py",
+    "src/vitarium/explanation/faithfulness.py",
+    "src/vitarium/explanation/from_captum.py",
+    "src/vitarium/explanation/heatmap.py",
+    "src/vitarium/explanation/reading.py",
+    "src/vitarium/explanation/simple.py",
+    "src/vitarium/explanation/token_tree.py",
     "src/vitarium/explanation/tree_drawing.py",
     "src/vitarium/ops",
 ]
@@ -78,6 +87,8 @@ def faults(path: Path) -> list[str]:
     found = []
     for number, text, documents in (python_text if path.suffix == ".py" else markdown_text)(source):
         prose = re.sub(r"`[^`]*`", "``", text)
+        if documents:
+            prose = re.sub(r"(?m)^( *)\w+(, \w+)*:(?= )", r"\1", prose)  # names of arguments and attributes
         if allowed := DRAWINGS.get(name):
             prose = re.sub(allowed, "", prose)
         for pattern, advice in WORDS.items():
@@ -108,7 +119,7 @@ def test_the_check_finds_what_it_should(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
     file = tmp_path / "a.py"
     file.write_text(
-        '"""Of what."""\nx = f"the {y} picture"  # made anew\nclass A:\n    """Return a `picture`."""\n    picture = "picture"\n'
+        '"""Of what."""\nx = f"the {y} picture"  # made anew\nclass A:\n    """Return a `picture`.\n\n    Args:\n        picture: it.\n    """\n    picture = "picture"\n'
     )
     assert [fault.partition(";")[0] for fault in faults(file)] == [
         "a.py:1: begins with 'Of': 'Of what.'",

@@ -125,7 +125,7 @@ def test_maps_of_images_that_are_not_square():
     tokens = torch.arange(97.0).view(1, 97, 1).expand(1, 97, 3)
     assert as_map(tokens, (96, 64))[0, 0, 0, :3].tolist() == [1, 2, 3]  # the class token is gone, row by row
     assert as_map(tokens, (96, 64)).shape == (1, 3, 12, 8)
-    with pytest.raises(InputError, match="no grid"):
+    with pytest.raises(InputError, match="do not form a grid"):
         as_map(torch.empty(1, 50, 3), (96, 64))
 
 
@@ -167,7 +167,7 @@ def test_wrong_names_and_options(text: str, message: str):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("f", "has a, b, c, d, e"),
+        ("f", "classes: a, b, c, d, e"),
         (5, "classes 0 to 4"),
         (-1, "classes 0 to 4"),
         ("7", "classes 0 to 4"),

@@ -1,15 +1,15 @@
-"""Why the model said so: explainers for any classifier, heat maps, and measures of how faithful they are.
+"""Explanations of a classifier's predictions: explainers, heat maps, and measures of faithfulness.
 
 | file | holds |
 |---|---|
-| explainers.py | the contract, and every explainer by name |
-| reading.py | feature maps of any classifier, whoever wrote it |
-| simple.py | explainers of a few lines: attention rollout, Grad-CAM, gradient x input, RISE, chance |
-| token_tree.py | the tree of tokens, of DependencyViT and of any plain vision transformer |
-| from_captum.py | those of the library captum |
+| explainers.py | the contract of explainers, and their registry |
+| reading.py | feature maps of any classifier, from any library |
+| simple.py | attention rollout, Grad-CAM, gradient x input, RISE, and random maps as a baseline |
+| token_tree.py, tree_drawing.py | dependency trees over patches, of DependencyViT and of any plain vision transformer |
+| from_captum.py | explainers of the library captum |
 | faithfulness.py | average drop, increase in confidence, insertion, deletion, ROAD, pointing |
-| heatmap.py | maps as pictures |
-| classifier.py | a classifier as plain values, so that what explains it can be saved with it |
+| heatmap.py | drawings of maps |
+| classifier.py | a classifier's description as plain values, saved with what explains it |
 
-The others are systems, a file each.
+Each other file is a system of its own.
 """

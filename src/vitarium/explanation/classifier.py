@@ -1,4 +1,4 @@
-"""A classifier as plain values, so that what explains it can be saved with it, and made again."""
+"""Description of a classifier as plain values, from which it is rebuilt; a file saves it with what explains the classifier."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ KEYS = ("name", "arguments", "preprocessing", "labels", "methods", "config")
 
 
 def describe_classifier(model: nn.Module) -> dict[str, Any]:
-    """What `rebuild_classifier` needs: name, arguments, preprocessing, labels, methods applied, and transformers' own configuration.
+    """Return what `rebuild_classifier` needs: name, arguments, preprocessing, labels, applied methods, and transformers' configuration.
 
     Raises:
-        UsageError: `create_model` or `load` did not make it.
+        UsageError: the model was not made by `create_model` or `load`.
     """
     spec = getattr(model, "spec", None)
     if not isinstance(spec, ModelSpec):
-        raise UsageError(f"a {type(model).__name__} that create_model did not make cannot be described; what explains it cannot be saved")
+        raise UsageError(f"a {type(model).__name__} that create_model did not make cannot be described, so its explainer cannot be saved")
     classes = {"num_classes": model.num_classes} if isinstance(getattr(model, "num_classes", None), int) else {}
     preprocessing, labels = getattr(model, "preprocessing", None), getattr(model, "labels", None)
     values: dict[str, Any] = {
@@ -39,14 +39,14 @@ def describe_classifier(model: nn.Module) -> dict[str, Any]:
 
 
 def rebuild_classifier(values: Mapping[str, Any] | str, **arguments: Any) -> nn.Module:
-    """A classifier with fresh weights, of a name or of what `describe_classifier` gave.
+    """Create a classifier with fresh weights, from a name or from the result of `describe_classifier`.
 
     Args:
         values: a model's name, or the description.
-        arguments: num_classes, image_size: they win over the description's.
+        arguments: num_classes, image_size; they override the description's.
 
     Raises:
-        UsageError: no such model, or a description with other keys.
+        UsageError: unknown model, or a description with other keys.
     """
     if isinstance(values, str):
         return create_model(values, **arguments)
@@ -58,7 +58,7 @@ def rebuild_classifier(values: Mapping[str, Any] | str, **arguments: Any) -> nn.
         model.spec = ModelSpec(values["name"], given)  # type: ignore[assignment]
     else:
         name = str(values["name"])
-        model = create_model(name if name.startswith("timm/") else name.partition(".")[0], **given)  # without the tag of its weights
+        model = create_model(name if name.startswith("timm/") else name.partition(".")[0], **given)  # the name without a tag of weights
     if values.get("preprocessing"):
         model.preprocessing = Preprocessing(**values["preprocessing"])  # type: ignore[assignment]
     if values.get("labels"):

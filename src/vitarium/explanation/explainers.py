@@ -1,10 +1,10 @@
-"""What an explainer is: image and class -> where in the image the evidence for the class lies. One contract, whatever the method.
+"""Explainers: image and class -> a map of the evidence for the class. The contract and the registry.
 
     explainer = create_explainer("grad_cam", model)          # any classifier
     maps = explainer(image)                                  # (B, H, W) in [0, 1], for the model's own predictions
-    maps = explainer(image, "cat")                           # or for a class by name or number, or one an image
+    maps = explainer(image, "cat")                           # or for a class by name or number, or one class per image
 
-A new one is a subclass of `Explainer` with `relevance`, under `@explainer(name)`, and a row in `HOMES` unless the name is its system's.
+To add one, derive from `Explainer`, define `relevance`, register it with `@explainer(name)`, and list it in `HOMES` unless it is a system.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ HOMES = {
 
 
 class Explainer:
-    """Base of all: `explainer(image, target)` gives maps; a subclass says how by `relevance`.
+    """Base of explainers: `explainer(image, target)` returns maps; subclasses define `relevance`.
 
     Args:
-        model: a classifier, image (B, C, H, W) -> logits (B, num_classes). It is used as it is and left as it is.
+        model: a classifier, image (B, C, H, W) -> logits (B, num_classes). It is not changed.
     """
 
     name: ClassVar[str] = ""
-    """As `create_explainer` calls it."""
+    """Name for `create_explainer`."""
     by_class: ClassVar[bool] = True
-    """Whether the map depends on the class that is asked for."""
+    """True if the map depends on the target class."""
     trained: ClassVar[bool] = False
-    """Whether it explains by what was trained around the classifier; all others are given the classifier alone."""
+    """True if the explainer needs the trained model around the classifier; all others get the classifier alone."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -66,15 +66,15 @@ class Explainer:
     def __call__(self, image: Tensor, target: Target = None) -> Tensor:
         """
         Args:
-            image: (B, C, H, W), as the model takes it (normalised).
-            target: the class to explain: a number, a name among `model.labels`, or numbers (B,); None: what the model itself predicts.
+            image: (B, C, H, W), normalised as for the model.
+            target: the class to explain: a number, a name among `model.labels`, or numbers (B,); None: the model's prediction.
 
         Returns:
-            (B, H, W) in [0, 1]: 1 where the evidence is strongest, 0 where it is weakest; all 0 where nothing stands out.
+            (B, H, W) in [0, 1]: 1 for the strongest evidence, 0 for the weakest; all 0 for a constant map.
 
         Raises:
-            InputError: the image is no batch of floating-point images.
-            UsageError: no such class, or the model is no classifier.
+            InputError: the image is not a floating-point batch.
+            UsageError: unknown class, or the model is not a classifier.
         """
         if image.ndim != 4 or not image.is_floating_point():
             hint = "; add a batch axis with image[None]" if image.ndim == 3 else ""
@@ -82,7 +82,7 @@ class Explainer:
         wanted = None if target is None else target_numbers(self.model, target, len(image)).to(image.device)
         frozen = [p for p in self.model.parameters() if p.requires_grad]
         try:
-            for p in frozen:  # the evidence is in the image; gradients of the weights would only cost
+            for p in frozen:  # gradients of the weights are not needed
                 p.requires_grad_(False)
             with evaluating(self.model):
                 maps = self.relevance(image.detach(), wanted).detach()
@@ -93,35 +93,35 @@ class Explainer:
         return scaled(maps if maps.shape[1:] == size else to_pixels(maps, size, self.cover(maps, size)))
 
     def relevance(self, image: Tensor, target: Tensor | None) -> Tensor:
-        """Evidence before scaling, (B, h, w) at any resolution. Called in eval mode without gradients (`torch.enable_grad` where needed).
+        """Return the evidence before scaling, (B, h, w) at any resolution. Called in eval mode without gradients.
 
         Args:
             image: (B, C, H, W).
-            target: (B,) class numbers, None: the prediction (see `choose`).
+            target: class numbers (B,); None: the prediction (see `choose`).
         """
         raise NotImplementedError(f"{type(self).__name__} does not define relevance")
 
     def cover(self, maps: Tensor, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width in pixels of what the cells of `relevance` cover (see `reading.covered`)."""
+        """Return the height and width in pixels that the cells of `relevance` cover (see `reading.covered`)."""
         return size
 
     def picture(self, picture: Image.Image, image: Tensor, heat: Tensor, preprocessing: Preprocessing | None) -> Image.Image:
-        """What `vitarium explain` draws: here the map over the picture.
+        """Draw an explanation for `vitarium explain`: by default the map over the image.
 
         Args:
-            picture: as it came, any size and mode.
-            image: (C, H, W) what the model saw of it.
-            heat: (H, W) in [0, 1], its map.
-            preprocessing: the model's, which says where its input lay in the picture; None: the whole of it.
+            picture: the image as given, any size and mode.
+            image: (C, H, W), the model's input made from it.
+            heat: (H, W) in [0, 1], the map.
+            preprocessing: the model's, which locates its input in the image; None: the whole image.
         """
         return overlay(picture, heat.float().cpu().numpy(), preprocessing)
 
     def logits(self, image: Tensor) -> Tensor:
-        """(B, num_classes)."""
+        """Return the classifier's logits, (B, num_classes)."""
         return logits_of(self.model, self.model(image))
 
     def choose(self, logits: Tensor, target: Tensor | None) -> Tensor:
-        """(B,): the classes that are asked for, else those with the largest logits."""
+        """Return the target classes if given, else those with the largest logits, (B,)."""
         if target is None:
             return logits.argmax(dim=1)
         if int(target.max()) >= logits.shape[1]:
@@ -130,20 +130,20 @@ class Explainer:
 
 
 def scaled(maps: Tensor) -> Tensor:
-    """Maps (B, H, W), each stretched to [0, 1]; a constant one becomes 0, because nothing stands out in it."""
+    """Stretch each map (B, H, W) to [0, 1]; a constant map becomes 0."""
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     return (maps - low) / torch.where(high > low, high - low, 1)
 
 
 def target_numbers(model: nn.Module, target: int | str | Tensor, batch: int) -> Tensor:
-    """A class by number or name, or numbers (B,) -> numbers (B,).
+    """Return class numbers (B,) from a class number or name, or from numbers (B,).
 
     Raises:
         UsageError: the model has no such class.
     """
     if isinstance(target, Tensor):
         if target.shape != (batch,) or target.is_floating_point():
-            raise UsageError(f"targets are whole numbers, one for each of {batch} images; got {target.dtype} {tuple(target.shape)}")
+            raise UsageError(f"target must hold whole numbers, one for each of {batch} images; got {target.dtype} {tuple(target.shape)}")
         numbers = target.long()
     else:
         numbers = torch.full((batch,), class_number(model, target))
@@ -155,10 +155,10 @@ def target_numbers(model: nn.Module, target: int | str | Tensor, batch: int) -> 
 
 
 def class_number(model: nn.Module, name: int | str) -> int:
-    """A class by its label or its number, as text too.
+    """Return the number of a class from its label or its number, also as text.
 
     Raises:
-        UsageError: the model has no such label; the message names near ones.
+        UsageError: the model has no such label; the message names similar ones.
     """
     labels = list(getattr(model, "labels", None) or [])
     if isinstance(name, str) and name in labels:
@@ -166,9 +166,9 @@ def class_number(model: nn.Module, name: int | str) -> int:
     if isinstance(name, int) or name.isdecimal():
         return int(name)
     if not labels:
-        raise UsageError(f"the model's classes have no names; give a number in place of {name!r}")
-    told = ", ".join(labels[:10]) + (f" and {len(labels) - 10} more" if len(labels) > 10 else "")
-    raise UsageError(f"the model has no class {name!r}{nearest(name, labels)} (it has {told})")
+        raise UsageError(f"the model's classes have no names; give a number instead of {name!r}")
+    listed = ", ".join(labels[:10]) + (f" and {len(labels) - 10} more" if len(labels) > 10 else "")
+    raise UsageError(f"the model has no class {name!r}{nearest(name, labels)} (classes: {listed})")
 
 
 # ---- the registry
@@ -188,7 +188,7 @@ def explainer(name: str) -> Callable[[ExplainerClass], ExplainerClass]:
 
 
 def list_explainers() -> list[str]:
-    """Names of all explainers."""
+    """Return the names of all explainers."""
     for system in systems():
         if system.room == "explanation":
             import_system(system.slug)
@@ -196,10 +196,10 @@ def list_explainers() -> list[str]:
 
 
 def find_explainer(name: str) -> type[Explainer]:
-    """The class of an explainer. Imports only the file that the name points to.
+    """Return the class of an explainer. Imports only its file.
 
     Raises:
-        UsageError: there is none; the message names near ones.
+        UsageError: unknown name; the message names similar ones.
     """
     if name in HOMES:
         importlib.import_module(f"vitarium.explanation.{HOMES[name]}")
@@ -212,17 +212,17 @@ def find_explainer(name: str) -> type[Explainer]:
 
 
 def create_explainer(text: str, model: nn.Module, **options: Any) -> Explainer:
-    """An explainer of a model.
+    """Create an explainer for a model.
 
     Args:
-        text: its name, as "grad_cam"; options may follow, as "rise:masks=1000,cells=8".
-        model: any classifier, or a model around one that has it as `explained` (T-TAME's).
-        options: of the explainer (the arguments of its class); they win over those in the text.
+        text: its name, such as "grad_cam", with options, as "rise:masks=1000,cells=8".
+        model: any classifier, or a model that holds one as `explained` (T-TAME's).
+        options: of the explainer (arguments of its class); they override those in the text.
 
     Raises:
         UsageError: unknown name or option, or a value out of range.
-        UnsupportedModel: the method cannot look into this model.
-        MissingExtra: it comes from a library that is not installed.
+        UnsupportedModel: the explainer does not support this model.
+        MissingExtra: the explainer's library is not installed.
     """
     name, given = parse_call(text)
     cls = find_explainer(name)
@@ -233,7 +233,7 @@ def create_explainer(text: str, model: nn.Module, **options: Any) -> Explainer:
 
 
 def whole(name: str, value: Any, least: int = 1) -> int:
-    """An option that must be a whole number of at least `least`.
+    """Check that an option is a whole number of at least `least`, and return it.
 
     Raises:
         UsageError: it is not.
@@ -244,7 +244,7 @@ def whole(name: str, value: Any, least: int = 1) -> int:
 
 
 def share(name: str, value: Any) -> float:
-    """An option that must be a number above 0 and up to 1.
+    """Check that an option is a number above 0 and up to 1, and return it.
 
     Raises:
         UsageError: it is not.

@@ -1,17 +1,16 @@
-"""How faithful a map is to the classifier that it explains, by any explainer: what the classifier says where only the map's places, or all
-but them, are left.
+"""Measures of how faithful a map is to the classifier that it explains: changes of confidence as the image is masked by the map.
 
-| measure | question | better |
+| measure | definition | better |
 |---|---|---|
-| average drop | how much of its confidence the classifier loses where only the map's largest pixels are left | lower |
-| increase | how often it becomes surer by that | higher |
-| insertion | its confidence while pixels come back into a blurred image, most relevant first (area under the curve) | higher |
-| deletion | its confidence while they are blanked, most relevant first (area under the curve) | lower |
-| road | its confidence after the least relevant pixels were removed, less that after the most relevant were | higher |
+| average drop | loss of confidence when only the map's largest pixels are kept | lower |
+| increase | share of images for which this raises the confidence | higher |
+| insertion | confidence while pixels of the image replace a blurred one, most relevant first (area under the curve) | higher |
+| deletion | confidence while pixels are blanked, most relevant first (area under the curve) | lower |
+| road | confidence with the least relevant pixels removed, minus that with the most relevant removed | higher |
 
-ROAD (Rong et al., 2022) fills removed pixels in from their neighbours, so that the shape of a hole tells nothing.
+ROAD (Rong et al., 2022) fills removed pixels from their neighbours, so that the shape of a hole carries no information.
 
-B batch, C channels, H and W sides; maps are (B, H, W) in [0, 1]; probabilities (B,).
+Notation: B batch, C channels, H and W sides; maps are (B, H, W) in [0, 1]; probabilities (B,).
 """
 
 from __future__ import annotations
@@ -29,36 +28,36 @@ from vitarium.explanation.reading import logits_of
 from vitarium.nn.modes import evaluating
 
 SHARES = (1.0, 0.5, 0.15)
-"""Of a map's pixels that are kept for average drop and increase."""
+"""Shares of a map's pixels that are kept for average drop and increase."""
 ROAD_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 STEPS = 16
-"""Of the insertion and deletion curves."""
+"""Number of steps of the insertion and deletion curves."""
 MEASURES = ("average_drop", "increase", "insertion", "deletion", "road")
 
 
 def measure(
     model: nn.Module, image: Tensor, maps: Tensor, target: Tensor | None = None, *, measures: Sequence[str] = MEASURES
 ) -> dict[str, Tensor]:
-    """Every measure of every image.
+    """Return every measure for every image.
 
     Args:
         model: a classifier, image (B, C, H, W) -> logits (B, num_classes).
         image: normalised, so that 0 is the mean colour.
-        maps: (B, H, W) in [0, 1], of any explainer.
-        target: (B,) the classes that the maps are about; None: the model's predictions.
-        measures: which, of `MEASURES`.
+        maps: (B, H, W) in [0, 1], from any explainer.
+        target: classes (B,) that the maps explain; None: the model's predictions.
+        measures: a selection of `MEASURES`.
 
     Returns:
-        name -> (B,): average_drop_100, _50, _15 and increase_100, _50, _15 in percent; insertion, deletion in [0, 1]; road in [-1, 1].
+        by name, (B,) each: average_drop_100, _50, _15, increase_100, _50, _15 in percent; insertion, deletion in [0, 1]; road in [-1, 1].
 
     Raises:
-        InputError: maps of another shape than the image, or outside [0, 1].
+        InputError: the maps have another shape than the image, or values outside [0, 1].
         UsageError: an unknown measure.
     """
     if maps.shape != (len(image), *image.shape[-2:]):
         raise InputError(f"an image {tuple(image.shape)} needs maps {(len(image), *image.shape[-2:])}, got {tuple(maps.shape)}")
     if not bool(((maps >= 0) & (maps <= 1)).all()):
-        raise InputError(f"maps lie in [0, 1], got values from {float(maps.min()):.3g} to {float(maps.max()):.3g}")
+        raise InputError(f"maps must lie in [0, 1], got values from {float(maps.min()):.3g} to {float(maps.max()):.3g}")
     if unknown := [name for name in measures if name not in MEASURES]:
         raise UsageError(f"unknown measure {unknown[0]!r} (measures: {', '.join(MEASURES)})")
     with evaluating(model):
@@ -81,12 +80,12 @@ def measure(
 
 
 def probability(model: nn.Module, image: Tensor, target: Tensor) -> Tensor:
-    """(B,): softmax probability of each image's class."""
+    """Return the softmax probability of each image's class, (B,)."""
     return logits_of(model, model(image)).softmax(dim=1).gather(1, target[:, None])[:, 0]
 
 
 def largest(maps: Tensor, share: float) -> Tensor:
-    """(B, H, W) bool: True at the share of each map's pixels that are largest, exactly round(share H W) of them."""
+    """Return a mask (B, H, W) of the largest pixels of each map, exactly round(share H W) of them."""
     flat = maps.flatten(1)
     count = round(share * flat.shape[1])
     chosen = torch.zeros_like(flat, dtype=torch.bool)
@@ -94,32 +93,32 @@ def largest(maps: Tensor, share: float) -> Tensor:
 
 
 def masked_probability(model: nn.Module, image: Tensor, maps: Tensor, target: Tensor, share: float) -> Tensor:
-    """(B,): probability where the image is multiplied by its map, of whose pixels only the largest share is left."""
+    """Return the probability (B,) for the image multiplied by its map, with all but the largest share of pixels at 0."""
     return probability(model, image * (maps * largest(maps, share))[:, None], target)
 
 
 def average_drop(before: Tensor, after: Tensor) -> Tensor:
-    """100 max(0, p - p') / p of each image, percent; its mean is the average drop (Chattopadhay et al., 2018)."""
+    """Return 100 max(0, p - p') / p of each image, in percent; its mean is the average drop (Chattopadhay et al., 2018)."""
     return 100 * (before - after).clamp(min=0) / before.clamp(min=torch.finfo(before.dtype).tiny)
 
 
 def increase_in_confidence(before: Tensor, after: Tensor) -> Tensor:
-    """100 where p' > p, else 0; its mean is the increase in confidence, percent."""
+    """Return 100 if p' > p, else 0; its mean is the increase in confidence, in percent."""
     return 100.0 * (after > before).to(before.dtype)
 
 
 def insertion(model: nn.Module, image: Tensor, maps: Tensor, target: Tensor, steps: int = STEPS) -> Tensor:
-    """(B,): mean probability while the map's largest pixels come back into a blurred image (Petsiuk et al., 2018)."""
+    """Return the mean probability (B,) while the map's largest pixels are inserted into a blurred image (Petsiuk et al., 2018)."""
     return _curve(model, blurred(image), image, maps, target, steps)
 
 
 def deletion(model: nn.Module, image: Tensor, maps: Tensor, target: Tensor, steps: int = STEPS) -> Tensor:
-    """(B,): mean probability while the map's largest pixels become the mean colour."""
+    """Return the mean probability (B,) while the map's largest pixels are set to the mean colour."""
     return _curve(model, image, torch.zeros_like(image), maps, target, steps)
 
 
 def _curve(model: nn.Module, start: Tensor, end: Tensor, maps: Tensor, target: Tensor, steps: int) -> Tensor:
-    """Area under the probability while `start` turns into `end`, largest pixels first (trapezoids)."""
+    """Return the area under the probability while `start` turns into `end`, largest pixels first (trapezoidal rule)."""
     values = []
     for i in range(steps + 1):
         changed = largest(maps, i / steps)[:, None]
@@ -128,7 +127,7 @@ def _curve(model: nn.Module, start: Tensor, end: Tensor, maps: Tensor, target: T
 
 
 def blurred(image: Tensor, share: float = 0.1) -> Tensor:
-    """The image under a Gaussian of a standard deviation of this share of its shorter side: colours stay, shapes go."""
+    """Blur an image with a Gaussian whose standard deviation is this share of its shorter side: colours remain, shapes vanish."""
     sigma = share * min(image.shape[-2:])
     for axis in (-2, -1):
         reach = min(int(3 * sigma) + 1, image.shape[axis] - 1)
@@ -142,10 +141,10 @@ def blurred(image: Tensor, share: float = 0.1) -> Tensor:
 def road(
     model: nn.Module, image: Tensor, maps: Tensor, target: Tensor, shares: Sequence[float] = ROAD_SHARES, noise: float = 0.01
 ) -> Tensor:
-    """(B,): probability with the least relevant pixels removed, less that with the most relevant removed, mean over shares and over 2.
+    """Return the probability with the least minus that with the most relevant pixels removed, halved, mean over shares: (B,).
 
     Args:
-        noise: standard deviation added to filled-in pixels, so that no perfect smoothness gives them away (the authors' 0.01).
+        noise: standard deviation added to filled-in pixels, which hides their perfect smoothness (the authors' 0.01).
     """
     generator = torch.Generator().manual_seed(0)
     total = torch.zeros(len(image), dtype=image.dtype, device=image.device)
@@ -158,15 +157,15 @@ def road(
 
 
 NEIGHBOURS = [(dy, dx, 1 / 6 if dy == 0 or dx == 0 else 1 / 12) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
-"""Row and column steps, and weights, of the eight pixels around one."""
+"""Row step, column step and weight of the eight neighbours of a pixel."""
 
 
 def filled_in(image: Tensor, holes: Tensor) -> Tensor:
-    """Each removed pixel becomes the weighted mean of its neighbours, removed ones too: one linear system an image.
+    """Replace each removed pixel by the weighted mean of its neighbours, also removed ones: one linear system per image.
 
     Args:
         image: (B, C, H, W).
-        holes: (B, H, W) bool, True where pixels are removed; what has no pixel left becomes 0.
+        holes: (B, H, W) bool, True for removed pixels; an image without remaining pixels becomes 0.
     """
     result = image.clone()
     for i, hole in enumerate(holes.cpu().numpy()):
@@ -179,7 +178,7 @@ def filled_in(image: Tensor, holes: Tensor) -> Tensor:
 
 
 def _solve(values: NDArray[np.float64], hole: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Values (H, W, C) and holes (H, W) -> what fills them, (holes, C), row by row."""
+    """Solve for the removed pixels: values (H, W, C) and holes (H, W) -> (holes, C), row by row."""
     from scipy.sparse import coo_matrix, csc_matrix
     from scipy.sparse.linalg import splu
 
@@ -209,10 +208,10 @@ def _solve(values: NDArray[np.float64], hole: NDArray[np.bool_]) -> NDArray[np.f
 
 
 def pointing(maps: Tensor, evidence: Tensor) -> Tensor:
-    """(B,): 1 where a map's largest pixel lies on the evidence, else 0 (the pointing game). Of several equal pixels the first counts.
+    """Return 1 for each map whose largest pixel lies on the evidence, else 0: (B,) (the pointing game). Of equal pixels the first counts.
 
     Args:
-        evidence: (B, H, W) bool, such as the box of the thing.
+        evidence: (B, H, W) bool, such as the box of an object.
     """
     place = maps.flatten(1).argmax(dim=1)
     return evidence.flatten(1).gather(1, place[:, None])[:, 0].to(maps.dtype)

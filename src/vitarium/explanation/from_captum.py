@@ -1,7 +1,7 @@
-"""Explainers of the library captum behind our contract: `pip install 'vitarium[explain]'`.
+"""Explainers of the library captum: `pip install 'vitarium[explain]'`.
 
-Signed evidence is summed over channels, and evidence against the class counts as none. Where a method needs an image without evidence,
-that is 0: the mean colour of what the model was trained on.
+Attributions are summed over channels, and negative ones are set to 0. The baseline image is 0, the mean colour of the model's training
+data.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vitarium.explanation.explainers import Explainer, explainer, share, whole
 
 
 class CaptumExplainer(Explainer):
-    """What they have in common.
+    """Base of explainers that call captum.
 
     Raises:
         MissingExtra: captum is not installed.
@@ -33,18 +33,18 @@ class CaptumExplainer(Explainer):
         return evidence.sum(dim=1).relu().to(image.dtype)
 
     def attribute(self, image: Tensor, target: Tensor) -> Tensor:
-        """Evidence of every value of the image, (B, C, H, W)."""
+        """Return the attribution of every value of the image, (B, C, H, W)."""
         raise NotImplementedError(f"{type(self).__name__} does not define attribute")
 
 
 @explainer("integrated_gradients")
 class IntegratedGradients(CaptumExplainer):
-    """Integrated gradients (Sundararajan et al., 2017): gradients along the way from the mean colour to the image, times the way.
+    """Integrated gradients (Sundararajan et al., 2017): gradients along the line from the mean colour to the image, times the difference.
 
     Args:
         model: any classifier.
-        steps: of the integral; as many passes forward and backward.
-        batch_size: images a pass.
+        steps: of the integral; each takes a forward and a backward pass.
+        batch_size: images per pass.
     """
 
     def __init__(self, model: nn.Module, steps: int = 32, batch_size: int = 32):
@@ -58,13 +58,13 @@ class IntegratedGradients(CaptumExplainer):
 
 @explainer("occlusion")
 class Occlusion(CaptumExplainer):
-    """Occlusion (Zeiler and Fergus, 2014): what the logit loses when a window is covered by the mean colour.
+    """Occlusion (Zeiler and Fergus, 2014): loss of the logit when a window is covered by the mean colour.
 
     Args:
-        model: any classifier; only its output is looked at.
-        window: side, as a share of the image's, (0, 1].
-        stride: step, as a share of the window's side, (0, 1].
-        batch_size: covered images a pass.
+        model: any classifier; only its output is used.
+        window: side as a share of the image's, above 0 and up to 1.
+        stride: step as a share of the window's side, above 0 and up to 1.
+        batch_size: covered images per pass.
     """
 
     def __init__(self, model: nn.Module, window: float = 0.2, stride: float = 0.5, batch_size: int = 32):
@@ -83,13 +83,13 @@ class Occlusion(CaptumExplainer):
 
 @explainer("smooth_grad")
 class SmoothGrad(CaptumExplainer):
-    """SmoothGrad (Smilkov et al., 2017): the size of the gradient, averaged over noisy copies of the image.
+    """SmoothGrad (Smilkov et al., 2017): magnitude of the gradient, averaged over noisy copies of the image.
 
     Args:
         model: any classifier.
-        samples: noisy copies.
-        noise: their standard deviation, as a share of the image's range, (0, 1].
-        batch_size: images a pass.
+        samples: number of noisy copies.
+        noise: standard deviation as a share of the image's range, above 0 and up to 1.
+        batch_size: images per pass.
     """
 
     def __init__(self, model: nn.Module, samples: int = 16, noise: float = 0.15, batch_size: int = 32):
@@ -107,11 +107,11 @@ class SmoothGrad(CaptumExplainer):
 
 @explainer("gradient_shap")
 class GradientShap(CaptumExplainer):
-    """Expected gradients: integrated gradients at random places of the way, with noise on the image (Lundberg and Lee, 2017).
+    """Expected gradients: integrated gradients at random points of the line, with noise on the image (Lundberg and Lee, 2017).
 
     Args:
         model: any classifier.
-        samples: places.
+        samples: number of points.
         noise: standard deviation on the image, in the model's units.
     """
 

@@ -1,6 +1,6 @@
-"""Maps as pictures: colours whose lightness rises evenly, laid over the photograph at its own resolution.
+"""Drawings of maps: colours of evenly rising lightness, laid over the image at its own resolution.
 
-H and W are sides of the model's input, pixels; a map is (H, W) in [0, 1].
+Notation: H and W are the sides of the model's input in pixels; a map is (H, W) in [0, 1].
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch import Tensor
 from vitarium.catalog.preprocessing import Preprocessing, to_mode
 
 MIN_SIDE, MAX_SIDE = 224, 1024
-"""Pixels of an overlay's shorter and longer side: small pictures are enlarged, large ones made smaller."""
+"""Limits on an overlay's shorter and longer side in pixels: small images are enlarged, large ones reduced."""
 GAP, CAPTION = 8, 18
 GREY = 0.75
-"""How far the picture under the colours is turned to grey, so that its own colours are not taken for evidence."""
+"""Share of grey mixed into the image under the colours, so that its own colours are not taken for evidence."""
 FAINTEST, STRONGEST = 0.25, 0.7
-"""Share of the colour over the picture where the map is 0 and 1."""
+"""Share of the map's colour over the image at the values 0 and 1."""
 
 
 def colours(values: ArrayLike) -> NDArray[np.uint8]:
-    """Values (...) in [0, 1] -> RGB (..., 3): from black over purple and orange to pale yellow ("inferno")."""
+    """Convert values (...) in [0, 1] to RGB (..., 3), from black over purple and orange to pale yellow ("inferno")."""
     table = _table()
     index = np.asarray(values, dtype=np.float64).clip(0, 1) * (len(table) - 1)
     return table[index.round().astype(np.int64)]
@@ -35,7 +35,7 @@ def colours(values: ArrayLike) -> NDArray[np.uint8]:
 
 @functools.cache
 def _table() -> NDArray[np.uint8]:
-    """256 colours between plotly's ten."""
+    """Interpolate 256 colours between plotly's ten."""
     from plotly.colors import sequential
 
     anchors = np.array([[int(name[i : i + 2], 16) for i in (1, 3, 5)] for name in sequential.Inferno], dtype=np.float64)
@@ -44,7 +44,7 @@ def _table() -> NDArray[np.uint8]:
 
 
 def seen_box(size: tuple[int, int], preprocessing: Preprocessing | None) -> tuple[float, float, float, float]:
-    """Left, top, right, lower edge, in pixels of a picture of this (width, height), of the square that the model is shown."""
+    """Return the left, top, right and lower edge, in pixels of an image of this (width, height), of the square that the model sees."""
     width, height = size
     if preprocessing is None:
         return 0.0, 0.0, float(width), float(height)
@@ -55,15 +55,15 @@ def seen_box(size: tuple[int, int], preprocessing: Preprocessing | None) -> tupl
 
 
 def overlay(picture: Image.Image, heat: ArrayLike, preprocessing: Preprocessing | None = None) -> Image.Image:
-    """A map over the whole picture that it is about; what the model's crop left out is dark.
+    """Draw a map over the whole image that it explains; the part outside the model's crop is dark.
 
     Args:
-        picture: as it came, any size and mode.
-        heat: (H, W) in [0, 1], of the model's input.
-        preprocessing: the model's, which says where its input lay in the picture; None: the whole of it.
+        picture: the image as given, any size and mode.
+        heat: map (H, W) in [0, 1], of the model's input.
+        preprocessing: the model's, which locates its input in the image; None: the whole image.
 
     Returns:
-        RGB, of the picture's shape, its shorter side at least 224 pixels and its longer side at most 1024 (where both can be).
+        RGB of the image's aspect ratio, the shorter side at least 224 pixels and the longer side at most 1024 (if both are possible).
     """
     picture = to_mode(picture, 3)
     width, height = picture.size
@@ -86,7 +86,7 @@ def overlay(picture: Image.Image, heat: ArrayLike, preprocessing: Preprocessing 
 
 
 def input_picture(image: Tensor, preprocessing: Preprocessing | None) -> Image.Image:
-    """What the model sees, (C, H, W) normalised -> an RGB picture."""
+    """Convert a model's input, (C, H, W) normalised, to an RGB image."""
     mean, std = (preprocessing.mean, preprocessing.std) if preprocessing is not None else ((0.0,), (1.0,))
     pixels = image.detach().float().cpu() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
     array = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
@@ -94,12 +94,12 @@ def input_picture(image: Tensor, preprocessing: Preprocessing | None) -> Image.I
 
 
 def overlay_on_input(image: Tensor, heat: Tensor, preprocessing: Preprocessing | None) -> Image.Image:
-    """`overlay` over what the model sees: (C, H, W) normalised, and its map (H, W)."""
+    """Draw `overlay` over a model's input: (C, H, W) normalised, and its map (H, W)."""
     return overlay(input_picture(image, preprocessing), heat.detach().float().cpu().numpy())
 
 
 def grid_of(pictures: Sequence[Image.Image], captions: Sequence[str] = (), *, columns: int = 4, side: int = MIN_SIDE) -> Image.Image:
-    """Pictures in rows, each fitted into a square of `side` pixels, with captions above them where there are any."""
+    """Arrange images in rows, each fitted into a square of `side` pixels, with captions above them if there are any."""
     columns = min(columns, max(1, len(pictures)))
     rows = -(-len(pictures) // columns)
     head = CAPTION if captions else 0

@@ -1,9 +1,9 @@
-"""Feature maps of any classifier in the pass that gives its logits: timm's, transformers', torchvision's, ours, or a module of one's own.
+"""Reading feature maps of any classifier in the pass that gives its logits: timm's, transformers', torchvision's, ours, or any module.
 
-A tap says where: a module's name, whose output is taken by a hook for the length of one pass; or a stage's number, where the model gives
-maps out itself (`forward_intermediates`, timm's contract). Tokens and channels-last maps become maps (B, C, h, w) of the image.
+A tap is a place to read: the name of a module, whose output a hook takes during one pass, or the number of a stage if the model returns
+maps itself (`forward_intermediates`, timm's contract). Tokens and channels-last maps are converted to maps (B, C, h, w) of the image.
 
-B batch, N tokens, C channels, H and W sides of the image in pixels, h and w of a map in cells.
+Notation: B batch, N tokens, C channels, H and W sides of the image in pixels, h and w of a map in cells.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ Tap = str | int
 Size = tuple[int, int]
 
 COUNT = 3
-"""Maps that are read by default."""
+"""Number of maps that are read by default."""
 MAX_PREFIX = 8
-"""Class, distillation and register tokens of a model whose anatomy is not known."""
+"""Largest number of class, distillation and register tokens of a model whose anatomy is not known."""
 MIN_CHANNELS = 4
 
 
 def find_taps(model: nn.Module, count: int = COUNT) -> tuple[Tap, ...]:
-    """Where to read a classifier that says nothing about it.
+    """Choose where to read a classifier.
 
     A plain vision transformer: the first norm of its last `count` blocks. A model with `forward_intermediates`: its last stages. Any other:
-    the last modules that give out maps at each of its `count` coarsest resolutions, found by a pass over an example.
+    the last modules that return maps at each of its `count` coarsest resolutions, found by a pass over an example.
 
     Raises:
-        UnsupportedModel: nowhere in it is a map.
+        UnsupportedModel: no module returns a map.
     """
     if (view := plain(model)) is not None:
         return tuple(f"{block.name}.{block.layout.norm1}" for block in view.blocks[-count:])
     image = example_input(model, batch=2)
     if image is None:
         raise UsageError(
-            f"a {type(model).__name__} does not say what image it takes; set model.preprocessing "
+            f"the input size of a {type(model).__name__} is not known; set model.preprocessing "
             "(vitarium.catalog.Preprocessing(image_size=...))"
         )
     info = getattr(model, "feature_info", None)
     if info is not None and hasattr(model, "forward_intermediates"):
         total = len(list(info))
         stages: tuple[Tap, ...] = tuple(range(max(0, total - count), total))
-        with contextlib.suppress(Exception), evaluating(model):  # where timm's methods are not there, or give other logits
+        with contextlib.suppress(Exception), evaluating(model):  # timm's methods may be missing, or give other logits
             want, (got, _) = model(image), read(model, image, stages)
             if image.is_meta or torch.allclose(got, want, rtol=1e-3, atol=1e-3 * float(want.std())):
                 return stages
@@ -63,7 +63,7 @@ def find_taps(model: nn.Module, count: int = COUNT) -> tuple[Tap, ...]:
 
 
 def plain(model: nn.Module) -> Anatomy | None:
-    """The anatomy of a plain vision transformer, None for any other model."""
+    """Return the anatomy of a plain vision transformer, None for any other model."""
     try:
         return anatomy.of(model)
     except UnsupportedModel:
@@ -71,13 +71,13 @@ def plain(model: nn.Module) -> Anatomy | None:
 
 
 def read(model: nn.Module, image: Tensor, taps: Sequence[Tap]) -> tuple[Tensor, list[Tensor]]:
-    """One pass: image (B, C, H, W) -> logits (B, num_classes), and what the model gives out at the taps, as it does (see `as_map`).
+    """Run one pass: image (B, C, H, W) -> logits (B, num_classes), and the outputs at the taps, unchanged (see `as_map`).
 
     Raises:
-        UsageError: a tap that the model does not have or did not come by, or a model that gives no logits.
+        UsageError: a tap that does not exist or was not called, or a model without logits.
     """
     if not taps or len({type(tap) for tap in taps}) > 1:
-        raise UsageError(f"taps are modules' names, or numbers of stages, of one kind and at least one; got {list(taps)}")
+        raise UsageError(f"taps are one or more names of modules, or numbers of stages, not both; got {list(taps)}")
     if isinstance(taps[0], int):
         features, maps = model.forward_intermediates(image, indices=list(taps))  # type: ignore[operator]
         return logits_of(model, model.forward_head(features)), maps  # type: ignore[operator]
@@ -85,12 +85,12 @@ def read(model: nn.Module, image: Tensor, taps: Sequence[Tap]) -> tuple[Tensor, 
     with outputs_of(model, names) as seen:
         logits = logits_of(model, model(image))
     if absent := [name for name in names if name not in seen]:
-        raise UsageError(f"{type(model).__name__} does not run {absent[0]!r} by itself; choose a tap that it calls")
+        raise UsageError(f"{type(model).__name__} does not call {absent[0]!r} as a module; choose a tap that it calls")
     return logits, [seen[name] for name in names]
 
 
 def read_maps(model: nn.Module, image: Tensor, taps: Sequence[Tap]) -> tuple[Tensor, list[Tensor]]:
-    """As `read`, with the taps' outputs as maps (B, C_i, h_i, w_i)."""
+    """Run `read` and convert the outputs at the taps to maps (B, C_i, h_i, w_i)."""
     logits, raw = read(model, image, taps)
     size = (image.shape[-2], image.shape[-1])
     view = plain(model) if raw and raw[0].ndim == 3 else None
@@ -98,7 +98,7 @@ def read_maps(model: nn.Module, image: Tensor, taps: Sequence[Tap]) -> tuple[Ten
 
 
 def logits_of(model: nn.Module, output: Any) -> Tensor:
-    """What a classifier gave out, if it is logits (B, num_classes).
+    """Return a classifier's output, if it is logits (B, num_classes).
 
     Raises:
         UsageError: it is anything else.
@@ -106,16 +106,16 @@ def logits_of(model: nn.Module, output: Any) -> Tensor:
     output = getattr(output, "logits", output)
     if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] < 2:
         found = f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
-        raise UsageError(f"what is explained is a classifier: image -> logits (B, classes); {type(model).__name__} gave {found}")
+        raise UsageError(f"explainers need a classifier, image -> logits (B, classes); {type(model).__name__} returned {found}")
     return output
 
 
 @contextlib.contextmanager
 def outputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Name -> what the module gave out last (the first tensor of several), of passes inside the block and in this thread.
+    """Record the last output of modules by name (the first tensor of several), for passes inside the block and in this thread.
 
     Raises:
-        UsageError: no module of this name.
+        UsageError: unknown module.
     """
     modules = dict(model.named_modules())
     if unknown := [name for name in names if name not in modules or not name]:
@@ -136,38 +136,38 @@ def outputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Ten
 
 
 def as_map(x: Tensor, size: Size, view: Anatomy | None = None) -> Tensor:
-    """Tokens (B, N, C), a map (B, C, h, w) or a channels-last map (B, h, w, C) of an image of this size -> (B, C, h, w).
+    """Convert tokens (B, N, C), a map (B, C, h, w) or a channels-last map (B, h, w, C) of an image of this size to (B, C, h, w).
 
     Raises:
-        InputError: no grid of the image's shape can be made of it, or tokens are missing (a token reduction is on the model).
+        InputError: the values form no grid of the image's shape, or tokens are missing (a token reduction is on the model).
     """
     if x.ndim == 4:
         last = _misfit(x.shape[1], x.shape[2], size) < _misfit(x.shape[2], x.shape[3], size)
         return x.permute(0, 3, 1, 2) if last else x
     if x.ndim != 3:
-        raise InputError(f"a tap gives tokens (B, N, C) or a map (B, C, h, w), got {tuple(x.shape)}")
+        raise InputError(f"a tap must return tokens (B, N, C) or a map (B, C, h, w), got {tuple(x.shape)}")
     if view is not None:
         grid, prefix = view.grid(*size), view.prefix
         if x.shape[1] != prefix + grid[0] * grid[1]:
             raise InputError(
-                f"{x.shape[1]} tokens where an image of {size[0]}x{size[1]} pixels has {prefix} + {grid[0]} x {grid[1]}: a token reduction "
-                "is on the model (vitarium.undo takes it off), or the image is of another size than the model pads or crops to"
+                f"{x.shape[1]} tokens, but an image of {size[0]}x{size[1]} pixels has {prefix} + {grid[0]} x {grid[1]}: a token reduction "
+                "is on the model (vitarium.undo removes it), or the model pads or crops to another size than the image's"
             )
         return tokens_to_map(x, prefix, grid)
     found = _grid(x.shape[1], size)
     if found is None:
-        raise InputError(f"{x.shape[1]} tokens are no grid of an image of {size[0]}x{size[1]} pixels")
+        raise InputError(f"{x.shape[1]} tokens do not form a grid of an image of {size[0]}x{size[1]} pixels")
     return tokens_to_map(x, x.shape[1] - found[0] * found[1], found)
 
 
 def tokens_to_map(x: Tensor, prefix: int, grid: Size) -> Tensor:
-    """Tokens (B, prefix + h w, C), row by row behind class and other prefix tokens -> (B, C, h, w)."""
+    """Drop prefix tokens and reshape the patches: (B, prefix + h w, C), row by row -> (B, C, h, w)."""
     return x[:, prefix:].transpose(1, 2).unflatten(2, grid)
 
 
 def covered(model: nn.Module, tap: Tap | None, grid: Size, size: Size) -> Size:
-    """Height and width in pixels of what a map's cells cover: more than the image where the model pads it at its right and lower edge, less
-    where it leaves an edge out. Where that is not known, the image itself."""
+    """Return the height and width in pixels that a map's cells cover: more than the image if the model pads its right and lower
+    edge, less if it drops an edge, and the image's own if this is not known."""
     if (view := plain(model)) is not None:
         return grid[0] * view.patch_size[0], grid[1] * view.patch_size[1]
     if isinstance(model, Backbone) and isinstance(tap, int):
@@ -178,7 +178,7 @@ def covered(model: nn.Module, tap: Tap | None, grid: Size, size: Size) -> Size:
 
 
 def to_pixels(maps: Tensor, size: Size, cover: Size | None = None) -> Tensor:
-    """Maps (B, h, w) of cells -> (B, H, W) of pixels, bilinear; `cover` as `covered` gives it."""
+    """Interpolate maps (B, h, w) of cells to pixels (B, H, W), bilinear; `cover` is the result of `covered`."""
     cover = cover or size
     pixels = F.interpolate(maps[:, None], cover, mode="bilinear", align_corners=False)[..., : size[0], : size[1]]
     lower, right = size[0] - pixels.shape[-2], size[1] - pixels.shape[-1]
@@ -192,12 +192,12 @@ def _first_tensor(output: Any) -> Tensor | None:
 
 
 def _misfit(rows: int, columns: int, size: Size) -> float:
-    """How far a grid is from the image's shape: at most max(size) where only the rounding of a cell differs, inf where it is finer."""
+    """Return the deviation of a grid from the image's shape: up to max(size) if only a cell's rounding differs, inf if it is finer."""
     return abs(rows * size[1] - columns * size[0]) if rows <= size[0] and columns <= size[1] else float("inf")
 
 
 def _grid(count: int, size: Size) -> Size | None:
-    """The grid of an image's patches that has `count` cells, or a few less (prefix tokens) where patches fit evenly; else None."""
+    """Return the grid of an image's patches with `count` cells, or a few less (prefix tokens) if patches fit evenly; else None."""
     best: tuple[int, Size] | None = None
     for stride in range(1, max(size) + 1):
         even = size[0] % stride == size[1] % stride == 0
@@ -209,7 +209,7 @@ def _grid(count: int, size: Size) -> Size | None:
 
 
 def _probed(model: nn.Module, image: Tensor, count: int) -> tuple[Tap, ...]:
-    """The last modules that give out maps at the coarsest resolutions of a pass."""
+    """Return the last modules that return maps at the coarsest resolutions of a pass."""
     latest: dict[Size, str] = {}
     size = (image.shape[-2], image.shape[-1])
 
@@ -234,6 +234,6 @@ def _probed(model: nn.Module, image: Tensor, count: int) -> tuple[Tap, ...]:
         for hook in hooks:
             hook.remove()
     if not latest:
-        raise UnsupportedModel(f"no module of {type(model).__name__} gives out maps or tokens of the image; name them with taps=[...]")
+        raise UnsupportedModel(f"no module of {type(model).__name__} returns maps or tokens of the image; name them with taps=[...]")
     coarsest = sorted(latest, key=lambda grid: grid[0] * grid[1])[:count]
     return tuple(latest[grid] for grid in reversed(coarsest))

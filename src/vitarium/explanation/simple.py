@@ -1,6 +1,6 @@
-"""Explainers of a few lines each: attention rollout, Grad-CAM, gradient x input, RISE, and chance to compare them with.
+"""Short explainers: attention rollout, Grad-CAM, gradient x input, RISE, and random maps as a baseline.
 
-B batch, H heads, N tokens, C channels.
+Notation: B batch, H heads, N tokens, C channels.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from vitarium.explanation.reading import as_map, covered, find_taps, logits_of, 
 
 @explainer("rollout")
 class Rollout(Explainer):
-    """Attention rollout (Abnar and Zuidema, 2020): what of each token arrives at the class token, were attention all there is.
+    """Attention rollout (Abnar and Zuidema, 2020): contribution of each token to the class token through attention alone.
 
         R = product over blocks, last first, of (mean over heads of A + I) / 2        the class token's row of R
 
-    A model without a class token pools its tokens: then the mean row. It knows of no class: the map is the same for each.
+    For a model without a class token, which pools its tokens, the mean row is used. The map does not depend on the class.
 
     Args:
-        model: a plain vision transformer (timm's, transformers', ours) with all its tokens.
+        model: a plain vision transformer (timm's, transformers', ours) that keeps all its tokens.
 
     Raises:
-        UnsupportedModel: any other.
+        UnsupportedModel: any other model.
     """
 
     by_class = False
@@ -53,12 +53,12 @@ class Rollout(Explainer):
 
 
 def attention_of_blocks(model: nn.Module, image: Tensor) -> tuple[Any, list[Tensor]]:
-    """What the model gives out, and for each block (B, N, N) its attention with the residual path, mean over heads.
+    """Return the model's output and, for each block, its attention with the residual path, mean over heads, (B, N, N).
 
     Rows sum to 1; class and other prefix tokens come first.
 
     Raises:
-        UnsupportedModel: no plain vision transformer.
+        UnsupportedModel: not a plain vision transformer.
         InputError: the blocks see different numbers of tokens.
     """
     view = anatomy.of(model)
@@ -77,12 +77,12 @@ def attention_of_blocks(model: nn.Module, image: Tensor) -> tuple[Any, list[Tens
         for hook in hooks:
             hook.remove()
     if len({w.shape for w in weights}) > 1:
-        raise InputError("the blocks see different numbers of tokens: every token is needed; take the token reduction off (undo)")
+        raise InputError("the blocks see different numbers of tokens, but every token is needed; remove the token reduction (undo)")
     return output, weights
 
 
 def _attention(block: anatomy.BlockView, x: Tensor, call: dict[str, Any], prefix: int) -> Tensor:
-    """(B, N, N): attention of a block with the residual path, mean over heads; rows sum to 1."""
+    """Return a block's attention with the residual path, mean over heads, (B, N, N); rows sum to 1."""
     attention = block.attention
     q, k, v = attention.qkv(block.norm1(x))
     if (rope := call.get("rope")) is not None:
@@ -100,8 +100,8 @@ class GradCAM(Explainer):
 
     Args:
         model: any classifier.
-        tap: the module whose output is A; None: of a plain vision transformer the first norm of the last block, of a model with
-            `forward_features` the features before pooling, of any other the last module that gives out a map.
+        tap: the module whose output is A; None: the first norm of the last block of a plain vision transformer, the features before pooling
+            of a model with `forward_features`, the last module that returns a map of any other.
 
     Raises:
         UsageError: no such module.
@@ -115,7 +115,7 @@ class GradCAM(Explainer):
         self.view = view
 
     def relevance(self, image: Tensor, target: Tensor | None) -> Tensor:
-        if self.split:  # only the head has to be gone back through
+        if self.split:  # the gradient passes through the head only
             a = self.model.forward_features(image).detach().requires_grad_()  # type: ignore[operator]
             with torch.enable_grad():
                 logits = logits_of(self.model, self.model.forward_head(a))  # type: ignore[operator]
@@ -137,7 +137,7 @@ class GradCAM(Explainer):
 
 @explainer("gradient_input")
 class GradientInput(Explainer):
-    """Gradient of the class's logit times the image, summed over channels; evidence against the class counts as none."""
+    """Gradient of the class's logit times the image, summed over channels; negative values are set to 0."""
 
     def relevance(self, image: Tensor, target: Tensor | None) -> Tensor:
         with torch.enable_grad():
@@ -150,15 +150,15 @@ class GradientInput(Explainer):
 
 @explainer("rise")
 class RISE(Explainer):
-    """RISE (Petsiuk et al., 2018): how probable the class is under random masks, averaged over the masks that leave a pixel visible.
+    """RISE (Petsiuk et al., 2018): probability of the class under random masks, averaged for each pixel over the masks that show it.
 
     Args:
-        model: any classifier; only its output is looked at.
-        masks: how many; the map's noise falls with their root. Cost: as many passes.
-        cells: of the coarse random grid, a side.
-        keep: share of its cells that are visible, (0, 1].
-        batch_size: masked images a pass.
-        seed: of the masks.
+        model: any classifier; only its output is used.
+        masks: number of masks and of passes; the noise of the map falls with its square root.
+        cells: cells per side of the coarse random grid.
+        keep: share of visible cells, above 0 and up to 1.
+        batch_size: masked images per pass.
+        seed: seed of the masks.
     """
 
     def __init__(self, model: nn.Module, masks: int = 1000, cells: int = 7, keep: float = 0.5, batch_size: int = 64, seed: int = 0):
@@ -178,7 +178,7 @@ class RISE(Explainer):
         return total / (self.masks * self.keep)
 
     def draw(self, count: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
-        """Smooth masks (count, H, W) in [0, 1]: a random coarse grid, enlarged and shifted by less than a cell."""
+        """Return smooth masks (count, H, W) in [0, 1]: a random coarse grid, enlarged and shifted by less than a cell."""
         cell = [-(-side // self.cells) for side in size]
         coarse = (torch.rand(count, 1, self.cells + 1, self.cells + 1, generator=generator) < self.keep).float()
         large = F.interpolate(coarse, [(self.cells + 1) * side for side in cell], mode="bilinear", align_corners=False)[:, 0]
@@ -188,12 +188,12 @@ class RISE(Explainer):
 
 @explainer("random")
 class Chance(Explainer):
-    """Smooth noise: what a map that knows nothing is worth.
+    """Smooth noise, the score of a map without information.
 
     Args:
-        model: any classifier; it is not looked at.
-        cells: of the noise, a side.
-        seed: of the noise, which differs from image to image.
+        model: any classifier; it is not used.
+        cells: cells of noise per side.
+        seed: seed of the noise, which differs between images.
     """
 
     by_class = False
