@@ -127,7 +127,7 @@ def test_equals_the_library_draw_for_draw(library, severity):
 
 def test_mistakes_are_told(photo, monkeypatch):
     rng = np.random.default_rng(0)
-    with pytest.raises(UsageError, match=r"no corruption 'fogg'; did you mean fog"):
+    with pytest.raises(UsageError, match=r"unknown corruption 'fogg'; did you mean fog"):
         corrupt(photo, "fogg", 1, rng)
     with pytest.raises(UsageError, match="severity must be 1, 2, 3, 4 or 5, got 6"):
         corrupt(photo, "fog", 6, rng)

@@ -1,11 +1,11 @@
-"""What breaks a model, and what makes it hold: sharp minima, corrupted pictures.
+"""Robustness: sharpness of minima, corrupted images, and training that improves both.
 
 | file | holds |
 |---|---|
 | sharpness.py | eigenvalues and trace of the Hessian of a loss |
-| surface.py | the loss around the weights, as a picture |
+| surface.py | drawings of the loss around the weights |
 | corruptions.py | ImageNet-C's fifteen kinds of corruption |
 | benchmark.py | the error of a classifier under them |
 
-The others are systems, a file each. SAM itself is a setting of every recipe: `optimizer.sam: {rho: 0.1}`.
+Each other file is a system of its own. SAM itself is a setting of every recipe: `optimizer.sam: {rho: 0.1}`.
 """

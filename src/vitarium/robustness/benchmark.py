@@ -1,11 +1,11 @@
-"""The error of a classifier under ImageNet-C's corruptions, on any labelled pictures.
+"""Error of a classifier under ImageNet-C's corruptions, on any labelled images.
 
     found = corruption_errors(model, data.val)
     found.mean                         # mean corruption error, 0 to 1: over severities, then over kinds
     found.errors["fog"]                # at severities 1 to 5
 
-Each picture is brought to the model's size, corrupted there, and normalised. What is random depends on (seed, picture, kind, severity)
-alone: two models of one size see the same pictures.
+Each image is resized to the model's input, corrupted, and normalised. Randomness depends only on (seed, image, kind, severity), so that two
+models of one input size see the same images.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from vitarium.robustness.corruptions import KINDS, SEVERITIES, available_kinds, 
 ALEXNET = dict(
     zip(KINDS, (0.886, 0.894, 0.923, 0.820, 0.826, 0.786, 0.798, 0.867, 0.827, 0.819, 0.565, 0.853, 0.646, 0.718, 0.607), strict=True)
 )
-"""AlexNet's error on ImageNet-C, a kind (mean over severities): what the published mCE divides by."""
+"""AlexNet's error on ImageNet-C for each kind (mean over severities), by which the published mCE is normalised."""
 
 
 @dataclass(frozen=True)
 class CorruptionErrors:
-    """What `corruption_errors` measured. Errors are shares of 1.
+    """Result of `corruption_errors`. Errors are in [0, 1].
 
     Attributes:
-        clean: error on the pictures as they are.
+        clean: error on the uncorrupted images.
         errors: kind -> errors at the severities.
-        severities: which ones.
-        images: how many pictures.
+        severities: the severities measured.
+        images: number of images.
     """
 
     clean: float
@@ -51,38 +51,38 @@ class CorruptionErrors:
 
     @property
     def by_kind(self) -> dict[str, float]:
-        """Mean over the severities."""
+        """Return the error of each kind, mean over the severities."""
         return {kind: sum(values) / len(values) for kind, values in self.errors.items()}
 
     @property
     def mean(self) -> float:
-        """Mean corruption error: over severities, then over kinds, not divided by any other model's."""
+        """Mean corruption error: over severities, then over kinds, without normalisation by another model's."""
         return sum(self.by_kind.values()) / len(self.errors)
 
     @property
     def over_alexnet(self) -> float:
-        """The published mCE: the mean over kinds of error / AlexNet's error. Meaningful on ImageNet-1k's validation pictures alone, with
+        """Return the published mCE: mean over kinds of error / AlexNet's error. Meaningful only on ImageNet-1k's validation images, with
         all kinds and severities."""
         return sum(error / ALEXNET[kind] for kind, error in self.by_kind.items()) / len(self.errors)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the result as a dictionary for JSON."""
         numbers = {"clean_error": self.clean, "mean_corruption_error": self.mean, "images": self.images}
         return {**numbers, "severities": self.severities, "by_kind": self.by_kind, "errors": self.errors}
 
 
 class AllCorruptions:
-    """A picture -> float32 (1 + kinds x severities, C, size, size): as it is, then each kind at each severity.
+    """Convert an image to float32 (1 + kinds x severities, C, size, size): uncorrupted, then each kind at each severity.
 
-    Draws from NumPy's global generator, which the loader sets by (seed, picture).
+    Draws from NumPy's global generator, which the loader seeds by (seed, image).
     """
 
     def __init__(self, preprocessing: Preprocessing, kinds: Sequence[str], severities: Sequence[int]):
         self.preprocessing, self.kinds, self.severities = preprocessing, list(kinds), list(severities)
 
-    def __call__(self, picture: Image.Image) -> Tensor:
+    def __call__(self, image: Image.Image) -> Tensor:
         key = np.random.randint(2**31)
-        square = self.preprocessing.square(to_mode(picture, 3))
+        square = self.preprocessing.square(to_mode(image, 3))
         number = {kind: i for i, kind in enumerate(KINDS)}
         seen = [square]
         for kind in self.kinds:
@@ -103,29 +103,29 @@ def corruption_errors(
     bad_files: BadFiles | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> CorruptionErrors:
-    """Measure a classifier on pictures as they are and under each corruption, each picture read once.
+    """Measure a classifier on uncorrupted images and under each corruption; each image is read once.
 
     Args:
         model: image (B, C, H, W) -> logits (B, classes), on its device.
-        images: an ImageSet; its classes have the model's numbers.
-        kinds: names of `corruptions.KINDS`; None: all whose needs are installed (`available_kinds`).
-        severities: some of 1 to 5.
-        batch_size: pictures a forward pass.
-        num_workers: processes that read and corrupt.
-        bad_files: where pictures that cannot be read are recorded; they do not count.
-        progress: called with the number of pictures done.
+        images: an ImageSet with the model's class numbers.
+        kinds: names of `corruptions.KINDS`; None: all that can run here (`available_kinds`).
+        severities: a selection of 1 to 5.
+        batch_size: images per forward pass.
+        num_workers: processes that read and corrupt images.
+        bad_files: record of unreadable images, which are left out.
+        progress: called with the number of finished images.
 
     Raises:
-        UsageError: no such kind or severity.
-        MissingExtra: frost is asked for without its photographs.
-        DataError: no picture can be read.
+        UsageError: unknown kind or severity.
+        MissingExtra: frost is requested and its photographs are not installed.
+        DataError: no image can be read.
     """
     kinds, severities = list(kinds if kinds is not None else available_kinds()), list(severities)
     for kind in kinds:
         if kind not in KINDS:
-            raise UsageError(f"no corruption {kind!r}{nearest(kind, KINDS)} (there are: {', '.join(KINDS)})")
+            raise UsageError(f"unknown corruption {kind!r}{nearest(kind, KINDS)} (accepted: {', '.join(KINDS)})")
     if not kinds or not severities or not set(severities) <= set(SEVERITIES):
-        raise UsageError(f"give at least one kind, and severities out of 1 to 5; got {kinds} and {severities}")
+        raise UsageError(f"at least one kind and severities from 1 to 5 are needed; got {kinds} and {severities}")
     transform = AllCorruptions(preprocessing_of(model), kinds, severities)
     versions = 1 + len(kinds) * len(severities)
     how: Any = dict(batch_size=max(1, batch_size // versions), seed=seed, num_workers=num_workers, bad_files=bad_files)
@@ -141,7 +141,7 @@ def corruption_errors(
             count += len(image)
             progress(count)
     if not count:
-        raise DataError("there are no pictures that can be read")
+        raise DataError("no image of the data can be read")
     shares = (wrong / count).tolist()
     table = {kind: shares[1 + i * len(severities) : 1 + (i + 1) * len(severities)] for i, kind in enumerate(kinds)}
     return CorruptionErrors(shares[0], table, severities, count)

@@ -1,14 +1,14 @@
 """ImageNet-C's fifteen kinds of corruption, five severities each (Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to
 Common Corruptions and Perturbations", ICLR 2019).
 
-    corrupt(picture, "fog", severity=3, rng=np.random.default_rng(0))
+    corrupt(image, "fog", severity=3, rng=np.random.default_rng(0))
 
-At 224 pixels every number is the benchmark's. At other sizes lengths (radii, displacements, flakes) are in proportion to the shorter
-side, so that a corruption looks the same on a small picture; noise stays noise a pixel. Motion blur follows ImageMagick's meaning without
-it. The published pictures were stored as JPEG once more, which is not done here. Frost lays photographs over the picture; they come with
-the package imagecorruptions (the extra `corruptions`), whose code today's libraries no longer run.
+At 224 pixels all numbers are the benchmark's. At other sizes lengths (radii, displacements, flakes) scale with the shorter side, so that a
+corruption looks the same on a small image; noise stays per pixel. Motion blur reproduces ImageMagick's without needing it. The published
+images were stored as JPEG once more, which is not done here. Frost blends photographs over the image; they are files of the package
+imagecorruptions (the extra `corruptions`), whose code does not run on current libraries.
 
-Legend: x (H, W, 3) float in 0..1, s severity 0..4, rng the generator, k the scale: shorter side / 224.
+Notation: x (H, W, 3) float in 0..1, s severity 0..4, rng the generator, k the scale: shorter side / 224.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ LUMA = np.array([0.299, 0.587, 0.114])
 
 
 def gaussian_noise(x: Array, s: int, rng: np.random.Generator, k: float) -> Array:
-    """A sensor in low light."""
+    """Gaussian noise, as of a sensor in low light."""
     return x + rng.normal(size=x.shape, scale=(0.08, 0.12, 0.18, 0.26, 0.38)[s])
 
 
 def shot_noise(x: Array, s: int, rng: np.random.Generator, k: float) -> Array:
-    """Light that comes in single quanta."""
+    """Shot noise: a Poisson count of photons per value."""
     quanta = (60, 25, 12, 5, 3)[s]
     return rng.poisson(x * quanta) / quanta
 
 
 def impulse_noise(x: Array, s: int, rng: np.random.Generator, k: float) -> Array:
-    """Bit errors: a share of the values becomes 0 or 1."""
+    """Impulse noise: a share of the values becomes 0 or 1, as by bit errors."""
     drawn = rng.uniform(size=x.shape)
     share = (0.03, 0.06, 0.09, 0.17, 0.27)[s]
     return np.where(drawn < share / 2, 0.0, np.where(drawn < share, 1.0, x))
 
 
 def defocus_blur(x: Array, s: int, rng: np.random.Generator, k: float) -> Array:
-    """A picture out of focus: every point becomes a disc."""
+    """Defocus blur: every point becomes a disc."""
     radius, sigma = ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))[s]
     half = max(8, radius)
     y, z = np.mgrid[-half : half + 1, -half : half + 1]
@@ -62,9 +62,9 @@ def defocus_blur(x: Array, s: int, rng: np.random.Generator, k: float) -> Array:
 
 
 def glass_blur(x: Array, s: int, rng: np.random.Generator, k: float) -> Array:
-    """Frosted glass: pixels take the values of near ones."""
+    """Frosted glass: pixels are exchanged with neighbours."""
     sigma, reach, times = ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2))[s]
-    x = _gaussian_picture(x, sigma * k)
+    x = _gaussian_image(x, sigma * k)
     reach = max(1, round(reach * k))
     height, width = x.shape[:2]
     if min(height, width) <= 2 * reach:
@@ -72,28 +72,28 @@ def glass_blur(x: Array, s: int, rng: np.random.Generator, k: float) -> Array:
     rows, columns = np.arange(height - reach, reach, -1), np.arange(width - reach, reach, -1)
     places = (rows[:, None] * width + columns[None]).ravel().tolist()
     source = list(range(height * width))
-    for _ in range(times):  # one after the other, because the benchmark's pixels take what others have taken before them
+    for _ in range(times):  # sequential, because the benchmark's exchanges build on one another
         steps = rng.integers(-reach, reach, size=(len(places), 2))
         for place, step in zip(places, (steps[:, 1] * width + steps[:, 0]).tolist(), strict=True):
             source[place] = source[place + step]
-    return _gaussian_picture(x.reshape(-1, 3)[source].reshape(x.shape), sigma * k)
+    return _gaussian_image(x.reshape(-1, 3)[source].reshape(x.shape), sigma * k)
 
 
 def motion_blur(x: Array, s: int, rng: np.random.Generator, k: float) -> Array:
-    """A camera that moves."""
+    """Motion blur along a random direction."""
     radius, sigma = ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))[s]
     return _filtered(x, _streak(radius, sigma, rng.uniform(-45, 45)), k, "edge")
 
 
 def zoom_blur(x: Array, s: int, rng: np.random.Generator, k: float) -> Array:
-    """A camera that comes nearer."""
+    """Zoom blur: the mean of several magnifications."""
     factors = (np.arange(1, 1.11, 0.01), np.arange(1, 1.16, 0.01), np.arange(1, 1.21, 0.02), np.arange(1, 1.26, 0.02))
     zooms = (*factors, np.arange(1, 1.31, 0.03))[s]
     return (x + sum(_zoomed(x, factor) for factor in zooms)) / (len(zooms) + 1)
 
 
 def snow(x: Array, s: int, rng: np.random.Generator, k: float) -> Array:
-    """Flakes that fall, before a picture that pales."""
+    """Snow: blurred flakes over a whitened image."""
     loc, scale, size, least, radius, sigma, kept = (
         (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
         (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
@@ -109,12 +109,12 @@ def snow(x: Array, s: int, rng: np.random.Generator, k: float) -> Array:
 
 
 def frost(x: Array, s: int, rng: np.random.Generator, k: float) -> Array:
-    """Ice on the window."""
+    """Frost: photographs of ice blended over the image."""
     mine, ice = ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))[s]
     photographs = frost_photographs()
     if not photographs:
         raise MissingExtra("frost needs the photographs of the package imagecorruptions: pip install 'vitarium[corruptions]'")
-    layer = _frost(photographs[rng.integers(5)], k)  # the benchmark leaves the sixth out
+    layer = _frost(photographs[rng.integers(5)], k)  # the benchmark never uses the sixth
     height, width = x.shape[:2]
     if layer.shape[0] <= height or layer.shape[1] <= width:
         grow = 1.1 * max(height / layer.shape[0], width / layer.shape[1])
@@ -125,7 +125,7 @@ def frost(x: Array, s: int, rng: np.random.Generator, k: float) -> Array:
 
 
 def fog(x: Array, s: int, rng: np.random.Generator, k: float) -> Array:
-    """Clouds of all sizes, by the diamond-square algorithm."""
+    """Fog: plasma noise from the diamond-square algorithm."""
     amount, decay = ((1.5, 2), (2.0, 2), (2.5, 1.7), (2.5, 1.5), (3.0, 1.4))[s]
     height, width = x.shape[:2]
     clouds = _plasma(1 << (max(height, width) - 1).bit_length(), decay, rng)[:height, :width, None]
@@ -133,20 +133,20 @@ def fog(x: Array, s: int, rng: np.random.Generator, k: float) -> Array:
 
 
 def brightness(x: Array, s: int, rng: np.random.Generator, k: float) -> Array:
-    """Daylight: HSV's value rises, hue and saturation stay."""
+    """Brightness: HSV's value is raised, hue and saturation stay."""
     value = x.max(-1, keepdims=True)
     brighter = (value + (0.1, 0.2, 0.3, 0.4, 0.5)[s]).clip(0, 1)
     return np.where(value > 0, x * (brighter / np.where(value > 0, value, 1)), brighter)
 
 
 def contrast(x: Array, s: int, rng: np.random.Generator, k: float) -> Array:
-    """Values come nearer to the mean."""
+    """Contrast: values move towards the mean."""
     mean = x.mean((0, 1), keepdims=True)
     return (x - mean) * (0.4, 0.3, 0.2, 0.1, 0.05)[s] + mean
 
 
 def elastic_transform(x: Array, s: int, rng: np.random.Generator, k: float) -> Array:
-    """Stretched and squeezed regions: an affine map that moves three points, and a smooth field of displacements."""
+    """Elastic transform: an affine map of three points, and a smooth field of displacements."""
     from scipy.ndimage import affine_transform, map_coordinates
 
     numbers = ((2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02))[s]
@@ -156,7 +156,7 @@ def elastic_transform(x: Array, s: int, rng: np.random.Generator, k: float) -> A
     middle, third = np.array(shape) // 2, min(shape) // 3
     points = np.array([middle + third, [middle[0] + third, middle[1] - third], middle - third], dtype=float)
     moved = points + rng.uniform(-jitter, jitter, size=points.shape)
-    points, moved = points[:, ::-1], moved[:, ::-1]  # they are (x, y), and arrays have y first
+    points, moved = points[:, ::-1], moved[:, ::-1]  # from (x, y) to the (y, x) of arrays
     back = np.linalg.solve(np.column_stack([moved, np.ones(3)]), points) if third else np.eye(3)[:, :2]  # rows: of y, of x, of 1
     x = np.stack([affine_transform(c, back[:2].T, back[2], order=1, mode="mirror") for c in np.moveaxis(x, -1, 0)], -1)
     shifts = [_gaussian(rng.uniform(-1, 1, size=shape), sigma, truncate=3, mode="reflect") * alpha for _ in range(2)]
@@ -165,14 +165,14 @@ def elastic_transform(x: Array, s: int, rng: np.random.Generator, k: float) -> A
 
 
 def pixelate(x: Array, s: int, rng: np.random.Generator, k: float) -> Array:
-    """Fewer, larger pixels."""
+    """Pixelation: the image is shrunk and enlarged again."""
     share, (height, width) = (0.6, 0.5, 0.4, 0.3, 0.25)[s], x.shape[:2]
     fewer = _image(x).resize((max(1, int(width * share)), max(1, int(height * share))), Image.Resampling.BOX)
     return np.asarray(fewer.resize((width, height), Image.Resampling.BOX)) / 255
 
 
 def jpeg_compression(x: Array, s: int, rng: np.random.Generator, k: float) -> Array:
-    """What JPEG leaves at a low quality."""
+    """JPEG compression at low quality."""
     file = io.BytesIO()
     _image(x).save(file, "JPEG", quality=(25, 18, 15, 10, 7)[s])
     return np.asarray(Image.open(file)) / 255
@@ -187,44 +187,44 @@ KINDS: dict[str, Corruption] = {
         *(contrast, elastic_transform, pixelate, jpeg_compression),
     )
 }
-"""Name -> corruption, in the benchmark's order: noise, blur, weather, digital."""
+"""Corruptions by name, in the benchmark's order: noise, blur, weather, digital."""
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
 
-def corrupt(picture: Image.Image | Array, kind: str, severity: int, rng: np.random.Generator) -> Image.Image:
-    """A corrupted copy of a picture.
+def corrupt(image: Image.Image | Array, kind: str, severity: int, rng: np.random.Generator) -> Image.Image:
+    """Return a corrupted copy of an image.
 
     Args:
-        picture: in any of Pillow's modes, or (H, W, 3) uint8.
+        image: an image in any of Pillow's modes, or (H, W, 3) uint8.
         kind: a name in `KINDS`.
         severity: 1 to 5.
-        rng: whatever is random is drawn from it.
+        rng: source of all random numbers.
 
     Returns:
-        an RGB picture of the same size.
+        an RGB image of the same size.
 
     Raises:
-        UsageError: no such kind or severity.
+        UsageError: unknown kind or severity.
         MissingExtra: frost without its photographs.
     """
     if kind not in KINDS:
-        raise UsageError(f"no corruption {kind!r}{nearest(kind, KINDS)} (there are: {', '.join(KINDS)})")
+        raise UsageError(f"unknown corruption {kind!r}{nearest(kind, KINDS)} (accepted: {', '.join(KINDS)})")
     if severity not in SEVERITIES:
         raise UsageError(f"severity must be 1, 2, 3, 4 or 5, got {severity!r}")
-    pixels = np.asarray(picture if isinstance(picture, np.ndarray) else picture.convert("RGB"))
+    pixels = np.asarray(image if isinstance(image, np.ndarray) else image.convert("RGB"))
     x = pixels.astype(np.float64) / 255
     return _image(KINDS[kind](x, severity - 1, rng, min(x.shape[:2]) / 224))
 
 
 def available_kinds() -> list[str]:
-    """All fifteen, or fourteen where the photographs of frost are not installed."""
+    """Return all fifteen kinds, or fourteen if the photographs of frost are not installed."""
     return [kind for kind in KINDS if kind != "frost" or frost_photographs()]
 
 
 @functools.cache
 def frost_photographs() -> tuple[Path, ...]:
-    """The files that lie in the package imagecorruptions, which is not imported; none where it is not installed."""
+    """Return the photographs in the package imagecorruptions, without importing it; none if it is not installed."""
     found = importlib.util.find_spec("imagecorruptions")
     folders = [Path(place) / "frost" for place in (found.submodule_search_locations or [])] if found else []
     return tuple(sorted(file for folder in folders for file in folder.glob("frost*.*")))
@@ -232,7 +232,7 @@ def frost_photographs() -> tuple[Path, ...]:
 
 @functools.lru_cache(maxsize=16)
 def _frost(file: Path, k: float) -> Array:
-    """A photograph at the scale of the picture, uint8."""
+    """Return a photograph at the scale of the image, uint8."""
     photograph = Image.open(file).convert("RGB")
     size = (max(1, round(photograph.width * k)), max(1, round(photograph.height * k)))
     return np.asarray(photograph.resize(size) if k != 1 else photograph)
@@ -249,19 +249,19 @@ def _gaussian(x: Array, sigma: float, *, truncate: float = 4.0, mode: str = "nea
 
 
 def _roughness(sigma: float) -> float:
-    """Standard deviation of white noise after `_gaussian` with this sigma in two dimensions."""
+    """Return the standard deviation of white noise after `_gaussian` with this sigma in two dimensions."""
     reach = math.ceil(3 * sigma) + 1
     return float((_gaussian(np.eye(1, 2 * reach + 1, reach)[0], sigma, truncate=3) ** 2).sum())
 
 
-def _gaussian_picture(x: Array, sigma: float) -> Array:
+def _gaussian_image(x: Array, sigma: float) -> Array:
     from scipy.ndimage import gaussian_filter
 
     return gaussian_filter(x, (sigma, sigma, 0), mode="nearest")
 
 
 def _filtered(x: Array, kernel: Array, k: float, border: Literal["reflect", "edge"] = "reflect") -> Array:
-    """Correlate each channel of (H, W, C) with a kernel that is given for 224 pixels."""
+    """Correlate each channel of (H, W, C) with a kernel defined at 224 pixels."""
     from scipy.signal import fftconvolve
 
     kernel = _shrunk(kernel, k)
@@ -271,7 +271,7 @@ def _filtered(x: Array, kernel: Array, k: float, border: Literal["reflect", "edg
 
 
 def _shrunk(kernel: Array, k: float) -> Array:
-    """A kernel of odd sides for a picture k times as large: each weight goes to its scaled place, shared among the pixels around it."""
+    """Scale a kernel of odd sides by k: each weight moves to its scaled position, shared among the pixels around it."""
     if k == 1:
         return kernel
     half = [(side - 1) // 2 for side in kernel.shape]
@@ -285,7 +285,7 @@ def _shrunk(kernel: Array, k: float) -> Array:
 
 
 def _streak(radius: int, sigma: float, angle: float) -> Array:
-    """Half a Gaussian along a line from the middle: the kernel of a motion in the direction of an angle, degrees."""
+    """Return half a Gaussian along a line from the centre, the kernel of a motion in a direction given in degrees."""
     count = 2 * radius + 1
     weights = np.exp(-(np.arange(count) ** 2) / (2 * sigma**2))
     kernel = np.zeros((2 * count + 1, 2 * count + 1))
@@ -296,7 +296,7 @@ def _streak(radius: int, sigma: float, angle: float) -> Array:
 
 
 def _zoomed(x: Array, factor: float) -> Array:
-    """The middle of (H, W, C), so much larger, at the same size."""
+    """Enlarge the centre of (H, W, C) by a factor and crop it to the same size."""
     from scipy.ndimage import zoom
 
     height, width = x.shape[:2]
@@ -308,7 +308,7 @@ def _zoomed(x: Array, factor: float) -> Array:
 
 
 def _plasma(size: int, decay: float, rng: np.random.Generator) -> Array:
-    """Clouds (size, size) in 0..1 by diamonds and squares on a torus; size is a power of two."""
+    """Return clouds (size, size) in 0..1 by the diamond-square algorithm on a torus; size is a power of two."""
     height, step, strength = np.zeros((size, size)), size, 100.0
 
     def mean_of(four: Array) -> Array:

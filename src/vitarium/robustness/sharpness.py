@@ -1,10 +1,10 @@
-"""How sharp a minimum is: eigenvalues and trace of the Hessian of a mean loss, known by its products with vectors and never formed.
+"""Sharpness of a minimum: eigenvalues and trace of the Hessian of a mean loss, from Hessian-vector products.
 
     hessian = Hessian(lambda batch: F.cross_entropy(model(batch[0]), batch[1]), batches, model.parameters())
     hessian.lanczos(30).values[-1]     # the largest eigenvalue
 
-A product costs about two forward and backward passes over the batches. Lanczos reaches the largest eigenvalues to a few digits in 10 to
-30 products; power iteration needs more, and is here because papers report it.
+A product costs about two forward and backward passes over the batches. Lanczos finds the largest eigenvalues to a few digits in 10 to 30
+products; power iteration needs more, and is included because papers report it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from vitarium.errors import InputError, UsageError
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What Lanczos finds of a spectrum.
+    """Result of Lanczos iteration.
 
     Attributes:
-        values: Ritz values in rising order; those at the ends are eigenvalues to many digits.
-        weights: the share of each in the start vector, adding to 1: together they are a quadrature of the spectral density.
+        values: Ritz values in ascending order; the outermost are eigenvalues to many digits.
+        weights: squared component of each in the start vector, adding to 1; with the values a quadrature of the spectral density.
     """
 
     values: list[float]
@@ -34,15 +34,15 @@ class Spectrum:
 
 
 class Hessian:
-    """Second derivatives of the mean loss over batches by some parameters.
+    """Hessian of the mean loss over batches with respect to some parameters.
 
     Args:
-        loss: a batch -> mean loss, a scalar. Draws nothing random (eval mode, or generators set inside), and is twice differentiable.
-        batches: held in memory, as `loss` takes them; each counts as much as the other.
-        parameters: of which the Hessian is taken: all of a model's, or a block's alone. Those that are not trained are left out.
+        loss: a batch -> mean loss, a scalar. It must be deterministic (eval mode, or generators seeded inside) and twice differentiable.
+        batches: kept in memory, in the form that `loss` takes; all have equal weight.
+        parameters: all of a model's, or those of a block. Frozen parameters are left out.
 
     Raises:
-        InputError: no batches, or no parameters to derive by.
+        InputError: no batches, or no trained parameters.
     """
 
     def __init__(self, loss: Callable[[Any], Tensor], batches: Iterable[Any], parameters: Iterable[Tensor]):
@@ -54,31 +54,31 @@ class Hessian:
 
     @classmethod
     def of_classifier(cls, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], part: nn.Module | None = None) -> Hessian:
-        """Of the cross entropy of a classifier, which is put into eval mode.
+        """Create for the cross entropy of a classifier, which is put into eval mode.
 
         Args:
             batches: (images (B, C, H, W), classes (B,)).
-            part: a block of the model, to look at its weights alone.
+            part: a block of the model, to restrict the Hessian to its weights.
         """
         model.eval()
         return cls(lambda batch: nn.functional.cross_entropy(model(batch[0]), batch[1]), batches, (part or model).parameters())
 
     def product(self, vector: Tensor) -> Tensor:
-        """Hessian times a vector (size,)."""
+        """Multiply the Hessian by a vector (size,)."""
         pieces = self._split(vector)
         total = torch.zeros_like(vector)
         for batch in self.batches:
-            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention kernels have no second derivative
                 slopes = torch.autograd.grad(self.loss(batch), self.parameters, create_graph=True, allow_unused=True)
                 used = [(s, v) for s, v in zip(slopes, pieces, strict=True) if s is not None and s.requires_grad]
                 if not used:
-                    continue  # linear in all of them
+                    continue  # the loss is linear in all of the parameters
                 outer = torch.autograd.grad([s for s, _ in used], self.parameters, [v for _, v in used], allow_unused=True)
             total += self._join([o if o is not None else torch.zeros_like(p) for o, p in zip(outer, self.parameters, strict=True)])
         return total / len(self.batches)
 
     def lanczos(self, steps: int = 30, *, seed: int = 0) -> Spectrum:
-        """Ritz values after so many products (fewer where the space is exhausted), with full reorthogonalisation.
+        """Return Ritz values after a number of products (fewer if the space is exhausted), with full reorthogonalisation.
 
         Memory: `steps` vectors of the parameters' size.
         """
@@ -89,7 +89,7 @@ class Hessian:
             w = self.product(basis[-1])
             diagonal.append(w @ basis[-1])
             scale = w.norm()
-            for _ in range(2):  # once is not enough in floating point
+            for _ in range(2):  # a single pass is not exact enough in floating point
                 for q in basis:
                     w = w - (w @ q) * q
             if len(diagonal) == min(steps, self.size) or w.norm() <= 100 * torch.finfo(w.dtype).eps * scale:
@@ -103,11 +103,11 @@ class Hessian:
         return Spectrum(values.tolist(), vectors[0].square().tolist())
 
     def power_iteration(self, count: int = 1, *, iterations: int = 100, tolerance: float = 1e-3, seed: int = 0) -> list[float]:
-        """The eigenvalues of largest magnitude, in that order.
+        """Return the eigenvalues of largest magnitude, in that order.
 
         Args:
-            count: how many; each is searched in the space orthogonal to those before.
-            iterations: at most, an eigenvalue.
+            count: number of eigenvalues; each is searched orthogonally to those before.
+            iterations: limit per eigenvalue.
             tolerance: stop when the value changes by less than this share.
         """
         if not 1 <= count <= self.size:
@@ -128,7 +128,7 @@ class Hessian:
         return [value for value, _ in found]
 
     def trace(self, samples: int = 30, *, seed: int = 0) -> tuple[float, float]:
-        """Sum of all eigenvalues by Hutchinson's estimate, and its standard error."""
+        """Return Hutchinson's estimate of the trace, and its standard error."""
         if samples < 2:
             raise UsageError(f"samples must be at least 2, got {samples}")
         generator = torch.Generator().manual_seed(seed)

@@ -1,12 +1,12 @@
-"""The loss around a model's weights, as a picture.
+"""Loss surfaces: the loss on lines and planes through a model's weights, and drawings of them.
 
     surface = loss_surface(model, lambda batch: F.cross_entropy(model(batch[0]), batch[1]), batches)
     draw_surfaces({"AdamW": surface, "SAM": other}).save("surfaces.png")
 
 The plane through the weights is spanned by two random directions that are filter-normalised (Li et al., "Visualizing the Loss Landscape of
-Neural Nets", 2018): each output row of a weight's direction is as long as that row of the weight, and tensors with one axis do not move. So
-a distance of 1 is as large as the weights themselves, and surfaces of different models can be compared.
-Cost: a forward pass over the batches a point.
+Neural Nets", 2018): each output row of a direction has the norm of that row of the weight, and tensors with one axis do not move. A
+distance of 1 is therefore as large as the weights, and surfaces of different models can be compared.
+Cost: one forward pass over the batches per point.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vitarium.training.optim import move_back
 PALETTE = np.array(
     [(13, 8, 135), (84, 2, 163), (139, 10, 165), (185, 50, 137), (219, 92, 104), (244, 136, 73), (254, 188, 43), (240, 249, 33)]
 )
-"""Dark blue to yellow (the field's "plasma"), for low to high."""
+"""Colours from dark blue to yellow ("plasma"), for low to high values."""
 
 CURVES = [(0, 121, 107), (216, 67, 21), (94, 53, 177), (255, 160, 0), (2, 119, 189)]
 PANEL, MARGIN, HEAD, FOOT = 300, 46, 34, 44
@@ -40,7 +40,7 @@ class Surface:
 
     Attributes:
         axis: distances along each direction, in units of the weights' own size; its middle is 0.
-        losses: (side,) or (side, side); NaN and infinite where the loss is.
+        losses: (side,) or (side, side); may hold NaN and infinity.
     """
 
     axis: NDArray[np.float64]
@@ -48,7 +48,7 @@ class Surface:
 
     @property
     def centre(self) -> float:
-        """The loss of the weights themselves."""
+        """Loss at the weights themselves."""
         return float(self.losses[(len(self.axis) // 2,) * self.losses.ndim])
 
 
@@ -62,18 +62,18 @@ def loss_surface(
     directions: int = 2,
     seed: int = 0,
 ) -> Surface:
-    """The mean loss at points around the weights, which are put back bit for bit. The model is in eval mode meanwhile.
+    """Evaluate the mean loss at points around the weights, which are restored bit for bit. The model is in eval mode meanwhile.
 
     Args:
         loss: a batch -> mean loss of the present weights, a scalar.
-        batches: each counts as much as the other.
-        reach: distance of the border.
-        side: points along an axis; odd.
+        batches: all have equal weight.
+        reach: distance of the border from the weights.
+        side: points per axis; odd.
         directions: 1 (a line) or 2 (a plane).
-        seed: of the directions: models of one architecture are seen along the same ones.
+        seed: of the directions; models of one architecture with the same seed share them.
 
     Raises:
-        UsageError: numbers out of range, or no batches.
+        UsageError: a number is out of range, or there are no batches.
     """
     batches = list(batches)
     if directions not in (1, 2) or side < 3 or side % 2 == 0 or reach <= 0 or not batches:
@@ -98,7 +98,7 @@ def loss_surface(
 
 
 def filter_normalised(weight: Tensor, generator: torch.Generator) -> Tensor:
-    """A random direction whose rows along the first axis are as long as the weight's; zeros for tensors with fewer than two axes."""
+    """Return a random direction whose rows along the first axis have the weight's norms; zeros for tensors with fewer than two axes."""
     if weight.ndim < 2:
         return torch.zeros_like(weight)
     drawn = torch.randn(weight.shape, generator=generator).to(weight)
@@ -107,17 +107,17 @@ def filter_normalised(weight: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def draw_surfaces(surfaces: dict[str, Surface]) -> Image.Image:
-    """Planes side by side in one scale of colours (of the logarithm), with contour lines; or lines in one diagram.
+    """Draw planes side by side in one colour scale (of the logarithm), with contour lines, or lines in one diagram.
 
     Args:
-        surfaces: by name; all of them lines or all of them planes.
+        surfaces: by name; either all lines or all planes.
 
     Raises:
-        UsageError: none, or both kinds.
+        UsageError: no surfaces, or lines and planes together.
     """
     kinds = {s.losses.ndim for s in surfaces.values()}
     if len(kinds) != 1:
-        raise UsageError("draw lines with lines or planes with planes, and at least one")
+        raise UsageError("a drawing needs at least one surface, and only lines or only planes")
     every = np.concatenate([s.losses.ravel() for s in surfaces.values()])
     finite = np.log10(every[np.isfinite(every) & (every > 0)].clip(1e-6))
     low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
@@ -152,7 +152,7 @@ def _draw_planes(surfaces: dict[str, Surface], low: float, high: float) -> Image
 
 
 def _plane(surface: Surface, low: float, high: float) -> Image.Image:
-    """Colours of the logarithm with white contour lines at tenths of the scale; the first direction goes up."""
+    """Draw the logarithm in colours with white contour lines at tenths of the scale; the first direction points up."""
     height = (np.log10(np.nan_to_num(surface.losses, nan=np.inf, posinf=10**high).clip(1e-6)) - low) / (high - low)
     fine = np.asarray(Image.fromarray(height.clip(0, 1).astype(np.float32)).resize((PANEL, PANEL), Image.Resampling.BICUBIC))[::-1]
     level = np.floor(fine * 10)
@@ -187,7 +187,7 @@ def _draw_lines(surfaces: dict[str, Surface], low: float, high: float) -> Image.
 
 
 def _coloured(shares: NDArray[Any]) -> NDArray[np.uint8]:
-    """(H, W) in 0..1 -> (H, W, 3)."""
+    """Map (H, W) in 0..1 to colours (H, W, 3)."""
     place = shares.clip(0, 1) * (len(PALETTE) - 1)
     below = np.floor(place).astype(int).clip(max=len(PALETTE) - 2)
     part = (place - below)[..., None]
