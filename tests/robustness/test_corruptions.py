@@ -207,7 +207,7 @@ def test_relative_to_alexnet_is_one_for_alexnet():
 def test_what_cannot_be_measured_is_told(tmp_path):
     with pytest.raises(UsageError, match="did you mean fog"):
         corruption_errors(Bright(), Plain(), kinds=["fogs"])
-    with pytest.raises(UsageError, match="severities out of 1 to 5"):
+    with pytest.raises(UsageError, match="severities from 1 to 5"):
         corruption_errors(Bright(), Plain(), severities=[0])
     data: ImageData = tiny_data()
 

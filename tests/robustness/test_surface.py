@@ -57,7 +57,7 @@ def test_pictures():
     assert corner.sum() > middle.sum()  # yellow outside, blue inside
     line = Surface(axis, axis**2 + 0.1)
     assert draw_surfaces({"a": line, "b": Surface(axis, 2 * axis**2 + 0.1)}).width > 600
-    with pytest.raises(UsageError, match="lines with lines"):
+    with pytest.raises(UsageError, match="only lines or only planes"):
         draw_surfaces({"a": plane, "b": line})
     with pytest.raises(UsageError, match="at least one"):
         draw_surfaces({})
