@@ -34,7 +34,7 @@ def test_pictures_are_restored_and_broken_ones_named(run, model, folder, tmp_pat
     assert result.code == 0, result.err
     rows = {row["image"].split("in/")[1]: row for row in json.loads(result.out)}
     assert rows["a.jpg"]["restored_size"] == [80, 60]
-    assert "not a picture" in rows["broken.png"]["error"]
+    assert "not an image" in rows["broken.png"]["error"]
     assert "1 of 3 pictures could not be restored" in result.err
     large = Image.open(tmp_path / "out" / "a.png")
     assert large.size == (80, 60)

@@ -74,6 +74,6 @@ def broken_kinds():
         "page.jpg": (b"\n<!DOCTYPE html><html>404 not found</html>", "HTML"),
         "cut.png": (whole[: len(whole) // 2], "cut off"),
         "damaged.png": (damaged, "damaged"),
-        "text.png": (b"hello, this is not a picture", "not a picture"),
+        "text.png": (b"hello, this is not an image", "not an image"),
         "bomb.png": (bomb(20_000, 20_000), "400 megapixels would need 1.6 GB"),
     }

@@ -97,19 +97,19 @@ def test_a_folder_may_bear_the_name_of_embedded_data(tmp_path, monkeypatch):
 
 
 FAULTS = {
-    "empty": ([], "no pictures in class folders; it holds nothing; wanted: a folder a class"),
-    "one class": (["a/1.png", "a/2.png"], "one class only, 'a'"),
-    "empty class": (["a/1.png", "a/2.png", "b/1.png", "b/2.png", "c/"], r"1 of 3 class folders hold no pictures \(c/ holds nothing\)"),
+    "empty": ([], "no images in class folders; it holds nothing; accepted: one folder per class"),
+    "one class": (["a/1.png", "a/2.png"], "only one class, 'a'"),
+    "empty class": (["a/1.png", "a/2.png", "b/1.png", "b/2.png", "c/"], r"1 of 3 class folders hold no images \(c/ holds nothing\)"),
     "class of other files": (["a/1.png", "a/2.png", "b/x.txt"], r"b/ holds 1 \.txt files"),
-    "class of one": (["a/1.png", "a/2.png", "b/1.png"], "cannot be both trained on and held out; .*: b"),
-    "no val pictures": (["train/a/1.png", "train/b/1.png", "val/a/1.png"], "1 of 2 classes have no held-out pictures: b"),
-    "empty val": (["train/a/1.png", "train/b/1.png", "val/"], "val holds no pictures"),
+    "class of one": (["a/1.png", "a/2.png", "b/1.png"], "a class with one image cannot be split; .*: b"),
+    "no val pictures": (["train/a/1.png", "train/b/1.png", "val/a/1.png"], "1 of 2 classes have no held-out images: b"),
+    "empty val": (["train/a/1.png", "train/b/1.png", "val/"], "val holds no images"),
     "val class unknown": (
         ["train/cat/1.png", "train/dog/1.png", "val/cats/1.png", "val/dog/1.png"],
-        r"classes that are not known: cats; did you mean cat\? \(known: cat, dog\)",
+        r"unknown classes: cats; did you mean cat\? \(known: cat, dog\)",
     ),
     "no train": (["val/a/1.png"], "holds val/ but no train/"),
-    "loose pictures": (["1.png", "2.png"], "holds 2 pictures but no class folders"),
+    "loose pictures": (["1.png", "2.png"], "holds 2 images but no class folders"),
     "other files": (["a/1.mat", "a/2.mat", "b/1.csv"], r"it holds 2 \.mat and 1 \.csv files"),
 }
 
@@ -213,7 +213,7 @@ def test_a_csv_file_lists_pictures(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "has no lines; it needs a first line with the names path and label"),
+        ("", "has no lines; it needs a header line with path and label"),
         ("a,b\n1,2\n", "has columns a, b; it needs"),
         ("path,label\na.png,1\nnope.png,2\n", "1 files do not exist: .*nope.png"),
         ("path,label\na.png,1\na.png,2\n", "1 files are listed twice"),

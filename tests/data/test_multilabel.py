@@ -72,14 +72,14 @@ def test_a_patient_in_both_lists_is_refused(tmp_path: Path):
     folder = nih(tmp_path / "nih", LINES)
     (folder / "train_val_list.txt").write_text("1_0.png 2_0.png 3_0.png")
     (folder / "test_list.txt").write_text("1_1.png 4_0.png")
-    with pytest.raises(DataError, match=r"1 patients are in both parts.*: 1; divide by patient"):
+    with pytest.raises(DataError, match=r"1 patients are in both parts.*: 1; split by patient"):
         open_data(folder, task="multilabel")
 
 
 def test_missing_pictures_are_named(tmp_path: Path):
     folder = nih(tmp_path / "nih", LINES, pictures=False)
     picture(folder / "images" / "1_0.png")
-    with pytest.raises(DataError, match=r"5 of 6 pictures are not there: 1_1.png, .*fetch them, or take their lines out"):
+    with pytest.raises(DataError, match=r"5 of 6 images do not exist: 1_1.png, .*download them, or remove their rows"):
         open_data(folder, task="multilabel")
 
 
@@ -110,11 +110,11 @@ def test_a_column_of_lists(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("file,cat\na.png,yes\nb.png,no", r"none of the columns cat \(it holds no, yes\) holds 0 and 1 alone"),
-        ("name,cat\na.png,1", "and none that says where a picture is"),
+        ("file,cat\na.png,yes\nb.png,no", r"none of the columns cat \(it holds no, yes\) holds only 0 and 1"),
+        ("name,cat\na.png,1", "and none with the path of an image"),
         ("", "no lines and none"),
-        ("path,cat\na.png,0\nb.png,0", "no labels|no picture of the training part has a label"),
-        ("path,cat\na.png,1\na.png,0", "1 of 2 pictures are listed twice: a.png; keep one line"),
+        ("path,cat\na.png,0\nb.png,0", "no labels|no image of the training part has a label"),
+        ("path,cat\na.png,1\na.png,0", "1 of 2 images are listed twice: a.png; keep one row"),
         ("path,cat,split\na.png,1,train\nb.png,0,train", "the column split has train; it needs train and val"),
         ("path,cat\na.png,1", "1 pictures cannot be divided"),
     ],
@@ -125,7 +125,7 @@ def test_tables_that_cannot_be_used(tmp_path: Path, text: str, words: str):
 
 
 @pytest.mark.parametrize(
-    ("spec", "words"), [("digits", "has no several labels"), ("scenes:task=action", "have one label each"), ("nowhere.csv", "accepted for")]
+    ("spec", "words"), [("digits", "does not hold several labels"), ("scenes:task=action", "have one label each"), ("nowhere.csv", "accepted for")]
 )
 def test_data_of_another_kind(spec: str, words: str):
     with pytest.raises(DataError, match=words):

@@ -42,10 +42,10 @@ def test_labels_of_other_data_are_left_aside():
 
 def test_too_little_says_what_is_needed(tmp_path):
     fill(tmp_path, ["a.png"])
-    with pytest.raises(DataError, match="holds 1 picture; two or more are needed"):
+    with pytest.raises(DataError, match="holds 1 image; at least two are needed"):
         open_data(tmp_path, task="image")
     (tmp_path / "a.png").unlink()
-    with pytest.raises(DataError, match="no pictures"):
+    with pytest.raises(DataError, match="no images"):
         open_data(tmp_path, task="image")
 
 

@@ -57,5 +57,5 @@ def test_too_few_classes_are_told(tmp_path):
         open_data(str(folder(tmp_path / "few", ["a", "b", "c"])), task="retrieval")
     folder(tmp_path / "apart" / "train", ["a"])
     folder(tmp_path / "apart" / "val", ["c", "d"])
-    with pytest.raises(DataError, match="one class only"):
+    with pytest.raises(DataError, match="only one class"):
         open_data(str(tmp_path / "apart"), task="retrieval")

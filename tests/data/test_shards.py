@@ -157,8 +157,8 @@ FAULTS = {
     "json without label": ({}, {"0.png": None, "0.json": "{}"}, "have no label"),
     "json that is none": ({}, {"0.png": None, "0.json": "{"}, r"0\.json is not JSON"),
     "a list as label": ({}, {"0.png": None, "0.json": '{"label": [1]}'}, "must be a class number or name"),
-    "no pictures": ({}, {"0.txt": "a", "0.cls": "1"}, "no pictures inside"),
-    "two pictures of a key": ({}, {"0.png": None, "0.jpg": None, "0.cls": "1"}, r"two pictures of one key: 0\.png and 0\.jpg"),
+    "no pictures": ({}, {"0.txt": "a", "0.cls": "1"}, "no images inside"),
+    "two pictures of a key": ({}, {"0.png": None, "0.jpg": None, "0.cls": "1"}, r"two images of one key: 0\.png and 0\.jpg"),
     "classes that are none": ({"classes.json": "7"}, {"0.png": None, "0.cls": "1"}, "cannot read the classes"),
 }
 

@@ -1,4 +1,4 @@
-"""Labelled images from wherever they lie: embedded, folders, archives, other libraries' data sets, or drawn."""
+"""Data: labelled images from folders, archives, other libraries' data sets, embedded samples and the scene renderer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images that cannot be read: each is named, counted and left out; too many of them stop the run."""
+"""Unreadable images: each is named, counted and left out; too many of them stop the run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from vitarium.files import write_text
 
 
 class BrokenImage(DataError):
-    """One image that cannot be read. A loader leaves it out and records it; whoever asks for it alone sees the message.
+    """An image cannot be read. A loader records it and leaves it out.
 
     Attributes:
         path: the file, or the name of the sample in its archive.
-        reason: what was wrong, in plain words.
+        reason: the fault, in plain words.
     """
 
     def __init__(self, path: str | os.PathLike[str], reason: str):
@@ -26,15 +26,15 @@ class BrokenImage(DataError):
 
 
 class BadFiles:
-    """The broken images of a run, each once.
+    """Record of the unreadable images of a run, each once.
 
     Args:
-        limit: share of all images that may be broken before the run stops.
+        limit: share of all images that may be unreadable before the run stops.
     """
 
     def __init__(self, limit: float = 0.01):
         if not 0 <= limit <= 1:
-            raise DataError(f"the share of images that may be broken must lie in 0..1, got {limit}")
+            raise DataError(f"the share of images that may be broken must be from 0 to 1, got {limit}")
         self.limit = limit
         self._reasons: dict[str, str] = {}
 
@@ -42,18 +42,18 @@ class BadFiles:
         return len(self._reasons)
 
     def record(self, path: str, reason: str) -> None:
-        """Keep one; the same path counts once."""
+        """Record one; the same path counts once."""
         self._reasons.setdefault(path, reason)
 
     def items(self) -> list[tuple[str, str]]:
-        """(path, reason) pairs, in the order in which they were met."""
+        """Return (path, reason) pairs, in the order of recording."""
         return list(self._reasons.items())
 
     def check(self, total: int) -> None:
-        """Stop when more than `limit` of `total` images are broken.
+        """Stop if more than `limit` of `total` images are broken.
 
         Raises:
-            DataError: with the first twenty.
+            DataError: too many; lists the first twenty.
         """
         if len(self) > self.limit * total:
             listed = "\n".join(f"  {path}: {reason}" for path, reason in self.items()[:20])
@@ -65,6 +65,6 @@ class BadFiles:
             )
 
     def write(self, folder: Path) -> None:
-        """bad_files.txt in `folder`: path, tab, reason a line. Nothing is written where there are none."""
+        """Write bad_files.txt into `folder`: path, tab, reason per line. Nothing is written if there are none."""
         if self._reasons:
             write_text(folder / "bad_files.txt", "".join(f"{path}\t{reason}\n" for path, reason in self.items()))

@@ -1,4 +1,4 @@
-"""Video files as clips: only the frames that are asked for are decoded, so an hour of film takes no more memory than a second."""
+"""Video files as clips. Only the requested frames are decoded, so memory does not grow with the length of the video."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from vitarium.data.image_set import ImageSet
 
 EXTENSIONS = frozenset(["mp4", "m4v", "mov", "avi", "mkv", "webm", "mpg", "mpeg", "wmv", "flv", "3gp", "ogv", "ts"])
-"""Endings of the files that count as video, in lower case."""
+"""File extensions of videos, in lower case."""
 
 
 def is_video_file(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is a video by its name alone; hidden ones are not."""
+    """Return whether a file is a video by its name; hidden files are not."""
     name = os.path.basename(os.fspath(path))
     return not name.startswith(".") and name.rpartition(".")[2].lower() in EXTENSIONS
 
 
 def open_file(path: str | os.PathLike[str]) -> Image.Image | VideoFile:
-    """A picture or a video, by the file's ending.
+    """Open an image or a video, by the file's extension.
 
     Raises:
         BrokenImage: it cannot be read.
@@ -37,7 +37,7 @@ def open_file(path: str | os.PathLike[str]) -> Image.Image | VideoFile:
 
 
 class VideoFile:
-    """The frames of a file's first video stream, by number, in the order in which they are shown.
+    """Frames of a file's first video stream, by number, in display order.
 
     Args:
         path: any format that FFmpeg reads.
@@ -55,7 +55,7 @@ class VideoFile:
             if width * height > MAX_PIXELS:
                 limit = f"at most {MAX_PIXELS / 1e6:.0f} million are read"
                 raise BrokenImage(self.path, f"frames of {width} x {height} pixels; {limit}: make them smaller")
-            # times of all packets, which are read but not decoded: exact for any frame rate
+            # timestamps of all packets, which are read but not decoded: exact for any frame rate
             self.times = sorted({packet.pts for packet in self._guarded(container.demux(stream)) if packet.pts is not None})
         if not self.times:
             raise BrokenImage(self.path, "the video holds no frames")
@@ -64,10 +64,10 @@ class VideoFile:
         return len(self.times)
 
     def read_frames(self, indices: Sequence[int]) -> list[Image.Image]:
-        """RGB pictures, upright; a frame that the decoder does not give out is replaced by the one before it.
+        """Return RGB images, upright; a frame that cannot be decoded is replaced by the one before it.
 
         Args:
-            indices: numbers below `len`, in rising order; some may come twice.
+            indices: numbers below `len`, in ascending order; repetitions are allowed.
 
         Raises:
             BrokenImage: none of them can be decoded.
@@ -82,7 +82,7 @@ class VideoFile:
             for frame in self._guarded(container.decode(stream)):
                 if frame.pts in wanted or not found:
                     if frame.pts is not None and frame.pts < wanted[0] and frame.pts not in wanted:
-                        continue  # on the way from the key frame
+                        continue  # decoded only to reach the first requested frame
                     image = frame.to_image()
                     found[frame.pts] = image.rotate(frame.rotation, expand=True) if getattr(frame, "rotation", 0) else image
                 if frame.pts is not None and frame.pts >= wanted[-1]:
@@ -105,7 +105,7 @@ class VideoFile:
         return container.streams.video[0]
 
     def _guarded(self, items: Any) -> Any:
-        """The items up to the first that is damaged."""
+        """Yield the items up to the first damaged one."""
         av = require("av", "video")
         try:
             yield from items
@@ -114,7 +114,7 @@ class VideoFile:
 
 
 def holds_clips(images: ImageSet) -> bool:
-    """Whether a set is one of clips, by the first of its samples that can be read; one without any is taken for pictures."""
+    """Return whether a set holds clips, by its first readable sample; a set without any is taken for images."""
     for index in range(len(images)):
         try:
             return not hasattr(images[index][0], "convert")
@@ -124,7 +124,7 @@ def holds_clips(images: ImageSet) -> bool:
 
 
 def still_of(picture: Any) -> Image.Image:
-    """A picture to show: itself, or the middle frame of a clip."""
+    """Return an image for display: the image itself, or the middle frame of a clip."""
     if hasattr(picture, "convert"):
         return picture
     middle = len(picture) // 2

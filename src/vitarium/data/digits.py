@@ -1,4 +1,4 @@
-"""Real handwriting without a download: scikit-learn's 1,797 digits."""
+"""scikit-learn's 1,797 handwritten digits, without a download."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _images() -> tuple[list[Image.Image], list[int]]:
 
 
 def open_digits(*, seed: int = 0, val_fraction: float = 0.2) -> ImageData:
-    """All 1,797 digits as RGB images of 16x16, bicubically upscaled from 8x8; ten classes, split by class with a fixed seed."""
+    """Return all 1,797 digits as RGB images of 16x16, bicubically upscaled from 8x8; ten classes, split by class with a fixed seed."""
     images, targets = _images()
     digits = Samples(range(len(images)), targets, read=lambda number: images[number].copy(), name=lambda number: f"digits #{number}")
     train, val = stratified_split(digits.targets, val_fraction, seed)

@@ -1,4 +1,4 @@
-"""Pictures in class folders, and pictures listed in a CSV file."""
+"""Images in class folders, and images listed in a CSV file."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ LABEL_COLUMNS = ("label", "class", "target")
 
 
 class FileImages(Samples):
-    """Image or video files with class numbers. Each is opened when it is asked for."""
+    """Image or video files with class numbers. Each is opened when it is accessed."""
 
     def __init__(self, files: list[str], targets: list[int]):
         super().__init__(files, targets, read=open_file)
 
 
 def open_folder(path: Path, *, seed: int = 0, val_fraction: float = 0.2) -> ImageData:
-    """A folder of class folders, or one with a train/ and a val/ (or valid/, validation/, ..., test/) of class folders.
+    """Open a folder of class folders, or one with a train/ and a val/ (or valid/, validation/, ..., test/) of class folders.
 
-    A class folder's name is the class's; pictures (or, where there are none at all, videos) may lie at any depth below it. Hidden files
-    and folders do not count.
+    Class names are the folders' names; images (or, if there are none at all, videos) may be at any depth below them. Hidden files and
+    folders are ignored.
 
     Raises:
-        DataError: it cannot be trained on; the message says what was found and what is wanted.
+        DataError: it cannot be trained on; the message says what was found and what is accepted.
     """
     folders = _subfolders(path)
     train, val = part_names(folders)
     if train is None and val is not None and not set(folders) - {val}:
-        raise DataError(f"{path} holds {val}/ but no train/; put the training pictures into {path / 'train'}")
+        raise DataError(f"{path} holds {val}/ but no train/; put the training images into {path / 'train'}")
     if train is None:
         return assemble(_name(path), FileImages, list_classes(path), seed=seed, val_fraction=val_fraction)
     held_out = list_classes(path / val) if val is not None else None
@@ -51,10 +51,10 @@ def open_folder(path: Path, *, seed: int = 0, val_fraction: float = 0.2) -> Imag
 
 
 def list_classes(path: Path) -> Listing:
-    """The pictures below a folder's class folders, sorted by class and path; the videos, where there are no pictures at all.
+    """List the images below a folder's class folders, sorted by class and path; the videos, if there are no images at all.
 
     Raises:
-        DataError: no class folders, no pictures, or a class folder without pictures.
+        DataError: no class folders, no images, or a class folder without images.
     """
     folders = _subfolders(path)
     pictures = any(next(find_images(path / folder), None) for folder in folders)
@@ -67,31 +67,31 @@ def list_classes(path: Path) -> Listing:
     for folder in folders:
         files = sorted(find(path / folder))
         listing.samples.extend(files)
-        listing.labels.extend([unicodedata.normalize("NFC", folder)] * len(files))  # macOS writes é as e and an accent
+        listing.labels.extend([unicodedata.normalize("NFC", folder)] * len(files))  # macOS stores é as e and an accent
         if not files:
             empty.append(folder)
     if not listing.samples:
         raise DataError(_nothing(path))
     if empty:
         found = "; ".join(f"{folder}/ holds {_kinds(path / folder)}" for folder in empty[:5])
-        raise DataError(f"{path}: {len(empty)} of {len(folders)} class folders hold no pictures ({found}); fill or remove them")
+        raise DataError(f"{path}: {len(empty)} of {len(folders)} class folders hold no images ({found}); fill or remove them")
     return listing
 
 
 def find_images(path: Path) -> Iterator[str]:
-    """Paths of the pictures at any depth below a folder, in no order. Links are followed, each folder once."""
+    """Yield the paths of images at any depth below a folder, in no order. Links are followed, each folder once."""
     return (file for file in _walk(path) if is_image_file(file))
 
 
 def find_videos(path: Path) -> Iterator[str]:
-    """As `find_images`, for videos."""
+    """Yield the paths of videos, as `find_images`."""
     return (file for file in _walk(path) if is_video_file(file))
 
 
 def open_table(path: Path, *, seed: int = 0, val_fraction: float = 0.2) -> ImageData:
-    """A CSV file with a line a picture: columns path and label, and split (train, val) where the data has one.
+    """Open a CSV file with one line per image: columns path and label, and optionally split (train, val).
 
-    Paths count from the CSV file's own folder.
+    Paths are relative to the CSV file's folder.
 
     Raises:
         DataError: columns, labels or files are missing, or a file is listed twice.
@@ -106,7 +106,7 @@ def open_table(path: Path, *, seed: int = 0, val_fraction: float = 0.2) -> Image
     label_column = next((c for c in columns if c.lower() in LABEL_COLUMNS), None)
     if file_column is None or label_column is None:
         found = f"columns {few(columns)}" if columns else "no lines"
-        raise DataError(f"{path} has {found}; it needs a first line with the names path and label (and split, if it has one)")
+        raise DataError(f"{path} has {found}; it needs a header line with path and label (and optionally split)")
     files = [str(path.parent / (row[file_column] or "")) for row in rows]
     labels = [(row[label_column] or "").strip() for row in rows]
     twice = [file for file, count in Counter(files).items() if count > 1]
@@ -139,7 +139,7 @@ def _walk(path: Path) -> Iterator[str]:
     seen = set()
     for folder, folders, files in os.walk(path, followlinks=True):
         place = os.stat(folder)
-        if (place.st_dev, place.st_ino) in seen:  # a link that leads back up
+        if (place.st_dev, place.st_ino) in seen:  # a link back to a parent
             folders.clear()
             continue
         seen.add((place.st_dev, place.st_ino))
@@ -148,16 +148,16 @@ def _walk(path: Path) -> Iterator[str]:
 
 
 def _nothing(path: Path) -> str:
-    """Why a folder without pictures in class folders is of no use, and what to do."""
-    wanted = "wanted: a folder a class with its pictures inside, at the top or below train/ and val/"
+    """Say why a folder without images in class folders cannot be used, and what to do."""
+    wanted = "accepted: one folder per class with its images, at the top or below train/ and val/"
     loose = sum(is_image_file(file) for file in os.listdir(path))
     if loose:
-        return f"{path} holds {loose} pictures but no class folders; {wanted}"
-    return f"{path} holds no pictures in class folders; it holds {_kinds(path)}; {wanted}"
+        return f"{path} holds {loose} images but no class folders; {wanted}"
+    return f"{path} holds no images in class folders; it holds {_kinds(path)}; {wanted}"
 
 
 def _kinds(path: Path) -> str:
-    """'3 .csv and 1 .zip files', for what lies below a folder."""
+    """Return the contents of a folder in words, such as '3 .csv and 1 .zip files'."""
     counts = Counter(os.path.splitext(file)[1].lower() or "nameless" for file in itertools.islice(_walk(path), 10_000))
     return " and ".join(f"{count} {kind}" for kind, count in counts.most_common(4)) + " files" if counts else "nothing"
 

@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face's `datasets` library, saved on disk with `save_to_disk`."""
+"""Data sets of Hugging Face's `datasets` library, saved with `save_to_disk`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LABEL_COLUMNS = ("label", "labels", "class", "cls", "target")
 
 
 def _read(place: tuple[str, int], name: str, parts: dict[str, tuple[Any, str]]) -> Image.Image:
-    """The image at (split name, row); `parts` holds split name -> (the `datasets.Dataset` with undecoded images, its image column)."""
+    """Open the image at (split name, row); `parts` holds split name -> (`datasets.Dataset` with undecoded images, its image column)."""
     part, row = place
     dataset, column = parts[part]
     stored = dataset[row][column] or {}
@@ -35,19 +35,19 @@ def _name_of(place: tuple[str, int], name: str) -> str:
 
 
 def open_saved(path: Path, *, seed: int = 0, val_fraction: float = 0.2) -> ImageData:
-    """A `Dataset` or `DatasetDict` saved with `save_to_disk`.
+    """Open a `Dataset` or `DatasetDict` saved with `save_to_disk`.
 
-    The picture and the label column are found by their types (`Image`, `ClassLabel`), the parts by their names (train; validation,
-    val, ..., test); without a held-out part one is split off with a fixed seed.
+    The image and label columns are found by their types (`Image`, `ClassLabel`), the parts by their names (train; validation, val, ...,
+    test); if there is no held-out part, one is split off with a fixed seed.
 
     Raises:
         MissingExtra: `datasets` is not installed.
-        DataError: it cannot be read, has no such columns, has rows without label, or cannot be trained on.
+        DataError: it cannot be read, lacks such columns, has rows without label, or cannot be trained on.
     """
     datasets = require("datasets", "data")
     try:
         loaded = datasets.load_from_disk(str(path))
-    except Exception as error:  # datasets' errors have no common base
+    except Exception as error:  # the library's errors have no common base
         raise DataError(f"cannot read the saved data set {path}: {error}") from error
     splits = loaded if isinstance(loaded, dict) else {"train": loaded}
     train, val = part_names(splits)
@@ -69,7 +69,7 @@ def open_saved(path: Path, *, seed: int = 0, val_fraction: float = 0.2) -> Image
 
 
 def _columns(dataset: Any, where: str, datasets: Any) -> tuple[str, str]:
-    """The picture and the label column."""
+    """Find the image and the label column."""
     features = dataset.features
     pictures = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
@@ -80,12 +80,12 @@ def _columns(dataset: Any, where: str, datasets: Any) -> tuple[str, str]:
         raise DataError(f"{where} needs a column of type Image and one of type ClassLabel; it has {found or 'no columns'}")
     if len(pictures) > 1 or (len(labels) > 1 and preferred == labels):
         several = pictures if len(pictures) > 1 else labels
-        raise DataError(f"{where} has several columns that could be meant ({few(several)}); keep one: dataset.remove_columns(...)")
+        raise DataError(f"{where} has several candidate columns ({few(several)}); keep one: dataset.remove_columns(...)")
     return pictures[0], preferred[0]
 
 
 def _labels(column: Any, names: list[str] | None, where: str) -> list[str]:
-    """Class names of all rows."""
+    """Return the class names of all rows."""
     labels = []
     for row, value in enumerate(column):
         known = isinstance(value, int | str) and not isinstance(value, bool) and value != ""

@@ -1,4 +1,4 @@
-"""Opening pictures that come from anywhere: each comes out whole and upright, or is refused with a reason in plain words."""
+"""Opening of image files: each image is decoded whole and upright, or refused with a reason in plain words."""
 
 from __future__ import annotations
 
@@ -16,47 +16,47 @@ if TYPE_CHECKING:
     from PIL import Image
 
 EXTENSIONS = frozenset(["jpg", "jpeg", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "jp2", "avif"])
-"""Endings of the files that count as pictures, in lower case."""
+"""File extensions of images, in lower case."""
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")  # JPEG brings MPO, the pairs of stereo cameras
-"""What Pillow may take a file for, whatever it is called: EPS, for one, would start another program."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")  # JPEG includes MPO, pairs of stereo cameras
+"""Formats that Pillow may decode, whatever the file's name: EPS, for one, would start another program."""
 
 SIGNATURES = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 
 MAX_PIXELS = 128_000_000
-"""More are refused before they are decompressed: Pillow holds up to 4 bytes a pixel, so this is half a gigabyte."""
+"""Largest number of pixels, checked before decoding: Pillow needs up to 4 bytes per pixel, so this is half a gigabyte."""
 
 MAX_ASPECT = 200
-"""A longer strip is refused: its shorter side may yet be scaled up to the model's input, and the longer side with it."""
+"""Largest aspect ratio: the shorter side may be scaled up to the model's input, and the longer side grows with it."""
 
 PAUSES = (0.05, 0.1, 0.2)
-"""Seconds before each new try to read a file that a slow or flaky disk does not give."""
+"""Seconds before each new attempt to read a file from a slow or unreliable disk."""
 
 
 def is_image_file(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is a picture by its name alone; hidden ones are not (macOS leaves "._photo.jpg" beside "photo.jpg")."""
+    """Return whether a file is an image by its name; hidden files are not (macOS leaves "._photo.jpg" beside "photo.jpg")."""
     name = os.path.basename(os.fspath(path))
     return not name.startswith(".") and os.path.splitext(name)[1][1:].lower() in EXTENSIONS
 
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
-    """The picture in a file: decoded, its first frame, turned upright, in the mode in which it was stored.
+    """Open an image file: decoded, its first frame, turned upright, in the mode in which it was stored.
 
     Raises:
-        BrokenImage: it cannot be read (the disk is asked four times), is no picture, is cut off, or would take too much memory.
+        BrokenImage: it cannot be read (after four attempts), is not an image, is cut off, or would need too much memory.
     """
     return decode_image(read_bytes(path), os.fspath(path))
 
 
 def decode_image(content: bytes, name: str) -> Image.Image:
-    """The picture in the bytes of a file; `name` is what to call it in messages. See `open_image`."""
+    """Decode the bytes of an image file; `name` is used in messages. See `open_image`."""
     from PIL import Image, ImageOps
 
     if not content:
         raise BrokenImage(name, "the file is empty")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns from 89 megapixels on; ours is a limit
+            warnings.simplefilter("ignore")  # Pillow warns from 89 megapixels on; our limit is an error
             image = Image.open(io.BytesIO(content), formats=FORMATS)
             _check_size(image, name)
             image.load()
@@ -64,18 +64,18 @@ def decode_image(content: bytes, name: str) -> Image.Image:
         raise
     except Image.DecompressionBombError as error:
         raise BrokenImage(name, _too_large(int(re.findall(r"\d+", str(error))[0]))) from error
-    except Exception as error:  # the decoders raise whatever the broken bytes make them trip over
+    except Exception as error:  # decoders raise all kinds of errors on broken bytes
         raise BrokenImage(name, _reason(content, error)) from error
-    with contextlib.suppress(Exception):  # a picture with broken EXIF data is still a picture
+    with contextlib.suppress(Exception):  # broken EXIF data does not make an image unusable
         ImageOps.exif_transpose(image, in_place=True)
     return image
 
 
 def read_bytes(path: str | os.PathLike[str], offset: int = 0, size: int | None = None) -> bytes:
-    """A file's content, or `size` bytes of it from `offset` on. A disk that fails is asked again, a little later each time.
+    """Read a file, or `size` bytes of it from `offset` on. If the disk fails, reading is tried again with growing delays.
 
     Raises:
-        BrokenImage: it cannot be read, ends early, or is larger than any picture that is accepted.
+        BrokenImage: it cannot be read, ends early, or is larger than any accepted image.
     """
     for pause in (*PAUSES, None):
         try:
@@ -94,7 +94,7 @@ def read_bytes(path: str | os.PathLike[str], offset: int = 0, size: int | None =
             if len(content) < wanted:
                 raise BrokenImage(path, f"the file ends at byte {offset + len(content):,}, {wanted - len(content):,} bytes early")
             return content
-    raise AssertionError("the last try returns or raises")
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _check_size(image: Image.Image, name: str) -> None:
@@ -111,18 +111,18 @@ def _too_large(pixels: int) -> str:
 
 
 def _reason(content: bytes, error: Exception) -> str:
-    """Plain words for what Pillow says of bytes that it cannot read."""
+    """Return the reason, in plain words, why Pillow cannot read some bytes."""
     from PIL import UnidentifiedImageError
 
     head = content[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if b"<svg" in head:
-        return "an SVG drawing, not a picture made of pixels; export it as PNG"
+        return "an SVG drawing, not an image made of pixels; export it as PNG"
     if head.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")):
-        return "a web page (HTML), not a picture; it was probably saved by a failed download"
+        return "a web page (HTML), not an image; it was probably saved by a failed download"
     if isinstance(error, UnidentifiedImageError) and content.startswith(SIGNATURES):
-        return "the picture is damaged at its beginning"
+        return "the image is damaged at its beginning"
     if isinstance(error, UnidentifiedImageError):
-        return f"not a picture in a format that is read ({', '.join(FORMATS)}); it begins with {content[:8]!r}"
+        return f"not an image in an accepted format ({', '.join(FORMATS)}); it begins with {content[:8]!r}"
     if isinstance(error, EOFError) or "truncated" in str(error).lower():
-        return f"the picture is cut off (the file has {len(content):,} bytes)"
+        return f"the image is cut off (the file has {len(content):,} bytes)"
     return f"damaged ({str(error) or type(error).__name__})"

@@ -1,4 +1,4 @@
-"""Pictures with several labels each, every one a yes or a no: drawn, in a CSV file, or in the layout of NIH's ChestX-ray14."""
+"""Images with several binary labels each: rendered, from a CSV file, or in the layout of NIH's ChestX-ray14."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Labels = NDArray[np.float32]
-"""(classes,): 1 yes, 0 no, NaN not known."""
+"""Labels of an image, (classes,): 1 yes, 0 no, NaN unknown."""
 
 log = logging.getLogger("vitarium")
 
@@ -44,23 +44,23 @@ CHEST_FINDINGS = (
     "Pleural_Thickening",
     "Hernia",
 )
-"""Of ChestX-ray14, in the order in which its models are published."""
+"""Classes of ChestX-ray14, in the order of its published models."""
 NOTHING = ("No Finding", "No finding", "none", "")
-"""What a list of labels says where there are none."""
+"""Entries that stand for an empty list of labels."""
 LIST_COLUMNS = ("labels", "finding labels", "findings")
 PATIENT_COLUMNS = ("patient", "patient id", "patient_id", "subject_id")
 VALUES = {"": 0.0, "0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0, "-1": np.nan, "-1.0": np.nan}
-"""What a label's own column may hold; -1 is CheXpert's "uncertain"."""
+"""Accepted entries in a column of one label; -1 is CheXpert's "uncertain"."""
 ACCEPTED = (
-    "accepted for several labels a picture: scenes[:task=thorax]; a folder in the layout of NIH's ChestX-ray14 (Data_Entry_2017.csv, "
+    "accepted for several labels per image: scenes[:task=thorax]; a folder in the layout of NIH's ChestX-ray14 (Data_Entry_2017.csv, "
     "images, train_val_list.txt and test_list.txt); or a CSV file with the columns path and labels (separated by |), or path and a column "
-    "of 0 and 1 for each label"
+    "of 0 and 1 per label"
 )
 
 
 @dataclass
 class Rows:
-    """The lines of a table: where each picture lies, what it shows, and (None where that is not said) whose it is and for which part."""
+    """Rows of a table: path and labels of each image, and its patient and part (None if the table does not contain them)."""
 
     names: list[str]
     labels: list[Labels]
@@ -70,7 +70,7 @@ class Rows:
 
 
 class Labelled:
-    """Drawn pictures with several labels, which are looked up or drawn when they are first asked for."""
+    """Rendered images with several labels; both are computed on first access."""
 
     def __init__(self, images: Any, labels: Callable[[int], Labels]):
         self.images, self._labels = images, labels
@@ -78,7 +78,7 @@ class Labelled:
 
     @property
     def targets(self) -> list[Labels]:
-        """The labels of all."""
+        """Return the labels of all images."""
         return [self._of(index) for index in range(len(self))]
 
     def __len__(self) -> int:
@@ -93,23 +93,23 @@ class Labelled:
         return self._known[index]
 
     def describe(self, index: int) -> str:
-        """As the set does."""
+        """Describe a sample as the underlying set does."""
         return self.images.describe(index)
 
 
 def open_multilabel(spec: str, *, seed: int = 0, val_fraction: float = 0.2, image_size: int | None = None) -> ImageData:
-    """Open data with several labels a picture; targets are float32 (classes,) of 1, 0 and NaN (not known).
+    """Open data with several labels per image; targets are float32 (classes,) of 1, 0 and NaN (unknown).
 
     Args:
-        spec: "scenes" (which kinds of things are seen) or "scenes:task=thorax" (drawn X-rays with four findings); a folder in the layout
-            of NIH's ChestX-ray14; a CSV file, or a folder with a single one. Paths in it count from its own folder. Its columns: path;
-            either labels (separated by |) or one a label, of 1, 0, empty (0) and -1 (not known, as CheXpert's uncertain ones); and where
-            there are such, patient and split (train, val). NIH's own files train_val_list.txt and test_list.txt say the parts.
-        seed, val_fraction: of the part that is held out where the data do not say; no patient is in both.
-        image_size: of pictures that are drawn, pixels.
+        spec: "scenes" (which kinds of objects are visible) or "scenes:task=thorax" (rendered X-rays with four findings); a folder in the
+            layout of NIH's ChestX-ray14; a CSV file, or a folder with a single one. Paths are relative to the CSV file's folder. Columns:
+            path; either labels (separated by |) or one column per label, of 1, 0, empty (0) and -1 (unknown, as CheXpert's uncertain
+            ones); optionally patient and split (train, val). NIH's files train_val_list.txt and test_list.txt define the parts.
+        seed, val_fraction: of the held-out part if the data do not define one; no patient is in both parts.
+        image_size: of rendered images, pixels.
 
     Raises:
-        DataError: nothing of the kind there, or files, columns or labels are missing; the message names the first ones.
+        DataError: no such data, or files, columns or labels are missing; the message names the first ones.
     """
     kind, _, rest = spec.partition(":")
     if kind == "scenes":
@@ -122,7 +122,7 @@ def open_multilabel(spec: str, *, seed: int = 0, val_fraction: float = 0.2, imag
         path = tables[0]
     elif path.suffix.lower() != ".csv" or not path.is_file():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"{spec!r} has no several labels a picture{nearest(path.name, siblings)}\n{ACCEPTED}")
+        raise DataError(f"{spec!r} does not hold several labels per image{nearest(path.name, siblings)}\n{ACCEPTED}")
     rows = read_rows(path)
     files = _files(path, rows.names)
     train, val = _parts(path, rows, seed, val_fraction)
@@ -144,16 +144,16 @@ def _drawn(options: str, *, seed: int, val_fraction: float, image_size: int | No
         scenes = Scenes(data.image_size, seed)
         classes, labels = list(THINGS), lambda number: scenes[number].multi_label
     else:
-        raise DataError(f"the pictures of the scenes' task {task!r} have one label each\n{ACCEPTED}")
+        raise DataError(f"the images of the scenes' task {task!r} have one label each\n{ACCEPTED}")
     train, val = (Labelled(part, labels) for part in (data.train, data.val))
     return ImageData(data.name, train, val, classes, data.image_size)  # type: ignore[arg-type]  # targets are no numbers
 
 
 def read_rows(path: Path) -> Rows:
-    """The lines of a CSV file.
+    """Read the rows of a CSV file.
 
     Raises:
-        DataError: it cannot be read, or lacks a column that is needed.
+        DataError: it cannot be read, or lacks a required column.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as text:
@@ -166,7 +166,7 @@ def read_rows(path: Path) -> Rows:
     patient, split = find(PATIENT_COLUMNS), find(("split",))
     if place is None:
         found = f"the columns {few(list(columns.values()))}" if columns else "no lines"
-        raise DataError(f"{path} has {found} and none that says where a picture is (path)\n{ACCEPTED}")
+        raise DataError(f"{path} has {found} and none with the path of an image (path)\n{ACCEPTED}")
     column = lambda name: [(row[name] or "").strip() for row in rows]
     if listed is not None:
         classes, labels = _listed(column(listed), official=place.strip().lower() == "image index")
@@ -177,7 +177,7 @@ def read_rows(path: Path) -> Rows:
 
 
 def _listed(cells: list[str], *, official: bool) -> tuple[list[str], list[Labels]]:
-    """Cells such as "Effusion|Mass" -> classes and labels; ChestX-ray14's classes have their published order, seen or not."""
+    """Parse cells such as "Effusion|Mass" into classes and labels; ChestX-ray14's classes are complete and in their published order."""
     lists = [[label.strip() for label in cell.split("|") if label.strip() not in NOTHING] for cell in cells]
     seen = {label for labels in lists for label in labels}
     classes = list(CHEST_FINDINGS) if official and seen <= set(CHEST_FINDINGS) else sorted(seen)
@@ -188,14 +188,14 @@ def _of_columns(path: Path, cells: dict[str, list[str]]) -> tuple[list[str], lis
     classes = [name for name, values in cells.items() if set(values) <= VALUES.keys() and any(values)]
     if not classes:
         odd = [f"{name} (it holds {few(sorted(set(values) - VALUES.keys()), 2)})" for name, values in cells.items() if any(values)]
-        why = f"none of the columns {few(odd, 3)} holds 0 and 1 alone" if odd else "there is no other column than the path"
+        why = f"none of the columns {few(odd, 3)} holds only 0 and 1" if odd else "the path is its only column"
         raise DataError(f"{path} has no labels: {why}\n{ACCEPTED}")
     table = np.array([[VALUES[value] for value in cells[name]] for name in classes], np.float32).T
     return classes, list(table)
 
 
 def _files(path: Path, names: list[str]) -> list[str]:
-    """Where each picture lies: from the table's folder, or (as NIH's archives are unpacked) anywhere below it by its name."""
+    """Locate each image: relative to the table's folder, or (as NIH's archives are unpacked) anywhere below it by its name."""
     files = [str(path.parent / name) for name in names]
     if not all(os.path.isfile(file) for file in files):
         below = {os.path.basename(file): file for file in find_images(path.parent)}
@@ -203,8 +203,8 @@ def _files(path: Path, names: list[str]) -> list[str]:
     absent = [name for file, name in zip(files, names, strict=True) if not os.path.isfile(file)]
     twice = [name for name, count in Counter(names).items() if count > 1]
     for bad, what, advice in (
-        (absent, "pictures are not there", "fetch them, or take their lines out"),
-        (twice, "pictures are listed twice", "keep one line of each"),
+        (absent, "images do not exist", "download them, or remove their rows"),
+        (twice, "images are listed twice", "keep one row of each"),
     ):
         if bad:
             raise DataError(f"{path}: {len(bad)} of {len(names)} {what}: {few(bad)}; {advice}")
@@ -212,7 +212,7 @@ def _files(path: Path, names: list[str]) -> list[str]:
 
 
 def _parts(path: Path, rows: Rows, seed: int, val_fraction: float) -> tuple[list[int], list[int]]:
-    """Line numbers of the training and the held-out part: by lists beside the table, by its column split, or by chance."""
+    """Return the row numbers of the training and the held-out part: by lists beside the table, by its column split, or at random."""
     lists = [path.parent / name for name in ("train_val_list.txt", "test_list.txt")]
     if all(file.is_file() for file in lists):
         numbers = {name: number for number, name in enumerate(rows.names)}
@@ -227,7 +227,7 @@ def _parts(path: Path, rows: Rows, seed: int, val_fraction: float) -> tuple[list
         everyone = sorted(set(groups))
         if not 0 < val_fraction < 1 or len(everyone) < 2:
             whose = "patients" if rows.patients else "pictures"
-            raise DataError(f"{path}: {len(everyone)} {whose} cannot be divided with val_fraction={val_fraction}; two or more are needed")
+            raise DataError(f"{path}: {len(everyone)} {whose} cannot be divided with val_fraction={val_fraction}; at least two are needed")
         count = min(max(1, round(val_fraction * len(everyone))), len(everyone) - 1)
         held_out = set(random.Random(f"{seed} multilabel").sample(everyone, count))
         parts = [[i for i, group in enumerate(groups) if (group in held_out) is wanted] for wanted in (False, True)]
@@ -241,11 +241,11 @@ def _check(path: Path, rows: Rows, train: Sequence[int], val: Sequence[int]) -> 
     """
     for part, name in ((train, "training"), (val, "held-out")):
         if not part:
-            raise DataError(f"{path}: the {name} part is empty; the lists or the column split name none of its {len(rows.names)} pictures")
+            raise DataError(f"{path}: the {name} part is empty; the lists or the column split name none of its {len(rows.names)} images")
     counts = np.nansum([rows.labels[i] for i in train], 0) if rows.classes else np.zeros(0)
     if not counts.any():
-        raise DataError(f"{path}: no picture of the training part has a label; there is nothing to learn\n{ACCEPTED}")
+        raise DataError(f"{path}: no image of the training part has a label; there is nothing to learn\n{ACCEPTED}")
     if rows.patients and (both := sorted({rows.patients[i] for i in train} & {rows.patients[i] for i in val})):
-        raise DataError(f"{path}: {len(both)} patients are in both parts, which would flatter any model: {few(both)}; divide by patient")
+        raise DataError(f"{path}: {len(both)} patients are in both parts, which would inflate any metric: {few(both)}; split by patient")
     if absent := [name for name, count in zip(rows.classes, counts, strict=True) if not count]:
-        log.warning("%s: no training picture shows %s; that cannot be learned", path, few(absent))
+        log.warning("%s: no training image has the label %s, so it cannot be learned", path, few(absent))

@@ -1,4 +1,4 @@
-"""From labelled samples to a training and a held-out part with numbered classes. What cannot be trained on stops here."""
+"""Training and held-out parts with numbered classes, made from labelled samples. Data that cannot be trained on are refused here."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from vitarium.errors import DataError, nearest
 
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "valid", "validation", "dev", "eval", "test", "testing")
-"""What the held-out part may be called; the first that is there is taken."""
+"""Accepted names of the held-out part; the first one found is used."""
 
 
 class Listing(NamedTuple):
-    """Samples that have not been opened: what finds each (a path, say), and its class by name."""
+    """Unopened samples: a locator of each (such as its path), and its class name."""
 
     samples: list[Any]
     labels: list[str]
 
 
 def part_names(names: Iterable[str]) -> tuple[str | None, str | None]:
-    """Which of some names are those of the training and of the held-out part, in any case; None where there is none."""
+    """Return the names of the training and of the held-out part, in any case; None for a part that is not there."""
     by_lower = {name.lower(): name for name in names}
 
     def first(accepted: Sequence[str]) -> str | None:
@@ -42,31 +42,31 @@ def assemble(
     seed: int,
     val_fraction: float,
 ) -> ImageData:
-    """Number the classes, hold a part out where none is given, check that both can be used.
+    """Number the classes, hold out a part if none is given, and check both.
 
     Args:
         name: of the data, for messages and reports.
         make: (samples, class numbers) -> image set.
         train: all samples, if there is no `val`.
-        val: the held-out part, where the data has one.
-        classes: their names in order; None: the training part's, sorted (numbers by their value).
-        seed, val_fraction: of the split, where there is no `val`.
+        val: the held-out part, if the data have one.
+        classes: class names in order; None: the training part's, sorted (numbers by value).
+        seed, val_fraction: of the split, if there is no `val`.
 
     Raises:
-        DataError: fewer than two classes; a class without pictures in either part; a held-out class that training does not know.
+        DataError: fewer than two classes; a class without images in either part; a held-out class that is not in the training part.
     """
     if not train.samples:
-        raise DataError(f"{name} holds no training pictures")
+        raise DataError(f"{name} holds no training images")
     classes = classes or sorted(set(train.labels), key=natural_order)
     if len(classes) < 2:
-        raise DataError(f"{name} has one class only, {classes[0]!r}; a classifier needs two or more to tell apart")
+        raise DataError(f"{name} has only one class, {classes[0]!r}; a classifier needs at least two")
     numbers = {label: number for number, label in enumerate(classes)}
     _check_labels(name, "training", train, numbers)
     if val is None:
         val, train = _split(name, train, val_fraction, seed)
     else:
         if not val.samples:
-            raise DataError(f"{name} holds no pictures in its held-out part; add some, or remove it and a part of the training is held out")
+            raise DataError(f"{name} holds no images in its held-out part; add some, or remove it to hold out a part of the training set")
         _check_labels(name, "held-out", val, numbers)
     _check_all_present(name, "training", train, classes)
     _check_all_present(name, "held-out", val, classes)
@@ -75,12 +75,12 @@ def assemble(
 
 
 def natural_order(name: str) -> list[tuple[int, int, str]]:
-    """Sort key by which "class 10" comes after "class 9"."""
+    """Return a sort key by which "class 10" comes after "class 9"."""
     return [(0, int(piece), piece) if piece.isdecimal() else (1, 0, piece) for piece in re.split(r"(\d+)", name) if piece]
 
 
 def few(names: Sequence[Any], count: int = 5) -> str:
-    """'a, b, c and 7 more', for messages."""
+    """Return a short list for messages: 'a, b, c and 7 more'."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(map(str, names[:count])) + more
 
@@ -88,23 +88,23 @@ def few(names: Sequence[Any], count: int = 5) -> str:
 def _check_labels(name: str, part: str, listing: Listing, numbers: dict[str, int]) -> None:
     if unknown := sorted(set(listing.labels) - numbers.keys(), key=natural_order):
         hint = nearest(unknown[0], numbers)
-        raise DataError(f"{name}: the {part} part has classes that are not known: {few(unknown)}{hint} (known: {few(list(numbers))})")
+        raise DataError(f"{name}: the {part} part has unknown classes: {few(unknown)}{hint} (known: {few(list(numbers))})")
 
 
 def _check_all_present(name: str, part: str, listing: Listing, classes: list[str]) -> None:
     present = set(listing.labels)
     if absent := [label for label in classes if label not in present]:
-        what = f"{len(absent)} of {len(classes)} classes have no {part} pictures: {few(absent)}"
-        raise DataError(f"{name}: {what}; add pictures to them or take them out")
+        what = f"{len(absent)} of {len(classes)} classes have no {part} images: {few(absent)}"
+        raise DataError(f"{name}: {what}; add images to them or remove them")
 
 
 def _split(name: str, listing: Listing, val_fraction: float, seed: int) -> tuple[Listing, Listing]:
-    """(held-out, training)"""
+    """Split samples by class at random: (held-out, training)."""
     if not 0 < val_fraction < 1:
         raise DataError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
     counts = Counter(listing.labels)
     if alone := sorted((label for label, count in counts.items() if count == 1), key=natural_order):
-        raise DataError(f"{name}: one picture alone cannot be both trained on and held out; add pictures to these classes: {few(alone)}")
+        raise DataError(f"{name}: a class with one image cannot be split; add images to these classes: {few(alone)}")
     order = {label: number for number, label in enumerate(sorted(counts, key=natural_order))}
     train, val = stratified_split([order[label] for label in listing.labels], val_fraction, seed)
     pick = lambda indices: Listing([listing.samples[i] for i in indices], [listing.labels[i] for i in indices])

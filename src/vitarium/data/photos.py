@@ -1,4 +1,4 @@
-"""Real photographs without a download: those that lie inside the packages of scikit-learn and scikit-image."""
+"""Photographs from the packages scikit-learn and scikit-image, without a download."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ FILES = {
 }
 
 TILES = 6
-"""Tiles along the shorter side of a photograph."""
+"""Number of tiles along the shorter side of a photograph."""
 
 
 def sample_photos() -> list[tuple[str, Image.Image]]:
-    """(name, RGB picture) of every photograph that is installed: two with scikit-learn, seventeen with scikit-image as well."""
+    """Yield (name, RGB image) of every installed photograph: two with scikit-learn, seventeen with scikit-image as well."""
     return [(name, _photo(name).copy()) for name in _installed()]
 
 
 def _tile(tile: tuple[str, int, int], image_size: int) -> Image.Image:
-    """A square tile (photograph, column, row), resized."""
+    """Return a square tile (photograph, column, row), resized."""
     name, column, row = tile
     photo = _photo(name)
     side = min(photo.size) // TILES
@@ -57,7 +57,7 @@ def _name_of_tile(tile: tuple[str, int, int]) -> str:
 
 
 def open_photos(*, image_size: int | None = None, seed: int = 0, val_fraction: float = 0.2) -> ImageData:
-    """From which photograph is this tile? Tiles do not overlap, so that no pixel is both trained on and held out."""
+    """Tiles labelled with their photograph. They do not overlap, so that training and held-out part share no pixel."""
     image_size = image_size or 64
     listing = Listing([], [])
     for name in _installed():
@@ -80,7 +80,7 @@ def _installed() -> list[str]:
 
 
 def _locate(file: str) -> Path | None:
-    """A file inside a package, without importing the package."""
+    """Return the path of a file inside a package, without importing the package."""
     package, _, inside = file.partition("/")
     spec = importlib.util.find_spec(package)
     return Path(spec.submodule_search_locations[0]) / inside if spec and spec.submodule_search_locations else None

@@ -1,4 +1,4 @@
-"""Pictures without labels: for objectives that need none."""
+"""Images without labels, for objectives that need none."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from vitarium.errors import DataError
 
 
 def open_pictures(spec: str, *, seed: int = 0, val_fraction: float = 0.2, image_size: int | None = None) -> ImageData:
-    """All pictures of a data set, with 0 for their class.
+    """Open all images of a data set, with 0 as their class.
 
     Args:
-        spec: a folder with pictures at any depth (train/ and val/ at its top are kept apart); or anything that `open_data` takes, whose
-            classes are then left aside.
-        seed, val_fraction: of the part that is held out, where the data has none.
-        image_size: of pictures that are drawn or cropped.
+        spec: a folder with images at any depth (train/ and val/ at its top are kept apart), or anything that `open_data` accepts, whose
+            classes are ignored.
+        seed, val_fraction: of the held-out part, if the data have none.
+        image_size: of rendered or cropped images.
 
     Raises:
-        DataError: there is nothing, or fewer than two pictures.
+        DataError: there are fewer than two images.
     """
     path = Path(spec.removeprefix("folder:"))
     if spec.partition(":")[0] in EMBEDDED or not path.is_dir() or not (spec.startswith("folder:") or next(find_images(path), None)):
@@ -34,7 +34,7 @@ def open_pictures(spec: str, *, seed: int = 0, val_fraction: float = 0.2, image_
     files = sorted(find_images(path))
     if len(files) < 2:
         raise DataError(
-            f"{path} holds {len(files) or 'no'} picture{'' if len(files) == 1 else 's'}; two or more are needed, one to be held out"
+            f"{path} holds {len(files) or 'no'} image{'' if len(files) == 1 else 's'}; at least two are needed, one of them held out"
         )
     everything = FileImages(files, [0] * len(files))
     kept, held_out = stratified_split(everything.targets, val_fraction, seed)

@@ -1,4 +1,4 @@
-"""Data for learning to find pictures: the classes that are learned from and those that are searched have nothing in common."""
+"""Data for image retrieval: the classes of the training part and those of the searched part are disjoint."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from vitarium.data.parts import natural_order, part_names
 from vitarium.errors import DataError
 
 PICTURES_A_GROUP = 4
-"""Pictures of a class that lie side by side in a batch."""
+"""Number of images of a class that are adjacent in a batch."""
 
 
 class Groups:
-    """Sample i is a list of `size` pictures of one class, drawn anew each time from Python's generator (which the loader sets).
+    """Image set whose samples are lists of `size` images of one class, drawn from Python's generator (which the loader seeds).
 
-    Each class has as many groups as its pictures fill; one with fewer pictures than a group repeats some.
+    Each class has as many groups as its images fill; in a class with fewer images than a group some are repeated.
 
     Args:
-        images: single pictures.
-        size: pictures a group.
+        images: single images.
+        size: images per group.
     """
 
     def __init__(self, images: ImageSet, size: int = PICTURES_A_GROUP):
@@ -44,30 +44,30 @@ class Groups:
         return [self.images[i][0] for i in chosen], self.targets[index]
 
     def describe(self, index: int) -> str:
-        """One of the class's pictures, for them all."""
-        return f"{self.size} pictures such as {self.images.describe(self.members[self.targets[index]][0])}"
+        """Describe a group by one of its images."""
+        return f"{self.size} images such as {self.images.describe(self.members[self.targets[index]][0])}"
 
 
 def _renumbered(images: ImageSet, numbers: dict[int, int]) -> View:
-    """The samples whose class is in `numbers`, under the class number that it maps to."""
+    """Return the samples whose class is in `numbers`, relabelled with the class number that it maps to."""
     indices = [i for i, target in enumerate(images.targets) if target in numbers]
     return View(images, indices, targets=[numbers[images.targets[i]] for i in indices])
 
 
 def open_retrieval(spec: str, *, seed: int = 0, val_fraction: float = 0.2, image_size: int | None = None) -> ImageData:
-    """Pictures in classes: groups of four of the first half of the classes to learn from, single ones of the second half to be searched.
+    """Open images in classes: groups of four from the first half of the classes for training, single images of the second half for search.
 
-    This is the split of CUB-200, Cars-196 and their like, whose class folders can be opened as they are. Folders train/ and val/ (or test/)
-    that have no class in common (Stanford Online Products) are taken for the two parts.
+    This is the split of CUB-200, Cars-196 and similar data sets, whose class folders can be opened as they are. Folders train/ and val/ (or
+    test/) without common classes (Stanford Online Products) are used as the two parts.
 
     Args:
-        spec: anything that `open_data` takes for classes.
-        seed: of data that is drawn.
-        val_fraction: not asked: the split is by classes, in the order of their names.
-        image_size: of pictures that are drawn or cropped.
+        spec: anything that `open_data` accepts for classes.
+        seed: of rendered data.
+        val_fraction: ignored: the split is by classes, in the order of their names.
+        image_size: of rendered or cropped images.
 
     Returns:
-        `classes` names those that are learned from.
+        data whose `classes` are those of the training part.
 
     Raises:
         DataError: fewer than four classes, or a part of a folder that cannot be used.
@@ -79,8 +79,8 @@ def open_retrieval(spec: str, *, seed: int = 0, val_fraction: float = 0.2, image
     half = len(data.classes) // 2
     if half < 2:
         raise DataError(
-            f"{data.name} has {len(data.classes)} classes; learning to find pictures takes four or more: half of them are searched, and "
-            "two or more must be told apart while learning"
+            f"{data.name} has {len(data.classes)} classes; retrieval needs at least four: half of them are searched, and training needs "
+            "at least two"
         )
     both = Joined([data.train, data.val])
     train = _renumbered(both, {i: i for i in range(half)})
@@ -89,7 +89,7 @@ def open_retrieval(spec: str, *, seed: int = 0, val_fraction: float = 0.2, image
 
 
 def _folders_apart(spec: str) -> ImageData | None:
-    """The parts of a folder with train/ and val/ that have no class in common; None for everything else."""
+    """Return the parts of a folder with train/ and val/ without common classes; None for anything else."""
     path = Path(spec.removeprefix("folder:"))
     if not path.is_dir():
         return None
@@ -105,5 +105,5 @@ def _folders_apart(spec: str) -> ImageData | None:
         numbers = {label: number for number, label in enumerate(classes)}
         sets.append((FileImages(listing.samples, [numbers[label] for label in listing.labels]), classes))
     if len(sets[0][1]) < 2:
-        raise DataError(f"{path / train} has one class only; two or more must be told apart while learning")
+        raise DataError(f"{path / train} has only one class; training needs at least two")
     return ImageData(path.resolve().name, Groups(sets[0][0]), sets[1][0], sets[0][1])  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
-"""WebDataset shards: tar files read at random places, so that order and resuming are as exact as with loose files.
+"""WebDataset shards: tar files with random access, so that order and resuming are as exact as with single files.
 
-A sample is the files of one shard that share a key, the path up to the first dot: `key.jpg` with `key.cls` (a class number or name) or
-`key.json` (which holds "label" or "cls"). The headers are read once, when the shards are opened; the pictures when they are asked for.
+A sample consists of the files of one shard that share a key, the path up to the first dot: `key.jpg` with `key.cls` (a class number or
+name) or `key.json` (with "label" or "cls"). Headers are read once, when the shards are opened; images when they are accessed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_LABEL_BYTES = 1 << 20
 
 
 class Member(NamedTuple):
-    """A picture's place: `size` bytes from `offset` on in a shard; `name` is its path inside."""
+    """Location of an image: `size` bytes from `offset` on in a shard; `name` is its path inside."""
 
     shard: str
     offset: int
@@ -44,21 +44,21 @@ def _name_of(member: Member) -> str:
 
 
 def open_shards(path: Path, *, seed: int = 0, val_fraction: float = 0.2) -> ImageData:
-    """A folder of .tar files, one with train/ and val/ below, or a pattern such as "x-{000..009}.tar".
+    """Open a folder of .tar files, one with train/ and val/ below, or a pattern such as "x-{000..009}.tar".
 
-    Shards with "train" and "val" (or "valid", ..., "test") in their names or folders make the two parts; else a part is held out with a
-    fixed seed. Class names come from classes.txt (a line a class) or classes.json (a list, or {name: number}) beside the shards; else
-    the labels are the names.
+    Shards with "train" and "val" (or "valid", ..., "test") in their names or folders are the two parts; else a part is held out with a
+    fixed seed. Class names come from classes.txt (one per line) or classes.json (a list, or {name: number}) beside the shards; else the
+    labels are the names.
 
     Raises:
-        DataError: no shards, a damaged one, samples without label, labels that do not exist, or data that cannot be trained on.
+        DataError: no shards, a damaged one, samples without label, unknown labels, or data that cannot be trained on.
     """
     shards = find_shards(path)
     folders = {shard.parent for shard in shards}
     words = {shard: _part(shard.name) or (_part(shard.parent.name) if len(folders) > 1 else None) for shard in shards}
     train, val = part_names({word for word in words.values() if word})
     if train and val and (neither := [shard.name for shard in shards if words[shard] is None]):
-        raise DataError(f"some shards in {path} are called {train} and {val}, but these neither: {few(neither)}; rename or remove them")
+        raise DataError(f"some shards in {path} are named {train} and {val}, but these neither: {few(neither)}; rename or remove them")
     classes = _read_classes(shards[0])
     listings = {}
     for part in (train, val) if train and val else (None,):
@@ -73,10 +73,10 @@ def open_shards(path: Path, *, seed: int = 0, val_fraction: float = 0.2) -> Imag
 
 
 def find_shards(path: Path) -> list[Path]:
-    """The .tar files of a folder (and of its train/ and val/), or those that a pattern with {000..009}, {a,b} or * names. Sorted.
+    """List the .tar files of a folder (and of its train/ and val/), or those of a pattern with {000..009}, {a,b} or *, sorted.
 
     Raises:
-        DataError: none, or one that a pattern names is missing.
+        DataError: there are none, or one that a pattern names is missing.
     """
     if path.is_dir():
         shards = sorted([*path.glob("*.tar"), *path.glob("*/*.tar")])
@@ -89,13 +89,13 @@ def find_shards(path: Path) -> list[Path]:
             raise DataError(f"{len(missing)} of {len(named)} shards do not exist: {few(missing)} ({found})")
     if not shards:
         compressed = [p.name for p in (path if path.is_dir() else path.parent).glob("*.t*gz")]
-        hint = f"; it holds {few(compressed)}: unpack these to .tar, pictures are compressed already" if compressed else ""
+        hint = f"; it holds {few(compressed)}: unpack these to .tar, images are compressed already" if compressed else ""
         raise DataError(f"no WebDataset shards (.tar files) at {path}{hint}")
     return shards
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """ "x-{08..10}.tar" -> ["x-08.tar", "x-09.tar", "x-10.tar"]; "{a,b}" likewise, and several of them."""
+    """Expand braces: "x-{08..10}.tar" -> ["x-08.tar", "x-09.tar", "x-10.tar"]; "{a,b}" likewise, also several."""
     found = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
     if not found:
         return [pattern]
@@ -106,10 +106,10 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def list_samples(shards: list[Path], classes: list[str] | None) -> Listing:
-    """Every sample of some shards with its class by name.
+    """List every sample of some shards with its class name.
 
     Raises:
-        DataError: a damaged shard, a sample without label or with one that `classes` does not have, or one file twice in a shard.
+        DataError: a damaged shard, a sample without label or with one that is not in `classes`, or a file twice in a shard.
     """
     listing, unlabelled = Listing([], []), []
     for shard in shards:
@@ -123,12 +123,12 @@ def list_samples(shards: list[Path], classes: list[str] | None) -> Listing:
         what = "have no label (KEY.cls, or KEY.json with label or cls)"
         raise DataError(f"{len(unlabelled)} of {len(unlabelled) + len(listing.samples)} samples {what}: {few(unlabelled)}")
     if not listing.samples:
-        raise DataError(f"{few([shard.name for shard in shards])}: no pictures inside (KEY.jpg, KEY.png, KEY.webp, ...)")
+        raise DataError(f"{few([shard.name for shard in shards])}: no images inside (KEY.jpg, KEY.png, KEY.webp, ...)")
     return listing
 
 
 def _index(shard: Path) -> tuple[dict[str, Member], dict[str, Any]]:
-    """A shard's pictures and labels by key."""
+    """Return a shard's images and labels by key."""
     pictures: dict[str, Member] = {}
     labels: dict[str, Any] = {}
     try:
@@ -142,27 +142,27 @@ def _index(shard: Path) -> tuple[dict[str, Member], dict[str, Any]]:
                 place = Member(str(shard), info.offset_data, info.size, info.name)
                 if kind in EXTENSIONS:
                     if key in pictures:
-                        raise DataError(f"{shard} has two pictures of one key: {pictures[key].name} and {info.name}")
+                        raise DataError(f"{shard} has two images of one key: {pictures[key].name} and {info.name}")
                     pictures[key] = place
                 elif kind in ("cls", "json") and (label := _read_label(file, place, kind)) is not None:
                     labels[key] = label
             _check_end(file, tar.offset, shard)  # type: ignore[attr-defined]
     except (OSError, tarfile.TarError) as error:
-        raise DataError(f"{shard} is not a whole tar file ({error}); write or fetch it again (compressed ones are not read)") from error
+        raise DataError(f"{shard} is not a whole tar file ({error}); write or download it again (compressed ones are not read)") from error
     return pictures, labels
 
 
 def _check_end(file: BinaryIO, offset: int, shard: Path) -> None:
-    """tarfile takes damage, or a file that is cut off between two members, for the end; the real end is made of zeros."""
+    """Refuse a damaged end: tarfile takes it for the end of the archive, which is made of zeros."""
     file.seek(offset)
     rest = file.read(1 << 16)
     if not rest or rest.strip(b"\0"):
         what = f"damaged at byte {offset:,}" if rest else f"cut off at byte {offset:,} (its end mark is missing)"
-        raise DataError(f"{shard} is {what}; write or fetch it again")
+        raise DataError(f"{shard} is {what}; write or download it again")
 
 
 def _read_label(file: BinaryIO, place: Member, kind: str) -> Any:
-    """The class number or name in a .cls or .json member; None for JSON without one."""
+    """Return the class number or name in a .cls or .json member; None for JSON without one."""
     if place.size > MAX_LABEL_BYTES:
         raise DataError(f"{place.shard}/{place.name} has {place.size:,} bytes, too many for a label")
     file.seek(place.offset)
@@ -186,17 +186,17 @@ def _class_name(label: Any, classes: list[str] | None, where: str) -> str:
     if number is not None:
         return classes[number] if classes else str(number)
     if classes is not None and label not in classes:
-        raise DataError(f"{where}: class {label!r} is not among the {len(classes)} that are listed{nearest(str(label), classes)}")
+        raise DataError(f"{where}: class {label!r} is not among the {len(classes)} listed classes{nearest(str(label), classes)}")
     return str(label)
 
 
 def _part(name: str) -> str | None:
-    """The first of the words that name a part in a file's or folder's name: "imagenet-train-0001.tar" -> "train"."""
+    """Return the first word in a file's or folder's name that names a part: "imagenet-train-0001.tar" -> "train"."""
     return next((word for word in re.split(r"[^a-z]+", name.lower()) if word in (*TRAIN_NAMES, *VAL_NAMES)), None)
 
 
 def _read_classes(shard: Path) -> list[str] | None:
-    """Class names from classes.txt or classes.json in a shard's folder, or in the one above (for train/ and val/)."""
+    """Return class names from classes.txt or classes.json in a shard's folder, or in the parent (for train/ and val/)."""
     for folder in (shard.parent, shard.parent.parent):
         try:
             if (file := folder / "classes.txt").is_file():

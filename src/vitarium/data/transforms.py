@@ -1,6 +1,6 @@
-"""How a picture is varied in training: the field's usual augmentations, by name, on torchvision's and timm's implementations.
+"""Training augmentation: random crops, flips, policies and erasing, by name, from torchvision and timm.
 
-What is only geometry is done in one resampling by Pillow, so that small pictures cost little more than their conversion to a tensor.
+All geometry is done in one resampling by Pillow, so that small images cost little more than their conversion to a tensor.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ POLICIES = ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
 
 
 class Augment(BaseModel):
-    """What training does to a picture; the default does what evaluation does.
+    """Augmentation settings; the default equals the transform of evaluation.
 
     Args:
-        scale: range of the share of the area that a random crop keeps; None crops the centre.
+        scale: range of the share of the area that a random crop keeps; None: a centre crop.
         ratio: range of the crop's aspect ratio.
-        flip: chance of a horizontal flip.
-        policy: timm's name of a policy, such as "rand-m9-mstd0.5-inc1" (RandAugment), "augmix-m3-w3", "3a" (DeiT-III's).
-        color_jitter: strength of brightness, contrast and saturation changes; without a policy only.
-        erase: chance of random erasing.
-        pad_crop: pixels of reflection at the border before a random crop of the full size (small pictures).
+        flip: probability of a horizontal flip.
+        policy: name of a policy in timm's form, such as "rand-m9-mstd0.5-inc1" (RandAugment), "augmix-m3-w3", "3a" (DeiT-III's).
+        color_jitter: strength of brightness, contrast and saturation changes; ignored with a policy.
+        erase: probability of random erasing.
+        pad_crop: pixels of reflection padding before a random crop of the full size (for small images).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -65,9 +65,9 @@ class Augment(BaseModel):
 
 
 class TrainTransform:
-    """Picture -> float32 (channels, image_size, image_size), normalised. Draws from Python's, NumPy's and torch's global generators.
+    """Augment an image: -> float32 (channels, image_size, image_size), normalised. Uses Python's, NumPy's and torch's global generators.
 
-    A clip -> (channels, frames, image_size, image_size): it begins anywhere, and all its frames are varied alike.
+    A clip -> (channels, frames, image_size, image_size): it starts at a random frame, and all its frames are augmented alike.
     """
 
     def __init__(self, preprocessing: Preprocessing, augment: Augment):
@@ -109,7 +109,7 @@ class TrainTransform:
         return self.finish(self.colours(image) if self.colours else image)
 
     def _box(self, image: Image.Image) -> Box:
-        """The part of the picture that is seen: left, top, right, bottom."""
+        """Return the crop of the image: left, top, right, bottom."""
         if self.augment.scale is None:
             side = self.preprocessing.crop_pct * min(image.size)
             left, top = (image.width - side) / 2, (image.height - side) / 2
@@ -121,7 +121,7 @@ class TrainTransform:
 
 
 class _Finish:
-    """Picture of the right size -> normalised tensor, perhaps with an erased rectangle."""
+    """Convert an image of the final size to a normalised tensor, with an erased rectangle if drawn."""
 
     def __init__(self, preprocessing: Preprocessing, erase: float):
         import torch
@@ -144,16 +144,16 @@ class _Finish:
 
 
 def train_transform(preprocessing: Preprocessing, augment: Augment) -> Callable[[Image.Image], Tensor]:
-    """The training transform of a model's preprocessing; without augmentation it is the preprocessing itself.
+    """Return the training transform for a model's preprocessing; without augmentation the preprocessing itself.
 
     Raises:
-        UsageError: unknown policy; the message names near ones.
+        UsageError: unknown policy; the message names similar ones.
     """
     return preprocessing if augment == Augment() else TrainTransform(preprocessing, augment)
 
 
 def _shift(image: Image.Image, most: int) -> Image.Image:
-    """Move a picture by up to `most` pixels each way; what comes in at the border is its reflection."""
+    """Shift an image by up to `most` pixels in each direction, with reflection at the border."""
     import numpy as np
     from PIL import Image
 
@@ -179,7 +179,7 @@ def _policy(name: str, preprocessing: Preprocessing) -> Callable[[Image.Image], 
     mean = tuple(round(255 * m) for m in preprocessing.mean)
     hints = dict(translate_const=int(preprocessing.image_size * 0.45), img_mean=mean)
     sections = name.split("-")[1:]
-    if kind != "3a" and (ignored := [s for s in sections if not re.fullmatch(r"[a-z]+[\d.]+|t\w+", s)]):  # timm passes over these
+    if kind != "3a" and (ignored := [s for s in sections if not re.fullmatch(r"[a-z]+[\d.]+|t\w+", s)]):  # timm ignores these
         raise UsageError(f"augmentation policy {name!r}: {ignored[0]!r} is not in timm's form, such as 'rand-m9-mstd0.5-inc1'")
     try:
         if kind == "rand":
@@ -195,7 +195,7 @@ def _policy(name: str, preprocessing: Preprocessing) -> Callable[[Image.Image], 
 
 
 def _posterising(transform: Any) -> Callable[[Image.Image], Image.Image]:
-    """timm asks strong posterising for 0 bits, which Pillow refuses since version 13; 1 bit is the strongest that is left."""
+    """Limit timm's strongest posterising, 0 bits, to 1 bit: Pillow refuses 0 since version 13."""
     ops = getattr(transform, "ops", None) or [op for pair in transform.policy for op in pair]
     for op in ops:
         if op.name.startswith("Posterize"):

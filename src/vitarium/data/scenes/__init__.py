@@ -1,18 +1,18 @@
-"""Scenes: drawn pictures that carry every label a vision task needs, endless, fast, and the same for the same seed and number.
+"""Scenes: rendered images with the labels of every vision task, unlimited in number, fast, and deterministic in seed and index.
 
 | file | holds |
 |---|---|
-| shapes.py | outlines of things |
-| layout.py | the vocabulary; what a scene contains and where it stands |
-| render.py | layout -> picture, depth, semantic and instance maps |
+| shapes.py | outlines of objects |
+| layout.py | the vocabulary; the content of a scene and its positions |
+| render.py | layout -> image, depth, semantic and instance maps |
 | language.py | captions, questions and answers |
 | scene.py | `Scenes`, and `Scene` with all labels |
-| same_shape.py | the pictures of the task same_shape |
-| actions.py | the clips of the task action |
-| thorax.py | the X-rays of the task thorax |
+| same_shape.py | images of the task same_shape |
+| actions.py | clips of the task action |
+| thorax.py | X-rays of the task thorax |
 | tasks.py | scenes as image sets for classification |
 
-A new kind of picture (clips, views, strips, text lines, ...) is a file beside same_shape.py that draws from the same shapes.
+A new kind of image (clips, views, strips, text lines, ...) is a file beside same_shape.py that draws from the same shapes.
 """
 
 from vitarium.data.scenes.language import ANSWERS

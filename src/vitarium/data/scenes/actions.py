@@ -1,6 +1,6 @@
-"""Motion clips: one thing moves in one of six ways. Each frame alone is the same for all of them: only the motion tells.
+"""Motion clips: an object moves in one of six ways. Single frames have the same distribution for all six; only motion separates them.
 
-What leaves the picture comes in again on the other side, so that at every moment the thing is anywhere with equal chance, whatever it does.
+Objects that leave the image enter it on the opposite side, so that positions are uniform at every time, whatever the motion.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from vitarium.data.scenes.shapes import SHAPES, Field
 ACTIONS = ("left", "right", "up", "down", "circle", "bounce")
 FRAMES = 16
 DISTANCE = 0.7
-"""How far the thing gets during a clip, in picture sides, give or take a fifth."""
+"""Distance covered during a clip, in image sides, varied by a fifth."""
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
 def action_label(index: int) -> int:
-    """Number into ACTIONS: they take turns."""
+    """Return the index into ACTIONS; the actions alternate."""
     return index % len(ACTIONS)
 
 
 def path_of(action: str, rng: np.random.Generator) -> Field:
-    """Where the thing's middle is in each frame, (FRAMES, 2) as x and y in picture sides, not yet brought back into the picture."""
+    """Return the centre of the object in each frame, (FRAMES, 2), x and y in image sides, before wrapping."""
     start, far = rng.uniform(0, 1, 2), DISTANCE * rng.uniform(0.8, 1.2)
     time = np.linspace(0, 1, FRAMES)[:, None]
     if action == "circle":
         angle = 2 * np.pi * (rng.uniform() + rng.choice((-1, 1)) * time)
         return start + far / 3 * np.concatenate((np.cos(angle), np.sin(angle)), 1)
-    if action == "bounce":  # there and back along one axis, with the turn somewhere in the middle half
+    if action == "bounce":  # back and forth along one axis, turning in the middle half of the clip
         turn = rng.uniform(0.25, 0.75)
         time = turn - np.abs(time - turn)
         direction = list(DIRECTIONS.values())[rng.integers(4)]
@@ -39,7 +39,7 @@ def path_of(action: str, rng: np.random.Generator) -> Field:
 
 
 def draw_action(index: int, seed: int, size: int) -> NDArray[np.uint8]:
-    """The clip of a number, uint8 (FRAMES, size, size, 3): a thing of random shape, size, angle and colour on a cloudy ground at rest."""
+    """Render the clip of an index, uint8 (FRAMES, size, size, 3): an object of random shape, size, angle and colour on a static ground."""
     rng = np.random.default_rng((seed, index))
     noise, (top, left) = clouds_of(2 * size), rng.integers(0, size, 2)
     ground = np.float32(rng.uniform(30, 110, 3)) * (1 + 0.2 * np.clip(noise[top : top + size, left : left + size, None], -2, 2))

@@ -1,4 +1,4 @@
-"""What can be said and asked about a scene."""
+"""Captions of scenes, and questions about them with answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ QUESTIONS = ("count", "colour", "presence", "side", "nearer", "ground")
 
 
 def caption(layout: Layout, things: Sequence[Thing]) -> str:
-    """'A red striped star in front of a blue ring and two more things, on grass, hills behind, under a cloudy sky.'"""
+    """Return a caption: 'A red striped star in front of a blue ring and two more things, on grass, hills behind, under a cloudy sky.'"""
     first, *others = [_with_article(str(thing)) for thing in things]
     if len(others) > 2:
         others[1:] = [f"{len(others) - 1} more things"]
@@ -23,7 +23,7 @@ def caption(layout: Layout, things: Sequence[Thing]) -> str:
 
 
 def question_and_answer(layout: Layout, things: Sequence[Thing], rng: np.random.Generator) -> tuple[str, str]:
-    """A question with one right answer, of a kind that the scene allows; the answer is a word or a number."""
+    """Return a question with one right answer, of a kind that the scene allows; the answer is a word or a number."""
     counts = Counter(thing.kind for thing in things)
     single = [thing for thing in things if counts[thing.kind] == 1]
     kind = QUESTIONS[rng.integers(len(QUESTIONS))]
@@ -35,7 +35,7 @@ def question_and_answer(layout: Layout, things: Sequence[Thing], rng: np.random.
         if kind == "nearer":
             return f"Which is nearer, the {one.kind} or the {other.kind}?", min(one, other, key=lambda thing: thing.depth).kind
         return f"Is the {one.kind} left of the {other.kind}?", "yes" if one.x < other.x else "no"
-    if kind == "presence":  # as often yes as no
+    if kind == "presence":  # yes and no are equally frequent
         absent = [name for name in THINGS if name not in counts]
         names = absent if rng.random() < 0.5 else list(counts)
         name = names[rng.integers(len(names))]
@@ -47,7 +47,7 @@ def question_and_answer(layout: Layout, things: Sequence[Thing], rng: np.random.
 
 
 ANSWERS = (*THINGS, *COLOURS, "yes", "no", "grass", "sand", "snow", "water", *map(str, range(1, 7)))
-"""Every answer that can come up, for models that choose among them."""
+"""All possible answers, for models that choose among them."""
 
 
 def _with_article(words: str) -> str:

@@ -1,7 +1,7 @@
-"""What is in a scene and where it stands, before anything is drawn. All lengths are shares of the picture's side; depths are metres.
+"""Content and geometry of a scene, before it is rendered. All lengths are shares of the image's side; depths are in metres.
 
-The camera looks along level ground from EYE metres above it. Ground that is seen at height y lies at depth FOCAL * EYE / (y - horizon),
-so things further away stand higher in the picture and look smaller.
+The camera looks along level ground from EYE metres above it. Ground at image height y has the depth FOCAL * EYE / (y - horizon), so objects
+further away are higher in the image and smaller.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vitarium.data.scenes.shapes import FEET, SHAPES
 THINGS = tuple(SHAPES)
 STUFF = ("sky", "hills", "grass", "sand", "snow", "water")
 CATEGORIES = THINGS + STUFF
-"""Category number -> name: the things that can be counted, then the stuff that cannot."""
+"""Category number -> name: first the countable things, then the uncountable stuff."""
 
 GROUNDS = STUFF[2:]
 SKIES = ("clear", "cloudy", "evening", "night")
@@ -40,14 +40,14 @@ MAX_THINGS = 6
 
 @dataclass(frozen=True)
 class Thing:
-    """Something that stands on the ground or hovers above it.
+    """An object that stands on the ground or hovers above it.
 
     Args:
         kind, colour, texture: names.
-        x: of its middle, from the left edge.
-        base: height in the picture, from the top edge, of the ground below it.
+        x: centre, from the left edge.
+        base: height in the image, from the top edge, of the ground below it.
         size: diameter of the circle around it.
-        lift: how far it hovers above the ground.
+        lift: height above the ground.
         angle: radians, clockwise.
         depth: metres from the camera.
     """
@@ -64,12 +64,12 @@ class Thing:
 
     @property
     def y(self) -> float:
-        """Of its middle, from the top edge."""
+        """Centre, from the top edge."""
         return self.base - self.lift - FEET[self.kind] * self.size / 2
 
     @property
     def category(self) -> int:
-        """Its place in CATEGORIES."""
+        """Index into CATEGORIES."""
         return THINGS.index(self.kind)
 
     def __str__(self) -> str:
@@ -79,7 +79,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Layout:
-    """A scene's content; `things` from the nearest, which is the scene's subject, to the furthest."""
+    """Content of a scene; `things` are ordered from the nearest, which is the scene's subject, to the furthest."""
 
     ground: str
     sky: str
@@ -89,7 +89,7 @@ class Layout:
 
 
 def lay_out(rng: np.random.Generator, subject: str) -> Layout:
-    """A random scene whose nearest and largest thing is of the kind `subject`, wholly inside the picture."""
+    """Return a random scene whose nearest and largest object is of the kind `subject` and wholly inside the image."""
     horizon = rng.uniform(0.3, 0.48)
     size, base = rng.uniform(0.3, 0.52), rng.uniform(0.8, 0.96)
     first = _thing(rng, subject, horizon, base, size, x=rng.uniform(size / 2, 1 - size / 2))
@@ -105,7 +105,7 @@ def lay_out(rng: np.random.Generator, subject: str) -> Layout:
 
 
 def _thing(rng: np.random.Generator, kind: str, horizon: float, base: float, size: float, x: float) -> Thing:
-    room = base - (1 + FEET[kind]) * size / 2 - 0.02  # above a thing that stands on the ground
+    room = base - (1 + FEET[kind]) * size / 2 - 0.02  # above an object that stands on the ground
     lift = rng.uniform(0.0, room) if rng.random() < 0.3 and room > 0 else 0.0
     colour, texture = list(COLOURS)[rng.integers(len(COLOURS))], TEXTURES[rng.integers(len(TEXTURES))]
     angle = rng.uniform(-0.35, 0.35)

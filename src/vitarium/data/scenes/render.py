@@ -1,4 +1,4 @@
-"""Drawing a scene: ground and sky first, then shadows, then things from the furthest to the nearest, with soft edges."""
+"""Rendering of a scene: ground and sky first, then shadows, then objects from the furthest to the nearest, with soft edges."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vitarium.data.scenes.layout import CATEGORIES, COLOURS, EYE, FAR, FOCAL, HI
 from vitarium.data.scenes.shapes import SHAPES, Field
 
 MIN_PIXELS = 14 / 64**2
-"""A thing that shows less than this share of the picture, or less than MIN_VISIBLE of itself, is left out of the scene."""
+"""Smallest visible share of the image (MIN_VISIBLE: of the object itself); objects with less are left out of the scene."""
 MIN_VISIBLE = 0.3
 
 
@@ -37,14 +37,14 @@ HILL_COLOURS = _colours(grass=(74, 122, 84), sand=(182, 140, 100), snow=(170, 18
 
 @dataclass(frozen=True)
 class Drawing:
-    """A drawn scene.
+    """A rendered scene.
 
     Args:
         image: uint8 (H, W, 3).
         depth: float32 (H, W), metres; the sky's is FAR.
-        categories: uint8 (H, W), numbers into CATEGORIES: the semantic map.
-        instances: int32 (H, W), i + 1 where things[i] is seen, 0 elsewhere.
-        things: those that are really seen, from the nearest to the furthest.
+        categories: uint8 (H, W), indices into CATEGORIES: the semantic map.
+        instances: int32 (H, W), i + 1 where things[i] is visible, 0 elsewhere.
+        things: the visible objects, from the nearest to the furthest.
     """
 
     image: NDArray[np.uint8]
@@ -56,7 +56,7 @@ class Drawing:
 
 @dataclass
 class _Patch:
-    """A thing's part of the picture: where, its own coordinates, its distances (in radii) and how much of each pixel it covers."""
+    """An object's part of the image: the area, its own coordinates, its distances (in radii) and its coverage of each pixel."""
 
     window: tuple[slice, slice]
     u: Field
@@ -72,7 +72,7 @@ def draw(layout: Layout, rng: np.random.Generator, size: int) -> Drawing:
     instances = np.zeros((size, size), np.int32)
     free = np.ones((size, size), bool)
     seen: list[tuple[Thing, _Patch]] = []
-    for thing in layout.things:  # from the nearest: what is left free shows what is behind
+    for thing in layout.things:  # from the nearest: pixels that are still free belong to what is behind
         patch = _place(thing, size)
         solid = patch.cover >= 0.5
         visible = int(np.count_nonzero(solid & free[patch.window]))
@@ -83,7 +83,7 @@ def draw(layout: Layout, rng: np.random.Generator, size: int) -> Drawing:
         _shade_ground(image, thing, layout, size)
     haze = SKY_COLOURS[layout.sky][1]
     for number, (thing, patch) in reversed(list(enumerate(seen, start=1))):
-        colour = _paint(thing, patch) * (0.5 + 0.5 * DAYLIGHT[layout.sky])  # names of colours hold at night, too
+        colour = _paint(thing, patch) * (0.5 + 0.5 * DAYLIGHT[layout.sky])  # colour names stay valid at night
         colour += (haze - colour) * _haze(thing.depth)
         part, cover = image[patch.window], patch.cover[..., None]
         part += (colour - part) * cover
@@ -95,14 +95,14 @@ def draw(layout: Layout, rng: np.random.Generator, size: int) -> Drawing:
 
 
 def to_uint8(image: Field) -> NDArray[np.uint8]:
-    """Rounded and cut to 0..255, in place."""
+    """Round and clip to 0..255, in place."""
     image += 0.5
     return np.clip(image, 0, 255, out=image).astype(np.uint8)
 
 
 @functools.lru_cache(maxsize=8)
 def clouds_of(size: int) -> Field:
-    """Cloud-like noise (its amplitude falls with frequency), size x size, which repeats at its edges; mean 0, deviation 1."""
+    """Return periodic cloud-like noise (its amplitude falls with frequency), size x size; mean 0, deviation 1."""
     rng = np.random.default_rng(20210325)
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None, :])
     frequency[0, 0] = np.inf
@@ -113,7 +113,7 @@ def clouds_of(size: int) -> Field:
 
 @functools.lru_cache(maxsize=8)
 def _grain_of(size: int) -> Field:
-    """As `clouds_of`, with finer structure: what is left of it when its slow waves are taken out."""
+    """Return `clouds_of` with finer structure: its slow waves are removed."""
     noise = clouds_of(size)
     slow = (np.roll(noise, 8, 0) + np.roll(noise, -8, 0) + np.roll(noise, 8, 1) + np.roll(noise, -8, 1)) / 4
     grain = noise - slow
@@ -121,13 +121,13 @@ def _grain_of(size: int) -> Field:
 
 
 def _background(layout: Layout, rng: np.random.Generator, size: int) -> tuple[Field, Field, NDArray[np.uint8]]:
-    """Sky, hills and ground: picture (size, size, 3) on the scale 0..255, depth, categories."""
+    """Render sky, hills and ground: image (size, size, 3) on the scale 0..255, depth, categories."""
     offsets = rng.integers(0, 4 * size, 4)
     image = np.empty((size, size, 3), np.float32)
     depth = np.full((size, size), FAR, np.float32)
     categories = np.full((size, size), CATEGORIES.index("sky"), np.uint8)
     rows = (np.arange(size, dtype=np.float32) + np.float32(0.5)) / np.float32(size)
-    first = int(np.ceil(layout.horizon * size - 0.5))  # of the ground's rows
+    first = int(np.ceil(layout.horizon * size - 0.5))  # first row of the ground
     _draw_sky(image, layout, offsets, rows, first)
     if layout.hills:
         _draw_hills(image, depth, categories, layout, offsets, rows, first)
@@ -168,9 +168,9 @@ def _draw_hills(
 
 
 def _draw_ground(part: Field, layout: Layout, offsets: NDArray[np.int64], depth: Field) -> None:
-    """Noise that lies flat: its coordinates are metres on the ground."""
+    """Return noise that lies on the ground: its coordinates are metres."""
     size = part.shape[1]
-    texels = 0.4 * size  # a metre
+    texels = 0.4 * size  # per metre
     side = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
     across = side[None, :] * (depth / FOCAL)[:, None] * (texels * (0.25 if layout.ground == "water" else 1.0))
     down = depth * texels * (0.6 if layout.ground == "water" else 1.0)
@@ -181,7 +181,7 @@ def _draw_ground(part: Field, layout: Layout, offsets: NDArray[np.int64], depth:
     part[:] = GROUND_COLOURS[layout.ground] * light[..., None] * DAYLIGHT[layout.sky]
     far = _haze(depth)[:, None, None]
     if layout.ground == "water":
-        far = np.maximum(far, 0.25)  # it mirrors the sky
+        far = np.maximum(far, 0.25)  # water mirrors the sky
     part += (SKY_COLOURS[layout.sky][1] - part) * far
 
 
@@ -190,12 +190,12 @@ def _haze(depth: Field | float) -> Field:
 
 
 def around(x: float, y: float, radius: float, angle: float, size: int) -> tuple[tuple[slice, slice], Field, Field]:
-    """The part of a picture that a disc may touch, and coordinates u, v there: 0 at its middle, 1 a radius away, turned by the angle.
+    """Return the part of an image that a disc may touch, with coordinates u, v: 0 at its centre, 1 at one radius, rotated by the angle.
 
     Args:
         x, y, radius: pixels.
         angle: radians, clockwise.
-        size: side of the picture, pixels.
+        size: side of the image, pixels.
     """
     left, right = max(int(x - radius - 1), 0), min(int(x + radius + 2), size)
     top, bottom = max(int(y - radius - 1), 0), min(int(y + radius + 2), size)
@@ -213,7 +213,7 @@ def _place(thing: Thing, size: int) -> _Patch:
 
 
 def _paint(thing: Thing, patch: _Patch) -> Field:
-    """A thing's own colours, (h, w, 3): texture, light from the upper left, a rounded rim."""
+    """Return an object's own colours, (h, w, 3): texture, light from the upper left, a rounded rim."""
     colour = THING_COLOURS[thing.colour]
     light = 0.95 - 0.2 * (0.6 * patch.u + patch.v)
     light *= 0.66 + 0.34 * np.sqrt(np.clip(patch.distance * -4.5, 0, 1))
@@ -225,8 +225,8 @@ def _paint(thing: Thing, patch: _Patch) -> Field:
 
 
 def _texture(name: str, patch: _Patch) -> Field:
-    """Share of the second colour at each pixel."""
-    waves = np.float32(8.5)  # radians a radius
+    """Return the share of the second colour at each pixel."""
+    waves = np.float32(8.5)  # radians per radius
     edge = patch.pixels_per_radius / 8.5 * 1.2  # from one colour to the other within about a pixel
     if name == "striped":
         wave = np.sin((patch.u + patch.v) * np.float32(0.7071) * waves)
@@ -238,7 +238,7 @@ def _texture(name: str, patch: _Patch) -> Field:
 
 
 def _shade_ground(image: Field, thing: Thing, layout: Layout, size: int) -> None:
-    """A soft shadow where a thing stands, paler and wider the higher it hovers."""
+    """Darken the ground below an object softly; the shadow is paler and wider the higher it hovers."""
     wide = thing.size * size * (0.48 + 0.3 * thing.lift)
     flat = wide * 0.26
     x, y = thing.x * size, thing.base * size

@@ -1,6 +1,6 @@
-"""Two small marks far apart: are their shapes the same? What a model needs to say so lies in two places of the picture at once.
+"""Images of two small marks far apart, classified by whether their shapes are equal. The evidence is in two distant places at once.
 
-A plain ViT (64 tokens, width 48, depth 3) guesses for 600 steps of 64 pictures, then learns: 90 % after 1,000, 99 % after 1,200.
+A plain ViT (64 tokens, width 48, depth 3) is at chance for 600 steps of 64 images, then learns: 90 % after 1,000, 99 % after 1,200.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from vitarium.data.scenes.shapes import SHAPES, Field
 MARKS = ("square", "ring")
 CLASSES = ("different", "same")
 CELLS = 4
-"""The picture is divided into CELLS x CELLS; each mark lies wholly inside a cell, the two in different ones."""
+"""The image is divided into CELLS x CELLS; each mark is wholly inside a cell, the two in different ones."""
 MARK_SIZE = 0.16
-"""Diameter of a mark, in picture sides."""
+"""Diameter of a mark, in image sides."""
 
 
 def same_shape_label(index: int) -> int:
-    """Number into CLASSES: the two take turns."""
+    """Return the index into CLASSES; the two alternate."""
     return index % 2
 
 
 def draw_same_shape(index: int, seed: int, size: int) -> NDArray[np.uint8]:
-    """The picture of a number, uint8 (size, size, 3): two marks of random places and shapes on a cloudy ground.
+    """Render the image of an index, uint8 (size, size, 3): two marks of random positions and shapes on a cloudy ground.
 
-    Who sees one cell at a time, and adds up what it saw, knows nothing of the answer: each shape is as frequent under both.
+    Single cells carry no information about the class: each shape is equally frequent in both.
     """
     rng = np.random.default_rng((seed, index))
     first = rng.integers(len(MARKS))

@@ -1,4 +1,4 @@
-"""Scenes: endless labelled pictures, each a pure function of its number."""
+"""Scenes: an unlimited set of labelled images, each a pure function of its index."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from vitarium.errors import UsageError
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A picture with every label. H = W = the scenes' image_size, N things are seen; they are ordered from the nearest.
+    """An image with every label. H = W = the scenes' image_size; the N visible objects are ordered from the nearest.
 
     Args:
         image: uint8 (H, W, 3).
         depth: float32 (H, W), metres from the camera; the sky's is 100.
-        categories: uint8 (H, W), the semantic map: numbers into CATEGORIES.
-        instances: int32 (H, W): i + 1 where things[i] is seen, 0 elsewhere.
-        things: what is seen, with kind, colour, texture, place and size.
-        layout: the scene as it was laid out, things that are hidden included.
-        question, answer: about the picture.
+        categories: uint8 (H, W), the semantic map: indices into CATEGORIES.
+        instances: int32 (H, W): i + 1 where things[i] is visible, 0 elsewhere.
+        things: the visible objects, with kind, colour, texture, position and size.
+        layout: the scene's content, hidden objects included.
+        question, answer: about the image.
     """
 
     image: NDArray[np.uint8]
@@ -40,29 +40,29 @@ class Scene:
 
     @property
     def label(self) -> int:
-        """The class of the picture: the kind of its nearest thing, which no other hides. Number into THINGS."""
+        """Class of the image: the kind of its nearest object, which no other hides. Index into THINGS."""
         return self.things[0].category
 
     @functools.cached_property
     def labels(self) -> NDArray[np.int64]:
-        """(N,) kinds of the things, numbers into THINGS."""
+        """Kinds of the objects, (N,), indices into THINGS."""
         return np.array([thing.category for thing in self.things], np.int64)
 
     @functools.cached_property
     def multi_label(self) -> NDArray[np.float32]:
-        """(len(THINGS),) 1 for each kind that is seen, else 0."""
+        """Presence of each kind, (len(THINGS),): 1 if it is visible, else 0."""
         present = np.zeros(len(THINGS), np.float32)
         present[self.labels] = 1
         return present
 
     @functools.cached_property
     def masks(self) -> NDArray[np.bool_]:
-        """(N, H, W): the visible part of each thing; no two overlap."""
+        """Visible part of each object, (N, H, W); masks do not overlap."""
         return self.instances == np.arange(1, len(self.things) + 1, dtype=np.int32)[:, None, None]
 
     @functools.cached_property
     def boxes(self) -> NDArray[np.float32]:
-        """(N, 4): x1, y1, x2, y2 around the masks, pixels; x2 and y2 lie one past the last pixel."""
+        """Boxes x1, y1, x2, y2 around the masks, (N, 4), pixels; x2 and y2 are one past the last pixel."""
         boxes = []
         for mask in self.masks:
             columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
@@ -71,7 +71,7 @@ class Scene:
 
     @functools.cached_property
     def panoptic(self) -> tuple[NDArray[np.int32], list[dict[str, Any]]]:
-        """Segment map (H, W) and what is known of each segment: id, category_id, isthing, area (pixels). Every pixel has a segment."""
+        """Return the segment map (H, W) and, for each segment, id, category_id, isthing, area (pixels). Every pixel has a segment."""
         segments = self.instances.copy()
         kinds = [int(label) for label in self.labels]
         for category in range(len(THINGS), len(CATEGORIES)):
@@ -85,19 +85,19 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """A sentence that says what is seen, from the front to the back."""
+        """Sentence that describes the scene, from the front to the back."""
         return caption(self.layout, self.things)
 
 
 class Scenes:
-    """Drawn scenes by number. `Scenes(seed=1)[7]` is the same picture wherever and whenever it is asked for.
+    """Rendered scenes by index. `Scenes(seed=1)[7]` is the same image on every machine and at any time.
 
-    Scenes of one seed and number show the same content at every image_size.
+    Scenes of one seed and index have the same content at every image_size.
 
     Args:
-        image_size: side of the pictures, pixels.
-        seed: of everything random.
-        length: how many there are; None: any number from 0 on.
+        image_size: side of the images, pixels.
+        seed: of all random numbers.
+        length: number of scenes; None: unlimited.
 
     Raises:
         UsageError: a size below 16 pixels, or a negative seed or length.
@@ -116,11 +116,11 @@ class Scenes:
 
     def __len__(self) -> int:
         if self.length is None:
-            raise TypeError("these scenes have no end; give Scenes a length")
+            raise TypeError("these scenes are unlimited and have no length; create them with a length")
         return self.length
 
     def label(self, index: int) -> int:
-        """The class of a scene, without drawing it: kinds take turns, so that every class is equally frequent."""
+        """Return the class of a scene without rendering it: kinds alternate, so that classes are equally frequent."""
         return index % len(THINGS)
 
     def __getitem__(self, index: int) -> Scene:

@@ -1,7 +1,7 @@
-"""The outlines of things, as signed distances: negative inside, zero on the outline, positive outside.
+"""Outlines of objects as signed distances: negative inside, zero on the outline, positive outside.
 
-Every function takes coordinates u (right) and v (down), float32 arrays of one shape, in units in which the thing fits into the circle of
-radius 1 around the origin, and gives distances in the same units (exact, or near enough for a soft edge).
+Each function takes coordinates u (right) and v (down), float32 arrays of one shape, in units in which the object fits into the circle of
+radius 1 around the origin, and returns distances in the same units (exact, or close enough for a soft edge).
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ Field = NDArray[np.floating[Any]]
 
 
 def circle(u: Field, v: Field) -> Field:
-    """A disc."""
+    """Distance to a disc."""
     return np.sqrt(u * u + v * v) - 0.92
 
 
 def square(u: Field, v: Field) -> Field:
-    """With slightly rounded corners."""
+    """Distance to a square with slightly rounded corners."""
     return _box(u, v, 0.67, 0.67) - 0.06
 
 
 def triangle(u: Field, v: Field) -> Field:
-    """Standing on a side."""
+    """Distance to a triangle that stands on a side."""
     return np.maximum(np.abs(u) * 0.8944 - v * 0.4472 - 0.42, v - 0.62)
 
 
 def star(u: Field, v: Field) -> Field:
-    """Five points, one up."""
+    """Distance to a star with five points, one up."""
     return _star(u, v, points=5, outer=1.0, inner=0.44)
 
 
 def heart(u: Field, v: Field) -> Field:
-    """Two discs on a wedge."""
+    """Distance to a heart: two discs on a wedge."""
     u = np.abs(u)
     lobe = np.sqrt((u - 0.42) ** 2 + (v + 0.3) ** 2) - 0.47
     wedge = np.maximum((u + v) * 0.7071 - 0.56, -(v + 0.08))
@@ -45,17 +45,17 @@ def heart(u: Field, v: Field) -> Field:
 
 
 def ring(u: Field, v: Field) -> Field:
-    """A disc with a hole."""
+    """Distance to a disc with a hole."""
     return np.abs(np.sqrt(u * u + v * v) - 0.68) - 0.24
 
 
 def cross(u: Field, v: Field) -> Field:
-    """Upright plus sign."""
+    """Distance to an upright plus sign."""
     return np.minimum(_box(u, v, 0.9, 0.29), _box(u, v, 0.29, 0.9)) - 0.02
 
 
 def crescent(u: Field, v: Field) -> Field:
-    """A disc without a smaller one to its right."""
+    """Distance to a crescent: a disc without a smaller one to its right."""
     return np.maximum(np.sqrt(u * u + v * v) - 0.92, 0.72 - np.sqrt((u - 0.42) ** 2 + (v + 0.12) ** 2))
 
 
@@ -64,7 +64,7 @@ SHAPES: dict[str, Callable[[Field, Field], Field]] = {
 }
 
 FEET = dict(circle=0.92, square=0.73, triangle=0.62, star=0.81, heart=0.79, ring=0.92, cross=0.92, crescent=0.92)
-"""How far below its middle each shape stands on the ground."""
+"""Distance from the centre of each shape down to the ground on which it stands."""
 
 
 def _box(u: Field, v: Field, half_width: float, half_height: float) -> Field:

@@ -1,4 +1,4 @@
-"""Classification on drawn pictures: scenes as an image set, by task."""
+"""Classification of rendered images: scenes as an image set, by task."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
 IMAGE_SIZE = 64
 MEMORY_BYTES = 256 * 2**20
-"""Pictures that have been drawn are kept up to this size: training asks for each many times."""
+"""Memory limit of the cache of rendered images; training accesses each many times."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A way to turn numbers into labelled pictures.
+    """Labelled images by index.
 
     Args:
-        classes: names.
-        label: picture's number -> class number, without drawing.
+        classes: class names.
+        label: index -> class number, without rendering.
         draw: (number, seed, image_size) -> uint8 (image_size, image_size, 3), or of a clip (frames, image_size, image_size, 3).
-        length: how many there are in both parts, unless it is said.
+        length: default number of images in both parts.
     """
 
     classes: Sequence[str]
@@ -47,14 +47,14 @@ class Task:
 
 TASKS = {
     "class": Task(THINGS, Scenes().label, lambda index, seed, size: Scenes(size, seed)[index].image),
-    "same_shape": Task(CLASSES, same_shape_label, draw_same_shape, length=10_000),  # fewer are learned by heart
+    "same_shape": Task(CLASSES, same_shape_label, draw_same_shape, length=10_000),  # fewer would be memorised
     "action": Task(ACTIONS, action_label, draw_action),
     "thorax": Task(THORAX_CLASSES, thorax_label, draw_thorax),
 }
 
 
 class DrawnImages:
-    """The pictures of a task with numbers in a range. Each is drawn when it is first asked for."""
+    """The images of a task with indices in a range, rendered on first access."""
 
     def __init__(self, task: str, numbers: range, *, seed: int, image_size: int):
         self.task, self.numbers, self.seed, self.image_size = task, numbers, seed, image_size
@@ -78,19 +78,19 @@ class DrawnImages:
         return drawn, self.targets[index]
 
     def describe(self, index: int) -> str:
-        """Task and number."""
+        """Describe an image by task and index."""
         return f"scenes {self.task} #{self.numbers[index]}"
 
 
 def open_scenes(options: str = "", *, image_size: int | None = None, seed: int = 0, val_fraction: float = 0.2) -> ImageData:
-    """Drawn pictures for classification.
+    """Open rendered images for classification.
 
     Args:
-        options: "KEY=VALUE,..." of image_size (pixels, 64), length (pictures in both parts; else the task's own), task ("class": the
-            kind of the nearest thing; "same_shape": whether two marks far apart have the same shape; "action": clips, how a thing moves;
+        options: "KEY=VALUE,..." of image_size (pixels, 64), length (images in both parts; else the task's own), task ("class": the
+            kind of the nearest object; "same_shape": whether two marks far apart have the same shape; "action": clips, the kind of motion;
             "thorax": X-rays, whether there is a nodule).
-        image_size: where the options have none.
-        seed: of everything that is drawn.
+        image_size: used if the options do not set it.
+        seed: of all random numbers.
         val_fraction: share that is held out.
 
     Raises:
@@ -99,7 +99,7 @@ def open_scenes(options: str = "", *, image_size: int | None = None, seed: int =
     values = _parse(options)
     task = values.get("task", "class")
     if task not in TASKS:
-        raise UsageError(f"scenes have no task {task!r}{nearest(task, TASKS)} (there are: {', '.join(TASKS)})")
+        raise UsageError(f"scenes have no task {task!r}{nearest(task, TASKS)} (accepted: {', '.join(TASKS)})")
     size = _number("image_size", values.get("image_size", image_size or IMAGE_SIZE), least=16)
     classes = list(TASKS[task].classes)
     length = _number("length", values.get("length", TASKS[task].length), least=2 * len(classes))

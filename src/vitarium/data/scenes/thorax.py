@@ -1,6 +1,6 @@
-"""Drawn chest X-rays: always the same organs in nearly the same places, and four small findings that come and go independently.
+"""Rendered chest X-rays: the same organs in nearly the same places, and four small findings that occur independently.
 
-As real ones they are grey, look alike, and what matters is small. They teach nothing about patients.
+Like real ones they are grey, look alike, and differ in small details. They carry no knowledge about patients.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from vitarium.data.scenes.shapes import Field
 FINDINGS = ("Cardiomegaly", "Effusion", "Infiltration", "Nodule")
 CLASSES = ("no nodule", "nodule")
 PREVALENCE = 0.3
-"""Chance of each finding but Nodule, which every second picture has."""
+"""Probability of each finding except Nodule, which every second image has."""
 LUNGS = (-0.38, 0.38)
-"""Middles of the lungs, from the left, in half picture sides from the middle."""
+"""Centres of the lungs, from the left, in half image sides from the centre."""
 
 
 def thorax_label(index: int) -> int:
-    """Number into CLASSES: the two take turns."""
+    """Return the index into CLASSES; the two alternate."""
     return index % 2
 
 
 def thorax_findings(index: int, seed: int) -> NDArray[np.float32]:
-    """(len(FINDINGS),) 1 for each finding of a picture, else 0; known without drawing it."""
+    """Return 1 for each finding of an image, else 0, (len(FINDINGS),), without rendering it."""
     present = np.random.default_rng((seed, index, 1)).random(len(FINDINGS)) < PREVALENCE
     present[FINDINGS.index("Nodule")] = thorax_label(index)
     return present.astype(np.float32)
 
 
 def draw_thorax(index: int, seed: int, size: int) -> NDArray[np.uint8]:
-    """The picture of a number, uint8 (size, size, 3), grey."""
+    """Render the image of an index, uint8 (size, size, 3), grey."""
     rng = np.random.default_rng((seed, index))
     seen = dict(zip(FINDINGS, thorax_findings(index, seed), strict=True))
     zoom, shift_x, shift_y = rng.uniform(0.95, 1.08), *rng.uniform(-0.05, 0.05, 2)
@@ -41,7 +41,7 @@ def draw_thorax(index: int, seed: int, size: int) -> NDArray[np.uint8]:
     v = v[:, None]
 
     def oval(x: float, y: float, across: float, down: float, soft: float = 0.06) -> Field:
-        """How much of each pixel an ellipse covers, with a soft edge (half picture sides)."""
+        """Return the coverage of each pixel by an ellipse with a soft edge (half image sides)."""
         distance = (np.sqrt(((u - x) / across) ** 2 + ((v - y) / down) ** 2) - 1) * min(across, down)
         return np.clip(0.5 - distance / soft, 0, 1)
 
@@ -70,6 +70,6 @@ def draw_thorax(index: int, seed: int, size: int) -> NDArray[np.uint8]:
 
 
 def _noise(rng: np.random.Generator, size: int) -> Field:
-    """Clouds, mean 0 and deviation 1."""
+    """Return clouds of mean 0 and deviation 1."""
     y, x = rng.integers(0, size, 2)
     return clouds_of(2 * size)[y : y + size, x : x + size]
