@@ -1,4 +1,4 @@
-"""Writing files so that nothing is lost: whole or not at all, readable by others, one run a folder."""
+"""File writing without loss: whole or not at all, readable by others, one run per folder."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from vitarium.errors import UsageError
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path in the same folder; on success it replaces `path`, on any error it is removed and `path` stays as it was.
+    """Yield a temporary path in the same folder; on success it replaces `path`, on any error it is removed and `path` stays unchanged.
 
-    The folder is made where missing. The file gets the permissions that the umask allows (some writers choose 0600, which shuts out
+    A missing folder is created. The file gets the permissions that the umask allows (some writers choose 0600, which locks out
     colleagues on a cluster).
 
     Raises:
@@ -76,41 +76,27 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 @contextlib.contextmanager
 def lock_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold a folder for one run: a second run that asks for it is refused with the holder's process and host.
+    """Hold a folder for one run; a second run that asks for it is refused with the holder's process and host.
 
-    The lock is the operating system's, so that a killed run leaves none behind; the file beside it only tells who holds it.
+    The lock is the operating system's (filelock), so that a killed run leaves none behind; the file beside it names the holder.
 
     Raises:
         UsageError: another process holds the folder.
     """
+    from filelock import FileLock, Timeout
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - closed below, after the lock is released
+    holder = folder / ".lock.holder"
+    lock = FileLock(folder / ".lock", timeout=0)
     try:
-        try:
-            _lock(file)
-        except OSError:
-            file.seek(0)
-            raise UsageError(
-                f"{folder} is in use by another run ({file.read().strip() or 'unknown process'}); choose another folder or wait"
-            ) from None
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        lock.acquire()
+    except Timeout:
+        name = holder.read_text(encoding="utf-8").strip() if holder.exists() else "unknown process"
+        raise UsageError(f"{folder} is in use by another run ({name}); choose another folder or wait") from None
+    try:
+        write_text(holder, f"process {os.getpid()} on {socket.gethostname()}\n")
         yield
     finally:
-        file.close()
-
-
-def _lock(file: Any) -> None:
-    if os.name == "posix":
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    else:
-        import msvcrt
-
-        file.seek(0)
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        holder.unlink(missing_ok=True)
+        lock.release()

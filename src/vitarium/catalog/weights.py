@@ -5,25 +5,21 @@ A file that is in the hub client's or torch's cache is used as it is, without a 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import os
 import re
-import shutil
-import urllib.error
-import urllib.request
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from vitarium.catalog.registry import find_model
 from vitarium.errors import CheckpointError, UsageError, nearest
-from vitarium.files import atomic_path
 
 DEFAULT_FILES = ("model.safetensors", "pytorch_model.bin")
 """What a repository's weights are called, first choice first."""
 TOGETHER = " + "
 """Between the sources of a model whose parts were released in files of their own: "transformer.pth + tokenizer.pth"."""
-TIMEOUT = 30
-"""Seconds without a byte before a server counts as dead."""
 
 
 def fetch_pretrained(name: str, tag: str | None = None) -> Path | str:
@@ -161,8 +157,12 @@ def _reason(error: BaseException) -> str:
 
 
 def _fetch_url(url: str, digest: str) -> Path:
-    """An address's file from torch's hub cache, else downloaded into it: whole, checked, or not at all."""
+    """The file of an address from torch's hub cache, else downloaded into it: whole, checked, or not at all.
+
+    What an interrupted download has left (beside the file, ending in .incomplete) is continued where the server can do that.
+    """
     import torch
+    from filelock import FileLock
 
     name = os.path.basename(unquote(urlsplit(url).path))
     if not name or name in (".", ".."):
@@ -173,25 +173,49 @@ def _fetch_url(url: str, digest: str) -> Path:
         return path
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise CheckpointError(f"offline (HF_HUB_OFFLINE is set), and {path} is not there: {_by_hand(url)}")
+    partial = path.with_name(f"{name}.incomplete")
     try:
-        with atomic_path(path) as temporary:
-            _download(url, temporary, name)
-            _check_digest(temporary, digest, url)
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{name}.lock")):
+            if path.exists():  # another process has fetched it meanwhile
+                _check_digest(path, digest, url)
+                return path
+            _download(url, partial, name)
+            _check_digest(partial, digest, url)
+            os.replace(partial, path)
+    except CheckpointError:
+        partial.unlink(missing_ok=True)
+        raise
+    except Exception as error:  # whatever the client's HTTP library of the day raises, and the disk
         raise CheckpointError(f"cannot download {name} ({_reason(error)}): {_by_hand(url)}") from error
     return path
 
 
-def _download(url: str, path: Path, name: str) -> None:
-    from rich.console import Console
-    from rich.progress import wrap_file
+class _Partial(io.FileIO):
+    """A file that a download appends to. A server that breaks off and cannot resume is asked twice, not for ever."""
 
-    request = urllib.request.Request(url, headers={"User-Agent": "vitarium"})
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as response, open(path, "wb") as file:
-        size = int(response.headers.get("Content-Length") or 0)
-        with wrap_file(response, size, description=name, console=Console(stderr=True), transient=True) as reader:
-            shutil.copyfileobj(reader, file, 2**20)
-    if size and path.stat().st_size != size:
-        raise CheckpointError(f"the download of {url} broke off: expected {size:,} bytes, got {path.stat().st_size:,}; try again")
+    restarts = 0
+
+    def truncate(self, size: int | None = None) -> int:
+        """Drop the content, because the server begins at its first byte again."""
+        self.restarts += 1
+        if self.restarts > 2:
+            raise OSError("the server breaks off and cannot continue a download; try again")
+        return super().truncate(size)
+
+
+def _download(url: str, path: Path, name: str) -> None:
+    """Download an address to a path, continuing what is there, by the hub client's own function (progress, retries, length check)."""
+    import huggingface_hub as hub
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.file_download import http_get
+
+    size = None
+    with contextlib.suppress(HfHubHTTPError):  # a server that knows no HEAD; the download itself says what is wrong
+        size = hub.get_hf_file_metadata(url).size  # fails at once without a network, where the download would try again for a while
+    have = path.stat().st_size if path.exists() else 0
+    if size is not None and have >= size:  # of another file, or whole and unchecked
+        path.unlink(missing_ok=True)
+        have = 0
+    with _Partial(path, "ab") as file:
+        http_get(url, file, resume_size=have, displayed_filename=name)  # type: ignore[arg-type]

@@ -52,7 +52,7 @@ def claim(folder: Path, plan: dict[str, Any]) -> None:
     there = read_json(folder / PLAN)
     if there is not None:
         return check_same_run(folder, there, plan)
-    if any(path.name != ".lock" and not path.name.endswith(".tmp") for path in folder.iterdir()):
+    if any(not path.name.startswith(".lock") and not path.name.endswith(".tmp") for path in folder.iterdir()):
         raise UsageError(f"{folder} holds other files and no comparison; choose a new or empty folder")
     write_json(folder / PLAN, plan)
 
