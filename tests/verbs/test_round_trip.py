@@ -36,7 +36,7 @@ RECIPES: dict[str, tuple[str, list[str], str | None, str | None]] = {
     "multilabel": ("thorax_mae_finetune_pico", [], None, "scenes:task=thorax,length=40"),
     "multilabel_probe": ("pico", ["objective.name=multilabel_probe"], "thorax_mae_pico", "scenes:task=thorax,length=40"),
     "repa": ("repa_pico", ["objective.samples=8", "objective.steps=2", "objective.encoders=[CLASSIFIER]"], None, None),
-    "restoration": ("drct_pico", [], None, None),
+    "restoration": ("drct_pico", ["image_size=8"], None, "IMAGES"),
     "sparse_prune": ("sparse_prune_pico", [], None, None),
     "t_tame": ("t_tame_pico", [], "CLASSIFIER", None),
     "var": ("var_pico", ["objective.samples=8", "objective.tokenizer=TOKENIZER"], None, None),
@@ -46,23 +46,30 @@ RECIPES: dict[str, tuple[str, list[str], str | None, str | None]] = {
 """Learner -> recipe, changes, model and data of a small training. A learner that is not here fails the test below."""
 
 
+FILES = {"CLASSIFIER": "classifier.safetensors", "TOKENIZER": "tokenizer.safetensors", "IMAGES": "images"}
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, str]:
-    """A saved classifier and a saved tokenizer, for learners that start from one."""
+    """A saved classifier and a saved tokenizer, for learners that start from one, and a folder of images."""
     folder = tmp_path_factory.mktemp("files")
     torch.manual_seed(0)
     model = vitarium.create_model("timm/vit_pico", num_classes=10, image_size=16)
     model.labels = [str(i) for i in range(10)]
     vitarium.save(model, folder / "classifier.safetensors")
     vitarium.save(vitarium.create_model("var_tokenizer_pico"), folder / "tokenizer.safetensors")
-    return {"CLASSIFIER": str(folder / "classifier.safetensors"), "TOKENIZER": str(folder / "tokenizer.safetensors")}
+    (folder / "images").mkdir()
+    for i in range(8):
+        rng = np.random.default_rng(i)
+        Image.fromarray(rng.integers(0, 255, (48, 48, 3), dtype=np.uint8)).save(folder / "images" / f"{i}.png")
+    return {name: str(folder / file) for name, file in FILES.items()}
 
 
 def trained(name: str, files: dict[str, str], folder: Path):
     recipe, changes, model, data = RECIPES[name]
     names = {**files, "STORE": str(folder / "store")}
     fill = lambda text: next((text.replace(key, value) for key, value in names.items() if key in text), text)
-    return train(recipe, data, model=model and fill(model), changes=[*STEPS, *map(fill, changes)], out=folder / "run", val_fraction=0.3)
+    return train(recipe, data and fill(data), model=model and fill(model), changes=[*STEPS, *map(fill, changes)], out=folder / "run", val_fraction=0.3)
 
 
 def test_every_learner_is_here():
@@ -82,11 +89,11 @@ def test_round_trip(name: str, files, tmp_path, monkeypatch):
     assert task == done.task
 
     source, primary = record.data.source, find_learner(name)(loaded, done_settings(loaded)).primary_metric[0]
-    plain = evaluate(done.file, source, val_fraction=0.3)
+    plain = evaluate(done.file, source, val_fraction=0.3, batch_size=4)
     assert plain.metrics[primary] == pytest.approx(done.fit.metrics[primary], abs=1e-4, nan_ok=True)
     opened = Task.open
     monkeypatch.setattr(Task, "open", lambda self, *given, **options: permuted(opened(self, *given, **options)))
-    again = evaluate(done.file, source, val_fraction=0.3)
+    again = evaluate(done.file, source, val_fraction=0.3, batch_size=4)
     monkeypatch.setattr(Task, "open", opened)
     assert_equal_numbers(plain.metrics, again.metrics)
     assert plain.facts()["images"] == again.facts()["images"]
