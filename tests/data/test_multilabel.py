@@ -125,7 +125,8 @@ def test_tables_that_cannot_be_used(tmp_path: Path, text: str, words: str):
 
 
 @pytest.mark.parametrize(
-    ("spec", "words"), [("digits", "does not hold several labels"), ("scenes:task=action", "have one label each"), ("nowhere.csv", "accepted for")]
+    ("spec", "words"),
+    [("digits", "does not hold several labels"), ("scenes:task=action", "have one label each"), ("nowhere.csv", "accepted for")],
 )
 def test_data_of_another_kind(spec: str, words: str):
     with pytest.raises(DataError, match=words):

@@ -69,7 +69,14 @@ def trained(name: str, files: dict[str, str], folder: Path):
     recipe, changes, model, data = RECIPES[name]
     names = {**files, "STORE": str(folder / "store")}
     fill = lambda text: next((text.replace(key, value) for key, value in names.items() if key in text), text)
-    return train(recipe, data and fill(data), model=model and fill(model), changes=[*STEPS, *map(fill, changes)], out=folder / "run", val_fraction=0.3)
+    return train(
+        recipe,
+        data and fill(data),
+        model=model and fill(model),
+        changes=[*STEPS, *map(fill, changes)],
+        out=folder / "run",
+        val_fraction=0.3,
+    )
 
 
 def test_every_learner_is_here():

@@ -1,4 +1,4 @@
-"""The one door to data: a name or a path in, a training and a held-out part out."""
+"""Open data: a name or a path in, a training and a held-out part out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vitarium.data.image_set import ImageData
 from vitarium.data.parts import part_names
 from vitarium.errors import DataError, UsageError, nearest
 
-TASKS = {
+KINDS_OF_LABELS = {
     "image": "vitarium.data.pictures:open_pictures",
     "multilabel": "vitarium.data.multilabel:open_multilabel",
     "retrieval": "vitarium.data.retrieval:open_retrieval",
@@ -21,6 +21,20 @@ TASKS = {
     "instance": "vitarium.data.segments:open_instance",
 }
 """Kinds of labels other than classes -> the function that opens such data: (spec, *, seed, val_fraction, image_size) -> ImageData."""
+
+LABELS_OF_TASKS = {
+    "classify": "class",
+    "generate": "class",
+    "segment": "panoptic",
+    "restore": "pairs",
+    "retrieve": "retrieval",
+    "autoencode": "image",
+    "encode": "image",
+    "explain": "image",
+    "pretrain": "image",
+    "reconstruct": "image",
+}
+"""Names of tasks -> their kind of labels, where that is called otherwise. A test compares this with the tasks themselves."""
 EMBEDDED = ("digits", "photos", "scenes")
 KINDS = ("folder", "csv", "wds", "hf")
 ACCEPTED = (
@@ -36,24 +50,27 @@ def open_data(
     """Open a data set: for classification, or with the labels of another task.
 
     Args:
-        spec: "digits" (scikit-learn's handwriting), "photos" (crops of real photographs), "scenes" (drawn on demand, with options:
+        spec: "digits" (scikit-learn's handwriting), "photos" (crops of real photographs), "scenes" (rendered on demand, with options:
             "scenes:length=5000,task=class"); or a path: a folder of class folders, one with train/ and val/ of them, WebDataset shards
             ("shards/", "x-{000..009}.tar"), a Hugging Face data set saved with `save_to_disk`, a CSV file with columns path and label.
-            What a path holds is recognised; a prefix "folder:", "csv:", "wds:" or "hf:" forces it.
-        task: what the labels are: "class", "image" (none are needed), or another of `TASKS`; each says in its own function what it takes.
-        seed: of the split, where the data has none, and of data that is drawn.
+            The kind of a path is recognised; a prefix "folder:", "csv:", "wds:" or "hf:" forces it.
+        task: what the labels are for: a kind of labels ("class", "image": none, or another of `KINDS_OF_LABELS`, each documented in its
+            function), or the name of a task ("classify", "segment", "restore", ...).
+        seed: of the split, where the data has none, and of rendered data.
         val_fraction: share that is held out, where the data has no split.
-        image_size: side of pictures that are drawn or cropped, pixels; None: their own default. Files come as they are.
+        image_size: side of images that are rendered or cropped, pixels; None: their own default. Files come as they are.
 
     Raises:
         DataError: nothing there, or nothing that can be trained on.
         UsageError: an option of "scenes", or a task, that does not exist.
     """
     text = os.fspath(spec)
-    if task != "class":
-        if task not in TASKS:
-            raise UsageError(f"no data have labels of the kind {task!r}{nearest(task, TASKS)} (there are: class, {', '.join(TASKS)})")
-        module, _, function = TASKS[task].partition(":")
+    labels = LABELS_OF_TASKS.get(task, task)
+    if labels != "class":
+        if labels not in KINDS_OF_LABELS:
+            known = ["class", *KINDS_OF_LABELS, *LABELS_OF_TASKS]
+            raise UsageError(f"no data has labels of the kind {task!r}{nearest(task, known)} (accepted: {', '.join(known)})")
+        module, _, function = KINDS_OF_LABELS[labels].partition(":")
         opened = getattr(importlib.import_module(module), function)
         return opened(text, seed=seed, val_fraction=val_fraction, image_size=image_size)
     kind, colon, rest = text.partition(":")
