@@ -18,6 +18,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 COVERED = [
+    "src/vitarium/catalog/applying.py",
+    "src/vitarium/catalog/methods.py",
     "src/vitarium/catalog/options.py",
     "src/vitarium/data/__init__.py",
     "src/vitarium/data/bad_files.py",

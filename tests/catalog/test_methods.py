@@ -124,7 +124,7 @@ def test_order_is_fixed(model):
     ):
         vitarium.apply(model, "toy_quant", "toy_prune", quiet=True)
     vitarium.apply(model, "toy_quant", quiet=True)
-    with pytest.raises(UsageError, match="undo the model, and apply both in that order"):
+    with pytest.raises(UsageError, match="undo the model and apply both in that order"):
         vitarium.apply(model, "toy_prune", quiet=True)
     with pytest.raises(UsageError, match="on the model twice"):
         vitarium.apply(model, "toy_quant", quiet=True)
@@ -140,14 +140,14 @@ def test_all_or_none(model):
 
 def test_nothing_to_work_at_is_an_error():
     linear = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(AttachError, match="toy_quant found nothing to work at in a Sequential"):
+    with pytest.raises(AttachError, match="toy_quant found no module to change in a Sequential"):
         vitarium.apply(linear, "toy_quant", quiet=True)
 
 
 def test_originals_can_be_let_go(model):
     vitarium.apply(model, "toy_quant", keep_original=False, quiet=True)
     assert not model.methods[0].replaced
-    with pytest.raises(UsageError, match="toy_quant cannot be undone: the weights of before are gone"):
+    with pytest.raises(UsageError, match="toy_quant cannot be undone: the original weights are gone"):
         vitarium.undo(model)
 
 
@@ -182,5 +182,5 @@ def test_methods_are_found_by_their_systems():
 
 def test_live_options_only(model):
     vitarium.apply(model, "toy_quant", quiet=True)
-    with pytest.raises(UsageError, match=r"cannot change 'bits' while attached \(it can: none\)"):
+    with pytest.raises(UsageError, match=r"cannot change 'bits' while attached \(live options: none\)"):
         model.methods[0].tune(bits=3)

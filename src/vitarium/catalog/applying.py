@@ -1,4 +1,4 @@
-"""apply and undo: methods onto a model and off it again, in a fixed order, all or none."""
+"""Applying methods to a model and undoing them, in a fixed order, all or none."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def apply(
     """Apply methods to a model, in place. All of them are applied, or none.
 
     Args:
-        model: any nn.Module; some methods ask for a plain vision transformer.
+        model: any nn.Module; some methods require a plain vision transformer.
         methods: instances, or text such as "pitome:keep=0.925", in the order prune, reduce, adapt, quantize, explain.
-        example: what the model is called with, to count multiply-accumulates; by default an image, where the model says of what size.
-        keep_original: whether to hold on to replaced weights, so that `undo` works; False frees their memory.
+        example: input for counting multiply-accumulates; by default an image, if the model's input size is known.
+        keep_original: whether to keep replaced weights, so that `undo` works; False frees their memory.
         quiet: do not print the reports.
 
     Returns:
         the same model, with a report for each method at the end of `model.methods`.
 
     Raises:
-        UsageError: wrong order, a method twice, unknown text.
-        AttachError, UnsupportedModel: a method cannot work on this model; the model is unchanged.
+        UsageError: wrong order, a method twice, text that is not a method.
+        AttachError, UnsupportedModel: a method does not support this model; the model is unchanged.
     """
     parsed = [parse_method(m) if isinstance(m, str) else m for m in methods]
     done = methods_on(model)
@@ -60,14 +60,14 @@ def apply(
 
 
 def undo(model: nn.Module) -> nn.Module:
-    """Take back every method, last one first: modules and values are those of before, bit by bit. Returns the same model.
+    """Undo every method, in reverse order; modules and values are restored bit by bit. Returns the same model.
 
     Raises:
-        UsageError: the values of before are gone (applied with keep_original=False, or loaded from a file that does not hold them).
+        UsageError: the original values are gone (applied with keep_original=False, or loaded from a file that does not hold them).
     """
     reports = methods_on(model)
     if gone := [report for report in reports if not report.can_undo]:
-        raise UsageError(f"{gone[0].method.slug} cannot be undone: the weights of before are gone; load or create the original model again")
+        raise UsageError(f"{gone[0].method.slug} cannot be undone: the original weights are gone; load or create the original model again")
     for report in reversed(reports):
         _restore(model, report)
     if reports:
@@ -76,15 +76,15 @@ def undo(model: nn.Module) -> nn.Module:
 
 
 def methods_on(model: nn.Module) -> list[AttachReport]:
-    """The reports of the methods on a model, in the order in which they were applied."""
+    """Return the reports of the methods on a model, in the order in which they were applied."""
     return list(getattr(model, "methods", ()))
 
 
 def rebuild_methods(model: nn.Module, saved: Sequence[Mapping[str, Any]]) -> nn.Module:
-    """Give a fresh model the methods that a file lists (`AttachReport.saved`); its weights are filled in afterwards.
+    """Give a fresh model the methods that a file lists (`AttachReport.saved`); its weights are loaded afterwards.
 
     Raises:
-        UsageError: unknown method or option, or the model does not fit it.
+        UsageError: unknown method or option, or a model that they do not fit.
     """
     methods = [build_method(row["slug"], row.get("options", {})) for row in saved]
     _check_order([], methods)
@@ -104,7 +104,7 @@ def _check_order(done: Sequence[Method], new: Sequence[Method]) -> None:
     everything = [*done, *new]
     for earlier, later in itertools.pairwise(everything):
         if KINDS.index(earlier.kind) > KINDS.index(later.kind):
-            hint = "undo the model, and apply both in that order" if earlier in done else "give them in that order"
+            hint = "undo the model and apply both in that order" if earlier in done else "give them in that order"
             pair = f"{later.slug} ({later.kind}) comes after {earlier.slug} ({earlier.kind})"
             raise UsageError(f"{pair}, but methods apply in the order {', '.join(KINDS)}; {hint}")
     slugs = [m.slug for m in everything]
@@ -112,13 +112,13 @@ def _check_order(done: Sequence[Method], new: Sequence[Method]) -> None:
         raise UsageError(f"{twice[0]} would be on the model twice; undo it first, or tune it: model.methods[i].tune(...)")
     reducers = [m.slug for m in everything if m.kind == "reduce"]
     if len(reducers) > 1:
-        raise UsageError(f"a model takes one token reduction, got {' and '.join(reducers)}; undo the first one")
+        raise UsageError(f"a model accepts one token reduction, got {' and '.join(reducers)}; undo the first one")
 
 
 def _checked(model: nn.Module, report: AttachReport) -> AttachReport:
     if not report.sites:
         _restore(model, report)
-        raise AttachError(f"{report.method.slug} found nothing to work at in a {type(model).__name__}; the model is unchanged")
+        raise AttachError(f"{report.method.slug} found no module to change in a {type(model).__name__}; the model is unchanged")
     return report
 
 

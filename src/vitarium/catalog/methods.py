@@ -1,14 +1,14 @@
-"""What a method is: something that changes a model that exists, is reported, undone, and remembered by a saved file.
+"""Methods: changes to an existing model that are reported, can be undone, and are saved with the model.
 
     vitarium.apply(model, PiToMe(keep=0.925), "mptq:bits=6")
-    model.methods[0].tune(keep=0.95)          # knobs that can be live, are
+    model.methods[0].tune(keep=0.95)          # live options
     vitarium.undo(model)
 
-A method is a frozen dataclass under `@method`; its fields are its options, checked in `__post_init__` and saved with the model. It changes
-this one model object and nothing else, in ways that `undo` knows how to take back: it exchanges modules (`AttachReport.replaced`), adds
-some (`added`), overwrites parameters and buffers (`tensors`), or stops parameters from learning (`frozen`). No class is patched.
+A method is a class under `@method` and `@validated` (catalog/options.py); its fields are its options, checked on construction and saved
+with the model. It changes one model object in ways that `undo` reverts: it replaces modules (`AttachReport.replaced`), adds some (`added`),
+overwrites parameters and buffers (`tensors`), or freezes parameters (`frozen`). No class is patched.
 
-Kinds apply in the order prune, reduce, adapt, quantize, explain: a later kind may build on what an earlier one left, never the reverse.
+Kinds apply in the order prune, reduce, adapt, quantize, explain: a later kind may build on the result of an earlier one.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ KINDS: tuple[Kind, ...] = ("prune", "reduce", "adapt", "quantize", "explain")
 MethodClass = TypeVar("MethodClass", bound="type[Method]")
 
 BASELINES = {"lora": "vpt_proxies", "tome": "pitome", "int8": "mptq_vit", "int4w": "mptq_vit"}
-"""Methods that are no system of their own -> the system in whose file they are."""
+"""Methods that are not systems of their own -> the system whose file defines them."""
 
 
 @dataclass
 class AttachReport:
-    """What a method did to a model. `attach` fills in the first group; `apply` measures the second.
+    """Changes that a method made to a model. `attach` fills in the first group of fields; `apply` measures the second.
 
     Args:
-        method: with its options as they are now.
-        replaced: name of a module -> the module that was there before; what `undo` puts back.
-        tensors: name of a parameter or buffer -> its values before, where they were overwritten in place.
-        added: names of modules that it put into the model beside what was there; `undo` takes them out.
-        frozen: names of parameters that it stopped from learning; `undo` lets them learn again.
-        sites: names of the places inside the model that the method works at.
-        parameters_added: by the method itself, such as adapters.
-        live: objects with an attribute `method` that read their options at every pass; `tune` reaches them.
-        state: plain values that were found while attaching (bits a layer, widths); saved, and given to `rebuild`.
-        macs_before, macs_after: multiply-accumulates of one image, None where the model does not say what input it takes.
-        bytes_before, bytes_after: parameters and buffers in memory.
-        can_undo: whether the values of before are still there.
+        method: the method with its current options.
+        replaced: name -> original module, which `undo` restores.
+        tensors: name of a parameter or buffer -> its original values, if they were overwritten in place.
+        added: names of new modules, which `undo` removes.
+        frozen: names of parameters that were frozen, which `undo` unfreezes.
+        sites: names of the modules that the method changes.
+        parameters_added: number of new parameters, such as those of adapters.
+        live: objects with an attribute `method` whose options they read at every pass; `tune` updates them.
+        state: plain values found while attaching (bits per layer, widths); saved, and passed to `rebuild`.
+        macs_before, macs_after: multiply-accumulates of one image; None if the model's input size is not known.
+        bytes_before, bytes_after: memory of parameters and buffers.
+        can_undo: whether the original values are still available.
     """
 
     method: Method
@@ -82,60 +82,62 @@ class AttachReport:
         return f"{self.method}: {', '.join(parts)}"
 
     def tune(self, **options: Any) -> None:
-        """Change options of the method while it stays attached, from the next pass on.
+        """Change options of the method while it is attached, from the next pass on.
 
         Raises:
-            UsageError: an option that is not live, or out of range; nothing is changed.
+            UsageError: an option that is not live, or a value out of range; nothing is changed.
         """
         if wrong := [name for name in options if name not in self.method.tunable]:
             can = ", ".join(self.method.tunable) or "none"
-            raise UsageError(f"{self.method.slug} cannot change {wrong[0]!r} while attached (it can: {can}); undo it and apply it anew")
+            raise UsageError(
+                f"{self.method.slug} cannot change {wrong[0]!r} while attached (live options: {can}); undo it and apply it again"
+            )
         self.method = dataclasses.replace(self.method, **options)
         for site in self.live:
             site.method = self.method
 
     def saved(self) -> dict[str, Any]:
-        """For the file: {"slug", "options"}, and "state" where there is one."""
+        """Return the saved form: {"slug", "options"}, and "state" if there is one."""
         return {"slug": self.method.slug, "options": self.method.options()} | ({"state": self.state} if self.state else {})
 
 
 @dataclass(frozen=True)
 class Method:
-    """Base of all methods: options as fields, `attach` as the work.
+    """Base of all methods: fields are options, `attach` changes a model.
 
-    A field whose value no file can hold (a loader of calibration images) is declared with `field(metadata={"saved": False})`.
+    A field whose value cannot be saved (a loader of calibration images) is declared with `field(metadata={"saved": False})`.
     """
 
     slug: ClassVar[str]
     kind: ClassVar[Kind]
     tunable: ClassVar[tuple[str, ...]] = ()
-    """Options that may change while the method is attached."""
+    """Options that can change while the method is attached."""
     keeps_weights: ClassVar[bool] = True
-    """Whether the weights of before are still in the model, so that a loaded file can be undone too. False for quantizers and pruners."""
+    """True if the model keeps the original weights, so that a loaded file can be undone. False for quantizers and pruners."""
 
     def attach(self, model: nn.Module) -> AttachReport:
-        """Change the model, or raise and leave it as it was.
+        """Change the model, or raise and leave it unchanged.
 
         Raises:
-            AttachError: nothing to work at, or the changed model could not be proven.
-            UnsupportedModel: the model's inside is not known.
+            AttachError: no module to change, or the changed model failed its check.
+            UnsupportedModel: the model's structure is not supported.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define attach")
 
     def rebuild(self, model: nn.Module, state: Mapping[str, Any]) -> AttachReport:
-        """Give a fresh model the structure that `attach` gave it once, from saved options and `state`; weights are filled in afterwards.
+        """Give a fresh model the structure that `attach` gave it, from saved options and `state`; weights are loaded afterwards.
 
         May run on the meta device. By default it attaches.
         """
         return self.attach(model)
 
     def options(self) -> dict[str, Any]:
-        """The options as plain values, those at their defaults too."""
+        """Return the options as plain values, defaults included."""
         fields = [f for f in dataclasses.fields(self) if f.metadata.get("saved", True)]
         return {f.name: _plain(getattr(self, f.name)) for f in fields}
 
     def __str__(self) -> str:
-        """As `parse_method` reads it: "pitome:keep=0.9"; options at their defaults are left out."""
+        """Return the text that `parse_method` parses: "pitome:keep=0.9"; options at their defaults are left out."""
         given = [
             f"{f.name}={_text(getattr(self, f.name))}"
             for f in dataclasses.fields(self)
@@ -173,10 +175,10 @@ def method(slug: str, *, kind: Kind) -> Callable[[MethodClass], MethodClass]:
 
 
 def find_method(slug: str) -> type[Method]:
-    """The class of a method. Imports only the file that the slug points to.
+    """Return the class of a method. Imports only its file.
 
     Raises:
-        UsageError: there is none; the message names near ones.
+        UsageError: unknown method; the message names similar ones.
     """
     home = BASELINES.get(slug, slug)
     if any(s.slug == home for s in systems()):
@@ -188,7 +190,7 @@ def find_method(slug: str) -> type[Method]:
 
 
 def list_methods() -> list[str]:
-    """Slugs of all methods."""
+    """Return the slugs of all methods."""
     for system in systems():
         if not system.room.startswith("backbones"):
             import_system(system.slug)
@@ -196,7 +198,7 @@ def list_methods() -> list[str]:
 
 
 def methods_of_system(slug: str) -> list[str]:
-    """The methods that a system's file registers."""
+    """Return the methods that a system's file registers."""
     module = system_module(slug)
     if module is None:
         return []
@@ -215,7 +217,7 @@ def build_method(slug: str, options: Mapping[str, Any]) -> Method:
     try:
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in options.items()})
     except TypeError as error:
-        raise UsageError(f"{slug} refuses these options: {error}") from error
+        raise UsageError(f"{slug} does not accept these options: {error}") from error
 
 
 def parse_method(text: str) -> Method:

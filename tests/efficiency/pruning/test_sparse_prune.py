@@ -314,7 +314,7 @@ def test_what_cannot_be_smaller_is_refused_unchanged():
     model = timm_model("qk_norm")
     with pytest.raises(UnsupportedModel, match="normalises all heads together"):
         vitarium.apply(model, "sparse_prune:structure=heads", quiet=True)
-    with pytest.raises(AttachError, match="found nothing to work at"):
+    with pytest.raises(AttachError, match="found no module to change"):
         vitarium.apply(model, "sparse_prune:structure=channels", quiet=True)
     model = timm_model("rope_mixed")
     before = logits(model)
