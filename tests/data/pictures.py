@@ -1,4 +1,4 @@
-"""Pictures, good, odd and broken, for tests of reading."""
+"""Images, good, odd and broken, for tests of reading."""
 
 import io
 import struct
@@ -22,7 +22,7 @@ def encoded(image, kind="PNG", **options):
 
 
 def put(path, content=None):
-    """Write bytes, or a fresh picture in the format that the name says."""
+    """Write bytes, or a fresh image in the format that the name says."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if content is None:
@@ -52,7 +52,7 @@ def exif_turned(image):
 
 
 def odd_kinds():
-    """Names and bytes of pictures that are unusual and must be read."""
+    """Names and bytes of images that are unusual and must be read."""
     deep = Image.fromarray(np.linspace(0, 65535, 120).reshape(10, 12).astype(np.uint16))
     frames = [picture(1), picture(2), picture(3)]
     return {
@@ -66,7 +66,7 @@ def odd_kinds():
 
 
 def broken_kinds():
-    """Names, bytes and a word of the reason of pictures that cannot be read."""
+    """Names, bytes and a word of the reason of images that cannot be read."""
     whole = encoded(picture(size=(40, 40)))
     damaged = whole[:60] + bytes(40) + whole[100:]
     return {

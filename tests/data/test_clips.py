@@ -23,7 +23,7 @@ from vitarium.training.classification import Mixing
 
 
 def grey_levels(count: int, size: int = 32) -> np.ndarray:
-    """Frame i is all of grey 10 i: it tells its number."""
+    """Frame i is all of grey 10 i: its colour encodes its number."""
     return np.repeat(np.arange(count, dtype=np.uint8)[:, None] * 10, 3 * size * size, 1).reshape(count, size, size, 3)
 
 
@@ -158,7 +158,7 @@ def test_paths_are_what_they_are_called():
     assert along[0] * along[-1] < 0
 
 
-def test_one_frame_does_not_tell():
+def test_one_frame_carries_no_information():
     """At any time the thing is anywhere with equal chance, whatever it does."""
     for action in ACTIONS:
         places = np.stack([path_of(action, np.random.default_rng((7, i))) % 1 for i in range(400)])
@@ -210,7 +210,7 @@ def test_a_folder_of_videos_is_data(tmp_path: Path):
     logits, targets, _ = predict_logits(model, data.val)
     assert logits.shape == (2, 2)
     assert targets.tolist() == [0, 1]
-    (tmp_path / "dark" / "picture.png").write_bytes(b"x")  # pictures come first
+    (tmp_path / "dark" / "picture.png").write_bytes(b"x")  # images come first
     with pytest.raises(DataError, match="light/"):
         vitarium.open_data(tmp_path)
 

@@ -19,7 +19,7 @@ def test_digits():
     image, target = data.train[0]
     assert (image.size, image.mode, target) == ((16, 16), "RGB", data.train.targets[0])
     image.putpixel((0, 0), (255, 0, 0))
-    assert data.train[0][0].tobytes() != image.tobytes(), "the stored picture is not the caller's to change"
+    assert data.train[0][0].tobytes() != image.tobytes(), "the stored image is not the caller's to change"
     assert isinstance(data.train, ImageSet)
 
 
@@ -46,7 +46,7 @@ def test_sample_photos():
     assert all(image.mode == "RGB" and min(image.size) >= 300 for image in pictures.values())
 
 
-def test_photos_are_told_apart_by_tiles_that_do_not_overlap():
+def test_tiles_of_photos_do_not_overlap():
     data = open_data("photos", image_size=24)
     assert data.image_size == 24
     assert {"china", "flower"} <= set(data.classes)

@@ -102,14 +102,14 @@ FAULTS = {
     "empty class": (["a/1.png", "a/2.png", "b/1.png", "b/2.png", "c/"], r"1 of 3 class folders hold no images \(c/ holds nothing\)"),
     "class of other files": (["a/1.png", "a/2.png", "b/x.txt"], r"b/ holds 1 \.txt files"),
     "class of one": (["a/1.png", "a/2.png", "b/1.png"], "a class with one image cannot be split; .*: b"),
-    "no val pictures": (["train/a/1.png", "train/b/1.png", "val/a/1.png"], "1 of 2 classes have no held-out images: b"),
+    "no val images": (["train/a/1.png", "train/b/1.png", "val/a/1.png"], "1 of 2 classes have no held-out images: b"),
     "empty val": (["train/a/1.png", "train/b/1.png", "val/"], "val holds no images"),
     "val class unknown": (
         ["train/cat/1.png", "train/dog/1.png", "val/cats/1.png", "val/dog/1.png"],
         r"unknown classes: cats; did you mean cat\? \(known: cat, dog\)",
     ),
     "no train": (["val/a/1.png"], "holds val/ but no train/"),
-    "loose pictures": (["1.png", "2.png"], "holds 2 images but no class folders"),
+    "loose images": (["1.png", "2.png"], "holds 2 images but no class folders"),
     "other files": (["a/1.mat", "a/2.mat", "b/1.csv"], r"it holds 2 \.mat and 1 \.csv files"),
 }
 
@@ -149,7 +149,7 @@ def test_refuses_a_share_that_leaves_a_part_empty(tmp_path, fraction):
         open_data(tmp_path, val_fraction=fraction)
 
 
-# ---- broken pictures among good ones (faults 13 and 14)
+# ---- broken images among good ones (faults 13 and 14)
 
 
 def indices(loader):

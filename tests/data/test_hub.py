@@ -15,7 +15,7 @@ def hub():
 
 
 def rows(hub, labels, names=("cat", "dog"), broken=(), **columns):
-    """A data set of pictures with the given class numbers."""
+    """A data set of images with the given class numbers."""
     pictures = [{"bytes": b"" if n in broken else encoded(picture(n)), "path": None} for n in range(len(labels))]
     types = {"photo": hub.Image(), "kind": hub.ClassLabel(names=list(names)) if names else hub.Value("string")}
     types |= {name: hub.Value("int64") for name in columns}

@@ -80,7 +80,7 @@ def test_what_is_called_a_picture_is_no_program(monkeypatch):
         decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "photo.jpg")
 
 
-def test_an_svg_is_told_as_one():
+def test_an_svg_is_named_as_one():
     with pytest.raises(BrokenImage, match="SVG"):
         decode_image(b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>', "x.png")
 

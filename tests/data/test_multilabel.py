@@ -1,4 +1,4 @@
-"""Several labels a picture: NIH's layout, CSV files of both forms, drawn X-rays, and what users get wrong."""
+"""Several labels an image: NIH's layout, CSV files of both forms, drawn X-rays, and what users get wrong."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def picture(path: Path, value: int = 90) -> None:
 
 
 def nih(folder: Path, lines: list[tuple[str, str, int]], *, pictures: bool = True) -> Path:
-    """A folder as NIH's: lines of (picture, findings, patient), pictures in two archives' folders."""
+    """A folder as NIH's: lines of (image, findings, patient), images in two archives' folders."""
     text = ["Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age"]
     for number, (name, findings, patient) in enumerate(lines):
         text.append(f"{name},{findings},0,{patient},58")
@@ -116,7 +116,7 @@ def test_a_column_of_lists(tmp_path: Path):
         ("path,cat\na.png,0\nb.png,0", "no labels|no image of the training part has a label"),
         ("path,cat\na.png,1\na.png,0", "1 of 2 images are listed twice: a.png; keep one row"),
         ("path,cat,split\na.png,1,train\nb.png,0,train", "the column split has train; it needs train and val"),
-        ("path,cat\na.png,1", "1 pictures cannot be divided"),
+        ("path,cat\na.png,1", "1 images cannot be divided"),
     ],
 )
 def test_tables_that_cannot_be_used(tmp_path: Path, text: str, words: str):
@@ -133,7 +133,7 @@ def test_data_of_another_kind(spec: str, words: str):
         open_data(spec, task="multilabel")
 
 
-def test_scenes_tell_every_kind_that_is_seen():
+def test_scenes_label_every_visible_kind():
     data = open_data("scenes:length=40", task="multilabel", image_size=32)
     assert data.classes == list(THINGS)
     np.testing.assert_array_equal(data.train[3][1], Scenes(32, 0)[3].multi_label)

@@ -1,4 +1,4 @@
-"""Pictures without labels."""
+"""Images without labels."""
 
 import pytest
 from PIL import Image

@@ -41,7 +41,7 @@ def test_groups_are_of_one_class_and_drawn_from_pythons_generator(tmp_path):
     random.seed(1)
     assert first == [p.getpixel((0, 0)) for p in groups[0][0]]
     assert {red for red, _, _ in first} == {0}
-    assert len(data.train[0][0]) == 4  # three pictures: one comes twice
+    assert len(data.train[0][0]) == 4  # three images: one comes twice
 
 
 def test_parts_without_a_common_class_are_kept(tmp_path):
@@ -52,7 +52,7 @@ def test_parts_without_a_common_class_are_kept(tmp_path):
     assert len(data.val) == 6
 
 
-def test_too_few_classes_are_told(tmp_path):
+def test_too_few_classes_are_refused(tmp_path):
     with pytest.raises(DataError, match="has 3 classes"):
         open_data(str(folder(tmp_path / "few", ["a", "b", "c"])), task="retrieval")
     folder(tmp_path / "apart" / "train", ["a"])

@@ -158,7 +158,7 @@ def test_scenes_as_data():
     assert data.val.describe(0) == "scenes class #30"
     assert np.array_equal(np.asarray(image), Scenes(20)[30].image)
     first = np.asarray(data.train[0][0])
-    assert np.array_equal(first, np.asarray(data.train[0][0])), "kept pictures are not changed by their users"
+    assert np.array_equal(first, np.asarray(data.train[0][0])), "kept images are not changed by their users"
     assert not np.array_equal(first, np.asarray(open_data("scenes:image_size=20,length=40", seed=1).train[0][0]))
     assert open_data("scenes", image_size=24).train[0][0].size == (24, 24)
     assert pickle.loads(pickle.dumps(data.train))[3][1] == data.train[3][1]
@@ -200,7 +200,7 @@ def test_two_marks_lie_in_cells_of_their_own():
     assert np.array_equal(np.asarray(data.train[7][0]), images[7])
 
 
-def test_one_mark_alone_does_not_tell_the_answer():
+def test_one_mark_alone_carries_no_information():
     """Each shape is as frequent under both answers, so that what is summed over cells says nothing."""
     shapes = {0: [], 1: []}
     for index in range(400):

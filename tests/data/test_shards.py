@@ -129,7 +129,7 @@ def test_a_shard_that_shrinks_later_is_noticed(tmp_path):
 
 def damage(content, kind):
     return {
-        "cut in a picture": content[: 5 * 512 + 100],
+        "cut in an image": content[: 5 * 512 + 100],
         "cut between members": content[: 8 * 512],
         "cut in a header": content[: 6 * 512 + 100],
         "header flipped": content[: 4 * 512] + b"\xff" * 512 + content[5 * 512 :],
@@ -140,7 +140,7 @@ def damage(content, kind):
 
 
 @pytest.mark.parametrize(
-    "kind", ["cut in a picture", "cut between members", "cut in a header", "header flipped", "zeroed inside", "empty", "no tar"]
+    "kind", ["cut in an image", "cut between members", "cut in a header", "header flipped", "zeroed inside", "empty", "no tar"]
 )
 def test_a_damaged_shard_is_named(tmp_path, kind):
     path = write(tmp_path / "0.tar", samples(range(8)))
@@ -157,8 +157,8 @@ FAULTS = {
     "json without label": ({}, {"0.png": None, "0.json": "{}"}, "have no label"),
     "json that is none": ({}, {"0.png": None, "0.json": "{"}, r"0\.json is not JSON"),
     "a list as label": ({}, {"0.png": None, "0.json": '{"label": [1]}'}, "must be a class number or name"),
-    "no pictures": ({}, {"0.txt": "a", "0.cls": "1"}, "no images inside"),
-    "two pictures of a key": ({}, {"0.png": None, "0.jpg": None, "0.cls": "1"}, r"two images of one key: 0\.png and 0\.jpg"),
+    "no images": ({}, {"0.txt": "a", "0.cls": "1"}, "no images inside"),
+    "two images of a key": ({}, {"0.png": None, "0.jpg": None, "0.cls": "1"}, r"two images of one key: 0\.png and 0\.jpg"),
     "classes that are none": ({"classes.json": "7"}, {"0.png": None, "0.cls": "1"}, "cannot read the classes"),
 }
 
@@ -173,7 +173,7 @@ def test_says_what_is_wrong(tmp_path, fault):
         open_data(tmp_path)
 
 
-def test_compressed_shards_are_told_as_such(tmp_path):
+def test_compressed_shards_are_named_as_such(tmp_path):
     put(tmp_path / "a.tar.gz", b"x")
     with pytest.raises(DataError, match=r"it holds a\.tar\.gz: unpack"):
         open_data(f"wds:{tmp_path}")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 SIZE = 16
 ROWS, COLUMNS = slice(2, 7), slice(9, 14)
-"""Where the evidence for class 1 is."""
+"""Location of the evidence for class 1."""
 
 
 class Patch(nn.Module):

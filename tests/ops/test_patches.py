@@ -1,4 +1,4 @@
-"""Pictures to patches and back; hiding tokens and putting them back."""
+"""Images to patches and back; hiding tokens and putting them back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The selective scan: every implementation says what the token-by-token recurrence says, forwards and backwards."""
+"""The selective scan: every implementation equals the token-by-token recurrence, forwards and backwards."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def inputs(dtype: torch.dtype = torch.float64, *, images: int = 2, length: int =
 
 
 def recurrence(values: list[Tensor], *, softplus: bool = True, reverse: bool = False) -> tuple[Tensor, Tensor]:
-    """What `selective_scan` promises, by `scan_reference`."""
+    """Return the expected result of `selective_scan`, by `scan_reference`."""
     x, delta, a, b, c, skip, bias = values
     delta = F.softplus(delta + bias) if softplus else delta + bias
     x, delta, b, c = (v.flip(1) if reverse else v for v in (x, delta, b, c))
@@ -194,7 +194,7 @@ def test_long_steps_and_fast_rates_do_not_overflow(implementation: str):
 
 
 def test_memory_of_training_has_no_states_in_it():
-    """What is kept for the backward pass grows with tokens and channels, not with tokens times states."""
+    """Memory of the backward pass grows with tokens and channels, not with tokens times states."""
     kept = {}
     for states in (4, 32):
         values = [v.requires_grad_() for v in inputs(torch.float32, images=1, length=1024, channels=64, states=states)]

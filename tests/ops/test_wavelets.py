@@ -25,7 +25,7 @@ def test_waves_show_by_their_direction(down: float, right: float, angles: set[in
 
 
 def test_magnitudes_move_less_than_haars():
-    """A picture shifted by a pixel: how much its bands' magnitudes change, over their size, against a plain Haar transform."""
+    """An image shifted by a pixel: how much its bands' magnitudes change, over their size, against a plain Haar transform."""
     y, x = torch.meshgrid(torch.arange(33.0), torch.arange(33.0), indexing="ij")
     picture = torch.sigmoid(4 * (12 - ((y - 16) ** 2 + (x - 15) ** 2).sqrt())).double()[None, None]
     here, there = picture[..., :32, :32].contiguous(), picture[..., 1:, 1:].contiguous()

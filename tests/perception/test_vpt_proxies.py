@@ -197,7 +197,7 @@ def test_lora_merges_into_one_layer():
     torch.testing.assert_close(layer.merged()(x), layer(x))
 
 
-def test_mistakes_are_told():
+def test_mistakes_are_refused():
     for text in ("vpt_proxies:prompts=-1", "vpt_proxies:prompts=0", "vpt_proxies:depth=0", "lora:rank=0", "lora:alpha=0"):
         with pytest.raises(UsageError):
             vitarium.apply(vit(), text)

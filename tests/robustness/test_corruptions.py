@@ -53,7 +53,7 @@ def test_any_size_and_mode(kind, size):
 
 @pytest.mark.parametrize("kind", ["defocus_blur", "motion_blur", "zoom_blur", "contrast", "brightness"])
 def test_a_small_picture_looks_like_the_large_one_made_small(kind):
-    """Blurs are in proportion to the picture. At half the size: closer to the large one's corruption than to no corruption."""
+    """Blurs are in proportion to the image. At half the size: closer to the large one's corruption than to no corruption."""
     large = sample_photos()[0][1].convert("RGB").resize((224, 224))
     small = large.resize((112, 112), Image.Resampling.BOX)
     expected = np.asarray(corrupt(large, kind, 4, np.random.default_rng(0)).resize((112, 112), Image.Resampling.BOX), dtype=float)
@@ -125,7 +125,7 @@ def test_equals_the_library_draw_for_draw(library, severity):
             assert ratio == pytest.approx(1, abs=0.15), kind
 
 
-def test_mistakes_are_told(photo, monkeypatch):
+def test_mistakes_are_refused(photo, monkeypatch):
     rng = np.random.default_rng(0)
     with pytest.raises(UsageError, match=r"unknown corruption 'fogg'; did you mean fog"):
         corrupt(photo, "fogg", 1, rng)
@@ -141,7 +141,7 @@ def test_mistakes_are_told(photo, monkeypatch):
 
 
 class Bright(nn.Module):
-    """Says whether a picture's mean is above the middle."""
+    """Says whether an image's mean is above the middle."""
 
     num_classes = 2
     preprocessing = Preprocessing(8, mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
@@ -156,7 +156,7 @@ class Bright(nn.Module):
 
 
 class Plain:
-    """Dark pictures (class 0) and light ones (class 1)."""
+    """Dark images (class 0) and light ones (class 1)."""
 
     targets = (0, 1, 0, 1)
 
@@ -204,7 +204,7 @@ def test_relative_to_alexnet_is_one_for_alexnet():
     assert itself.mean == pytest.approx(sum(ALEXNET.values()) / 15)
 
 
-def test_what_cannot_be_measured_is_told(tmp_path):
+def test_refuses_what_cannot_be_measured(tmp_path):
     with pytest.raises(UsageError, match="did you mean fog"):
         corruption_errors(Bright(), Plain(), kinds=["fogs"])
     with pytest.raises(UsageError, match="severities from 1 to 5"):

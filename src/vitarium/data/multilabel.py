@@ -226,7 +226,7 @@ def _parts(path: Path, rows: Rows, seed: int, val_fraction: float) -> tuple[list
         groups = rows.patients or [str(i) for i in range(len(rows.names))]
         everyone = sorted(set(groups))
         if not 0 < val_fraction < 1 or len(everyone) < 2:
-            whose = "patients" if rows.patients else "pictures"
+            whose = "patients" if rows.patients else "images"
             raise DataError(f"{path}: {len(everyone)} {whose} cannot be divided with val_fraction={val_fraction}; at least two are needed")
         count = min(max(1, round(val_fraction * len(everyone))), len(everyone) - 1)
         held_out = set(random.Random(f"{seed} multilabel").sample(everyone, count))

@@ -69,7 +69,7 @@ def test_together_with_token_reduction():
     assert float(term().detach()) > 0
 
 
-def test_mistakes_are_told():
+def test_mistakes_are_refused():
     with pytest.raises(UsageError, match="one of log1p_sq, l1, entropy, hoyer"):
         AttentionPenalty("l2")
     with pytest.raises(UsageError, match="'last' or 'all'"):

@@ -172,7 +172,7 @@ def logits_double(model: nn.Module) -> Tensor:
         return model(IMAGE.double())
 
 
-def test_the_report_tells_the_true_cost():
+def test_the_report_holds_the_true_cost():
     model = timm_model("vit")
     vitarium.apply(model, "sparse_prune:structure=both", quiet=True)
     report = model.methods[0]

@@ -134,7 +134,7 @@ def test_a_loaded_model_makes_its_learner(tmp_path: Path):
     assert again.settings.amount == 0.5
 
 
-def test_mistakes_are_told():
+def test_mistakes_are_refused():
     with pytest.raises(UsageError, match="set ema=null"):
         learner(recipe(ema={"decay": 0.9}, objective={"amount": 0.5}))
     with pytest.raises(UsageError, match="wieght"):
