@@ -1,12 +1,13 @@
 # make demo    creates .venv, installs, and runs `vitarium compare` on the embedded data
 # make test    creates .venv, installs what the tests need, checks style, types, floors and docs, and runs the tests
+# make check SLUG=swin    what concerns one system
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test lint docs bench evidence clean
+.PHONY: demo test check lint docs bench evidence clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -20,6 +21,9 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 
 demo: $(VENV)/.demo
 	$(BIN)/vitarium compare
+
+check: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.check $(SLUG)
 
 test: lint docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
