@@ -125,6 +125,7 @@ INPUT_KEYS = ("image_size", "frames", "stride")
 """Keys of a variant that describe its input; a constructor gets those that it takes."""
 
 BASES = {
+    "dcgan": "vitarium.generation.adversarial.dcgan",
     "dit": "vitarium.generation.diffusion",
     "sit_flow": "vitarium.generation.diffusion",
 }

@@ -25,6 +25,7 @@ LearnerClass = TypeVar("LearnerClass", bound=type[Learner])
 
 HOMES = {
     "classification": "vitarium.training.classification",
+    "dcgan": "vitarium.generation.adversarial.dcgan",
     "diffusion": "vitarium.generation.diffusion.learner",
     "distillation": "vitarium.training.distillation",
     "linear_probe": "vitarium.pretraining.probes",
