@@ -68,6 +68,7 @@ class ClassificationLearner(Learner):
         if self.num_classes < 1:
             raise UsageError(f"{type(model).__name__} has no classes to learn; create it with num_classes=N")
         self._mix: Any = None
+        self._mix_settings: Any = None
 
     @property
     def criterion_settings(self) -> Loss:
@@ -110,8 +111,8 @@ class ClassificationLearner(Learner):
 
         binary = self.criterion_settings.name == "binary"
         smoothing = 0.0 if binary else self.criterion_settings.label_smoothing
-        if self._mix is None:
-            m = self.mixing
+        if self._mix is None or self._mix_settings is not self.settings:  # values by step exchange the settings
+            self._mix_settings, m = self.settings, self.mixing
             self._mix = Mixup(
                 m.mixup,
                 m.cutmix,

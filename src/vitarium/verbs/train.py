@@ -110,6 +110,7 @@ def train(
     from vitarium.reports.trial import is_main_process
     from vitarium.training import find_learner, fit
     from vitarium.training.opening import load_recipe, with_changes
+    from vitarium.training.phases import settled
     from vitarium.training.recording import record_training
 
     named = isinstance(recipe, str | os.PathLike)
@@ -127,7 +128,8 @@ def train(
     learner = kind.create(name, images, settings, pretrained=pretrained, checkpoint=checkpoint)
     apply_methods(learner.model, apply, images, notify)
     if trained_only:
-        check_trained_only(learner.eval_model())
+        with settled(learner, settings):
+            check_trained_only(learner.eval_model())
     report = None if progress is None else lambda at: progress(name, task, at)
     where: dict[str, Any] = dict(devices=devices, num_nodes=num_nodes, strategy=strategy, accelerator=accelerator)
     result = fit(learner, images, settings, folder, **where, progress=report)

@@ -27,11 +27,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitarium.catalog import family
-from vitarium.catalog.probe import evaluating
 from vitarium.data.loader import generators_kept, seed_generators
 from vitarium.errors import UsageError
 from vitarium.generation.labels import check_labels
-from vitarium.generation.pictures import grid
+from vitarium.generation.noise import ImageNoise, numbered
+from vitarium.generation.tasks import Generate
+from vitarium.nn.modes import evaluating
 from vitarium.training import Learner, learner
 from vitarium.training.base import Batch
 from vitarium.training.building import build_model
@@ -39,15 +40,11 @@ from vitarium.training.players import Player
 from vitarium.training.settings import Section
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from vitarium.data import ImageData
     from vitarium.training.recipe import Recipe
 
 LARGEST_MAP = 7
 """Cells of a side of the map that the generator begins with, at most."""
-SHOWN = 10
-"""Images a row of what is drawn during training."""
 
 
 def halvings(image_size: int) -> int:
@@ -150,8 +147,10 @@ class DCGAN(Generator):
         noise = torch.randn(n, self.latent_dim, generator=generator).to(weight)
         return {"noise": noise, "labels": torch.randint(self.num_classes, (n,), generator=generator).to(weight.device)}
 
-    def generate(self, labels: Tensor, *, seed: int = 0, guidance: float | None = None, steps: int | None = None) -> Tensor:
-        """Images of classes, (B, C, H, W) float32 in [0, 1]; image i begins with the noise of `seed + i`.
+    def generate(
+        self, labels: Tensor, *, seed: int = 0, indices: Tensor | None = None, guidance: float | None = None, steps: int | None = None
+    ) -> Tensor:
+        """Return images of classes, (B, C, H, W) float32 in [0, 1]; see `vitarium.generation.Generator`.
 
         Raises:
             UsageError: a class that the model does not have, or a guidance or number of steps other than 1.
@@ -161,13 +160,13 @@ class DCGAN(Generator):
             if value not in (None, 1):
                 raise UsageError(f"a {type(self).__name__} makes an image in one step without guidance; got {name}={value}")
         weight = self.stem.weight
-        noise = [torch.randn(self.latent_dim, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(labels))]
-        with evaluating(self):
-            image = self(torch.stack(noise).to(weight), labels.to(weight.device)).float()
-        return image.mul(0.5).add(0.5).clamp(0, 1)
+        noise = ImageNoise(seed, numbered(labels, indices)).normal(self.latent_dim)
+        with evaluating(self, inference=True):
+            image = self(noise.to(weight), labels.to(weight.device)).float()
+        return image.mul(0.5).add(0.5).clamp(0, 1).clone()
 
 
-@learner("dcgan")
+@learner("dcgan", task="generate")
 class DCGANLearner(Learner):
     """Train a generator against a discriminator with the logistic loss and R1.
 
@@ -177,36 +176,38 @@ class DCGANLearner(Learner):
     """
 
     class Settings(Section):
-        """
+        """Settings of the loss and of the evaluation.
+
         Args:
             gamma: weight of R1, the discriminator's squared gradient at real images; 0: none.
             r1_every: steps between two computations of it.
             judge: feature extractor of the Fréchet distance: "pixels" (8x8 grey levels), a model's name, or a file.
-            samples: images that are made for it at an evaluation, in each process.
+            samples: images that are generated for it at an evaluation, in each process; 0: it is left out.
         """
 
-        gamma: Annotated[float, Field(ge=0)] = 1.0
+        gamma: Annotated[float, Field(ge=0)] = 0.1
         r1_every: Annotated[int, Field(ge=1)] = 4
         judge: str = "pixels"
-        samples: Annotated[int, Field(ge=2)] = 256
+        samples: Annotated[int, Field(ge=0)] = 256
 
     model: Any
-    usage = "vitarium generate {file}"
-    primary_metric = ("frechet", "min")
 
     def __init__(self, model: DCGAN, settings: Any = None):
         super().__init__(model, settings)
         shape = {name: getattr(model, name) for name in ("num_classes", "image_size", "in_chans", "width")}
         self.discriminator = Discriminator(**shape)
-        self._judge: Any = None
+
+    @classmethod
+    def task_for(cls, settings: Any) -> Generate:
+        return Generate(judge=settings.judge, samples=settings.samples)
 
     @classmethod
     def create(
-        cls, name: str, data: ImageData, recipe: Recipe, *, pretrained: bool = False, checkpoint: str | None = None
+        cls, name: str | nn.Module, data: ImageData, recipe: Recipe, *, pretrained: bool = False, checkpoint: str | None = None
     ) -> DCGANLearner:
         model = build_model(name, data, recipe, pretrained=pretrained, checkpoint=checkpoint)
         if not isinstance(model, DCGAN):
-            raise UsageError(f"the objective dcgan trains dcgan_* models, got {name}")
+            raise UsageError(f"the objective dcgan trains dcgan_* models, got a {type(model).__name__}")
         with generators_kept():
             seed_generators(recipe.seed, 1)
             return cls(model, recipe.settings_of(cls))
@@ -229,23 +230,3 @@ class DCGANLearner(Learner):
         image = batch["image"].detach().requires_grad_(True)
         (slope,) = torch.autograd.grad(self.discriminator(image, batch["target"]).sum(), image, create_graph=True)
         return self.settings.gamma / 2 * slope.square().sum((1, 2, 3)).mean()
-
-    def metrics(self) -> Any:
-        """frechet: the Fréchet distance of `Settings.samples` made images to held-out ones."""
-        from vitarium.generation.frechet import FrechetDistance, extractor
-
-        self._judge = self._judge or extractor(self.settings.judge)
-        return FrechetDistance(*self._judge)
-
-    def evaluate_batch(self, model: Any, batch: Batch, metrics: Any) -> None:
-        if metrics.made_count < self.settings.samples:
-            metrics.update(batch["image"] / 2 + 0.5, real=True)
-            metrics.update(model.generate(batch["target"], seed=1000 * int(batch["index"][0])), real=False)
-
-    def summary(self, metrics: Any) -> dict[str, Any]:
-        return {"frechet": metrics.compute().item()}
-
-    def pictures(self, model: Any, batch: Batch) -> dict[str, Image.Image]:
-        """samples: a column a class (the first ten), four images each, always from the same noise."""
-        labels = torch.arange(min(SHOWN, model.num_classes)).repeat(4)
-        return {"samples": grid(model.generate(labels), min(SHOWN, model.num_classes))}
