@@ -117,7 +117,7 @@ def test_model_that_fails_is_told_and_the_others_go_on(tmp_path, recipe, picture
 
 
 def test_models_of_clips_on_pictures_are_refused_before_training(tmp_path, recipe, pictures):
-    with pytest.raises(UsageError, match=r"pictures holds single pictures, and these models see clips: uniformer_video_pico; leave"):
+    with pytest.raises(UsageError, match=r"pictures holds single images, and these models take clips: uniformer_video_pico; leave"):
         compare("pictures", ["timm/vit_pico", "uniformer_video_pico"], recipe=recipe, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,4 @@
-"""Live progress: a line a model, with its bar, loss and score; in a log file, a line a change of state or score."""
+"""Live progress: a line a model, with its bar, loss and score; in a log file, a line for each change of state or score."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ WORDS = {
     "measuring": "[cyan]measuring[/]",
     "finished": "[green]done[/]",
     "kept": "[green]done before[/]",
+    "retried": "[yellow]failed, to be retried[/]",
     "failed": "[red]failed[/]",
 }
 
 
 class Board:
-    """Shows events as they come. A context manager: the picture is alive inside, and its last state stays on the screen.
+    """Shows events as they come. A context manager: the table is live inside, and its last state stays on the screen.
 
     Args:
-        models: names of all that will be trained, so that the waiting ones are seen too.
+        models: names of all that will be trained, so that the waiting ones are shown too.
     """
 
     def __init__(self, models: list[str]):
@@ -48,14 +49,14 @@ class Board:
         self.live.stop()
 
     def __call__(self, event: Event) -> None:
-        """Take in an event."""
+        """Record an event."""
         before = self.latest.get(event.model)
         self.latest[event.model] = event
-        if not self.console.is_terminal and (before is None or (before.kind, told(before)) != (event.kind, told(event))):
+        if not self.console.is_terminal and (before is None or (before.kind, score_of(before)) != (event.kind, score_of(event))):
             self.console.print(line(event), markup=False, soft_wrap=True)
 
     def finish(self, model: str) -> None:
-        """The end of a model whose trainer tells of none."""
+        """Mark a model as finished whose training reports no end."""
         if event := self.latest[model]:
             self(replace(event, kind="finished"))
 
@@ -72,21 +73,21 @@ class Board:
 
 
 def numbers(event: Event) -> list[str]:
-    """Step, loss, score and time left, "" where unknown."""
+    """Return step, loss, score and time left as text, "" where unknown."""
     step = f"{event.step}/{event.steps}" if event.steps else str(event.step or "")
     loss = "" if event.loss is None else f"{event.loss:.3f}"
     left = clock(event.seconds_left) if event.kind == "step" and event.seconds_left is not None else ""
-    return [step, loss, told(event), left]
+    return [step, loss, score_of(event), left]
 
 
-def told(event: Event) -> str:
-    """What the last evaluation found."""
+def score_of(event: Event) -> str:
+    """Return the primary metric of the last evaluation as text."""
     return event.score if event.accuracy is None else f"accuracy {100 * event.accuracy:.1f} %"
 
 
 def line(event: Event) -> str:
-    """An event as a line of a log."""
+    """Return an event as a line of a log."""
     word = Text.from_markup(WORDS[event.kind]).plain
     place = f"[{event.position + 1}/{event.count}] {event.model}: {word}"
-    known = [f"step {event.step}" if event.step else "", told(event)]
+    known = [f"step {event.step}" if event.step else "", score_of(event)]
     return ", ".join(filter(None, [place, *known, event.message]))

@@ -1,4 +1,4 @@
-"""`vitarium compare`: which model works best on these images, under the same budget for each."""
+"""`vitarium compare`: train models under the same budget, measure them, recommend one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from vitarium.cli.config import configurable
 from vitarium.cli.console import out, pairs, short, table
-from vitarium.cli.options import Accelerator, DataSpec, Devices, ImageSize, NumNodes, Strategy
+from vitarium.cli.options import Accelerator, Address, DataSpec, Devices, EngineKind, ImageSize, Jobs, NumNodes, Strategy
 from vitarium.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,10 +41,13 @@ def compare(
     num_nodes: NumNodes = 1,
     strategy: Strategy = "auto",
     accelerator: Accelerator = "auto",
+    engine: EngineKind = "local",
+    address: Address = None,
+    jobs: Jobs = None,
 ) -> None:
-    """Train models on your images under the same budget, measure them, and say which one to use.
+    """Train models on your images under the same budget, measure them, and recommend one.
 
-    Interrupted or killed, the same command goes on where it was.
+    Interrupted or killed, the same command continues, on either engine.
     """
     from vitarium.cli.board import Board
     from vitarium.reports.compare import DEFAULT_MODELS
@@ -69,14 +72,17 @@ def compare(
             num_nodes=num_nodes,
             strategy=strategy,
             accelerator=accelerator,
+            engine=engine,
+            address=address,
+            jobs=jobs,
             progress=board,
         )
     show(comparison)
 
 
 def chosen(text: str) -> list[str]:
-    """Names from a list with commas, and a name comes once. Patterns become the classifiers of pictures that they match; where they match
-    none, those of clips.
+    """Return the names of a list with commas, each once. A pattern stands for the image classifiers that it matches; where it matches none,
+    for those of clips.
 
     Raises:
         UsageError: an empty list, or a pattern that nothing matches.
@@ -88,8 +94,8 @@ def chosen(text: str) -> list[str]:
         matches = [part]
         if any(c in part for c in "*?["):
             classifiers = [row for row in find(part, None) if row["learner"] == "classification"]
-            of_pictures = [row for row in classifiers if row["frames"] is None]
-            matches = [row["name"] for row in of_pictures or classifiers]
+            of_images = [row for row in classifiers if row["frames"] is None]
+            matches = [row["name"] for row in of_images or classifiers]
         if not matches:
             raise UsageError(f"no model matches {part!r} ('vitarium models' lists all)")
         names += [name for name in matches if name not in names]
@@ -99,7 +105,7 @@ def chosen(text: str) -> list[str]:
 
 
 def show(comparison: Comparison) -> None:
-    """The table of a comparison, what failed, and the sentence that recommends a model."""
+    """Print the table of a comparison, the failures, and the recommendation."""
     console = out()
     winner = comparison.recommendation.model
     rows = table("~model", ">accuracy", ">latency", ">images/s", ">memory", ">params", ">MACs")
@@ -119,7 +125,7 @@ def show(comparison: Comparison) -> None:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """A row of results as text with units."""
+    """Return a row of results as text with units."""
     return [
         row["name"],
         f"{100 * row['accuracy']:.1f} %",

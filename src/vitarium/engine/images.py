@@ -19,9 +19,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from vitarium.engine.settings import Engine, as_engine
 from vitarium.engine.worker import portable, prepare
 from vitarium.errors import TrainingStopped, UsageError
@@ -159,6 +156,8 @@ def file_of(folder: Path, number: int) -> Path:
 
 def pack(value: Any) -> bytes:
     """Return a value as the bytes of a torch file, which is read back without running code."""
+    import torch
+
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
@@ -166,6 +165,8 @@ def pack(value: Any) -> bytes:
 
 def unpack(payload: bytes) -> Any:
     """Return the value of `pack`."""
+    import torch
+
     return torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
 
 
@@ -201,6 +202,8 @@ class _Actor:
 
     def __init__(self, function: Part, shared: Any, folder: Path | None, threads: int, cwd: str):
         import ray
+        import torch
+        from torch import nn
 
         prepare(threads, cwd)
         device = torch.device("cuda") if ray.get_gpu_ids() and torch.cuda.is_available() else torch.device("cpu")
@@ -306,7 +309,9 @@ def _room(connection: Any) -> int:
 
 @contextlib.contextmanager
 def _on_cpu(shared: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """The shared objects with their modules on the CPU, so that any machine can take them; put back afterwards."""
+    """Yield the shared objects with their modules on the CPU, so that any machine can take them; move them back afterwards."""
+    from torch import nn
+
     places = [(m, p.device) for m in shared if isinstance(m, nn.Module) and (p := next(m.parameters(), None)) is not None]
     for module, _ in places:
         module.to("cpu")

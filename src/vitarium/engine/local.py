@@ -51,9 +51,12 @@ class Processes:
     """Each run in a process of its own, `engine.jobs` at a time."""
 
     def __init__(self, engine: Engine):
+        import torch
+
         self.jobs = engine.jobs or 1
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.threads = max(1, int(engine.cpus or cores / self.jobs))
+        self.devices = 0 if "CUDA_VISIBLE_DEVICES" in os.environ else torch.cuda.device_count()
         self.context = multiprocessing.get_context("spawn")
         self.running: dict[Connection, tuple[int, Any, int]] = {}
 
@@ -63,7 +66,8 @@ class Processes:
     def start(self, position: int, job: Job) -> None:
         ours, theirs = self.context.Pipe()
         slot = min(set(range(self.jobs)) - {slot for _, _, slot in self.running.values()})
-        process = self.context.Process(target=_child, args=(theirs, job, self.threads, slot), name=job.name)
+        device = slot % self.devices if self.devices > 1 else None
+        process = self.context.Process(target=_child, args=(theirs, job, self.threads, device), name=job.name)
         process.start()
         theirs.close()
         self.running[ours] = position, process, slot
@@ -100,10 +104,11 @@ def _why(code: int | None) -> str:
     return " (killed: out of memory?)" if code in (-9, 137) else ""
 
 
-def _child(connection: Connection, job: Job, threads: int, slot: int) -> None:
-    """The whole life of a run's process."""
+def _child(connection: Connection, job: Job, threads: int, device: int | None) -> None:
+    """Main function of a run's process. `device` is the number of its GPU, where this machine has several."""
     prepare(threads)
-    _take_device(slot)
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(device)
 
     def report(value: Any) -> None:
         connection.send(("progress", value, ""))
@@ -118,12 +123,3 @@ def _child(connection: Connection, job: Job, threads: int, slot: int) -> None:
             connection.send(("failed", *portable(error)))
         else:
             connection.send(("done", value, ""))
-
-
-def _take_device(slot: int) -> None:
-    """Spread the processes over this machine's GPUs where it has several."""
-    import torch
-
-    count = torch.cuda.device_count()
-    if count > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(slot % count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -48,9 +49,9 @@ def prepare(threads: int | None, folder: str | None = None) -> None:
         with contextlib.suppress(OSError):
             os.chdir(folder)
     if threads is not None:
-        import torch
-
-        torch.set_num_threads(max(1, threads))
+        os.environ["OMP_NUM_THREADS"] = str(max(1, threads))  # read when torch is imported; a run may not need it
+        if torch := sys.modules.get("torch"):
+            torch.set_num_threads(max(1, threads))
 
 
 def wait_until_free(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The main job: train several models on the same images under the same budget, measure them, and say which one to use.
+"""Train several models on the same images under the same budget, measure them, and recommend one.
 
     comparison = compare("photos/", ["swin_tiny", "convnext_tiny"], steps=2000, image_size=224)
     print(comparison.recommendation)
@@ -8,7 +8,7 @@ In the output folder:
     results.json, results.csv   the numbers
     report.html                 one page with all of it, opens offline
     best.safetensors            the most accurate model; `vitarium.load` needs nothing else
-    comparison.json             what was asked, by which a comparison that was killed is known again
+    comparison.json             what was asked, by which an interrupted comparison is recognised
     models/NAME/                a folder a model: checkpoints, logs, model.safetensors, and result.json once it is finished
 """
 
@@ -18,7 +18,6 @@ import datetime
 import errno
 import logging
 import shutil
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,14 +26,15 @@ from typing import TYPE_CHECKING, Any
 from vitarium.catalog import find_model
 from vitarium.data import ImageData, open_data
 from vitarium.data.clips import holds_clips, still_of
+from vitarium.engine import Engine, Job, Outcome, RunEvent, as_engine, run_all
 from vitarium.errors import DataError, InputError, TrainingStopped, UsageError, VitariumError, nearest
-from vitarium.files import atomic_path, lock_folder, write_json, write_text
+from vitarium.files import atomic_path, lock_folder, write_text
 from vitarium.reports.events import Event, Listener
-from vitarium.reports.folder import claim, default_folder, plan_of, read_json, slug
+from vitarium.reports.folder import claim, default_folder, plan_of, slug
 from vitarium.reports.machine import describe_machine
 from vitarium.reports.page import write_report
 from vitarium.reports.results import Comparison, Failure, Trial
-from vitarium.reports.trial import MEASURING_BATCH, MODEL, Devices, is_main_process, run_trial, started_together
+from vitarium.reports.trial import MEASURING_BATCH, MODEL, DataSource, Devices, is_main_process, run_trial, started_together
 from vitarium.training import Progress, Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ log = logging.getLogger("vitarium")
 DEFAULT_MODELS = ("swin_pico", "convnext_pico", "swin_mlp_pico", "convnext_iso_pico", "timm/vit_pico", "timm/resnet_pico")
 """Six of different families, small enough to learn the embedded digits in seconds."""
 PICO_SIZE = 32
-"""Side of the input of the default models where the pictures have no natural size, pixels."""
+"""Side of the input of the default models where the images have no natural size, pixels."""
 
 
 def compare(
@@ -66,36 +66,49 @@ def compare(
     num_nodes: int = 1,
     strategy: str = "auto",
     accelerator: str = "auto",
+    engine: str | Engine = "local",
+    address: str | None = None,
+    jobs: int | None = None,
     progress: Listener | None = None,
 ) -> Comparison:
-    """Train each model under the same budget, evaluate and time it, and write it all to a folder.
+    """Train each model under the same budget, evaluate and time it, and write the results to a folder.
 
-    Killed at any point and called again with the same arguments, it goes on: finished models stay as they are, the one under way resumes
-    from its last checkpoint. Models that failed are tried again.
+    Interrupted or killed at any point and called again with the same arguments, it continues, whichever engine worked before: finished
+    models stay as they are, others resume from their last checkpoints. A model that fails, or loses its process or machine, is tried once
+    more and then named in the report. Models that failed are tried again by the next call.
 
     Args:
         data: "digits", "photos", "scenes", or a path, see `vitarium.open_data`.
         models: names as `create_model` takes them; six small ones of different families by default.
         steps, epochs, minutes: the training of each model, at most one of them; the recipe's own budget by default.
-        image_size: side of the input, pixels; by default the pictures' own, else each model's own.
+        image_size: side of the input, pixels; by default the images' own, else each model's own.
         recipe: name or YAML file of everything else about training.
         batch_size: images a step; the recipe's by default.
         val_fraction: share held out of data that is not split yet.
         pretrained: start from published weights.
         seed: of the split, the weights and the order of the data.
         out: folder for the results; by default "runs/DATA-DATE", or the newest folder there that holds this very comparison. Under
-            torchrun or SLURM it must be given and be shared; only the first process returns, the others leave with SystemExit(0).
-        devices, num_nodes, strategy, accelerator: as Lightning Fabric takes them.
+            torchrun or SLURM it must be given and be shared; only the first process returns, the others leave with SystemExit(0). A Ray
+            cluster of several machines needs a shared folder too.
+        devices, num_nodes, strategy, accelerator: of the training of one model, as Lightning Fabric takes them.
+        engine: where the models are trained: "local", this machine; "ray", a Ray cluster (`pip install 'vitarium[cluster]'`); or an
+            `engine.Engine` with CPUs and GPUs a model.
+        address: of a running Ray cluster, "auto" or "HOST:PORT"; by default Ray is started on this machine.
+        jobs: models at a time; by default 1 locally, and as many as the cluster's CPUs and GPUs allow. Models that are timed while others
+            train on the same machine look slower than they are; the report mentions it.
         progress: called with an `Event` whenever something happens.
 
     Raises:
         UsageError: unknown names (all at once), more than one budget, or a folder that holds another comparison or is in use.
         DataError: data that cannot be used; before any model is built.
         TrainingStopped: every model failed.
+        MissingExtra: engine="ray" without Ray.
     """
     names = list(models) if models is not None else list(DEFAULT_MODELS)
     check_names(names)
-    if out is None and started_together():
+    where = as_engine(engine, address=address, jobs=jobs)
+    _check_engine(where, devices, num_nodes)
+    if out is None and where.in_process and started_together():
         raise UsageError("several processes were started, and all need the same folder: name it with out (--out), on a shared disk")
     settings = _recipe(recipe, pixels=image_size, seed=seed, steps=steps, epochs=epochs, minutes=minutes, batch_size=batch_size)
     images = open_data(data, seed=seed, val_fraction=val_fraction, image_size=image_size)
@@ -103,17 +116,17 @@ def compare(
     if settings.image_size is None:
         size = images.image_size or (PICO_SIZE if models is None else None)
         settings = settings.model_copy(update=dict(image_size=size))
-    where = Devices(devices, num_nodes, strategy, accelerator)
-    main = is_main_process()
+    source = DataSource.of(images, data, seed=seed, val_fraction=val_fraction, image_size=image_size)
+    main = is_main_process() or not where.in_process
     plan = plan_of(images, names, settings, pretrained, processes=devices * num_nodes)
     folder = Path(out) if out is not None else default_folder(Path("runs"), images.name, plan)
     with lock_folder(folder) if main else nullcontext():
         if main:
             claim(folder, plan)
-        job = _Job(images, names, settings, folder, pretrained, where, progress or (lambda event: None))
-        trials, failures = job.run()
+        given = dict(source=source, recipe=settings, pretrained=pretrained, devices=Devices(devices, num_nodes, strategy, accelerator))
+        trials, failures = _run(names, folder, given, where, progress or (lambda event: None))
         if not main:
-            raise SystemExit(0)  # a helper has nothing to return
+            raise SystemExit(0)  # a helper process has nothing to return
         comparison = Comparison(
             folder=folder,
             data=images.name,
@@ -128,6 +141,8 @@ def compare(
                 "devices": devices * num_nodes,
                 "accelerator": accelerator,
                 "measuring_batch": MEASURING_BATCH,
+                "engine": where.kind,
+                "at_a_time": where.jobs or (1 if where.in_process else "several"),
             },
             machine=describe_machine(),
             created=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -138,6 +153,19 @@ def compare(
     return comparison
 
 
+def _check_engine(engine: Engine, devices: int, num_nodes: int) -> None:
+    """Refuse data-parallel training of models that run side by side.
+
+    Raises:
+        UsageError: several devices a model with Ray, or several machines with several jobs.
+    """
+    if devices * num_nodes > 1 and not engine.in_process:
+        raise UsageError(
+            "with --engine ray or several --jobs each model is trained on one device; for one training over several devices or machines "
+            "take --devices and --num-nodes with the local engine (torchrun, SLURM)"
+        )
+
+
 def finish(comparison: Comparison, images: ImageData) -> None:
     """Write the results, the best model's file and the page."""
     for bad in comparison.bad_files:
@@ -146,18 +174,18 @@ def finish(comparison: Comparison, images: ImageData) -> None:
     best = comparison.best
     with atomic_path(comparison.folder / "best.safetensors") as temporary:
         shutil.copyfile(comparison.folder / best.file, temporary)
-    write_report(comparison, pictures_of(comparison, images))
+    write_report(comparison, mistaken_images(comparison, images))
 
 
-def pictures_of(comparison: Comparison, images: ImageData) -> list[Image.Image | None]:
-    """The pictures of the best model's mistakes; None where one cannot be read any more."""
-    return [_picture(images, mistake.index) for mistake in comparison.best.mistakes]
+def mistaken_images(comparison: Comparison, images: ImageData) -> list[Image.Image | None]:
+    """Return the images of the best model's mistakes; None where one cannot be read any more."""
+    return [_image(images, mistake.index) for mistake in comparison.best.mistakes]
 
 
-def _picture(images: ImageData, index: int) -> Image.Image | None:
+def _image(images: ImageData, index: int) -> Image.Image | None:
     try:
         return still_of(images.val[index][0])
-    except DataError:  # it could be read before; a page without it is still a page
+    except DataError:  # it could be read before
         return None
 
 
@@ -180,21 +208,21 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def _check_kind(names: Sequence[str], images: ImageData) -> None:
-    """Refuse models of clips on pictures and the other way round, before anything is trained.
+    """Refuse models of clips on images and the other way round, before anything is trained.
 
     Raises:
         UsageError: with the names of those.
     """
     clips = holds_clips(images.train)
     if wrong := [name for name in names if sees_clips(name) != clips]:
-        held, seen = ("clips", "single pictures") if clips else ("single pictures", "clips")
+        held, seen = ("clips", "single images") if clips else ("single images", "clips")
         raise UsageError(
-            f"{images.name} holds {held}, and these models see {seen}: {', '.join(wrong)}; leave them out, or give them {seen}"
+            f"{images.name} holds {held}, and these models take {seen}: {', '.join(wrong)}; leave them out, or give them {seen}"
         )
 
 
 def sees_clips(name: str) -> bool:
-    """Whether a model, by its name, is one of clips."""
+    """Return whether the model of this name takes clips."""
     if name.startswith(("timm/", "hf/")):
         return False
     family, variant = find_model(name.partition(".")[0])
@@ -210,12 +238,12 @@ def _check_name(name: str) -> None:
         bare = name.removeprefix("timm/")
         if bare not in TIMM_PICO and not timm.is_model(bare):
             raise UsageError(f"timm has no model {bare!r}{nearest(bare, [*TIMM_PICO, *timm.list_models()])}")
-    elif not name.startswith("hf/"):  # those are looked up where they lie, when their turn comes
+    elif not name.startswith("hf/"):  # those are looked up when their turn comes
         find_model(name.partition(".")[0])
 
 
 def _recipe(name: str | Path, *, pixels: int | None, seed: int, **given: Any) -> Recipe:
-    """The recipe with what the caller set, checked together.
+    """Return the recipe with what the caller set, checked together.
 
     Raises:
         UsageError: more than one budget, or values that the recipe refuses.
@@ -229,86 +257,108 @@ def _recipe(name: str | Path, *, pixels: int | None, seed: int, **given: Any) ->
     return load_recipe(name, [f"{key}={value}" for key, value in changes.items() if value is not None])
 
 
-class _Job:
-    """The models of one comparison, one after the other."""
+# ---- the models as runs of an engine
 
-    def __init__(
-        self, images: ImageData, names: list[str], recipe: Recipe, folder: Path, pretrained: bool, devices: Devices, listener: Listener
-    ):
-        self.images, self.names, self.recipe, self.folder = images, names, recipe, folder
-        self.pretrained, self.devices, self.listener = pretrained, devices, listener
 
-    def run(self) -> tuple[list[Trial], list[Failure]]:
-        """All trials; those of an earlier run are kept.
+def _run(
+    names: Sequence[str], folder: Path, settings: dict[str, Any], engine: Engine, listener: Listener
+) -> tuple[list[Trial], list[Failure]]:
+    """Run all models that are not finished, and return the trials and the failures.
 
-        Raises:
-            UsageError, TrainingStopped: every model failed; the message has the reason of each.
-            DataError, KeyboardInterrupt, OSError (disk full): what would stop the next model as well.
-        """
-        trials: list[Trial] = []
-        errors: dict[str, Exception] = {}
-        for position, name in enumerate(self.names):
+    Raises:
+        UsageError, TrainingStopped: every model failed; the message has the reason of each.
+        DataError, KeyboardInterrupt, OSError (disk full): what would stop the next model as well.
+    """
+    jobs = [Job(name, train_and_measure, folder / "models" / slug(name), {"name": name, **settings}, files=(MODEL,)) for name in names]
+    retries = 0 if engine.in_process and started_together() else 1  # processes of one training stay in step
+    outcomes = run_all(jobs, engine, progress=_Translator(len(names), listener), fatal=stops_all, retries=retries)
+    failed = {o.job.name: o.error for o in outcomes if o.error is not None}
+    if len(failed) == len(names):
+        kind = UsageError if all(isinstance(e, UsageError | InputError) for e in failed.values()) else TrainingStopped
+        raise kind("no model could be compared:\n" + "\n".join(f"  {name}: {_reason(error)}" for name, error in failed.items()))
+    return [trial_of(o) for o in outcomes if o.value is not None], [Failure(name, _reason(error)) for name, error in failed.items()]
 
-            def tell(kind: Any, position: int = position, name: str = name, **values: Any) -> None:
-                self.listener(Event(kind, name, position, len(self.names), **values))
 
-            try:
-                trial = self._one(name, tell)
-            except (DataError, KeyboardInterrupt):
-                raise
-            except Exception as error:
-                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-                    raise
-                errors[name] = error
-                self._note(name, error)
-                tell("failed", message=_reason(error))
-            else:
-                trials += [trial] if trial else []
-        if len(errors) == len(self.names):
-            kind = UsageError if all(isinstance(e, UsageError | InputError) for e in errors.values()) else TrainingStopped
-            raise kind("no model could be compared:\n" + "\n".join(f"  {name}: {_reason(error)}" for name, error in errors.items()))
-        return trials, [Failure(name, _reason(error)) for name, error in errors.items()]
+def trial_of(outcome: Outcome) -> Trial:
+    """Return the trial of a finished run."""
+    assert outcome.value is not None
+    return Trial.from_dict(outcome.value)
 
-    def _one(self, name: str, tell: Callable[..., None]) -> Trial | None:
-        """One model; a finished one is read from its folder."""
-        folder = self.folder / "models" / slug(name)
-        result = folder / "result.json"
-        if (there := read_json(result)) and (folder / MODEL).exists():
-            trial = Trial.from_dict(there)
-            tell("kept", step=trial.steps, steps=trial.steps, fraction=1.0, accuracy=trial.accuracy)
-            return trial
-        last: dict[str, Any] = {}
 
-        def hear(progress: Progress) -> None:
-            left = progress.seconds / progress.step * (progress.total_steps - progress.step) if progress.step else None
-            last.update(step=progress.step, steps=progress.total_steps, fraction=progress.step / max(1, progress.total_steps))
-            last.update(loss=progress.loss, accuracy=progress.metrics.get("accuracy"))
-            tell("step", **last, seconds_left=left)
+def train_and_measure(
+    folder: Path,
+    report: Callable[[Any], None],
+    *,
+    name: str,
+    source: DataSource,
+    recipe: Recipe,
+    pretrained: bool,
+    devices: Devices,
+) -> dict[str, Any] | None:
+    """Train, evaluate and measure one model: a run of an engine.
 
-        tell("started")
-        new = run_trial(
-            name,
-            self.images,
-            self.recipe,
-            folder,
-            pretrained=self.pretrained,
-            devices=self.devices,
-            progress=hear,
-            measuring=lambda: tell("measuring", **last),
-        )
-        if new:
-            write_json(result, new.to_dict())
-            tell("finished", **{**last, "step": new.steps, "steps": new.steps, "fraction": 1.0, "accuracy": new.accuracy})
-        return new
+    Returns:
+        the trial as JSON values; None in the helper processes of data-parallel training.
+    """
+    last: dict[str, Any] = {}
 
-    def _note(self, name: str, error: Exception) -> None:
-        """The whole story of a failure, for who wants to know more than the message."""
-        path = self.folder / "models" / slug(name) / "error.txt"
-        log.warning("%s failed: %s (more in %s)", name, _reason(error), path)
-        write_text(path, "".join(traceback.format_exception(error)))
+    def hear(progress: Progress) -> None:
+        left = progress.seconds / progress.step * (progress.total_steps - progress.step) if progress.step else None
+        last.update(step=progress.step, steps=progress.total_steps, fraction=progress.step / max(1, progress.total_steps))
+        last.update(loss=progress.loss, accuracy=progress.metrics.get("accuracy"))
+        report({"kind": "step", **last, "seconds_left": left})
+
+    trial = run_trial(
+        name,
+        source.open(),
+        recipe,
+        folder,
+        pretrained=pretrained,
+        devices=devices,
+        progress=hear,
+        measuring=lambda: report({"kind": "measuring", **last}),
+    )
+    return None if trial is None else trial.to_dict()
+
+
+def stops_all(error: Exception) -> bool:
+    """Return whether an error would stop every other model too: data that cannot be used, or a disk that is full."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    return full or isinstance(error, DataError)
+
+
+class _Translator:
+    """Turns the engine's events into those of a comparison, and writes the tracebacks of failures."""
+
+    def __init__(self, count: int, listener: Listener):
+        self.count, self.listener = count, listener
+        self.latest: dict[str, dict[str, Any]] = {}
+
+    def __call__(self, event: RunEvent) -> None:
+        name, values = event.job.name, dict[str, Any]()
+        kind: Any = event.kind
+        if event.kind == "progress":
+            values = dict(event.value)
+            kind = values.pop("kind")
+            self.latest[name] = {key: value for key, value in values.items() if key != "seconds_left"}
+        elif event.kind in ("kept", "finished") and event.value is not None:
+            done = dict(step=event.value["steps"], steps=event.value["steps"], fraction=1.0, accuracy=event.value["accuracy"])
+            values = {**self.latest.get(name, {}), **done}
+        elif event.error is not None:
+            values = {"message": _reason(event.error)}
+            self._note(event)
+        self.listener(Event(kind, name, event.position, self.count, **values))
+
+    def _note(self, event: RunEvent) -> None:
+        """Write the traceback to error.txt."""
+        path = event.job.folder / "error.txt"
+        verb = "failed" if event.kind == "failed" else "failed and is tried once more"
+        assert event.error is not None
+        log.warning("%s %s: %s (more in %s)", event.job.name, verb, _reason(event.error), path)
+        write_text(path, event.traceback or str(event.error))
 
 
 def _reason(error: Exception) -> str:
-    """A message for a table; other libraries' errors with their kind."""
+    """Return a message for a table; errors of other libraries with their kind."""
     text = str(error).strip() or "no message"
     return text if isinstance(error, VitariumError) else f"{type(error).__name__}: {text.splitlines()[0][:300]}"

@@ -1,4 +1,4 @@
-"""What a comparison is doing, told to whoever shows it."""
+"""Events of a comparison, for live tables and logs."""
 
 from __future__ import annotations
 
@@ -6,30 +6,31 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["started", "step", "measuring", "finished", "kept", "failed"]
+Kind = Literal["started", "step", "measuring", "finished", "kept", "retried", "failed"]
 """
-started: training begins, or goes on; step: it moves; measuring: training is over, evaluation and timing run; finished: the model is done;
-kept: it was done by an earlier run of the same comparison; failed: it cannot be compared, the others go on.
+started: training begins or resumes; step: optimizer steps were taken; measuring: training is over, evaluation and timing run; finished:
+the model is done; kept: an earlier run of the same comparison finished it; retried: it failed or lost its machine, and will start once
+more; failed: it is given up, and the others continue.
 """
 
 
 @dataclass(frozen=True)
 class Event:
-    """One moment of one model.
+    """Event of one model.
 
     Args:
-        kind: what happens, see `Kind`.
-        model: its name.
+        kind: see `Kind`.
+        model: name of the model.
         position: place among the models, from 0.
         count: number of models.
-        step: optimizer steps done.
-        steps: how many there will be, as far as known (a budget in minutes is an estimate).
+        step: optimizer steps taken.
+        steps: their expected number (a budget in minutes is an estimate).
         fraction: share of this model's training that is done, 0 to 1.
-        seconds_left: of this model's training, estimated; None while unknown.
-        loss: training loss, lately.
+        seconds_left: estimated rest of this model's training; None while unknown.
+        loss: recent training loss.
         accuracy: on the held-out part, at the last evaluation, 0 to 1.
-        score: the last evaluation's most telling number with its name, of objectives that know no accuracy.
-        message: why it failed.
+        score: name and value of the last evaluation's primary metric, of tasks without accuracy.
+        message: reason of a failure.
     """
 
     kind: Kind

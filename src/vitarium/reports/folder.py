@@ -1,4 +1,4 @@
-"""The folder of a comparison: what was asked is written in it, so that the same comparison goes on there and another is refused."""
+"""Folder of a comparison: it records what was asked, so that the same comparison continues there and another one is refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PLAN = "comparison.json"
 
 
 def plan_of(images: ImageData, names: Sequence[str], recipe: Recipe, pretrained: bool, *, processes: int) -> dict[str, Any]:
-    """Everything that decides the outcome, as plain values: two comparisons are the same if these are."""
+    """Return everything that decides the outcome as plain values; two comparisons are the same if these are equal."""
     return {
         "vitarium": vitarium.__version__,
         "data": fingerprint(images),
@@ -34,7 +34,7 @@ def plan_of(images: ImageData, names: Sequence[str], recipe: Recipe, pretrained:
 
 
 def default_folder(root: Path, data: str, plan: dict[str, Any]) -> Path:
-    """The newest folder of this very comparison, else a new one: runs/digits-2026-01-31, then -2, -3 ..."""
+    """Return the newest folder of this very comparison, else a new one: runs/digits-2026-01-31, then -2, -3 ..."""
     found = [path for path in root.glob(f"*/{PLAN}") if read_json(path) == plan]
     if found:
         return max(found, key=lambda path: path.stat().st_mtime_ns).parent
@@ -44,10 +44,10 @@ def default_folder(root: Path, data: str, plan: dict[str, Any]) -> Path:
 
 
 def claim(folder: Path, plan: dict[str, Any]) -> None:
-    """Make the folder this comparison's, or find that it is already.
+    """Record a comparison in its folder, or check that the folder records the same one.
 
     Raises:
-        UsageError: it holds another comparison (the message says what differs), or other files.
+        UsageError: it holds another comparison (the message names the differences), or other files.
     """
     there = read_json(folder / PLAN)
     if there is not None:
@@ -58,7 +58,7 @@ def claim(folder: Path, plan: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content, or None where there is no such file or no JSON in it."""
+    """Return the content, or None where there is no such file or no JSON in it."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -66,5 +66,5 @@ def read_json(path: Path) -> Any:
 
 
 def slug(name: str) -> str:
-    """A name that is safe as a file's: "timm/vit_pico" -> "timm-vit_pico"."""
+    """Return a name that is safe for a file: "timm/vit_pico" -> "timm-vit_pico"."""
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "data"

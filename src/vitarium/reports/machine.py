@@ -1,4 +1,4 @@
-"""The machine that numbers were measured on."""
+"""Describe the machine that numbers were measured on."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from typing import Any
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores, threads, accelerator, system and versions, as plain values."""
+    """Return processor, cores, threads, accelerator, system and versions, as plain values."""
     import timm
     import torch
 
     import vitarium
 
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "Apple GPU" if torch.backends.mps.is_available() else None
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "accelerator": card,
+        "accelerator": _accelerator(),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -29,8 +28,19 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def describe_device(accelerator: str = "auto") -> str:
+    """Return the name of what models run on here: the accelerator, or the processor where there is none or "cpu" was asked for."""
+    return (None if accelerator == "cpu" else _accelerator()) or _processor()
+
+
+def _accelerator() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "Apple GPU" if torch.backends.mps.is_available() else None
+
+
 def _processor() -> str:
-    """Its name; Linux keeps it in /proc, and Python does not look there."""
+    """Return the processor's name; Linux keeps it in /proc, where Python does not look."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,7 +1,7 @@
-"""Which model to use, said in one sentence that the numbers support.
+"""Recommend a model by the one-standard-error rule of model selection.
 
-The rule is the one-standard-error rule of model selection: accuracies on a few hundred images are noisy, so every model within one standard
-error of the most accurate counts as as good, and of those the one that answers fastest is recommended, if it is clearly faster.
+Accuracies on a few hundred images are noisy: every model within one standard error of the most accurate counts as equally good, and the
+fastest of those is recommended if it is clearly faster.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CLEARLY_FASTER = 1.25
 
 
 class Measured(Protocol):
-    """What the rule looks at."""
+    """A model as the rule needs it."""
 
     @property
     def name(self) -> str: ...
@@ -30,7 +30,7 @@ class Measured(Protocol):
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A model's name, and the sentence that says why."""
+    """Name of a model, and a sentence that gives the reason."""
 
     model: str
     sentence: str
@@ -40,25 +40,25 @@ class Recommendation:
 
 
 def standard_error(accuracy: float, count: int) -> float:
-    """Of a share measured on `count` images: Wilson's, which stays above 0 where all are right (or wrong)."""
+    """Return the standard error of a share measured on `count` images: Wilson's, which stays above 0 where all are right (or wrong)."""
     if count < 1:
         return math.nan
     return math.sqrt(accuracy * (1 - accuracy) / count + 1 / (4 * count**2)) / (1 + 1 / count)
 
 
 def pareto_front(costs: Sequence[float], accuracies: Sequence[float]) -> list[int]:
-    """Places of the models that no other beats: none costs as little or less and is as accurate or more, and better in one of the two."""
+    """Return the positions of the Pareto-optimal models: no other is at least as good in cost and accuracy, and better in one of them."""
     pairs = list(zip(costs, accuracies, strict=True))
 
-    def beaten(i: int) -> bool:
+    def dominated(i: int) -> bool:
         cost, accuracy = pairs[i]
         return any(c <= cost and a >= accuracy and (c, a) != (cost, accuracy) for c, a in pairs)
 
-    return [i for i in range(len(pairs)) if not beaten(i)]
+    return [i for i in range(len(pairs)) if not dominated(i)]
 
 
 def recommend(models: Sequence[Measured]) -> Recommendation:
-    """Choose by the rule above.
+    """Return the recommended model.
 
     Args:
         models: at least one, evaluated on the same images.

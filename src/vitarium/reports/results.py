@@ -1,4 +1,4 @@
-"""What a comparison found, as plain values: one `Trial` a model, and the `Comparison` that holds them, written as JSON and CSV."""
+"""Results of a comparison as plain values: one `Trial` a model, and the `Comparison` that holds them, written as JSON and CSV."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from vitarium.files import write_json, write_text
 from vitarium.reports.recommend import Recommendation, recommend, standard_error
 
 COLUMNS = ("name", "accuracy", "latency_ms", "throughput", "peak_memory_mb", "params", "macs", "image_size", "steps", "seconds")
-"""What a table of the results shows, in this order."""
+"""Columns of a table of the results."""
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """A held-out image that the model took for something else."""
+    """A held-out image that the model classified wrongly."""
 
     index: int
     """Place in the held-out part."""
@@ -35,7 +35,7 @@ class Trial:
 
     Args:
         name: as given to `create_model`.
-        accuracy: share of the held-out images that it names rightly, 0 to 1.
+        accuracy: share of the held-out images that it classifies correctly, 0 to 1.
         loss: mean cross-entropy on the held-out images.
         evaluated: number of held-out images that could be read.
         latency_ms: milliseconds for one image at batch 1.
@@ -53,6 +53,7 @@ class Trial:
         bad_files: {"path", "reason"} of each image that could not be read.
         file: the trained model's file, relative to the comparison's folder.
         threads: of PyTorch, while it was trained and timed.
+        device: name of the processor or accelerator that it was trained and timed on.
     """
 
     name: str
@@ -74,19 +75,20 @@ class Trial:
     bad_files: list[dict[str, str]] = field(repr=False)
     file: str
     threads: int = 1
+    device: str = ""
 
     @property
     def standard_error(self) -> float:
-        """Of the accuracy, from the number of held-out images."""
+        """Standard error of the accuracy, from the number of held-out images."""
         return standard_error(self.accuracy, self.evaluated)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return JSON values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Trial:
-        """Back from JSON."""
+        """Make a trial from the values of `to_dict`."""
         return cls(**{**values, "mistakes": [Mistake(**m) for m in values["mistakes"]]})
 
 
@@ -100,17 +102,17 @@ class Failure:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The whole result.
+    """Result of a comparison.
 
     Args:
         folder: where everything was written.
         data: name of the data.
         images: number of images, {"train": ..., "val": ...}.
         classes: names of the classes, in the order of the logits.
-        budget: what each model was given, such as {"steps": 300}.
-        settings: everything else that was the same for all: recipe, batch size, seed, ...
-        machine: what it ran on.
-        created: when, ISO 8601.
+        budget: of each model, such as {"steps": 300}.
+        settings: what else was the same for all: recipe, batch size, seed, engine, ...
+        machine: where `compare` was called.
+        created: ISO 8601 time.
         trials: the finished models, in the order asked for; at least one.
         failures: the others.
     """
@@ -128,17 +130,17 @@ class Comparison:
 
     @property
     def best(self) -> Trial:
-        """The most accurate model; of equals the one with the lower latency."""
+        """Most accurate model; among equals the one with the lowest latency."""
         return min(self.trials, key=lambda t: (-t.accuracy, t.latency_ms))
 
     @property
     def recommendation(self) -> Recommendation:
-        """Which model to use, and why."""
+        """Model to use, and why."""
         return recommend(self.trials)
 
     @property
     def report(self) -> Path:
-        """The page."""
+        """Path of the HTML page."""
         return self.folder / "report.html"
 
     @property
@@ -147,12 +149,12 @@ class Comparison:
         return list({bad["path"]: bad for trial in self.trials for bad in trial.bad_files}.values())
 
     def table(self) -> list[dict[str, Any]]:
-        """A row a finished model, most accurate first; keys are `COLUMNS`, values plain numbers."""
+        """Return a row a finished model, most accurate first; keys are `COLUMNS`, values plain numbers."""
         rows = sorted(self.trials, key=lambda t: (-t.accuracy, t.latency_ms))
         return [{column: getattr(trial, column) for column in COLUMNS} for trial in rows]
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of results.json. `models` holds the finished ones; those that failed are apart, in `failed`."""
+        """Return the content of results.json: `models` holds the finished ones, `failed` the others."""
         return {
             "data": self.data,
             "images": self.images,
@@ -171,13 +173,13 @@ class Comparison:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], folder: Path) -> Comparison:
-        """Back from the content of a results.json, which lies (or lay) in `folder`."""
+        """Make a comparison from the content of a results.json of `folder`."""
         rest = {key: values[key] for key in ("data", "images", "classes", "budget", "settings", "machine", "created")}
         trials, failures = [Trial.from_dict(row) for row in values["models"]], [Failure(**row) for row in values["failed"]]
         return cls(folder=folder, **rest, trials=trials, failures=failures)
 
     def write(self) -> None:
-        """results.json and results.csv, whole or not at all."""
+        """Write results.json and results.csv atomically."""
         write_json(self.folder / "results.json", self.to_dict())
         text = io.StringIO()
         writer = csv.DictWriter(text, [*COLUMNS, "error"], lineterminator="\n")

@@ -1,4 +1,4 @@
-"""One model of a comparison: built, trained, evaluated, measured, saved."""
+"""Build, train, evaluate, measure and save one model of a comparison."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,66 @@ from torch import Tensor, nn
 
 import vitarium
 from vitarium.catalog import preprocessing_of
-from vitarium.data import ImageData, ImageSet
+from vitarium.data import ImageData, ImageSet, open_data
 from vitarium.efficiency.profiler import Profile, count_macs, profile
+from vitarium.errors import DataError
+from vitarium.reports.machine import describe_device
 from vitarium.reports.results import Mistake, Trial
 from vitarium.training import ClassificationLearner, Progress, Recipe, fit, predict_logits
 from vitarium.training.building import build_model
+from vitarium.training.checkpoint import fingerprint
 
 MISTAKES = 12
 """How many of the most confident mistakes are kept."""
 MEASURING_BATCH = 32
 """Images at once for throughput and peak memory, the same for every model."""
 MEASURING_SECONDS = 1.5
-"""A small model is measured as often as fits into this."""
+"""A model is measured repeatedly for this long."""
 SMALL_MACS = 20e6
-"""Below this many a picture, a model's operations are too short to share: threads that wait for each other take up to ten times as long."""
+"""Below this many an image, a model's operations are too short to share: threads that wait for each other take up to ten times as long."""
 MODEL = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Data by the arguments that open it, so that any process or machine can; small enough to travel with each run.
+
+    Args:
+        spec, seed, val_fraction, image_size: as `open_data` takes them.
+        fingerprint: of the data as they were when the comparison began.
+    """
+
+    spec: str
+    seed: int
+    val_fraction: float
+    image_size: int | None
+    fingerprint: dict[str, Any] = field(hash=False)
+
+    @classmethod
+    def of(cls, images: ImageData, spec: str | Path, *, seed: int, val_fraction: float, image_size: int | None) -> DataSource:
+        """Return the source of opened data, which this process then need not open again."""
+        source = cls(str(spec), seed, val_fraction, image_size, fingerprint(images))
+        _OPENED.clear()
+        _OPENED[source] = images
+        return source
+
+    def open(self) -> ImageData:
+        """Open the data; within a process only the first time.
+
+        Raises:
+            DataError: they are not there, or not what they were.
+        """
+        if self not in _OPENED:
+            images = open_data(self.spec, seed=self.seed, val_fraction=self.val_fraction, image_size=self.image_size)
+            if (now := fingerprint(images)) != self.fingerprint:
+                raise DataError(f"{self.spec} differs here from what the comparison began with ({now}, not {self.fingerprint})")
+            _OPENED.clear()
+            _OPENED[self] = images
+        return _OPENED[self]
+
+
+_OPENED: dict[DataSource, ImageData] = {}
+"""The data that this process has open."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +88,14 @@ class Devices:
 
 
 def is_main_process() -> bool:
-    """Whether this is the only process, or the first of several (started by torchrun, SLURM or Fabric): the one that writes."""
+    """Return whether this process writes: the only one, or the first of several that torchrun, SLURM or Fabric started."""
     environment = os.environ
     rank = environment.get("RANK", environment.get("SLURM_PROCID"))
     return int(rank) == 0 if rank else environment.get("LOCAL_RANK", "0") == "0" == environment.get("NODE_RANK", "0")
 
 
 def started_together() -> bool:
-    """Whether torchrun or SLURM started this process as one of several."""
+    """Return whether torchrun or SLURM started this process as one of several."""
     return any(int(os.environ.get(name, "1")) > 1 for name in ("WORLD_SIZE", "SLURM_NTASKS"))
 
 
@@ -65,15 +110,15 @@ def run_trial(
     progress: Callable[[Progress], None] | None,
     measuring: Callable[[], None],
 ) -> Trial | None:
-    """Train a model (or go on where it was), then evaluate and measure it. The model's file is written last.
+    """Train a model (or resume its training), then evaluate and measure it. The model's file is written last.
 
     Args:
         folder: of this model alone.
-        progress: hears how training goes.
+        progress: called as training proceeds.
         measuring: called when training is over.
 
     Returns:
-        the result; None in the helping processes of data-parallel training.
+        the result; None in the helper processes of data-parallel training.
 
     Raises:
         whatever `create_model`, `fit` and the model itself raise.
@@ -110,12 +155,13 @@ def run_trial(
         bad_files=[{"path": str(path), "reason": str(reason)} for path, reason in fitted.bad_files],
         file=f"models/{folder.name}/{MODEL}",
         threads=threads,
+        device=describe_device(accelerator=devices.accelerator),
     )
 
 
 @contextlib.contextmanager
 def suitable_threads(macs: int) -> Iterator[None]:
-    """One thread inside for a small model (see `SMALL_MACS`), torch's own number for others."""
+    """Run a small model (see `SMALL_MACS`) with one thread, and others with torch's own number."""
     before = torch.get_num_threads()
     try:
         if macs < SMALL_MACS:
@@ -126,7 +172,7 @@ def suitable_threads(macs: int) -> Iterator[None]:
 
 
 def measure(model: nn.Module, image_size: int) -> Profile:
-    """The profile, with the shortest latency and the highest throughput of several: other load only makes them worse."""
+    """Profile a model repeatedly; keep the shortest latency and the highest throughput, since other load only makes them worse."""
     end = time.perf_counter() + MEASURING_SECONDS
     profiles: list[Profile] = []
     while len(profiles) < 3 or time.perf_counter() < end:
@@ -136,15 +182,15 @@ def measure(model: nn.Module, image_size: int) -> Profile:
 
 
 def confusion_matrix(logits: Tensor, targets: Tensor) -> list[list[int]]:
-    """Counts; rows true, columns predicted. Logits (N, C), targets (N,)."""
+    """Return counts (C, C), rows true, columns predicted. Logits (N, C), targets (N,)."""
     classes = logits.shape[1]
     return torch.bincount(targets * classes + logits.argmax(1), minlength=classes**2).view(classes, classes).tolist()
 
 
 def confident_mistakes(logits: Tensor, targets: Tensor, indices: Tensor, images: ImageSet) -> list[Mistake]:
-    """The wrong answers of highest probability, at most `MISTAKES`. Logits (N, C), targets and indices into `images` (N,)."""
+    """Return the wrong answers of highest probability, at most `MISTAKES`. Logits (N, C), targets and indices into `images` (N,)."""
     confidence, predicted = logits.double().softmax(1).max(1)
     wrong = (predicted != targets).nonzero().flatten()
     chosen = wrong[confidence[wrong].argsort(descending=True, stable=True)][:MISTAKES]
     columns: list[list[Any]] = [t[chosen].tolist() for t in (indices, targets, predicted, confidence)]
-    return [Mistake(i, images.describe(i), true, said, sure) for i, true, said, sure in zip(*columns, strict=True)]
+    return [Mistake(i, images.describe(i), true, answer, share) for i, true, answer, share in zip(*columns, strict=True)]

@@ -1,0 +1,181 @@
+"""A real Ray cluster of two nodes on this machine, of which one is lost on the way."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import vitarium
+from tests.engine.work import Slow, part, run
+from vitarium.engine import Engine, Job, RunEvent, map_images, run_all
+from vitarium.engine.cluster import LOCALHOST, on_localhost, runtime_env
+from vitarium.errors import TrainingStopped
+from vitarium.generation.making import make_images
+from vitarium.perception.retrieval.index import Index, model_fingerprint, update
+from vitarium.reports.compare import compare
+from vitarium.reports.events import Event
+
+pytest.importorskip("ray")
+pytestmark = [pytest.mark.timeout(240), pytest.mark.skipif(sys.platform == "win32", reason="Ray's clusters on Windows are experimental")]
+
+ROOT = Path(__file__).parents[2]
+NODE = dict(num_cpus=1, num_gpus=0, node_ip_address=LOCALHOST, object_store_memory=80_000_000)
+RAY = Engine("ray", gpus=0)
+MODELS = ["timm/vit_pico", "convnext_iso_pico", "timm/resnet_pico"]
+RECIPE = """
+budget: {steps: 120}
+batch_size: 16
+optimizer: {lr: 1e-3}
+ema: {decay: 0.9}
+eval_every: 30 steps
+checkpoint_minutes: 0.00001
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two nodes, and this process connected; `cluster.lose()` removes the second, and `cluster.heal()` brings one back."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    with on_localhost():
+        made: Any = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+        made.second = None
+
+        def lose() -> None:
+            node, made.second = made.second, None
+            made.remove_node(node, allow_graceful=False)
+
+        def heal() -> None:
+            if made.second is None:
+                made.second = made.add_node(**NODE)
+
+        made.lose, made.heal = lose, heal
+        heal()
+        environment = runtime_env()
+        environment["env_vars"]["PYTHONPATH"] += os.pathsep + str(ROOT)
+        ray.init(address=made.address, runtime_env=environment, log_to_driver=False)
+        yield made
+        ray.shutdown()
+        made.shutdown()
+
+
+def test_comparison_survives_a_node_and_a_change_of_engine(cluster, tmp_path):
+    """Begun on this machine and interrupted, continued by Ray, which loses a node; the result is that of an unbroken local run."""
+    recipe, out = tmp_path / "tiny.yaml", tmp_path / "out"
+    recipe.write_text(RECIPE)
+    given: dict[str, Any] = dict(data="digits", models=MODELS, recipe=recipe)
+
+    def interrupt(event: Event) -> None:
+        if event.step >= 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(**given, out=out, progress=interrupt)
+    assert (out / "models/timm-vit_pico/last.ckpt").exists()
+
+    cluster.heal()
+    events: list[Event] = []
+
+    def lose_a_node(event: Event) -> None:
+        events.append(event)
+        training = {e.model for e in events if e.kind == "step"} - {e.model for e in events if e.kind in ("measuring", "finished")}
+        if len(training) == 2 and cluster.second is not None:  # one on each node
+            cluster.lose()
+
+    found = compare(**given, out=out, engine=RAY, progress=lose_a_node)
+    assert cluster.second is None
+    assert [e.kind for e in events].count("retried") >= 1
+    assert "lost" in next(e.message for e in events if e.kind == "retried")
+    resumed = next(e.step for e in events if e.model == MODELS[0] and e.kind == "step")
+    assert resumed >= 19  # from what the local engine left
+    assert found.failures == []
+    unbroken = compare(**given, out=tmp_path / "unbroken")
+    assert found.settings["engine"] == "ray"
+    for a, b in zip(found.trials, unbroken.trials, strict=True):
+        assert (a.name, a.accuracy, a.loss, a.steps, a.confusion, a.mistakes) == (
+            b.name,
+            b.accuracy,
+            b.loss,
+            b.steps,
+            b.confusion,
+            b.mistakes,
+        )
+        one, two = (vitarium.load(c.folder / t.file).state_dict() for c, t in ((found, a), (unbroken, b)))
+        assert all(torch.equal(one[name], two[name]) for name in two)
+    events.clear()
+    compare(**given, out=out, progress=events.append)
+    assert [e.kind for e in events] == ["kept"] * 3
+
+
+def test_index_survives_a_node(cluster, tmp_path):
+    cluster.heal()
+    images, marks = tmp_path / "images", tmp_path / "marks"
+    images.mkdir()
+    marks.mkdir()
+    for i in range(160):
+        Image.new("RGB", (20, 20), (i, 255 - i, 60)).save(images / f"{i:03}.png")
+    (images / "broken.png").write_bytes(b"no image")
+    files = sorted(map(str, images.iterdir()))
+    torch.manual_seed(0)
+    model = vitarium.create_model("timm/vit_pico", num_classes=3, image_size=16).eval()
+    local, found = Index("m", model_fingerprint(model)), Index("m", model_fingerprint(model))
+    update(local, model, files, batch_size=1)
+    hook = model.blocks[0].register_forward_pre_hook(Slow(marks, nodes=2))
+
+    def lose_a_node(done: int, total: int) -> None:
+        if 16 <= done < total and cluster.second is not None:  # both nodes have begun, see Slow
+            cluster.lose()
+
+    read = update(found, model, files, batch_size=1, engine=RAY, parts=tmp_path / "parts", progress=lose_a_node)
+    hook.remove()
+    assert cluster.second is None
+    assert len(list(marks.iterdir())) == 2
+    assert read == (160, 0)
+    assert (found.files, found.stamps, found.broken) == (local.files, local.stamps, local.broken)
+    torch.testing.assert_close(found.embeddings, local.embeddings, rtol=0, atol=1e-5)
+    assert not (tmp_path / "parts").exists()
+
+
+def test_images_are_the_same_on_every_engine(cluster):
+    torch.manual_seed(0)
+    model = vitarium.create_model("sit_flow_pico", num_classes=3, embed_dim=16, depth=1, num_heads=2)
+    labels = [0, 1, 2, 2, 1, 0, 1]
+    local = make_images(model, labels, batch_size=4, steps=3, seed=5)
+    found = make_images(model, labels, batch_size=2, steps=3, seed=5, engine=RAY)
+    torch.testing.assert_close(found, local, rtol=0, atol=1e-5)
+
+
+def test_runs_are_retried_and_named_as_on_one_machine(cluster, tmp_path):
+    settings = ({}, {"fails": 1}, {"fails": 2}, {"fails": 9, "how": "kill"}, {"fails": 1, "how": "usage"})
+    jobs = [Job(f"run {i}", run, tmp_path / str(i), {"value": i, **given}) for i, given in enumerate(settings)]
+    events: list[RunEvent] = []
+    outcomes = run_all(jobs, RAY, progress=events.append)
+    assert [o.value and o.value["value"] for o in outcomes] == [0, 1, None, None, None]
+    assert str(outcomes[2].error) == "attempt 2 failed"
+    assert isinstance(outcomes[3].error, TrainingStopped)
+    assert [int((tmp_path / str(i) / "attempts").read_text()) for i in range(5)] == [1, 2, 2, 2, 1]
+    assert [e.value for e in events if e.kind == "progress" and e.position == 1] == ["attempt 1", "attempt 2"]
+    again = run_all(jobs)  # on this machine: what Ray finished is kept
+    assert [o.kept for o in again] == [True, True, False, False, False]
+
+
+def test_failed_parts_are_tried_twice(cluster, tmp_path):
+    (tmp_path / "once").mkdir()
+    (tmp_path / "often").mkdir()
+    items = list(range(12))
+    assert map_images(part, items, shared=(tmp_path / "once", 1), part_size=4, engine=RAY) == [
+        [i * i for i in items[j : j + 4]] for j in (0, 4, 8)
+    ]
+    with pytest.raises(RuntimeError, match="this part failed"):
+        map_images(part, items, shared=(tmp_path / "often", 9), part_size=4, engine=RAY, parts=tmp_path / "parts")
+    assert (tmp_path / "often/part/attempts").read_text() == "2"
+    assert len(list((tmp_path / "parts").glob("part-*.pt"))) == 2  # the others are kept
