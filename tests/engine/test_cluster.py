@@ -21,6 +21,7 @@ from vitarium.generation.making import make_images
 from vitarium.perception.retrieval.index import Index, model_fingerprint, update
 from vitarium.reports.compare import compare
 from vitarium.reports.events import Event
+from vitarium.training.checkpoint import load_run
 
 pytest.importorskip("ray")
 pytestmark = [pytest.mark.timeout(240), pytest.mark.skipif(sys.platform == "win32", reason="Ray's clusters on Windows are experimental")]
@@ -28,14 +29,14 @@ pytestmark = [pytest.mark.timeout(240), pytest.mark.skipif(sys.platform == "win3
 ROOT = Path(__file__).parents[2]
 NODE = dict(num_cpus=1, num_gpus=0, node_ip_address=LOCALHOST, object_store_memory=80_000_000)
 RAY = Engine("ray", gpus=0)
-MODELS = ["timm/vit_pico", "convnext_iso_pico", "timm/resnet_pico"]
+MODELS = ["timm/vit_pico", "convnext_iso_pico"]
 RECIPE = """
 budget: {steps: 120}
 batch_size: 16
 optimizer: {lr: 1e-3}
 ema: {decay: 0.9}
 eval_every: 30 steps
-checkpoint_minutes: 0.00001
+checkpoint_minutes: 0.003
 """
 
 
@@ -59,10 +60,10 @@ def cluster() -> Iterator[Any]:
                 made.second = made.add_node(**NODE)
 
         made.lose, made.heal = lose, heal
-        heal()
         environment = runtime_env()
         environment["env_vars"]["PYTHONPATH"] += os.pathsep + str(ROOT)
         ray.init(address=made.address, runtime_env=environment, log_to_driver=False)
+        heal()  # not before this process has connected, which it must to the first node
         yield made
         ray.shutdown()
         made.shutdown()
@@ -80,7 +81,8 @@ def test_comparison_survives_a_node_and_a_change_of_engine(cluster, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         compare(**given, out=out, progress=interrupt)
-    assert (out / "models/timm-vit_pico/last.ckpt").exists()
+    saved = load_run(out / "models/timm-vit_pico/last.ckpt")[0].step
+    assert saved > 0
 
     cluster.heal()
     events: list[Event] = []
@@ -96,7 +98,7 @@ def test_comparison_survives_a_node_and_a_change_of_engine(cluster, tmp_path):
     assert [e.kind for e in events].count("retried") >= 1
     assert "lost" in next(e.message for e in events if e.kind == "retried")
     resumed = next(e.step for e in events if e.model == MODELS[0] and e.kind == "step")
-    assert resumed >= 19  # from what the local engine left
+    assert resumed >= saved  # from what the local engine left
     assert found.failures == []
     unbroken = compare(**given, out=tmp_path / "unbroken")
     assert found.settings["engine"] == "ray"
@@ -113,7 +115,7 @@ def test_comparison_survives_a_node_and_a_change_of_engine(cluster, tmp_path):
         assert all(torch.equal(one[name], two[name]) for name in two)
     events.clear()
     compare(**given, out=out, progress=events.append)
-    assert [e.kind for e in events] == ["kept"] * 3
+    assert [e.kind for e in events] == ["kept"] * 2
 
 
 def test_index_survives_a_node(cluster, tmp_path):
@@ -121,8 +123,8 @@ def test_index_survives_a_node(cluster, tmp_path):
     images, marks = tmp_path / "images", tmp_path / "marks"
     images.mkdir()
     marks.mkdir()
-    for i in range(160):
-        Image.new("RGB", (20, 20), (i, 255 - i, 60)).save(images / f"{i:03}.png")
+    for i in range(80):
+        Image.new("RGB", (20, 20), (i, 255 - 2 * i, 60)).save(images / f"{i:03}.png")
     (images / "broken.png").write_bytes(b"no image")
     files = sorted(map(str, images.iterdir()))
     torch.manual_seed(0)
@@ -139,7 +141,7 @@ def test_index_survives_a_node(cluster, tmp_path):
     hook.remove()
     assert cluster.second is None
     assert len(list(marks.iterdir())) == 2
-    assert read == (160, 0)
+    assert read == (80, 0)
     assert (found.files, found.stamps, found.broken) == (local.files, local.stamps, local.broken)
     torch.testing.assert_close(found.embeddings, local.embeddings, rtol=0, atol=1e-5)
     assert not (tmp_path / "parts").exists()
@@ -155,7 +157,7 @@ def test_images_are_the_same_on_every_engine(cluster):
 
 
 def test_runs_are_retried_and_named_as_on_one_machine(cluster, tmp_path):
-    settings = ({}, {"fails": 1}, {"fails": 2}, {"fails": 9, "how": "kill"}, {"fails": 1, "how": "usage"})
+    settings = ({}, {"fails": 1}, {"fails": 2}, {"fails": 2, "how": "kill"}, {"fails": 1, "how": "usage"})
     jobs = [Job(f"run {i}", run, tmp_path / str(i), {"value": i, **given}) for i, given in enumerate(settings)]
     events: list[RunEvent] = []
     outcomes = run_all(jobs, RAY, progress=events.append)

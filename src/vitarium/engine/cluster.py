@@ -163,7 +163,7 @@ class RayTasks:
 
     def messages(self) -> Iterator[Message]:
         done, _ = self.ray.wait(list(self.references), timeout=POLL_SECONDS)
-        for position, attempt, value in self.ray.get(self.mailbox.take.remote()):
+        for position, attempt, value in self._reports():
             if attempt == self.attempts[position]:
                 yield Message("progress", position, value)
         for reference in done:
@@ -173,6 +173,13 @@ class RayTasks:
             except self.ray.exceptions.RayError as error:
                 kind, value, text = "failed", lost(error), str(error)
             yield Message(kind, position, value, text)
+
+    def _reports(self) -> list[tuple[int, int, Any]]:
+        """What runs reported since the last call; nothing where the mailbox does not answer, since the results do not depend on it."""
+        try:
+            return self.ray.get(self.mailbox.take.remote())
+        except self.ray.exceptions.RayError:
+            return []
 
     def close(self, *, cancel: bool) -> None:
         if cancel:
