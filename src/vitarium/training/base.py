@@ -25,7 +25,7 @@ Batch = dict[str, Any]
 
 
 class Learner(nn.Module):
-    """How a model is taught: holds the model (and whatever else it needs), and turns a batch into a loss.
+    """A way to teach a model: holds the model (and whatever else it needs), and turns a batch into a loss.
 
     The loop owns devices, precision, optimizer, rates, accumulation, clipping, moving average, evaluation, logs and checkpoints. A new
     learner is a subclass with a `loss`, registered for a task:
@@ -101,7 +101,7 @@ class Learner(nn.Module):
 
     @property
     def task(self) -> Task:
-        """What the model is asked to do."""
+        """The task of the model."""
         return self.task_for(self.settings)
 
     @property

@@ -33,7 +33,7 @@ class Mixing(Section):
 
     @property
     def on(self) -> bool:
-        """Whether any batch is mixed."""
+        """True if any batch is mixed."""
         return (self.mixup > 0 or self.cutmix > 0) and self.probability > 0
 
 

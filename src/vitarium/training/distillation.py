@@ -1,16 +1,16 @@
-"""Distillation from stored answers: the teacher looks at every augmented picture once; students then learn without it (TinyViT, 2022).
+"""Distillation from stored logits: the teacher processes every augmented image once; students then train without it (TinyViT, 2022).
 
-    store = save_logits(teacher, student, data, recipe, "answers", k=3)           # or `objective.teacher`: `vitarium train` makes it
+    store = save_logits(teacher, student, data, recipe, "answers", k=3)           # or objective.teacher: `vitarium train` makes it
     vitarium train distillation_pico --set objective.store=answers
 
-What is stored of one picture in one epoch is a record of 4 + 4 K bytes: the seed of its augmentation (int32), and the K likeliest classes
-(int16) with their probabilities (float16). The loader of the house gives every sample's generators a state that depends on recipe seed,
-epoch and picture alone; the record's seed is the first number drawn from them, and everything that augmentation draws comes from it. So
-a student's batch finds its records by (picture, seed), whatever the order, the workers and the processes, and sees the teacher's pixels.
+The record of one image in one epoch has 4 + 4 K bytes: the seed of its augmentation (int32), and the K most probable classes (int16) with
+their probabilities (float16). The loader seeds the generators of each sample from recipe seed, epoch and image index alone; the record's seed
+is the first number drawn from them, and all augmentation is drawn from that seed. So a student's batch finds its records by (image, seed),
+whatever the order, the workers and the processes, and sees the teacher's pixels.
 
     target = stored probability for the K classes, (1 - their sum) / (classes - K) for each of the others;  loss = cross entropy with it
 
-No true label is used, and no temperature. Mixing of pictures is refused: its pairs depend on batches, which a store does not know.
+No true label is used, and no temperature. Mixing of images is refused: its pairs depend on batches, which a store does not record.
 """
 
 from __future__ import annotations
@@ -56,25 +56,25 @@ Values = Literal["float16", "float32"]
 
 
 class Replayed:
-    """An augmentation that can be done again: (picture, target) -> (tensor, (target, seed))."""
+    """An augmentation that can be repeated: (image, target) -> (tensor, (target, seed))."""
 
     joint = True
 
     def __init__(self, augmentation: Callable[[Any], Tensor]):
         self.augmentation = augmentation
 
-    def __call__(self, picture: Any, target: Any) -> tuple[Tensor, tuple[Any, int]]:
+    def __call__(self, image: Any, target: Any) -> tuple[Tensor, tuple[Any, int]]:
         seed = random.getrandbits(31)
-        return self.again(picture, seed), (target, seed)
+        return self.again(image, seed), (target, seed)
 
-    def again(self, picture: Any, seed: int) -> Tensor:
-        """The picture as that seed augments it. Sets the global generators."""
+    def again(self, image: Any, seed: int) -> Tensor:
+        """Augment an image by a seed. Sets the global generators."""
         seed_generators(seed)
-        return self.augmentation(picture)
+        return self.augmentation(image)
 
 
 def replayed_batch(samples: list[tuple[Tensor, Any]]) -> Batch:
-    """As `stack`, with "seed" (B,) where the samples were replayed."""
+    """Collate as `stack`, with "seed" (B,) where the samples are of `Replayed`."""
     if not samples or not isinstance(samples[0][1], tuple):
         return stack(samples)
     seeds = torch.tensor([seed for _, (_, seed) in samples], dtype=torch.int64)
@@ -82,13 +82,13 @@ def replayed_batch(samples: list[tuple[Tensor, Any]]) -> Batch:
 
 
 class LogitStore:
-    """A folder of a teacher's answers: store.json, and an array of records for each epoch. A copy or a pickle of it opens it anew.
+    """A folder of a teacher's answers: store.json, and an array of records for each epoch. A copy or pickle opens the folder again.
 
     Attributes:
-        header: what it was made with: teacher, classes, k, pictures, epochs, values, and the conditions of `conditions`.
+        header: teacher, classes, k, pictures (number of images), epochs, values, and the result of `conditions`.
 
     Raises:
-        DataError: no store there, or a damaged one.
+        DataError: the folder holds no store, or a damaged one.
     """
 
     def __init__(self, folder: str | Path):
@@ -105,25 +105,25 @@ class LogitStore:
 
     @property
     def bytes_per_record(self) -> int:
-        """Of one picture in one epoch."""
+        """Bytes of one image in one epoch."""
         return record_type(self.header["k"], self.header["values"]).itemsize
 
     def records(self, epoch: int) -> np.ndarray:
-        """Those of all pictures, a structured array with the fields seed, classes (K,) and values (K,); read when they are looked at."""
+        """Return the records of all images: a memory-mapped structured array with the fields seed, classes (K,) and values (K,)."""
         if epoch not in self._epochs:
             path = self.folder / f"epoch-{epoch:04d}.npy"
             try:
                 found = np.load(path, mmap_mode="r")
             except (OSError, ValueError) as error:
-                raise DataError(f"{path} cannot be read ({error}); make the store anew") from error
+                raise DataError(f"{path} cannot be read ({error}); make the store again") from error
             expected = record_type(self.header["k"], self.header["values"]), (self.header["pictures"],)
             if (found.dtype, found.shape) != expected:
-                raise DataError(f"{path} holds other records than {HEADER} says; make the store anew")
+                raise DataError(f"{path} holds other records than {HEADER} says; make the store again")
             self._epochs[epoch] = found
         return self._epochs[epoch]
 
     def find(self, index: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-        """The answers about pictures (B,) augmented by seeds (B,), of one epoch: classes int64 and probabilities float32, (B, K) each.
+        """Return the answers about images (B,) augmented by seeds (B,): classes int64 and probabilities float32, (B, K) each.
 
         Raises:
             UsageError: no epoch holds them.
@@ -136,29 +136,29 @@ class LogitStore:
                     self._latest = epoch
                     return torch.from_numpy(found["classes"].astype(np.int64)), torch.from_numpy(found["values"].astype(np.float32))
         raise UsageError(
-            f"none of the {count} epochs in {self.folder} holds these pictures as they were augmented now: train at most {count} epochs, "
+            f"none of the {count} epochs in {self.folder} holds these images with the present augmentation: train at most {count} epochs, "
             "with the data, seed and augmentation that the answers were stored with"
         )
 
     def targets(self, index: Tensor, seed: Tensor) -> Tensor:
-        """Shares of all classes for `find`'s pictures: (B, classes), each row with sum 1."""
+        """Return the target of each image of `find`: (B, classes), each row with sum 1."""
         return spread(*self.find(index, seed), self.header["classes"])
 
 
 def record_type(k: int, values: Values) -> np.dtype:
-    """One picture's answer in memory: 4 + 4 K bytes with float16."""
+    """Return the dtype of one image's record: 4 + 4 K bytes with float16."""
     return np.dtype([("seed", "<i4"), ("classes", "<i2", (k,)), ("values", np.dtype(values).newbyteorder("<"), (k,))])
 
 
 def spread(classes: Tensor, values: Tensor, num_classes: int) -> Tensor:
-    """Shares (B, num_classes) with the stored ones (B, K) in their places, and what they leave in equal parts on the others."""
+    """Scatter the stored probabilities (B, K) to all classes (B, num_classes); the others share the rest equally."""
     others = num_classes - classes.shape[1]
     rest = (1 - values.sum(1, keepdim=True)).clamp(min=0) / max(1, others)
     return rest.expand(len(values), num_classes).scatter(1, classes, values)
 
 
 def conditions(student: nn.Module, data: ImageData, recipe: Recipe) -> dict[str, Any]:
-    """What decides a training's pixels, as plain values: the same for a store and for who learns from it."""
+    """Return what determines the pixels of a training, as plain values; a store and its students must agree in it."""
     made = {
         "seed": recipe.seed,
         "augment": recipe.augment.model_dump(mode="json"),
@@ -169,7 +169,7 @@ def conditions(student: nn.Module, data: ImageData, recipe: Recipe) -> dict[str,
 
 
 def refuse_mixing(recipe: Recipe) -> None:
-    """Raises UsageError for what changes pictures in ways that a store does not know."""
+    """Raise UsageError for a recipe that changes images in ways that a store does not record."""
     mixing = ClassificationLearner.Settings.model_validate(
         {key: value for key, value in recipe.objective.items() if key in ("loss", "mixing")}
     ).mixing
@@ -178,14 +178,14 @@ def refuse_mixing(recipe: Recipe) -> None:
 
 
 def epochs_needed(data: ImageData, recipe: Recipe) -> int:
-    """Epochs that a training in one process begins.
+    """Return the number of epochs that a training in one process begins.
 
     Raises:
         UsageError: its budget is in minutes.
     """
     budget, per_epoch = recipe.budget, len(data.train) // recipe.batch_size // recipe.accumulate
     if budget.minutes is not None:
-        raise UsageError("how many epochs to store is not known from a budget in minutes; give budget.steps or budget.epochs")
+        raise UsageError("the number of epochs does not follow from a budget in minutes; give budget.steps or budget.epochs")
     return math.ceil(budget.epochs if budget.epochs is not None else (budget.steps or 0) / max(1, per_epoch))
 
 
@@ -200,25 +200,25 @@ def save_logits(
     epochs: int | None = None,
     values: Values = "float16",
 ) -> LogitStore:
-    """Let a teacher look at the training pictures as a student will see them, and store its answers. Called again, it goes on.
+    """Store a teacher's answers about the training images as a student will see them. An interrupted call resumes when repeated.
 
     Args:
         teacher: image -> logits; it sees the student's pixels, at the student's size, in its own normalisation.
-        student: for its preprocessing alone.
-        recipe: the student's: seed and augmentation count.
+        student: only its preprocessing is used.
+        recipe: of the student; its seed and augmentation are used.
         folder: of the store.
-        k: likeliest classes to keep; at most all are.
-        epochs: to store; None: as many as the recipe's budget takes.
+        k: most probable classes to keep, at most all.
+        epochs: number of epochs to store; None: as many as the recipe's budget takes.
         values: type of the stored probabilities.
 
     Raises:
-        UsageError: other classes than the data's, more than 32768 of them, a recipe that mixes pictures, or a folder with another store.
+        UsageError: other classes than the data's, more than 32768 of them, a recipe that mixes images, or a folder with another store.
     """
     refuse_mixing(recipe)
     classes = int(getattr(teacher, "num_classes", 0))
     if classes != len(data.classes) or classes > MOST_CLASSES:
         raise UsageError(
-            f"the teacher tells {classes} classes apart, the data has {len(data.classes)} (at most {MOST_CLASSES} can be stored)"
+            f"the teacher has {classes} classes, the data has {len(data.classes)} (at most {MOST_CLASSES} can be stored)"
         )
     header = {
         "teacher": getattr(getattr(teacher, "spec", None), "name", type(teacher).__name__),
@@ -249,7 +249,7 @@ def save_logits(
 
 
 def _check_same(folder: Path, header: dict[str, Any]) -> None:
-    """Refuse a folder whose answers were stored under other conditions; more epochs are welcome."""
+    """Refuse a folder whose answers were stored under other conditions. The number of epochs may differ."""
     path = folder / "conditions.json"
     fixed = {name: value for name, value in header.items() if name != "epochs"}
     if not path.exists():
@@ -263,7 +263,7 @@ def _check_same(folder: Path, header: dict[str, Any]) -> None:
 def _answers(
     teacher: nn.Module, student: nn.Module, data: ImageData, recipe: Recipe, epoch: int, bad_files: BadFiles
 ) -> Iterator[tuple[Batch, Tensor]]:
-    """Batches of an epoch's pictures, each once, with the teacher's probabilities (B, classes), float32 on the CPU."""
+    """Yield the batches of an epoch, with the teacher's probabilities (B, classes), float32 on the CPU."""
     loader = Loader(
         data.train,
         Replayed(Learner(student).transform(recipe.augment)),
@@ -282,7 +282,7 @@ def _answers(
 
 
 def _renormalised(image: Tensor, given: Preprocessing, wanted: Preprocessing) -> Tensor:
-    """From one normalisation into another."""
+    """Convert normalised images from one mean and standard deviation to another."""
     if (given.mean, given.std) == (wanted.mean, wanted.std):
         return image
     mean, std, new_mean, new_std = (torch.tensor(v)[:, None, None] for v in (given.mean, given.std, wanted.mean, wanted.std))
@@ -292,7 +292,7 @@ def _renormalised(image: Tensor, given: Preprocessing, wanted: Preprocessing) ->
 def check_store(
     store: LogitStore, teacher: nn.Module, student: nn.Module, data: ImageData, recipe: Recipe, *, batches: int = 4
 ) -> dict[str, float]:
-    """Ask the teacher again about the first pictures: mean |value error|, and the share of stored classes that are others now."""
+    """Run the teacher again on the first images; return the mean absolute error of the values and the share of differing classes."""
     errors: list[Tensor] = []
     others: list[Tensor] = []
     asked = _answers(teacher, student, data, recipe, 0, BadFiles())
@@ -306,19 +306,19 @@ def check_store(
 
 @learner("distillation", task="classify")
 class DistillationLearner(ClassificationLearner):
-    """Image -> class, learned from a teacher's stored answers; evaluated as any classifier.
+    """Classification trained on a teacher's stored answers.
 
     Raises:
-        UsageError: when it is to learn and has no store, or one that was made under other conditions.
+        UsageError: at training, without a store or with one that was made under other conditions.
     """
 
     class Settings(Section):
-        """Where the answers are.
+        """Settings of distillation.
 
         Args:
             store: folder of a `LogitStore`.
-            teacher: a saved model, or the name of a pretrained one: makes the store where it is not there yet (in one process).
-            k: likeliest classes to keep when the store is made.
+            teacher: a saved model, or the name of a pretrained one, which makes the store if it does not exist (in one process).
+            k: most probable classes to keep when the store is made.
         """
 
         store: str | None = None
@@ -340,7 +340,7 @@ class DistillationLearner(ClassificationLearner):
         return made
 
     def prepare(self, data: ImageData, recipe: Recipe) -> None:
-        """Make the store where there is none and a teacher is named, and check that a training by this recipe sees its pixels."""
+        """Make the store if there is none and a teacher is named, and check that a training by this recipe sees the same pixels."""
         refuse_mixing(recipe)
         if self.settings.teacher is not None and self.settings.store is not None and not (Path(self.settings.store) / HEADER).exists():
             teacher = open_teacher(self.settings.teacher)
@@ -368,11 +368,11 @@ class DistillationLearner(ClassificationLearner):
         return replayed_batch(samples)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Needs "seed" of the batch; "target" is not looked at."""
+        """Uses "index" and "seed" of the batch; "target" is ignored."""
         logits = self.model(batch["image"])
         return {"loss": F.cross_entropy(logits, self.store.targets(batch["index"], batch["seed"]).to(logits))}
 
 
 def open_teacher(source: str) -> nn.Module:
-    """A model saved by the house (a path), or a pretrained one by name."""
+    """Open a saved model (a path), or a pretrained one by name."""
     return load(source) if Path(source).exists() else create_model(source, pretrained=True)

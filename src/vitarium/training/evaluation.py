@@ -1,4 +1,4 @@
-"""What a trained model is worth on held-out images: metrics, and raw logits for reports."""
+"""Metrics of a model on held-out images, and raw logits for reports."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run_evaluation(
     autocast: Callable[[], Any] = contextlib.nullcontext,
     between: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """The learner's metrics of a model over batches; over several processes, of all their batches together.
+    """Return the learner's metrics of a model over batches; over several processes, of all their batches together.
 
     Args:
         model: `learner.eval_model()` or its moving average, on `device`.
@@ -48,7 +48,7 @@ def run_evaluation(
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on a device, copied while the device works on."""
+    """Return the batch with its tensors on a device; copies are asynchronous."""
     if device.type == "cpu":
         return batch
     return _moved(batch, device)
@@ -70,14 +70,14 @@ def evaluate(
     num_workers: int = 0,
     bad_files: BadFiles | None = None,
 ) -> dict[str, Any]:
-    """Metrics on an image set, on the device that the model is on.
+    """Return the metrics on an image set, on the device of the model.
 
     Args:
-        learner_or_model: a learner, or a model (then measured by the learner of its objective, see `learner_of`).
-        images: an ImageSet.
+        learner_or_model: a learner, or a model (see `learner_of`).
+        images: an `ImageSet`.
         batch_size: images a forward pass.
         num_workers: processes that read ahead.
-        bad_files: where images that cannot be read are recorded; they do not count.
+        bad_files: records images that cannot be read; they are not measured.
 
     Returns:
         numbers by name, such as accuracy (0 to 1), and under "confusion_matrix" a list of rows (truth) of counts (prediction).
@@ -97,7 +97,7 @@ def predict_logits(
     num_workers: int = 0,
     bad_files: BadFiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a classifier says of every image of a set that can be read.
+    """Return the logits of a classifier on every image of a set that can be read.
 
     Returns:
         logits (N, num_classes) float32, targets (N,) and indices into the set (N,), on the CPU, in the order of the set.
@@ -116,5 +116,5 @@ def predict_logits(
 
 
 def _place_of(model: nn.Module) -> Tensor:
-    """A tensor of the device and dtype that the model computes with."""
+    """Return a tensor of the device and dtype of the model."""
     return next(model.parameters(), torch.empty(0))
