@@ -20,7 +20,7 @@ from torch import nn
 from vitarium.errors import CheckpointError, UsageError
 from vitarium.files import atomic_path
 from vitarium.training.players import ONLY
-from vitarium.training.recipe import Recipe
+from vitarium.training.recipe import EARLIER_KEYS, Recipe
 from vitarium.training.settings import check
 
 LAST = "last.ckpt"
@@ -69,8 +69,9 @@ def identity_of(recipe: Any, data: Any, learner: nn.Module, processes: int) -> d
     model = getattr(learner, "model", learner)
     spec = getattr(model, "spec", None)
     shapes = [(name, list(tensor.shape)) for name, tensor in learner.state_dict().items()]
+    numbers = recipe.identity()
     return {
-        "recipe": recipe.identity(),
+        "recipe": {**numbers, "objective": whole_objective(numbers["objective"], learner)},
         "data": fingerprint(data),
         "model": {
             "learner": type(learner).__name__,
@@ -80,6 +81,18 @@ def identity_of(recipe: Any, data: Any, learner: nn.Module, processes: int) -> d
         },
         "processes": processes,
     }
+
+
+def whole_objective(objective: dict[str, Any], learner: nn.Module) -> dict[str, Any]:
+    """An objective of a recipe with all of its settings, also those left at their defaults, as plain values."""
+    settings = getattr(learner, "Settings", None)
+    if settings is None:
+        return objective
+    read = {k: v for k, v in objective.items() if k != "name" and (k in settings.model_fields or k not in EARLIER_KEYS)}
+    try:
+        return {"name": objective["name"], **check(settings, read, "the objective").model_dump(mode="json")}
+    except UsageError:
+        return objective  # it differs from every other, which is then said
 
 
 def fingerprint(data: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from vitarium.data.loader import Loader
 from vitarium.errors import DataError, TrainingStopped, UsageError
 from vitarium.files import lock_folder
 from vitarium.training.base import Learner
-from vitarium.training.checkpoint import LAST, RunState, check_same_run, identity_of, load_run
+from vitarium.training.checkpoint import LAST, RunState, check_same_run, identity_of, load_run, whole_objective
 from vitarium.training.logs import Logs
 from vitarium.training.loop import take_step, train
 from vitarium.training.optim import Rates
@@ -154,6 +154,9 @@ def _prepare(
     state, tensors = RunState(identity, total_steps=0), None
     if (folder / LAST).exists():
         state, tensors = load_run(folder / LAST)
+        recorded = state.identity.get("recipe", {})
+        if "objective" in recorded:
+            recorded["objective"] = whole_objective(recorded["objective"], learner)
         check_same_run(folder, state.identity, identity)
     shared: dict[str, Any] = dict(
         batch_size=recipe.batch_size,
