@@ -178,7 +178,7 @@ def test_refusals(tmp_path: Path):
     data = tiny_data()
     with pytest.raises(UsageError, match="mixup=0"):
         save_logits(teacher(), tiny_net(), data, tiny_recipe(), tmp_path)
-    with pytest.raises(UsageError, match="tells 4 classes apart, the data has 2"):
+    with pytest.raises(UsageError, match="the teacher has 4 classes, the data has 2"):
         save_logits(teacher(), tiny_net(), replace(data, classes=["a", "b"]), recipe(), tmp_path)
     with pytest.raises(UsageError, match="budget in minutes"):
         save_logits(teacher(), tiny_net(), data, recipe("budget={minutes: 1}"), tmp_path)
