@@ -101,3 +101,19 @@ def test_bad_options():
     with pytest.raises(UsageError, match="unknown model"):
         next(bench(["swin_tinny"]))
     assert torch.get_num_threads() >= 1
+
+
+@pytest.mark.parametrize("name", ["dit_pico", "var_pico", "uniformer_video_pico", "timm/vit_pico"])
+def test_models_of_many_inputs_and_of_others_are_timed(name: str):
+    rows = list(bench([name], kinds=("inference", "training"), batches=(2,), rounds=3))
+    assert [(r.kind, r.peer) for r in rows] == [("inference", ""), ("training", "")]
+    assert all(r.macs > 0 and r.ours_ms > 0 and r.dtype == "float32" for r in rows)
+
+
+def test_a_reference_is_called_with_the_inputs_in_order():
+    def reference(model: nn.Module) -> module.Forward:
+        return lambda noisy, times, classes: model(noisy, times, classes)
+
+    assert prepare("sit_flow_pico", reference=reference).error == 0
+    with pytest.raises(OutputsDiffer, match="differ in shape"):
+        prepare("sit_flow_pico", reference=lambda model: lambda *inputs: model(*inputs)[:, :1])

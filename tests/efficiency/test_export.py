@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import vitarium
+from vitarium.catalog.calling import call, example_inputs
 from vitarium.efficiency import export as exporting
 from vitarium.efficiency.export import compare, export
 from vitarium.efficiency.profiler import example_image
@@ -118,3 +119,43 @@ def test_a_model_with_fewer_tokens_is_exported(method, tmp_path):
     model = vitarium.create_model("timm/vit_pico", num_classes=10, image_size=16).eval()
     vitarium.apply(model, method, quiet=True)
     assert export(model, tmp_path / "reduced.onnx").error < 1e-5
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch-export"])
+def test_a_denoiser_is_exported_with_named_inputs(tmp_path, format):
+    torch.manual_seed(0)
+    dit = vitarium.create_model("dit_pico").eval()
+    with torch.no_grad():
+        for parameter in dit.parameters():  # its last layer begins at zero
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    done = export(dit, tmp_path / "dit", format=format)
+    assert done.error < 1e-5
+    graph = exporting.FORMATS[format][1](done.path)
+    inputs = example_inputs(dit, 5, seed=1)
+    torch.testing.assert_close(graph(*inputs.values()), call(dit, inputs), rtol=1e-4, atol=1e-4)
+    if format == "onnx":
+        written = onnx.load(done.path)
+        assert [value.name for value in written.graph.input] == ["x", "t", "labels"]
+        assert [value.name for value in written.graph.output] == ["output"]
+        assert {value.type.tensor_type.shape.dim[0].dim_param for value in written.graph.input} == {"batch"}
+        record = json.loads({p.key: p.value for p in written.metadata_props}["vitarium"])
+        assert record["inputs"]["labels"] == {"shape": [], "dtype": "int64"}
+
+
+class Two(nn.Module):
+    """A model of two outputs with names."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 2, 1)
+
+    def forward(self, image):
+        maps = self.layer(image)
+        return {"logits": maps.mean((2, 3)), "maps": maps}
+
+
+def test_outputs_of_several_tensors_have_names_and_are_all_compared(tmp_path):
+    model = Two()
+    done = export(model, tmp_path / "two.onnx", image_size=8)
+    assert [value.name for value in onnx.load(done.path).graph.output] == ["logits", "maps"]
+    assert compare(lambda image: [model(image)["logits"], 2 * model(image)["maps"]], model, 8, [1]) == pytest.approx(1)

@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves
 from vitarium.anatomy.finding import of
 from vitarium.anatomy.parts import Anatomy, BlockView
 from vitarium.anatomy.tokens import Tokens, carried, carry
-from vitarium.catalog.probe import example_input
-from vitarium.errors import AttachError, InputError
+from vitarium.catalog.calling import call, example_inputs
+from vitarium.errors import AttachError, InputError, UsageError
 from vitarium.nn.modes import evaluating
 
 PROOF = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -193,21 +193,18 @@ def install(model: nn.Module, make: Callable[[Anatomy], Sequence[Site]]) -> tupl
 
 def _outputs(model: nn.Module, view: Anatomy) -> list[tuple[str, Tensor]] | None:
     """What every block, and then the model, give out on the probe; None on the meta device, where nothing can be computed."""
-    image = example_input(model, batch=2)
-    if image is None:
-        height, width = (4 * side for side in view.patch_size)
-        raise AttachError(
-            f"a {type(model).__name__} does not say what image it takes, so nothing can be proven on it; set model.preprocessing "
-            f"(vitarium.catalog.Preprocessing(image_size=...)), such as {max(height, width)}"
-        )
-    if image.is_meta:
+    try:
+        inputs = example_inputs(model, 2)
+    except UsageError as error:
+        raise AttachError(f"nothing can be proven: {error}") from error
+    if next(iter(inputs.values())).is_meta:
         return None
     seen: list[tuple[str, Tensor]] = []
     modules = [(block.name, model.get_submodule(block.name)) for block in view.blocks]
     hooks = [m.register_forward_hook(lambda _, __, out, name=name: seen.append((name, out.detach()))) for name, m in modules]
     try:
         with evaluating(model):
-            result = model(image)
+            result = call(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()

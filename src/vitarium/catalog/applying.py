@@ -9,20 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitarium.catalog.calling import Inputs, arguments, example_inputs
 from vitarium.catalog.methods import KINDS, AttachReport, Method, build_method, parse_method
-from vitarium.catalog.probe import bytes_of, example_input, macs_of
+from vitarium.catalog.probe import bytes_of, macs_of
 from vitarium.errors import AttachError, UsageError
 
 
 def apply(
-    model: nn.Module, *methods: Method | str, example: Tensor | Sequence[Any] | None = None, keep_original: bool = True, quiet: bool = False
+    model: nn.Module,
+    *methods: Method | str,
+    example: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
+    keep_original: bool = True,
+    quiet: bool = False,
 ) -> nn.Module:
     """Apply methods to a model, in place. All of them are applied, or none.
 
     Args:
         model: any nn.Module; some methods require a plain vision transformer.
         methods: instances, or text such as "pitome:keep=0.925", in the order prune, reduce, adapt, quantize, explain.
-        example: input for counting multiply-accumulates; by default an image, if the model's input size is known.
+        example: inputs of a call, in order or by name, to count multiply-accumulates; by default `example_inputs` of the model.
         keep_original: whether to keep replaced weights, so that `undo` works; False frees their memory.
         quiet: do not print the reports.
 
@@ -144,14 +149,27 @@ def _forget(report: AttachReport) -> None:
         report.replaced, report.tensors, report.can_undo = {}, {}, False
 
 
-def _inputs(model: nn.Module, example: Tensor | Sequence[Any] | None) -> tuple[Any, ...] | None:
+def _inputs(model: nn.Module, example: Tensor | Sequence[Any] | Mapping[str, Any] | None) -> Inputs | tuple[Any, ...] | None:
+    """Inputs of a call; None where no example is given and the model records nothing about its input."""
     if example is None:
-        image = example_input(model)
-        return None if image is None else (image,)
+        try:
+            return example_inputs(model)
+        except UsageError:
+            return None
+    if isinstance(example, Mapping):
+        arguments(model, example)  # raises for a name that the model does not take
+        return dict(example)
     return (example,) if isinstance(example, Tensor) else tuple(example)
 
 
-def _cost(model: nn.Module, inputs: tuple[Any, ...] | None, earlier: Sequence[AttachReport] = ()) -> tuple[int | None, int]:
+def cost_of(model: nn.Module) -> tuple[int | None, int]:
+    """Return the multiply-accumulates of one example (None where the model records nothing about its input) and the bytes of weights."""
+    return _cost(model, _inputs(model, None))
+
+
+def _cost(model: nn.Module, inputs: Inputs | tuple[Any, ...] | None, earlier: Sequence[AttachReport] = ()) -> tuple[int | None, int]:
     if earlier:
         return earlier[-1].macs_after, earlier[-1].bytes_after
-    return (None if inputs is None else macs_of(model, *inputs)), bytes_of(model)
+    if inputs is None:
+        return None, bytes_of(model)
+    return macs_of(model, *((inputs,) if isinstance(inputs, dict) else inputs)), bytes_of(model)

@@ -158,12 +158,18 @@ def family(
             "hf:OWNER/NAME[/FILE]", or the authors' release address. The first tag is what `pretrained=True` means.
         learner: name of the objective by which its models are evaluated, where it is not classification.
         preparation: mean, std, interpolation, crop_pct where they are not ImageNet's usual ones.
+
+    A class without a method `example_inputs` gets the one of models that take one image or clip (`vitarium.catalog.calling.image_inputs`).
     """
     name = name or slug
     if not name.startswith(slug) and name not in BASES:
         raise ValueError(f"the family {name!r} must begin with its slug {slug!r}, so that its file is found by name")
 
     def register(cls: ModelClass) -> ModelClass:
+        if not hasattr(cls, "example_inputs"):
+            from vitarium.catalog.calling import image_inputs
+
+            cls.example_inputs = image_inputs  # type: ignore[attr-defined]
         named = ({"official": official} if official else {}) | dict(dialects or {})
         _FAMILIES[name] = Family(name, slug, cls, variants, named, weights or {}, learner, **preparation)
         return cls

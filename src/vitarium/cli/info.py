@@ -56,11 +56,12 @@ def describe(name: str, image_size: int | None = None) -> dict[str, Any]:
 
 
 def _cost(model: nn.Module, size: int) -> dict[str, Any]:
+    from vitarium.catalog.calling import example_inputs
     from vitarium.cli.models import macs_of
-    from vitarium.efficiency.profiler import count_params, example_image, peak_memory, weight_bytes
+    from vitarium.efficiency.profiler import count_params, peak_memory, weight_bytes
 
     macs = macs_of(model, size)
-    memory = None if macs is None else peak_memory(model, example_image(model, size)) / 1e6
+    memory = None if macs is None else peak_memory(model, example_inputs(model, 1, size)) / 1e6
     return {"params": count_params(model), "bytes": weight_bytes(model), "macs": macs, "peak_memory_mb": memory, "image_size": size}
 
 

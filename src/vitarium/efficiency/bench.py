@@ -8,6 +8,7 @@ not fuse.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import os
@@ -20,17 +21,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from vitarium.catalog import Family, create_model, find_model
+from vitarium.catalog.calling import Inputs, arguments, call, example_inputs
 from vitarium.catalog.create import preprocessing_of
 from vitarium.catalog.foreign import is_foreign
-from vitarium.efficiency.profiler import count_macs, count_params, example_image, weight_bytes
-from vitarium.errors import UsageError
+from vitarium.efficiency.profiler import count_macs, count_params, device_of, weight_bytes
+from vitarium.errors import InputError, UsageError
 from vitarium.nn import Backbone
 
 Kind = Literal["inference", "training", "compiled"]
 KINDS: tuple[Kind, ...] = ("inference", "training", "compiled")
-Forward = Callable[[Tensor], Tensor]
+Forward = Callable[..., Any]
 WRITTEN_OUT = "its equations, written out"
 """Name of the peer if no public implementation is known and a reference stands in."""
 
@@ -225,8 +228,7 @@ def prepare(
 
 def _alone(name: str, *, image_size: int | None, dtype: torch.dtype, device: str) -> Contest:
     """Create another library's model with random weights; it is the public implementation itself, so it has no peer."""
-    given = {} if image_size is None else {"image_size": image_size}
-    model = create_model(name, **given)
+    model = create_model(name, image_size=image_size)
     size = image_size or preprocessing_of(model).image_size
     model = model.to(device, dtype).eval()
     return Contest(name, "", size, model, model, None, None)
@@ -241,11 +243,15 @@ def _scattered(model: nn.Module) -> nn.Module:
 
 
 def _difference(ours: nn.Module, peer: nn.Module | Forward, size: int) -> float:
-    image = example_image(ours, size, 2)
+    """Largest difference of any output, in standard deviations of the peer's."""
+    inputs = example_inputs(ours, 2, size)
     with torch.inference_mode():
-        a, b = ours(image).double(), peer(image).double()
-    error = ((a - b).abs().max() / b.std()).item()
-    limit = 1e-3 if image.dtype is torch.float32 else 0.2
+        wanted, found = floating(peer(*inputs.values())), floating(call(ours, inputs))
+    if [t.shape for t in wanted] != [t.shape for t in found]:
+        shapes = [", ".join(str(tuple(t.shape)) for t in some) for some in (found, wanted)]
+        raise OutputsDiffer(f"outputs {shapes[0]} differ in shape from the peer's, {shapes[1]}: nothing is timed")
+    error = max(((a.double() - b.double()).abs().max() / b.double().std()).item() for a, b in zip(found, wanted, strict=True))
+    limit = 1e-3 if wanted[0].dtype is torch.float32 else 0.2
     if not error < limit:
         raise OutputsDiffer(f"outputs differ from the peer's by {error:.2g} standard deviations (at most {limit:g}): nothing is timed")
     return error
@@ -271,17 +277,17 @@ def measure(
     peer = contest.peer if kind != "training" or isinstance(contest.peer, nn.Module) else None
     arms: dict[str, nn.Module | Forward] = {"ours": ours, "again": copy.deepcopy(ours)}
     arms |= {"peer": peer} if peer is not None else {}
-    image = example_image(ours, size, batch)
-    images, macs, work = dict.fromkeys(arms, image), count_macs(contest.trained, size), 1.0
+    inputs = example_inputs(ours, batch, size)
+    given, macs, work = dict.fromkeys(arms, inputs), count_macs(contest.trained, size), 1.0
     if yardstick is not None:
         its_size = preprocessing_of(yardstick).image_size
-        arms["yardstick"], images["yardstick"] = yardstick, example_image(yardstick, its_size, batch)
+        arms["yardstick"], given["yardstick"] = yardstick, example_inputs(yardstick, batch, its_size)
         work = macs / count_macs(yardstick, its_size)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     torch.compiler.reset()  # or many models in one process reach the limit of recompilations and run eagerly
     try:
-        times = paired({arm: _call(model, images[arm], kind) for arm, model in arms.items()}, rounds=rounds, device=image.device)
+        times = paired({arm: _call(model, given[arm], kind) for arm, model in arms.items()}, rounds=rounds, device=device_of(inputs))
     finally:
         torch.set_num_threads(before)
     ratio, again = _ratios(times, "peer", "ours"), _ratios(times, "again", "ours")
@@ -293,8 +299,8 @@ def measure(
         kind=kind,
         batch=batch,
         image_size=size,
-        dtype=str(image.dtype).removeprefix("torch."),
-        device=image.device.type,
+        dtype=str(dtype_of(ours)).removeprefix("torch."),
+        device=device_of(inputs).type,
         threads=threads,
         params=count_params(contest.trained),
         bytes=weight_bytes(contest.trained),
@@ -324,15 +330,19 @@ def _spread(name: str, values: list[float]) -> dict[str, Any]:
     return dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
 
 
-def _call(model: nn.Module | Forward, image: Tensor, kind: Kind) -> Callable[[], Any]:
+def _call(model: nn.Module | Forward, inputs: Inputs, kind: Kind) -> Callable[[], Any]:
+    """One call of an arm. A peer may name its arguments otherwise, so they are given in order."""
+    args, named = tuple(inputs.values()), Inputs()
+    if isinstance(model, nn.Module):
+        with contextlib.suppress(InputError):
+            args, named = arguments(model, inputs)
     if kind == "training":
         assert isinstance(model, nn.Module)
         module = model.train()
-        target = torch.zeros(len(image), dtype=torch.long, device=image.device)
 
         def step() -> None:
             module.zero_grad(set_to_none=True)
-            F.cross_entropy(module(image), target).backward()
+            _objective(module(*args, **named)).backward()
 
         return step
     if isinstance(model, nn.Module):
@@ -341,9 +351,26 @@ def _call(model: nn.Module | Forward, image: Tensor, kind: Kind) -> Callable[[],
 
     def forward() -> None:
         with torch.inference_mode():
-            run(image)
+            run(*args, **named)
 
     return forward
+
+
+def _objective(output: Any) -> Tensor:
+    """A loss for timing: cross entropy of logits (B, classes), else the mean square of every output."""
+    if isinstance(output, Tensor) and output.ndim == 2:
+        return F.cross_entropy(output, output.new_zeros(len(output), dtype=torch.long))
+    return torch.stack([t.float().square().mean() for t in floating(output) if t.requires_grad]).sum()
+
+
+def floating(output: Any) -> list[Tensor]:
+    """Return the floating-point tensors of a model's output, in order."""
+    return [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Return the dtype of a model's weights."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
 def paired(
@@ -368,9 +395,9 @@ def paired(
         _synchronize(device)
         return (clock() - start) / repeats
 
-    for call in calls.values():  # fills caches, chooses kernels, compiles
-        call()
-    repeats = {arm: max(1, round(least_seconds / max(turn(call, 1), 1e-6))) for arm, call in calls.items()}
+    for run in calls.values():  # caches, kernel choice, compilation
+        run()
+    repeats = {arm: max(1, round(least_seconds / max(turn(run, 1), 1e-6))) for arm, run in calls.items()}
     times: dict[str, list[float]] = {arm: [] for arm in calls}
     names = list(calls)
     for i in range(rounds):

@@ -2,7 +2,8 @@
 
     export(model, "swin.onnx").error        # root mean square of the difference over that of the logits
 
-The file carries the model's labels and preprocessing under the key "vitarium", as JSON.
+The graph's inputs have the names of the model's (`vitarium.catalog.calling.example_inputs`): "image" of a classifier, "x", "t" and "labels"
+of a DiT. The file carries the model's labels, preprocessing and inputs under the key "vitarium", as JSON.
 """
 
 from __future__ import annotations
@@ -20,14 +21,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_unflatten
 
 from vitarium.catalog import preprocessing_of
-from vitarium.efficiency.profiler import example_image, weight_bytes
+from vitarium.catalog.calling import Inputs, arguments, call, example_inputs
+from vitarium.efficiency.profiler import weight_bytes
 from vitarium.errors import CheckpointError, UsageError, nearest, require
 from vitarium.files import atomic_path
 
 ONNX_LIMIT = 2 * 10**9  # bytes; a protobuf file cannot hold more
-Runner = Callable[[Tensor], Tensor]
+Runner = Callable[..., Any]
+"""A graph that was read back: takes the inputs in order, returns its outputs."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +67,16 @@ def export(
     """Write a model's graph, read it back, run it beside the model, and keep it only if the outputs agree.
 
     Args:
-        model: float32, on the CPU; it is not changed.
-        path: an older file is replaced only if the new one is right.
-        format: "onnx" (input "image", output "logits") or "torch-export".
-        image_size: side of the square input in pixels; by default the model's own.
-        batch: number of images; None: variable.
-        tolerance: largest accepted error (see `Exported`).
+        model: float32, on the CPU; left as it is.
+        path: where to write; an older file stays intact unless the new one is right.
+        format: "onnx" (named inputs; output "logits", or for other outputs than a matrix "output", or their names) or "torch-export".
+        image_size: side of the square input, pixels; the model's own by default.
+        batch: samples at once; None lets it vary.
+        tolerance: largest error that is accepted (see `Exported`).
 
     Raises:
-        UsageError: an unknown format, a model that cannot be traced, or one that is too large for the format.
-        CheckpointError: the graph's outputs differ from the model's; nothing is written.
+        UsageError: an unknown format, a model that cannot be traced or does not say how it is called, or one too large for the format.
+        CheckpointError: the graph computes something else; nothing is written.
         MissingExtra: onnx is not installed.
     """
     if format not in FORMATS:
@@ -85,9 +89,10 @@ def export(
     twin = copy.deepcopy(model).cpu().eval()  # tracing may leave attributes on a module; the caller's must stay unchanged
     size = image_size or preprocessing_of(model).image_size
     with torch.no_grad(), _silent():
-        program = _trace(twin, example_image(twin, size, batch or 2), dynamic=batch is None)
+        inputs = example_inputs(twin, batch or 2, size)
+        program = _trace(twin, inputs, dynamic=batch is None)
         with atomic_path(path) as temporary:
-            write(program, temporary, _record(model, size))
+            write(program, temporary, _record(model, inputs, size))
             error = compare(read(temporary), twin, size, [batch] if batch else [1, 3])
             if not error <= tolerance:  # also true for NaN
                 raise CheckpointError(
@@ -97,52 +102,93 @@ def export(
     return Exported(Path(path), format, size, batch, Path(path).stat().st_size, error)
 
 
-def compare(graph: Runner, model: nn.Module, image_size: int, batches: list[int]) -> float:
-    """Return the largest relative error (root mean square) of a graph against its model, over random images in batches of these sizes."""
-    errors = []
-    for batch in batches:
-        image = example_image(model, image_size, batch)
-        wanted = model(image).double()
-        got = graph(image).double()
-        errors.append(
-            ((got - wanted).square().mean() / wanted.square().mean()).sqrt().item() if got.shape == wanted.shape else float("inf")
-        )
-    return max(errors, key=lambda e: (math.isnan(e), e))
+def compare(graph: Runner, model: nn.Module, image_size: int | None, batches: list[int]) -> float:
+    """Return the worst relative error (root mean square) of a graph's outputs against its model's, over random inputs in these batches."""
+    return max((error for batch in batches for error in _errors(graph, model, image_size, batch)), key=lambda e: (math.isnan(e), e))
 
 
-def _trace(model: nn.Module, image: Tensor, *, dynamic: bool) -> torch.export.ExportedProgram:
-    shapes = ({0: torch.export.Dim("batch")},) if dynamic else None
+def _errors(graph: Runner, model: nn.Module, image_size: int | None, batch: int) -> list[float]:
+    inputs = example_inputs(model, batch, image_size)
+    wanted, got = outputs_of(call(model, inputs)), outputs_of(graph(*inputs.values()))
+    if [t.shape for t in wanted] != [t.shape for t in got]:
+        return [float("inf")]
+    pairs = [(a.double(), b.double()) for a, b in zip(wanted, got, strict=True)]
+    return [((b - a).square().mean() / a.square().mean().clamp(min=1e-30)).sqrt().item() for a, b in pairs]
+
+
+def outputs_of(result: Any) -> list[Tensor]:
+    """Return the tensors of a model's output, in order."""
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def _trace(model: nn.Module, inputs: Inputs, *, dynamic: bool) -> torch.export.ExportedProgram:
+    args, named = arguments(model, inputs)
+    batch = torch.export.Dim("batch")
+    shapes: Any = {name: {0: batch} for name in inputs} if named else tuple({0: batch} for _ in args)
     try:
-        return torch.export.export(model, (image,), dynamic_shapes=shapes)
+        return torch.export.export(model, args, named, dynamic_shapes=shapes if dynamic else None)
     except UsageError:
         raise
     except Exception as error:  # torch.export has no common class for its errors
         first = str(error).strip().splitlines()[0]
         hint = "; a fixed batch may work: --batch 1" if dynamic else ""
-        raise UsageError(f"{type(model).__name__} cannot be traced at {tuple(image.shape)}: {first}{hint}") from error
+        given = (
+            tuple(next(iter(inputs.values())).shape) if len(inputs) == 1 else ", ".join(f"{k} {tuple(v.shape)}" for k, v in inputs.items())
+        )
+        raise UsageError(f"{type(model).__name__} cannot be traced at {given}: {first}{hint}") from error
 
 
-def _record(model: nn.Module, size: int) -> str:
+def _record(model: nn.Module, inputs: Inputs, size: int) -> str:
     spec = getattr(model, "spec", None)
     preprocessing = preprocessing_of(model).to_dict() | {"image_size": size}
-    return json.dumps({"name": spec.name if spec else None, "labels": getattr(model, "labels", None), "preprocessing": preprocessing})
+    found: dict[str, Any] = {"name": spec.name if spec else None, "labels": getattr(model, "labels", None), "preprocessing": preprocessing}
+    if len(inputs) > 1:
+        found["inputs"] = {name: {"shape": list(value.shape[1:]), "dtype": str(value.dtype)[6:]} for name, value in inputs.items()}
+    return json.dumps(found)
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path, record: str) -> None:
     if weight_bytes(program.module()) > ONNX_LIMIT:
         raise UsageError("the weights exceed the 2 GB that one ONNX file can hold; choose --format torch-export")
-    axes = ({0: "batch"},) if program.range_constraints else None  # name of the axis in the file
-    graph = torch.onnx.export(program, input_names=["image"], output_names=["logits"], dynamic_shapes=axes, verbose=False)
+    names = _input_names(program)
+    axes = tuple({0: "batch"} for _ in names) if program.range_constraints else None  # the name that readers of the file see
+    graph = torch.onnx.export(program, input_names=names, output_names=_output_names(program), dynamic_shapes=axes, verbose=False)
     assert graph is not None  # it is None only when a path is given
     graph.model.metadata_props["vitarium"] = record
     graph.save(path, external_data=False)
+
+
+def _input_names(program: torch.export.ExportedProgram) -> list[str]:
+    """The inputs' names; a lone one is called "image", whatever the model's author called it."""
+    names = list(program.graph_signature.user_inputs)
+    return ["image"] if len(names) == 1 else [str(name) for name in names]
+
+
+def _output_names(program: torch.export.ExportedProgram) -> list[str]:
+    """ "logits" of a lone matrix, "output" of another lone tensor; of several the path of each in the model's output."""
+    values = next(node.args[0] for node in program.graph.nodes if node.op == "output")
+    count = len(values)  # type: ignore[arg-type]
+    if count == 1:
+        one: Any = values[0]  # type: ignore[index]
+        return ["logits" if one.meta["val"].ndim == 2 or len(program.graph_signature.user_inputs) == 1 else "output"]
+    spec = program.call_spec.out_spec
+    assert spec is not None
+    paths, _ = tree_flatten_with_path(tree_unflatten(list(range(count)), spec))
+    return [".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path) for path, _ in paths]
 
 
 def _read_onnx(path: Path) -> Runner:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
-    return lambda image: torch.from_numpy(session.run(["logits"], {"image": image.numpy()})[0])
+    names = [value.name for value in session.get_inputs()]
+
+    def run(*values: Tensor) -> Any:
+        found = session.run(None, {name: value.numpy() for name, value in zip(names, values, strict=True)})
+        tensors = [torch.from_numpy(array) for array in found]
+        return tensors[0] if len(tensors) == 1 else tensors
+
+    return run
 
 
 def _write_program(program: torch.export.ExportedProgram, path: Path, record: str) -> None:
@@ -152,7 +198,15 @@ def _write_program(program: torch.export.ExportedProgram, path: Path, record: st
 
 def _read_program(path: Path) -> Runner:
     with open(path, "rb") as file:
-        return torch.export.load(file).module()
+        program = torch.export.load(file)
+    module, names = program.module(), list(program.graph_signature.user_inputs)
+
+    def run(*values: Tensor) -> Any:
+        given = dict(zip(names, values, strict=True))
+        args = len(program.example_inputs[0]) if program.example_inputs else len(values)
+        return module(*values[:args], **{str(name): given[name] for name in names[args:]})
+
+    return run
 
 
 Writer = Callable[[torch.export.ExportedProgram, Path, str], None]

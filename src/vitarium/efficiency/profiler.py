@@ -12,7 +12,7 @@ import contextlib
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from vitarium.catalog import calling
+from vitarium.catalog.calling import call, example_inputs
 from vitarium.errors import UsageError
 from vitarium.nn.modes import evaluating, frozen_parameters
 
@@ -35,10 +37,10 @@ class Profile:
     Args:
         params: number of parameters.
         bytes: size of parameters and buffers in memory.
-        macs: multiply-accumulates for one image.
-        latency_ms: milliseconds for one image at batch 1 (median).
-        throughput: images per second at the given batch (median).
-        peak_memory_mb: largest memory alive at once in a forward pass at that batch: weights, image and activations.
+        macs: multiply-accumulates for one sample.
+        latency_ms: milliseconds for one sample at batch 1 (median).
+        throughput: samples a second at the batch asked for (median).
+        peak_memory_mb: most memory that is alive at once in a forward pass at that batch: weights, inputs and activations.
     """
 
     params: int
@@ -54,30 +56,36 @@ class Profile:
 
 
 def profile(
-    model: nn.Module, image_size: int | tuple[int, int], *, batch: int = 1, device: str | torch.device | None = None, runs: int = 10
+    model: nn.Module,
+    image_size: int | tuple[int, int] | None = None,
+    *,
+    batch: int = 1,
+    device: str | torch.device | None = None,
+    runs: int = 10,
 ) -> Profile:
-    """Measure a model in eval mode, without gradients. Its mode and device are restored.
+    """Measure a model in evaluation mode, without gradients. Its mode and its device are as before afterwards.
 
     Args:
-        model: takes an image (B, C, H, W) of the dtype of its weights.
-        image_size: side, or (height, width), in pixels.
-        batch: number of images, for throughput and memory.
-        device: by default the model's own.
+        model: any that `vitarium.catalog.calling.example_inputs` knows how to call.
+        image_size: side, or (height, width), in pixels; by default what the model was made for.
+        batch: samples at once, for throughput and memory.
+        device: where to measure; the model's own by default.
         runs: timed forward passes at batch 1; a third as many (at least three) at `batch`.
 
     Raises:
-        UsageError: batch or runs below 1, or a model on the meta device, which cannot be timed.
+        UsageError: batch or runs below 1, a model on the meta device, which has no time, or one that does not say how it is called.
     """
     if batch < 1 or runs < 1:
         raise UsageError(f"batch and runs must be at least 1, got batch={batch} and runs={runs}")
     with _measured(model, device):
-        one = example_image(model, image_size)
-        if one.is_meta:
+        one = example_inputs(model, 1, image_size)
+        where = device_of(one)
+        if where.type == "meta":
             raise UsageError("a model on the meta device has no weights to time; use count_macs, or create it on a real device")
-        many = one if batch == 1 else example_image(model, image_size, batch)
+        many = one if batch == 1 else example_inputs(model, batch, image_size)
         peak = peak_memory(model, many)
-        seconds = _median_seconds(lambda: model(one), one.device, runs)
-        together = seconds if batch == 1 else _median_seconds(lambda: model(many), one.device, max(3, runs // 3))
+        seconds = _median_seconds(lambda: call(model, one), where, runs)
+        together = seconds if batch == 1 else _median_seconds(lambda: call(model, many), where, max(3, runs // 3))
         return Profile(
             params=count_params(model),
             bytes=weight_bytes(model),
@@ -94,48 +102,55 @@ def count_params(model: nn.Module) -> int:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Return the bytes of parameters and buffers in memory."""
+    """Return the bytes that parameters and buffers take in memory."""
     return sum(t.numel() * t.element_size() for t in _weights(model))
 
 
-def count_macs(model: nn.Module, image_size: int | tuple[int, int]) -> int:
-    """Return the multiply-accumulates of one image, as torch counts them. Works on the meta device, without arithmetic."""
+def count_macs(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> int:
+    """Return the multiply-accumulates of one sample through the model, as torch counts. Works on the meta device, without arithmetic.
+
+    Raises:
+        UsageError: the model does not say how it is called, or cannot be called with the size.
+    """
     with _measured(model), FlopCounterMode(display=False) as counter:
-        model(example_image(model, image_size))
+        call(model, example_inputs(model, 1, image_size))
     return counter.get_total_flops() // 2
 
 
-def peak_memory(model: nn.Module, image: Tensor) -> int:
-    """Return the peak of bytes alive in a forward pass: weights, image and activations.
+def peak_memory(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> int:
+    """Return the bytes that are alive at the worst moment of a forward pass: weights, inputs and activations.
 
     On CUDA it is the allocator's own peak. Elsewhere it is the sum of the tensors that operations create, followed while alive:
     the same on every system, and without the private scratch space of a kernel.
 
     Args:
-        image: (B, C, H, W) on the model's device.
+        model: any module.
+        inputs: by name (`vitarium.catalog.calling.example_inputs`), or one image (B, C, H, W), on the model's device.
     """
+    given = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    device = given[0].device
     with _measured(model):
-        if image.device.type == "cuda":
-            torch.cuda.synchronize(image.device)
-            torch.cuda.reset_peak_memory_stats(image.device)
-            before = torch.cuda.memory_allocated(image.device)
-            model(image)
-            torch.cuda.synchronize(image.device)
-            return weight_bytes(model) + image.nbytes + torch.cuda.max_memory_allocated(image.device) - before
-        with _LiveBytes([*_weights(model), image]) as live:
-            model(image)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            call(model, inputs)
+            torch.cuda.synchronize(device)
+            own = weight_bytes(model) + sum(leaf.nbytes for leaf in given)
+            return own + torch.cuda.max_memory_allocated(device) - before
+        with _LiveBytes([*_weights(model), *given]) as live:
+            call(model, inputs)
         return live.peak
 
 
 def example_image(model: nn.Module, image_size: int | tuple[int, int], batch: int = 1) -> Tensor:
-    """Return a random image (batch, C, H, W), or clip (batch, C, T, H, W), of a model's channels, dtype and device; always the same one."""
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    preprocessing = getattr(model, "preprocessing", None)
-    channels = preprocessing.channels if preprocessing is not None else getattr(model, "in_chans", 3)
-    weight = next((w for w in _weights(model) if w.is_floating_point()), torch.empty(0))
-    frames = [preprocessing.frames] if getattr(preprocessing, "frames", None) else []
-    image = torch.randn(batch, channels, *frames, height, width, generator=torch.Generator().manual_seed(0), device="cpu")
-    return image.to(weight.device, weight.dtype)
+    """Return `vitarium.catalog.calling.example_image`, for a model that is called with one image (batch, C, H, W) or one clip."""
+    return calling.example_image(model, batch, image_size)
+
+
+def device_of(inputs: Mapping[str, Any]) -> torch.device:
+    """Return the device of the first tensor among a call's inputs."""
+    return next(leaf.device for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
 
 
 def _weights(model: nn.Module) -> list[Tensor]:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from vitarium import anatomy
 from vitarium.anatomy import Anatomy
-from vitarium.catalog.probe import example_input
+from vitarium.catalog.calling import example_image
 from vitarium.errors import InputError, UnsupportedModel, UsageError, nearest
 from vitarium.nn.backbone import Backbone
 from vitarium.nn.modes import evaluating
@@ -45,12 +45,7 @@ def find_taps(model: nn.Module, count: int = COUNT) -> tuple[Tap, ...]:
     """
     if (view := plain(model)) is not None:
         return tuple(f"{block.name}.{block.layout.norm1}" for block in view.blocks[-count:])
-    image = example_input(model, batch=2)
-    if image is None:
-        raise UsageError(
-            f"the input size of a {type(model).__name__} is not known; set model.preprocessing "
-            "(vitarium.catalog.Preprocessing(image_size=...))"
-        )
+    image = example_image(model, 2)
     info = getattr(model, "feature_info", None)
     if info is not None and hasattr(model, "forward_intermediates"):
         total = len(list(info))

@@ -33,8 +33,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitarium.catalog.calling import example_image
 from vitarium.catalog.create import ModelSpec, create_model
-from vitarium.catalog.probe import example_input
 from vitarium.catalog.registry import State, chain, family, rename
 from vitarium.catalog.saving import load
 from vitarium.errors import UsageError
@@ -156,9 +156,7 @@ class TTAME(nn.Module):
 
     def _look(self) -> tuple[int, list[int]]:
         """Classes, and channels of the maps at the taps."""
-        image = example_input(self.classifier, batch=2)
-        if image is None:
-            raise UsageError(f"{type(self.classifier).__name__} does not say what image it takes; set its preprocessing")
+        image = example_image(self.classifier, 2)
         with evaluating(self.classifier):
             logits, maps = read_maps(self.classifier, image, self.taps)
         return logits.shape[1], [m.shape[1] for m in maps]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitarium.catalog import rename
+from vitarium.catalog.calling import random_normal, random_uniform
 from vitarium.errors import InputError
 from vitarium.nn import Linear, TransformerBlock, VisionTransformer
 from vitarium.nn.vit import EPS, init_as_mae, sincos_table
@@ -149,6 +150,14 @@ class MaskedAutoencoder(nn.Module):
         latent = self.encode(patchify(image, self.patch_size), mask.kept, grid)
         positions = self._table(self.decoder.pos_embed, grid)
         return Reconstruction(self.decoder(latent, mask.restore, positions), mask.hidden, latent)
+
+    def example_inputs(self, n: int = 1, image_size: int | tuple[int, int] | None = None, *, seed: int = 0) -> dict[str, Tensor]:
+        """Return image (n, in_chans, H, W) and noise (n, L), which decides what is hidden: so that two calls give the same output."""
+        own = self.grid[0] * self.patch_size, self.grid[1] * self.patch_size
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size or own
+        image = random_normal(self, (n, self.in_chans, height, width), seed=seed)
+        rows, columns = self.check_image(image)
+        return {"image": image, "noise": random_uniform(self, (n, rows * columns), seed=seed)}
 
     def encode(self, patches: Tensor, kept: Tensor, grid: tuple[int, int]) -> Tensor:
         """Pixels of all patches (B, L, p p c), of which those at places `kept` (B, K) are seen -> encoded tokens (B, 1 + K, C)."""

@@ -22,8 +22,8 @@ from typing import Any
 from torch import nn
 
 from vitarium.catalog.applying import methods_on
+from vitarium.catalog.calling import call, example_inputs
 from vitarium.catalog.create import preprocessing_of
-from vitarium.catalog.probe import example_input
 from vitarium.errors import UsageError, VitariumError, nearest
 from vitarium.training.base import Learner
 from vitarium.training.evaluation import evaluating
@@ -315,10 +315,9 @@ class Plan:
         model = self.learner.model
         _resize(model, size)
         try:
-            image = example_input(model, batch=2)
-            if image is not None:
+            if getattr(model, "preprocessing", None) is not None:  # else nothing says what it is called with
                 with evaluating(model):
-                    model(image)
+                    call(model, example_inputs(model, 2))
         except (VitariumError, ValueError, RuntimeError, AssertionError, TypeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UsageError(f"phases: the model cannot take images of {size} pixels ({reason})") from error

@@ -154,14 +154,6 @@ def costs(model: nn.Module, path: Path | None) -> dict[str, Any]:
     return {"disk_bytes": size, "memory_bytes": weight_bytes(model), "macs": count_macs(model, preprocessing_of(model).image_size)}
 
 
-def example(model: nn.Module, batch: int) -> Any:
-    """Return images of the size that the model takes."""
-    from vitarium.catalog import preprocessing_of
-    from vitarium.efficiency.profiler import example_image
-
-    return example_image(model, preprocessing_of(model).image_size, batch)
-
-
 def check_equal(model: nn.Module, loaded: nn.Module, path: Path) -> None:
     """Delete a file whose model gives other outputs than the one that was saved.
 
@@ -171,9 +163,11 @@ def check_equal(model: nn.Module, loaded: nn.Module, path: Path) -> None:
     import torch
     from torch.utils._pytree import tree_leaves
 
-    image = example(model, 2)
+    from vitarium.catalog.calling import call, example_inputs
+
+    inputs = example_inputs(model, 2)
     with torch.inference_mode():
-        pairs = zip(tree_leaves(model.eval()(image)), tree_leaves(loaded(image)), strict=True)
+        pairs = zip(tree_leaves(call(model.eval(), inputs)), tree_leaves(call(loaded, inputs)), strict=True)
         same = all(torch.equal(a, b) for a, b in pairs if isinstance(a, torch.Tensor))
     if not same:
         path.unlink()
@@ -184,14 +178,17 @@ def timed(original: nn.Module, loaded: nn.Module, batch: int, compiled: bool) ->
     """Return for "eager" (and "compiled") the milliseconds a call before and after, and the ratio by round: median, least, most."""
     import torch
 
+    from vitarium.catalog.calling import arguments, example_inputs
     from vitarium.efficiency.bench import paired
+    from vitarium.efficiency.profiler import device_of
 
-    image, found = example(original, batch), {}
+    inputs, found = example_inputs(original, batch), {}
+    args, named = arguments(original, inputs)
     for kind in ("eager", "compiled") if compiled else ("eager",):
         before, after = (torch.compile(m) if kind == "compiled" else m for m in (original, loaded))
         with torch.inference_mode():
-            calls: dict[str, Callable[[], Any]] = {"before": partial(before, image), "after": partial(after, image)}
-            times = paired(calls, rounds=ROUNDS, device=image.device, least_seconds=SECONDS)
+            calls: dict[str, Callable[[], Any]] = {"before": partial(before, *args, **named), "after": partial(after, *args, **named)}
+            times = paired(calls, rounds=ROUNDS, device=device_of(inputs), least_seconds=SECONDS)
         ratios = [b / a for b, a in zip(times["before"], times["after"], strict=True)]
         medians = {f"{k}_ms": 1e3 * statistics.median(v) for k, v in times.items()}
         found[kind] = {**medians, "speedup": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}

@@ -321,7 +321,7 @@ def test_what_cannot_be_smaller_is_refused_unchanged():
     with pytest.raises(AttachError, match="does not run with smaller layers"):
         vitarium.apply(model, "sparse_prune:structure=heads", quiet=True)
     assert torch.equal(logits(model), before)
-    with pytest.raises(AttachError, match=r"input size of a .* is not known"):
+    with pytest.raises(AttachError, match=r"the input of a .* is not known"):
         vitarium.apply(nn.Sequential(vitarium.nn.Mlp(8, 32)), "sparse_prune:structure=channels", quiet=True)
     with pytest.raises(UsageError, match="no sparse_prune is on this model"):
         make_permanent(model)

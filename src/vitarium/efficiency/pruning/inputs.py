@@ -7,16 +7,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vitarium.catalog.calling import call
 from vitarium.nn.modes import evaluating
 
 
-def input_sizes(model: nn.Module, layers: Iterable[str], images: Iterable[Tensor]) -> dict[str, Tensor]:
+def input_sizes(model: nn.Module, layers: Iterable[str], images: Iterable[Any]) -> dict[str, Tensor]:
     """Return the root mean square of each input of linear layers over all tokens of all images: name -> (in_features,), float32.
 
     Args:
         model: runs once on each batch, in eval mode, without gradients.
         layers: names of linear layers; layers that do not run are left out.
-        images: batches (B, C, H, W).
+        images: batches (B, C, H, W), or inputs by name (see `vitarium.catalog.calling`).
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -33,7 +34,7 @@ def input_sizes(model: nn.Module, layers: Iterable[str], images: Iterable[Tensor
     try:
         with evaluating(model):
             for image in images:
-                model(image)
+                call(model, image)
     finally:
         for handle in hooks:
             handle.remove()

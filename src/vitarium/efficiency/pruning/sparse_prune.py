@@ -32,9 +32,10 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
 import vitarium
+from vitarium.catalog.applying import cost_of
 from vitarium.catalog.methods import AttachReport, Method, method
 from vitarium.catalog.options import Patterns, validated
-from vitarium.catalog.probe import bytes_of, example_input, macs_of
+from vitarium.catalog.probe import bytes_of
 from vitarium.efficiency.pruning.inputs import input_sizes
 from vitarium.efficiency.pruning.masks import Masks, chosen, keep_largest, keep_n_of_m, prunable, set_zeros, sparsity
 from vitarium.efficiency.pruning.penalty import AttentionPenalty
@@ -153,7 +154,7 @@ class SparsePrune(Method):
             raise UsageError("score=activation needs images: calibration=TENSOR or LOADER in Python, --data on the command line")
         from vitarium.efficiency.quantization.calibration import batches
 
-        return input_sizes(model, layers, batches(self.calibration, 256, next(model.parameters())))
+        return input_sizes(model, layers, batches(self.calibration, 256, next(model.parameters()), model=model))
 
     def kept_units(self, model: nn.Module, groups: Sequence[Group], amount: float) -> dict[str, Tensor]:
         """Return, for each group, the indices of the units that stay."""
@@ -245,8 +246,7 @@ def make_permanent(model: nn.Module) -> nn.Module:
         taken_out(model, groups, alive)
         report.method = dataclasses.replace(pruning, shrink=True)
         report.sites, report.state = tuple(alive), {"units": {name: len(index) for name, index in alive.items()}}
-        image = example_input(model)
-        report.bytes_after, report.macs_after = bytes_of(model), None if image is None else macs_of(model, image)
+        report.macs_after, report.bytes_after = cost_of(model)
     report.tensors, report.replaced, report.can_undo = {}, {}, False
     return model
 

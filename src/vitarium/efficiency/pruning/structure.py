@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from vitarium import anatomy
 from vitarium.anatomy import AttentionView, Site, install
-from vitarium.catalog.probe import example_input
+from vitarium.catalog.calling import Inputs, call, example_inputs
 from vitarium.efficiency.pruning.masks import set_zeros
-from vitarium.errors import AttachError, UnsupportedModel
+from vitarium.errors import AttachError, UnsupportedModel, UsageError
 from vitarium.nn.modes import evaluating
 
 Kind = Literal["heads", "channels"]
@@ -183,18 +183,16 @@ def taken_out(model: nn.Module, groups: Sequence[Group], kept: Mapping[str, Tens
     changed = [group for group in groups if len(kept[group.name]) < group.units]
     if not changed:
         return {}
-    image = example_input(model, batch=2)
-    if image is None:
-        raise AttachError(
-            f"the input size of a {type(model).__name__} is not known, so smaller layers cannot be checked on it; set model.preprocessing "
-            "(vitarium.catalog.Preprocessing(image_size=...))"
-        )
+    try:
+        inputs = example_inputs(model, 2)
+    except UsageError as error:
+        raise AttachError(f"smaller layers cannot be proven: {error}") from error
     own = dict(model.named_parameters(remove_duplicate=False))
     masks = dict(columns_of(model, group, kept[group.name]) for group in changed)
     saved = {name: own[name].detach().clone() for name in masks}
     set_zeros(own, masks)
     try:
-        want = None if image.is_meta else _outputs(model, image)
+        want = None if next(iter(inputs.values())).is_meta else _outputs(model, inputs)
     finally:
         with torch.no_grad():
             for name, values in saved.items():
@@ -205,7 +203,7 @@ def taken_out(model: nn.Module, groups: Sequence[Group], kept: Mapping[str, Tens
         for group in changed:
             replaced |= shrink(model, group, kept[group.name])
         if want is not None:
-            _prove(want, _outputs(model, image))
+            _prove(want, _outputs(model, inputs))
     except BaseException as error:
         for name, original in replaced.items():
             model.set_submodule(name, original)
@@ -224,9 +222,9 @@ def widened(model: nn.Module, groups: Sequence[Group]) -> dict[str, nn.Module]:
     return install(model, lambda view: [Site()] * view.depth)[0]
 
 
-def _outputs(model: nn.Module, image: Tensor) -> list[Tensor]:
+def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     with evaluating(model):
-        return [leaf for leaf in tree_leaves(model(image)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        return [leaf for leaf in tree_leaves(call(model, inputs)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _prove(want: list[Tensor], got: list[Tensor]) -> None:

@@ -17,22 +17,31 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from vitarium.catalog.calling import call, inputs_of, required_arguments
 from vitarium.efficiency.quantization.ranges import Observer
-from vitarium.errors import UsageError
+from vitarium.errors import InputError, UsageError
 from vitarium.nn.modes import eval_mode, frozen_parameters
 
 BATCH = 8  # images at once; the autograd graph of a whole batch is in memory
 
 
-def batches(calibration: Any, count: int, like: Tensor, batch: int = BATCH) -> list[Tensor]:
-    """Yield at most `count` images as small batches of the dtype and device of `like`.
+def batches(calibration: Any, count: int, like: Tensor, batch: int = BATCH, *, model: nn.Module | None = None) -> list[Any]:
+    """Return at most `count` calibration samples as small batches, on the device of `like` and floating-point values in its dtype.
 
     Args:
-        calibration: a tensor (n, C, H, W), or an iterable of tensors, of {"image": tensor}, or of (tensor, ...), such as a loader. Images
-            are taken evenly from a tensor, list or tuple, and from the beginning of anything else.
+        calibration: a tensor (n, C, H, W), or an iterable of tensors, of mappings, or of (tensor, ...), such as a loader. Of a tensor, list
+            or tuple the samples are taken evenly from all over it, of anything else the first ones.
+        count: samples.
+        like: a weight of the model.
+        batch: samples a batch.
+        model: what will be called; a mapping is then reduced to the inputs that it takes (see `vitarium.catalog.calling.inputs_of`), and
+            calibration of a model with several inputs is given as such mappings.
+
+    Returns:
+        images (B, C, H, W), or of a model with several inputs mappings of them by name.
 
     Raises:
-        UsageError: None, empty, or of another form.
+        UsageError: None, empty, none of these, or not the inputs that the model takes.
     """
     if calibration is None:
         raise UsageError(
@@ -40,19 +49,42 @@ def batches(calibration: Any, count: int, like: Tensor, batch: int = BATCH) -> l
             "need none)"
         )
     sized = isinstance(calibration, Tensor | list | tuple)
-    found: list[Tensor] = []
-    for item in [calibration] if isinstance(calibration, Tensor) else calibration:
-        image = item["image"] if isinstance(item, Mapping) else item[0] if isinstance(item, list | tuple) else item
-        if not isinstance(image, Tensor) or image.ndim < 4:
-            kind = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
-            raise UsageError(f"calibration must yield batches of images (B, C, H, W), or {{'image': ...}}, or (images, ...); got {kind}")
-        found += image.detach().unbind()
+    found: list[dict[str, Tensor]] = []
+    for item in [calibration] if isinstance(calibration, Tensor | Mapping) else calibration:
+        found += _samples(item, model)
         if len(found) >= count and not sized:
             break
     if not found:
         raise UsageError("calibration holds no images")
     chosen = [found[i * len(found) // count] for i in range(count)] if sized and len(found) > count else found[:count]
-    return list(torch.stack(chosen).to(like.device, like.dtype).split(batch))
+    columns: dict[str, Any] = {}
+    for name, first in chosen[0].items():
+        dtype = like.dtype if first.is_floating_point() else first.dtype
+        columns[name] = torch.stack([sample[name] for sample in chosen]).to(like.device, dtype).split(batch)
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return [row["image"] for row in rows] if list(columns) == ["image"] else rows
+
+
+def _samples(item: Any, model: nn.Module | None) -> list[dict[str, Tensor]]:
+    """One entry of calibration data as single samples, each its inputs by name; a lone image is called "image"."""
+    if isinstance(item, Mapping) and model is not None:
+        try:
+            inputs = inputs_of(model, item)
+        except InputError as error:
+            raise UsageError(f"calibration: {error}") from error
+        if len(inputs) > 1:
+            tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+            rows = zip(*(value.detach().unbind() for value in tensors.values()), strict=True)
+            return [dict(zip(tensors, row, strict=True)) for row in rows]
+        item = next(iter(inputs.values()))
+    image = item["image"] if isinstance(item, Mapping) else item[0] if isinstance(item, list | tuple) else item
+    if not isinstance(image, Tensor) or image.ndim < 4:
+        kind = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+        raise UsageError(f"calibration must yield batches of images (B, C, H, W), or {{'image': ...}}, or (images, ...); got {kind}")
+    if model is not None and len(required_arguments(model)) > 1:
+        names = ", ".join(required_arguments(model))
+        raise UsageError(f"{type(model).__name__} is called with {names}: calibrate it on mappings with fields of these names")
+    return [{"image": row} for row in image.detach().unbind()]
 
 
 @dataclass
@@ -75,13 +107,13 @@ class Record:
 
 
 def watch(
-    model: nn.Module, layers: Mapping[str, nn.Module], images: Iterable[Tensor], *, rows: int = 512, weigh: bool = True
+    model: nn.Module, layers: Mapping[str, nn.Module], images: Iterable[Any], *, rows: int = 512, weigh: bool = True
 ) -> dict[str, Record]:
     """Run the images through the model and record statistics of its layers. Layers that are never called are left out.
 
     Args:
         layers: layers by name.
-        images: batches (B, C, H, W).
+        images: batches (B, C, H, W), or inputs by name.
         rows: largest number of rows sampled per layer over all images.
         weigh: whether to compute g, which takes a backward pass.
     """
@@ -106,9 +138,12 @@ def watch(
         with eval_mode(model), frozen_parameters(model), torch.set_grad_enabled(weigh):
             for image in batches:
                 calls.clear()
-                output = model(image.requires_grad_(weigh) if image.is_leaf else image)
-                _sample(calls, output, -(-rows // len(batches)), weigh, generator)
-                image.requires_grad_(False)
+                leaves = [t for t in tree_leaves(image) if isinstance(t, Tensor) and t.is_floating_point() and t.is_leaf]
+                for leaf in leaves:
+                    leaf.requires_grad_(weigh)
+                _sample(calls, call(model, image), -(-rows // len(batches)), weigh, generator)
+                for leaf in leaves:
+                    leaf.requires_grad_(False)
     finally:
         calls.clear()
         for h in hooks:
@@ -157,8 +192,8 @@ def divergence(reference: Tensor, logits: Tensor) -> float:
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, images: Iterable[Tensor]) -> Tensor:
+def outputs(model: nn.Module, images: Iterable[Any]) -> Tensor:
     """Return the first floating-point tensor of a model's output for batches of images, in eval mode: (n, ...)."""
     with eval_mode(model), frozen_parameters(model):
-        found = [next(t for t in tree_leaves(model(image)) if isinstance(t, Tensor) and t.is_floating_point()) for image in images]
+        found = [next(t for t in tree_leaves(call(model, image)) if isinstance(t, Tensor) and t.is_floating_point()) for image in images]
     return torch.cat(found).clone()

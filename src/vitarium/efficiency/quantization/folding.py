@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from vitarium.catalog.calling import call
 from vitarium.nn.modes import eval_mode, frozen_parameters
 
 CARRIES = {"view", "reshape", "permute", "transpose", "movedim", "flatten", "unflatten", "contiguous", "clone", "roll", "__getitem__",
@@ -63,10 +64,10 @@ def fold(norm: nn.LayerNorm, linears: Sequence[nn.Linear], b: Tensor, s: Tensor)
     return {"weight": gamma / s, "bias": (beta - b) / s}, folded
 
 
-def find_pairs(model: nn.Module, image: Tensor) -> dict[str, tuple[str, ...]]:
+def find_pairs(model: nn.Module, image: Any) -> dict[str, tuple[str, ...]]:
     """Find layer norms whose output goes only into linear layers: name of the norm -> names of the layers.
 
-    The norms' outputs are traced through one forward pass (image: a batch for the model), so any model is accepted.
+    The norms' outputs are traced through one forward pass (image: a batch of images, or inputs by name), so any model is accepted.
     """
     trace = _Trace()
     hooks = []
@@ -77,7 +78,7 @@ def find_pairs(model: nn.Module, image: Tensor) -> dict[str, tuple[str, ...]]:
             hooks += trace.follow_linear(name, module)
     try:
         with eval_mode(model), frozen_parameters(model), torch.no_grad(), trace:
-            trace.spoil(model(image))
+            trace.spoil(call(model, image))
     finally:
         for hook in hooks:
             hook.remove()

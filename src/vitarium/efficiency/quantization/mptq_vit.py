@@ -134,7 +134,7 @@ class MPTQ(Quantizer):
         search: criterion for steps: "hessian" (weighted error of the output), "mse" (error of the layer's own values) or "minmax".
         skip: shell patterns of layers to leave out, such as ["head"].
         images: largest number of calibration images.
-        calibration: tensor (n, C, H, W) or loader of training images; not saved.
+        calibration: tensor (n, C, H, W) or loader of training images, for a model with several inputs batches of them by name; not saved.
     """
 
     bits: InputBits = 8
@@ -168,7 +168,7 @@ class MPTQ(Quantizer):
             AttachError: no layer to quantize, or folding changed the outputs; the model is unchanged.
         """
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-        images = batches(self.calibration, self.images, like)
+        images = batches(self.calibration, self.images, like, model=model)
         layers = find_layers(model, skip=self.skip)
         before = {name: tensor.detach().clone() for name, tensor in model.named_parameters() if tensor.ndim == 1}
         try:

@@ -7,7 +7,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vitarium.errors import InputError
+from vitarium.catalog.calling import random_integers, random_normal, random_uniform
+from vitarium.errors import InputError, UsageError
+
+GAUSSIAN_STEPS = 1000
+"""Times of a process in steps, where a model's line names no other number."""
 
 
 class Denoiser(nn.Module):
@@ -64,6 +68,19 @@ class Denoiser(nn.Module):
         from vitarium.generation.diffusion.pipeline import generate
 
         return generate(self, labels, seed=seed, indices=indices, guidance=guidance, steps=steps, **options)
+
+    def example_inputs(self, n: int = 1, image_size: int | tuple[int, int] | None = None, *, seed: int = 0) -> dict[str, Tensor]:
+        """Return x (n, C, H, W) of Gaussian noise, t (n,) in the range of the published process, and labels (n,) below num_classes."""
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size or (self.image_size, self.image_size)
+        if height % self.latent_stride or width % self.latent_stride:
+            raise UsageError(f"{type(self).__name__} takes image sizes that {self.latent_stride} divides, got {height}x{width}")
+        shape = (n, self.sample_chans, height // self.latent_stride, width // self.latent_stride)
+        if self.process.startswith("gaussian"):
+            times = random_integers(self, (n,), GAUSSIAN_STEPS, seed=seed).float()  # exact, whatever the dtype of the weights
+        else:
+            times = random_uniform(self, (n,), seed=seed)
+        labels = random_integers(self, (n,), max(1, self.num_classes), seed=seed)
+        return {"x": random_normal(self, shape, seed=seed), "t": times, "labels": labels}
 
     def check_input(self, x: Tensor, t: Tensor, multiple: int) -> None:
         """Refuse what the network cannot take.

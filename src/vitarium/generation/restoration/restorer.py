@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vitarium.catalog.calling import random_uniform
 from vitarium.errors import InputError
+
+DEFAULT_SIZE = 64
+"""Side of an example image where nothing names one, pixels."""
 
 
 class Restorer(nn.Module):
@@ -35,6 +39,12 @@ class Restorer(nn.Module):
         height, width = image.shape[-2:]
         restored = self.restore(reflect_to_multiple(image, self.multiple))
         return restored[..., : height * self.scale, : width * self.scale]
+
+    def example_inputs(self, n: int = 1, image_size: int | tuple[int, int] | None = None, *, seed: int = 0) -> dict[str, Tensor]:
+        """Return image (n, in_chans, H, W) in 0..1; by default of the size that the variant names."""
+        own = getattr(getattr(self, "preprocessing", None), "image_size", DEFAULT_SIZE)
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size or (own, own)
+        return {"image": random_uniform(self, (n, self.in_chans, height, width), seed=seed)}
 
     def check_image(self, image: Tensor) -> None:
         """Refuse what the model cannot take, before any work.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitarium.catalog import create_model, family, rename
+from vitarium.catalog.calling import random_integers
 from vitarium.errors import InputError, UsageError, nearest
 from vitarium.generation.labels import check_labels
 from vitarium.generation.noise import ImageNoise, numbered
@@ -128,6 +129,16 @@ class VAR(nn.Module):
         with torch.no_grad():
             views = self.tokenizer.inputs(self.tokenizer.encode(image))
         return self.transformer(views, labels)
+
+    def example_inputs(self, n: int = 1, image_size: int | tuple[int, int] | None = None, *, seed: int = 0) -> dict[str, Tensor]:
+        """Return image (n, in_chans, H, W) in [-1, 1], of the tokenizer's size, and labels (n,) below num_classes.
+
+        Raises:
+            UsageError: another size; the tokenizer fixes it.
+        """
+        return self.tokenizer.example_inputs(n, image_size, seed=seed) | {
+            "labels": random_integers(self, (n,), self.num_classes, seed=seed)
+        }
 
     def no_weight_decay(self) -> set[str]:
         """The authors' list: embeddings, positions, scales of attention, tables of modulation."""

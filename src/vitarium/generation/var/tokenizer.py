@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitarium.catalog import family, rename
-from vitarium.errors import InputError
+from vitarium.catalog.calling import random_uniform
+from vitarium.errors import InputError, UsageError
 
 
 def _norm(dim: int, groups: int) -> nn.GroupNorm:
@@ -304,6 +305,17 @@ class VARTokenizer(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         return self.to_image(self.quantizer(self.features(image)).features)
+
+    def example_inputs(self, n: int = 1, image_size: int | tuple[int, int] | None = None, *, seed: int = 0) -> dict[str, Tensor]:
+        """Return image (n, in_chans, H, W) in [-1, 1], of the size that the scales fix.
+
+        Raises:
+            UsageError: another size.
+        """
+        side = self.image_size
+        if image_size not in (None, side, (side, side)):
+            raise UsageError(f"this {type(self).__name__} takes images of {side}x{side} pixels alone, got image_size={image_size}")
+        return {"image": random_uniform(self, (n, self.in_chans, side, side), -1.0, 1.0, seed=seed)}
 
     def features(self, image: Tensor) -> Tensor:
         """Picture (B, in_chans, H, W) in [-1, 1] -> what is quantized, (B, C, h, w).
