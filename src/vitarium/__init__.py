@@ -27,12 +27,33 @@ if TYPE_CHECKING:
     from vitarium.catalog.systems import systems as systems
     from vitarium.catalog.timm_registry import register_with_timm as register_with_timm
     from vitarium.data import open_data as open_data
+    from vitarium.verbs.bench import bench as bench
     from vitarium.verbs.compress import compress as compress
     from vitarium.verbs.evaluate import evaluate as evaluate
+    from vitarium.verbs.explain import explain as explain
+    from vitarium.verbs.export import export as export
+    from vitarium.verbs.generate import generate as generate
+    from vitarium.verbs.index import index as index
     from vitarium.verbs.predict import predict as predict
+    from vitarium.verbs.probe import probe as probe
+    from vitarium.verbs.restore import restore as restore
+    from vitarium.verbs.search import search as search
     from vitarium.verbs.train import train as train
 
-VERBS = ("compress", "evaluate", "predict", "train")
+VERBS = (
+    "bench",
+    "compress",
+    "evaluate",
+    "explain",
+    "export",
+    "generate",
+    "index",
+    "predict",
+    "probe",
+    "restore",
+    "search",
+    "train",
+)
 """Functions of `vitarium.verbs`, one a command."""
 
 _FRONT_DOOR = {

@@ -31,7 +31,7 @@ def files(tmp_path):
 def test_overlays_and_measures(run, files):
     result = run("explain", "pictures", "--model", "tame.safetensors", "--method", "t_tame", "--method", "random", "--measure", "-o", "out")
     assert result.code == 0, result.err
-    assert "1 of 4 pictures could not be explained" in result.err
+    assert "1 of 4 images could not be explained" in result.err
     assert "average drop 50 % of the map" in result.out
     report = json.loads((files / "out/explanations.json").read_text())
     assert [("error" in row) for row in report["pictures"]] == [False, False, True, False]
@@ -67,7 +67,7 @@ def test_a_class_by_name_and_by_number(run, files):
         (["pictures", "--method", "rise:mask=3"], 2, "did you mean masks"),
         (["pictures", "--target", "cot"], 2, "did you mean cat"),
         (["pictures", "--target", "3"], 2, "classes 0 to 2"),
-        (["pictures/broken.png"], 3, "no picture could be explained"),
+        (["pictures/broken.png"], 3, "no image could be explained"),
         (["absent.png"], 3, "no such file"),
         (["out"], 3, "holds no images"),
         (["pictures", "-o", "vit.safetensors"], 2, "is a file"),

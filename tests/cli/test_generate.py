@@ -67,4 +67,4 @@ def test_a_classifier_makes_no_pictures(tmp_path):
     vitarium.save(vitarium.create_model("timm/vit_pico", num_classes=3), tmp_path / "c.safetensors")
     result = run(app, ["generate", str(tmp_path / "c.safetensors")])
     assert result.exit_code == 2
-    assert "makes no pictures of classes" in " ".join(result.output.split())
+    assert "generates no images of classes" in " ".join(result.output.split())

@@ -39,7 +39,7 @@ def test_makes_a_region_anew(run, files: Path):
     ("arguments", "message"),
     [
         (["--image", "picture.png"], "go together"),
-        (["--image", "picture.png", "--mask", "small.png"], "as large as the picture"),
+        (["--image", "picture.png", "--mask", "small.png"], "as large as the image"),
         (["--image", "picture.png", "--mask", "none.png"], "no white"),
         (["--set", "topk=3"], "did you mean top_k"),
     ],

@@ -35,7 +35,7 @@ def test_pictures_are_restored_and_broken_ones_named(run, model, folder, tmp_pat
     rows = {row["image"].split("in/")[1]: row for row in json.loads(result.out)}
     assert rows["a.jpg"]["restored_size"] == [80, 60]
     assert "not an image" in rows["broken.png"]["error"]
-    assert "1 of 3 pictures could not be restored" in result.err
+    assert "1 of 3 images could not be restored" in result.err
     large = Image.open(tmp_path / "out" / "a.png")
     assert large.size == (80, 60)
     assert max(abs(a - b) for a, b in zip(large.getpixel((40, 30)), (255, 165, 0), strict=True)) < 4
@@ -54,7 +54,7 @@ def test_the_table_names_sizes_and_places(run, model, folder, tmp_path):
 def test_nothing_that_can_be_read_is_an_error(run, model, folder, tmp_path):
     result = run("restore", folder / "broken.png", folder / "none.png", "--model", model, "--output", tmp_path / "out")
     assert result.code == 3
-    assert "no picture could be restored" in result.err
+    assert "no image could be restored" in result.err
     assert "none.png" in result.err
 
 
@@ -74,4 +74,4 @@ def test_a_model_of_another_kind_is_refused(run, folder, tmp_path):
     vitarium.save(vitarium.create_model("swin_pico", num_classes=2), tmp_path / "swin.safetensors")
     result = run("restore", folder, "--model", tmp_path / "swin.safetensors", "--output", tmp_path / "out")
     assert result.code == 2
-    assert "does not restore pictures" in result.err
+    assert "does not restore images" in result.err

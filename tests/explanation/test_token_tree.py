@@ -12,11 +12,11 @@ from torch import nn
 
 import vitarium
 from tests.explanation.known import images
-from vitarium.cli.explain import run
 from vitarium.errors import UnsupportedModel
 from vitarium.explanation.explainers import create_explainer, scaled
 from vitarium.explanation.heatmap import overlay
 from vitarium.explanation.simple import attention_of_blocks
+from vitarium.verbs.explain import explain_files
 
 
 def model_of(name: str) -> nn.Module:
@@ -62,7 +62,7 @@ def test_the_command_draws_the_tree(tmp_path: Path):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 50, 3), dtype=np.uint8)).save(file)
     model = model_of("dependencyvit_pico")
     explain = create_explainer("token_tree", model)
-    (row,) = run(model, {"token_tree": explain}, [str(file)], None, tmp_path, 1, measure=False)
+    (row,) = explain_files(model, {"token_tree": explain}, [str(file)], None, tmp_path, 1, measure=False)
     drawn = Image.open(tmp_path / row["explanations"][0]["overlay"])
     assert drawn.size == (1120, 672)
     image = model.preprocessing(Image.open(file))[None]

@@ -1,28 +1,25 @@
-"""`vitarium bench`: our speed beside the best public implementation of the same model."""
+"""`vitarium bench`: speed beside the best public implementation of the same model."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from enum import StrEnum
+from types import TracebackType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from vitarium.cli.config import configurable
-from vitarium.cli.console import err, out, print_json, short, table
+from vitarium.cli.console import err, out, print_json, table
 from vitarium.cli.opening import quiet
 from vitarium.cli.options import Device
-from vitarium.verbs.opening import find_device
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from vitarium.efficiency.bench import Row
 
 
 class Kind(StrEnum):
-    """What is timed."""
+    """Kinds of timing."""
 
     INFERENCE = "inference"
     TRAINING = "training"
@@ -30,7 +27,7 @@ class Kind(StrEnum):
 
 
 class Dtype(StrEnum):
-    """Of weights and image."""
+    """Number formats of weights and image."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -56,63 +53,67 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Time models beside their peers: equal weights, outputs proven equal first, turns interleaved, no verdict inside the noise."""
-    import torch
+    from vitarium.verbs.bench import bench as run
 
-    from vitarium.efficiency.bench import bench as run
-
-    found = run(
-        models,
-        peers=peers,
-        kinds=[k.value for k in kind],
-        batches=batch,
-        image_size=image_size,
-        dtype=getattr(torch, dtype.value),
-        device=str(find_device(device)),
-        rounds=rounds,
-        threads=threads,
-    )
-    with quiet():
-        if as_json:
-            return print_json([row.to_dict() for row in found])
-        show(found)
-
-
-def show(rows: Iterator[Row]) -> None:
-    """A table that grows as it is measured; then how to read it."""
-    from rich.live import Live
-
-    with err().status("Measuring the first"):
-        row = next(rows)
-    result, console = table("~model", "~peer", "kind", ">batch", ">ours", ">peer", ">peer / ours", ">ours / ours", "verdict"), out()
-    add(result, row)
-    with Live(result, console=console, auto_refresh=False) if console.is_terminal else contextlib.nullcontext() as live:
-        for row in rows:
-            add(result, row)
-            if live is not None:
-                live.refresh()
-    if not console.is_terminal:
-        console.print(result)
-    time = "processor time" if row.device == "cpu" else "time"
-    told = f"Medians of {row.rounds} rounds [least, most] of {time} a call; {row.dtype} on {row.device}, {row.threads} threads"
-    err().print(f"{told}, load {row.load:.1f}.", style="dim", markup=False)
+    with quiet(), Growing(live=not as_json) as growing:
+        found = run(
+            models,
+            peers=peers,
+            kind=[k.value for k in kind],
+            batch=batch,
+            image_size=image_size,
+            dtype=dtype.value,
+            device=device,
+            rounds=rounds,
+            threads=threads,
+            progress=growing.add,
+        )
+    if as_json:
+        return print_json([row.to_dict() for row in found.rows])
+    growing.finish(found.rows[-1])
 
 
-def add(result: Table, row: Row) -> None:
-    """A measurement as a line."""
-    colour = "green" if "faster" in row.verdict else "red" if "slower" in row.verdict else "dim"
-    result.add_row(
-        f"{row.model} [dim]{short(row.params)}, {short(row.macs)} MACs[/]",
-        row.peer or "-",
-        row.kind,
-        str(row.batch),
-        f"{row.ours_ms:.2f} ms",
-        "-" if row.peer_ms is None else f"{row.peer_ms:.2f} ms",
-        spread(row.ratio, row.ratio_low, row.ratio_high),
-        spread(row.aa, row.aa_low, row.aa_high),
-        f"[{colour}]{row.verdict}[/]",
-    )
+class Growing:
+    """A table on the terminal that grows as rows are measured; elsewhere it is printed at the end.
 
+    Args:
+        live: show it.
+    """
 
-def spread(median: float | None, low: float | None, high: float | None) -> str:
-    """ "1.20 [1.15, 1.31]"."""
-    return "-" if median is None else rf"{median:.2f} \[{low:.2f}, {high:.2f}]"
+    def __init__(self, *, live: bool):
+        from rich.live import Live
+
+        from vitarium.verbs.bench import COLUMNS
+
+        self.console, self.table = out(), table(*COLUMNS)
+        self.waiting = err().status("Measuring the first")
+        self.live = Live(self.table, console=self.console, auto_refresh=False) if live and self.console.is_terminal else None
+
+    def __enter__(self) -> Growing:
+        self.waiting.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.waiting.stop()
+        if self.live is not None:
+            self.live.stop()
+
+    def add(self, row: Row) -> None:
+        """Add a measurement."""
+        from vitarium.verbs.bench import cells
+
+        *shown, verdict = map(escape, cells(row))
+        colour = "green" if "faster" in verdict else "red" if "slower" in verdict else "dim"
+        self.table.add_row(*shown, f"[{colour}]{verdict}[/]")
+        self.waiting.stop()
+        if self.live is not None:
+            self.live.start()
+            self.live.refresh()
+
+    def finish(self, row: Row) -> None:
+        """Print the table where it was not live, and how to read it."""
+        if self.live is None:
+            self.console.print(self.table)
+        time = "processor time" if row.device == "cpu" else "time"
+        text = f"Medians of {row.rounds} rounds [least, most] of {time} a call; {row.dtype} on {row.device}, {row.threads} threads"
+        err().print(f"{text}, load {row.load:.1f}.", style="dim", markup=False)

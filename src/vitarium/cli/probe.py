@@ -4,22 +4,13 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from vitarium.cli.config import configurable
-from vitarium.cli.console import err, out, pairs, print_json, table
+from vitarium.cli.console import out, pairs, print_json, print_tables, status
 from vitarium.cli.options import DATA_HELP, BatchSize, Checkpoint, Device
-from vitarium.verbs.opening import find_device, open_model
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from vitarium.data import ImageData
-
-NAMES = {"accuracy": "accuracy", "top5": "top 5", "auroc": "AUROC", "mean_average_precision": "mean average precision"}
-PROBES = {"knn": "nearest neighbours", "linear": "logistic regression"}
 
 
 class Task(StrEnum):
@@ -49,68 +40,26 @@ def probe(
 
     For pretrained encoders (a masked autoencoder's file, a backbone with weights, timm/NAME, hf/OWNER/NAME) and trained classifiers.
     """
-    from vitarium.files import write_json
+    from vitarium.verbs.probe import probe as run
 
-    opened, images = open_for_probe(
-        model, data, task=task.value, checkpoint=checkpoint, image_size=image_size, val_fraction=val_fraction, seed=seed
-    )
-    opened.to(find_device(device))
-    with err().status(f"Reading {len(images.train)} and {len(images.val)} images"):
-        found = measure(opened, images, neighbours=neighbours, uniform=uniform, batch_size=batch_size)
-    report = {"model": model, "data": images.name, "train": len(images.train), "val": len(images.val), **found}
-    if output is not None:
-        write_json(output, report)
-    print_json(report) if as_json else show(report, found)
-
-
-def open_for_probe(
-    model: str,
-    data: str,
-    *,
-    task: str = "class",
-    checkpoint: str | None = None,
-    image_size: int | None = None,
-    val_fraction: float = 0.2,
-    seed: int = 0,
-) -> tuple[nn.Module, ImageData]:
-    """Return a model in eval mode at an image size, and the labelled images for its probe.
-
-    Args:
-        model: a saved file, or a model's name.
-        data: as for `open_data`.
-        task: "class" or "multilabel".
-        checkpoint: weights for a name; None: its published ones.
-        image_size: side of the image, pixels; None: the model's own.
-        val_fraction, seed: of the split of data that has no val/ part.
-
-    Raises:
-        UsageError, CheckpointError, DataError: unknown model, size that it cannot take, unreadable weights or data.
-    """
-    from vitarium.catalog.create import preprocessing_of, set_image_size
-    from vitarium.data import open_data
-
-    opened = open_model(model, checkpoint)
-    if image_size is not None:
-        set_image_size(opened, image_size)
-    size = preprocessing_of(opened).image_size
-    return opened, open_data(data, task=task, seed=seed, val_fraction=val_fraction, image_size=size)
-
-
-def measure(model: nn.Module, images: ImageData, *, neighbours: int, uniform: bool, batch_size: int) -> dict[str, dict[str, float]]:
-    """Return both probes' metrics (see `vitarium.pretraining.probes.probe`); `uniform` weighs all neighbours the same."""
-    from vitarium.pretraining.probes import TEMPERATURE
-    from vitarium.pretraining.probes import probe as run
-
-    return run(model, images, neighbours=neighbours, temperature=None if uniform else TEMPERATURE, batch_size=batch_size)
-
-
-def show(report: dict[str, Any], found: dict[str, dict[str, float]]) -> None:
-    """Print the metrics as a table."""
-    console = out()
-    learned = f"{report['train']} images ({report['data']})"
-    console.print(pairs({"features": report["model"], "learned from": learned, "held out": str(report["val"])}))
-    metrics = list(found["knn"])
-    rows = table("probe", *(f">{NAMES[name]}" for name in metrics))
-    for name, numbers in found.items():
-        rows.add_row(PROBES[name], *(f"{100 * numbers[metric]:.2f} %" for metric in metrics))
-    console.print(rows)
+    with status() as notify:
+        found = run(
+            model,
+            data,
+            task=task.value,
+            checkpoint=checkpoint,
+            image_size=image_size,
+            neighbours=neighbours,
+            uniform=uniform,
+            val_fraction=val_fraction,
+            seed=seed,
+            batch_size=batch_size,
+            device=device,
+            output=output,
+            notify=notify,
+        )
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        out().print(pairs(found.facts()))
+        print_tables(found.tables())

@@ -128,7 +128,9 @@ def compress(
             side.update(primary_value(one, images, batch_size))
     times = timed(original, loaded, batch, compiled)
     name, metric = name_of(model), task_of(loaded).primary
-    return Compression(name, texts, str(path), images and images.name, before, after, batch, times, quantized(loaded), metric)
+    return Compression(
+        name, texts, str(path), images.name if images is not None else None, before, after, batch, times, quantized(loaded), metric
+    )
 
 
 def primary_value(model: nn.Module, images: ImageData, batch_size: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What verbs share: a model from a file, a name or an object; a device from a word; methods from text; files from paths."""
+"""Parts that verbs share: a model from a file, a name or an object; a device from a word; methods from text; files from paths."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def open_model(source: str | os.PathLike[str] | nn.Module, checkpoint: str | Non
     if is_file(source):
         if checkpoint is not None:
             raise UsageError(f"{source} holds its own weights; give --checkpoint only with a model's name")
-        return vitarium.load(source)
+        return vitarium.load(os.fspath(source))
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs each attempt; the error at the end is enough
     return vitarium.create_model(os.fspath(source), checkpoint=checkpoint, pretrained=checkpoint is None, **options).eval()
 

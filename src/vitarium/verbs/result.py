@@ -1,4 +1,4 @@
-"""What a verb returns: values with a short text, a table for notebooks, and a plain dictionary."""
+"""The result of a verb: values with a short text, a table for notebooks, and a plain dictionary."""
 
 from __future__ import annotations
 

@@ -1,0 +1,243 @@
+"""Explain where in an image a classifier sees the evidence for a class."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vitarium.errors import DataError, UsageError
+from vitarium.training.tasks.base import TableData
+from vitarium.verbs.opening import Notify, apply_methods, find_device, find_images, name_of, open_model, quiet
+from vitarium.verbs.result import Result
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from vitarium.catalog.preprocessing import Preprocessing
+    from vitarium.explanation.explainers import Explainer
+
+BETTER = {"average_drop": "lower", "increase": "higher", "insertion": "higher", "deletion": "lower", "road": "higher"}
+REPORT = "explanations.json"
+
+
+@dataclass(repr=False)
+class Explanations(Result):
+    """Overlays that show the evidence for a class.
+
+    Attributes:
+        model: file or name.
+        folder: holds the overlays and explanations.json.
+        rows: one an image, in the order of the files: {"image", "prediction", "target", "explanations"}, or {"image", "error"}. An
+            explanation holds "method", "overlay" (name of the file in the folder), "peak" ([x, y] in pixels of the image) and, where they
+            were measured, "measures".
+        measures: method -> measure -> mean over the images; None where nothing was measured.
+    """
+
+    model: str
+    folder: Path
+    rows: list[dict[str, Any]]
+    measures: dict[str, dict[str, float]] | None = None
+
+    @property
+    def broken(self) -> list[dict[str, Any]]:
+        """Rows of images that could not be explained."""
+        return [row for row in self.rows if "error" in row]
+
+    def facts(self) -> dict[str, Any]:
+        return {"model": self.model, "images": len(self.rows), "not readable": len(self.broken), "folder": self.folder}
+
+    def tables(self) -> list[TableData]:
+        return [overlay_table(self.rows), *([measure_table(self.measures)] if self.measures else [])]
+
+    def to_dict(self) -> dict[str, Any]:
+        report = {"model": self.model, "pictures": self.rows}
+        return report | ({} if self.measures is None else {"measures": self.measures})
+
+
+def explain(
+    images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    model: str | os.PathLike[str] | nn.Module,
+    output: str | os.PathLike[str],
+    *,
+    method: str | Sequence[str] = "grad_cam",
+    target: str | int | None = None,
+    measure: bool = False,
+    checkpoint: str | None = None,
+    apply: Sequence[Any] | None = None,
+    batch_size: int = 8,
+    device: str = "auto",
+    notify: Notify = quiet,
+) -> Explanations:
+    """Draw where in images a classifier sees the evidence for its prediction, or for a given class.
+
+    An image that cannot be read gets a row with its error, and the others go on.
+
+    Args:
+        images: files and folders; folders are searched at any depth.
+        model: a file of `vitarium.save`, a model's name, or a classifier. A model with `apply` is changed.
+        output: folder for overlays and explanations.json.
+        method: how to explain, one or several, as "grad_cam" or "rise:masks=500" (see `vitarium.explanation.explainers`).
+        target: class to explain, by name or number; None: the predicted one.
+        measure: measure how faithful each method is on these images (see `vitarium.explanation.faithfulness`).
+        checkpoint: weights for a name.
+        apply: methods to apply first, as "evit:keep=0.7".
+        batch_size: images a forward pass.
+        device: "auto", "cpu", "cuda", ...
+        notify: called with messages about progress.
+
+    Raises:
+        UsageError: unknown method, option or class, a model that is no classifier, a head that was never trained, or an output that is a
+            file.
+        DataError: a folder without images, or no image could be explained.
+        CheckpointError: weights that cannot be had.
+    """
+    from vitarium.catalog.heads import require_head
+    from vitarium.explanation.explainers import class_number, create_explainer, target_numbers
+    from vitarium.files import write_json
+
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output is a folder for overlays and {REPORT}, and {folder} is a file")
+    files = find_images(images)
+    opened = open_model(model, checkpoint)
+    require_head(opened)
+    opened = apply_methods(opened, apply, None, notify).to(find_device(device))
+    number = None if target is None else class_number(opened, target)
+    if number is not None:
+        target_numbers(opened, number, 1)
+    texts = [method] if isinstance(method, str) else method
+    if not texts:
+        raise UsageError("no method to explain by; name one, such as grad_cam")
+    explainers = {text: create_explainer(text, opened) for text in dict.fromkeys(texts)}
+    notify(f"Explaining {len(files)} images")
+    rows = explain_files(opened, explainers, files, number, folder, batch_size, measure=measure)
+    found = Explanations(name_of(model), folder, rows, means(rows) if measure else None)
+    if len(found.broken) == len(rows):
+        raise DataError("no image could be explained:\n" + "\n".join(f"  {row['image']}: {row['error']}" for row in found.broken[:10]))
+    write_json(folder / REPORT, found.to_dict())
+    return found
+
+
+def explain_files(
+    model: nn.Module,
+    explainers: dict[str, Explainer],
+    files: list[str],
+    number: int | None,
+    output: Path,
+    batch_size: int,
+    *,
+    measure: bool,
+) -> list[dict[str, Any]]:
+    """Write the overlays, and return the rows of `Explanations`.
+
+    Args:
+        model: a classifier in eval mode, on its device.
+        explainers: by the text that names them.
+        files: images.
+        number: class to explain; None: the predicted one.
+        output: folder for overlays.
+        batch_size: images a forward pass.
+        measure: measure faithfulness too.
+    """
+    import torch
+
+    from vitarium.catalog import preprocessing_of
+    from vitarium.data import BadFiles
+    from vitarium.data.folders import FileImages
+    from vitarium.data.loader import Loader
+    from vitarium.explanation.faithfulness import measure as faithfulness
+    from vitarium.explanation.reading import logits_of
+
+    bad_files = BadFiles(1.0)
+    preparation, place = preprocessing_of(model), next(model.parameters(), torch.empty(0))
+    names = overlay_names(files, list(explainers))
+    rows: list[dict[str, Any]] = [{"image": file} for file in files]
+    for batch in Loader(FileImages(files, [0] * len(files)), preparation, batch_size=batch_size, bad_files=bad_files).epoch(0):
+        if not len(batch["index"]):
+            continue
+        image = batch["image"].to(place)
+        with torch.no_grad():
+            probabilities = logits_of(model, model(image)).softmax(dim=1)
+        finite = probabilities.isfinite().all(dim=1)
+        wanted = probabilities.argmax(dim=1) if number is None else torch.full_like(batch["index"], number, device=image.device)
+        for index, fine, p, label in zip(batch["index"].tolist(), finite.tolist(), probabilities, wanted.tolist(), strict=True):
+            rows[index] |= classes_of(model, p, label) if fine else {"error": "the model's output is not finite"}
+        indices, image, wanted = batch["index"][finite.cpu()].tolist(), image[finite], wanted[finite]
+        for text, explainer in explainers.items() if indices else ():
+            maps = explainer(image, wanted)
+            measured = faithfulness(model, image, maps, wanted) if measure else {}
+            for i, index in enumerate(indices):
+                peak = draw(explainer, files[index], image[i], maps[i], preparation, output / names[index][text])
+                found = {"method": text, "overlay": names[index][text], "peak": peak}
+                if measure:
+                    found["measures"] = {name: float(values[i]) for name, values in measured.items()}
+                rows[index].setdefault("explanations", []).append(found)
+    reasons = dict(bad_files.items())
+    return [row | ({"error": reasons[row["image"]]} if row["image"] in reasons else {}) for row in rows]
+
+
+def draw(explainer: Explainer, file: str, image: Tensor, maps: Tensor, preparation: Preprocessing, path: Path) -> list[int]:
+    """Write the overlay of a map (H, W) and return the pixel [x, y] of the image at which the map is largest."""
+    from vitarium.data.images import open_image
+    from vitarium.explanation.heatmap import seen_box
+    from vitarium.files import atomic_path
+
+    original, heat = open_image(file), maps.float().cpu().numpy()
+    with atomic_path(path) as temporary:
+        explainer.picture(original, image, maps, preparation).save(temporary, format="png")
+    left, top, right, lower = seen_box(original.size, preparation)
+    row, column = divmod(int(heat.argmax()), heat.shape[1])
+    return [int(left + (column + 0.5) * (right - left) / heat.shape[1]), int(top + (row + 0.5) * (lower - top) / heat.shape[0])]
+
+
+def classes_of(model: nn.Module, probabilities: Tensor, wanted: int) -> dict[str, Any]:
+    """Return {"prediction", "target"}, each with label, number and probability."""
+    labels = getattr(model, "labels", None) or [f"class {i}" for i in range(len(probabilities))]
+    both = {"prediction": int(probabilities.argmax()), "target": wanted}
+    return {key: {"label": labels[i], "number": i, "probability": float(probabilities[i])} for key, i in both.items()}
+
+
+def overlay_names(files: list[str], methods: list[str]) -> list[dict[str, str]]:
+    """Return for each file a dictionary method -> name of its overlay; all names differ, whatever folders the images come from."""
+    stems = [Path(file).stem for file in files]
+    unique = [stem if stems.count(stem) == 1 else f"{i:04d}-{stem}" for i, stem in enumerate(stems)]
+    return [{m: f"{stem}-{re.sub(r'[^A-Za-z0-9_.=-]+', '-', m)}.png" for m in methods} for stem in unique]
+
+
+def means(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return method -> measure -> mean over the images."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for explanation in (e for row in rows for e in row.get("explanations", [])):
+        for name, value in explanation["measures"].items():
+            found.setdefault(explanation["method"], {}).setdefault(name, []).append(value)
+    return {method: {name: sum(v) / len(v) for name, v in values.items()} for method, values in found.items()}
+
+
+def overlay_table(rows: list[dict[str, Any]]) -> TableData:
+    """Return a table with a row for each image and method."""
+    result = TableData("", ["image", "class", ">probability", "method", "overlay"])
+    for row in rows:
+        if "error" in row:
+            result.rows.append([row["image"], "not readable", "", row["error"], ""])
+        for explanation in row.get("explanations", []):
+            target = row["target"]
+            shown = [row["image"], target["label"], f"{100 * target['probability']:.1f} %"]
+            result.rows.append([*shown, explanation["method"], explanation["overlay"]])
+    return result
+
+
+def measure_table(measures: dict[str, dict[str, float]]) -> TableData:
+    """Return a table with a row for each measure and a column for each method; where there are several, the best of a row has a star."""
+    result = TableData("Faithfulness", ["measure", *(f">{method}" for method in measures), "better"])
+    for name in next(iter(measures.values()), {}):
+        better = next(word for kind, word in BETTER.items() if name.startswith(kind))
+        values = [by_name[name] for by_name in measures.values()]
+        best = (min if better == "lower" else max)(values)
+        cells = [f"{value:.1f} %" if "_" in name else f"{value:.3f}" for value in values]
+        marked = [f"* {cell}" if value == best and len(values) > 1 else cell for cell, value in zip(cells, values, strict=True)]
+        result.rows.append([name.replace("_", " ") + (" % of the map" if "_" in name else ""), *marked, better])
+    return result
