@@ -89,7 +89,7 @@ def test_pictures_keep_their_mode():
 
 def test_a_result_that_memory_cannot_hold_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tiling, "MAX_PIXELS", 1000)
-    with pytest.raises(InputError, match="cut the picture first"):
+    with pytest.raises(InputError, match="crop the image first"):
         restore_picture(Nearest(), picture())
 
 
@@ -264,7 +264,7 @@ def test_what_has_no_meaning_for_pairs_is_refused():
     learner = RestorationLearner(Nearest())
     with pytest.raises(UsageError, match=r"augment\.erase"):
         learner.transform(load_recipe("drct_pico", ["augment.erase=0.5"]).augment)
-    with pytest.raises(UsageError, match="does not restore pictures"):
+    with pytest.raises(UsageError, match="does not restore images"):
         RestorationLearner(torch.nn.Linear(2, 2))
 
 

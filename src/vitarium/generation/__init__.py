@@ -1,7 +1,7 @@
-"""Models that make images: denoisers and their samplers, next-scale prediction, restoration.
+"""Image generation: denoisers and their samplers, next-scale prediction, restoration.
 
-Every model here that makes images of classes, whatever it does inside, keeps one contract, `Generator`: `vitarium generate`, the grids that
-are drawn during training, and the Fréchet distance ask nothing else of it.
+All models that generate images by class keep one contract, `Generator`, on which `vitarium generate`, the grids drawn during training, and
+the Fréchet distance rely.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @runtime_checkable
 class Generator(Protocol):
-    """What makes images of classes. `num_classes` (and, where known, `labels`) say which there are."""
+    """Generates images by class. `num_classes` (and `labels`, if known) define the classes."""
 
     num_classes: int
 
@@ -27,37 +27,37 @@ class Generator(Protocol):
         steps: int | None = None,
         **options: Any,
     ) -> Tensor:
-        """Images of the given classes, (B, C, H, W) float32 in [0, 1], on the model's device; without gradients, in eval mode.
+        """Generate images of the given classes, (B, C, H, W) float32 in [0, 1], on the model's device; without gradients, in eval mode.
 
-        The same labels, seed, numbers and options give the same images (to 1e-5), however they are cut into batches and whatever the state
-        of the global generators.
+        The same labels, seed, indices and options give the same images (to 1e-5), whatever the batches and the state of the global
+        generators.
 
         Args:
             labels: class numbers (B,) int64, 0 to num_classes - 1.
-            seed: of all randomness, 0 or more.
-            indices: numbers (B,) of the images in a longer list; the randomness of an image depends on the seed and its number alone.
+            seed: of all random numbers, 0 or more.
+            indices: numbers (B,) of the images in a longer list; the random numbers of an image depend only on the seed and its number.
                 None: 0, 1, ...
-            guidance: strength of classifier-free guidance; 1 is without. None: what the model was made for.
-            steps: evaluations of the sampler's loop; None: what the model was made for. A model whose number of steps is fixed
+            guidance: strength of classifier-free guidance; 1 is none. None: the model's default.
+            steps: number of sampling steps; None: the model's default. A model whose number of steps is fixed
                 raises UsageError for another.
-            options: the model's own, each a plain value (`vitarium generate --set top_k=900`).
+            options: of the model, plain values (`vitarium generate --set top_k=900`).
 
         Raises:
-            UsageError: an option that the model does not have, or a value that it cannot take; the message says what is accepted.
+            UsageError: unknown option or invalid value; the message says what is accepted.
         """
         ...
 
 
 @runtime_checkable
 class Editor(Protocol):
-    """What makes a region of a picture anew (`vitarium generate --image PICTURE --mask MASK`)."""
+    """Generates the content of a region of an image (`vitarium generate --image IMAGE --mask MASK`)."""
 
     def edit(self, image: Tensor, mask: Tensor, labels: Tensor, *, seed: int = 0, **options: Any) -> Tensor:
-        """Pictures (B, C, H, W) float32 in [0, 1] of the given classes (B,), equal to `image` where `mask` is zero.
+        """Generate images (B, C, H, W) float32 in [0, 1] of the given classes (B,), equal to `image` where `mask` is zero.
 
         Args:
             image: (B, C, H, W), or (1, C, H, W) for all, in [0, 1].
-            mask: (B, 1, H, W) or (1, 1, H, W), nonzero where new pixels are wanted.
+            mask: (B, 1, H, W) or (1, 1, H, W), nonzero where new pixels are generated.
             labels, seed, options: as for `Generator.generate`.
         """
         ...

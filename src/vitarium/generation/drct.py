@@ -1,21 +1,21 @@
 """DRCT: dense residuals for super-resolution (Hsu et al., "Saving Image Super-resolution away from Information Bottleneck", 2024).
 
-The idea: in chains of Swin blocks the features of a picture are squeezed towards the end of the network. Here each block of a group sees
-everything that the group has found so far, and adds only a few channels to it; the group ends in a residual.
+In chains of Swin blocks the features lose information towards the end of the network. Here each block of a group reads all features that
+the group has computed, and adds only a few channels to them; the group ends in a residual.
 
-    x_i = lrelu(A_i swin_i([x, x_1, ..., x_{i-1}]))     i = 1 .. 4, growth g channels each; blocks 2 and 4 on the moved grid of windows
+    x_i = lrelu(A_i swin_i([x, x_1, ..., x_{i-1}]))     i = 1 .. 4, growth g channels each; blocks 2 and 4 on the shifted grid of windows
     x  <- x + 0.2 A_5 swin_5([x, x_1, ..., x_4])
 
 A convolution before the groups, one after them with a residual around all, and pixel shuffling to the full size. No bicubic skip.
 
-Follows the authors' code (github ming053l/DRCT), whose checkpoints load by name. Any image size, reflected to a multiple of the window as
-they do. Cost: linear in image area at a fixed window.
+Follows the authors' code (github ming053l/DRCT), whose checkpoints load by name. Any image size, reflected to a multiple of the window
+as in that code. Cost: linear in image area at a fixed window.
 
-How it is fast: a moved grid needs no rolling and no mask, for it is a grid whose border windows are smaller. Everything in a block but
-attention works on single tokens, so that in inference on a CPU a block takes a few windows at a time from start to end, and its tensors
-stay in the cache. Of a block's output only A_i's few channels are ever seen: in inference A_i is multiplied into the block's last layer.
+Speed: a shifted grid needs no rolling and no mask, because its border windows are smaller windows. All layers of a block except attention
+work on single tokens, so that in inference on a CPU a block processes a few windows at a time from start to end, and its tensors stay in
+the cache. Of a block's output only A_i's few channels are used: in inference A_i is multiplied into the block's last layer.
 
-Legend: B batch, H W map, N = H W tokens, C channels, g growth, M window side, n tokens a window, h heads.
+Notation: B batch, H W map, N = H W tokens, C channels, g growth, M window side, n tokens per window, h heads.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from vitarium.nn import Attention, DropPath, EvalCache, Linear, Mlp, RelativePos
 from vitarium.ops.linear import in_plain_inference, linear
 
 PIECE_TOKENS = 2048
-"""Tokens that a block works on at once in inference on a CPU."""
+"""Number of tokens that a block processes at once in inference on a CPU."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +43,9 @@ class Grid:
     """A grid of windows over a batch of maps, its windows sorted by their shape.
 
     Attributes:
-        order: (B N,) int64; place i of this grid holds the token order[i] of the grid at rest. None for the grid at rest itself.
-        inverse: (B N,) int64, the way back. None for the grid at rest.
-        shapes: (height, width, first place, last place + 1) of each shape of window, tokens.
+        order: (B N,) int64; position i of this grid holds the token order[i] of the unshifted grid. None for the unshifted grid.
+        inverse: (B N,) int64, the inverse order. None for the unshifted grid.
+        shapes: (height, width, first position, last position + 1) of each shape of window, tokens.
     """
 
     order: Tensor | None
@@ -53,7 +53,7 @@ class Grid:
     shapes: tuple[tuple[int, int, int, int], ...]
 
     def pieces(self, most: int) -> Iterator[tuple[int, int, int, int]]:
-        """(height, width, first place, last place + 1) of runs of equal windows of about `most` tokens."""
+        """Return (height, width, first position, last position + 1) of runs of equal windows of about `most` tokens."""
         for height, width, first, last in self.shapes:
             step = max(1, most // (height * width)) * height * width
             for start in range(first, last, step):
@@ -61,7 +61,7 @@ class Grid:
 
 
 def window_grids(batch: int, height: int, width: int, size: int, device: torch.device) -> tuple[Tensor, Grid, Grid]:
-    """The grid at rest (as row-major tokens), and the grids at rest and moved by half a window."""
+    """The unshifted grid with row-major tokens, the unshifted grid, and the grid shifted by half a window."""
     rest, rest_shapes = _sorted_windows(batch, height, width, size, 0, device)
     moved, moved_shapes = _sorted_windows(batch, height, width, size, size // 2, device)
     order = _inverse(rest)[moved]
@@ -87,7 +87,7 @@ def _sorted_windows(
 
 
 def _intervals(side: int, size: int, shift: int) -> list[tuple[int, int, int]]:
-    """(length of an interval, start, end) of the runs of equal intervals into which the windows cut an axis."""
+    """Return (length of an interval, start, end) of the runs of equal intervals into which the windows cut an axis."""
     if not shift:
         return [(size, 0, side)]
     end = side - (size - shift)
@@ -99,7 +99,7 @@ def _inverse(order: Tensor) -> Tensor:
 
 
 class WindowAttention(Attention):
-    """Self-attention inside windows of one shape with a relative position bias: (windows, n, C) -> the same."""
+    """Self-attention inside windows of one shape with a relative position bias: (windows, n, C) -> (windows, n, C)."""
 
     def __init__(self, dim: int, num_heads: int, window_size: int, *, qkv_bias: bool = True):
         super().__init__(dim, num_heads, qkv_bias=qkv_bias)
@@ -107,7 +107,7 @@ class WindowAttention(Attention):
         self.cache = EvalCache()
 
     def bias(self, height: int, width: int, dtype: torch.dtype) -> Tensor:
-        """(1, h, n, n) of windows of height x width tokens, n = height * width: a corner of the whole window's."""
+        """Return the bias (1, h, n, n) of windows of height x width tokens, n = height * width, a part of the whole window's bias."""
         return self.cache.get(self, (height, width, dtype), self.position_bias.table, lambda: self._bias(height, width).to(dtype))
 
     def _bias(self, height: int, width: int) -> Tensor:
@@ -117,7 +117,7 @@ class WindowAttention(Attention):
 
 
 class DenseBlock(nn.Module):
-    """One Swin block and its narrow 1x1 output A: tokens of C channels -> tokens of `out_dim` channels."""
+    """A Swin block and its narrow 1x1 output layer A: tokens of C channels -> tokens of `out_dim` channels."""
 
     def __init__(self, dim: int, out_dim: int, num_heads: int, window_size: int, mlp_ratio: float, qkv_bias: bool, drop_path: float):
         super().__init__()
@@ -130,7 +130,7 @@ class DenseBlock(nn.Module):
         self.cache = EvalCache()
 
     def forward(self, parts: Sequence[Tensor], grid: Grid) -> Tensor:
-        """Channels in parts, each (B N, c) in the order of the grid at rest -> (B N, out_dim) in that order."""
+        """Process channels in parts, each (B N, c), in the order of the unshifted grid: (B N, out_dim) in that order."""
         plain = not self.training and in_plain_inference(*parts, self.adjust.weight, self.mlp.fc2.weight)
         results = []
         for height, width, start, stop in grid.pieces(PIECE_TOKENS if plain and parts[0].device.type == "cpu" else len(parts[0])):
@@ -144,7 +144,7 @@ class DenseBlock(nn.Module):
         return result if grid.inverse is None else result.index_select(0, grid.inverse)
 
     def windows(self, x: Tensor, bias: Tensor, *, fold: bool) -> Tensor:
-        """(windows, n, C) -> (windows, n, out_dim); with `fold` by one matrix A W for the MLP's second layer W and A."""
+        """Process (windows, n, C) -> (windows, n, out_dim); with `fold` the MLP's second layer W and A are one matrix A W."""
         x = x + self.drop_path(self.attn(self.norm1(x), bias))
         y = self.norm2(x)
         if fold and self._foldable(x):
@@ -154,13 +154,13 @@ class DenseBlock(nn.Module):
         return self.adjust(x + self.drop_path(self.mlp(y)))
 
     def _foldable(self, x: Tensor) -> bool:
-        """Whether the layers are still these, without hooks: a quantizer or an explainer must see what each of them does."""
+        """Return whether the layers are the original ones, without hooks: quantizers and explainers need each layer's own output."""
         layers = (self.mlp.fc1, self.mlp.fc2, self.adjust)
         watched = any(part._forward_hooks or part._forward_pre_hooks for part in (self.mlp, self.mlp.act, self.drop_path, *layers))
         return all(type(layer) is Linear for layer in layers) and not watched and not torch.is_autocast_enabled(x.device.type)
 
     def _folded(self) -> tuple[Tensor, Tensor]:
-        """A W (out_dim, hidden) and A b + a (out_dim,)."""
+        """Return A W (out_dim, hidden) and A b + a (out_dim,)."""
         second, adjust = self.mlp.fc2, self.adjust
         stamp = tuple((p.data_ptr(), p._version) for p in (second.weight, second.bias, adjust.bias) if not p.is_inference())
         return self.cache.get(
@@ -172,13 +172,13 @@ class DenseBlock(nn.Module):
 
 
 class DenseGroup(nn.Module):
-    """Five dense blocks around a residual: (B N, C) in the order of the grid at rest -> the same."""
+    """Five dense blocks around a residual: (B N, C) in the order of the unshifted grid -> the same shape."""
 
     def __init__(self, dim: int, growth: int, num_heads: int, window_size: int, mlp_ratio: float, qkv_bias: bool, drop_path: float):
         super().__init__()
         self.blocks = nn.ModuleList()
         for i in range(5):
-            width, ratio = dim + i * growth, mlp_ratio if i < 3 else 1.0  # the authors' last two MLPs have ratio 1 whatever is asked for
+            width, ratio = dim + i * growth, mlp_ratio if i < 3 else 1.0  # the authors' last two MLPs always have ratio 1
             heads = num_heads - width % num_heads
             self.blocks.append(DenseBlock(width, dim if i == 4 else growth, heads, window_size, ratio, qkv_bias, drop_path))
 
@@ -191,14 +191,14 @@ class DenseGroup(nn.Module):
 
 
 def _interpolation_kernels(scale: int) -> Tensor:
-    """Quadratic interpolation at each of the scale^2 places inside a pixel: (scale^2, 3, 3), rows first as pixel shuffling has them."""
+    """Return the weights of quadratic interpolation at the scale^2 positions inside a pixel: (scale^2, 3, 3), in pixel-shuffle order."""
     x = (torch.arange(scale) + 0.5) / scale - 0.5
     along = torch.stack([x * (x - 1) / 2, 1 - x * x, x * (x + 1) / 2], 1)
     return torch.einsum("ay,bx->abyx", along, along).flatten(0, 1)
 
 
 def _names(state: State) -> State:
-    """The authors' 1x1 convolutions are linear layers here."""
+    """Rename the authors' parameters; their 1x1 convolutions are linear layers here."""
     return {name: tensor.flatten(1) if ".adjust.weight" in name else tensor for name, tensor in state.items()}
 
 
@@ -243,24 +243,24 @@ OFFICIAL = chain(
     std=(1.0, 1.0, 1.0),
 )
 class DRCT(Restorer):
-    """Low-resolution image (B, in_chans, H, W) in 0..1, any H and W -> (B, in_chans, scale H, scale W), about 0..1, not clipped.
+    """Enlarge images (B, in_chans, H, W) in 0..1, any H and W: (B, in_chans, scale H, scale W), about 0..1, not clipped.
 
     Args:
         scale: 2, 4, 8 ... or 3.
-        embed_dim: channels C between the groups.
-        growth: channels that a block adds inside a group.
-        depths: one number a group; as with the authors it counts only for stochastic depth (group k has the rate of block sum(depths[:k])
+        embed_dim: number of channels C between the groups.
+        growth: number of channels that a block adds inside a group.
+        depths: one number per group; as in the authors' code it only sets stochastic depth (group k has the rate of block sum(depths[:k])
             of a linear rise).
-        num_heads: heads asked for; a block of width c has num_heads - c mod num_heads of them.
-        window_size: side M of a window, tokens; even, so that a moved grid is moved by half of it.
+        num_heads: requested number of heads; a block of width c has num_heads - c mod num_heads of them.
+        window_size: side M of a window, tokens; even, because the grid is shifted by half of it.
         mlp_ratio: hidden channels of the first three MLPs of a group over their width.
         qkv_bias: whether queries, keys and values have a bias.
-        num_feat: channels of the reconstruction.
-        img_range: what the image is multiplied with inside.
+        num_feat: number of channels of the reconstruction.
+        img_range: factor of the image inside the network.
         drop_path_rate: stochastic depth at the end of the rise.
 
     Raises:
-        ValueError: a scale that pixel shuffling cannot make, or heads that do not divide a block's width.
+        ValueError: a scale that pixel shuffling does not support, or heads that do not divide a block's width.
     """
 
     mean: Tensor
@@ -310,18 +310,18 @@ class DRCT(Restorer):
         return self.conv_last(self.upsample(x)) / self.img_range + self.mean
 
     def deep_features(self, first: Tensor) -> Tensor:
-        """What the groups make of the first convolution's map, normalised: (B, C, H, W), sides that divide by M -> the same."""
+        """Apply the groups to the first convolution's map, and normalise: (B, C, H, W), sides that are multiples of M -> the same shape."""
         *_, (x, inverse) = self._through_groups(first)
         return self._map(self.norm(x), inverse, first)
 
     def group_maps(self, image: Tensor) -> list[Tensor]:
-        """The map after each group, (B, C, H', W') of the image reflected to a multiple of M: where the bottleneck would show."""
+        """Return the map after each group, (B, C, H', W') of the image reflected to a multiple of M, to show the bottleneck."""
         self.check_image(image)
         first = self.conv_first((reflect_to_multiple(image, self.multiple) - self.mean) * self.img_range)
         return [self._map(x, inverse, first) for x, inverse in self._through_groups(first)]
 
     def _through_groups(self, first: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """(tokens in window order after a group, their way back)"""
+        """Return the tokens in window order after a group, and the inverse order."""
         batch, _, height, width = first.shape
         order, rest, moved = self._grids(batch, height, width, first.device)
         inverse = _inverse(order)
@@ -339,12 +339,12 @@ class DRCT(Restorer):
         return x.index_select(0, inverse).view(batch, height, width, -1).permute(0, 3, 1, 2)
 
     def _grids(self, batch: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Grid, Grid]:
-        """The grids of the size seen last are kept."""
+        """Return the grids of a size; those of the last size are cached."""
         key = (batch, height, width, device)
         if torch.compiler.is_compiling():
             return window_grids(batch, height, width, self.window_size, device)
         if self._kept is None or self._kept[0] != key:
-            with torch.inference_mode(False):  # an inference tensor would be refused by a later training step
+            with torch.inference_mode(False):  # a later training step could not use an inference tensor
                 self._kept = key, window_grids(batch, height, width, self.window_size, device)
         return self._kept[1]
 
@@ -353,11 +353,11 @@ class DRCT(Restorer):
 
     @torch.no_grad()
     def start_as_interpolation(self) -> None:
-        """Set some weights, in place, so that the model begins as quadratic interpolation of its input: a short training then need not
-        first learn to copy the picture. Not the authors'.
+        """Set some weights in place so that the model begins as quadratic interpolation of its input, which a short training then need not
+        learn. Not in the authors' code.
 
-        The first channels carry the picture past the groups, once with either sign so that the leaky ReLU passes it; the last
-        convolution reads those alone. All weights go on learning.
+        The first channels carry the image past the groups, once with either sign so that the leaky ReLU passes it; the last convolution
+        reads only those. All weights remain trainable.
         """
         chans = self.in_chans
         for conv in (self.conv_first, self.conv_after_body, self.conv_before_upsample, self.conv_last):

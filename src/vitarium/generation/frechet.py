@@ -1,8 +1,8 @@
-"""Fréchet distance between two sets of pictures, as Gaussians in the feature space of a network that is always named.
+"""Fréchet distance between two sets of images, as Gaussians in the feature space of a named network.
 
     FD = |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))        (Heusel et al. 2017; S unbiased covariances, all in float64)
 
-Published FIDs use an Inception network and 50,000 pictures; numbers by another extractor or of fewer pictures compare only with each other.
+Published FIDs use an Inception network and 50,000 images; values for another extractor or fewer images are comparable only to each other.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 
 PIXELS = "pixels"
-"""The extractor that needs no weights: 8x8 grey levels."""
+"""Extractor without weights: 8x8 grey levels."""
 
 
 def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> Tensor:
-    """Distance of two Gaussians: means (D,), covariances (D, D), best in float64 -> ().
+    """Return the distance of two Gaussians, a scalar: means (D,), covariances (D, D), preferably float64.
 
-    The trace of the root is a sum over eigenvalues of S1^(1/2) S2 S1^(1/2), which is symmetric: rank-deficient covariances do no harm.
+    The trace of the root is a sum over eigenvalues of S1^(1/2) S2 S1^(1/2), which is symmetric: rank-deficient covariances are no problem.
     """
     values, vectors = torch.linalg.eigh(covariance1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -31,18 +31,18 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Features (N, D), N at least 2 -> mean (D,) and unbiased covariance (D, D), float64."""
+    """Return mean (D,) and unbiased covariance (D, D), float64, of features (N, D) with N at least 2."""
     features = features.double()
     return features.mean(0), torch.cov(features.T).reshape(features.shape[1], -1)
 
 
 def pixel_features(image: Tensor) -> Tensor:
-    """Pictures (B, C, H, W) in [0, 1] -> (B, 64): shrunk to 8x8 and grey."""
+    """Shrink images (B, C, H, W) in [0, 1] to 8x8 grey levels: (B, 64)."""
     return F.adaptive_avg_pool2d(image.float().mean(1, keepdim=True), 8).flatten(1)
 
 
 def extractor(name: str) -> tuple[Callable[[Tensor], Tensor], int]:
-    """The function from pictures in [0, 1] to features (B, D), and D: "pixels", or an encoder's name or file (its mean over the map)."""
+    """Return a function from images in [0, 1] to features (B, D), and D: "pixels", or an encoder's name or file (mean over its map)."""
     if name == PIXELS:
         return pixel_features, 64
     from vitarium.generation.diffusion.alignment import open_encoder
@@ -52,10 +52,10 @@ def extractor(name: str) -> tuple[Callable[[Tensor], Tensor], int]:
 
 
 class FrechetDistance(Metric):
-    """The distance between pictures of two sets, added up batch by batch and over processes.
+    """Fréchet distance between two sets of images, accumulated over batches and processes.
 
     Args:
-        features: pictures (B, C, H, W) in [0, 1] -> (B, dim).
+        features: function from images (B, C, H, W) in [0, 1] to (B, dim).
         dim: D.
     """
 
@@ -71,13 +71,13 @@ class FrechetDistance(Metric):
             self.add_state(f"{kind}_products", torch.zeros(dim, dim, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, images: Tensor, *, real: bool) -> None:
-        """Pictures (B, C, H, W) in [0, 1] of one of the two sets."""
+        """Add images (B, C, H, W) in [0, 1] to one of the two sets."""
         found, kind = self.features(images).double(), "real" if real else "made"
         for name, value in (("count", float(len(found))), ("sum", found.sum(0)), ("products", found.T @ found)):
             setattr(self, f"{kind}_{name}", getattr(self, f"{kind}_{name}") + value)
 
     def compute(self) -> Tensor:
-        """The distance, (); not a number where a set has fewer than 2 pictures."""
+        """Return the distance, a scalar; NaN if a set has fewer than 2 images."""
         if float(self.real_count) < 2 or float(self.made_count) < 2:  # type: ignore[arg-type]
             return torch.tensor(float("nan"))
         return frechet_distance(*self._moments("real"), *self._moments("made"))

@@ -1,4 +1,4 @@
-"""Class numbers that people ask pictures of."""
+"""Parsing and checking of the classes to generate."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from vitarium.errors import UsageError, nearest
 
 
 def check_labels(labels: Tensor, num_classes: int, *, null: bool = False) -> Tensor:
-    """Class numbers (B,) int64, checked.
+    """Check class numbers (B,) and return them as int64.
 
     Args:
         labels: (B,) integers.
         num_classes: of the model.
-        null: whether the number num_classes, the null class, is accepted.
+        null: whether the null class, number num_classes, is accepted.
 
     Raises:
-        UsageError: another shape or dtype, none at all, or a class that the model does not have.
+        UsageError: another shape or dtype, an empty batch, or a class that the model does not have.
     """
     if labels.ndim != 1 or not len(labels) or labels.is_floating_point() or labels.dtype == torch.bool:
         raise UsageError(f"labels are class numbers (B,), got {tuple(labels.shape)} of {labels.dtype}")
@@ -29,7 +29,7 @@ def check_labels(labels: Tensor, num_classes: int, *, null: bool = False) -> Ten
 
 
 def parse_classes(text: str | None, num_classes: int, names: list[str] | None) -> list[int]:
-    """Classes as people write them: "3,7", "0-9", "cat,dog"; None: all.
+    """Parse classes such as "3,7", "0-9", "cat,dog"; None: all classes.
 
     Raises:
         UsageError: a number or a name that the model does not have.
@@ -46,10 +46,10 @@ def parse_classes(text: str | None, num_classes: int, names: list[str] | None) -
         elif dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last):
             found.extend(range(int(first), int(last) + 1))
         else:
-            known = f"{nearest(word, names)}; it knows {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}" if names else ""
+            known = f"{nearest(word, names)} (classes: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''})" if names else ""
             raise UsageError(f"the model has no class {word!r}{known or f'; its classes are the numbers 0 to {num_classes - 1}'}")
     if not found:
-        raise UsageError("no class was named; write numbers or names with commas, as 0,3-5,cat")
+        raise UsageError("no class was named; write numbers or names separated by commas, as 0,3-5,cat")
     if wrong := [c for c in found if c >= num_classes]:
         raise UsageError(f"the model has the classes 0 to {num_classes - 1}, got {wrong[0]}")
     return found

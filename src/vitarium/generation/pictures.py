@@ -1,4 +1,4 @@
-"""Sheets of pictures."""
+"""Grids of images."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL import Image
 
-SMALL = 48  # pixels; smaller pictures are enlarged, without smoothing, so that one can see them
+SMALL = 48  # pixels; smaller images are enlarged, without smoothing
 
 
 def to_picture(image: Tensor) -> Image.Image:
-    """(1 or 3, H, W) in [0, 1] -> a picture in 8 bits a channel."""
+    """Convert (1 or 3, H, W) in [0, 1] to an image with 8 bits per channel."""
     from PIL import Image
 
     pixels = image.detach().float().clamp(0, 1).mul(255).round().byte().cpu()
@@ -22,10 +22,10 @@ def to_picture(image: Tensor) -> Image.Image:
 
 
 def grid(images: Tensor, columns: int | None = None, *, gap: int = 2) -> Image.Image:
-    """Pictures (B, 1 or 3, H, W) in [0, 1] side by side on white.
+    """Arrange images (B, 1 or 3, H, W) in [0, 1] in a grid on white.
 
     Args:
-        columns: pictures a row; None: about as many as rows.
+        columns: images per row; None: about as many as rows.
         gap: pixels between them.
     """
     from PIL import Image

@@ -1,1 +1,1 @@
-"""What systems that restore pictures share: the network's contract, the learner, tiling, metrics."""
+"""Image restoration: the base class of networks, the learner, tiling, metrics."""

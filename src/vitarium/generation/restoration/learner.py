@@ -1,4 +1,4 @@
-"""Learning to restore: the mean absolute error to the true picture, measured by PSNR and SSIM on luma beside bicubic enlargement."""
+"""Training of restoration: reconstruction loss on the true image, measured by PSNR and SSIM on luma beside bicubic enlargement."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
 
 @learner("restoration", task="restore")
 class RestorationLearner(Learner):
-    """Low picture -> high picture, `model.scale` times as large.
+    """Learn to restore low-resolution images, `model.scale` times enlarged.
 
-    The recipe's `image_size` is the side of a training crop of the low picture; of `augment` only `flip` has a meaning here: the chance
-    of each flip and of the transposition. Whole pictures are measured, in tiles where they are large.
+    The recipe's `image_size` is the side of a training crop of the low-resolution image; of `augment` only `flip` is used: the probability
+    of each flip and of the transposition. Evaluation is on whole images, in tiles if they are large.
 
     Raises:
-        UsageError: the model restores nothing.
+        UsageError: the model is not for restoration.
     """
 
     class Settings(Section):
         """
         Args:
             loss: mean absolute error, mean square error, or Charbonnier's sqrt(x^2 + 1e-6).
-            start: "interpolation" lets a model without weights begin as an interpolation of its input (see its `start_as_interpolation`);
-                a short training then gains on bicubic enlargement from its first steps on.
-            tile, overlap: of large pictures when they are measured, pixels of the low picture (see `tiling`).
+            start: "interpolation" initialises a model without weights as an interpolation of its input (see its `start_as_interpolation`);
+                a short training then improves on bicubic enlargement from its first steps on.
+            tile, overlap: for large images in evaluation, pixels of the low-resolution image (see `tiling`).
         """
 
         loss: Literal["l1", "l2", "charbonnier"] = "l1"
@@ -56,7 +56,7 @@ class RestorationLearner(Learner):
 
     def __init__(self, model: nn.Module, settings: Settings | None = None):
         if not isinstance(model, Restorer):
-            raise UsageError(f"a {type(model).__name__} does not restore pictures; 'vitarium models drct' lists models that do")
+            raise UsageError(f"a {type(model).__name__} does not restore images; 'vitarium models drct' lists models that do")
         super().__init__(model, settings)
         self.scale = model.scale
 
@@ -73,13 +73,13 @@ class RestorationLearner(Learner):
         scale = scale_of(data.train)
         if scale not in (None, made.scale):
             raise DataError(
-                f"{name} makes pictures {made.scale} times larger, the high pictures of {data.name} are {scale} times larger; "
-                f"take another model, or model_arguments.scale={scale}"
+                f"{name} enlarges images {made.scale} times, but the high-resolution images of {data.name} are {scale} times larger; "
+                f"use another model, or model_arguments.scale={scale}"
             )
         return made
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Image: (B, C, H, W) in 0..1; target: (B, C, scale H, scale W)."""
+        """Compute the loss of a batch. Image: (B, C, H, W) in 0..1; target: (B, C, scale H, scale W)."""
         restored, target = self.model(batch["image"]), batch["target"]
         if self.settings.loss == "l1":
             return {"loss": F.l1_loss(restored, target)}
@@ -91,6 +91,6 @@ class RestorationLearner(Learner):
             return super().transform(None)
         if augment != Augment(flip=augment.flip):
             given = [key for key, value in augment.model_dump().items() if key != "flip" and value != Augment.model_fields[key].default]
-            raise UsageError(f"restoration knows augment.flip alone, got augment.{given[0]}: pairs must stay pairs")
+            raise UsageError(f"restoration supports only augment.flip, got augment.{given[0]}: both images of a pair must stay aligned")
         channels = int(self.model.in_chans)  # type: ignore[arg-type]
         return PairTransform(self.scale, channels, crop=preprocessing_of(self.model).image_size, flip=augment.flip)

@@ -1,4 +1,4 @@
-"""PSNR and SSIM as the benchmarks of restoration report them: on luma, a border left aside, of 8-bit pictures, the mean over pictures."""
+"""PSNR and SSIM as in benchmarks of restoration: on luma of 8-bit images, without a border, averaged over images."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 WINDOW = 11
-"""Side of SSIM's Gaussian window, sigma 1.5, pixels."""
+"""Side of SSIM's Gaussian window (sigma 1.5), pixels."""
 
 
 def luma(image: Tensor) -> Tensor:
-    """Y of BT.601, 16 to 235, as MATLAB's rgb2ycbcr but not rounded: (..., C, H, W) uint8, C 3 or 1 -> (..., 1, H, W) float64.
+    """Return BT.601 luma, 16 to 235, as MATLAB's rgb2ycbcr without rounding: (..., C, H, W) uint8, C 3 or 1 -> (..., 1, H, W) float64.
 
-    A picture of one channel is taken as grey, on the same range.
+    An image with one channel is treated as grey, on the same range.
     """
     weights = torch.tensor([65.481, 128.553, 24.966], dtype=torch.float64, device=image.device)
     image = image.double() / 255
@@ -22,13 +22,13 @@ def luma(image: Tensor) -> Tensor:
 
 
 class LumaQuality(nn.Module):
-    """PSNR (dB) and SSIM on luma; add pictures one by one.
+    """PSNR (dB) and SSIM on luma, accumulated image by image.
 
     Args:
-        border: pixels left aside on each side; the scale, by the field's habit.
+        border: pixels left out on each side; by convention the scale.
 
-    SSIM is the original one: Gaussian windows, and only where a window lies inside (torchmetrics' own mean has mirrored borders in it, 0.01
-    lower on small pictures). Pictures that are too small for a window count for PSNR alone.
+    SSIM is the original one: Gaussian windows, at positions where a window lies inside (torchmetrics' own mean includes mirrored borders,
+    0.01 lower on small images). Images that are smaller than a window count for PSNR only.
     """
 
     def __init__(self, border: int):
@@ -41,11 +41,11 @@ class LumaQuality(nn.Module):
         self.ssim = MeanMetric()
 
     def update(self, restored: Tensor, high: Tensor) -> None:
-        """(C, H, W) uint8 each."""
+        """Add one pair of images, (C, H, W) uint8 each."""
         from torchmetrics.functional.image import structural_similarity_index_measure
 
         if restored.shape != high.shape:
-            raise ValueError(f"the restored picture has the shape {tuple(restored.shape)}, the true one {tuple(high.shape)}")
+            raise ValueError(f"the restored image has the shape {tuple(restored.shape)}, the true one {tuple(high.shape)}")
         rows, columns = (slice(b, side - b) for side in high.shape[-2:] for b in [min(self.border, (side - 1) // 2)])
         both = [luma(image)[None, :, rows, columns] for image in (restored, high)]
         self.psnr.update(*both)
@@ -55,6 +55,6 @@ class LumaQuality(nn.Module):
             self.ssim.update(places[..., edge:-edge, edge:-edge].mean())
 
     def compute(self) -> dict[str, float]:
-        """{"psnr": dB, "ssim": at most 1}, means over the pictures; what no picture was added to is left out."""
+        """Return {"psnr": dB, "ssim": at most 1}, means over the images; a metric without images is left out."""
         parts = {"psnr": self.psnr, "ssim": self.ssim}
         return {name: float(part.compute()) for name, part in parts.items() if part.update_called}

@@ -1,4 +1,4 @@
-"""What every network that restores a picture has in common: any size in, a size `scale` times as large out."""
+"""Base class of networks for image restoration: input of any size, output `scale` times as large."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ DEFAULT_SIZE = 64
 
 
 class Restorer(nn.Module):
-    """Image (B, in_chans, H, W) in 0..1, any H and W -> restored image (B, in_chans, scale H, scale W), about 0..1, not clipped.
+    """Restore images (B, in_chans, H, W) in 0..1, any H and W: (B, in_chans, scale H, scale W), about 0..1, not clipped.
 
-    A subclass writes `restore`. Its input is reflected at the bottom and the right up to the next multiple of `multiple`, and the
-    result is cropped.
+    Subclasses define `restore`. Its input is reflected at the bottom and the right up to the next multiple of `multiple`, and the result is
+    cropped.
 
     Args:
-        scale: how many times larger the result is on each axis (1: a denoiser, say).
-        in_chans: channels in and out.
-        multiple: both sides of what `restore` gets divide by it, pixels.
-        reach: how far away, in pixels of the input, a pixel can be that still has a say in the result. Where a tile's overlap exceeds it,
-            a picture restored in tiles equals one restored as a whole.
+        scale: factor of enlargement on each axis (1: a denoiser, say).
+        in_chans: number of channels of input and output.
+        multiple: both sides of the input of `restore` are multiples of this, pixels.
+        reach: radius of the receptive field in pixels of the input. If a tile's overlap exceeds it, an image restored in tiles equals one
+            restored as a whole.
     """
 
     def __init__(self, *, scale: int, in_chans: int, multiple: int = 1, reach: int = 0):
@@ -31,7 +31,7 @@ class Restorer(nn.Module):
         self.scale, self.in_chans, self.multiple, self.reach = scale, in_chans, multiple, reach
 
     def restore(self, image: Tensor) -> Tensor:
-        """(B, in_chans, H, W), sides that divide by `multiple` -> (B, in_chans, scale H, scale W)."""
+        """Restore images (B, in_chans, H, W) with sides that are multiples of `multiple`: (B, in_chans, scale H, scale W)."""
         raise NotImplementedError(f"{type(self).__name__} does not define restore")
 
     def forward(self, image: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class Restorer(nn.Module):
         return {"image": random_uniform(self, (n, self.in_chans, height, width), seed=seed)}
 
     def check_image(self, image: Tensor) -> None:
-        """Refuse what the model cannot take, before any work.
+        """Refuse invalid input, before any work.
 
         Raises:
             InputError: wrong rank, channels, layout, dtype or device, or an empty image; the message says what came and what is accepted.
@@ -74,9 +74,9 @@ class Restorer(nn.Module):
 
 
 def reflect_to_multiple(image: Tensor, size: int) -> Tensor:
-    """Reflect at the bottom and the right, without repeating the edge, until both sides divide by `size`: (B, C, H, W) -> (B, C, H', W').
+    """Reflect at the bottom and the right, without repeating the edge, until both sides are multiples of `size`.
 
-    A side that is shorter than its padding is reflected more than once; one pixel is repeated.
+    (B, C, H, W) -> (B, C, H', W'). A side shorter than its padding is reflected more than once; one pixel is repeated.
     """
     for axis in (-2, -1):
         side = image.shape[axis]

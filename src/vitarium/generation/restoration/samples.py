@@ -1,4 +1,4 @@
-"""From pictures in two qualities, or in a high one alone, to what a restorer learns from and is measured on."""
+"""Training and evaluation samples of image restoration, from pairs of images or from high-resolution images alone."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from vitarium.ops.bicubic import resize_bicubic
 
 
 class PairTransform:
-    """(low, high) pictures -> (low, high) tensors.
+    """Convert (low, high) images to (low, high) tensors.
 
-    In training both are float32 in 0..1: a random crop of the low picture and its part of the high one, flipped and transposed by chance;
-    pictures that are smaller are mirrored up to the crop. For evaluation both are whole and uint8, the high one cut to `scale` times the
-    low one.
+    In training both are float32 in 0..1: a random crop of the low-resolution image and the same part of the high-resolution one, flipped
+    and transposed at random; smaller images are mirrored up to the crop. For evaluation both are whole and uint8, the high-resolution
+    image cropped to `scale` times the other.
 
-    The partner of a picture may be None: then it is a high one, and the low one is made of it. Anything else that is no picture (a class
-    number) stands for a low one alone; its true picture is then an empty tensor.
+    If the partner is None, the image is the high-resolution one, and the other is made from it. If it is not an image (a class number), the
+    image is a low-resolution one without ground truth, which is then an empty tensor.
 
     Args:
-        scale: how many times larger the high picture is.
+        scale: side of the high-resolution image over that of the low-resolution one.
         channels: of both, 3 or 1.
-        crop: side of a training crop, pixels of the low picture; None for evaluation.
-        flip: chance of each of the two flips and of the transposition.
+        crop: side of a training crop in pixels of the low-resolution image; None for evaluation.
+        flip: probability of each of the two flips and of the transposition.
     """
 
     joint = True
@@ -61,11 +61,11 @@ class PairTransform:
         return low, high[:, top * scale :, left * scale :][:, : crop * scale, : crop * scale]
 
     def _cropped_high(self, high: Tensor) -> tuple[Tensor, Tensor]:
-        """As if the whole picture had been made small and then cropped: the kernel sees what lies around the crop."""
+        """Crop, then shrink with the context that the kernel reaches: equals shrinking the whole image and cropping it."""
         crop, scale = self.crop or 0, self.scale
         high = mirrored(high, crop * scale)
         top, left = (random.randint(0, side // scale - crop) for side in high.shape[1:])
-        above, before = min(top, 2), min(left, 2)  # the kernel reaches two pixels of the low picture
+        above, before = min(top, 2), min(left, 2)  # the kernel reaches two pixels of the low-resolution image
         around = high[:, (top - above) * scale : (top + crop + 2) * scale, (left - before) * scale : (left + crop + 2) * scale]
         low = shrunk(around, scale)[:, above : above + crop, before : before + crop]
         return low, high[:, top * scale : (top + crop) * scale, left * scale : (left + crop) * scale]
@@ -79,12 +79,12 @@ class PairTransform:
 
 
 def shrunk(high: Tensor, scale: int) -> Tensor:
-    """The low picture of the benchmarks, bicubic in 8 bits: (C, H, W) uint8 -> (C, ceil(H / scale), ceil(W / scale)) uint8."""
+    """Shrink as the benchmarks do, bicubic in 8 bits: (C, H, W) uint8 -> (C, ceil(H / scale), ceil(W / scale)) uint8."""
     return to_bytes(resize_bicubic(high.float() / 255, 1 / scale))
 
 
 def enlarged(low: Tensor, scale: int) -> Tensor:
-    """What restoration has to beat, bicubic in 8 bits: (C, H, W) uint8 -> (C, scale H, scale W) uint8."""
+    """Enlarge by the baseline of restoration, bicubic in 8 bits: (C, H, W) uint8 -> (C, scale H, scale W) uint8."""
     return to_bytes(resize_bicubic(low.float() / 255, scale))
 
 

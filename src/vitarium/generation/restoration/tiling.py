@@ -1,9 +1,9 @@
-"""Restoring pictures of any size a tile at a time, without seams.
+"""Restoring large images in tiles, without seams.
 
-Tiles overlap, and begin where the model's own windows do. Near its border a tile does not know what lies outside: there its neighbour's
-word counts, and in the middle of the overlap the picture fades from one to the other over `FADE` pixels.
+Tiles overlap, and begin on the model's window grid. Near its border a tile lacks context: there only its neighbour counts, and in the
+middle of the overlap the result is blended from one to the other over `FADE` pixels.
 
-With an overlap of twice `Restorer.reach` and the fade what is seen is equal on both sides, and the result is that of the whole picture.
+If the overlap is at least twice `Restorer.reach` plus the fade, the result equals that of the whole image.
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ from vitarium.generation.restoration.restorer import Restorer
 from vitarium.ops.bicubic import resize_bicubic
 
 FADE = 16
-"""Pixels of the input over which neighbouring tiles fade into each other."""
+"""Pixels of the input over which neighbouring tiles are blended."""
 
 MAX_PIXELS = 512_000_000
-"""Of a result; it is held in memory at 3 bytes a pixel."""
+"""Largest result; it is held in memory at 3 bytes per pixel."""
 
 
 def strips(model: Restorer, image: Tensor, *, tile: int = 256, overlap: int = 32) -> Iterator[Tensor]:
-    """The restored image in strips from top to bottom; no more than a row of tiles is worked on at once.
+    """Yield the restored image in strips from top to bottom, working on one row of tiles at a time.
 
     Args:
         model: restores one tile at a time, on its own device.
         image: (C, H, W) uint8, or floating-point in 0..1; on any device.
         tile: side of a tile, pixels of the input; 0 restores the image as a whole.
-        overlap: how far neighbouring tiles overlap, pixels of the input.
+        overlap: overlap of neighbouring tiles, pixels of the input.
 
     Yields:
         (C, rows, scale W) float32 on the CPU, not clipped.
 
     Raises:
-        UsageError: tiles that the model cannot use.
+        UsageError: the tile size does not suit the model.
     """
     size = model.multiple
     height, width = image.shape[-2:]
     if tile == 0:
         tile, overlap = max(height, width) + size, 0
-    step = (tile - overlap) // size * size  # tiles begin where the model's own windows do
+    step = (tile - overlap) // size * size  # tiles begin on the model's window grid
     if overlap < 0 or step < max(overlap, size):
         least = max(overlap, -(-overlap // size) * size, size) + max(0, overlap)
         raise UsageError(f"an overlap of {overlap} pixels with windows of {size} needs tiles of at least {least}, got {tile} (0: no tiles)")
     rows, columns = _spans(height, step, overlap), _spans(width, step, overlap)
-    carried = torch.zeros(0)  # the strip's last rows, which the next one finishes
+    carried = torch.zeros(0)  # last rows of the strip, to be blended with the next one
     for (top, bottom), here in zip(rows, _ramps(rows, overlap), strict=True):
         strip = torch.zeros(image.shape[0], (bottom - top) * model.scale, width * model.scale)
         for (left, right), across in zip(columns, _ramps(columns, overlap), strict=True):
@@ -68,13 +68,13 @@ def strips(model: Restorer, image: Tensor, *, tile: int = 256, overlap: int = 32
 
 
 def _spans(side: int, step: int, overlap: int) -> list[tuple[int, int]]:
-    """(start, end) of tiles that begin every `step` pixels and reach `overlap` into the next."""
+    """Return (start, end) of tiles that begin every `step` pixels and reach `overlap` into the next."""
     starts = [start for start in range(0, side, step) if start == 0 or start + overlap < side]
     return [(start, min(side, start + step + overlap) if start != starts[-1] else side) for start in starts]
 
 
 def _ramps(spans: list[tuple[int, int]], overlap: int) -> list[Tensor]:
-    """The weight of each pixel of each tile along an axis; those of all tiles add up to 1 everywhere."""
+    """Return the weight of each pixel of each tile along an axis; the weights of all tiles sum to 1 everywhere."""
     weights = [torch.ones(end - start) for start, end in spans]
     if overlap:
         fade = min(FADE, overlap)
@@ -97,7 +97,7 @@ def _restore(model: Restorer, tile: Tensor) -> Tensor:
 
 
 def restore_tensor(model: Restorer, image: Tensor, *, tile: int = 256, overlap: int = 32) -> Tensor:
-    """(C, H, W) uint8, or floating-point in 0..1 -> (C, scale H, scale W) uint8, on the CPU. See `strips`."""
+    """Restore an image: (C, H, W) uint8, or floating-point in 0..1 -> (C, scale H, scale W) uint8, on the CPU. See `strips`."""
     out = torch.empty(image.shape[0], image.shape[1] * model.scale, image.shape[2] * model.scale, dtype=torch.uint8)
     row = 0
     for strip in strips(model, image, tile=tile, overlap=overlap):
@@ -108,9 +108,9 @@ def restore_tensor(model: Restorer, image: Tensor, *, tile: int = 256, overlap: 
 
 @torch.inference_mode()
 def restore_picture(model: Restorer, picture: Image.Image, *, tile: int = 256, overlap: int = 32) -> Image.Image:
-    """A picture in any of Pillow's modes -> the restored one, RGB or grey; transparency is enlarged bicubically beside it.
+    """Restore an image in any of Pillow's modes to RGB or grey; transparency is enlarged bicubically.
 
-    Memory: the two pictures at 3 bytes a pixel, a row of tiles, and what the model needs for one tile.
+    Memory: both images at 3 bytes per pixel, a row of tiles, and the model's memory for one tile.
 
     Raises:
         InputError: the result would have more than `MAX_PIXELS`.
@@ -120,7 +120,7 @@ def restore_picture(model: Restorer, picture: Image.Image, *, tile: int = 256, o
     if pixels > MAX_PIXELS:
         raise InputError(
             f"the result would have {pixels / 1e6:.0f} megapixels ({3 * pixels / 1e9:.1f} GB of memory); at most {MAX_PIXELS / 1e6:.0f} "
-            "are made: cut the picture first"
+            "are made: crop the image first"
         )
     alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
     colours = picture.convert("RGBA").convert("RGB") if alpha else picture
@@ -133,16 +133,16 @@ def restore_picture(model: Restorer, picture: Image.Image, *, tile: int = 256, o
 
 
 def to_tensor(picture: Image.Image, channels: int) -> Tensor:
-    """A picture in any of Pillow's modes -> (channels, H, W) uint8."""
+    """Convert an image in any of Pillow's modes to (channels, H, W) uint8."""
     return torch.from_numpy(np.array(to_mode(picture, channels))).view(picture.height, picture.width, channels).permute(2, 0, 1)
 
 
 def to_picture(image: Tensor) -> Image.Image:
-    """(3, H, W) or (1, H, W) uint8 -> RGB or grey."""
+    """Convert (3, H, W) or (1, H, W) uint8 to an RGB or grey image."""
     array: Any = image.permute(1, 2, 0).contiguous().numpy()
     return Image.fromarray(array if array.shape[2] == 3 else array[..., 0])
 
 
 def to_bytes(image: Tensor) -> Tensor:
-    """Floating-point in 0..1, clipped and rounded -> uint8, as the benchmarks do before they measure."""
+    """Clip and round floating-point values in 0..1 to uint8, as benchmarks do before measuring."""
     return (image.clamp(0, 1) * 255).round_().to(torch.uint8)
