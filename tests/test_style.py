@@ -53,6 +53,7 @@ COVERED = [
     "src/vitarium/explanation/simple.py",
     "src/vitarium/explanation/token_tree.py",
     "src/vitarium/explanation/tree_drawing.py",
+    "src/vitarium/generation",
     "src/vitarium/ops",
     "src/vitarium/robustness/__init__.py",
     "src/vitarium/robustness/benchmark.py",

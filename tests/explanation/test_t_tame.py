@@ -229,7 +229,7 @@ def test_a_classifier_with_fewer_tokens_is_refused():
 
 @pytest.mark.parametrize(
     ("taps", "message"),
-    [(["blocks.9.norm1"], "no module"), ([], "at least one"), ([1, "norm"], "one kind"), (["fc_norm", "head_drop"], "tokens")],
+    [(["blocks.9.norm1"], "no module"), ([], "one or more"), ([1, "norm"], "not both"), (["fc_norm", "head_drop"], "tokens")],
 )
 def test_wrong_taps_are_refused(taps, message):
     with pytest.raises((UsageError, InputError), match=message):

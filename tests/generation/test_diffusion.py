@@ -100,11 +100,11 @@ def test_starts_as_the_identity_with_output_zero():
 
 def test_takes_any_size_that_the_patches_divide(tiny):
     assert tiny(torch.randn(1, 3, 6, 10), torch.rand(1), torch.tensor([0])).shape == (1, 3, 6, 10)
-    with pytest.raises(InputError, match=r"sides that 2 divides.*nearest is 8x8"):
+    with pytest.raises(InputError, match=r"sides divisible by 2.*nearest is 8x8"):
         tiny(torch.randn(1, 3, 7, 8), torch.rand(1))
     with pytest.raises(InputError, match=r"pictures \(B, 3, H, W\)"):
         tiny(torch.randn(1, 4, 8, 8), torch.rand(1))
-    with pytest.raises(InputError, match="one time a sample"):
+    with pytest.raises(InputError, match="one time per sample"):
         tiny(torch.randn(2, 3, 8, 8), torch.rand(1))
     with pytest.raises(UsageError, match="must divide by 16"):
         vitarium.create_model("dit_s_2", image_size=250)
@@ -341,12 +341,12 @@ def test_generate_is_a_function_of_labels_seed_and_options(tiny):
 def test_generate_refuses_what_it_cannot_do(tiny):
     labels = torch.tensor([0])
     for options, message in (
-        (dict(sampler="ddim"), "flow is sampled by euler, heun, dopri5, sde"),
+        (dict(sampler="ddim"), "sampler of a flow must be euler, heun, dopri5, sde"),
         (dict(sampler="EulerScheduler"), "diffusers has no scheduler 'EulerScheduler'"),
-        (dict(eta=1.0), "takes no option 'eta'"),
+        (dict(eta=1.0), "has no option 'eta'"),
         (dict(interval=[0.7, 0.1]), "two times"),
         (dict(steps=0), "at least 1 step"),
-        (dict(autoencoder="x"), "needs no autoencoder"),
+        (dict(autoencoder="x"), "uses no autoencoder"),
     ):
         with pytest.raises(UsageError, match=message):
             generate(tiny, labels, **options)

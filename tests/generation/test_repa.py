@@ -169,9 +169,9 @@ def test_refuses_what_cannot_be_aligned(encoder):
     model = SiT(**TINY)
     with pytest.raises(UsageError, match=r"no block 'block.1'; did you mean"):
         Alignment(model, "block.1", [encoder])
-    with pytest.raises(UsageError, match="no grid"):
+    with pytest.raises(UsageError, match="do not form a grid"):
         token_grid(17, 8, 8)
-    with pytest.raises(UsageError, match="gives no intermediate maps"):
+    with pytest.raises(UsageError, match="returns no intermediate maps"):
         Encoder("a layer", nn.Linear(1, 1))
     with pytest.raises(UsageError, match=r"create it with z_dims=\[48\]"):
         REPALearner(REPA(**TINY, encoder_depth=1, z_dims=(8,)), encoders=[encoder])
@@ -188,7 +188,7 @@ def test_the_recipes_are_read():
         assert recipe.settings_of(find_learner(recipe.objective["name"]))
     with pytest.raises(UsageError, match="coefficient"):
         load_recipe("repa_pico", ["objective.coeficient=1"])
-    with pytest.raises(UsageError, match="a path is one of"):
+    with pytest.raises(UsageError, match="path must be one of"):
         load_recipe("repa_pico", ["objective.process=flow:path=curved"])
 
 

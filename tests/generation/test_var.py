@@ -246,7 +246,7 @@ def test_reconstructions_grow_with_the_scales():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(steps=7), "one step a scale, here 4"),
+        (dict(steps=7), "one step per scale, here 4"),
         (dict(top_p=1.5), "top_p must be a number from 0 to 1"),
         (dict(top_k=-1), "top_k must be a whole number"),
         (dict(guidance=-1), "guidance must be a number"),
@@ -265,7 +265,7 @@ def test_refuses_options(options: dict, message: str):
 
 def test_refuses_pictures_and_sizes():
     model = pico().float()
-    with pytest.raises(InputError, match=r"takes floating-point pictures \(B, 3, 16, 16\)"):
+    with pytest.raises(InputError, match=r"takes floating-point images \(B, 3, 16, 16\)"):
         model.tokenizer(torch.zeros(1, 3, 20, 20))
     with pytest.raises(InputError, match=r"codes must be"):
         model.tokenizer.decode([torch.zeros(1, 2, dtype=torch.int64)])
@@ -277,7 +277,7 @@ def test_refuses_pictures_and_sizes():
         model.edit(torch.rand(1, 3, 16, 16), torch.ones(1, 1, 16, 16), torch.tensor([1]), topk=3)
     with pytest.raises(UsageError, match="image_size=12, got image_size=16"):
         vitarium.create_model("var_tokenizer_pico", scales=(1, 3))
-    with pytest.raises(UsageError, match="scales must be whole numbers that rise"):
+    with pytest.raises(UsageError, match="scales must be ascending whole numbers"):
         vitarium.create_model("var_tokenizer_pico", scales=(2, 1))
     with pytest.raises(UsageError, match="embed_dim must divide"):
         vitarium.create_model("var_pico", num_heads=3)
@@ -364,7 +364,7 @@ def test_training_needs_a_tokenizer(tmp_path: Path):
     with pytest.raises(UsageError, match="vitarium train var_tokenizer_pico"):
         find_learner("var").create("var_pico", digits, recipe("var"))
     vitarium.save(vitarium.create_model("swin_pico"), tmp_path / "swin.safetensors")
-    with pytest.raises(UsageError, match="does not turn pictures into codes"):
+    with pytest.raises(UsageError, match="is not a tokenizer of images"):
         find_learner("var").create("var_pico", digits, recipe("var", tokenizer=str(tmp_path / "swin.safetensors")))
     with pytest.raises(UsageError, match="pictures of 16 pixels"):
         find_learner("var_tokenizer").create("var_tokenizer_pico", digits, recipe("var_tokenizer").model_copy(update=dict(image_size=20)))

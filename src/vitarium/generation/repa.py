@@ -1,18 +1,18 @@
-"""REPA: a denoiser learns faster when an early block is shown what a good encoder sees (Yu et al., "Representation Alignment for
-Generation: Training Diffusion Transformers Is Easier Than You Think", 2025).
+"""REPA: representation alignment of a denoiser's early block with a frozen encoder, for faster training (Yu et al., "Representation
+Alignment for Generation: Training Diffusion Transformers Is Easier Than You Think", 2025).
 
-The idea: SiT trained by a flow (t is the amount of noise: 0 data, 1 noise), and one more term. After block k, an MLP turns each noisy token
-into what a frozen self-supervised encoder says of the same place of the clean picture:
+The idea: SiT is trained by a flow (t is the amount of noise: 0 data, 1 noise) with one more term. After block k, an MLP maps each noisy
+token to the features of a frozen self-supervised encoder at the same position of the clean image:
 
     loss = |v(x_t, t) - (noise - x)|^2 - coefficient * mean over tokens of cos(MLP(h_k), encoder(x))
 
-It costs nothing in use: the MLP is a side branch, which only the checkpoint carries along.
+Sampling costs nothing more: the MLP is a side branch, stored in the checkpoint only.
 
-Follows the authors' code (sihyun-yu/REPA), whose checkpoints load by name. `Alignment` puts the same term on any denoiser and any frozen
-encoder; the learner takes it for every model that brings no projectors.
+Follows the authors' code (sihyun-yu/REPA), whose checkpoints load by name. `Alignment` adds the same term to any denoiser with any frozen
+encoder; the learner uses it for models without projectors.
 Cost: the encoder's forward pass in training.
 
-Legend: N tokens, D embed_dim, Z channels of an encoder.
+Notation: N tokens, D embed_dim, Z channels of an encoder.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ log = logging.getLogger("vitarium")
 
 
 def _numbered(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Old files call the blocks after the aligned one `decoder_blocks`, and count them from 0."""
+    """Rename old files' blocks after the aligned one, `decoder_blocks`, which count from 0."""
     first = 1 + max((int(name.split(".")[1]) for name in state if name.startswith("blocks.")), default=-1)
     renamed = {}
     for name, tensor in state.items():
@@ -67,16 +67,16 @@ def _numbered(state: dict[str, Tensor]) -> dict[str, Tensor]:
     **PREPARATION | {"learner": "repa"},
 )
 class REPA(DiT):
-    """x (B, C, H, W) at times t (B,) in [0, 1] with labels (B,) -> velocities (B, C, H, W). t is 0 at data and 1 at noise.
+    """SiT with side branches: x (B, C, H, W) at times t (B,) in [0, 1] with labels (B,) -> velocities (B, C, H, W). t is 0 at data.
 
     Args:
         encoder_depth: k, the number of blocks before the side branch.
-        z_dims: Z of each encoder.
+        z_dims: channels Z of each encoder.
         projector_dim: hidden channels of the side branch.
         options: as for `DiT`, without learn_sigma.
 
     Raises:
-        ValueError: k is no number of blocks.
+        ValueError: k is not a number of blocks.
     """
 
     process = "flow"
@@ -103,7 +103,7 @@ class REPA(DiT):
         time_scale: float = 1.0,
     ):
         if not 1 <= encoder_depth <= depth:
-            raise ValueError(f"encoder_depth is a number of blocks, 1 to {depth}, got {encoder_depth}")
+            raise ValueError(f"encoder_depth must be a number of blocks from 1 to {depth}, got {encoder_depth}")
         super().__init__(
             embed_dim=embed_dim,
             depth=depth,
@@ -124,11 +124,11 @@ class REPA(DiT):
 
     @property
     def aligned_block(self) -> str:
-        """Name of the block behind which the side branch begins."""
+        """Name of the block after which the side branch begins."""
         return f"blocks.{self.encoder_depth - 1}"
 
     def forward_aligned(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Velocities (B, C, H, W), and what the side branches say, (B, N, Z) each."""
+        """Return velocities (B, C, H, W) and the side branches' outputs, (B, N, Z) each."""
         with hidden_tokens(self, [self.aligned_block]) as hidden:
             velocity = self(x, t, labels)
         return velocity, [project(hidden[self.aligned_block]) for project in self.projectors]
@@ -136,23 +136,23 @@ class REPA(DiT):
 
 @learner("repa", task="generate")
 class REPALearner(DiffusionLearner):
-    """Denoising with aligned representations, of any denoiser.
+    """Denoising with aligned representations, for any denoiser.
 
     Args:
-        model: a `REPA`, or another `Denoiser`; its projectors then belong to the learner, and are dropped with it.
+        model: a `REPA`, or another `Denoiser`, whose projectors belong to the learner and are not saved with the model.
         settings: see there.
-        encoders: the frozen encoders; None: opened by the names in the settings when the first loss is asked for.
+        encoders: the frozen encoders; None: opened by the names in the settings at the first loss.
     """
 
     class Settings(DiffusionLearner.Settings):
-        """As of the learner "diffusion", and
+        """Settings of the learner "diffusion", and
 
         Args:
-            encoders: what is aligned to: names of models with published weights, files that `vitarium.save` wrote, or "recipe:NAME": a
-                classifier that is trained first, on the same pictures, by that recipe.
+            encoders: targets of alignment: names of models with published weights, files of `vitarium.save`, or "recipe:NAME": a
+                classifier that is trained first, on the same images, by that recipe.
             coefficient: weight of the alignment.
-            block: name of the aligned block; None: the model's own (`REPA`), else the one after a third of "blocks".
-            projector_dim: hidden channels of projectors that the model does not bring.
+            block: name of the aligned block; None: the model's own (`REPA`), else the one at a third of "blocks".
+            projector_dim: hidden channels of projectors for models without their own.
         """
 
         encoders: tuple[str, ...] = ("timm/vit_base_patch14_dinov2.lvd142m",)
@@ -183,7 +183,7 @@ class REPALearner(DiffusionLearner):
         return cls(build_model(name, data, recipe, pretrained=pretrained, checkpoint=checkpoint, **dims), settings, encoders=encoders)
 
     def align(self, encoders: Sequence[Encoder]) -> None:
-        """Set up the projectors towards these encoders; new ones start from the global generator."""
+        """Set up the projectors for these encoders; new ones are initialised from the global generator."""
         own = isinstance(self.model, REPA) and self.settings.block in (None, self.model.aligned_block)
         self.alignment = Alignment(
             self.model,
@@ -194,7 +194,7 @@ class REPALearner(DiffusionLearner):
         )
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Target: class numbers (B,)."""
+        """Compute the losses of a batch. Target: class numbers (B,)."""
         if self.alignment is None:
             self.align([open_encoder(source) for source in self.settings.encoders])
         alignment: Alignment = self.alignment  # type: ignore[assignment]
@@ -206,7 +206,7 @@ class REPALearner(DiffusionLearner):
 
 
 def default_block(model: nn.Module) -> str:
-    """Name of the block that is aligned where none is named.
+    """Return the name of the block that is aligned by default.
 
     Raises:
         UsageError: the model has no list "blocks".
@@ -220,10 +220,10 @@ def default_block(model: nn.Module) -> str:
 
 
 def train_encoder(recipe_name: str, data: ImageData, seed: int, *, model: str | None = None) -> Encoder:
-    """A classifier trained by a recipe on the same pictures, as an encoder. The same seed gives the same one.
+    """Train a classifier by a recipe on the same images, as an encoder. The same seed gives the same one.
 
     Raises:
-        UsageError: no such recipe, or one that names no model where none is given.
+        UsageError: unknown recipe, or one without a model if none is given.
     """
     from vitarium.data.loader import generators_kept
     from vitarium.training import find_learner, fit, load_recipe

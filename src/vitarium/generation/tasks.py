@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vitarium.data import ImageData
 
 COLUMNS, ROWS = 10, 4
-"""Of a sheet of samples: classes, and images of each."""
+"""Size of a sheet of samples: classes, and images per class."""
 
 
 @task("generate")

@@ -1,13 +1,13 @@
-"""Denoisers and everything around them: the base of every system here that turns noise into images.
+"""Denoising models: networks, processes, samplers, guidance, codecs, training and generation.
 
-denoiser, dit      the networks: DiT (`dit_*`) and SiT (`sit_flow_*`), and what every denoiser keeps
+denoiser, dit      the networks: DiT (`dit_*`) and SiT (`sit_flow_*`), and the base class of denoisers
 paths, flow        flows, with both time conventions by name;  gaussian: diffusion in steps
-samplers           functions from a prediction and noise to data;  guidance: which prediction
-schedulers         diffusers' schedulers in their place
+samplers           functions from a prediction and noise to data;  guidance: the prediction that they call
+schedulers         diffusers' schedulers as samplers
 codecs             pixels, or diffusers' autoencoders
-process, pipeline  one line of text for what a model was trained for, and from labels to pictures
-alignment          tokens of any denoiser's block drawn to those of any frozen encoder
-learner            training them
+process, pipeline  the text form of a process, and generation from labels
+alignment          alignment of a denoiser's tokens with those of a frozen encoder
+learner            training
 """
 
 from vitarium.generation.diffusion.alignment import Alignment, Encoder, hidden_tokens

@@ -1,9 +1,9 @@
-"""Hidden tokens of any denoiser drawn towards those of any frozen encoder, place by place (REPA's side branch).
+"""Alignment of a denoiser's hidden tokens with those of a frozen encoder, position by position (REPA's side branch).
 
-A block is found by its name and read by a hook; the encoder sees the clean picture. Both give tokens on a grid; where the grids differ, the
+A block is found by its name and read by a hook; the encoder gets the clean image. Both return tokens on a grid; if the grids differ, the
 encoder's is interpolated.
 
-Legend: B batch, N tokens, D channels of the block, Z channels of the encoder.
+Notation: B batch, N tokens, D channels of the block, Z channels of the encoder.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from vitarium.nn.modes import evaluating
 
 @contextlib.contextmanager
 def hidden_tokens(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Within it, each forward pass leaves the outputs of the named blocks in the dict: name -> tokens (B, N, D), with gradients.
+    """Record the outputs of the named blocks in each forward pass: name -> tokens (B, N, D), with gradients.
 
-    A block may give tokens, a map (B, D, h, w), or a tuple that begins with either.
+    A block may return tokens, a map (B, D, h, w), or a tuple that begins with either.
 
     Raises:
-        UsageError: the model has no such block; the message names near ones.
+        UsageError: the model has no such block; the message names similar ones.
     """
     parts = dict(model.named_modules())
     for name in names:
@@ -52,25 +52,25 @@ def hidden_tokens(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, 
 
 
 def token_grid(count: int, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of `count` square patches of a picture or latent.
+    """Return rows and columns of `count` square patches of an image or latent.
 
     Raises:
-        UsageError: they are no grid of it (a class token among them, say).
+        UsageError: the count does not form a grid (because of a class token, for example).
     """
     side = (height * width / count) ** 0.5
     rows, columns = round(height / side), round(width / side)
     if rows * columns != count:
-        raise UsageError(f"{count} tokens are no grid of {height}x{width} cells; choose a block that gives one token a patch")
+        raise UsageError(f"{count} tokens do not form a grid of {height}x{width} cells; choose a block with one token per patch")
     return rows, columns
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A frozen network that gives a map of features of a picture; shared by all copies, it moves to the device of what it gets.
+    """A frozen network that returns a map of features of an image; shared by all copies, it moves to the device of its input.
 
     Args:
-        name: what it is called in reports.
-        model: with timm's `forward_intermediates` (every backbone of ours, timm's ViTs and CNNs), and a `preprocessing`.
+        name: used in reports.
+        model: with timm's `forward_intermediates` (all of our backbones, timm's ViTs and CNNs), and a `preprocessing`.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Encoder:
 
     def __post_init__(self) -> None:
         if not hasattr(self.model, "forward_intermediates"):
-            raise UsageError(f"{self.name} gives no intermediate maps; take an encoder of ours or of timm's ('vitarium models')")
+            raise UsageError(f"{self.name} returns no intermediate maps; use an encoder of ours or of timm's ('vitarium models')")
         self.model.requires_grad_(False).eval()
 
     def __deepcopy__(self, memo: Any) -> Encoder:
@@ -86,15 +86,15 @@ class Encoder:
 
     @property
     def dim(self) -> int:
-        """Z."""
+        """Number of channels Z."""
         return int(self.model.feature_info[-1]["num_chs"])
 
     def map(self, image: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Pictures (B, 1 or 3, H, W) in [0, 1] -> normed features (B, Z, h, w), without class tokens or gradients.
+        """Return normed features (B, Z, h, w) of images (B, 1 or 3, H, W) in [0, 1], without class tokens or gradients.
 
         Args:
-            grid: h and w. The picture is resized so that the encoder gives that grid by itself, where that makes it no larger than
-                what the encoder was made for; else the features are interpolated. None: as the encoder gives them.
+            grid: h and w. The image is resized so that the encoder returns that grid, if this is not larger than the encoder's native
+                size; else the features are interpolated. None: the encoder's own grid.
         """
         pre = self.model.preprocessing
         mean, std = (torch.tensor(v, device=image.device).view(-1, 1, 1) for v in (pre.mean, pre.std))
@@ -114,7 +114,7 @@ class Encoder:
         return features
 
     def _takes(self, size: Sequence[int]) -> bool:
-        """Whether the encoder can be given pictures of this size; timm's ViTs are told, and resample their positions."""
+        """Return whether the encoder accepts images of this size; timm's ViTs are set to it, and resample their positions."""
         if not hasattr(self.model, "set_input_size"):
             return True
         if tuple(self.model.patch_embed.img_size) == tuple(size):
@@ -126,19 +126,19 @@ class Encoder:
         return True
 
     def tokens(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Pictures in [0, 1] -> (B, h w, Z)."""
+        """Return features (B, h w, Z) of images in [0, 1]."""
         return self.map(image, grid).flatten(2).transpose(1, 2)
 
     def pooled(self, image: Tensor) -> Tensor:
-        """Pictures in [0, 1] -> the mean over the map, (B, Z)."""
+        """Return the mean over the map, (B, Z), of images in [0, 1]."""
         return self.map(image).flatten(2).mean(2)
 
 
 def open_encoder(source: str) -> Encoder:
-    """An encoder by the name of a model with published weights ("timm/vit_base_patch14_dinov2.lvd142m"), or by a file of `vitarium.save`.
+    """Open an encoder by the name of a model with published weights ("timm/vit_base_patch14_dinov2.lvd142m"), or by a saved file.
 
     Raises:
-        UsageError, CheckpointError: there is none, or its weights cannot be fetched.
+        UsageError, CheckpointError: unknown encoder, or its weights cannot be downloaded.
     """
     import vitarium
 
@@ -148,7 +148,7 @@ def open_encoder(source: str) -> Encoder:
 
 
 def projector(dim: int, out_dim: int, hidden_dim: int = 2048) -> nn.Sequential:
-    """The side branch: (B, N, dim) -> (B, N, out_dim) by three linear layers with SiLU between; Xavier weights, zero biases."""
+    """Return the side branch: (B, N, dim) -> (B, N, out_dim), three linear layers with SiLU between; Xavier weights, zero biases."""
     layers = nn.Sequential(
         nn.Linear(dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, out_dim)
     )
@@ -160,7 +160,7 @@ def projector(dim: int, out_dim: int, hidden_dim: int = 2048) -> nn.Sequential:
 
 
 def alignment_loss(found: Tensor, target: Tensor) -> Tensor:
-    """Minus the mean cosine of paired tokens, in [-1, 1]: (B, N, Z), (B, N, Z) -> (B,)."""
+    """Return the negative mean cosine of paired tokens, in [-1, 1]: (B, N, Z), (B, N, Z) -> (B,)."""
     return -F.cosine_similarity(found, target, dim=-1).mean(1)
 
 
@@ -168,11 +168,11 @@ class Alignment(nn.Module):
     """Projectors from one block of a denoiser to one or several encoders.
 
     Args:
-        denoiser: any module called as (x, t, labels); it is read, not changed, and not kept.
+        denoiser: any module called as (x, t, labels); it is neither changed nor kept.
         block: name of the block, such as "blocks.7".
-        encoders: what its tokens are drawn to.
-        hidden_dim: of the projectors.
-        projectors: those that the denoiser brings along, one an encoder; None: new ones.
+        encoders: the targets of alignment.
+        hidden_dim: hidden channels of the projectors.
+        projectors: the denoiser's own, one per encoder; None: new ones.
 
     Raises:
         UsageError: no such block, or projectors for other encoders.
@@ -202,10 +202,10 @@ class Alignment(nn.Module):
             self.projectors = nn.ModuleList(projector(width, encoder.dim, hidden_dim) for encoder in encoders)
 
     def forward(self, hidden: Tensor, image: Tensor, sides: Sequence[int]) -> Tensor:
-        """Losses (B,) of hidden tokens (B, N, D), the mean over the encoders.
+        """Return losses (B,) of hidden tokens (B, N, D), the mean over the encoders.
 
         Args:
-            image: the clean pictures, (B, 1 or 3, H, W) in [0, 1].
+            image: the clean images, (B, 1 or 3, H, W) in [0, 1].
             sides: height and width of the denoiser's input.
         """
         grid = token_grid(hidden.shape[1], *sides)
@@ -214,7 +214,7 @@ class Alignment(nn.Module):
 
 
 def block_width(denoiser: nn.Module, block: str) -> int:
-    """Channels of a block's tokens, found by a forward pass of zeros. `denoiser` tells `sample_chans` and `sample_size`."""
+    """Return the channels of a block's tokens, found by a forward pass of zeros of size `sample_chans` and `sample_size`."""
     like, side = next(denoiser.parameters()), denoiser.sample_size
     with hidden_tokens(denoiser, [block]) as found, evaluating(denoiser):
         x = like.new_zeros(1, denoiser.sample_chans, side, side)  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""Between pictures in [-1, 1] and what is denoised: the pictures themselves, or the latents of an autoencoder of diffusers."""
+"""Codecs between images in [-1, 1] and the denoised variable: the identity, or an autoencoder of diffusers."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ DEFAULT_AUTOENCODER = "stabilityai/sd-vae-ft-ema"
 
 
 class Codec(Protocol):
-    """Both ways. `encode` may draw from torch's global generator."""
+    """Encoding and decoding. `encode` may draw from torch's global generator."""
 
     def encode(self, image: Tensor) -> Tensor: ...
     def decode(self, x: Tensor) -> Tensor: ...
 
 
 class Pixels:
-    """Pictures as they are."""
+    """Identity: the images themselves are denoised."""
 
     def encode(self, image: Tensor) -> Tensor:
-        """(B, C, H, W) -> the same."""
+        """Return the images, (B, C, H, W)."""
         return image
 
     def decode(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> the same."""
+        """Return the images, (B, C, H, W)."""
         return x
 
 
 @dataclass(frozen=True)
 class Latents:
-    """An `AutoencoderKL` of diffusers, frozen: pictures (B, 3, H, W) <-> latents (B, C, H / 8, W / 8) of about unit variance.
+    """A frozen `AutoencoderKL` of diffusers: images (B, 3, H, W) <-> latents (B, C, H / 8, W / 8) of about unit variance.
 
     It is shared by all copies of a model, and moves to the device of what it gets.
 
     Args:
         autoencoder: the module, with `encode(image).latent_dist` and `decode(latent).sample`.
-        scaling: factor on the latents, a number; None: what its configuration says (0.18215).
-        shift: subtracted before it; None: what its configuration says, else 0.
+        scaling: factor on the latents, a number; None: from its configuration (0.18215).
+        shift: subtracted before scaling; None: from its configuration, else 0.
     """
 
     autoencoder: Any
@@ -62,13 +62,13 @@ class Latents:
         return self
 
     def encode(self, image: Tensor) -> Tensor:
-        """Pictures in [-1, 1] -> latents drawn from the posterior."""
+        """Return latents of images in [-1, 1], drawn from the posterior."""
         with torch.no_grad():
             latent = self._on(image).encode(image.to(self.autoencoder.dtype)).latent_dist.sample()
         return ((latent - self.shift) * self.scaling).to(image.dtype)
 
     def decode(self, x: Tensor) -> Tensor:
-        """Latents -> pictures in about [-1, 1]."""
+        """Return the images of latents, in about [-1, 1]."""
         with torch.no_grad():
             return self._on(x).decode((x / self.scaling + self.shift).to(self.autoencoder.dtype)).sample.to(x.dtype)
 
@@ -77,11 +77,11 @@ class Latents:
 
 
 def open_autoencoder(source: str) -> Latents:
-    """An autoencoder by its folder, or by its name on Hugging Face ("stabilityai/sd-vae-ft-ema").
+    """Open an autoencoder by its folder, or by its name on Hugging Face ("stabilityai/sd-vae-ft-ema").
 
     Raises:
         MissingExtra: diffusers is not installed.
-        CheckpointError: it is not there, or cannot be fetched.
+        CheckpointError: it does not exist, or cannot be downloaded.
     """
     diffusers = require("diffusers", "diffusion")
     try:
@@ -93,17 +93,17 @@ def open_autoencoder(source: str) -> Latents:
 
 
 def codec_of(model: Any, source: str | None = None) -> Codec:
-    """The codec of a denoiser, opened once for each source: its pixels where it has no latents; else `source`, what it was trained with, or
-    Stable Diffusion's.
+    """Return the codec of a denoiser, opened once for each source: the identity for models of pixels; else `source`, the autoencoder of its
+    training, or Stable Diffusion's.
 
     Raises:
-        UsageError: an autoencoder for a model of pixels, or one whose latents are not the model's.
+        UsageError: an autoencoder for a model of pixels, or one with latents of another size.
     """
     learner = training_of(model).learner
     trained = learner.settings.get("autoencoder") if learner else None
     if not getattr(model, "latent_chans", 0):
         if source:
-            raise UsageError("this model makes pixels, and needs no autoencoder")
+            raise UsageError("this model generates pixels and uses no autoencoder")
         return Pixels()
     kept: dict[str, Latents] = model.__dict__.setdefault("_codecs", {})
     name = source or trained or DEFAULT_AUTOENCODER

@@ -1,4 +1,4 @@
-"""What every denoiser of the house is: a network (x, t, labels) -> prediction that knows its pictures, and makes them."""
+"""Base class of denoisers: a network (x, t, labels) -> prediction with its image size and classes, which generates images."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ GAUSSIAN_STEPS = 1000
 
 
 class Denoiser(nn.Module):
-    """x (B, C, H, W) at times t (B,) with labels (B,) -> prediction (B, C, H, W), or 2 C channels with a variance.
+    """Denoiser: x (B, C, H, W) at times t (B,) with labels (B,) -> prediction (B, C, H, W), or 2 C channels with a variance.
 
-    A subclass defines `forward(x, t, labels=None)`, in which the null class has the number `num_classes`, and says what it is published
-    for. Training overrides that by the settings of its learner, which the model's training record and saved files hold.
+    Subclasses define `forward(x, t, labels=None)`, in which the null class has the number `num_classes`, and the process that they were
+    published with. Training overrides it by the settings of its learner, which the model's training record and saved files hold.
 
     Args:
-        image_size: side of the pictures, pixels.
-        in_chans: channels of the pictures.
-        latent_chans: channels of the autoencoder's latents; 0: x are the pictures themselves.
-        latent_stride: pixels a cell of the latent.
-        num_classes: classes, besides the null class.
+        image_size: side of the images, pixels.
+        in_chans: channels of the images.
+        latent_chans: channels of the autoencoder's latents; 0: x is the image itself.
+        latent_stride: pixels per cell of the latent.
+        num_classes: number of classes, without the null class.
     """
 
     process: ClassVar[str] = "flow"
-    """What it is published for, as `parse_process` reads it."""
+    """Process that the model was published with, in the form of `parse_process`."""
     guided_channels: ClassVar[int | None] = None
-    """How many channels the published sampler guides; None: all."""
+    """Number of channels that the published sampler guides; None: all."""
     guidance: ClassVar[float] = 1.5
-    """Usual strength of guidance."""
+    """Default strength of guidance."""
 
     preprocessing: Any = None
     labels: list[str] | None = None
@@ -46,12 +46,12 @@ class Denoiser(nn.Module):
 
     @property
     def sample_chans(self) -> int:
-        """C."""
+        """Number of channels C of x."""
         return self.latent_chans or self.in_chans
 
     @property
     def sample_size(self) -> int:
-        """H and W of x for pictures of image_size."""
+        """Height and width of x for images of image_size."""
         return self.image_size // self.latent_stride
 
     def generate(
@@ -64,7 +64,7 @@ class Denoiser(nn.Module):
         steps: int | None = None,
         **options: Any,
     ) -> Tensor:
-        """Pictures (B, in_chans, H, W) in [0, 1] of the given classes; see `vitarium.generation.Generator` and `pipeline.generate`."""
+        """Generate images (B, in_chans, H, W) in [0, 1] of the given classes; see `Generator` and `pipeline.generate`."""
         from vitarium.generation.diffusion.pipeline import generate
 
         return generate(self, labels, seed=seed, indices=indices, guidance=guidance, steps=steps, **options)
@@ -83,10 +83,10 @@ class Denoiser(nn.Module):
         return {"x": random_normal(self, shape, seed=seed), "t": times, "labels": labels}
 
     def check_input(self, x: Tensor, t: Tensor, multiple: int) -> None:
-        """Refuse what the network cannot take.
+        """Refuse invalid input.
 
         Raises:
-            InputError: wrong rank, channels or size of x, or times that are not one a sample.
+            InputError: wrong rank, channels or size of x, or a number of times that is not that of the samples.
         """
         if torch.compiler.is_compiling():
             return
@@ -97,6 +97,6 @@ class Denoiser(nn.Module):
         if any(side % multiple or not side for side in x.shape[-2:]):
             near = [max(multiple, round(side / multiple) * multiple) for side in x.shape[-2:]]
             height, width = x.shape[-2:]
-            raise InputError(f"{name} takes sides that {multiple} divides, got {height}x{width}; the nearest is {near[0]}x{near[1]}")
+            raise InputError(f"{name} takes sides divisible by {multiple}, got {height}x{width}; the nearest is {near[0]}x{near[1]}")
         if t.shape != x.shape[:1]:
-            raise InputError(f"{name} takes one time a sample, ({len(x)},), got {tuple(t.shape)}")
+            raise InputError(f"{name} takes one time per sample, ({len(x)},), got {tuple(t.shape)}")

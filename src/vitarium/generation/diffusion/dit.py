@@ -1,4 +1,4 @@
-"""DiT and SiT: a plain transformer on patches of a noisy latent, told time and class by adaptive layer norm.
+"""DiT and SiT: a plain transformer on patches of a noisy latent, conditioned on time and class by adaptive layer norm.
 
 DiT (Peebles and Xie, "Scalable Diffusion Models with Transformers", 2023) is trained by Gaussian diffusion, SiT (Ma et al., "SiT: Exploring
 Flow and Diffusion-based Generative Models with Scalable Interpolant Transformers", 2024) is the same network trained by a flow.
@@ -7,11 +7,11 @@ Flow and Diffusion-based Generative Models with Scalable Interpolant Transformer
     x <- x + gate1 * Attention(LN(x) (1 + scale1) + shift1)
     x <- x + gate2 * MLP(LN(x) (1 + scale2) + shift2)
 
-The last linear layer of every condition starts at 0, so that at first each block is the identity and the output is 0.
+The last linear layer of every condition is initialised to 0, so that each block begins as the identity and the output as 0.
 Follows the authors' code (facebookresearch/DiT, willisma/SiT), whose checkpoints load by name, as do diffusers'.
 Cost: quadratic in tokens. A third of DiT's parameters are the conditions' layers.
 
-Legend: B batch, C channels of x, H W its sides (latent cells, or pixels), N tokens, D embed_dim.
+Notation: B batch, C channels of x, H W its sides (latent cells, or pixels), N tokens, D embed_dim.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ TanhGELU = functools.partial(nn.GELU, approximate="tanh")
 
 
 class TimeEmbed(nn.Module):
-    """Time (B,) -> (B, dim): cosines, then sines, of t at 128 rates from 1 down to 1 / 10000, through two linear layers.
+    """Embed times: (B,) -> (B, dim), cosines, then sines, of t at 128 rates from 1 down to 1 / 10000, through two linear layers.
 
     Args:
         dim: D.
-        scale: factor on t before anything else.
+        scale: factor of t, applied first.
     """
 
     rates: Tensor
@@ -47,30 +47,30 @@ class TimeEmbed(nn.Module):
         self.scale = scale
         rates = torch.exp(
             -math.log(10000) * torch.arange(width // 2, dtype=torch.float32) / (width // 2)
-        )  # to the last bit as the authors'
+        )  # bit-exact with the authors' code
         self.register_buffer("rates", rates, persistent=False)
         self.fc1 = nn.Linear(width, dim)
         self.fc2 = nn.Linear(dim, dim)
 
     def forward(self, t: Tensor) -> Tensor:
-        angles = (t.float() * self.scale)[:, None] * self.rates.float()  # in float32 whatever the model's dtype: t runs up to 999
+        angles = (t.float() * self.scale)[:, None] * self.rates.float()  # float32 in any dtype, because t runs up to 999
         waves = torch.cat([angles.cos(), angles.sin()], 1).to(self.fc1.weight.dtype)
         return self.fc2(F.silu(self.fc1(waves)))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift: (B, N, D) with (B, 1, D)."""
+    """Return x (1 + scale) + shift: (B, N, D) with (B, 1, D)."""
     return torch.addcmul(shift, x, 1 + scale)
 
 
 class DiTBlock(nn.Module):
-    """Tokens (B, N, D) and SiLU of the condition (B, D) -> (B, N, D).
+    """Transformer block with adaptive layer norm: tokens (B, N, D) and SiLU of the condition (B, D) -> (B, N, D).
 
     Args:
         dim: D.
-        num_heads: of the attention.
+        num_heads: heads of the attention.
         mlp_ratio: hidden channels of the MLP over D.
-        qk_norm: layer norm of each head's queries and keys.
+        qk_norm: whether to apply a layer norm to each head's queries and keys.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, *, qk_norm: bool = False):
@@ -88,7 +88,7 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens (B, N, D) and SiLU of the condition (B, D) -> (B, N, out_dim)."""
+    """Output layer with adaptive layer norm: tokens (B, N, D) and SiLU of the condition (B, D) -> (B, N, out_dim)."""
 
     def __init__(self, dim: int, out_dim: int):
         super().__init__()
@@ -115,7 +115,7 @@ OFFICIAL = chain(
 
 
 def _joined(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Queries, keys and values in one tensor; of the copies of the embedders, one a block, the first."""
+    """Merge queries, keys and values into one tensor; of the embedders' copies in each block the first is used."""
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if ".attn1.to_q." in name:
@@ -171,25 +171,25 @@ PREPARATION: dict[str, Any] = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), cr
     **PREPARATION,
 )
 class DiT(Denoiser):
-    """x (B, C, H, W) at times t (B,) with labels (B,) -> (B, 2 C, H, W): noise, and where the variance lies (`GaussianDiffusion`).
+    """DiT: x (B, C, H, W) at times t (B,) with labels (B,) -> (B, 2 C, H, W), noise and log variance (`GaussianDiffusion`).
 
     Args:
         embed_dim: D.
-        depth: blocks.
-        num_heads: of the attention.
+        depth: number of blocks.
+        num_heads: heads of the attention.
         patch_size: side of a patch, cells of x.
-        image_size: side of the pictures, pixels; x has image_size / latent_stride cells.
-        in_chans: channels of the pictures.
-        latent_chans: channels of the autoencoder's latents; 0: x are the pictures themselves.
-        latent_stride: pixels a cell of the latent; 1 for pictures.
-        num_classes: classes, besides the null class; 0: only that.
+        image_size: side of the images, pixels; x has image_size / latent_stride cells.
+        in_chans: channels of the images.
+        latent_chans: channels of the autoencoder's latents; 0: x is the image itself.
+        latent_stride: pixels per cell of the latent; 1 for images.
+        num_classes: number of classes, without the null class; 0: only the null class.
         mlp_ratio: hidden channels of the MLPs over D.
-        class_drop_rate: how often in training a label becomes the null class.
-        learn_sigma: give out 2 C channels.
-        qk_norm: layer norm of queries and keys.
-        time_scale: factor on t; 1000 for flows that were trained so.
+        class_drop_rate: probability in training that a label becomes the null class.
+        learn_sigma: whether to return 2 C channels.
+        qk_norm: whether to apply a layer norm to queries and keys.
+        time_scale: factor of t; 1000 for flows trained with it.
 
-    Any H and W that patch_size divides. Raises InputError for others, and ValueError where image_size does not divide.
+    Any H and W that are multiples of patch_size; raises InputError for others, and ValueError if image_size is not a multiple.
     """
 
     process = "gaussian"
@@ -242,7 +242,7 @@ class DiT(Denoiser):
             nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Prediction (B, C or 2 C, H, W). Without labels: of the null class."""
+        """Predict (B, C or 2 C, H, W). Without labels: for the null class."""
         self.check_input(x, t, self.patch_size)
         tokens, grid = self.embed(x)
         condition = F.silu(self.condition(t, labels))
@@ -254,7 +254,7 @@ class DiT(Denoiser):
         return self.unpatchify(self.final(tokens, condition), grid)
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Tokens (B, N, D) with positions, and the grid's height and width."""
+        """Return tokens (B, N, D) with positions, and the grid's height and width."""
         patches = self.patch_embed(x)
         height, width = patches.shape[-2:]
         table = self.pos_embed
@@ -263,7 +263,7 @@ class DiT(Denoiser):
         return patches.flatten(2).transpose(1, 2) + table, (height, width)
 
     def condition(self, t: Tensor, labels: Tensor | None) -> Tensor:
-        """(B, D). In training labels are dropped at class_drop_rate."""
+        """Return the condition (B, D). In training labels are dropped at class_drop_rate."""
         if labels is None:
             labels = torch.full(t.shape, self.num_classes, device=t.device)
         if self.training and self.class_drop_rate > 0:
@@ -272,21 +272,21 @@ class DiT(Denoiser):
         return self.time_embed(t) + self.label_embed(labels)
 
     def unpatchify(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, N, p p C'), a token's numbers by row, column, channel -> (B, C', H, W)."""
+        """Convert tokens (B, N, p p C'), in the order row, column, channel, to a map (B, C', H, W)."""
         p = self.patch_size
         cells = tokens.unflatten(2, (p, p, self.out_chans)).unflatten(1, grid)
         return cells.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory in training."""
+        """Recompute blocks in the backward pass of training, for less memory and more time."""
         self.grad_checkpointing = enable
 
 
 @family("dit", name="sit_flow", variants=VARIANTS, official=OFFICIAL, dialects={"diffusers": DIFFUSERS}, **PREPARATION)
 class SiT(DiT):
-    """x (B, C, H, W) at times t (B,) in [0, 1] with labels (B,) -> velocities (B, C, H, W). t is 0 at noise and 1 at data (`Flow`).
+    """SiT: x (B, C, H, W) at times t (B,) in [0, 1] with labels (B,) -> velocities (B, C, H, W). t is 0 at noise and 1 at data (`Flow`).
 
-    The released models compute 2 C channels (learn_sigma) and give out the first C. Arguments as of `DiT`.
+    The released models compute 2 C channels (learn_sigma) and return the first C. Arguments as of `DiT`.
     """
 
     process = "flow:data_at=1"

@@ -1,4 +1,4 @@
-"""Flow matching on a path (Lipman et al. 2023; SiT, Ma et al. 2024): a model learns velocities, and an ODE or SDE runs along them."""
+"""Flow matching on a path (Lipman et al. 2023; SiT, Ma et al. 2024): a model learns velocities, and an ODE or SDE integrates them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from vitarium.generation.diffusion.samplers import Predict
 
 PREDICTIONS = ("velocity", "noise", "data")
 TIMES = ("uniform", "lognormal")
-LAST_SDE_STEP = 0.04  # of time, made without noise (SiT, REPA)
+LAST_SDE_STEP = 0.04  # length in time; it adds no noise (SiT, REPA)
 
 
 @dataclass(frozen=True)
 class Flow:
-    """A path, what the model predicts on it, and the times that it is trained at.
+    """A flow: the path, the predicted quantity, and the distribution of training times.
 
     Args:
         path, data_at: see `Path`. SiT: data_at=1; REPA: data_at=0.
@@ -29,7 +29,7 @@ class Flow:
         shift: of the times towards noise, t' = s t / (1 + (s - 1) t) with t the time from the data; 1 is none. In training and sampling.
 
     Raises:
-        UsageError: a value that does not exist or is out of range.
+        UsageError: an unknown name, or a value out of range.
     """
 
     path: str = "linear"
@@ -41,42 +41,42 @@ class Flow:
     def __post_init__(self) -> None:
         for value, known, what in ((self.prediction, PREDICTIONS, "prediction"), (self.time, TIMES, "time")):
             if value not in known:
-                raise UsageError(f"{what} of a flow is one of {', '.join(known)}; got {value!r}{nearest(str(value), known)}")
+                raise UsageError(f"{what} of a flow must be one of {', '.join(known)}; got {value!r}{nearest(str(value), known)}")
         if self.shift <= 0:
             raise UsageError(f"shift must be above 0, got {self.shift}")
-        _ = self.way  # refuses an unknown path
+        _ = self.way  # raises for an unknown path
 
     @property
     def way(self) -> Path:
-        """The path itself."""
+        """The path."""
         return Path(self.path, self.data_at)
 
     @property
     def margin(self) -> float:
-        """Of time, left out at both ends: where the path has no velocity, or the model's prediction means none (SiT's numbers)."""
+        """Margins of time left out at both ends, where the path has no velocity or the prediction determines none (SiT's numbers)."""
         return 1e-3 if self.prediction != "velocity" else 1e-5 if self.path == "vp" else 0.0
 
     def _placed(self, from_data: Tensor) -> Tensor:
-        """Times counted from the data (0) to noise (1) -> shifted, within the margins, in the path's own time."""
+        """Shift times from the data (0) to noise (1), clip them to the margins, and convert them to the path's own time."""
         t = self.shift * from_data / (1 + (self.shift - 1) * from_data)
         t = self.margin + (1 - 2 * self.margin) * t
         return t if self.data_at == 0 else 1 - t
 
     def times(self, count: int, like: Tensor) -> Tensor:
-        """Training times (B,) of `like`'s device and dtype, drawn anew."""
+        """Draw training times (B,), on `like`'s device and in its dtype."""
         if self.time == "lognormal":
             return self._placed(torch.randn(count, device=like.device, dtype=like.dtype).sigmoid())
         return self._placed(torch.rand(count, device=like.device, dtype=like.dtype))
 
     def times_at(self, shares: Tensor) -> Tensor:
-        """Times (B,) of shares from 0 (data) to 1 (noise), for measuring."""
+        """Return the times (B,) of shares from 0 (data) to 1 (noise), for evaluation."""
         return self._placed(shares)
 
     def grid(self, steps: int, *, stochastic: bool = False) -> list[float]:
-        """Times from noise to data, `steps` + 1 of them; a stochastic sampler's last step is 0.04 long.
+        """Return `steps` + 1 times from noise to data; a stochastic sampler's last step is 0.04 long.
 
         Raises:
-            UsageError: no step at all.
+            UsageError: fewer than 1 step.
         """
         if steps < 1:
             raise UsageError(f"sampling needs at least 1 step, got {steps}")
@@ -87,7 +87,7 @@ class Flow:
         return self._placed(from_data).tolist()
 
     def velocities(self, predict: Predict) -> Predict:
-        """A model's prediction as velocities."""
+        """Convert a model's prediction to velocities."""
         if self.prediction == "velocity":
             return predict
         turn: Callable[..., Tensor] = self.way.velocity_of_noise if self.prediction == "noise" else self.way.velocity_of_data
@@ -98,12 +98,12 @@ class Flow:
         return velocity
 
     def loss(self, model: Any, x: Tensor, *, noise: Tensor | None = None, t: Tensor | None = None, **condition: Any) -> dict[str, Tensor]:
-        """Loss of a batch, {"denoising": (B,)}: the mean square error of the prediction.
+        """Return the loss of a batch, {"denoising": (B,)}: the mean square error of the prediction.
 
         Args:
             model: (x_t, t, **condition) -> (B, C or more, H, W), of which the first C channels are the prediction.
             x: data (B, C, H, W).
-            noise, t: drawn where not given; t are times, (B,).
+            noise, t: drawn if not given; t are times, (B,).
         """
         t = self.times(len(x), x) if t is None else t
         noise = torch.randn_like(x) if noise is None else noise

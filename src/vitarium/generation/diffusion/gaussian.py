@@ -1,10 +1,10 @@
-"""Gaussian diffusion in steps, as DiT uses it (Ho et al. 2020, Nichol and Dhariwal 2021, Song et al. 2021).
+"""Gaussian diffusion in discrete steps, as in DiT (Ho et al. 2020, Nichol and Dhariwal 2021, Song et al. 2021).
 
     x_t = sqrt(abar_t) x + sqrt(1 - abar_t) noise,  t = 0 .. T - 1 from little noise to much,  abar_t = prod (1 - beta)
 
-A model predicts the noise, the data, or v = sqrt(abar) noise - sqrt(1 - abar) x (which is no flow's velocity). Where it gives twice as many
-channels, the second half says where the log variance lies between its bounds: logvar = f ln(beta) + (1 - f) ln(posterior variance),
-f = (second half + 1) / 2; it learns that from the variational bound, with the prediction held fixed.
+A model predicts the noise, the data, or v = sqrt(abar) noise - sqrt(1 - abar) x (which is not a flow's velocity). If it returns twice as
+many channels, the second half interpolates the log variance between its bounds: logvar = f ln(beta) + (1 - f) ln(posterior variance),
+f = (second half + 1) / 2; it is trained by the variational bound, with the prediction held fixed.
 Tables are float64.
 """
 
@@ -29,15 +29,15 @@ PREDICTIONS = ("noise", "data", "v")
 
 @dataclass(frozen=True)
 class GaussianDiffusion:
-    """A noise schedule and what the model predicts on it.
+    """A noise schedule, and the quantity that the model predicts.
 
     Args:
         schedule: "linear" (beta from 1e-4 to 0.02, at 1000 steps) or "cosine".
         prediction: "noise", "data" or "v".
-        steps: T.
+        steps: number of steps T.
 
     Raises:
-        UsageError: another schedule or prediction, or fewer than 2 steps.
+        UsageError: an unknown schedule or prediction, or fewer than 2 steps.
     """
 
     schedule: str = "linear"
@@ -47,13 +47,13 @@ class GaussianDiffusion:
     def __post_init__(self) -> None:
         for value, known, what in ((self.schedule, SCHEDULES, "schedule"), (self.prediction, PREDICTIONS, "prediction")):
             if value not in known:
-                raise UsageError(f"a {what} of Gaussian diffusion is one of {', '.join(known)}; got {value!r}{nearest(str(value), known)}")
+                raise UsageError(f"{what} of Gaussian diffusion must be {', '.join(known)}; got {value!r}{nearest(str(value), known)}")
         if self.steps < 2:
             raise UsageError(f"Gaussian diffusion needs at least 2 steps, got {self.steps}")
 
     @property
     def betas(self) -> np.ndarray:
-        """(T,) float64."""
+        """Noise variances beta, (T,) float64."""
         count = self.steps
         if self.schedule == "linear":
             return np.linspace(1e-4, 0.02, count, dtype=np.float64) * (1000 / count)
@@ -61,35 +61,35 @@ class GaussianDiffusion:
         return np.array([min(1 - after / before, 0.999) for before, after in itertools.pairwise(bar)])
 
     def respaced(self, steps: Sequence[int] | None = None) -> Tables:
-        """The tables of a shorter diffusion through some of the steps (ascending); of all by default."""
+        """Return the tables of a shorter diffusion through some of the steps (ascending); by default all."""
         bar = np.cumprod(1 - self.betas)
         kept = bar if steps is None else bar[list(steps)]
         return Tables(kept, self.prediction)
 
     def grid(self, count: int, *, stride: bool = False) -> list[int]:
-        """`count` of the steps, ascending: the first, the last and between them evenly; or with `stride` every k-th from 0 (DDIM's).
+        """Return `count` steps, ascending: the first, the last and evenly between them; or with `stride` every k-th from 0 (DDIM's).
 
         Raises:
-            UsageError: fewer than 1 or more than there are.
+            UsageError: fewer than 1, or more than T.
         """
         if not 1 <= count <= self.steps:
-            raise UsageError(f"this diffusion has 1 to {self.steps} steps, got {count}")
+            raise UsageError(f"the number of steps must be from 1 to {self.steps}, got {count}")
         if not stride:
             return [round(i * (self.steps - 1) / max(1, count - 1)) for i in range(count)] if count > 1 else [self.steps - 1]
         every = next((k for k in range(1, self.steps + 1) if len(range(0, self.steps, k)) == count), self.steps // count)
         return list(range(0, self.steps, every))[-count:] if count > 1 else [self.steps - 1]
 
     def times_at(self, shares: Tensor) -> Tensor:
-        """Steps (B,) of shares from 0 (data) to 1 (noise), for measuring."""
+        """Return the steps (B,) of shares from 0 (data) to 1 (noise), for evaluation."""
         return (shares * self.steps).long().clamp(max=self.steps - 1)
 
     def loss(self, model: Any, x: Tensor, *, noise: Tensor | None = None, t: Tensor | None = None, **condition: Any) -> dict[str, Tensor]:
-        """Losses of a batch, (B,) each: "denoising" (mean square), and where the model says a variance also "variance" (bits a dimension).
+        """Return the losses of a batch, (B,) each: "denoising" (mean square) and, if it is predicted, "variance" (bits per dimension).
 
         Args:
             model: (x_t, t, **condition) -> (B, C or 2C, H, W).
             x: data (B, C, H, W).
-            noise, t: drawn where not given; t are steps, (B,) int64.
+            noise, t: drawn if not given; t are steps, (B,) int64.
         """
         t = torch.randint(self.steps, (len(x),), device=x.device) if t is None else t
         noise = torch.randn_like(x) if noise is None else noise
@@ -106,7 +106,7 @@ class GaussianDiffusion:
 
 
 class Tables:
-    """Everything that depends on a step alone, (n,) float64 each, as numpy arrays."""
+    """Coefficients of each step, (n,) float64 each, as numpy arrays."""
 
     def __init__(self, alpha_bar: np.ndarray, prediction: str):
         self.prediction = prediction
@@ -121,7 +121,7 @@ class Tables:
         self.posterior_x = (1 - self.alpha_bar_before) * np.sqrt(alpha_bar / self.alpha_bar_before) / left
 
     def read(self, out: Tensor, x_t: Tensor, i: Any, clip: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """(data, noise, log variance) that a model's output at x_t means; i: one step, or (B,) of them."""
+        """Return (data, noise, log variance) from a model's output at x_t; i: one step, or (B,) of them."""
         found, logits = out[:, : x_t.shape[1]], out[:, x_t.shape[1] :]
         bar, low, high = (self.pick(table, i, x_t) for table in (self.alpha_bar, self.log_variance, self.log_betas))
         if self.prediction == "noise":
@@ -134,7 +134,7 @@ class Tables:
         return data, noise, share * high + (1 - share) * low if logits.shape[1] else low.expand_as(data)
 
     def bound(self, out: Tensor, x: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The variational bound's terms at steps t (B,), in bits a dimension: a divergence, at step 0 the likelihood of 8-bit pixels."""
+        """Return the variational bound at steps t (B,), in bits per dimension: a divergence, at step 0 the likelihood of 8-bit pixels."""
         data, _, log_variance = self.read(out, x_t, t)
         from_data, from_x, true = (self.pick(table, t, x) for table in (self.posterior_data, self.posterior_x, self.log_variance))
         mean, true_mean = from_data * data + from_x * x_t, from_data * x + from_x * x_t
@@ -144,17 +144,17 @@ class Tables:
         return each.flatten(1).mean(1) / math.log(2)
 
     def pick(self, table: np.ndarray, i: Any, x: Tensor) -> Tensor:
-        """A table's value at a step, or at the steps (B,) of a batch, to be multiplied with x."""
+        """Return a table's value at a step, or at the steps (B,) of a batch, in a shape that multiplies x."""
         return over(_at(table, i), x) if isinstance(i, Tensor) else torch.tensor(table[i], dtype=x.dtype, device=x.device)
 
 
 def _at(table: np.ndarray, t: Tensor) -> Tensor:
-    dtype = torch.float32 if t.device.type == "mps" else torch.float64  # that device knows no float64
+    dtype = torch.float32 if t.device.type == "mps" else torch.float64  # MPS does not support float64
     return torch.from_numpy(table).to(t.device, dtype)[t]
 
 
 def _discretised(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Log likelihood of pixels in [-1, 1] in steps of 2 / 255 under a Gaussian, with the normal distribution's tanh approximation."""
+    """Return the log likelihood of pixels in [-1, 1] in steps of 2 / 255 under a Gaussian, with the tanh approximation of its integral."""
 
     def below(z: Tensor) -> Tensor:
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))

@@ -1,7 +1,6 @@
-"""Classifier-free guidance: away from what the model says of no class at all (Ho and Salimans 2022), in an interval of times
-(Kynkäänniemi et al. 2024).
+"""Classifier-free guidance (Ho and Salimans 2022), optionally limited to an interval of times (Kynkäänniemi et al. 2024).
 
-    out = u + s (c - u)        c: with the labels, u: with the null class
+out = u + s (c - u)        c: with the labels, u: with the null class
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ def guided(
     channels: int | None = None,
     length: float = 1.0,
 ) -> Predict:
-    """A model with labels as a sampler wants it.
+    """Bind labels and guidance to a model, for samplers.
 
     Args:
         model: (x, t (B,), labels (B,)) -> (B, C or more, H, W).
         labels: (B,) int64.
         null: number of the null class.
-        scale: s; 1 asks the model once a step, everything else with the batch doubled.
-        interval: guided where low <= t / length <= high, in the model's own time; elsewhere plainly conditional.
-        channels: guide only the first of the channels (3 in DiT's and SiT's released samplers); None: all that x has. What the model gives
-            beyond x's channels (a variance) is never guided.
-        length: the largest time, 1 of flows.
+        scale: s; 1 calls the model once per step, other values with the batch doubled.
+        interval: times low <= t / length <= high, in the model's own time, at which guidance acts; elsewhere the labels alone condition.
+        channels: guide only the first channels (3 in DiT's and SiT's released samplers); None: all channels of x. Output beyond x's
+            channels (a variance) is never guided.
+        length: largest time, 1 for flows.
     """
     plain, doubled = {"labels": labels}, {"labels": torch.cat([labels, torch.full_like(labels, null)])}
 
@@ -51,7 +50,7 @@ def guided(
 
 
 def call(model: Any, x: Tensor, t: float, condition: dict[str, Any]) -> Tensor:
-    """The model in its own dtype at one time, its answer in x's dtype."""
+    """Call the model in its own dtype at one time, and return its output in x's dtype."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype) if hasattr(model, "parameters") else x.dtype
     times = torch.full((len(x),), t, dtype=torch.int64 if isinstance(t, int) else dtype, device=x.device)
     return model(x.to(dtype), times, **condition).to(x.dtype)

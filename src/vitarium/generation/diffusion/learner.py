@@ -1,4 +1,4 @@
-"""Training a denoiser: noise pictures (or their latents) by its process, learn to say how to go back; measured by what it makes."""
+"""Training of denoisers: predict the noise, velocity or data of noised images or latents; measured by the images they generate."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 @learner("diffusion", task="generate")
 class DiffusionLearner(Learner):
-    """Picture and class -> a denoiser of that class.
+    """Class-conditional denoising of images.
 
     Args:
-        model: a `Denoiser`, or any module called as (x, t, labels) that tells the same attributes.
+        model: a `Denoiser`, or any module called as (x, t, labels) with the same attributes.
         settings: see there.
     """
 
     class Settings(Section):
-        """What a denoiser is trained for, and how it is sampled by default.
+        """Process of training, and defaults of sampling.
 
         Args:
-            process: "flow:data_at=1" and the like (`parse_process`); None: what the model is published for.
+            process: "flow:data_at=1" and the like (`parse_process`); None: the one that the model was published with.
             autoencoder: of a model of latents: folder or Hugging Face name; None: Stable Diffusion's.
-            steps, sampler, guidance: of samples, in training and later.
+            steps, sampler, guidance: defaults of sampling, in training and later.
             judge: feature extractor of the Fréchet distance: "pixels" (8x8 grey levels), a model's name, or a file.
-            samples: pictures that are made for the Fréchet distance at an evaluation, in each process; 0: it is left out.
+            samples: images generated for the Fréchet distance at an evaluation, in each process; 0: none, and no distance.
         """
 
         process: str | None = None
@@ -67,11 +67,11 @@ class DiffusionLearner(Learner):
         self.process = process_of(model)
 
     def encode(self, image: Tensor) -> Tensor:
-        """Pictures of the preprocessing, in [-1, 1] -> what is denoised."""
+        """Encode images, normalised to [-1, 1], into what is denoised."""
         return codec_of(self.model).encode(image)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Target: class numbers (B,)."""
+        """Compute the losses of a batch. Target: class numbers (B,)."""
         losses = self.process.loss(self.model, self.encode(batch["image"]), labels=batch["target"])
         return total(losses)
 
@@ -91,14 +91,14 @@ class DiffusionLearner(Learner):
 
 
 def fixed_noise(indices: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Noise of `like`'s shape and shares in [0, 1), (B,), that depend on the pictures' numbers alone, and are spread evenly over many."""
+    """Return noise of `like`'s shape and shares in [0, 1), (B,), as functions of the images' indices, the shares spread evenly."""
     numbers = indices.tolist()
     noise = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(number)) for number in numbers]
     return torch.stack(noise).to(like), torch.tensor([number * GOLDEN_RATIO % 1 for number in numbers]).to(like)
 
 
 def total(losses: dict[str, Tensor], **weights: float) -> dict[str, Tensor]:
-    """Losses a sample (B,) by name -> their means, and under "loss" the weighted sum of these (weight 1 where none is given)."""
+    """Return the means of losses per sample (B,) by name, and as "loss" their weighted sum (default weight 1)."""
     means = {name: value.mean() for name, value in losses.items()}
     weighted = [weights.get(name, 1.0) * mean for name, mean in means.items()]
     return {"loss": torch.stack(weighted).sum(), **means}

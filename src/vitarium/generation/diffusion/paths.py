@@ -1,13 +1,13 @@
-"""Paths from noise to data: x_t = alpha(t) x + sigma(t) noise, and everything that can be read from a velocity on them.
+"""Paths from noise to data, x_t = alpha(t) x + sigma(t) noise, and conversions between velocity, noise, data and score.
 
-Two time conventions are in use, so a path says where its data lie: `data_at=1` (SiT, FiT, Lumina: t runs from noise to data) or
+Two time conventions are in use, so a path names the time of its data: `data_at=1` (SiT, FiT, Lumina: t runs from noise to data) or
 `data_at=0` (REPA, diffusers, FLUX: t is the amount of noise). Velocities are dx/dt in the path's own time.
 
-With v = alpha' x + sigma' noise and the 2x2 system of x_t and v solved:
+With v = alpha' x + sigma' noise, solving the 2x2 system of x_t and v gives
 
     x = (sigma' x_t - sigma v) / D      noise = (alpha v - alpha' x_t) / D      D = alpha sigma' - alpha' sigma      score = -noise / sigma
 
-Legend: x data, (B, ...); t time, (B,) or one number as a tensor ().
+Notation: x data, (B, ...); t time, (B,) or one number as a tensor ().
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BETA_MIN, BETA_MAX = 0.1, 20.0
 
 @dataclass(frozen=True)
 class Path:
-    """How data and noise are mixed.
+    """Mixing of data and noise over time.
 
     Args:
         kind: with u the time towards data: "linear" (alpha u, sigma 1 - u), "cosine" (sin and cos of pi u / 2; SiT calls it GVP), "vp" (the
@@ -35,7 +35,7 @@ class Path:
         data_at: the time, 0 or 1, at which x_t is the data.
 
     Raises:
-        UsageError: another kind or place.
+        UsageError: an unknown kind, or data_at other than 0 or 1.
     """
 
     kind: str = "linear"
@@ -43,16 +43,16 @@ class Path:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise UsageError(f"a path is one of {', '.join(KINDS)}; got {self.kind!r}{nearest(str(self.kind), KINDS)}")
+            raise UsageError(f"path must be one of {', '.join(KINDS)}; got {self.kind!r}{nearest(str(self.kind), KINDS)}")
         if self.data_at not in (0, 1):
-            raise UsageError(f"data_at is the time of the data, 0 or 1; got {self.data_at!r}")
+            raise UsageError(f"data_at must be 0 or 1, the time of the data; got {self.data_at!r}")
 
     def towards_data(self, t: Tensor) -> Tensor:
-        """u: 0 at noise, 1 at data."""
+        """Return u, 0 at noise and 1 at data."""
         return t if self.data_at == 1 else 1 - t
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """alpha, sigma, and their derivatives by t; each of t's shape."""
+        """Return alpha, sigma, and their derivatives by t; each in t's shape."""
         u, sign = self.towards_data(t), 1.0 if self.data_at == 1 else -1.0
         if self.kind == "linear":
             one = torch.ones_like(u)
@@ -66,41 +66,41 @@ class Path:
         return alpha, sigma, d_alpha, -alpha * d_alpha / sigma
 
     def mix(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t."""
+        """Return x_t."""
         alpha, sigma, _, _ = (over(c, x) for c in self.coefficients(t))
         return alpha * x + sigma * noise
 
     def velocity(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """dx_t / dt of a pair."""
+        """Return dx_t / dt of a pair of data and noise."""
         _, _, d_alpha, d_sigma = (over(c, x) for c in self.coefficients(t))
         return d_alpha * x + d_sigma * noise
 
     def data_of(self, velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The data that a velocity at x_t means."""
+        """Return the data from a velocity at x_t."""
         alpha, sigma, d_alpha, d_sigma = (over(c, x_t) for c in self.coefficients(t))
         return (d_sigma * x_t - sigma * velocity) / (alpha * d_sigma - d_alpha * sigma)
 
     def noise_of(self, velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The noise that a velocity at x_t means."""
+        """Return the noise from a velocity at x_t."""
         alpha, sigma, d_alpha, d_sigma = (over(c, x_t) for c in self.coefficients(t))
         return (alpha * velocity - d_alpha * x_t) / (alpha * d_sigma - d_alpha * sigma)
 
     def score_of(self, velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Gradient of the log density at x_t that a velocity means."""
+        """Return the gradient of the log density at x_t from a velocity."""
         return -self.noise_of(velocity, x_t, t) / over(self.coefficients(t)[1], x_t)
 
     def velocity_of_noise(self, noise: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The inverse of `noise_of`; not at the noise's end, where alpha is 0."""
+        """Return the velocity from noise, the inverse of `noise_of`; undefined at the noise end, where alpha is 0."""
         alpha, sigma, d_alpha, d_sigma = (over(c, x_t) for c in self.coefficients(t))
         return d_alpha * (x_t - sigma * noise) / alpha + d_sigma * noise
 
     def velocity_of_data(self, x: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The inverse of `data_of`; not at the data's end, where sigma is 0."""
+        """Return the velocity from data, the inverse of `data_of`; undefined at the data end, where sigma is 0."""
         alpha, sigma, d_alpha, d_sigma = (over(c, x_t) for c in self.coefficients(t))
         return d_alpha * x + d_sigma * (x_t - alpha * x) / sigma
 
     def sde_rate(self, t: Tensor, form: str = "sigma", norm: float = 1.0) -> Tensor:
-        """w(t) >= 0 of the stochastic sampler dx = (v + w score) dt + sqrt(2 w dt) noise, t's shape. Source: SiT's path.py.
+        """Return w(t) >= 0 of the stochastic sampler dx = (v + w score) dt + sqrt(2 w dt) noise, in t's shape. Source: SiT's path.py.
 
         Args:
             form: "constant", "vp" (the diffusion that belongs to the path; SiT's SBDM), "sigma", "linear" (1 - u; REPA's, whose 2t counts
@@ -108,7 +108,7 @@ class Path:
             norm: factor, inside the square of "decreasing".
 
         Raises:
-            UsageError: another form.
+            UsageError: an unknown form.
         """
         u = self.towards_data(t)
         alpha, sigma, d_alpha, d_sigma = Path(self.kind, data_at=1).coefficients(u)
@@ -122,10 +122,10 @@ class Path:
             "rise_and_fall": norm * torch.sin(math.pi * u) ** 2,
         }
         if form not in forms:
-            raise UsageError(f"a form of the sampler's noise is one of {', '.join(SDE_FORMS)}; got {form!r}{nearest(form, SDE_FORMS)}")
+            raise UsageError(f"form must be one of {', '.join(SDE_FORMS)}; got {form!r}{nearest(form, SDE_FORMS)}")
         return forms[form]
 
 
 def over(coefficient: Tensor, x: Tensor) -> Tensor:
-    """A number a sample, (B,) or (), to be multiplied with (B, ...)."""
+    """Reshape one number per sample, (B,) or (), to multiply (B, ...)."""
     return coefficient.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) if coefficient.ndim else coefficient.to(x.dtype)

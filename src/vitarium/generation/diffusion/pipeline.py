@@ -1,4 +1,4 @@
-"""From labels to pictures: noise by a seed, the model's process and sampler, guidance, the autoencoder."""
+"""Generation from labels: seeded noise, the model's process and sampler, guidance, the autoencoder."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from vitarium.nn.modes import evaluating
 
 DEFAULT_STEPS = 50
 ADAPTIVE = ("dopri5",)
-"""Samplers that choose their steps by the error of all that they integrate at once."""
+"""Samplers with adaptive steps, chosen by the error of the whole batch."""
 
 
 def process_of(model: Any) -> Process:
-    """Return the process that a denoiser was trained for: as its record says, else as it is published."""
+    """Return the process that a denoiser was trained with, from its record, or else the published one."""
     learner = training_of(model).learner
     trained = learner.settings.get("process") if learner else None
     return parse_process(trained or getattr(model, "process", "flow"))
@@ -43,35 +43,35 @@ def generate(
     autoencoder: str | None = None,
     **options: Any,
 ) -> Tensor:
-    """Pictures (B, in_chans, image_size, image_size) float32 in [0, 1], on the model's device.
+    """Generate images (B, in_chans, image_size, image_size) float32 in [0, 1], on the model's device.
 
     Args:
-        model: a `Denoiser`; its training record says what it was trained for.
-        labels: classes (B,), 0 to num_classes; the last is the null class: a picture of no class in particular.
-        seed: of the noise, and of what a stochastic sampler adds.
-        indices: numbers (B,) of the images in a longer list; an image's noise depends on the seed and its number alone. None: 0, 1, ...
-        guidance: strength; 1 is without. None: what training was set to, else the model's own.
-        steps: of the sampler; None: what training was set to, else 50.
-        sampler: see `process.sample`; None: what training was set to.
-        interval: times between which guidance acts, in the model's own time (as a share of the steps for Gaussian diffusion).
-        guided_channels: guide only so many channels; 0: all. None: as the model's authors do.
-        image_size: side of the pictures, pixels; None: what the model was made for.
+        model: a `Denoiser`; its training record holds its process.
+        labels: classes (B,), 0 to num_classes; the last is the null class, an image of no particular class.
+        seed: of the noise, including that of a stochastic sampler.
+        indices: numbers (B,) of the images in a longer list; an image's noise depends only on the seed and its number. None: 0, 1, ...
+        guidance: strength; 1 is none. None: the value of the training settings, else the model's own.
+        steps: number of sampling steps; None: the value of the training settings, else 50.
+        sampler: see `process.sample`; None: that of the training settings.
+        interval: times at which guidance acts, in the model's own time (as a share of the steps for Gaussian diffusion).
+        guided_channels: number of guided channels; 0: all. None: as in the authors' code.
+        image_size: side of the images, pixels; None: the model's native size.
         autoencoder: folder or Hugging Face name of the autoencoder, for a model of latents.
         options: of the sampler.
 
     Raises:
-        UsageError: a label, a number or an option out of range.
+        UsageError: a label, number or option out of range.
     """
     labels = check_labels(labels, model.num_classes, null=True)
     low, high = check_interval(interval)
     size = image_size or model.image_size
     if size % model.latent_stride:
-        raise UsageError(f"image_size must divide by {model.latent_stride}, got {size}")
+        raise UsageError(f"image_size must be a multiple of {model.latent_stride}, got {size}")
     learner = training_of(model).learner
     process, settings = process_of(model), dict(learner.settings if learner else {})
     weight = next(model.parameters())
     numbers = numbered(labels, indices)
-    if (sampler or settings.get("sampler")) in ADAPTIVE and len(labels) > 1:  # its steps would depend on the whole batch
+    if (sampler or settings.get("sampler")) in ADAPTIVE and len(labels) > 1:  # or its steps would depend on the whole batch
         given: dict[str, Any] = dict(seed=seed, guidance=guidance, steps=steps, sampler=sampler, interval=interval)
         given |= dict(guided_channels=guided_channels, image_size=image_size, autoencoder=autoencoder, **options)
         return torch.cat([generate(model, one, indices=at, **given) for one, at in zip(labels.split(1), numbers.split(1), strict=True)])
@@ -103,19 +103,19 @@ def generate(
 
 
 def check_interval(interval: Any) -> tuple[float, float]:
-    """Two times, low and high.
+    """Check an interval of two times, low and high.
 
     Raises:
-        UsageError: something else.
+        UsageError: it has another form.
     """
     values = list(interval) if isinstance(interval, list | tuple) else []
     if len(values) != 2 or not all(isinstance(v, int | float) for v in values) or values[0] > values[1]:
-        raise UsageError(f"an interval is two times [low, high], such as [0, 0.7]; got {interval!r}")
+        raise UsageError(f"interval must be two times [low, high], such as [0, 0.7]; got {interval!r}")
     return float(values[0]), float(values[1])
 
 
 def _first_noise(noise: ImageNoise, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return the sampler's start (B, *shape); in float64 where the device has it, since a sampler adds up many small steps."""
+    """Return the sampler's start (B, *shape), in float64 if the device supports it, because a sampler sums many small steps."""
     return noise.normal(*shape).to(device, torch.float32 if device.type == "mps" else torch.float64)
 
 

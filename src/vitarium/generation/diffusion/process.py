@@ -1,6 +1,6 @@
-"""A way to noise data and back, with its samplers, named by one line of text: "flow:path=linear,data_at=0" or "gaussian:schedule=cosine".
+"""Noising processes with their samplers, in a text form such as "flow:path=linear,data_at=0" or "gaussian:schedule=cosine".
 
-What a model was trained for is recorded by such a line (its learner's settings), so that a saved file samples as it was trained.
+The learner's settings hold this text, so that a saved file samples as it was trained.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from vitarium.generation.diffusion.samplers import Noise, Predict
 Process = Flow | GaussianDiffusion
 KINDS: dict[str, type[Flow] | type[GaussianDiffusion]] = {"flow": Flow, "gaussian": GaussianDiffusion}
 SAMPLERS = {"flow": ("euler", "heun", "dopri5", "sde"), "gaussian": ("ddim", "ddpm")}
-"""Ours; besides these, the class names of diffusers' schedulers. The first is the default."""
+"""Samplers of each process; also accepted are class names of diffusers' schedulers. The first is the default."""
 
 
 @functools.cache
 def parse_process(text: str) -> Process:
-    """A process from its line, KIND or KIND:NAME=VALUE,... with the fields of `Flow` or `GaussianDiffusion`.
+    """Parse a process, KIND or KIND:NAME=VALUE,... with the fields of `Flow` or `GaussianDiffusion`.
 
     Raises:
-        UsageError: the line is none of these.
+        UsageError: unknown kind or field, or an invalid value.
     """
     kind, values = parse_call(text)
     if kind not in KINDS:
-        raise UsageError(f"a diffusion process is one of {', '.join(KINDS)}; got {text!r}{nearest(kind, KINDS)}")
+        raise UsageError(f"a diffusion process must be one of {', '.join(KINDS)}; got {text!r}{nearest(kind, KINDS)}")
     check_names(kind, values, [field.name for field in dataclasses.fields(KINDS[kind])])
     try:
         return KINDS[kind](**values)
@@ -43,7 +43,7 @@ def parse_process(text: str) -> Process:
 
 
 def kind_of(process: Process) -> str:
-    """ "flow" or "gaussian"."""
+    """Return "flow" or "gaussian"."""
     return "flow" if isinstance(process, Flow) else "gaussian"
 
 
@@ -58,21 +58,21 @@ def sample(
     generator: Noise | None = None,
     **options: Any,
 ) -> Tensor:
-    """Noise (B, C, H, W) -> data, in the noise's dtype (float64 is best; the model may be of another).
+    """Sample from noise (B, C, H, W), in the noise's dtype (float64 is best; the model may have another).
 
     Args:
-        process: what the model was trained for.
+        process: the one that the model was trained with.
         predict: the model with its labels, see `guided`.
         noise: standard normal.
-        steps: of the sampler.
-        sampler: "euler", "heun", "dopri5" or "sde" of a flow, "ddim" or "ddpm" of Gaussian diffusion, or a scheduler of diffusers by the
-            name of its class, such as "UniPCMultistepScheduler". None: the first.
-        clip: of Gaussian diffusion: keep its estimate of the data in [-1, 1] (for pixels).
+        steps: number of sampling steps.
+        sampler: "euler", "heun", "dopri5" or "sde" of a flow, "ddim" or "ddpm" of Gaussian diffusion, or the class name of a scheduler of
+            diffusers, such as "UniPCMultistepScheduler". None: the first.
+        clip: whether Gaussian diffusion clips its estimate of the data to [-1, 1] (for pixels).
         generator: of the noise that a stochastic sampler adds; an `ImageNoise` makes each image independent of its batch.
         options: of `samplers.sde` (form, norm), `ddim` (eta), `dopri5` (rtol, atol), or the scheduler's configuration.
 
     Raises:
-        UsageError: a sampler that the process does not have, or an option that the sampler does not have.
+        UsageError: the process has no such sampler, or the sampler no such option.
     """
     kind = kind_of(process)
     name = sampler or SAMPLERS[kind][0]
@@ -82,10 +82,10 @@ def sample(
         return sample_with(name, process, predict, noise, steps=steps, generator=generator, **options)
     if name not in SAMPLERS[kind]:
         hint = nearest(name, SAMPLERS[kind])
-        raise UsageError(f"{kind} is sampled by {', '.join(SAMPLERS[kind])} or a scheduler of diffusers, got {name!r}{hint}")
+        raise UsageError(f"the sampler of a {kind} must be {', '.join(SAMPLERS[kind])} or a scheduler of diffusers, got {name!r}{hint}")
     taken = {"sde": ("form", "norm"), "ddim": ("eta",), "dopri5": ("rtol", "atol")}.get(name, ())
     if wrong := [option for option in options if option not in taken]:
-        raise UsageError(f"the sampler {name} takes no option {wrong[0]!r} (it takes {', '.join(taken) or 'none'})")
+        raise UsageError(f"the sampler {name} has no option {wrong[0]!r} (it has {', '.join(taken) or 'none'})")
     if isinstance(process, GaussianDiffusion):
         grid = process.grid(steps, stride=name == "ddim")
         return getattr(samplers, name)(predict, noise, process, grid, clip=clip, generator=generator, **options)

@@ -1,8 +1,8 @@
 """Samplers: functions from a prediction, noise and a grid of times to data.
 
 A prediction is called as predict(x, t, decided_at=None): x (B, C, H, W), t one time; `decided_at` is the time that decides about guidance
-where it is not t (`guided` makes one of a model and labels). Integration runs in x's dtype, best float64; what the model computes in is its
-own affair.
+if it is not t (`guided` makes a prediction from a model and labels). Integration runs in x's dtype, preferably float64; the model may
+compute in another.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from vitarium.generation.diffusion.paths import Path
 from vitarium.generation.noise import ImageNoise
 
 Noise = torch.Generator | ImageNoise
-"""Where a stochastic sampler's noise comes from: one generator for the batch, or a stream an image."""
+"""Source of a stochastic sampler's noise: one generator for the batch, or one stream per image."""
 
 
 class Predict(Protocol):
-    """What a sampler asks: (B, C, H, W) and a time -> what the model predicts there."""
+    """Prediction of a model at (B, C, H, W) and a time."""
 
     def __call__(self, x: Tensor, t: float, decided_at: float | None = None) -> Tensor: ...
 
 
 def noise_like(x: Tensor, generator: Noise | None) -> Tensor:
-    """Return standard normal numbers of x's shape, drawn in float32 where the generator lives: the same on every device, in any dtype."""
+    """Return standard normal numbers of x's shape, drawn in float32 on the generator's device: the same on every device, in any dtype."""
     if isinstance(generator, ImageNoise):
         return generator.normal(*x.shape[1:]).to(x)
     device = generator.device if generator is not None else x.device
     return torch.randn(x.shape, generator=generator, device=device).to(x)
 
 
-# ---- flows: predict gives velocities
+# ---- flows: predict returns velocities
 
 
 def euler(predict: Predict, x: Tensor, times: Sequence[float]) -> Tensor:
-    """Euler's method along `times`, which may run either way. One evaluation a step."""
+    """Integrate by Euler's method along `times`, which may run either way. One evaluation per step."""
     for now, then in itertools.pairwise(times):
         x = x + (then - now) * predict(x, now)
     return x
 
 
 def heun(predict: Predict, x: Tensor, times: Sequence[float]) -> Tensor:
-    """Heun's method; the last step is Euler's, since at the data's end some paths have no velocity. Two evaluations a step.
+    """Integrate by Heun's method; the last step is Euler's, because some paths have no velocity at the data. Two evaluations per step.
 
     Guidance is decided by the time at which a step begins, in both of its evaluations (as in REPA's sampler).
     """
@@ -61,7 +61,7 @@ def heun(predict: Predict, x: Tensor, times: Sequence[float]) -> Tensor:
 
 
 def dopri5(predict: Predict, x: Tensor, times: Sequence[float], *, rtol: float = 1e-3, atol: float = 1e-6) -> Tensor:
-    """Dormand and Prince's adaptive method of order 5 (scipy's) from the first to the last of `times`; it places its steps itself."""
+    """Integrate by Dormand and Prince's adaptive method of order 5 (scipy's) from the first to the last of `times`."""
     import numpy as np
     from scipy.integrate import solve_ivp
 
@@ -82,9 +82,9 @@ def sde(
     norm: float = 1.0,
     generator: Noise | None = None,
 ) -> Tensor:
-    """Euler and Maruyama's method for dx = (v + w score) dt + sqrt(2 w dt) noise, time counted towards the data; see `Path.sde_rate` for w.
+    """Integrate dx = (v + w score) dt + sqrt(2 w dt) noise by Euler-Maruyama, with time towards the data; see `Path.sde_rate` for w.
 
-    The last step is made without noise ("Mean" in SiT). Guided velocities mean guided scores, since a score is affine in its velocity.
+    The last step adds no noise ("Mean" in SiT). Guided velocities give guided scores, since a score is affine in its velocity.
     """
     sign = 1.0 if path.data_at == 1 else -1.0
     for i, (now, then) in enumerate(itertools.pairwise(times)):
@@ -98,7 +98,7 @@ def sde(
     return x
 
 
-# ---- Gaussian diffusion: predict gives what the diffusion says (noise, data or v), with or without a learned variance
+# ---- Gaussian diffusion: predict returns the predicted quantity (noise, data or v), with or without a learned variance
 
 
 def ddpm(
@@ -110,7 +110,7 @@ def ddpm(
     clip: bool = False,
     generator: Noise | None = None,
 ) -> Tensor:
-    """Ancestral sampling through the original steps of `steps` (ascending), last to first. `clip` keeps the data in [-1, 1]."""
+    """Sample ancestrally through the original steps in `steps` (ascending), last to first. `clip` limits the data to [-1, 1]."""
     tables = diffusion.respaced(steps)
     for i in reversed(range(len(steps))):
         data, _, log_variance = tables.read(predict(x, steps[i]), x, i, clip)
@@ -130,7 +130,7 @@ def ddim(
     clip: bool = False,
     generator: Noise | None = None,
 ) -> Tensor:
-    """DDIM through the original steps of `steps` (ascending), last to first; with `eta` 0 without chance, with 1 as noisy as DDPM."""
+    """Sample by DDIM through the original steps in `steps` (ascending), last to first; `eta` 0 adds no noise, 1 as much as DDPM."""
     tables = diffusion.respaced(steps)
     for i in reversed(range(len(steps))):
         data, noise, _ = tables.read(predict(x, steps[i]), x, i, clip)

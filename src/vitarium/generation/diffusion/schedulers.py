@@ -1,4 +1,4 @@
-"""diffusers' schedulers for our models, and for each of our processes the scheduler of diffusers that says the same."""
+"""diffusers' schedulers as samplers of our models, configured to equal our processes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ PREDICTIONS = {"noise": "epsilon", "data": "sample", "v": "v_prediction"}
 
 
 def scheduler_for(process: Flow | GaussianDiffusion, name: str | None = None, **options: Any) -> Any:
-    """A scheduler of diffusers, configured for a process.
+    """Create a scheduler of diffusers, configured for a process.
 
     Args:
         process: a linear flow, or Gaussian diffusion.
-        name: class; by default FlowMatchEulerDiscreteScheduler, or DDIMScheduler.
+        name: class name; by default FlowMatchEulerDiscreteScheduler, or DDIMScheduler.
         options: further configuration.
 
     Raises:
-        UsageError: no such scheduler, an option that it does not have, or a path that diffusers does not know.
+        UsageError: unknown scheduler or option, or a path that diffusers does not support.
     """
     diffusers = require("diffusers", "diffusion")
     flow = isinstance(process, Flow)
@@ -35,7 +35,7 @@ def scheduler_for(process: Flow | GaussianDiffusion, name: str | None = None, **
     cls = getattr(diffusers, name)
     if isinstance(process, Flow):
         if process.path != "linear":
-            raise UsageError(f"diffusers' schedulers know the linear path only, this flow is {process.path!r}; take one of our samplers")
+            raise UsageError(f"diffusers' schedulers support only the linear path, this flow is {process.path!r}; use one of our samplers")
         values: dict[str, Any] = {"shift": process.shift} if name.startswith("FlowMatch") else {}
         if not values:
             values = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": process.shift}
@@ -48,9 +48,7 @@ def scheduler_for(process: Flow | GaussianDiffusion, name: str | None = None, **
     values |= options
     accepted = dict(cls().config)
     if wrong := [key for key in values if key not in accepted]:
-        raise UsageError(
-            f"{name} takes no {wrong[0]!r}, which this process needs" if wrong[0] not in options else f"{name} takes no {wrong[0]!r}"
-        )
+        raise UsageError(f"{name} has no option {wrong[0]!r}" + ("" if wrong[0] in options else ", which this process needs"))
     return cls(**values)
 
 
@@ -64,10 +62,10 @@ def sample_with(
     generator: Noise | None = None,
     **options: Any,
 ) -> Tensor:
-    """Noise -> data by a scheduler of diffusers: a name, or the object itself.
+    """Sample from noise with a scheduler of diffusers: its name, or the object.
 
     Args:
-        process: what the model was trained for; says what its times mean.
+        process: the one that the model was trained with; it defines the meaning of times.
         predict, noise, steps, generator: as for `process.sample`.
         options: of the scheduler's configuration.
     """
@@ -80,7 +78,7 @@ def sample_with(
     for step in scheduler.timesteps:
         scaled = scheduler.scale_model_input(x, step) if hasattr(scheduler, "scale_model_input") else x
         if isinstance(process, Flow):
-            amount = float(step) / scheduler.config.num_train_timesteps  # of noise, as diffusers counts time
+            amount = float(step) / scheduler.config.num_train_timesteps  # amount of noise, diffusers' convention of time
             out = velocity(scaled, amount if process.data_at == 0 else 1 - amount)
             out = out if process.data_at == 0 else -out
         else:

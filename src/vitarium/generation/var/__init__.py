@@ -1,19 +1,19 @@
 """VAR: autoregression over resolutions (Tian et al., "Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale
 Prediction", 2024).
 
-The idea: a picture is written as K maps of codes of growing size (1 x 1 ... 16 x 16), each coding what the coarser ones left over, and a
-transformer predicts a whole map at once from the maps before it: 10 steps a picture in the place of 256.
+The idea: an image is encoded as K maps of codes of growing size (1 x 1 ... 16 x 16), each coding the residual of the coarser ones, and a
+transformer predicts a whole map at once from the maps before it: 10 steps per image instead of 256.
 
     p(maps) = prod_k p(map_k | map_1 ... map_{k-1}, class)
 
-What the transformer is shown at scale k are not the codes but the picture that they add up to so far, at that resolution.
+The transformer's input at scale k is not the codes but the image that they add up to, at that resolution.
 
 Follows the authors' code (github FoundationVision/VAR), whose checkpoints load by name: the transformer's and the tokenizer's file are one
-model here, `create_model("var_d16", checkpoint="var_d16.pth + vae_ch160v4096z32.pth")`. Left out: attention without normalised queries and
-keys, cosine codes, and their statistics of how often a code is used; no released model needs them.
-Cost: quadratic in the L = 680 tokens of a 256-pixel picture; sampling keeps keys and values, so that each token is worked on once.
+model here, `create_model("var_d16", checkpoint="var_d16.pth + vae_ch160v4096z32.pth")`. Left out: attention without normalised queries
+and keys, cosine codes, and usage statistics of codes; no released model needs them.
+Cost: quadratic in the L = 680 tokens of a 256-pixel image; sampling caches keys and values, so that each token is processed once.
 
-    tokenizer.py     pictures <-> maps of codes
+    tokenizer.py     images <-> maps of codes
     transformer.py   maps of codes -> logits of the next map
     model.py         both together: `VAR.generate`, `VAR.edit`
     learner.py       training of either

@@ -1,4 +1,4 @@
-"""Training VAR: first the tokenizer on pictures alone, then the transformer on its codes."""
+"""Training of VAR: first the tokenizer on images alone, then the transformer on its codes."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ if TYPE_CHECKING:
 
 @learner("var_tokenizer", task="autoencode")
 class VARTokenizerLearner(Learner):
-    """Reconstruction: squared error of pixels, distance of a frozen network's features where one is named, and the quantizer's loss.
+    """Reconstruction: squared error of pixels, optionally the distance of a frozen network's features, and the quantizer's loss.
 
-    The authors also train against a discriminator, with code that they did not release; this loop drives one optimizer.
+    The authors also train against a discriminator, with unreleased code; this learner has none.
     """
 
     model: Any
     idle: Tensor
-    """Steps since each code was used, (V,)."""
+    """Number of steps since each code was used, (V,)."""
 
     class Settings(Section):
         """
         Args:
             quantizer: weight of the quantizer's loss.
-            perceptual: model whose features of both pictures are compared, with published weights, such as "timm/vgg16.tv_in1k";
+            perceptual: model with published weights whose features of both images are compared, such as "timm/vgg16.tv_in1k";
                 None: none.
-            perceptual_weight: weight of their distance.
-            revive: steps after which a code that no picture used is put where one is wanted; 0: never, as the authors.
+            perceptual_weight: weight of the distance of features.
+            revive: number of steps without use after which a code is replaced by a feature vector; 0: never, as in the authors' code.
         """
 
         quantizer: Annotated[float, Field(ge=0)] = 1.0
@@ -58,7 +58,7 @@ class VARTokenizerLearner(Learner):
         self.judge: nn.Module | None = None
         self.register_buffer("idle", torch.zeros(model.vocab_size, dtype=torch.int64))
         self._wanted: Tensor | None = None
-        """Vectors that this step's pictures wanted codes for, (N, C)."""
+        """Feature vectors of this step's images that were coded, (N, C)."""
 
     @classmethod
     def create(
@@ -91,7 +91,7 @@ class VARTokenizerLearner(Learner):
 
     @torch.no_grad()
     def after_step(self, step: int, total_steps: int) -> None:
-        """Put idle codes where this step's pictures wanted one; in the last fifth of the training the codes are left in peace."""
+        """Replace idle codes by this step's feature vectors; in the last fifth of the training the codes stay as they are."""
         if self._wanted is None or step > 0.8 * total_steps:
             return
         codes, idle = self.model.quantizer.codebook.weight, self.idle > self.settings.revive
@@ -99,25 +99,25 @@ class VARTokenizerLearner(Learner):
         codes.copy_(torch.where(idle[:, None], self._wanted[chosen].to(codes), codes))
         self.idle.masked_fill_(idle, 0)
         self._wanted = None
-        if dist.is_available() and dist.is_initialized():  # each process saw other pictures
+        if dist.is_available() and dist.is_initialized():  # each process has other images
             dist.broadcast(codes, 0)
             dist.broadcast(self.idle, 0)
 
 
 @learner("var", task="generate")
 class VARLearner(Learner):
-    """Cross entropy of every code of every scale, given the class and the picture that earlier scales add up to."""
+    """Cross entropy of every code of every scale, given the class and the image that earlier scales add up to."""
 
     model: Any
 
     class Settings(Section):
         """
         Args:
-            tokenizer: file of a trained tokenizer (`vitarium train var_tokenizer`). The trained model holds it, and the file is no
-                longer needed. None: the checkpoint that training starts from brings its own.
-            label_drop: share of the pictures that are shown without their class, for guidance.
+            tokenizer: file of a trained tokenizer (`vitarium train var_tokenizer`), which becomes part of the trained model. None: that of
+                the checkpoint from which training starts.
+            label_drop: share of images trained on without their class, for guidance.
             judge: feature extractor of the Fréchet distance: "pixels" (8x8 grey levels), a model's name, or a file.
-            samples: pictures that are made for it at an evaluation, in each process; 0: it is left out.
+            samples: images generated for the distance at an evaluation, in each process; 0: none, and no distance.
         """
 
         tokenizer: str | None = None
@@ -138,7 +138,7 @@ class VARLearner(Learner):
         settings = recipe.settings_of(cls)
         if settings.tokenizer is None and checkpoint is None and not pretrained:
             raise UsageError(
-                "VAR learns the codes of a trained tokenizer, and none was named: run 'vitarium train var_tokenizer_pico' "
+                "VAR needs a trained tokenizer: run 'vitarium train var_tokenizer_pico' "
                 "and pass its file with --set objective.tokenizer=FILE"
             )
         codec: Any = _tokenizer(settings.tokenizer) if settings.tokenizer else None
@@ -163,7 +163,7 @@ class VARLearner(Learner):
 
     @staticmethod
     def _losses(model: Any, image: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy of each code, (B, L)."""
+        """Return the cross entropy of each code, (B, L)."""
         with torch.no_grad():
             codes = model.tokenizer.encode(image)
             views = model.tokenizer.inputs(codes)
@@ -194,15 +194,15 @@ def _tokenizer(file: str) -> Any:
     if isinstance(model, VAR):
         model = model.tokenizer
     if not hasattr(model, "scales") or not hasattr(model, "encode"):
-        raise UsageError(f"{Path(file)} holds a {type(model).__name__}, which does not turn pictures into codes; name a trained tokenizer")
+        raise UsageError(f"{Path(file)} holds a {type(model).__name__}, which is not a tokenizer of images; name a trained tokenizer")
     return model
 
 
 def _sized(name: str | nn.Module, data: ImageData, recipe: Recipe, codec: Any = None) -> Recipe:
-    """The recipe without the size of the data's pictures: they are resized to that of the model, which its scales fix.
+    """Return the recipe without the size of the data's images: they are resized to that of the model, which its scales fix.
 
     Raises:
-        UsageError: the recipe asks for a size that is neither.
+        UsageError: the recipe asks for another size.
     """
     from vitarium.catalog import find_model
 
@@ -211,12 +211,12 @@ def _sized(name: str | nn.Module, data: ImageData, recipe: Recipe, codec: Any = 
     family, variant = find_model(name)
     size = codec.image_size if codec is not None else recipe.model_arguments.get("image_size") or family.variants[variant].get("image_size")
     if recipe.image_size not in (None, data.image_size, size):
-        raise UsageError(f"{name} works on pictures of {size} pixels, which its scales fix; got image_size={recipe.image_size}")
+        raise UsageError(f"{name} takes images of {size} pixels, which its scales fix; got image_size={recipe.image_size}")
     return recipe.model_copy(update=dict(image_size=size))
 
 
 def perceptual_distance(judge: Any, made: Tensor, image: Tensor) -> Tensor:
-    """Mean squared distance of unit features of pictures in [-1, 1], averaged over the network's stages. A scalar."""
+    """Return the mean squared distance of unit features of images in [-1, 1], averaged over the network's stages. A scalar."""
     mean, std = (torch.tensor(v, device=image.device, dtype=image.dtype)[:, None, None] for v in _statistics(judge))
     maps = judge.forward_intermediates(((torch.cat([made, image]) + 1) / 2 - mean) / std, intermediates_only=True)
     pairs = (F.normalize(features, dim=1).chunk(2) for features in maps)

@@ -1,4 +1,4 @@
-"""VAR's tokenizer and transformer as one generator: sampling, editing, the released variants and the authors' names."""
+"""VAR's tokenizer and transformer as one generator: sampling, editing, the released variants, renaming of the authors' parameters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vitarium.generation.var.transformer import ScaleTransformer, Steps
 from vitarium.nn.modes import evaluating
 
 GUIDANCE = 2.5
-"""Of the last scale; the authors write it as cfg = 1.5, the amount above 1."""
+"""Guidance at the last scale; the authors write it as cfg = 1.5, the amount above 1."""
 
 _TRANSFORMER = rename(
     (r"lvl_1L$|attn_bias_for_masking$", None),
@@ -43,7 +43,7 @@ _CODEC = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv."
 
 
 def official(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The authors' names, of the transformer's file, of the tokenizer's, or of both together."""
+    """Rename the authors' parameters, from the transformer's file, the tokenizer's, or both together."""
     state = _STRIP(state)
     codec = TOKENIZER_OFFICIAL({name: tensor for name, tensor in state.items() if name.startswith(_CODEC)})
     rest = _TRANSFORMER({name: tensor for name, tensor in state.items() if not name.startswith(_CODEC)})
@@ -75,17 +75,17 @@ def _row(depth: int, **others: Any) -> dict[str, Any]:
     **PREPARATION,
 )
 class VAR(nn.Module):
-    """Picture (B, in_chans, H, W) in [-1, 1] and its class (B,) -> logits of all its codes (B, L, V). `generate` and `edit` make pictures.
+    """VAR: image (B, in_chans, H, W) in [-1, 1] and class (B,) -> logits of all its codes (B, L, V). See `generate` and `edit`.
 
     Args:
         depth, embed_dim, num_heads, mlp_ratio, drop_path_rate, shared_modulation: see `ScaleTransformer`.
-        tokenizer: name of the model that turns pictures into maps of codes; it is a part of this one, and is not trained with it.
-        tokenizer_arguments: its constructor's arguments, where they are not those of its variant.
-        num_classes: classes.
-        image_size: side of the pictures, pixels; the tokenizer fixes it, and it is only compared.
+        tokenizer: name of the model that encodes images into maps of codes; it is part of this model, and is not trained with it.
+        tokenizer_arguments: arguments of its constructor that differ from its variant's.
+        num_classes: number of classes.
+        image_size: side of the images, pixels; fixed by the tokenizer, and checked against it.
 
     Raises:
-        ValueError: the tokenizer is for another image_size, or embed_dim does not divide by num_heads.
+        ValueError: the tokenizer is for another image_size, or embed_dim is not a multiple of num_heads.
     """
 
     tokenizer: Any
@@ -111,7 +111,7 @@ class VAR(nn.Module):
         self.preprocessing = self.tokenizer.preprocessing
         self.in_chans, self.image_size, self.scales = self.tokenizer.in_chans, self.tokenizer.image_size, self.tokenizer.scales
         if image_size not in (None, self.image_size):
-            raise ValueError(f"{tokenizer} is for pictures of image_size={self.image_size}, got image_size={image_size}")
+            raise ValueError(f"{tokenizer} is for images of image_size={self.image_size}, got image_size={image_size}")
         self.transformer = ScaleTransformer(
             [p * p for p in self.scales],
             self.tokenizer.code_dim,
@@ -141,7 +141,7 @@ class VAR(nn.Module):
         }
 
     def no_weight_decay(self) -> set[str]:
-        """The authors' list: embeddings, positions, scales of attention, tables of modulation."""
+        """Return the authors' list: embeddings, positions, scales of attention, tables of modulation."""
         tables = ("start", "positions", "class_embed.weight", "level_embed.weight")
         return {f"transformer.{name}" for name in (*tables, "blocks.*.attn.log_scale", "blocks.*.ada_table")}
 
@@ -155,22 +155,22 @@ class VAR(nn.Module):
         steps: int | None = None,
         **options: Any,
     ) -> Tensor:
-        """Pictures of the given classes, (B, in_chans, H, W) float32 in [0, 1].
+        """Generate images of the given classes, (B, in_chans, H, W) float32 in [0, 1].
 
         Args:
-            labels: class numbers (B,); `num_classes` stands for no class.
-            seed: of all randomness.
+            labels: class numbers (B,); `num_classes` is the null class.
+            seed: of all random numbers.
             indices: numbers (B,) of the images in a longer list, see `Generator`. None: 0, 1, ...
-            guidance: strength of classifier-free guidance at the last scale, to which it rises linearly from 1 at the first; 1 is
-                without. None: 2.5 (the authors' cfg = 1.5).
-            steps: one a scale; no other number can be asked for.
-            options: top_k (900), likeliest codes among which one is drawn; 0: all; 1: always the likeliest. top_p (0.96), the least set
-                of codes that has this much probability; 0 or 1: all. smooth (false), mix codes instead of choosing one by Gumbel-softmax,
-                the authors' way to smoother pictures, not to better numbers. cache (true), keep keys and values of earlier scales;
-                without, the same pictures come more slowly.
+            guidance: strength of classifier-free guidance at the last scale, to which it rises linearly from 1 at the first; 1 is none.
+                None: 2.5 (the authors' cfg = 1.5).
+            steps: one per scale; no other number is accepted.
+            options: top_k (900), number of likeliest codes from which one is drawn; 0: all; 1: always the likeliest. top_p (0.96), smallest
+                set of codes with this probability; 0 or 1: all. smooth (false), mix codes by Gumbel-softmax instead of drawing one,
+                which gives smoother images, not better numbers (an option of the authors). cache (true), keep keys and values of
+                earlier scales; without it the same images take longer.
 
         Raises:
-            UsageError: an option that it cannot take.
+            UsageError: unknown option or invalid value.
         """
         sampling = self._options(labels, seed=seed, guidance=guidance, steps=steps, **options)
         with evaluating(self, inference=True):
@@ -188,24 +188,24 @@ class VAR(nn.Module):
         paste: bool = True,
         **options: Any,
     ) -> Tensor:
-        """Pictures with a region made anew for a class: in-painting, out-painting (mask the border), or change of an object.
+        """Generate a region of images: in-painting, out-painting (mask the border), or change of an object.
 
-        At each scale the picture's own codes are kept outside the mask, so that what is made fits them.
+        At each scale the image's own codes are kept outside the mask, so that the new content fits them.
 
         Args:
             image: (B, in_chans, H, W) or (1, ...), in [0, 1].
-            mask: (B, 1, H, W) or (1, 1, H, W), nonzero where new pixels are wanted.
+            mask: (B, 1, H, W) or (1, 1, H, W), nonzero where new pixels are generated.
             labels: class numbers (B,), `num_classes` for no class.
             seed, indices: as for `generate`.
-            paste: put the picture's own pixels back outside the mask. False shows them as the codes have them.
+            paste: whether to restore the image's own pixels outside the mask; False: as decoded from the codes.
             options: as for `generate`.
 
         Returns:
             (B, in_chans, H, W) float32 in [0, 1].
 
         Raises:
-            InputError: picture or mask of another shape or range.
-            UsageError: an option that it cannot take.
+            InputError: image or mask of another shape or range.
+            UsageError: unknown option or invalid value.
         """
         image, mask = self._checked_edit(image, mask, len(labels))
         sampling = self._options(labels, seed=seed, **options)
@@ -217,7 +217,7 @@ class VAR(nn.Module):
         return made.clone()
 
     def reconstructions(self, image: Tensor) -> Tensor:
-        """A picture (B, in_chans, H, W) in [-1, 1] as the first 1, 2, ... K scales have it: (K, B, in_chans, H, W) in [0, 1]."""
+        """Decode an image (B, in_chans, H, W) in [-1, 1] from its first 1, 2, ... K scales: (K, B, in_chans, H, W) in [0, 1]."""
         with evaluating(self, inference=True):
             totals = self.tokenizer.totals(self.tokenizer.encode(image))
             stages = torch.stack([self.tokenizer.to_image(total) for total in totals])
@@ -239,7 +239,7 @@ class VAR(nn.Module):
         codes: Sequence[Tensor] | None = None,
         kept: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """Scale by scale; `codes` (B, p^2) a scale are taken where `kept` (B, p^2) is true."""
+        """Sample scale by scale; `codes` (B, p^2) of each scale are used where `kept` (B, p^2) is true."""
         quantizer, count, last = self.tokenizer.quantizer, len(labels), len(self.scales) - 1
         noise = ImageNoise(seed, numbers)
         guided = guidance != 1
@@ -269,12 +269,12 @@ class VAR(nn.Module):
         return (self.tokenizer.to_image(total).float() + 1) / 2
 
     def _kept(self, mask: Tensor, side: int) -> Tensor:
-        """Where a scale keeps the picture's codes, (B, side^2): the authors' rule; a single code for the whole picture is kept."""
+        """Return where a scale keeps the image's codes, (B, side^2), by the authors' rule; a single code for the whole image is kept."""
         keep = 1 - F.adaptive_max_pool2d(mask.float(), self.scales[-1])
         keep = F.interpolate(keep, (side, side), mode="bilinear").flatten(1) > 0.5
         return keep if side > 1 else torch.ones_like(keep)
 
-    # ---- checks at the door
+    # ---- checks of arguments
 
     def _device(self) -> torch.device:
         return self.transformer.start.device
@@ -282,7 +282,7 @@ class VAR(nn.Module):
     def _options(self, labels: Tensor, **options: Any) -> dict[str, Any]:
         known = [name for name, p in inspect.signature(self._checked).parameters.items() if p.kind is p.KEYWORD_ONLY]
         if unknown := sorted(set(options) - set(known)):
-            raise UsageError(f"VAR takes no option {unknown[0]!r}{nearest(unknown[0], known)} (it takes {', '.join(known)})")
+            raise UsageError(f"VAR has no option {unknown[0]!r}{nearest(unknown[0], known)} (it has {', '.join(known)})")
         return self._checked(labels, **options)
 
     def _checked(
@@ -297,11 +297,11 @@ class VAR(nn.Module):
         smooth: bool = False,
         cache: bool = True,
     ) -> dict[str, Any]:
-        """Options of sampling, with their defaults, as `_sample` takes them."""
+        """Return the options of sampling with their defaults, for `_sample`."""
         guidance = GUIDANCE if guidance is None else guidance
         check_labels(labels, self.num_classes, null=True)
         if steps not in (None, len(self.scales)):
-            raise UsageError(f"VAR takes one step a scale, here {len(self.scales)}; got steps={steps}")
+            raise UsageError(f"VAR takes one step per scale, here {len(self.scales)}; got steps={steps}")
         for name, value, high in (("guidance", guidance, 100), ("top_p", top_p, 1)):
             if not isinstance(value, int | float) or not 0 <= value <= high:
                 raise UsageError(f"{name} must be a number from 0 to {high}, got {value!r}")
@@ -325,10 +325,10 @@ class VAR(nn.Module):
 
 
 def draw(logits: Tensor, uniform: Tensor, top_k: int = 0, top_p: float = 0.0) -> Tensor:
-    """Draw a code for each place, (B, n, V) -> (B, n): among the `top_k` likeliest, and in the least set of probability `top_p`.
+    """Draw a code for each position, (B, n, V) -> (B, n): among the `top_k` likeliest, and in the smallest set of probability `top_p`.
 
     Args:
-        uniform: numbers (B, n) in [0, 1), float64, each of which picks a code by its place in the cumulative probabilities.
+        uniform: numbers (B, n) in [0, 1), float64, each of which selects a code from the cumulative probabilities.
     """
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], -torch.inf)
@@ -343,7 +343,7 @@ def draw(logits: Tensor, uniform: Tensor, top_k: int = 0, top_p: float = 0.0) ->
 
 
 def _mixed(logits: Tensor, exponential: Tensor, share: float) -> Tensor:
-    """Shares of the codes, (B, n, V): Gumbel-softmax that hardens with the scales (`share` from 0 to 1); the authors' numbers."""
+    """Return weights of the codes, (B, n, V): Gumbel-softmax whose temperature falls with `share` from 0 to 1, as the authors'."""
     temperature = max(0.27 * (1 - 0.95 * share), 0.005)
     gumbel = -exponential.to(logits).clamp(min=torch.finfo(torch.float32).tiny).log()
     return ((logits * (1 + share) + gumbel) / temperature).softmax(-1)

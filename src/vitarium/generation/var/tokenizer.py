@@ -1,12 +1,12 @@
-"""The multi-scale residual tokenizer: a picture as K maps of codes of growing size, each coding what the coarser ones left.
+"""Multi-scale residual tokenizer: an image as K maps of codes of growing size, each coding the residual of the coarser ones.
 
     rest = f = encoder(image), f^ = 0
     for each scale p_k:   codes = nearest code of area-resize(rest, p_k)
                           h     = phi_k(bicubic-resize(codebook[codes]))          phi(h) = h / 2 + conv(h) / 2
                           f^ += h,  rest -= h
-    picture = decoder(f^)
+    image = decoder(f^)
 
-Legend: B batch, C channels of the codes, H W picture, h = w = H / stride, K scales of p_k x p_k codes, L = sum of p_k^2, V codes.
+Notation: B batch, C channels of the codes, H W image, h = w = H / stride, K scales of p_k x p_k codes, L = sum of p_k^2, V codes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _norm(dim: int, groups: int) -> nn.GroupNorm:
 
 
 class ResBlock(nn.Module):
-    """x + conv(SiLU(norm(conv(SiLU(norm(x)))))): (B, in_dim, h, w) -> (B, dim, h, w)."""
+    """Residual block, x + conv(SiLU(norm(conv(SiLU(norm(x)))))): (B, in_dim, h, w) -> (B, dim, h, w)."""
 
     def __init__(self, in_dim: int, dim: int, groups: int):
         super().__init__()
@@ -44,7 +44,7 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Attention of one head over all places: (B, dim, h, w) -> the same."""
+    """Attention with one head over all positions: (B, dim, h, w) -> the same shape."""
 
     def __init__(self, dim: int, groups: int):
         super().__init__()
@@ -59,7 +59,7 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Conv2d):
-    """Half the size, padded at the right and bottom: (B, dim, h, w) -> (B, dim, h / 2, w / 2)."""
+    """Downsampling by 2, padded at the right and bottom: (B, dim, h, w) -> (B, dim, h / 2, w / 2)."""
 
     def __init__(self, dim: int):
         super().__init__(dim, dim, 3, stride=2)
@@ -69,7 +69,7 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.Conv2d):
-    """Twice the size: (B, dim, h, w) -> (B, dim, 2 h, 2 w)."""
+    """Upsampling by 2: (B, dim, h, w) -> (B, dim, 2 h, 2 w)."""
 
     def __init__(self, dim: int):
         super().__init__(dim, dim, 3, padding=1)
@@ -79,7 +79,7 @@ class Upsample(nn.Conv2d):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, attention after each where asked for, then a change of resolution."""
+    """Residual blocks at one resolution, optionally with attention after each, then a change of resolution."""
 
     def __init__(self, in_dim: int, dim: int, depth: int, groups: int, attention: bool, resample: nn.Module):
         super().__init__()
@@ -98,7 +98,7 @@ def _middle(dim: int, groups: int) -> nn.Sequential:
 
 
 class Encoder(nn.Module):
-    """Picture (B, in_chans, H, W) -> (B, code_dim, H / stride, W / stride); level 0 has the picture's resolution."""
+    """Encoder: image (B, in_chans, H, W) -> (B, code_dim, H / stride, W / stride); level 0 has the image's resolution."""
 
     def __init__(self, in_chans: int, dims: Sequence[int], depth: int, code_dim: int, groups: int):
         super().__init__()
@@ -119,7 +119,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, code_dim, h, w) -> picture (B, in_chans, h * stride, w * stride); level 0 has the picture's resolution and comes last."""
+    """Decoder: (B, code_dim, h, w) -> image (B, in_chans, h * stride, w * stride); level 0, the last, has the image's resolution."""
 
     def __init__(self, in_chans: int, dims: Sequence[int], depth: int, code_dim: int, groups: int):
         super().__init__()
@@ -141,13 +141,13 @@ class Decoder(nn.Module):
 
 @dataclass(frozen=True)
 class Quantized:
-    """What became of features (B, C, h, w).
+    """Quantized features (B, C, h, w).
 
     Attributes:
-        indices: a scale's codes each, (B, p_k^2) int64.
-        features: f^, (B, C, h, w); gradients go straight through to the features that came in.
-        places: what was left for each scale to code, (B, p_k^2, C).
-        loss: how far f^ is from them, averaged over the scales: pulls the codebook by 1, the encoder by beta. A scalar.
+        indices: codes of each scale, (B, p_k^2) int64.
+        features: f^, (B, C, h, w); gradients pass straight through to the input features.
+        places: residual that each scale codes, (B, p_k^2, C).
+        loss: squared difference of f^ and the features, averaged over scales; weight 1 for the codebook, beta for the encoder. A scalar.
     """
 
     indices: list[Tensor]
@@ -157,15 +157,15 @@ class Quantized:
 
 
 class ResidualQuantizer(nn.Module):
-    """Features (B, C, h, w) <-> K maps of codes.
+    """Quantizer: features (B, C, h, w) <-> K maps of codes.
 
     Args:
-        vocab_size: codes V.
+        vocab_size: number of codes V.
         code_dim: channels C of a code.
-        scales: side p_k of each map, rising; the last is h.
-        phi_count: convolutions phi that the scales share; neighbours take the same one.
+        scales: side p_k of each map, ascending; the last is h.
+        phi_count: number of convolutions phi, shared by neighbouring scales.
         phi_ratio: share of the convolution in phi.
-        beta: weight of the loss that pulls the encoder towards the codes.
+        beta: weight of the loss that moves the encoder towards the codes.
     """
 
     def __init__(self, vocab_size: int, code_dim: int, scales: Sequence[int], phi_count: int, phi_ratio: float, beta: float):
@@ -189,12 +189,12 @@ class ResidualQuantizer(nn.Module):
         return Quantized(indices, features + (total - features).detach(), places, torch.stack(losses).mean())
 
     def nearest(self, places: Tensor) -> Tensor:
-        """The nearest code of each place: (B, p^2, C) -> (B, p^2)."""
+        """Return the nearest code of each position: (B, p^2, C) -> (B, p^2)."""
         codes = self.codebook.weight.detach()
         return (codes.square().sum(1) - 2 * places @ codes.T).argmin(-1)  # |x|^2 is the same for all codes
 
     def detail(self, codes: Tensor, k: int) -> Tensor:
-        """What vectors of the codebook (B, p_k^2, C) add to f^ at scale k, (B, C, h, w)."""
+        """Return the contribution of codebook vectors (B, p_k^2, C) to f^ at scale k, (B, C, h, w)."""
         side, size = self.scales[k], self.scales[-1]
         h = codes.transpose(1, 2).unflatten(2, (side, side))
         if k < len(self.scales) - 1:
@@ -202,16 +202,16 @@ class ResidualQuantizer(nn.Module):
         return h * (1 - self.phi_ratio) + self.phis[self.phi_of[k]](h) * self.phi_ratio
 
     def view(self, total: Tensor, k: int) -> Tensor:
-        """A map (B, C, h, w) at the resolution of scale k: (B, p_k^2, C)."""
+        """Resize a map (B, C, h, w) to scale k: (B, p_k^2, C)."""
         if k < len(self.scales) - 1:
             total = F.interpolate(total, (self.scales[k],) * 2, mode="area")
         return total.flatten(2).transpose(1, 2)
 
 
 def phi_of_scales(scales: int, count: int) -> list[int]:
-    """Which of `count` convolutions each scale takes: the one whose tick is nearest to k / (K - 1).
+    """Return the convolution that each scale uses, of `count`: the one whose tick is nearest to k / (K - 1).
 
-    Of two as near NumPy's rounding decides, as in the authors' code: released weights depend on it.
+    Ties are decided by NumPy's rounding, as in the authors' code, on which released weights depend.
     """
     edge = 1 / 3 / count if count == 4 else 1 / 2 / count
     ticks = np.linspace(edge, 1 - edge, count)
@@ -219,7 +219,7 @@ def phi_of_scales(scales: int, count: int) -> list[int]:
 
 
 OFFICIAL = rename(
-    (r"ema_vocab_hit_SV$", None),  # how often each code was used; of another shape for other scales
+    (r"ema_vocab_hit_SV$", None),  # usage of codes; of another shape for other scales
     (r"^quantize\.embedding\.", "quantizer.codebook."),
     (r"^quantize\.quant_resi\.qresi_ls\.(\d+)\.", r"quantizer.phis.\1."),
     (r"^quantize\.quant_resi\.qresi\.", "quantizer.phis.0."),
@@ -256,21 +256,21 @@ RELEASE = {"vae_ch160v4096z32": ("hf:FoundationVision/var/vae_ch160v4096z32.pth"
     **PREPARATION,
 )
 class VARTokenizer(nn.Module):
-    """Picture (B, in_chans, H, W) in [-1, 1] -> what is left of it in codes, the same shape, in [-1, 1].
+    """Autoencoder with multi-scale codes: image (B, in_chans, H, W) in [-1, 1] -> its reconstruction, same shape and range.
 
     Args:
-        scales: side of each map of codes, rising; the last is the side of the picture over the stride 2^(levels - 1).
-        dim: channels at the picture's resolution.
+        scales: side of each map of codes, ascending; the last is the side of the image over the stride 2^(levels - 1).
+        dim: channels at the image's resolution.
         dim_mult: channels of each level over `dim`.
-        depth: residual blocks a level of the encoder; the decoder has one more.
-        groups: of the group norms.
+        depth: residual blocks per level of the encoder; the decoder has one more.
+        groups: groups of the group norms.
         code_dim: channels C of a code.
-        vocab_size: codes V.
+        vocab_size: number of codes V.
         phi_count, phi_ratio, beta: see `ResidualQuantizer`.
-        image_size: side of the pictures, pixels; it follows from scales and levels, and is only compared with what they give.
+        image_size: side of the images, pixels; it follows from scales and levels, and is checked against them.
 
     Raises:
-        ValueError: scales that do not rise, or do not end at image_size over the stride.
+        ValueError: the scales do not ascend, or do not end at image_size over the stride.
     """
 
     def __init__(
@@ -290,13 +290,13 @@ class VARTokenizer(nn.Module):
         image_size: int | None = None,
     ):
         if not scales or list(scales) != sorted(set(scales)) or scales[0] < 1:
-            raise ValueError(f"scales must be whole numbers that rise from at least 1, got {scales}")
+            raise ValueError(f"scales must be ascending whole numbers of at least 1, got {scales}")
         super().__init__()
         self.scales, self.code_dim, self.vocab_size, self.in_chans = tuple(scales), code_dim, vocab_size, in_chans
         dims = [dim * m for m in dim_mult]
         self.image_size = scales[-1] * 2 ** (len(dims) - 1)
         if image_size not in (None, self.image_size):
-            raise ValueError(f"scales up to {scales[-1]} are for pictures of image_size={self.image_size}, got image_size={image_size}")
+            raise ValueError(f"scales up to {scales[-1]} are for images of image_size={self.image_size}, got image_size={image_size}")
         self.encoder = Encoder(in_chans, dims, depth, code_dim, groups)
         self.to_codes = nn.Conv2d(code_dim, code_dim, 3, padding=1)
         self.quantizer = ResidualQuantizer(vocab_size, code_dim, scales, phi_count, phi_ratio, beta)
@@ -318,38 +318,38 @@ class VARTokenizer(nn.Module):
         return {"image": random_uniform(self, (n, self.in_chans, side, side), -1.0, 1.0, seed=seed)}
 
     def features(self, image: Tensor) -> Tensor:
-        """Picture (B, in_chans, H, W) in [-1, 1] -> what is quantized, (B, C, h, w).
+        """Encode an image (B, in_chans, H, W) in [-1, 1] into features to be quantized, (B, C, h, w).
 
         Raises:
-            InputError: another shape than that of the scales.
+            InputError: the shape does not suit the scales.
         """
         self.check_image(image)
         return self.to_codes(self.encoder(image))
 
     def to_image(self, features: Tensor) -> Tensor:
-        """f^ (B, C, h, w) -> picture (B, in_chans, H, W) in [-1, 1]."""
+        """Decode f^ (B, C, h, w) into an image (B, in_chans, H, W) in [-1, 1]."""
         return self.decoder(self.from_codes(features)).clamp(-1, 1)
 
     def encode(self, image: Tensor) -> list[Tensor]:
-        """Picture (B, in_chans, H, W) in [-1, 1] -> its codes, a map (B, p_k^2) int64 a scale."""
+        """Encode an image (B, in_chans, H, W) in [-1, 1] into codes, a map (B, p_k^2) int64 per scale."""
         return self.quantizer(self.features(image)).indices
 
     def decode(self, indices: Sequence[Tensor]) -> Tensor:
-        """Codes, (B, p_k^2) for the first scales or all -> picture (B, in_chans, H, W) in [-1, 1].
+        """Decode codes, (B, p_k^2) for the first scales or all, into an image (B, in_chans, H, W) in [-1, 1].
 
-        With the first scales alone, what the picture looks like so far.
+        From the first scales alone, the result is the image as coded by them.
         """
         return self.to_image(self.totals(indices)[-1])
 
     def totals(self, indices: Sequence[Tensor]) -> list[Tensor]:
-        """f^ after each of the given scales, (B, C, h, w) each.
+        """Return f^ after each of the given scales, (B, C, h, w) each.
 
         Raises:
-            InputError: no codes, or not as many as the scales have places.
+            InputError: no codes, or numbers of codes that do not match the scales.
         """
         counts, wanted = [tuple(i.shape[1:]) for i in indices], [(p * p,) for p in self.scales]
         if not counts or counts != wanted[: len(counts)]:
-            raise InputError(f"the codes must be (B, p^2) for p in {self.scales} or the first of these, got {counts} beside B")
+            raise InputError(f"the codes must be (B, p^2) for p in {self.scales} or the first of these, got p^2 = {counts}")
         totals: list[Tensor] = []
         for k, codes in enumerate(indices):
             detail = self.quantizer.detail(self.quantizer.codebook(codes), k)
@@ -357,18 +357,18 @@ class VARTokenizer(nn.Module):
         return totals
 
     def inputs(self, indices: Sequence[Tensor]) -> Tensor:
-        """What a transformer is shown while it predicts scales 2, 3, ... of known codes: (B, L - p_1^2, C)."""
+        """Return the transformer's input for predicting scales 2, 3, ... of known codes: (B, L - p_1^2, C)."""
         totals = self.totals(indices)[: len(self.scales) - 1]
         views = [self.quantizer.view(total, k + 1) for k, total in enumerate(totals)]
         return torch.cat(views, 1) if views else self.quantizer.codebook.weight.new_zeros(len(indices[0]), 0, self.code_dim)
 
     def check_image(self, image: Tensor) -> None:
-        """Raises InputError where a picture is not (B, in_chans, image_size, image_size) of floating-point values."""
+        """Raise InputError if an image is not (B, in_chans, image_size, image_size) of floating-point values."""
         if torch.compiler.is_compiling():
             return
         wanted = (self.in_chans, self.image_size, self.image_size)
         if image.ndim != 4 or tuple(image.shape[1:]) != wanted or not image.is_floating_point():
             raise InputError(
-                f"{type(self).__name__} takes floating-point pictures (B, {', '.join(map(str, wanted))}) in [-1, 1], "
+                f"{type(self).__name__} takes floating-point images (B, {', '.join(map(str, wanted))}) in [-1, 1], "
                 f"got {image.dtype} {tuple(image.shape)}; model.preprocessing makes them"
             )

@@ -1,11 +1,11 @@
-"""The transformer of VAR: it predicts all codes of the next scale at once, from the picture that the earlier scales add up to.
+"""VAR's transformer: predicts all codes of the next scale at once, from the image that the earlier scales add up to.
 
-    x  <- x + g1 Attn(LN(x) (1 + s1) + b1)        q and k of length 1, logits scaled by a learned exp(s) a head
+    x  <- x + g1 Attn(LN(x) (1 + s1) + b1)        q and k of length 1, logits scaled by a learned exp(s) per head
     x  <- x + g2 MLP(LN(x) (1 + s2) + b2)         (g1, g2, s1, s2, b1, b2) from the class
 
-A token sees its own scale and all before it. While sampling no mask is needed: a scale attends to the cache of those before it.
+A token attends to its own scale and all before it. Sampling needs no mask: a scale attends to the cache of those before it.
 
-Legend: B batch, L tokens of all scales, C channels of the codes, D embed_dim, h heads, d = D / h, V codes.
+Notation: B batch, L tokens of all scales, C channels of the codes, D embed_dim, h heads, d = D / h, V codes.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ MAX_LOG_SCALE = math.log(100)
 
 
 class Cache:
-    """Keys and values of the tokens so far, in memory that is taken once: of each block a (2, B, h, L, d)."""
+    """Cache of keys and values, allocated once: for each block a (2, B, h, L, d)."""
 
     def __init__(self, depth: int, batch: int, num_heads: int, length: int, head_dim: int, like: Tensor):
         self.store = like.new_empty(depth, 2, batch, num_heads, length, head_dim)
         self.length = 0
-        """Tokens that all blocks have seen."""
+        """Number of tokens that all blocks have processed."""
 
     def extend(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the keys and values (B, h, n, d) of n further tokens; returns those of all tokens, (B, h, length + n, d)."""
+        """Append keys and values (B, h, n, d) of n tokens; return those of all tokens, (B, h, length + n, d)."""
         end = self.length + keys.shape[2]
         stored = self.store[block]
         stored[0, :, :, self.length : end] = keys
@@ -42,7 +42,7 @@ class Cache:
 
 
 class CosineAttention(nn.Module):
-    """Attention by the angle of queries and keys: (B, n, D) -> the same. The bias of the keys is not trained: it stays at zero."""
+    """Attention by the angle of queries and keys: (B, n, D) -> the same shape. The bias of the keys is fixed at zero."""
 
     k_bias: Tensor
 
@@ -67,7 +67,7 @@ class CosineAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """(B, n, D) -> the same, modulated by (B, 1, 6, D). With `shared` the linear layer of the class is the model's, here is a table."""
+    """Block modulated by (B, 1, 6, D): (B, n, D) -> the same shape. With `shared` the class layer is the model's, and a table is here."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float, shared: bool):
         super().__init__()
@@ -81,7 +81,7 @@ class Block(nn.Module):
             self.ada = Linear(dim, 6 * dim)
 
     def modulation(self, given: Tensor) -> Tensor:
-        """From SiLU(class) (B, D), or the shared layer's (B, 1, 6, D)."""
+        """Return the modulation from SiLU(class) (B, D), or from the shared layer's output (B, 1, 6, D)."""
         return self.ada(given).unflatten(-1, (6, -1))[:, None] if given.ndim == 2 else self.ada_table + given
 
     def forward(self, x: Tensor, modulation: Tensor, mask: Tensor | None, cache: Cache | None, block: int) -> Tensor:
@@ -91,16 +91,16 @@ class Block(nn.Module):
 
 
 class ScaleTransformer(nn.Module):
-    """What earlier scales look like (B, L - first, C), and a class (B,) -> logits of all codes (B, L, V).
+    """Next-scale transformer: inputs of earlier scales (B, L - first, C) and a class (B,) -> logits of all codes (B, L, V).
 
     Args:
-        lengths: tokens of each scale; equal lengths of 1 make it an ordinary autoregressive transformer.
-        code_dim: channels C of what it is shown.
-        vocab_size: codes V.
-        num_classes: classes; the number after the last stands for none.
+        lengths: number of tokens of each scale; lengths of 1 make it an ordinary autoregressive transformer.
+        code_dim: channels C of its input.
+        vocab_size: number of codes V.
+        num_classes: number of classes; the number after the last is the null class.
         embed_dim, depth, num_heads, mlp_ratio: sizes.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
-        shared_modulation: one linear layer of the class for all blocks, and a table in each.
+        shared_modulation: whether one linear layer of the class serves all blocks, with a table in each.
     """
 
     levels: Tensor
@@ -121,7 +121,7 @@ class ScaleTransformer(nn.Module):
         shared_modulation: bool = False,
     ):
         if embed_dim % num_heads:
-            raise ValueError(f"embed_dim must divide by num_heads, got {embed_dim} and {num_heads}")
+            raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
         super().__init__()
         self.lengths, self.num_classes, self.num_heads = tuple(lengths), num_classes, num_heads
         self.word_embed = Linear(code_dim, embed_dim)
@@ -140,7 +140,7 @@ class ScaleTransformer(nn.Module):
         self.init_weights()
 
     def init_weights(self, gate: float = 1e-3) -> None:
-        """The authors' initialisation; `gate` is the factor on the gates of the branches (smaller in their deeper models)."""
+        """Initialise as the authors; `gate` is the factor on the gates of the branches (smaller in their deeper models)."""
         dim, depth = self.head.in_features, len(self.blocks)
         std = (1 / dim / 3) ** 0.5
         init_weights(self, std=std)
@@ -165,19 +165,19 @@ class ScaleTransformer(nn.Module):
         return self.logits(self.run(x, self.modulations(condition), self.mask()), condition)
 
     def first(self, condition: Tensor) -> Tensor:
-        """The tokens of the first scale, from the class (B, D), before places are added: (B, first, D)."""
+        """Return the tokens of the first scale, from the class (B, D), without positions: (B, first, D)."""
         return condition[:, None] + self.start
 
     def places(self) -> Tensor:
-        """What says where a token stands: (1, L, D)."""
+        """Return the position encoding, (1, L, D)."""
         return self.level_embed(self.levels) + self.positions
 
     def mask(self) -> Tensor:
-        """(L, L), True where the token of the row may see that of the column."""
+        """Return the mask (L, L), True where the row's token attends to the column's."""
         return self.levels[:, None] >= self.levels
 
     def modulations(self, condition: Tensor) -> list[Tensor]:
-        """Of each block, from the class (B, D): (B, 1, 6, D)."""
+        """Return each block's modulation, from the class (B, D): (B, 1, 6, D)."""
         given = F.silu(condition)
         if self.shared_ada is not None:
             given = self.shared_ada(given).unflatten(-1, (6, -1))[:, None]
@@ -185,7 +185,7 @@ class ScaleTransformer(nn.Module):
         return [block.modulation(given) for block in blocks]
 
     def run(self, x: Tensor, modulations: Sequence[Tensor], mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """Tokens (B, n, D) through the blocks; with a cache they see what it holds, and are added to it."""
+        """Apply the blocks to tokens (B, n, D); with a cache they also attend to its tokens, and are appended to it."""
         for i, block in enumerate(self.blocks):
             x = block(x, modulations[i], mask, cache, i)
         if cache is not None:
@@ -193,18 +193,18 @@ class ScaleTransformer(nn.Module):
         return x
 
     def logits(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Tokens (B, n, D), class (B, D) -> (B, n, V)."""
+        """Return logits (B, n, V) from tokens (B, n, D) and class (B, D)."""
         scale, shift = self.head_ada(F.silu(condition))[:, None].chunk(2, -1)
         return self.head(torch.addcmul(shift, self.norm(x), 1 + scale))
 
 
 class Steps:
-    """One scale after the other: `steps.next(view)` gives the logits of the next scale.
+    """Scale-by-scale decoding: `steps.next(view)` returns the logits of the next scale.
 
     Args:
         transformer: in eval mode.
         labels: (B,).
-        cached: whether keys and values are kept. False runs all scales anew each time: the same logits, for comparison.
+        cached: whether keys and values are cached. False recomputes all scales each time, with the same logits, for comparison.
     """
 
     def __init__(self, transformer: ScaleTransformer, labels: Tensor, cached: bool = True):
@@ -213,7 +213,7 @@ class Steps:
         self.modulations = transformer.modulations(self.condition)
         self.places = transformer.places()
         self.seen = self.condition.new_empty(len(labels), 0, self.condition.shape[1])
-        """Without a cache: the tokens so far, (B, n, D)."""
+        """Without a cache: the tokens of all scales so far, (B, n, D)."""
         self.cache = None
         if cached:
             heads, dim = transformer.num_heads, self.condition.shape[1]
@@ -221,7 +221,7 @@ class Steps:
             self.cache = Cache(depth, len(labels), heads, length, dim // heads, self.condition)
 
     def next(self, view: Tensor | None) -> Tensor:
-        """What the scales so far look like to the next one, (B, p_k^2, C) (None for the first) -> its logits (B, p_k^2, V)."""
+        """Return the next scale's logits (B, p_k^2, V) from its input (B, p_k^2, C) (None for the first)."""
         t, count = self.transformer, self.transformer.lengths[self.scale]
         begin = sum(t.lengths[: self.scale])
         x = (t.first(self.condition) if view is None else t.word_embed(view)) + self.places[:, begin : begin + count]
