@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from vitarium.catalog.timm_registry import register_with_timm as register_with_timm
     from vitarium.data import open_data as open_data
     from vitarium.verbs.bench import bench as bench
+    from vitarium.verbs.claim import claim as claim
+    from vitarium.verbs.compare import compare as compare
     from vitarium.verbs.compress import compress as compress
     from vitarium.verbs.evaluate import evaluate as evaluate
     from vitarium.verbs.explain import explain as explain
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 
 VERBS = (
     "bench",
+    "claim",
+    "compare",
     "compress",
     "evaluate",
     "explain",

@@ -15,7 +15,7 @@ SURFACE = {
     "models": "pattern --room --fits --macs --image-size --json",
     "info": "model --image-size --json",
     "compare": "--data --models --pretrained --recipe --steps --epochs --minutes --image-size --batch-size --val-fraction --seed --out "
-    "--devices --num-nodes --strategy --accelerator --config --print-config",
+    "--devices --num-nodes --strategy --accelerator --engine --address --jobs --config --print-config",
     "train": "recipe --data --model --pretrained --checkpoint --set --apply --val-fraction --out --trained-only --precision --devices "
     "--num-nodes --strategy --accelerator --config --print-config",
     "evaluate": "model --data --checkpoint --apply --corruptions --split --val-fraction --seed --batch-size --device --output --json "

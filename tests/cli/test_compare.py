@@ -7,11 +7,11 @@ import pytest
 from rich.console import Console
 
 from vitarium.cli.board import Board
-from vitarium.cli.compare import chosen
 from vitarium.cli.console import clock
 from vitarium.errors import DataError, UsageError
 from vitarium.reports.events import Event
 from vitarium.reports.results import Comparison, Failure, Trial
+from vitarium.verbs.compare import chosen
 
 NUMBERS = dict(
     loss=0.1, evaluated=360, throughput=2000.0, peak_memory_mb=3.5, params=123_456, macs=2_000_000, bytes=500_000, image_size=16, steps=100

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vitarium.cli.config import configurable
-from vitarium.cli.console import out, pairs, short, table
+from vitarium.cli.console import out, pairs, table
 from vitarium.cli.options import Accelerator, Address, DataSpec, Devices, EngineKind, ImageSize, Jobs, NumNodes, Strategy
-from vitarium.errors import UsageError
 
 if TYPE_CHECKING:
     from vitarium.reports.results import Comparison
@@ -51,7 +50,8 @@ def compare(
     """
     from vitarium.cli.board import Board
     from vitarium.reports.compare import DEFAULT_MODELS
-    from vitarium.reports.compare import compare as run
+    from vitarium.verbs.compare import chosen
+    from vitarium.verbs.compare import compare as run
 
     names = chosen(models) if models is not None else None
     with Board(names or list(DEFAULT_MODELS)) as board:
@@ -80,32 +80,10 @@ def compare(
     show(comparison)
 
 
-def chosen(text: str) -> list[str]:
-    """Return the names of a list with commas, each once. A pattern stands for the image classifiers that it matches; where it matches none,
-    for those of clips.
-
-    Raises:
-        UsageError: an empty list, or a pattern that nothing matches.
-    """
-    from vitarium.cli.models import find
-
-    names: list[str] = []
-    for part in filter(None, map(str.strip, text.split(","))):
-        matches = [part]
-        if any(c in part for c in "*?["):
-            classifiers = [row for row in find(part, None) if row["learner"] == "classification"]
-            of_images = [row for row in classifiers if row["frames"] is None]
-            matches = [row["name"] for row in of_images or classifiers]
-        if not matches:
-            raise UsageError(f"no model matches {part!r} ('vitarium models' lists all)")
-        names += [name for name in matches if name not in names]
-    if not names:
-        raise UsageError("--models names no model; write names with commas, such as swin_pico,timm/vit_pico")
-    return names
-
-
 def show(comparison: Comparison) -> None:
     """Print the table of a comparison, the failures, and the recommendation."""
+    from vitarium.verbs.compare import cells
+
     console = out()
     winner = comparison.recommendation.model
     rows = table("~model", ">accuracy", ">latency", ">images/s", ">memory", ">params", ">MACs")
@@ -122,16 +100,3 @@ def show(comparison: Comparison) -> None:
     console.print(f"\n[bold]{comparison.recommendation}[/]\n")
     file = next(comparison.folder / trial.file for trial in comparison.trials if trial.name == winner)
     console.print(pairs({"report": comparison.report, "model": file, "use it": f"vitarium predict IMAGE --model {file}"}))
-
-
-def cells(row: dict[str, Any]) -> list[str]:
-    """Return a row of results as text with units."""
-    return [
-        row["name"],
-        f"{100 * row['accuracy']:.1f} %",
-        f"{row['latency_ms']:.2f} ms",
-        short(row["throughput"]),
-        f"{row['peak_memory_mb']:.1f} MB",
-        short(row["params"]),
-        short(row["macs"]),
-    ]

@@ -217,9 +217,7 @@ def save_logits(
     refuse_mixing(recipe)
     classes = int(getattr(teacher, "num_classes", 0))
     if classes != len(data.classes) or classes > MOST_CLASSES:
-        raise UsageError(
-            f"the teacher has {classes} classes, the data has {len(data.classes)} (at most {MOST_CLASSES} can be stored)"
-        )
+        raise UsageError(f"the teacher has {classes} classes, the data has {len(data.classes)} (at most {MOST_CLASSES} can be stored)")
     header = {
         "teacher": getattr(getattr(teacher, "spec", None), "name", type(teacher).__name__),
         "classes": classes,

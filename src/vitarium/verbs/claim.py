@@ -1,0 +1,113 @@
+"""Run the experiments of the systems' main claims, or read the ledger of their outcomes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vitarium.errors import UsageError
+from vitarium.training.tasks.base import TableData
+from vitarium.verbs.opening import Notify, quiet
+from vitarium.verbs.result import Result
+
+if TYPE_CHECKING:
+    from vitarium.claims import Entry
+
+CACHE = Path("runs", "claims")
+"""Folder of trained arms, from which an interrupted run continues."""
+
+
+@dataclass(repr=False)
+class Claims(Result):
+    """Outcomes of claims.
+
+    Attributes:
+        entries: one a claim, see `vitarium.claims.Entry`: verdict, measured arms, comparisons, seconds, date, machine, commit.
+        missing: systems whose claim is not in the ledger yet; listed only where the ledger was read or several claims were run.
+    """
+
+    entries: list[Entry]
+    missing: list[str] = field(default_factory=list)
+
+    def facts(self) -> dict[str, Any]:
+        if len(self.entries) == 1:
+            (entry,) = self.entries
+            return {entry.slug: entry.verdict, "claim": entry.says}
+        verdicts = [entry.verdict for entry in self.entries]
+        return {"claims": len(verdicts)} | {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)}
+
+    def tables(self) -> list[TableData]:
+        if len(self.entries) == 1:
+            return [arm_table(self.entries[0]), comparison_table(self.entries[0])]
+        rows = [[e.slug, e.verdict, e.says, f"{e.seconds:.0f} s", e.date] for e in self.entries]
+        return [TableData("", ["system", "verdict", "~claim", ">time", "date"], rows)]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"entries": [entry.to_dict() for entry in self.entries], "missing": self.missing}
+
+
+def claim(
+    slugs: str | Sequence[str] | None = None,
+    *,
+    every: bool = False,
+    jobs: int = 1,
+    out: str | os.PathLike[str] | None = None,
+    cache: str | os.PathLike[str] | None = CACHE,
+    notify: Notify = quiet,
+) -> Claims:
+    """Run the experiments of systems' main claims and write the outcomes into the ledger; without systems, read the ledger.
+
+    An interrupted run continues when the same call is made again.
+
+    Args:
+        slugs: systems, one or several; None with `every` unset: read the ledger.
+        every: run all claims.
+        jobs: claims at a time, each in a process with its share of the cores.
+        out: folder of the ledger; None: the package's own.
+        cache: folder of trained arms while claims run; None: nothing is kept of an interrupted run.
+        notify: called with a line for each arm and seed. With several jobs it must be a function of a module, because processes call it.
+
+    Raises:
+        UsageError: unknown systems or systems without a claim (before anything runs), or both `slugs` and `every`.
+        DataError: a folder that cannot be written.
+    """
+    from vitarium.claims import claimed_slugs, read_ledger, run_claims
+
+    named = [slugs] if isinstance(slugs, str) else list(slugs or [])
+    if named and every:
+        raise UsageError(f"give systems or --all, not both: vitarium claim {' '.join(named)}")
+    if jobs < 1:
+        raise UsageError(f"jobs must be at least 1, got {jobs}")
+    folder = None if out is None else Path(out)
+    wanted = list(dict.fromkeys(named)) or (claimed_slugs() if every else [])
+    kept = None if cache is None else Path(cache)
+    entries = run_claims(wanted, out=folder, cache=kept, jobs=jobs, progress=notify) if wanted else read_ledger(folder)
+    if len(wanted) == 1:
+        return Claims(entries)
+    written = {entry.slug for entry in read_ledger(folder)}
+    return Claims(entries, [slug for slug in claimed_slugs() if slug not in written])
+
+
+def arm_table(entry: Entry) -> TableData:
+    """Return the measured values of each arm."""
+    table, seen = TableData("Measured", ["arm", "~values", ">mean"]), []
+    for comparison in entry.comparisons:
+        for arm in filter(None, (comparison["method"], comparison["baseline"])):
+            if arm not in seen:
+                seen.append(arm)
+                table.rows.append([arm["label"], " ".join(f"{v:.4g}" for v in arm["values"]), f"{arm['mean']:.4g} {arm['unit']}"])
+    return table
+
+
+def comparison_table(entry: Entry) -> TableData:
+    """Return gain, standard error, needed gain and verdict of each comparison."""
+    rows = [[c["says"], gain_of(c), c["verdict"]] for c in entry.comparisons]
+    return TableData("Compared", ["~comparison", ">gain", "verdict"], rows)
+
+
+def gain_of(comparison: dict[str, Any]) -> str:
+    """Return gain, standard error and needed gain as text."""
+    return f"{comparison['gain']:+.3g} ± {comparison['error']:.2g} (needed: {comparison['at_least']:g})"

@@ -1,0 +1,163 @@
+"""Train several models under the same budget, measure them, and recommend one."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from vitarium.errors import UsageError
+from vitarium.numbers import short
+from vitarium.reports.results import Comparison
+from vitarium.training.tasks.base import TableData
+from vitarium.verbs.result import Result
+
+if TYPE_CHECKING:
+    from vitarium.engine import Engine
+    from vitarium.reports.events import Listener
+
+
+class Compared(Result, Comparison):
+    """A comparison (see `vitarium.reports.results.Comparison`) as the result of a verb."""
+
+    def facts(self) -> dict[str, Any]:
+        rows: dict[str, Any] = {"recommendation": self.recommendation.sentence, "report": self.report}
+        return rows | ({"failed": ", ".join(failure.name for failure in self.failures)} if self.failures else {})
+
+    def tables(self) -> list[TableData]:
+        table = TableData("", ["~model", ">accuracy", ">latency", ">images/s", ">memory", ">params", ">MACs"])
+        table.rows += [cells(row) for row in self.table()]
+        return [table]
+
+    def to_dict(self) -> dict[str, Any]:
+        return Comparison.to_dict(self)
+
+
+def compare(
+    data: str | os.PathLike[str] = "digits",
+    models: str | Sequence[str] | None = None,
+    *,
+    steps: int | None = None,
+    epochs: float | None = None,
+    minutes: float | None = None,
+    image_size: int | None = None,
+    recipe: str | os.PathLike[str] = "pico",
+    batch_size: int | None = None,
+    val_fraction: float = 0.2,
+    pretrained: bool = False,
+    seed: int = 0,
+    out: str | os.PathLike[str] | None = None,
+    devices: int = 1,
+    num_nodes: int = 1,
+    strategy: str = "auto",
+    accelerator: str = "auto",
+    engine: str | Engine = "local",
+    address: str | None = None,
+    jobs: int | None = None,
+    progress: Listener | None = None,
+) -> Compared:
+    """Train models on your images under the same budget, measure them, and recommend one; results and an HTML report go to a folder.
+
+    An interrupted comparison continues when the same call is made again, on either engine.
+
+    Args:
+        data: as for `vitarium.open_data`.
+        models: names and patterns, as "swin_pico,*_pico" or ["swin_pico", "timm/vit_pico"]; None: six small ones of different families.
+        steps, epochs, minutes: of training each model, at most one of them; None: the recipe's budget.
+        image_size: side of the input, pixels; None: the images' own, else each model's own.
+        recipe: a recipe's name or a YAML file.
+        batch_size: images a step; None: the recipe's.
+        val_fraction: share held out of data that has no val/ part.
+        pretrained: start from published weights.
+        seed: of the split, the weights and the order of the images.
+        out: folder for results and report; None: runs/DATA-DATE.
+        devices, num_nodes, strategy, accelerator: of the training of one model, see `vitarium.training.fit`.
+        engine: "local", this machine; "ray", a Ray cluster; or an `engine.Engine`.
+        address: of a running Ray cluster, "auto" or "HOST:PORT".
+        jobs: models at a time; None: 1 locally, as many as the cluster allows under Ray.
+        progress: called with each `vitarium.reports.events.Event`.
+
+    Raises:
+        UsageError: unknown names (all at once), a pattern that nothing matches, more than one budget, or a folder of another comparison.
+        DataError: data that cannot be used; before any model is built.
+        TrainingStopped: every model failed.
+        MissingExtra: engine="ray" without Ray.
+    """
+    from vitarium.reports.compare import compare as run
+
+    found = run(
+        os.fspath(data),
+        None if models is None else chosen(models),
+        steps=steps,
+        epochs=epochs,
+        minutes=minutes,
+        image_size=image_size,
+        recipe=os.fspath(recipe),
+        batch_size=batch_size,
+        val_fraction=val_fraction,
+        pretrained=pretrained,
+        seed=seed,
+        out=None if out is None else os.fspath(out),
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=strategy,
+        accelerator=accelerator,
+        engine=engine,
+        address=address,
+        jobs=jobs,
+        progress=progress,
+    )
+    return Compared(**{field.name: getattr(found, field.name) for field in fields(Comparison)})
+
+
+def chosen(models: str | Sequence[str]) -> list[str]:
+    """Return the names of a list, each once. A pattern stands for the image classifiers that it matches; where it matches none, for
+    those of clips.
+
+    Args:
+        models: names and patterns, in a sequence or with commas.
+
+    Raises:
+        UsageError: an empty list, or a pattern that nothing matches.
+    """
+    names: list[str] = []
+    for part in filter(None, map(str.strip, models.split(",") if isinstance(models, str) else models)):
+        matches = classifiers_like(part) if any(c in part for c in "*?[") else [part]
+        if not matches:
+            raise UsageError(f"no model matches {part!r} ('vitarium models' lists all)")
+        names += [name for name in matches if name not in names]
+    if not names:
+        raise UsageError("--models names no model; write names with commas, such as swin_pico,timm/vit_pico")
+    return names
+
+
+def classifiers_like(pattern: str) -> list[str]:
+    """Return the names of the classifiers that a shell pattern matches: those of images, or else those of clips."""
+    from vitarium.catalog import families
+    from vitarium.catalog.foreign import TIMM_PICO
+
+    ours = {f"{f.name}_{v}": f.variants[v].get("frames") for f in families() if f.learner == "classification" for v in f.variants}
+    frames = ours | dict.fromkeys((f"timm/{name}" for name in TIMM_PICO), None)
+    if pattern.startswith("timm/"):
+        import timm
+
+        frames |= dict.fromkeys((f"timm/{name}" for name in timm.list_models()), None)
+    wanted = re.compile(fnmatch.translate(pattern), re.IGNORECASE)
+    matches = [name for name in frames if wanted.match(name)]
+    return [name for name in matches if frames[name] is None] or matches
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """Return a row of `Comparison.table` as text with units."""
+    return [
+        row["name"],
+        f"{100 * row['accuracy']:.1f} %",
+        f"{row['latency_ms']:.2f} ms",
+        short(row["throughput"]),
+        f"{row['peak_memory_mb']:.1f} MB",
+        short(row["params"]),
+        short(row["macs"]),
+    ]
