@@ -28,9 +28,8 @@ class Compared(Result, Comparison):
         return rows | ({"failed": ", ".join(failure.name for failure in self.failures)} if self.failures else {})
 
     def tables(self) -> list[TableData]:
-        table = TableData("", ["~model", ">accuracy", ">latency", ">images/s", ">memory", ">params", ">MACs"])
-        table.rows += [cells(row) for row in self.table()]
-        return [table]
+        columns = ["~model", ">accuracy", ">latency", ">images/s", ">memory", ">params", ">MACs"]
+        return [TableData("", columns, [cells(row) for row in self.table()])]
 
     def to_dict(self) -> dict[str, Any]:
         return Comparison.to_dict(self)
