@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import enum
 import importlib
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -284,3 +286,25 @@ def test_a_verb_is_typed_and_documented(verb: str):
     assert "Raises:" in text
     documented = text.partition("Args:")[2].partition("Raises:")[0]
     assert not [p for p in signature.parameters if p not in documented]
+
+
+def python_calls() -> list[str]:
+    """Return the calls in the Python column of the table in README.md."""
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and line.count("|") >= 4]
+    return [call for row in rows[1:] for call in re.findall(r"`([^`]+)`", row[-1])]
+
+
+@pytest.mark.parametrize("call", python_calls())
+def test_the_readme_calls_functions_of_the_front_door(call: str):
+    parsed = ast.parse(call, mode="eval").body
+    assert isinstance(parsed, ast.Call)
+    assert isinstance(parsed.func, ast.Attribute)
+    assert ast.unparse(parsed.func.value) == "vitarium"
+    keywords = {keyword.arg: None for keyword in parsed.keywords if keyword.arg}
+    inspect.signature(getattr(vitarium, parsed.func.attr)).bind(*parsed.args, **keywords)
+
+
+def test_the_readme_names_every_verb():
+    named = {call.partition("(")[0].removeprefix("vitarium.") for call in python_calls()}
+    assert set(vitarium.VERBS) <= named
