@@ -22,6 +22,8 @@ from vitarium.perception.retrieval.index import Index, model_fingerprint, update
 from vitarium.reports.compare import compare
 from vitarium.reports.events import Event
 from vitarium.training.checkpoint import load_run
+from vitarium.verbs.evaluate import evaluate
+from vitarium.verbs.predict import predict
 
 pytest.importorskip("ray")
 pytestmark = [pytest.mark.timeout(240), pytest.mark.skipif(sys.platform == "win32", reason="Ray's clusters on Windows are experimental")]
@@ -154,6 +156,31 @@ def test_images_are_the_same_on_every_engine(cluster):
     local = make_images(model, labels, batch_size=4, steps=3, seed=5)
     found = make_images(model, labels, batch_size=2, steps=3, seed=5, engine=RAY)
     torch.testing.assert_close(found, local, rtol=0, atol=1e-5)
+
+
+def test_evaluation_and_answers_are_the_same_on_every_engine(cluster, tmp_path):
+    torch.manual_seed(0)
+    model = vitarium.create_model("timm/vit_pico", num_classes=10, image_size=16)
+    model.labels = [str(i) for i in range(10)]
+    vitarium.save(model, tmp_path / "model.safetensors")
+    local, found = (evaluate(tmp_path / "model.safetensors", "digits", batch_size=20, engine=e) for e in ("local", RAY))
+    assert found.images == local.images
+    for name, value in local.metrics.items():
+        assert found.metrics[name] == (pytest.approx(value, abs=1e-5) if isinstance(value, float) else value)
+    files = []
+    for i in range(7):
+        files.append(str(tmp_path / f"{i}.png"))
+        Image.new("RGB", (20, 20), (30 * i, 90, 200)).save(files[-1])
+    Path(files[3]).write_bytes(b"no image")
+    local, found = (
+        predict(files, tmp_path / "model.safetensors", batch_size=1, output=tmp_path / f"{i}.json", engine=e).rows
+        for i, e in enumerate(("local", RAY))
+    )
+    assert [[*row] for row in found] == [[*row] for row in local]
+    for one, other in zip(found, local, strict=True):
+        for a, b in zip(one.get("predictions", []), other.get("predictions", []), strict=True):
+            assert (a["label"], a["probability"]) == (b["label"], pytest.approx(b["probability"], abs=1e-5))
+    assert not list(tmp_path.glob("*.parts"))
 
 
 def test_runs_are_retried_and_named_as_on_one_machine(cluster, tmp_path):

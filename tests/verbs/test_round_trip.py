@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ray import cloudpickle
 
 import vitarium
 from vitarium.catalog.record import training_of
 from vitarium.data.image_set import ImageData, View
 from vitarium.errors import UsageError
 from vitarium.training import find_learner, list_learners
+from vitarium.training.learners import learner_of
+from vitarium.training.parts import evaluate_in_parts
 from vitarium.training.tasks import Task, task_of
 from vitarium.verbs.evaluate import evaluate
+from vitarium.verbs.opening import open_for
 from vitarium.verbs.predict import predict
 from vitarium.verbs.train import train
 
@@ -98,6 +102,7 @@ def test_round_trip(name: str, files, tmp_path, monkeypatch):
     source, primary = record.data.source, find_learner(name)(loaded, done_settings(loaded)).primary_metric[0]
     plain = evaluate(done.file, source, val_fraction=0.3, batch_size=4)
     assert plain.metrics[primary] == pytest.approx(done.fit.metrics[primary], abs=1e-4, nan_ok=True)
+    check_parts(loaded, source, plain.metrics, monkeypatch)
     opened = Task.open
     monkeypatch.setattr(Task, "open", lambda self, *given, **options: permuted(opened(self, *given, **options)))
     again = evaluate(done.file, source, val_fraction=0.3, batch_size=4)
@@ -121,6 +126,18 @@ def test_round_trip(name: str, files, tmp_path, monkeypatch):
         made = loaded.generate(torch.tensor([0, 1]), seed=0)
         assert made.shape[0] == 2
         assert 0 <= made.min() <= made.max() <= 1
+
+
+def check_parts(model, source, metrics, monkeypatch):
+    """Evaluated in parts, by a learner and images that went through pickle as to another machine, a model has the same metrics."""
+    monkeypatch.setattr("vitarium.training.parts.PART_BATCHES", 1)
+    data, task = open_for(model, source, seed=0, val_fraction=0.3), task_of(model)
+    copied = cloudpickle.loads(cloudpickle.dumps((learner_of(model), data.val)))
+    if task.mergeable:
+        assert_equal_numbers(metrics, task.report(evaluate_in_parts(*copied, batch_size=4), data))
+    else:
+        with pytest.raises(UsageError, match="evaluate it with the local engine"):
+            evaluate_in_parts(*copied, batch_size=4)
 
 
 def done_settings(model):

@@ -10,9 +10,10 @@ import typer
 
 from vitarium.cli.config import configurable
 from vitarium.cli.console import err, out, pairs, print_json, print_tables, status
-from vitarium.cli.options import DATA_HELP, Apply, BatchSize, Checkpoint, Device
+from vitarium.cli.options import DATA_HELP, Address, Apply, BatchSize, Checkpoint, Device, EngineKind, Jobs
 
 if TYPE_CHECKING:
+    from vitarium.engine import as_engine
     from vitarium.verbs.evaluate import Evaluation
 
 
@@ -36,6 +37,9 @@ def evaluate(
     batch_size: BatchSize = 64,
     device: Device = "auto",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for all metrics.", show_default="none")] = None,
+    engine: EngineKind = "local",
+    address: Address = None,
+    jobs: Jobs = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Measure a trained model on labelled images by the metrics of its task, such as accuracy, panoptic quality or PSNR."""
@@ -54,6 +58,7 @@ def evaluate(
             batch_size=batch_size,
             device=device,
             output=output,
+            engine=as_engine(engine, address=address, jobs=jobs),
             notify=notify,
         )
     if as_json:

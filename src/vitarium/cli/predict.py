@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vitarium.cli.console import err, print_json, print_tables, status
-from vitarium.cli.options import Apply, BatchSize, Checkpoint, Device
+from vitarium.cli.options import Address, Apply, BatchSize, Checkpoint, Device, EngineKind, Jobs
 
 
 def predict(
@@ -25,9 +25,13 @@ def predict(
             "--output", "-o", help="File to write, .csv or .json; or a folder for answers.json and drawings.", show_default="none"
         ),
     ] = None,
+    engine: EngineKind = "local",
+    address: Address = None,
+    jobs: Jobs = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Answer about images: labels, segments, ... One that cannot be read is named and counted (exit code 3 if none can be read)."""
+    from vitarium.engine import as_engine
     from vitarium.verbs.predict import answer_table
     from vitarium.verbs.predict import predict as run
 
@@ -41,6 +45,7 @@ def predict(
             batch_size=batch_size,
             device=device,
             output=output,
+            engine=as_engine(engine, address=address, jobs=jobs),
             notify=notify,
         )
     if as_json:

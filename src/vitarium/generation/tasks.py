@@ -35,6 +35,7 @@ class Generate(Task):
     usage = "vitarium generate {file}"
     no_answer = "'vitarium generate FILE' makes images with it"
     conditions = True
+    mergeable = False  # a part would not know how many images the others have generated
 
     @property
     def primary(self) -> Metric:

@@ -35,6 +35,22 @@ def run_evaluation(
     metrics = learner.metrics()
     if metrics is None:
         return {}
+    update_metrics(learner, model, batches, metrics, device=device, autocast=autocast, between=between)
+    with evaluating(model, inference=True):
+        return learner.summary(metrics)
+
+
+def update_metrics(
+    learner: Learner,
+    model: nn.Module,
+    batches: Iterable[Batch],
+    metrics: Any,
+    *,
+    device: torch.device,
+    autocast: Callable[[], Any] = contextlib.nullcontext,
+    between: Callable[[], None] = lambda: None,
+) -> None:
+    """Update metrics, which are moved to `device`, by batches; in eval mode and without gradients. See `run_evaluation`."""
     metrics.to(device)
     dtype = _place_of(model).dtype
     with evaluating(model, inference=True):
@@ -44,7 +60,6 @@ def run_evaluation(
                 with autocast():
                     learner.evaluate_batch(model, {**batch, "image": batch["image"].to(dtype)}, metrics)
             between()
-        return learner.summary(metrics)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from vitarium.engine import Engine, as_engine
 from vitarium.errors import UsageError
 from vitarium.training.tasks.base import TableData, Task
 from vitarium.verbs.opening import Notify, apply_methods, find_device, name_of, open_for, open_model, quiet
@@ -69,6 +70,7 @@ def evaluate(
     batch_size: int = 64,
     device: str = "auto",
     output: str | os.PathLike[str] | None = None,
+    engine: str | Engine = "local",
     notify: Notify = quiet,
 ) -> Evaluation:
     """Measure a model on labelled data by the metrics of its task. Labels are matched by their names where the model knows them.
@@ -84,6 +86,7 @@ def evaluate(
         batch_size: images a forward pass.
         device: "auto", "cpu", "cuda", ...
         output: JSON file for all metrics.
+        engine: where the model runs: "local", "ray" (`device` is then decided by the cluster), or a `vitarium.engine.Engine`.
         notify: called with messages about progress.
 
     Raises:
@@ -102,10 +105,14 @@ def evaluate(
         raise UsageError(f"corruptions count the errors of a classifier; this model's task is {task.name}")
     images = open_for(opened, data, seed=seed, val_fraction=val_fraction)
     apply_methods(opened, apply, images, notify)
-    opened.to(find_device(device))
+    where = as_engine(engine)
+    if corruptions and where.kind != "local":
+        raise UsageError("corruptions are measured by the local engine only; leave out corruptions or engine")
+    if where.kind == "local":
+        opened.to(find_device(device))
     part = images.val if split == "val" else images.train
     notify(f"Evaluating on {len(part)} images")
-    values, broken = measure(opened, part, batch_size)
+    values, broken = measure(opened, part, batch_size, where, parts=None if output is None else f"{output}.parts", notify=notify)
     found = Evaluation(name_of(model), images.name, split, len(part) - len(broken), task.report(values, images), broken, task)
     if corruptions:
         found.corruptions = measure_corrupted(opened, part, images, batch_size, seed, notify)
@@ -114,7 +121,15 @@ def evaluate(
     return found
 
 
-def measure(model: nn.Module, images: ImageSet, batch_size: int) -> tuple[dict[str, Any], list[dict[str, str]]]:
+def measure(
+    model: nn.Module,
+    images: ImageSet,
+    batch_size: int,
+    engine: str | Engine = "local",
+    *,
+    parts: str | None = None,
+    notify: Notify = quiet,
+) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """Return the metrics of a model's task (and what its learner measures beside them) and the images that could not be read.
 
     Raises:
@@ -122,11 +137,26 @@ def measure(model: nn.Module, images: ImageSet, batch_size: int) -> tuple[dict[s
         DataError: too many images cannot be read.
     """
     from vitarium.data import BadFiles
+    from vitarium.perception.retrieval.index import model_fingerprint
     from vitarium.training import evaluate as run
+    from vitarium.training.learners import learner_of
+    from vitarium.training.parts import evaluate_in_parts
     from vitarium.training.tasks import task_of
 
-    bad_files = BadFiles()
-    values = run(model, images, batch_size=batch_size, bad_files=bad_files)
+    bad_files, where = BadFiles(), as_engine(engine)
+    if where.kind == "local":
+        values = run(model, images, batch_size=batch_size, bad_files=bad_files)
+    else:
+        values = evaluate_in_parts(
+            learner_of(model),
+            images,
+            batch_size=batch_size,
+            bad_files=bad_files,
+            engine=where,
+            parts=parts,
+            identity={"weights": model_fingerprint(model), "batch_size": batch_size, "first": images.describe(0), "count": len(images)},
+            progress=lambda done, total: notify(f"Evaluating: {done} of {total} images"),
+        )
     if not values:
         task = task_of(model)
         raise UsageError(f"the task {task.name} has no metrics on held-out images; {task.no_answer or 'there is nothing to evaluate'}")

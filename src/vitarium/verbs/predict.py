@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vitarium.engine import Engine, as_engine, map_images
+from vitarium.engine.images import PART_BATCHES
 from vitarium.errors import DataError, UsageError
 from vitarium.training.tasks.base import TableData, Task
 from vitarium.verbs.opening import Notify, apply_methods, find_device, find_images, name_of, open_model, quiet
@@ -60,6 +62,7 @@ def predict(
     batch_size: int = 32,
     device: str = "auto",
     output: str | os.PathLike[str] | None = None,
+    engine: str | Engine = "local",
     notify: Notify = quiet,
 ) -> Predictions:
     """Answer about images as the model's task does: labels, segments, a restored image, an embedding, ...
@@ -74,7 +77,9 @@ def predict(
         top_k: length of ranked answers.
         batch_size: images a forward pass.
         device: "auto", "cpu", "cuda", ...
-        output: a .csv or .json file, or a folder for answers.json and a drawing of each answer that can be drawn.
+        output: a .csv or .json file, or a folder for answers.json and a drawing of each answer that can be drawn. An interrupted call
+            with many images and an output continues where it was.
+        engine: where the model runs: "local", "ray" (`device` is then decided by the cluster), or a `vitarium.engine.Engine`.
         notify: called with messages about progress.
 
     Raises:
@@ -83,6 +88,7 @@ def predict(
         CheckpointError: weights that cannot be had.
     """
     from vitarium.catalog.heads import require_head
+    from vitarium.perception.retrieval.index import model_fingerprint, stamp_of
     from vitarium.training.tasks import task_of
 
     path = None if output is None else Path(output)
@@ -95,16 +101,41 @@ def predict(
     if task.result_kind is None:
         raise UsageError(task.refusal())
     apply_methods(opened, apply, None, notify)
-    opened.to(find_device(device))
-    notify(f"Looking at {len(files)} images")
-    folder = path if path is not None and not path.suffix else None
-    rows = answer_files(task, opened, files, limit=top_k, batch_size=batch_size, folder=folder)
+    where = as_engine(engine)
+    if where.kind == "local":
+        opened.to(find_device(device))
+    folder = path.absolute() if path is not None and not path.suffix else None
+    size = batch_size * PART_BATCHES
+    given: dict[str, Any] = {}
+    if path is not None and len(files) > size:
+        given["parts"] = path.with_name(f"{path.name}.parts")
+        methods = [repr(method) for method in apply or []]
+        about = {"task": task.record(), "top_k": top_k, "methods": methods, "folder": str(folder), "batch_size": batch_size}
+        given["identity"] = {"weights": model_fingerprint(opened), **about}
+    answers = map_images(
+        _answer_part,
+        [(number, file, *stamp_of(file)) for number, file in enumerate(files)],
+        shared=(opened, task, top_k, batch_size, folder),
+        part_size=size,
+        engine=where,
+        progress=lambda done, total: notify(f"Looking at images: {done} of {total}"),
+        **given,
+    )
+    rows = [row for part in answers for row in part]
     found = Predictions(name_of(model), rows, task)
     if len(found.broken) == len(rows):
         raise DataError("no image could be read:\n" + "\n".join(f"  {row['image']}: {row['error']}" for row in rows[:10]))
     if path is not None:
         write(rows, task, path)
     return found
+
+
+def _answer_part(
+    items: Sequence[tuple[int, str, int, int]], model: nn.Module, task: Task, limit: int, batch_size: int, folder: Path | None
+) -> list[dict[str, Any]]:
+    """Answer about the files of a part: items are (number, file, size, time of change)."""
+    files = [file for _, file, *_ in items]
+    return answer_files(task, model, files, limit=limit, batch_size=batch_size, folder=folder, first=items[0][0])
 
 
 def answer_files(

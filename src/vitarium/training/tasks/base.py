@@ -89,6 +89,9 @@ class Task(Section):
     classifies: ClassVar[bool] = False
     """Whether the output is logits (B, num_classes) of which one class is right: what error rates and class explanations need."""
 
+    mergeable: ClassVar[bool] = True
+    """Whether metrics that were updated on different images can be merged: what evaluation in several processes needs."""
+
     conditions: ClassVar[bool] = False
     """Whether the model takes classes as input."""
 
