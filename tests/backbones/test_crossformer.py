@@ -189,10 +189,10 @@ def test_a_new_bias_is_seen_in_eval():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (dict(depths=(1,)), "one value a stage"),
+        (dict(depths=(1,)), "one value per stage"),
         (dict(intervals=(0, 1)), "at least 1"),
         (dict(kernels=(2, 5)), "an even number"),
-        (dict(kernels=(2, 4, 6, 8, 10, 12, 14)), "divide by 64"),
+        (dict(kernels=(2, 4, 6, 8, 10, 12, 14)), "divisible by 64"),
     ],
 )
 def test_refuses(options: dict, words: str):

@@ -103,8 +103,8 @@ def test_without_fusion_it_is_two_vits():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (dict(dims=(32,)), "one a branch"),
-        (dict(image_size=15), "whole patches: 15 pixels are none of 2; try 14"),
+        (dict(dims=(32,)), "one per branch"),
+        (dict(image_size=15), "divisible by its patch size 2, got 15; try 14"),
         (dict(multi_conv=True), "12 or 16"),
     ],
 )

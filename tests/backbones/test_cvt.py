@@ -127,5 +127,5 @@ def test_other_poolings():
 
 
 def test_refuses():
-    with pytest.raises(ValueError, match="one value a stage"):
+    with pytest.raises(ValueError, match="one value per stage"):
         vitarium.create_model("cvt_pico", depths=(1,))

@@ -55,7 +55,7 @@ def test_a_low_pass_is_the_nearest_map_of_the_kept_cosines():
 
 
 def test_refuses_more_coefficients_than_samples():
-    with pytest.raises(ValueError, match="4x5 has as many coefficients, not 5x5"):
+    with pytest.raises(ValueError, match="4x5 has 4x5 coefficients, not 5x5"):
         dct2(torch.randn(4, 5), (5, 5))
 
 
@@ -132,7 +132,7 @@ def test_high_frequencies_do_not_pass_the_attention():
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(dict(keeps=(4,)), "one value a stage"), (dict(dims=(24, 48)), "multiples of 16"), (dict(attention="soft"), "dct, spatial, none")],
+    [(dict(keeps=(4,)), "one value per stage"), (dict(dims=(24, 48)), "multiples of 16"), (dict(attention="soft"), "dct, spatial, none")],
 )
 def test_refuses(options: dict, words: str):
     with pytest.raises(ValueError, match=words):

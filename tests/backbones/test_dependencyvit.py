@@ -312,9 +312,9 @@ def test_a_pass_tells_who_depends_on_whom(name: str):
     *_, last = model.forward_stages(images(height=20, width=13))
     places = torch.arange(20).expand(2, -1) if last.place is None else last.place
     torch.testing.assert_close(found.messages.gather(1, places), last.messages)
-    with pytest.raises(ValueError, match="0 to 3"):
+    with pytest.raises(ValueError, match="to 3"):
         found.mean_mask([4])
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="one or more"):
         found.mean_mask([])
 
 
@@ -338,9 +338,9 @@ def test_refusals_say_what_is_accepted():
         ({"pool": "max"}, "pool must be one of weighted, mean"),
         ({"prune_by": "luck"}, "prune_by must be one of received, messages"),
         ({"prune_blocks": (4,), "prune_share": 0.1}, "0 to 3"),
-        ({"prune_blocks": (1, 1), "prune_share": 0.1}, "different"),
-        ({"prune_blocks": (1, 2), "prune_share": 0.5}, "tokens are left"),
-        ({"num_heads": 5}, "divide by num_heads"),
+        ({"prune_blocks": (1, 1), "prune_share": 0.1}, "distinct"),
+        ({"prune_blocks": (1, 2), "prune_share": 0.5}, "tokens remain"),
+        ({"num_heads": 5}, "divisible by num_heads"),
     ]:
         with pytest.raises(ValueError, match=words):
             vitarium.create_model("dependencyvit_pico", **options)

@@ -327,11 +327,11 @@ def test_blocks_are_spread_over_the_columns():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (dict(dims=(16, 32)), "one value a scale"),
+        (dict(dims=(16, 32)), "one value per scale"),
         (dict(columns=0), "at least 1"),
         (dict(depths=((1, 0), 2, 2)), "at least one block in each of the 2 columns"),
-        (dict(num_heads=(1, 5, 3)), "divide by num_heads"),
-        (dict(budget=1.5), "at most 1; got 1.5"),
+        (dict(num_heads=(1, 5, 3)), "divisible by num_heads"),
+        (dict(budget=1.5), r"in \(0, 1\]; got 1.5"),
     ],
 )
 def test_refuses(options: dict, words: str):

@@ -194,9 +194,9 @@ def test_one_frequency_alone(share: float):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (dict(fusions=(1,)), "one value a stage"),
+        (dict(fusions=(1,)), "one value per stage"),
         (dict(dims=(24, 48)), "multiples of 32"),
-        (dict(low_share=1.5), "0 to 1"),
+        (dict(low_share=1.5), r"\[0, 1\]"),
         (dict(act="silu"), "gelu, relu"),
     ],
 )

@@ -141,7 +141,7 @@ def test_global_filters_take_any_size_and_learn():
     torch.testing.assert_close(compiled(image), model(image))
 
 
-@pytest.mark.parametrize(("options", "words"), [(dict(orders=(2,)), "one value a stage"), (dict(orders=(2, 6)), "multiple of 32")])
+@pytest.mark.parametrize(("options", "words"), [(dict(orders=(2,)), "one value per stage"), (dict(orders=(2, 6)), "multiple of 32")])
 def test_refuses(options: dict, words: str):
     with pytest.raises(ValueError, match=words):
         vitarium.create_model("hornet_pico", **options)

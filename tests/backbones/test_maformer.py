@@ -183,7 +183,7 @@ def test_fusions(fusion: str, mlp_after: bool):
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(dict(depths=(1,)), "one value a stage"), (dict(shares=(0.0,)), "up to 1"), (dict(fusion="sum"), "cross, add")],
+    [(dict(depths=(1,)), "one value per stage"), (dict(shares=(0.0,)), r"\(0, 1\]"), (dict(fusion="sum"), "cross, add")],
 )
 def test_refuses(options: dict, words: str):
     with pytest.raises(ValueError, match=words):

@@ -115,7 +115,7 @@ def test_equals_timms_model_on_another_window():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (dict(depths=(1,)), "one value a stage"),
+        (dict(depths=(1,)), "one value per stage"),
         (dict(dims=(24, 48)), "multiples of 32"),
         (dict(partitions=("grid",)), "two of window, grid"),
     ],

@@ -145,7 +145,9 @@ def test_ablations(options: dict):
     assert model(torch.randn(2, 3, 16, 16)).shape == (2, 3)
 
 
-@pytest.mark.parametrize(("options", "words"), [(dict(depths=(1,)), "one value a stage"), (dict(num_heads=(5, 4)), "divide by num_heads")])
+@pytest.mark.parametrize(
+    ("options", "words"), [(dict(depths=(1,)), "one value per stage"), (dict(num_heads=(5, 4)), "divisible by num_heads")]
+)
 def test_refuses(options: dict, words: str):
     with pytest.raises(ValueError, match=words):
         vitarium.create_model("s2aformer_pico", **options)

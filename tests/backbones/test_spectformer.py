@@ -141,5 +141,5 @@ def test_each_letter_is_a_block():
 
 @pytest.mark.parametrize("mixers", ["", "SSX"])
 def test_refuses(mixers: str):
-    with pytest.raises(ValueError, match="a letter a block"):
+    with pytest.raises(ValueError, match="one letter per block"):
         vitarium.create_model("spectformer_pico", mixers=mixers)

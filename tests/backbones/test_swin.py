@@ -169,5 +169,5 @@ def test_the_papers_comparisons_are_arguments():
 
 
 def test_refuses_stages_that_do_not_match():
-    with pytest.raises(ValueError, match="one value a stage"):
+    with pytest.raises(ValueError, match="one value per stage"):
         vitarium.create_model("swin_pico", depths=(2, 2, 2))

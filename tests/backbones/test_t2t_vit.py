@@ -187,7 +187,7 @@ def test_one_split_cuts_patches():
     ("options", "words"),
     [
         (dict(layer="linear"), "performer, transformer"),
-        (dict(splits=((2, 3),)), "no smaller"),
+        (dict(splits=((2, 3),)), "kernel >= stride"),
         (dict(qk_scale="both"), "'head' or 'width'"),
     ],
 )

@@ -258,7 +258,7 @@ def test_any_convolution_can_be_replaced():
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(dict(kernel_size=4), "must be odd"), (dict(dilation=0), "at least 1"), (dict(num_heads=4), "divide by num_heads")],
+    [(dict(kernel_size=4), "must be odd"), (dict(dilation=0), "at least 1"), (dict(num_heads=4), "divisible by num_heads")],
 )
 def test_the_layer_refuses(options: dict, words: str):
     with pytest.raises(ValueError, match=words):
@@ -268,11 +268,11 @@ def test_the_layer_refuses(options: dict, words: str):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (dict(depths=(1,)), "one value a stage"),
+        (dict(depths=(1,)), "one value per stage"),
         (dict(kernel_size=6), "must be odd"),
         (dict(directions=3), "4 or 8"),
         (dict(pools=(1,)), "at least 2"),
-        (dict(num_heads=(5, 4)), "divide by num_heads"),
+        (dict(num_heads=(5, 4)), "divisible by num_heads"),
     ],
 )
 def test_refuses(options: dict, words: str):

@@ -89,7 +89,7 @@ def test_a_table_for_another_window():
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [(dict(depths=(1,)), "one value a stage"), (dict(dims=(16, 40, 64)), "divide by head_dim=16")]
+    ("options", "words"), [(dict(depths=(1,)), "one value per stage"), (dict(dims=(16, 40, 64)), "divisible by head_dim=16")]
 )
 def test_refuses(options: dict, words: str):
     with pytest.raises(ValueError, match=words):

@@ -95,7 +95,7 @@ def test_sentences_may_change_places_with_their_positions():
     torch.testing.assert_close(moved[1][:, 0], both[1][:, 0], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("options", "words"), [(dict(patch_size=16), "4 or 8, got 16"), (dict(depths=(1, 1, 1)), "one value a stage")])
+@pytest.mark.parametrize(("options", "words"), [(dict(patch_size=16), "4 or 8, got 16"), (dict(depths=(1, 1, 1)), "one value per stage")])
 def test_refuses(options: dict, words: str):
     with pytest.raises(ValueError, match=words):
         vitarium.create_model("tnt_pyramid_pico", **options)

@@ -187,7 +187,7 @@ def test_one_path_alone_and_a_plain_mlp():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (dict(depths=(1,)), "one value a stage"),
+        (dict(depths=(1,)), "one value per stage"),
         (dict(dims=(24, 40)), "multiples of 24"),
         (dict(paths=("near",)), "among local, pooled"),
     ],

@@ -148,7 +148,7 @@ def test_attention_map():
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(dict(gate="soft"), "multiply, sigmoid, add"), (dict(depths=(1,)), "one value a stage"), (dict(kernel_size=12), "no middle")],
+    [(dict(gate="soft"), "multiply, sigmoid, add"), (dict(depths=(1,)), "one value per stage"), (dict(kernel_size=12), "even size")],
 )
 def test_refuses(options: dict, words: str):
     with pytest.raises(ValueError, match=words):

@@ -234,5 +234,5 @@ def test_refuses_what_it_cannot_take(small: DRCT, image: Tensor, told: str):
 def test_refuses_arguments_that_do_not_fit():
     with pytest.raises(UsageError, match="scale must be 3 or a power of 2"):
         vitarium.create_model("drct_pico", scale=6)
-    with pytest.raises(UsageError, match="dim must divide by num_heads"):
+    with pytest.raises(UsageError, match="dim must be divisible by num_heads"):
         vitarium.create_model("drct_pico", num_heads=11)

@@ -29,5 +29,5 @@ def test_inflate_tells_what_it_left():
     assert torch.equal(video["head"].weight, before)
     torch.testing.assert_close(video["conv"].weight.sum(2), image["conv"].weight)
     assert torch.equal(video["conv"].bias, image["conv"].bias)
-    with pytest.raises(UsageError, match="share no tensor"):
+    with pytest.raises(UsageError, match="have no tensor in common"):
         inflate(nn.Linear(2, 2), video)

@@ -98,7 +98,7 @@ def test_convolutions_begin_by_their_fan_out():
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(dict(mixers="AAA"), "one value a stage"), (dict(mixers="AX"), "letters of A"), (dict(patch_size=3), "2 or 4, got 3")],
+    [(dict(mixers="AAA"), "one value per stage"), (dict(mixers="AX"), "letter per stage out of A"), (dict(patch_size=3), "2 or 4, got 3")],
 )
 def test_refuses(options: dict, words: str):
     with pytest.raises(ValueError, match=words):

@@ -1,18 +1,19 @@
-"""ConViT: attention that begins as a convolution and may leave it (d'Ascoli et al., "ConViT", 2021).
+"""ConViT: gated positional self-attention, initialised as a convolution (d'Ascoli et al., "ConViT", 2021).
 
-The idea: a ViT whose first layers mix two attentions, one by content and one by position alone, under a learned gate a head. At the start
-each head's position attention looks at one neighbour, so that the layer is a convolution of a soft K x K kernel; the gate decides how much
-of it stays. The class token, which has no position, joins before the last two blocks, which attend as usual.
+The idea: in the first layers of a ViT, each head mixes attention by content and attention by position under a learned gate. At
+initialisation the positional attention of each head is centred on one neighbour, so that the layer is a convolution with a soft K x K
+kernel; training decides through the gate how much of it remains. The class token, which has no position, is added before the last two
+blocks, which use ordinary attention.
 
     A = (1 - s(g)) softmax(q k^T / sqrt(d)) + s(g) softmax_j(w . (dx, dy, dx^2 + dy^2)),  (dx, dy) from query to key, s the sigmoid
-    at the start, head (a, b) of K x K: w = (2 (b - c), 2 (a - c), -1) * locality, hence exp(-locality |r - r_ab|^2);  g = 1;  W_v = 1
+    initialisation of head (a, b) of K x K: w = (2 (b - c), 2 (a - c), -1) * locality, hence exp(-locality |r - r_ab|^2);  g = 1;  W_v = 1
 
-Follows the authors' code (github facebookresearch/convit), whose checkpoints and timm's load by name. Any image size, square or not: the
-position attention is computed from the grid, the position table is resampled (the authors need a square).
+Follows the authors' code (github facebookresearch/convit); its checkpoints and timm's load by name. Any image size: the positional
+attention is computed from the grid and the position table is resampled (the authors' code needs square images).
 Cost: quadratic in tokens.
 
-How it is fast: the mix is linear in the attentions, A v = (1 - s) S v + s P v, so that S v runs in the fused kernel and P, which depends on
-no image, is computed once a grid in eval; the originals build both for each image of the batch and normalise the sum anew.
+Speed: A v = (1 - s) S v + s P v is linear in the attentions, so S v runs in the fused kernel, and P, which is independent of the image, is
+computed once per grid in evaluation mode; the original code builds both for each image of the batch and normalises the sum again.
 
 Legend: B batch, N patches, C channels, h heads.
 """
@@ -36,20 +37,20 @@ Grid = tuple[int, int]
 
 
 def relative_positions(rows: int, columns: int, device: torch.device | None = None) -> Tensor:
-    """(dx, dy, dx^2 + dy^2) from each token to each other, (N, N, 3) float64; dx counts columns, key minus query."""
+    """Return the offsets (dx, dy, dx^2 + dy^2) between all tokens, (N, N, 3) float64; dx counts columns, key minus query."""
     y, x = (torch.arange(n, device=device, dtype=torch.float64) for n in (rows, columns))
     dy, dx = ((of[None] - of[:, None]) for of in (y.repeat_interleave(columns), x.repeat(rows)))
     return torch.stack([dx, dy, dx**2 + dy**2], -1)
 
 
 class GPSA(nn.Module):
-    """Gated positional self-attention: tokens (B, N, dim) of a grid -> the same. Without class token.
+    """Gated positional self-attention: tokens (B, N, dim) of a grid, without class token, -> the same shape.
 
     Args:
         dim: channels.
-        num_heads: heads; the first K^2 of them begin at the offsets of a K x K kernel, K = floor(sqrt(heads)).
-        locality: how narrow they begin.
-        local_init: whether they begin there at all; else at random.
+        num_heads: heads; the first K^2 are initialised at the offsets of a K x K kernel, K = floor(sqrt(heads)).
+        locality: inverse width of the initial positional attention.
+        local_init: use this initialisation; otherwise a random one.
     """
 
     def __init__(self, dim: int, num_heads: int, *, locality: float = 1.0, local_init: bool = True):
@@ -67,7 +68,7 @@ class GPSA(nn.Module):
 
     @torch.no_grad()
     def init_as_convolution(self, locality: float) -> None:
-        """Values pass unchanged, and heads look at the offsets of a kernel."""
+        """Initialise the values as the identity and the heads at the offsets of a kernel, in place."""
         nn.init.eye_(self.v.weight)
         side = math.isqrt(self.num_heads)
         centre = (side - 1) / 2 if side % 2 == 0 else side // 2
@@ -76,7 +77,7 @@ class GPSA(nn.Module):
                 self.pos_proj.weight[a + side * b] = locality * torch.tensor([2 * (b - centre), 2 * (a - centre), -1.0])
 
     def position_attention(self, grid: Grid) -> Tensor:
-        """P, (heads, N, N): rows sum to 1."""
+        """Return the positional attention P, (heads, N, N), whose rows sum to 1."""
 
         def build() -> Tensor:
             table = relative_positions(*grid, device=self.pos_proj.weight.device).to(self.pos_proj.weight.dtype)
@@ -92,7 +93,7 @@ class GPSA(nn.Module):
         return self.proj(merge_heads(by_content + gate * (by_place - by_content)))
 
     def attention(self, x: Tensor, grid: Grid) -> Tensor:
-        """A, (B, heads, N, N), written out: for pictures and measurements."""
+        """Return the full attention A, (B, heads, N, N), for visualisation and measurements."""
         q, k, _ = self._parts(x)
         content = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
         gate = self.gating_param.sigmoid()[:, None, None]
@@ -104,7 +105,7 @@ class GPSA(nn.Module):
 
 
 def non_locality(attention: Tensor, grid: Grid) -> Tensor:
-    """Mean distance that each head looks at, in patches: attention (B, heads, N, N) -> (heads,)."""
+    """Return the mean distance between query and key under an attention (B, heads, N, N), in patches, per head: (heads,)."""
     distance = relative_positions(*grid, device=attention.device)[..., 2].sqrt().to(attention.dtype)
     return (attention * distance).sum(-1).mean((0, 2))
 
@@ -117,24 +118,24 @@ def non_locality(attention: Tensor, grid: Grid) -> Tensor:
         "small": dict(embed_dim=432, num_heads=9),  # 27.8 M
         "base": dict(embed_dim=768, num_heads=16),  # 86.5 M
     },
-    official=rename(),  # the authors' names are ours
+    official=rename(),  # same names
     weights={size: {"in1k": (f"timm:convit_{size}.fb_in1k",)} for size in ("tiny", "small", "base")},
 )
 class ConViT(TokenBackbone):
-    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes).
+    """ConViT classifier: images (B, in_chans, H, W), any H and W, -> logits (B, num_classes).
 
     Args:
         embed_dim, depth, num_heads: channels, blocks, heads.
-        local_up_to_layer: how many blocks begin with `GPSA`; the class token joins behind them, so at least one block must follow.
+        local_up_to_layer: number of initial blocks with `GPSA`; the class token is added after them, so at least one block must follow.
         locality_strength, use_local_init: see `GPSA`.
         patch_size: side of a patch, pixels.
-        image_size: side of the square image that the position table is made for, pixels.
-        mlp_ratio: hidden channels of the MLPs over embed_dim.
+        image_size: side, in pixels, of the square image that the position table is made for.
+        mlp_ratio: ratio of the MLP's hidden channels to embed_dim.
         drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
-        ValueError: no block is left for the class token.
+        ValueError: no block is left after the class token is added.
     """
 
     def __init__(
@@ -156,7 +157,7 @@ class ConViT(TokenBackbone):
     ):
         if not 0 <= local_up_to_layer < depth:
             raise ValueError(
-                f"local_up_to_layer must lie in 0..{depth - 1}, because the class token needs a block behind it; got {local_up_to_layer}"
+                f"local_up_to_layer must lie in 0..{depth - 1}, since the class token needs a block after it; got {local_up_to_layer}"
             )
         super().__init__(dim=embed_dim, depth=depth, stride=patch_size, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
         self.local_up_to_layer = local_up_to_layer
@@ -180,11 +181,11 @@ class ConViT(TokenBackbone):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def positions(self, grid: Grid) -> Tensor:
-        """The position table of a grid, (1, N, C); resampled where it is not the one that the model was made for."""
+        """Return the position table of a grid, (1, N, C), resampled unless the model was made for this grid."""
         return self.cache.for_grid(self, self.pos_embed, self.table_grid, grid)
 
     def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
-        """Yields the tokens after each block: (B, N, C), and from the class token's first block on (B, 1 + N, C)."""
+        """Yield the tokens after each block: (B, N, C), and from the class token's first block on (B, 1 + N, C)."""
         grid = self.patch_embed.grid(*image.shape[-2:])
         x = as_tokens(self.patch_embed(image)) + self.positions(grid)
         for i, block in enumerate(self.blocks):
@@ -199,12 +200,12 @@ class ConViT(TokenBackbone):
 
     @torch.no_grad()
     def gates(self) -> Tensor:
-        """How positional each head is, s(g) from 0 to 1: (local_up_to_layer, heads)."""
+        """Return the weight of the positional attention of each head, s(g) in [0, 1]: (local_up_to_layer, heads)."""
         return torch.stack([gate.sigmoid() for name, gate in self.named_parameters() if name.endswith("gating_param")])
 
     def no_weight_decay(self) -> set[str]:
         return {"pos_embed", "cls_token"}
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
-        """A checkpoint's position table for this model's grid; None for any other tensor that does not fit."""
+        """Resize a position table of a checkpoint to the grid of this model; return None for any other tensor."""
         return fit_position_table(tensor, shape, self.table_grid) if name == "pos_embed" else None

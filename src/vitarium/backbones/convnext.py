@@ -1,16 +1,16 @@
-"""ConvNeXt: a ResNet given the design of Swin, without attention (Liu et al., "A ConvNet for the 2020s", 2022).
+"""ConvNeXt: a ResNet modernised with the design of Swin, without attention (Liu et al., "A ConvNet for the 2020s", 2022).
 
-The idea: patches for a stem, stages in the ratio 1:1:3:1, and one kind of block: a large depth-wise convolution mixes space, an inverted
-bottleneck mixes channels; one norm, one activation.
+The idea: a patch stem, stages in the ratio 1:1:3:1, and one type of block: a large depth-wise convolution for spatial mixing and an
+inverted bottleneck for channel mixing, with one norm and one activation.
 
     x <- x + gamma * MLP(LN(DWConv_7x7(x)))
 
-The isotropic form keeps one resolution, as a ViT does, and has no layer scale.
+The isotropic form has one resolution, as a ViT, and no layer scale.
 
-Follows the authors' code (github facebookresearch/ConvNeXt), whose checkpoints load by name.
+Follows the authors' code (github facebookresearch/ConvNeXt); its checkpoints load by name.
 Cost: linear in image area.
 
-How it is fast: maps lie channels-last in memory from the stem on, so that the norm and the two linear layers read them in place.
+Speed: maps are channels-last in memory, so the norm and the two linear layers read them in place.
 
 Legend: B batch, C channels, H W map.
 """
@@ -29,13 +29,13 @@ from vitarium.nn import Backbone, DropPath, Mlp, PyramidStage, Stage, conv_patch
 
 
 class ConvNeXtBlock(nn.Module):
-    """(B, C, H, W) -> the same, channels-last in memory.
+    """ConvNeXt block: (B, C, H, W) -> the same shape, channels-last in memory.
 
     Args:
         dim: channels C.
         kernel_size: side of the depth-wise kernel, odd.
-        mlp_ratio: hidden channels over C.
-        layer_scale: first value of gamma; 0 leaves gamma out.
+        mlp_ratio: ratio of the MLP's hidden channels to C.
+        layer_scale: initial value of gamma; 0 for no gamma.
         drop_path: stochastic depth rate.
     """
 
@@ -78,7 +78,7 @@ TIMM = rename(
 
 
 def _torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """torchvision keeps gamma as (C, 1, 1)."""
+    """Rename torchvision's tensors and flatten its gamma, which has the shape (C, 1, 1)."""
     flat = {name: tensor.flatten() if name.endswith("layer_scale") else tensor for name, tensor in state.items()}
     stage = [
         rule
@@ -114,7 +114,7 @@ TRANSFORMERS = chain(
 
 
 def _tags(timm_name: str, *tags: str, hf: str = "") -> dict[str, tuple[str, ...]]:
-    """tag -> sources; timm's table also knows the authors' release addresses."""
+    """Return tag -> sources; timm's table also contains the addresses of the authors' releases."""
     return {tag: (f"timm:{timm_name}.fb_{tag}", *((f"hf:facebook/{hf}",) if hf and not i else ())) for i, tag in enumerate(tags)}
 
 
@@ -139,20 +139,20 @@ def _tags(timm_name: str, *tags: str, hf: str = "") -> dict[str, tuple[str, ...]
     },
 )
 class ConvNeXt(Backbone):
-    """Image (B, in_chans, H, W), H and W of at least the last stage's stride (32) -> logits (B, num_classes).
+    """ConvNeXt classifier: images (B, in_chans, H, W), H and W at least the stride of the last stage (32), -> logits (B, num_classes).
 
-    A stride that does not divide its map drops the remainder at the right and the bottom, as the authors' code does.
+    If a stride does not divide its map, the remainder at the right and the bottom is dropped, as in the authors' code.
 
     Args:
-        depths: blocks a stage.
-        dims: channels a stage.
+        depths: blocks per stage.
+        dims: channels per stage.
         kernel_size: side of the depth-wise kernels, odd.
         patch_size: side of the stem's patches, pixels.
-        mlp_ratio: hidden channels of a block over its channels.
-        layer_scale_init_value: first value of gamma; 0 leaves it out.
-        head_init_scale: factor on the fresh head's weights (0.001 to fine-tune from 22K).
+        mlp_ratio: ratio of a block's hidden channels to its channels.
+        layer_scale_init_value: initial value of gamma; 0 for no gamma.
+        head_init_scale: factor on the initial weights of the head (0.001 to fine-tune from 22K).
         drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
         ValueError: depths and dims differ in length, or an even kernel_size.
@@ -174,7 +174,7 @@ class ConvNeXt(Backbone):
         drop_path_rate: float = 0.0,
     ):
         if len(depths) != len(dims):
-            raise ValueError(f"depths and dims need one value a stage, got {depths} and {dims}")
+            raise ValueError(f"depths and dims need one value per stage, got {depths} and {dims}")
         _check_kernel(kernel_size)
         strides = [patch_size * 2**k for k in range(len(dims))]
         stages = [Stage(dim, stride) for dim, stride in zip(dims, strides, strict=True)]
@@ -192,7 +192,7 @@ class ConvNeXt(Backbone):
         _scale_head(self.head, head_init_scale)
 
     def group_matcher(self, coarse: bool = False) -> Any:
-        """The authors' thirteen layers for layer-wise decay, as a function of a parameter's name: stage 3 in groups of three blocks."""
+        """Return the authors' layer index (13 layers, stage 3 in groups of three blocks) as a function of a parameter's name."""
 
         def layer(name: str) -> int:
             stage = int(found[1]) if (found := re.match(r"stages\.(\d+)\.", name)) else None
@@ -216,12 +216,14 @@ class ConvNeXt(Backbone):
     official=chain(rename((r"^norm\.", "head_norm.")), rename(*_MLP)),
 )
 class ConvNeXtIsotropic(Backbone):
-    """Image (B, in_chans, H, W), H and W of at least patch_size -> logits (B, num_classes), at one resolution and width.
+    """Isotropic ConvNeXt classifier, with one resolution and width: images (B, in_chans, H, W) -> logits (B, num_classes).
+
+    H and W must be at least patch_size.
 
     Args:
         dim: channels.
         depth: blocks.
-        patch_size: side of the stem's patches, pixels; there is no norm behind it.
+        patch_size: side of the stem's patches, pixels; no norm follows the stem.
 
     The other arguments are those of `ConvNeXt`.
 
@@ -261,7 +263,7 @@ class ConvNeXtIsotropic(Backbone):
 
 def _check_kernel(kernel_size: int) -> None:
     if kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size must be odd so that maps keep their size, got {kernel_size}; try {kernel_size + 1}")
+        raise ValueError(f"kernel_size must be odd to keep the map size, got {kernel_size}; try {kernel_size + 1}")
 
 
 def _scale_head(head: nn.Module, scale: float) -> None:

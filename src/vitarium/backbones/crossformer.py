@@ -1,18 +1,19 @@
-"""CrossFormer: tokens of several scales, attention near and far in turn (Wang et al., "CrossFormer", 2022; CrossFormer++, 2023).
+"""CrossFormer: multi-scale tokens, alternating short- and long-distance attention (Wang et al., 2022; CrossFormer++, 2023).
 
-The idea: each token is made from several concentric patches (4, 8, 16 and 32 pixels wide at stride 4), so that attention compares things of
-all sizes. Blocks attend in turn among neighbours, in G x G windows, and far apart, among G x G tokens at steps of I. The bias of a pair
-of tokens is a small MLP of their offset, so that any group size works.
+The idea: each token embeds several concentric patches (4, 8, 16 and 32 pixels wide at stride 4), so that attention relates objects of
+different sizes. Blocks alternate between short-distance attention in G x G windows and long-distance attention among G x G tokens sampled
+at interval I. The bias of a pair of tokens is a small MLP of their offset, so that any group size works.
 
     token = LN([W_4 * x, W_8 * x, W_16 * x, W_32 * x]) with widths C/2, C/4, C/8, C/8;  between stages the same with 2 and 4
     x <- x + Attention(LN(x)), near or far;  x <- x + MLP(LN(x));  logits q k^T / sqrt(d) + MLP(dy, dx)
-    CrossFormer++, after each third block but a stage's last: x <- LN(DW_3x3(x)), which cools amplitudes down
+    CrossFormer++ adds an amplitude cooling layer after each third block except the last of a stage: x <- LN(DW_3x3(x))
 
-Follows the authors' code (github cheerss/CrossFormer), whose checkpoints load by name. Any image of at least 32 pixels a side: padding is
-never seen, and on a map smaller than a group the group is as wide as the map's shorter side. (The authors' classifier needs squares.)
+Follows the authors' code (github cheerss/CrossFormer); its checkpoints load by name. Any image of at least 32 pixels per side: padding is
+masked, and on a map smaller than a group the group is as wide as the shorter side of the map. (The authors' classifier needs square
+images.)
 Cost: linear in image area at fixed G.
 
-How it is fast: padding is no token: only attention's windows have places for it; biases are evaluated once a group size in eval.
+Speed: padding exists only inside attention windows, not as tokens; biases are evaluated once per group size in evaluation mode.
 
 Legend: B batch, C channels, H W map, N tokens of the map, G group side, I interval.
 """
@@ -32,11 +33,11 @@ from vitarium.ops.windows import WindowLayout, attention_layout, relative_positi
 
 @dataclass(frozen=True, eq=False)
 class Groups(WindowLayout):
-    """Windows whose places are filled from a map without padding.
+    """Window layout that is filled from a map without padding.
 
     Attributes:
-        take: (places,) int64; the token of the map at each place. Where padding would stand, any token: no other sees it.
-        back: (N,) int64; the place of each token.
+        take: (places,) int64; index of the token of the map at each place. Padded places hold any token, which is masked.
+        back: (N,) int64; place of each token.
     """
 
     take: Tensor
@@ -44,7 +45,7 @@ class Groups(WindowLayout):
 
     @classmethod
     def of(cls, height: int, width: int, size: int, interval: int, device: torch.device) -> Groups:
-        """Of a map of height x width tokens."""
+        """Build the groups of a map of height x width tokens."""
         layout = attention_layout(height, width, size, interval=interval, device=device)
         padded = width + -width % (size * interval)
         y, x = layout.order // padded, layout.order % padded
@@ -54,24 +55,25 @@ class Groups(WindowLayout):
 
 
 def cross_scale(in_dim: int, dim: int, kernels: Sequence[int], stride: int) -> nn.ModuleList:
-    """Concentric convolutions (B, in_dim, H, W) -> (B, dim_j, H // stride, W // stride), the larger the kernel the fewer its channels:
-    a half, a quarter, ..., and the last as many as the one before it.
+    """Build concentric convolutions, (B, in_dim, H, W) -> (B, dim_j, H // stride, W // stride) each.
+
+    Larger kernels have fewer channels: a half, a quarter, ..., the last two the same number.
 
     Raises:
         ValueError: kernels that cannot be centred, or too few channels for them.
     """
     if not kernels or any(k < stride or (k - stride) % 2 for k in kernels):
-        raise ValueError(f"kernels must be stride {stride} plus an even number each, got {tuple(kernels)}")
+        raise ValueError(f"each kernel must be the stride {stride} plus an even number, got {tuple(kernels)}")
     shares = [2 ** (j + 1) for j in range(len(kernels) - 1)]
     if dim % max(shares, default=1):
-        raise ValueError(f"{len(kernels)} kernels need channels that divide by {shares[-1]}, got {dim}")
+        raise ValueError(f"{len(kernels)} kernels need channels divisible by {shares[-1]}, got {dim}")
     dims = [dim // share for share in shares]
     dims.append(dim - sum(dims))
     return nn.ModuleList(nn.Conv2d(in_dim, d, k, stride, (k - stride) // 2) for d, k in zip(dims, kernels, strict=True))
 
 
 class CrossScaleEmbed(nn.Module):
-    """The stem: (B, in_chans, H, W) -> (B, H // stride, W // stride, dim), normed."""
+    """Cross-scale embedding, the stem, with a norm: (B, in_chans, H, W) -> (B, H // stride, W // stride, dim)."""
 
     def __init__(self, in_chans: int, dim: int, kernels: Sequence[int]):
         super().__init__()
@@ -83,7 +85,7 @@ class CrossScaleEmbed(nn.Module):
 
 
 class CrossScaleMerging(nn.Module):
-    """Between stages, norm first: (B, H, W, C) -> (B, H // 2, W // 2, 2 C)."""
+    """Cross-scale downsampling between stages, after a norm: (B, H, W, C) -> (B, H // 2, W // 2, 2 C)."""
 
     def __init__(self, dim: int, kernels: Sequence[int]):
         super().__init__()
@@ -96,17 +98,17 @@ class CrossScaleMerging(nn.Module):
 
 
 class DynamicPositionBias(nn.Module):
-    """A number a head for each offset between two tokens, by an MLP of the offset: G -> (heads, n, n), n = G * G, query by key."""
+    """Relative position bias computed by an MLP from the offset between two tokens: G -> (heads, n, n), n = G * G, query by key."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
-        hidden = max(1, dim // 16)  # the authors divide by four twice
+        hidden = max(1, dim // 16)  # the authors' code divides by four twice
         self.pos_proj = nn.Linear(2, hidden)
         layer = lambda out: nn.Sequential(nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, out))
         self.pos1, self.pos2, self.pos3 = layer(hidden), layer(hidden), layer(num_heads)
 
     def of_offsets(self, offsets: Tensor) -> Tensor:
-        """(..., 2) rows and columns, tokens -> (..., heads)."""
+        """Return the biases (..., heads) of offsets (..., 2) in rows and columns, tokens."""
         return self.pos3(self.pos2(self.pos1(self.pos_proj(offsets))))
 
     def forward(self, size: int) -> Tensor:
@@ -118,13 +120,13 @@ class DynamicPositionBias(nn.Module):
 
 
 class CrossFormerBlock(nn.Module):
-    """(B, H, W, dim) -> the same.
+    """CrossFormer block: (B, H, W, dim) -> the same shape.
 
     Args:
         dim, num_heads, mlp_ratio: of attention and MLP.
-        far: whether it attends at steps of I, or else among neighbours.
-        cool: whether the amplitude cooling layer follows.
-        drop_path: stochastic depth of both branches.
+        far: long-distance attention at interval I; otherwise short-distance attention.
+        cool: add an amplitude cooling layer.
+        drop_path: stochastic depth rate of both branches.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, *, far: bool, cool: bool, drop_path: float):
@@ -151,7 +153,7 @@ class CrossFormerBlock(nn.Module):
 
 
 class CrossFormerStage(nn.Module):
-    """Blocks at one resolution, near and far in turn: (B, H, W, C_in) -> (B, H', W', C)."""
+    """Downsampling and blocks that alternate short- and long-distance attention: (B, H, W, C_in) -> (B, H', W', C)."""
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], group_size: int, interval: int):
         super().__init__()
@@ -161,7 +163,7 @@ class CrossFormerStage(nn.Module):
         self.kept = LayoutCache()
 
     def groups(self, height: int, width: int, device: torch.device) -> tuple[Groups, Groups]:
-        """Near and far ones of a map."""
+        """Return the short- and the long-distance groups of a map."""
 
         def build() -> tuple[Groups, Groups]:
             size = min(self.group_size, height, width)
@@ -178,14 +180,16 @@ class CrossFormerStage(nn.Module):
 
 
 OFFICIAL = chain(
-    rename((r"(^|\.)(biases|relative_position_index|attn_mask)$", None), (r"^backbone\.", "")),  # the latter in detectors' checkpoints
+    rename(
+        (r"(^|\.)(biases|relative_position_index|attn_mask)$", None), (r"^backbone\.", "")
+    ),  # the prefix is that of detection checkpoints
     rename(
         (r"^layers\.(\d+)\.blocks\.(\d+)\.attn\.pos\.", r"stages.\1.blocks.\2.attn.position_bias."),
         *((rf"^layers\.{k}\.downsample\.", f"stages.{k + 1}.downsample.") for k in range(3)),
         (r"^layers\.", "stages."),
     ),
 )
-_SMALL, _BASE, _LARGE = (  # the same three skeletons in both papers
+_SMALL, _BASE, _LARGE = (  # the same three architectures in both papers
     dict(embed_dim=dim, depths=(2, 2, depth, 2), num_heads=tuple(dim // 32 * 2**k for k in range(4)), drop_path_rate=rate)
     for dim, depth, rate in ((96, 6, 0.2), (96, 18, 0.3), (128, 18, 0.5))
 )
@@ -211,23 +215,25 @@ _PP = dict(group_sizes=(4, 4, 14, 7), intervals=(4, 2, 1, 1), cooling=True)
     crop_pct=0.875,
 )
 class CrossFormer(Backbone):
-    """Image (B, in_chans, H, W), H and W of at least one token in the last map (32 pixels) -> logits (B, num_classes).
+    """CrossFormer classifier: images (B, in_chans, H, W) -> logits (B, num_classes).
+
+    H and W must be at least one token of the last map (32 pixels).
 
     Args:
         embed_dim: channels C of the first stage; each later stage doubles them.
-        depths: blocks a stage.
-        num_heads: heads a stage.
-        group_sizes: side G of the groups, tokens, a stage; they may be others than in pretraining.
-        intervals: step I between tokens of a far group, a stage; 1: all blocks attend among neighbours.
-        kernels: of the tokens, pixels; the smallest is also their stride.
-        merge_kernels: of the tokens of later stages, cells of the map before.
-        mlp_ratio: hidden channels of the MLP over C.
-        cooling: whether amplitude cooling layers follow each third block (CrossFormer++).
+        depths: blocks per stage.
+        num_heads: heads per stage.
+        group_sizes: side G of the groups, tokens, per stage; may differ from those of pretraining.
+        intervals: interval I between tokens of a long-distance group, per stage; 1: only short-distance attention.
+        kernels: kernel sizes of the stem, pixels; the smallest is also its stride.
+        merge_kernels: kernel sizes of the downsampling layers, cells of the previous map.
+        mlp_ratio: ratio of the MLP's hidden channels to C.
+        cooling: add an amplitude cooling layer after each third block (CrossFormer++).
         drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
-        ValueError: lists of different lengths, kernels that cannot be centred, sizes below 1, or channels that do not divide.
+        ValueError: lists of different lengths, kernels that cannot be centred, sizes below 1, or channels that are not divisible.
     """
 
     def __init__(
@@ -249,7 +255,7 @@ class CrossFormer(Backbone):
     ):
         if not len(depths) == len(num_heads) == len(group_sizes) == len(intervals):
             given = f"{depths}, {num_heads}, {group_sizes} and {intervals}"
-            raise ValueError(f"depths, num_heads, group_sizes and intervals need one value a stage, got {given}")
+            raise ValueError(f"depths, num_heads, group_sizes and intervals need one value per stage, got {given}")
         if min(*group_sizes, *intervals) < 1:
             raise ValueError(f"group_sizes and intervals must be at least 1, got {group_sizes} and {intervals}")
         dims = [embed_dim * 2**k for k in range(len(depths))]

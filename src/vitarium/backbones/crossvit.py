@@ -1,20 +1,20 @@
-"""CrossViT: two ViTs look at small and at large patches, and their class tokens visit one another (Chen et al., "CrossViT", 2021).
+"""CrossViT: two ViT branches with small and large patches, fused by cross-attention of class tokens (Chen et al., "CrossViT", 2021).
 
-The idea: fine and coarse patches see different things, but attention between all their tokens would be costly. After some blocks each
-branch's class token is projected to the other branch's width, attends once to the other's patches, at a cost linear in their number, and is
-projected back. The answer is the mean of both branches' logits.
+The idea: small and large patches give complementary features, but attention between all of their tokens would be costly. After some blocks,
+the class token of each branch is projected to the width of the other branch, attends once to the patches there, at a cost linear in their
+number, and is projected back. The logits of the two branches are averaged.
 
     c' = P(c);  c' <- c' + W_o softmax(W_q LN(c') (W_k LN(z))^T / sqrt(d)) W_v LN(z),  z = [c'; patches of the other branch];  c <- R(c')
     P and R: Linear(GELU(LN(.)))
 
-Follows the authors' code (github IBM/CrossViT), whose checkpoints and timm's load by name; their two heads become one on both class tokens
-together, W = [W_0, W_1] / 2, which is the same function. Any image size: each branch resizes the picture, bicubically as the authors do,
-to the nearest whole number of its patches; position tables are resampled.
+Follows the authors' code (github IBM/CrossViT); its checkpoints and timm's load by name. The two heads are merged into one on the
+concatenated class tokens, W = [W_0, W_1] / 2, which is the same function. Any image size: each branch resizes the image, bicubically as in
+the authors' code, to the nearest whole number of its patches; position tables are resampled.
 Cost: that of the two ViTs, quadratic in patches.
 
-How it is fast: fusion projects keys and values once for the patches of both, and only one query is ever formed.
+Speed: the fusion forms a single query per branch.
 
-Legend: B batch, N patches, D channels; 0 is the branch of small patches, 1 that of large ones.
+Legend: B batch, N patches, D channels; branch 0 has small patches, branch 1 large ones.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from vitarium.ops.maps import as_map, as_tokens
 Grid = tuple[int, int]
 Pair = tuple[Tensor, Tensor]
 CONVOLUTIONS = {12: ((7, 4, 3), (3, 3, 0), (3, 1, 1)), 16: ((7, 4, 3), (3, 2, 1), (3, 2, 1))}
-"""(kernel, stride, padding) of the "dagger" models' three, by the patch that they make."""
+"""(kernel, stride, padding) of the three convolutions of the "dagger" models, by patch size."""
 
 
 class Branch(nn.Module):
-    """Picture -> tokens (B, 1 + N, D) of one branch.
+    """Patch embedding of one branch, with class token and positions: images (B, in_chans, H, W) -> tokens (B, 1 + N, D).
 
     Args:
         patch_size: side of a patch, pixels.
-        image_size: side of the square picture that the position table is made for, pixels.
+        image_size: side, in pixels, of the square image that the position table is made for.
         dim: channels.
-        multi_conv: three convolutions in place of one; patches of 12 or 16 pixels only.
+        multi_conv: three convolutions in place of one; only for patches of 12 or 16 pixels.
     """
 
     def __init__(self, patch_size: int, image_size: int, dim: int, in_chans: int, multi_conv: bool):
@@ -68,7 +68,7 @@ class Branch(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def positions(self, grid: Grid) -> Tensor:
-        """The position table of a grid, (1, 1 + N, D)."""
+        """Return the position table of a grid, (1, 1 + N, D)."""
         return self.cache.for_grid(self, self.pos_embed, (self.table_side, self.table_side), grid, prefix=1)
 
     def forward(self, image: Tensor, grid: Grid) -> Tensor:
@@ -80,7 +80,7 @@ class Branch(nn.Module):
 
 
 class ClassAttention(nn.Module):
-    """The first of tokens (B, n, dim) attends to all of them: -> (B, 1, dim)."""
+    """Attention from the first token to all tokens: (B, n, dim) -> (B, 1, dim)."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -92,7 +92,7 @@ class ClassAttention(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Residual class attention behind a norm: (B, n, dim) -> (B, 1, dim). It has no MLP."""
+    """Pre-norm residual class attention, without an MLP: (B, n, dim) -> (B, 1, dim)."""
 
     def __init__(self, dim: int, num_heads: int, drop_path: float):
         super().__init__()
@@ -109,12 +109,12 @@ def _projection(dim: int, other: int) -> nn.Sequential:
 
 
 class Encoder(nn.Module):
-    """Blocks of both branches, then the visit of the class tokens: two of (B, 1 + N_i, D_i) -> the same.
+    """Blocks of both branches followed by cross-attention of the class tokens: two of (B, 1 + N_i, D_i) -> the same shapes.
 
     Args:
-        dims, depths, num_heads, mlp_ratios: one value a branch.
-        rates: stochastic depth of block i of either branch; the last entry is the fusion's.
-        fuse: whether the class tokens visit the other branch at all.
+        dims, depths, num_heads, mlp_ratios: one value per branch.
+        rates: stochastic depth rate of block i of both branches; the last entry is that of the fusion.
+        fuse: whether to fuse the branches.
     """
 
     def __init__(
@@ -145,13 +145,13 @@ class Encoder(nn.Module):
         return self._visited(0, small, large), self._visited(1, large, small)
 
     def _visited(self, number: int, own: Tensor, other: Tensor) -> Tensor:
-        """A branch's tokens with the class token that has been to the other branch."""
+        """Return the tokens of a branch with its class token after cross-attention to the other branch."""
         z = torch.cat([self.projs[number](own[:, :1]), other[:, 1:]], 1)
         return torch.cat([self.revert_projs[number](self.fusion[number](z)), own[:, 1:]], 1)
 
 
 class BranchNorms(nn.Module):
-    """A layer norm for the channels of each branch: (..., D_0 + D_1) -> the same."""
+    """Separate layer norms for the channels of the two branches: (..., D_0 + D_1) -> the same shape."""
 
     def __init__(self, dims: Sequence[int]):
         super().__init__()
@@ -163,7 +163,7 @@ class BranchNorms(nn.Module):
 
 
 def official(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The authors' names, and timm's: two heads become one."""
+    """Convert a checkpoint of the authors or of timm; the two heads are merged into one."""
     renamed = rename(
         (r"^(cls_token|pos_embed)[._](\d)$", r"branches.\2.\1"),
         (r"^patch_embed\.(\d)\.", r"branches.\1."),
@@ -211,25 +211,26 @@ _384: dict[str, Any] = dict(multi_conv=True, image_size=408, large_size=384)
     crop_pct=0.875,
 )
 class CrossViT(Backbone):
-    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes).
+    """CrossViT classifier: images (B, in_chans, H, W), any H and W, -> logits (B, num_classes).
 
-    Features are tokens (B, 1 + N_1, D_0 + D_1): both class tokens side by side, then the large patches' tokens beside the mean of the small
-    ones in their place. `forward_branches` gives the two branches' own tokens, `forward_intermediates` maps.
+    Features are tokens (B, 1 + N_1, D_0 + D_1): the two class tokens concatenated, then the tokens of the small patches averaged over each
+    large patch, concatenated with the tokens of the large patches. `forward_branches` returns the tokens of both branches,
+    `forward_intermediates` maps.
 
     Args:
         dims: channels of the branches.
-        depths: for each encoder the blocks of the two branches; one fusion follows.
-        num_heads, mlp_ratios: one value a branch.
+        depths: for each encoder, the number of blocks of the two branches; one fusion follows.
+        num_heads, mlp_ratios: one value per branch.
         patch_sizes: sides of the patches, pixels.
-        image_size: side of the square image that the small branch's position table is made for, pixels.
+        image_size: side, in pixels, of the square image that the position table of the small branch is made for.
         large_size: side to which that image is resized for the large branch; other images are resized in proportion.
-        multi_conv: patches by three convolutions (the "dagger" models).
-        fuse: whether class tokens visit the other branch; False leaves two ViTs whose logits are averaged.
+        multi_conv: patch embeddings of three convolutions (the "dagger" models).
+        fuse: whether to fuse the branches; False gives two ViTs whose logits are averaged.
         drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
-        ValueError: not two branches, sizes that are no whole patches, or `multi_conv` on other patches than 12 and 16.
+        ValueError: not two branches, sizes that are not divisible by the patch size, or `multi_conv` with patches other than 12 and 16.
     """
 
     pools = ("token", *POOLS)
@@ -270,7 +271,7 @@ class CrossViT(Backbone):
         init_weights(self, conv=False)
 
     def grids(self, height: int, width: int) -> tuple[Grid, Grid]:
-        """Rows and columns of patches of the two branches."""
+        """Return the rows and columns of patches of the two branches."""
         patches = [branch.patch_size for branch in self.branches]
 
         def one(side: int, patch: Any, scale: float) -> int:
@@ -283,7 +284,7 @@ class CrossViT(Backbone):
         return small, large
 
     def forward_branches(self, image: Tensor) -> Pair:
-        """The tokens of both branches after the last encoder, normed: (B, 1 + N_0, D_0) and (B, 1 + N_1, D_1)."""
+        """Return the tokens of both branches after the last encoder and the norm: (B, 1 + N_0, D_0) and (B, 1 + N_1, D_1)."""
         self.check_image(image)
         for both in self._encoders(image):  # noqa: B007
             pass
@@ -299,7 +300,7 @@ class CrossViT(Backbone):
             yield both
 
     def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
-        """Yields the tokens of both branches after each encoder on the grid of the large patches, (B, 1 + N_1, D_0 + D_1)."""
+        """Yield the tokens of both branches after each encoder on the grid of the large patches, (B, 1 + N_1, D_0 + D_1)."""
         fine, coarse = self.grids(*image.shape[-2:])
         for small, large in self._encoders(image):
             there = as_tokens(F.adaptive_avg_pool2d(as_map(small[:, 1:], fine), coarse))
@@ -309,14 +310,14 @@ class CrossViT(Backbone):
         return as_map(features[:, 1:], self.grids(*image_size)[1])
 
     def pool(self, features: Tensor) -> Tensor:
-        """(B, 1 + N, D) -> (B, D): the class tokens ("token"), or the mean or maximum of the others."""
+        """Return the class tokens ("token"), or the mean or maximum of the other tokens: (B, 1 + N, D) -> (B, D)."""
         return features[:, 0] if self.global_pool == "token" else POOLS[self.global_pool](features[:, 1:].transpose(1, 2))
 
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith(("pos_embed", "cls_token"))}
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
-        """A checkpoint's position table for this model's grid; None for any other tensor that does not fit."""
+        """Resize a position table of a checkpoint to the grid of this model; return None for any other tensor."""
         if not name.endswith("pos_embed"):
             return None
         side = math.isqrt(shape[1] - 1)
@@ -333,9 +334,11 @@ def _check(
     multi_conv: bool,
 ) -> None:
     if any(len(row) != 2 for row in (dims, num_heads, mlp_ratios, patch_sizes, *depths)):
-        raise ValueError("dims, num_heads, mlp_ratios, patch_sizes and each of depths need two values, one a branch")
+        raise ValueError("dims, num_heads, mlp_ratios, patch_sizes and each of depths need two values, one per branch")
     for size, patch in zip(sizes, patch_sizes, strict=True):
         if size % patch:
-            raise ValueError(f"a branch's image must be whole patches: {size} pixels are none of {patch}; try {size - size % patch}")
+            raise ValueError(
+                f"the image size of a branch must be divisible by its patch size {patch}, got {size}; try {size - size % patch}"
+            )
     if multi_conv and any(patch not in CONVOLUTIONS for patch in patch_sizes):
-        raise ValueError(f"multi_conv makes patches of {' or '.join(map(str, CONVOLUTIONS))} pixels, got {list(patch_sizes)}")
+        raise ValueError(f"multi_conv needs patches of {' or '.join(map(str, CONVOLUTIONS))} pixels, got {list(patch_sizes)}")

@@ -1,19 +1,20 @@
-"""CvT: tokens, queries, keys and values by convolutions, and no positions (Wu et al., "CvT", 2021).
+"""CvT: convolutional token embeddings and projections, no position embedding (Wu et al., "CvT", 2021).
 
-The idea: a pyramid of three ViTs whose tokens come from overlapping convolutions; queries, keys and values come from a depth-wise 3 x 3
-before the linear layer, with stride 2 for keys and values, which makes attention four times cheaper. Padded convolutions tell where a token
-is, so that there is no position embedding, and any image size works. A class token lives in the last stage alone.
+The idea: a pyramid of three ViTs whose tokens are embedded by overlapping convolutions. Queries, keys and values are computed by a
+depth-wise 3 x 3 convolution before the linear layer, with stride 2 for keys and values, which reduces the cost of attention four times. The
+zero padding of the convolutions provides position information, so there is no position embedding and any image size works. Only the last
+stage has a class token.
 
-    q = W_q BN(DW x),  k, v = W BN(DW_stride 2 x),  the class token as it is;  softmax(q k^T / sqrt(C)) v
-    x <- x + Attention(LN(x));  x <- x + MLP(LN(x)) with x sigmoid(1.702 x) for its activation
+    q = W_q BN(DW x),  k, v = W BN(DW_stride 2 x),  the class token is not convolved;  softmax(q k^T / sqrt(C)) v
+    x <- x + Attention(LN(x));  x <- x + MLP(LN(x)) with the activation x sigmoid(1.702 x)
 
-The logits are divided by the root of the whole width C, not of a head's: released weights are trained so.
-Follows the authors' code (github microsoft/CvT), whose checkpoints load by name. transformers' checkpoints load too (its model computes
-with the exact GELU, ours with the one that the weights were trained with).
-Cost: quadratic in image area, a quarter of full attention's.
+The logits are scaled by the full width C, not by the width of a head, as in the released models.
+Follows the authors' code (github microsoft/CvT); its checkpoints load by name. transformers' checkpoints load too (its model uses the exact
+GELU; here it is the approximation that the weights were trained with).
+Cost: quadratic in image area, a quarter of full attention.
 
-How it is fast: a stage's tokens lie as a channels-last map does, so that tokens and map are one memory; attention runs in the fused kernel;
-`fuse()` folds the batch norms into the depth-wise convolutions.
+Speed: tokens and map of a stage share their memory (channels-last); attention runs in the fused kernel; `fuse()` folds the batch norms into
+the depth-wise convolutions.
 
 Legend: B batch, N tokens, C channels.
 """
@@ -35,17 +36,17 @@ from vitarium.ops.maps import as_map, as_tokens
 
 Grid = tuple[int, int]
 KERNELS, STRIDES, PADDINGS = (7, 3, 3), (4, 2, 2), (2, 1, 1)
-"""Of the three token embeddings."""
+"""Kernel sizes, strides and paddings of the three token embeddings."""
 
 
 class ConvAttention(nn.Module):
-    """Attention between convolved tokens: (B, P + h w, dim) of a grid (h, w) -> the same.
+    """Attention with convolutional projections: tokens (B, P + h w, dim) of a grid (h, w) -> the same shape.
 
     Args:
         dim: channels.
         num_heads: heads.
         kv_stride: stride of the convolutions of keys and values.
-        prefix: class tokens P in front, which are not convolved.
+        prefix: number P of leading class tokens, which are not convolved.
     """
 
     def __init__(self, dim: int, num_heads: int, kv_stride: int, prefix: int):
@@ -67,7 +68,7 @@ class ConvAttention(nn.Module):
 
 
 class CvTBlock(nn.Module):
-    """(B, P + h w, dim) of a grid -> the same."""
+    """CvT block: tokens (B, P + h w, dim) of a grid (h, w) -> the same shape."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, kv_stride: int, prefix: int, drop_path: float):
         super().__init__()
@@ -83,7 +84,7 @@ class CvTBlock(nn.Module):
 
 
 class CvTStage(nn.Module):
-    """Map (B, C_in, H, W) -> map (B, dim, h, w), or with a class token the tokens (B, 1 + h w, dim)."""
+    """CvT stage: map (B, C_in, H, W) -> map (B, dim, h, w), or with a class token -> tokens (B, 1 + h w, dim)."""
 
     def __init__(self, downsample: OverlapPatchEmbed, blocks: Sequence[CvTBlock], cls_token: nn.Parameter | None):
         super().__init__()
@@ -154,17 +155,17 @@ _21 = dict(dims=(64, 192, 384), depths=(1, 4, 16), num_heads=(1, 3, 6), drop_pat
     },
 )
 class CvT(Backbone):
-    """Image (B, in_chans, H, W), H and W of at least 3 pixels -> logits (B, num_classes).
+    """CvT classifier: images (B, in_chans, H, W), H and W at least 3 pixels, -> logits (B, num_classes).
 
-    Features are the last stage's tokens, (B, 1 + h w, C); `forward_intermediates` gives maps.
+    Features are the tokens of the last stage, (B, 1 + h w, C); `forward_intermediates` returns maps.
 
     Args:
-        dims, depths, num_heads: channels, blocks and heads a stage.
-        kernels, strides, paddings: of the convolutions that make a stage's tokens.
+        dims, depths, num_heads: channels, blocks and heads per stage.
+        kernels, strides, paddings: of the token embedding of each stage.
         kv_stride: stride of the convolutions of keys and values.
-        mlp_ratio: hidden channels of the MLPs over the channels.
+        mlp_ratio: ratio of the MLPs' hidden channels to the channels.
         drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 in the last stage and is 0 before.
+        drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0 inside the last stage and are 0 before.
 
     Raises:
         ValueError: lists of different lengths.
@@ -189,7 +190,7 @@ class CvT(Backbone):
         drop_path_rate: float = 0.0,
     ):
         if len({len(row) for row in (dims, depths, num_heads, kernels, strides, paddings)}) > 1:
-            raise ValueError("dims, depths, num_heads, kernels, strides and paddings need one value a stage")
+            raise ValueError("dims, depths, num_heads, kernels, strides and paddings need one value per stage")
         stages = [Stage(dim, math.prod(strides[: k + 1])) for k, dim in enumerate(dims)]
         super().__init__(
             stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, min_size=max(1, kernels[0] - 2 * paddings[0])
@@ -210,7 +211,7 @@ class CvT(Backbone):
         nn.init.trunc_normal_(self.stages[last].cls_token, std=0.02)  # type: ignore[arg-type]
 
     def grids(self, height: int, width: int) -> list[Grid]:
-        """Rows and columns of each stage's tokens."""
+        """Return the rows and columns of tokens of each stage."""
         grids = []
         for stage in self.stages:
             height, width = stage.downsample.grid(height, width)  # type: ignore[union-attr,operator]
@@ -218,7 +219,7 @@ class CvT(Backbone):
         return grids
 
     def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
-        """Yields the map of each stage but the last, (B, dim_k, h_k, w_k), and of that the tokens (B, 1 + h w, C)."""
+        """Yield the map of each stage, (B, dim_k, h_k, w_k), except for the last, whose tokens (B, 1 + h w, C) are yielded."""
         x = image.contiguous(memory_format=torch.channels_last)
         for stage, grid in zip(self.stages, self.grids(*image.shape[-2:]), strict=True):
             x = stage(x, grid, self.run_blocks)
@@ -228,5 +229,5 @@ class CvT(Backbone):
         return features if features.ndim == 4 else as_map(features[:, 1:], self.grids(*image_size)[-1])
 
     def pool(self, features: Tensor) -> Tensor:
-        """Tokens (B, 1 + h w, C) -> (B, C): the class token ("token"), or the mean or maximum of the others."""
+        """Return the class token ("token"), or the mean or maximum of the other tokens: (B, 1 + h w, C) -> (B, C)."""
         return features[:, 0] if self.global_pool == "token" else POOLS[self.global_pool](features[:, 1:].transpose(1, 2))

@@ -1,19 +1,19 @@
-"""DCT-HistoTransformer: attention between the low frequencies of a map, beside a convolution (2024, for pictures of tissue).
+"""DCT-HistoTransformer: attention between low DCT frequencies in parallel with a convolution (2024, for histopathology images).
 
-The idea: a network for few pictures and small machines. In each block one path takes the cosine transform of the map, keeps its k x k
-lowest frequencies, lets them attend to one another and transforms back: global context by few tokens, a quarter of all at k = H / 2. The
-fine detail, which is lost there, goes through an inverted bottleneck on the map itself; a 1 x 1 convolution joins the two.
+The idea: a network for small data sets and small hardware. In each block, one branch computes the cosine transform of the map, keeps the
+k x k lowest frequencies, applies attention between them and transforms back: global context with few tokens, a quarter of all at k = H / 2.
+The high frequencies that it discards are processed by the other branch, an inverted bottleneck on the map; a 1 x 1 convolution merges both.
 
     z = DCT(x)[:k, :k] / sqrt(H W) + p;  z <- z + Attention(LN(z));  z <- z + MLP(LN(z));  low = DCT^-1(sqrt(H W) z, zeros elsewhere)
-    x <- x + BN(W [low, MobileConv(x)]),  p one vector a frequency
+    x <- x + BN(W [low, MobileConv(x)]),  p one vector per frequency
 
-No code and no weights were published; what the paper does not say (sizes, where the transform stands, how the paths join) was chosen.
-Any image size: k stays, so that the attention costs the same; a map smaller than k keeps all frequencies that it has.
-Cost: linear in area but for the transform, area times k.
+No code and no weights were published; details that the paper does not specify (sizes, position of the transform, merging of the branches)
+are this library's choice. Any image size: k is fixed, so the cost of attention is constant; a map smaller than k keeps all frequencies.
+Cost: linear in area, except for the transform, area times k.
 
-How it is fast: the transform is two matrix products that form only the coefficients that are kept; `fuse()` folds all batch norms.
+Speed: the transform is two matrix products that compute only the kept coefficients; `fuse()` folds all batch norms.
 
-Legend: B batch, C channels, H W map, k frequencies that are kept a side.
+Legend: B batch, C channels, H W map, k kept frequencies per side.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ HEAD_DIM = 16
 
 
 class DCTLowPass(nn.Module):
-    """An ideal low-pass filter: (B, C, H, W) -> the same, of only the `keep` x `keep` lowest frequencies."""
+    """Ideal low-pass filter that keeps the `keep` x `keep` lowest frequencies: (B, C, H, W) -> the same shape."""
 
     def __init__(self, keep: int):
         super().__init__()
@@ -56,22 +56,22 @@ class DCTLowPass(nn.Module):
 
     @torch.no_grad()
     def energy_share(self, x: Tensor) -> Tensor:
-        """How much of a map's sum of squares passes, from 0 to 1: (B, C, H, W) -> (B, C)."""
+        """Return the share of the energy of a map that passes the filter, in [0, 1]: (B, C, H, W) -> (B, C)."""
         passed = dct2(x, kept(self.keep, (x.shape[-2], x.shape[-1]))).square().sum((2, 3))
         return passed / x.to(passed.dtype).square().sum((2, 3)).clamp_min(torch.finfo(passed.dtype).tiny)
 
 
 def kept(keep: int, size: tuple[int, int]) -> tuple[int, int]:
-    """Frequencies that a map of that size keeps."""
+    """Return the number of kept frequencies per side for a map of this size."""
     return min(keep, size[0]), min(keep, size[1])
 
 
 class DCTAttention2d(TransformerBlock):
-    """Attention and MLP between the lowest frequencies: (B, dim, H, W) -> the same, without frequencies above them.
+    """Transformer block on the lowest DCT frequencies; higher ones are zero in the output: (B, dim, H, W) -> the same shape.
 
     Args:
         dim: channels, a multiple of 16, the width of a head.
-        keep: frequencies k a side.
+        keep: frequencies k per side.
     """
 
     def __init__(self, dim: int, keep: int):
@@ -90,7 +90,7 @@ class DCTAttention2d(TransformerBlock):
 
 
 class SpatialAttention2d(TransformerBlock):
-    """The same between the places of the map, which the claim compares with: (B, dim, H, W) -> the same."""
+    """Transformer block on the positions of the map, the baseline of `DCTAttention2d`: (B, dim, H, W) -> the same shape."""
 
     def __init__(self, dim: int):
         super().__init__(dim, dim // HEAD_DIM, mlp_ratio=2)
@@ -101,7 +101,7 @@ class SpatialAttention2d(TransformerBlock):
 
 
 class MobileConv(nn.Module):
-    """Inverted bottleneck, four times as wide inside: (B, C_in, H, W) -> (B, C, ceil(H / stride), ceil(W / stride))."""
+    """Inverted bottleneck with an expansion of four: (B, C_in, H, W) -> (B, C, ceil(H / stride), ceil(W / stride))."""
 
     def __init__(self, in_dim: int, dim: int, stride: int = 1):
         super().__init__()
@@ -121,13 +121,13 @@ class MobileConv(nn.Module):
         return x + y if self.residual else y
 
     def fold(self) -> None:
-        """The norms go into the convolutions before them."""
+        """Fold the norms into the preceding convolutions."""
         for conv, norm in (("expand", "norm1"), ("dwconv", "norm2"), ("project", "norm3")):
             fold_pair(self, conv, norm)
 
 
 class DCTConvBlock(nn.Module):
-    """(B, dim, H, W) -> the same."""
+    """DCT attention and inverted bottleneck in parallel: (B, dim, H, W) -> the same shape."""
 
     def __init__(self, dim: int, keep: int, attention: str):
         super().__init__()
@@ -151,18 +151,18 @@ class DCTConvBlock(nn.Module):
     std=(0.5, 0.5, 0.5),
 )
 class DCTHistoTransformer(Backbone):
-    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes).
+    """DCT-HistoTransformer classifier: images (B, in_chans, H, W), any H and W, -> logits (B, num_classes).
 
     Args:
-        depths, dims: blocks and channels a stage; channels are multiples of 16, the width of a head.
+        depths, dims: blocks and channels per stage; channels are multiples of 16, the width of a head.
         keeps: frequencies k a side that a stage's attention sees.
         strides: of each stage, behind a stem of stride 2.
         stem_dim: channels of the stem.
-        attention: "dct"; "spatial" between the places of the map, or "none", to compare with.
+        attention: "dct"; for comparison "spatial" (between the positions of the map) or "none".
         drop_rate: dropout before the head.
 
     Raises:
-        ValueError: lists of different lengths, channels that are no multiple of 16, or another attention.
+        ValueError: lists of different lengths, channels that are not a multiple of 16, or another attention.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class DCTHistoTransformer(Backbone):
         drop_rate: float = 0.2,
     ):
         if not len(depths) == len(dims) == len(keeps) == len(strides):
-            raise ValueError(f"depths, dims, keeps and strides need one value a stage, got {depths}, {dims}, {keeps} and {strides}")
+            raise ValueError(f"depths, dims, keeps and strides need one value per stage, got {depths}, {dims}, {keeps} and {strides}")
         if wrong := [dim for dim in dims if dim % HEAD_DIM]:
             raise ValueError(f"dims must be multiples of {HEAD_DIM}, the width of a head, got {wrong[0]}")
         if attention not in ATTENTIONS:

@@ -1,22 +1,22 @@
-"""FMViT: low frequencies by attention, high ones by convolutions, everything folded for deployment (Tan et al., "FMViT", 2023).
+"""FMViT: attention for low frequencies, convolutions for high ones, re-parameterised for inference (Tan et al., "FMViT", 2023).
 
-The idea: attention smooths, convolutions sharpen. In a multi-frequency fusion block (FMB) three quarters of the channels come from a light
-attention to a pooled map, the others from grouped convolutions at two reaches and from what a 2 x 2 mean leaves out of the input. Blocks
-before it (CFB) are convolutions alone. Nearly every layer trains as a sum of parallel convolutions with batch norms, and `fuse()` makes one
-of each sum.
+The idea: attention acts as a low-pass filter, convolutions as high-pass filters. In a multi-frequency fusion block (FMB), three quarters of
+the channels come from a light attention to a pooled map; the others from grouped convolutions with two dilations and from the difference
+between the input and its 2 x 2 means. Other blocks (CFB) are purely convolutional. Nearly every layer is trained as a sum of parallel
+convolutions with batch norms, which `fuse()` merges into one.
 
     CFB  x <- x + W ReLU(BN(conv_3x3,groups x));  x <- x + gMLP(BN x)
     FMB  t = W_t x;  low = t + Attention(BN t);  h = W_h low
          high = conv(h) + conv_dilation 2(h) + W_r (x - up(mean_2x2 x));  y = [low | high];  y <- y + gMLP(BN y)
-    Attention(z)  q = W_q z; k, v = W mean_sxs(z);  W_o (softmax(q k^T / 4) v + up(DW_3x3 v)),  16 channels a head in q and k, 32 in v
+    Attention(z)  q = W_q z; k, v = W mean_sxs(z);  W_o (softmax(q k^T / 4) v + up(DW_3x3 v)),  16 channels per head in q and k, 32 in v
     gMLP  each of its two 1 x 1 layers is a sum of convolutions in 1, 2 and 4 groups
 
-The authors (github tany0699/FMViT) never released code or sizes: components and accuracies are the paper's, the forms above, widths and
-depths are this library's, which meet the paper's parameters and MACs. Fully convolutional but for attention: any image size.
-Cost: quadratic in image area over the pooling s^2 (1/8, 1/4, 1/2, 1 a side from stage to stage).
+The authors (github tany0699/FMViT) did not release code or sizes: components and accuracies are the paper's; the equations above, widths
+and depths are this library's choice and match the paper's parameters and MACs. Any image size.
+Cost: quadratic in image area, divided by s^2 (s = 8, 4, 2, 1 in the four stages).
 
-How it is fast: `fuse()` leaves no batch norm but the last and no parallel branch; maps lie channels-last in memory, so that tokens and map
-are one memory.
+Speed: `fuse()` merges all parallel branches and all batch norms except the last; maps are channels-last in memory, so that tokens and maps
+share their memory.
 
 Legend: B batch, C channels, H W map, h heads.
 """
@@ -36,31 +36,31 @@ from vitarium.ops.attention import multi_head_attention
 from vitarium.ops.maps import as_map, as_tokens
 
 HEAD_DIM = 32
-"""Channels of a head's values; its queries and keys have half, and a group of a 3 x 3 convolution has as many."""
+"""Channels of the values of a head and of a group of a 3 x 3 convolution; queries and keys have half as many."""
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
 def pooled(x: Tensor, size: int) -> Tensor:
-    """Means of size x size cells, those at the border over what is there: (B, C, H, W) -> (B, C, ceil(H / size), ceil(W / size))."""
+    """Average size x size cells, at the border over the existing pixels: (B, C, H, W) -> (B, C, ceil(H / size), ceil(W / size))."""
     return F.avg_pool2d(x, size, ceil_mode=True, count_include_pad=False) if size > 1 else x
 
 
 def spread(x: Tensor, size: int, height: int, width: int) -> Tensor:
-    """Each cell over its size x size pixels, cut to height x width."""
+    """Repeat each cell over size x size pixels and crop to height x width."""
     return F.interpolate(x, scale_factor=size, mode="nearest")[:, :, :height, :width] if size > 1 else x
 
 
 class FoldedInput(nn.Module):
-    """A batch norm in front of 1 x 1 layers that all read it; in `fold` it goes into them."""
+    """Base of modules that begin with a batch norm read only by 1 x 1 layers, into which `fold` folds it."""
 
     norm: nn.Module
 
     def readers(self) -> list[RepConv]:
-        """The layers that read the norm, and nothing else does."""
+        """Return the layers that read the norm; no other layer may read it."""
         raise NotImplementedError
 
     def fold(self) -> None:
-        """The norm goes into its readers, which fold first."""
+        """Fold the readers, then the norm into them."""
         if not isinstance(self.norm, nn.BatchNorm2d):
             return
         for reader in self.readers():
@@ -71,12 +71,12 @@ class FoldedInput(nn.Module):
 
 
 class GroupMlp(FoldedInput):
-    """Batch norm and a perceptron of 1 x 1 convolutions, each of them a sum over numbers of groups: (B, C, H, W) -> the same.
+    """Batch norm and an MLP whose 1 x 1 layers are sums of grouped convolutions (gMLP): (B, C, H, W) -> the same shape.
 
     Args:
         dim: channels.
-        ratio: hidden channels over dim.
-        groups: of the convolutions that each layer sums.
+        ratio: ratio of hidden channels to dim.
+        groups: numbers of groups of the convolutions that are summed.
         act: activation, see ACTIVATIONS.
     """
 
@@ -95,11 +95,11 @@ class GroupMlp(FoldedInput):
 
 
 class LightAttention(FoldedInput):
-    """Batch norm and attention of all positions to a pooled map: (B, C, H, W) -> the same.
+    """Batch norm and attention from all positions to a pooled map: (B, C, H, W) -> the same shape.
 
     Args:
         dim: channels, a multiple of 32.
-        pool_size: side s of the cells that keys and values are means of.
+        pool_size: side s of the cells over which the input of keys and values is averaged.
     """
 
     def __init__(self, dim: int, pool_size: int):
@@ -127,7 +127,7 @@ class LightAttention(FoldedInput):
 
 
 class ConvMixer(nn.Module):
-    """A 3 x 3 in groups of 32 channels, batch norm, ReLU, 1 x 1: (B, C, H, W) -> the same."""
+    """Grouped 3 x 3 convolution (32 channels per group), batch norm, ReLU, 1 x 1 convolution: (B, C, H, W) -> the same shape."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -139,7 +139,7 @@ class ConvMixer(nn.Module):
         return self.proj(F.relu(self.norm(self.conv(x))))
 
     def fold(self) -> None:
-        """The norm goes into the folded convolution."""
+        """Fold the norm into the merged convolution."""
         if isinstance(self.norm, nn.BatchNorm2d):
             self.conv.fold()
             assert self.conv.conv is not None
@@ -147,7 +147,7 @@ class ConvMixer(nn.Module):
 
 
 class ConvFusionBlock(nn.Module):
-    """CFB of the module's docstring: (B, C, H, W) -> the same."""
+    """Convolutional block, CFB in the module's docstring: (B, C, H, W) -> the same shape."""
 
     def __init__(self, dim: int, ratio: int, groups: Sequence[int], act: str, drop_path: float):
         super().__init__()
@@ -161,14 +161,14 @@ class ConvFusionBlock(nn.Module):
 
 
 class FrequencyFusionBlock(nn.Module):
-    """FMB of the module's docstring: (B, C, H, W) -> the same.
+    """Multi-frequency fusion block, FMB in the module's docstring: (B, C, H, W) -> the same shape.
 
     Args:
         dim: channels, a multiple of 32.
-        low_dim: channels of the attention's part; 0 for no attention (the convolutions then read x), dim for no convolutions.
+        low_dim: channels of the attention branch; 0 for no attention (the convolutions then read x), dim for no convolutions.
         pool_size: see `LightAttention`.
         ratio, groups, act: see `GroupMlp`.
-        drop_path: stochastic depth of attention and MLP.
+        drop_path: stochastic depth rate of attention and MLP.
     """
 
     def __init__(self, dim: int, low_dim: int, pool_size: int, ratio: int, groups: Sequence[int], act: str, drop_path: float):
@@ -202,7 +202,7 @@ class FrequencyFusionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Means of 2 x 2 where the map becomes coarser, and a 1 x 1: (B, C_in, H, W) -> (B, C, ceil(H / stride), ceil(W / stride))."""
+    """Average pooling by `stride` and a 1 x 1 convolution: (B, C_in, H, W) -> (B, C, ceil(H / stride), ceil(W / stride))."""
 
     def __init__(self, in_dim: int, dim: int, stride: int):
         super().__init__()
@@ -214,9 +214,9 @@ class Downsample(nn.Module):
 
 
 def order_of_blocks(convolutions: int, fusions: int) -> list[bool]:
-    """Which blocks of a stage are FMBs: CFBs spread evenly, an FMB after each run of them.
+    """Return for each block of a stage whether it is an FMB: the CFBs are split evenly, with an FMB after each run of them.
 
-    (6, 2) -> CFB CFB CFB FMB CFB CFB CFB FMB.
+    For example, (6, 2) gives CFB CFB CFB FMB CFB CFB CFB FMB.
     """
     if not fusions:
         return [False] * convolutions
@@ -241,27 +241,27 @@ def order_of_blocks(convolutions: int, fusions: int) -> list[bool]:
             dims=(128, 256, 512, 768), convolutions=(3, 3, 10, 2), fusions=(0, 1, 2, 1), stem_dims=(32, 64), drop_path_rate=0.2
         ),  # 83.3 %
     },
-    official=rename(),  # no weights were released: the names are this library's
+    official=rename(),  # no weights were released; the names are this library's
 )
 class FMViT(Backbone):
-    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes).
+    """FMViT classifier: images (B, in_chans, H, W), any H and W, -> logits (B, num_classes).
 
     Args:
-        dims: channels a stage, multiples of 32.
-        convolutions, fusions: CFBs and FMBs a stage.
-        stem_dims: channels of the stem's three convolutions: the first two, and the last.
-        stem_strides: of the first and of the last of them.
-        pool_sizes: of the attentions a stage, see `LightAttention`; by default 1 in the last and doubled from there to the first.
-        low_share: share of an FMB's channels that come from attention, rounded down to a multiple of 32, at least 32; 0 for none and 1
+        dims: channels per stage, multiples of 32.
+        convolutions, fusions: number of CFBs and of FMBs per stage.
+        stem_dims: channels of the three convolutions of the stem: those of the first two, and of the last.
+        stem_strides: strides of the first and the last of them.
+        pool_sizes: pooling of the attention per stage, see `LightAttention`; by default 1 in the last stage, doubled in each earlier one.
+        low_share: share of the channels of an FMB that come from attention, rounded down to a multiple of 32, at least 32; 0 for none and 1
             for all.
-        mlp_ratios: hidden channels over channels of the MLPs, in CFBs and in FMBs.
+        mlp_ratios: ratios of the MLPs' hidden channels to the channels, in CFBs and in FMBs.
         mlp_groups: see `GroupMlp`; (1,) for plain layers.
         act: activation of the MLPs, "gelu" or "relu".
         drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
-        ValueError: lists of different lengths, dims that are no multiples of 32, a share outside 0 to 1, an unknown activation.
+        ValueError: lists of different lengths, dims that are not multiples of 32, a share outside [0, 1], an unknown activation.
     """
 
     def __init__(
@@ -285,12 +285,12 @@ class FMViT(Backbone):
         pool_sizes = pool_sizes or [2**k for k in reversed(range(len(dims)))]
         if not len(dims) == len(convolutions) == len(fusions) == len(pool_sizes):
             raise ValueError(
-                f"dims, convolutions, fusions and pool_sizes need one value a stage, got {dims}, {convolutions}, {fusions}, {pool_sizes}"
+                f"dims, convolutions, fusions and pool_sizes need one value per stage, got {dims}, {convolutions}, {fusions}, {pool_sizes}"
             )
         if wrong := [dim for dim in dims if dim % HEAD_DIM]:
             raise ValueError(f"dims must be multiples of {HEAD_DIM}, the width of a head, got {wrong[0]}")
         if not 0 <= low_share <= 1:
-            raise ValueError(f"low_share must lie in 0 to 1, got {low_share}")
+            raise ValueError(f"low_share must lie in [0, 1], got {low_share}")
         if act not in ACTIVATIONS:
             raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
         stride = stem_strides[0] * stem_strides[1]

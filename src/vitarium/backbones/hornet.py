@@ -1,19 +1,19 @@
-"""HorNet: features gate one another again and again, from narrow to wide (Rao et al., "HorNet", 2022).
+"""HorNet: recursive gated convolutions for high-order spatial interactions (Rao et al., "HorNet", 2022).
 
-The idea: what matters in attention is that values are multiplied by functions of their neighbours, and that this happens more than once.
-A recursive gated convolution (gnConv) of order n does it n times at about the cost of one convolution: channels are projected, one large
-depth-wise convolution runs over all gates at once, and each gate has twice the channels of the one before.
+The idea: attention is effective because features are multiplied by functions of other positions, and more than once. A recursive gated
+convolution (gnConv) of order n performs n such products at about the cost of one convolution: channels are projected, one large depth-wise
+convolution computes all gates, and each gate has twice the channels of the previous one.
 
     [p | q] = W_in x;  q = s DW(q);  z_0 = p * q_0;  z_k = (W_k z_{k-1}) * q_k;  gnConv(x) = W_out z_{n-1}
     x <- x + g1 * gnConv(LN(x));  x <- x + g2 * MLP(LN(x))
 
-DW is 7 x 7, or in the GF models half a 3 x 3 and half a learned filter in the Fourier domain, as large as the map.
+DW is 7 x 7. In the GF models, one half of the channels uses a 3 x 3 convolution and the other a learned filter in the Fourier domain.
 
-Follows the authors' code (github raoyongming/HorNet), whose checkpoints load by name. Any size of at least a last-stage cell; Fourier
-filters are resized to the map.
+Follows the authors' code (github raoyongming/HorNet); its checkpoints load by name. Any image with at least one cell in the last stage;
+Fourier filters are resized to the map.
 Cost: linear in image area (7 x 7), or area times its logarithm (GF).
 
-How it is fast: maps lie channels-last in memory, so that norms and linear layers read them in place.
+Speed: maps are channels-last in memory, so norms and linear layers read them in place.
 
 Legend: B batch, C channels, H W map, n order.
 """
@@ -31,17 +31,20 @@ from vitarium.ops.spectral import global_filter
 
 
 class GlobalLocalFilter(nn.Module):
-    """Half of the channels by a 3 x 3, the other half by a global filter: (B, C, H, W) -> the same; afterwards the halves alternate.
+    """Depth-wise 3 x 3 on one half of the channels and a global Fourier filter on the other, interleaved: (B, C, H, W) -> the same shape.
 
     Args:
         dim: channels C, even.
-        size: rows and columns of the filter's grid: of a map (h, 2 w - 2) or (h, 2 w - 1).
+        size: rows h and columns w of the filter, which is that of a map of (h, 2 w - 2) or (h, 2 w - 1).
+
+    Raises:
+        ValueError: an odd number of channels.
     """
 
     def __init__(self, dim: int, size: tuple[int, int]):
         super().__init__()
         if dim % 2:
-            raise ValueError(f"a filter over halves of the channels needs an even number of them, got {dim}")
+            raise ValueError(f"GlobalLocalFilter needs an even number of channels, got {dim}")
         self.pre_norm = LayerNorm2d(dim, eps=1e-6)
         self.dw = nn.Conv2d(dim // 2, dim // 2, 3, padding=1, groups=dim // 2, bias=False)
         self.complex_weight = nn.Parameter(torch.empty(dim // 2, *size, 2))
@@ -55,23 +58,23 @@ class GlobalLocalFilter(nn.Module):
 
 
 class GnConv(nn.Module):
-    """Recursive gated convolution: (B, C, H, W) -> the same. It stands where a depth-wise convolution or an attention stands.
+    """Recursive gated convolution (gnConv): (B, C, H, W) -> the same shape.
 
     Args:
         dim: channels C, a multiple of 2^(order - 1).
         order: number n of products.
-        filter_size: grid of a global filter in place of the 7 x 7 convolution; None for the latter.
+        filter_size: size of a global filter in place of the 7 x 7 convolution; None for the latter.
         scale: factor s on the gates.
 
     Raises:
-        ValueError: an order below 1, or channels that cannot be halved so often.
+        ValueError: an order below 1, or channels that are not a multiple of 2^(order - 1).
     """
 
     def __init__(self, dim: int, order: int, filter_size: tuple[int, int] | None = None, scale: float = 1 / 3):
         super().__init__()
         if order < 1 or dim % 2 ** (order - 1):
             raise ValueError(
-                f"gnConv of order {order} needs a multiple of {2 ** (max(1, order) - 1)} channels and an order from 1, got {dim}"
+                f"gnConv of order {order} needs an order of at least 1 and a multiple of {2 ** (max(1, order) - 1)} channels, got {dim}"
             )
         self.widths = [dim // 2**k for k in reversed(range(order))]
         self.scale = scale
@@ -91,7 +94,7 @@ class GnConv(nn.Module):
 
 
 class HorNetBlock(nn.Module):
-    """(B, C, H, W) -> the same, channels-last in memory."""
+    """HorNet block: (B, C, H, W) -> the same shape, channels-last in memory."""
 
     def __init__(self, dim: int, order: int, filter_size: tuple[int, int] | None, layer_scale: float, drop_path: float):
         super().__init__()
@@ -121,7 +124,7 @@ OFFICIAL = rename(
 )
 DEPTHS, ORDERS = (2, 3, 18, 2), (2, 3, 4, 5)
 FILTERS = (None, None, (14, 8), (7, 4))
-"""Grids of the GF models for 224 pixels."""
+"""Filter sizes of the GF models for images of 224 pixels."""
 
 
 def _variant(dim: int, filters: Sequence[tuple[int, int] | None] | None = None, **options: object) -> dict[str, object]:
@@ -146,22 +149,22 @@ def _variant(dim: int, filters: Sequence[tuple[int, int] | None] | None = None, 
     official=OFFICIAL,
 )
 class HorNet(Backbone):
-    """Image (B, in_chans, H, W), H and W of at least the last stage's stride (32) -> logits (B, num_classes).
+    """HorNet classifier: images (B, in_chans, H, W), H and W at least the stride of the last stage (32), -> logits (B, num_classes).
 
-    A stride that does not divide its map drops the remainder at the right and the bottom, as the authors' code does.
+    If a stride does not divide its map, the remainder at the right and the bottom is dropped, as in the authors' code.
 
     Args:
-        depths: blocks a stage.
-        dims: channels a stage.
-        orders: order of the gnConvs, a stage.
-        filters: grid of the global filters of each stage, None for 7 x 7 kernels; left out: 7 x 7 everywhere.
+        depths: blocks per stage.
+        dims: channels per stage.
+        orders: order of the gnConvs, per stage.
+        filters: size of the global filters of each stage, None for 7 x 7 kernels; by default 7 x 7 in all stages.
         patch_size: side of the stem's patches, pixels.
-        layer_scale_init_value: first value of the factors g1 and g2.
+        layer_scale_init_value: initial value of the factors g1 and g2.
         drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
-        ValueError: lists of different lengths, or channels that an order cannot halve.
+        ValueError: lists of different lengths, or channels that do not fit the order.
     """
 
     def __init__(
@@ -180,7 +183,7 @@ class HorNet(Backbone):
     ):
         grids = list(filters) if filters is not None else [None] * len(dims)
         if not len(depths) == len(dims) == len(orders) == len(grids):
-            raise ValueError(f"depths, dims, orders and filters need one value a stage, got {depths}, {dims}, {orders} and {filters}")
+            raise ValueError(f"depths, dims, orders and filters need one value per stage, got {depths}, {dims}, {orders} and {filters}")
         strides = [patch_size * 2**k for k in range(len(dims))]
         stages = [Stage(dim, stride) for dim, stride in zip(dims, strides, strict=True)]
         super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, min_size=strides[-1])

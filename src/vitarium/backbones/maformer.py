@@ -1,19 +1,19 @@
-"""MAFormer: what lies near asks what lies far (Wang et al., "MAFormer: Multi-scale Attention Fusion", 2022).
+"""MAFormer: fusion of local and downsampled global features by attention (Wang et al., "MAFormer: Multi-scale Attention Fusion", 2022).
 
-The idea: two streams at each fine map. One attends inside windows, token by token; the other (global learning with down-sampling, GLD)
-mixes all tokens into a few by a linear layer over the token axis. Then each local token attends to the few, instead of adding the streams
-up. Deep stages have few tokens and are plain transformers.
+The idea: stages with large maps have two streams. One applies window attention; the other (global learning with down-sampling, GLD) mixes
+all tokens into a few by a linear layer over the token axis. The local tokens then attend to the global tokens, instead of adding the two
+streams. The deep stages have few tokens and are plain transformers.
 
     y = x + WindowAttention(LN x);  y = y + MLP(LN y);  G = W_N LN(x) + P, W_N of m = ceil(share N) rows
     x <- y + W_o softmax(W_q y (W_k G)^T / sqrt(C / h)) W_v G
     later stages: x <- x + DW x;  x <- x + Attention(LN x);  x <- x + MLP(LN x)
 
-No code was released: block and fusion are as a later paper printed them; widths, depths, positions (a depth-wise convolution of the values
-in windows) and the shares are this library's. Any image size: windows are padded and padding is never seen; W_N and P are resampled.
-Cost: of GLD m N C; of the fusion 2 m N C; of windows linear in area. At share 1/2 that is quadratic, at 1/16 it is cheap.
+No code was released: block and fusion follow the equations in a later paper; widths, depths, position encoding (a depth-wise convolution of
+the values) and shares are this library's choice. Any image size: windows are padded and the padding is masked; W_N and P are resampled.
+Cost: m N C for GLD, 2 m N C for the fusion, linear in area for windows; quadratic for a fixed share.
 
-How it is fast: tokens stay in rows through a stage; windows are put in order and back once a block; attention runs in the fused kernel;
-what is resampled is kept in eval.
+Speed: tokens stay flat through a stage; windows are partitioned and reversed once per block; attention runs in the fused kernel; resampled
+weights are cached in evaluation mode.
 
 Legend: B batch, N tokens of a map, C channels, h heads, m global tokens, M window side.
 """
@@ -50,7 +50,7 @@ FUSIONS = ("cross", "add", "concat", "local", "global")
 
 
 def resize_grid(rows: Tensor, old: Grid, new: Grid) -> Tensor:
-    """One row a cell, for another grid, bilinear: (h w, C) -> (h' w', C)."""
+    """Resize a table with one row per cell to another grid, bilinear: (h w, C) -> (h' w', C)."""
     if old == new:
         return rows
     image = F.interpolate(rows.T.unflatten(1, old)[None].float(), size=new, mode="bilinear", align_corners=False)
@@ -58,9 +58,9 @@ def resize_grid(rows: Tensor, old: Grid, new: Grid) -> Tensor:
 
 
 class LocalAttention(Attention):
-    """Attention inside M x M windows, and a depth-wise 3 x 3 of the values beside it: (B, N, C) of a grid -> the same.
+    """Window attention plus a depth-wise 3 x 3 convolution of the values: (B, N, C) of a grid -> the same shape.
 
-    Windows at the border are padded; no token sees padding.
+    Windows at the border are padded, and the padding is masked.
     """
 
     def __init__(self, dim: int, num_heads: int, window_size: int):
@@ -81,7 +81,7 @@ class LocalAttention(Attention):
         return self.proj(y[:, : grid[0], : grid[1]].flatten(1, 2) + near)
 
     def mask(self, batch: int, grid: Grid, padded: Grid, like: Tensor) -> Tensor | None:
-        """True where a key may be seen, (B * windows, 1, 1, M^2); None where nothing is padded."""
+        """Return a mask of the keys that are not padding, (B * windows, 1, 1, M^2), or None without padding."""
         if grid == padded:
             return None
         inside = F.pad(like.new_ones(1, *grid, 1), (0, 0, 0, padded[1] - grid[1], 0, padded[0] - grid[0]))
@@ -89,12 +89,12 @@ class LocalAttention(Attention):
 
 
 class GlobalTokens(nn.Module):
-    """Few tokens of all, by a linear layer over the token axis: (B, N, C) of a grid -> (B, m, C).
+    """Global tokens by a linear layer over the token axis (GLD): (B, N, C) of a grid -> (B, m, C).
 
     Args:
         dim: channels.
-        grid: rows and columns that the layer is made for; on another its weight is resampled on both sides, the rows' sums kept.
-        share: global tokens for each token; the sides of their grid are the sides times its root, rounded up.
+        grid: rows and columns that the layer is made for; for others its weight is resampled on both axes, with unchanged row sums.
+        share: ratio of global tokens to tokens; the sides of their grid are those of the map times its root, rounded up.
     """
 
     def __init__(self, dim: int, grid: Grid, share: float):
@@ -111,7 +111,7 @@ class GlobalTokens(nn.Module):
 
     @staticmethod
     def coarse(grid: Grid, share: float) -> Grid:
-        """Rows and columns of the global tokens of a map."""
+        """Return the rows and columns of the global tokens of a map."""
         rows, columns = (max(1, -int(-side * share**0.5 // 1)) for side in grid)
         return rows, columns
 
@@ -120,7 +120,7 @@ class GlobalTokens(nn.Module):
         return weight @ x + positions
 
     def at(self, grid: Grid) -> tuple[Tensor, Tensor]:
-        """Weight and positions for a grid."""
+        """Return the weight and positions for a grid."""
         if grid == self.made_for[0]:
             return self.weight, self.positions
         return self.cache.get(self, (grid, self.weight.dtype), self, lambda: self._resized(grid))
@@ -130,24 +130,24 @@ class GlobalTokens(nn.Module):
         new = self.coarse(grid, self.share)
         weight = resize_grid(resize_grid(self.weight, few, new).T, fine, grid).T
         sums = resize_grid(self.weight.sum(1, keepdim=True), few, new)
-        weight = weight * (self.weight.shape[1] / weight.shape[1])  # as many as were summed before
-        weight = weight + (sums - weight.sum(1, keepdim=True)) / weight.shape[1]  # and the same sum
+        weight = weight * (self.weight.shape[1] / weight.shape[1])  # the sum has another number of terms
+        weight = weight + (sums - weight.sum(1, keepdim=True)) / weight.shape[1]  # exactly the same row sums
         return weight.contiguous(), resize_grid(self.positions, few, new)
 
 
 def nearest_means(fine: Grid, few: Grid) -> Tensor:
-    """The linear map that averages a fine grid's cells into a coarse one's, (m, N)."""
+    """Return the matrix that averages the cells of a fine grid into those of a coarse one, (m, N)."""
     count = fine[0] * fine[1]
     return F.adaptive_avg_pool2d(torch.eye(count).view(count, 1, *fine), few).flatten(1).T
 
 
 class Fusion(nn.Module):
-    """Local tokens and global tokens become one stream: (B, N, C), (B, m, C) of their grids -> what is added to the first, (B, N, C).
+    """Fusion of local tokens (B, N, C) and global tokens (B, m, C) of their grids: residual for the local tokens, (B, N, C).
 
     Args:
         dim, num_heads: channels and heads.
-        kind: "cross" attends from local to global tokens; "add" and "concat" resample the global tokens to the local grid, and add them or
-            put them through a linear layer together with the local ones.
+        kind: "cross" for attention from local to global tokens; "add" and "concat" resample the global tokens to the local grid and add
+            them, or apply a linear layer to the concatenation.
     """
 
     def __init__(self, dim: int, num_heads: int, kind: str):
@@ -168,16 +168,16 @@ class Fusion(nn.Module):
 
 
 class FusionBlock(nn.Module):
-    """The block with two streams of the module's docstring: (B, N, C) of a grid -> the same.
+    """Block with two streams (see the module's docstring): (B, N, C) of a grid -> the same shape.
 
     Args:
         dim, num_heads: channels and heads.
         grid, share: see `GlobalTokens`.
         window_size: side of a window, tokens.
-        mlp_ratio: hidden channels of the MLP over dim.
-        fusion: see `Fusion`; "local" leaves the global stream out, "global" the windows (fused by attention).
-        mlp_after: the MLP comes behind the fusion, not in the local stream.
-        drop_path: stochastic depth of all branches.
+        mlp_ratio: ratio of the MLP's hidden channels to dim.
+        fusion: see `Fusion`; "local" for no global stream, "global" for no window attention (fusion by attention).
+        mlp_after: apply the MLP after the fusion instead of in the local stream.
+        drop_path: stochastic depth rate of all branches.
     """
 
     def __init__(
@@ -215,7 +215,7 @@ class FusionBlock(nn.Module):
 
 
 class DeepBlock(TransformerBlock):
-    """A transformer's block after a depth-wise 3 x 3 that tells where tokens are: (B, N, C) of a grid -> the same."""
+    """Transformer block after a depth-wise 3 x 3 convolution as position encoding: (B, N, C) of a grid -> the same shape."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float):
         super().__init__(dim, num_heads, mlp_ratio=mlp_ratio, drop_path=drop_path)
@@ -226,7 +226,7 @@ class DeepBlock(TransformerBlock):
 
 
 class TokenStage(nn.Module):
-    """Map (B, C_in, H, W) -> map (B, C, h, w), its blocks on rows of tokens."""
+    """Downsampling and blocks on tokens: map (B, C_in, H, W) -> map (B, C, h, w)."""
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]):
         super().__init__()
@@ -245,29 +245,29 @@ class TokenStage(nn.Module):
         "pico": dict(
             dims=(32, 64), depths=(1, 2), num_heads=(2, 4), shares=(0.25,), patch_size=2, window_size=4, mlp_ratio=2, image_size=16
         ),
-        # this library's widths and depths; the paper's large model has 85.9 % top-1
+        # widths and depths are this library's; the paper's large model has 85.9 % top-1
         "s": dict(dims=(64, 128, 256, 512), depths=(2, 4, 16, 2), num_heads=(2, 4, 8, 16), drop_path_rate=0.1),
         "b": dict(dims=(96, 192, 384, 768), depths=(2, 4, 24, 2), num_heads=(3, 6, 12, 24), drop_path_rate=0.3),
         "l": dict(dims=(128, 256, 512, 1024), depths=(2, 4, 24, 2), num_heads=(4, 8, 16, 32), drop_path_rate=0.5),
     },
-    official=rename(),  # no weights were released: the names are this library's
+    official=rename(),  # no weights were released; the names are this library's
 )
 class MAFormer(Backbone):
-    """Image (B, in_chans, H, W), H and W of at least a last-stage cell -> logits (B, num_classes).
+    """MAFormer classifier: images (B, in_chans, H, W), H and W at least one cell of the last stage, -> logits (B, num_classes).
 
     Args:
-        dims, depths, num_heads: channels, blocks and heads a stage.
-        shares: global tokens for each token, of each stage with two streams, the first ones; the others are plain transformers.
+        dims, depths, num_heads: channels, blocks and heads per stage.
+        shares: ratio of global tokens to tokens for each stage with two streams, which come first; the others are plain transformers.
         patch_size: side of a patch, pixels.
         window_size: side of a window, tokens.
-        image_size: side of the square image that the layers over the token axis are made for, pixels.
-        mlp_ratio: hidden channels of the MLPs over the channels.
+        image_size: side, in pixels, of the square image that the layers over the token axis are made for.
+        mlp_ratio: ratio of the MLPs' hidden channels to the channels.
         fusion, mlp_after: see `FusionBlock`.
         drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
-        ValueError: lists of different lengths, shares outside 0 to 1, an unknown fusion.
+        ValueError: lists of different lengths, shares outside (0, 1], an unknown fusion.
     """
 
     def __init__(
@@ -290,10 +290,11 @@ class MAFormer(Backbone):
     ):
         if not len(dims) == len(depths) == len(num_heads) >= len(shares):
             raise ValueError(
-                f"dims, depths and num_heads need one value a stage, got {dims}, {depths}, {num_heads}; shares at most so many"
+                "dims, depths and num_heads need one value per stage, shares at most as many; "
+                f"got {dims}, {depths}, {num_heads} and {shares}"
             )
         if not all(0 < share <= 1 for share in shares):
-            raise ValueError(f"shares must lie above 0 and up to 1, got {shares}")
+            raise ValueError(f"shares must lie in (0, 1], got {shares}")
         if fusion not in FUSIONS:
             raise ValueError(f"fusion must be one of {', '.join(FUSIONS)}, got {fusion!r}")
         strides = [patch_size * 2**k for k in range(len(dims))]

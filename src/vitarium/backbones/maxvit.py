@@ -1,19 +1,19 @@
-"""MaxViT: in every block a convolution, attention to the neighbours, attention over the whole map (Tu et al., "MaxViT", 2022).
+"""MaxViT: multi-axis attention, with a convolution, window attention and grid attention in every block (Tu et al., "MaxViT", 2022).
 
-The idea: full attention falls apart into two sparse ones. Block attention looks inside P x P windows, grid attention at G x G tokens spread
-evenly over the map, so that every block sees everything at a cost linear in area. An inverted bottleneck with squeeze-and-excite comes
-before them and tells them where things are.
+The idea: full attention is factorised into two sparse ones. Block attention works inside P x P windows, grid attention on G x G tokens
+spread evenly over the map, so that every block has a global receptive field at a cost linear in area. An inverted bottleneck with
+squeeze-and-excitation before them provides position information.
 
     x <- shortcut(x) + MBConv(x);  then twice, in windows and on the grid:  x <- x + Attention(LN(x));  x <- x + MLP(LN(x))
 
 Follows the authors' TensorFlow code (github google-research/maxvit) in timm's port, whose checkpoints load by name: "same" padding, the
-tanh form of GELU, table of key minus query. Any image size: maps are padded for the attentions, and padding is never seen (the authors
-refuse sizes that do not divide; on those that do, nothing changes).
+tanh approximation of GELU, bias tables of key minus query. Any image size: maps are padded for the attentions, and padding is masked (the
+authors' code refuses sizes that are not divisible; for the others the results are equal).
 Cost: linear in image area at fixed P and G.
 
-How it is fast: only attention cares in what order tokens stand; they are put in window order, from there in grid order, and back into a map
-once a block; biases are gathered once in eval; `fuse()` folds all batch norms into their convolutions, and then GELUs are of the
-convolutions' kernels; on a CPU a few images at a time go through the convolutions, whose four times wider maps then stay in the cache.
+Speed: tokens are permuted to window order, from there to grid order, and back to a map once per block; biases are gathered once in
+evaluation mode; `fuse()` folds all batch norms into their convolutions, whose kernels then apply the GELUs; on a CPU the convolutions
+process a few images at a time, so that their four times wider maps stay in the cache.
 
 Legend: B batch, C channels, H W map, N tokens of the padded map.
 """
@@ -56,24 +56,24 @@ PARTITIONS = ("window", "grid")
 
 
 def batch_norm(dim: int) -> nn.BatchNorm2d:
-    """The authors' numbers."""
+    """Return a batch norm with the authors' epsilon and momentum."""
     return nn.BatchNorm2d(dim, eps=1e-3, momentum=0.01)
 
 
 class Conv2dSame(Conv2d):
-    """TensorFlow's "SAME": ceil(side / stride) outputs a side; an odd row or column of zeros goes to the bottom or the right."""
+    """Convolution with TensorFlow's "SAME" padding: ceil(side / stride) outputs; an odd row or column of zeros is added bottom or right."""
 
     def forward(self, x: Tensor, gelu: Gelu | None = None) -> Tensor:
         kernel, stride = self.kernel_size[0], self.stride[0]
         rows, columns = (max((-(-side // stride) - 1) * stride + kernel - side, 0) for side in x.shape[-2:])
         if rows % 2 or columns % 2:
             x = F.pad(x, (0, columns % 2, 0, rows % 2))
-        around = (rows // 2, columns // 2)  # by the kernel itself: a padded copy of a wide map takes as long as the convolution
+        around = (rows // 2, columns // 2)  # padded by the kernel: a padded copy of a wide map takes as long as the convolution
         return conv2d(x, self.weight, self.bias, stride=(stride, stride), padding=around, groups=self.groups, gelu=gelu)
 
 
 class Shortcut(nn.Module):
-    """What goes around a convolution that changes the map: mean of 2 x 2, and new channels where they change."""
+    """Shortcut of a block that changes resolution or channels: average pooling, and a 1 x 1 convolution if the channels change."""
 
     def __init__(self, in_dim: int, dim: int, stride: int):
         super().__init__()
@@ -87,7 +87,7 @@ class Shortcut(nn.Module):
 
 
 class MBConv(nn.Module):
-    """Inverted bottleneck, norm first: (B, C_in, H, W) -> (B, C, ceil(H / stride), ceil(W / stride))."""
+    """Pre-norm inverted bottleneck: (B, C_in, H, W) -> (B, C, ceil(H / stride), ceil(W / stride))."""
 
     def __init__(self, in_dim: int, dim: int, stride: int, drop_path: float):
         super().__init__()
@@ -111,7 +111,7 @@ class MBConv(nn.Module):
         return self.shortcut(x) + self.drop_path(self.conv3_1x1(self.se(y)))
 
     def fold(self) -> None:
-        """All three norms go into the convolutions beside them."""
+        """Fold the three norms into adjacent convolutions."""
         if isinstance(self.pre_norm, nn.BatchNorm2d):
             self.conv1_1x1, self.pre_norm = fold_norm_before(self.pre_norm, self.conv1_1x1), nn.Identity()
         fold_pair(self, "conv1_1x1", "norm1")
@@ -119,14 +119,14 @@ class MBConv(nn.Module):
 
 
 class PartitionAttention(nn.Module):
-    """Attention and MLP on tokens in the order of a partition: (B, N, C) -> the same."""
+    """Attention and MLP on tokens in the order of a partition: (B, N, C) -> the same shape."""
 
     def __init__(self, dim: int, window_size: int, drop_path: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim, dim // HEAD_DIM, window_size)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, 4 * dim, GELU)  # type: ignore[arg-type]  # a class with an argument
+        self.mlp = Mlp(dim, 4 * dim, GELU)  # type: ignore[arg-type]  # a partial class
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, layout: WindowLayout) -> Tensor:
@@ -135,14 +135,14 @@ class PartitionAttention(nn.Module):
 
 
 class MaxViTBlock(nn.Module):
-    """(B, C_in, H, W) -> (B, C, H', W').
+    """MaxViT block: (B, C_in, H, W) -> (B, C, H', W').
 
     Args:
         in_dim, dim: channels before and after, dim a multiple of 32.
         stride: of the convolution.
         window_size: side of windows and of grids, tokens.
-        partitions: of the two attentions, "window" or "grid" each.
-        drop_path: stochastic depth of all five branches.
+        partitions: "window" or "grid" for each of the two attentions.
+        drop_path: stochastic depth rate of all five branches.
     """
 
     def __init__(self, in_dim: int, dim: int, stride: int, window_size: int, partitions: Sequence[str], drop_path: float):
@@ -155,7 +155,7 @@ class MaxViTBlock(nn.Module):
         self.kept = LayoutCache()
 
     def layouts(self, height: int, width: int, device: torch.device) -> tuple[WindowLayout, WindowLayout]:
-        """Of the two attentions on a map."""
+        """Return the layouts of the two attentions for a map."""
         one = lambda grid: attention_layout(height, width, self.window_size, grid=grid, device=device)
         return self.kept.get(height, width, device, lambda: (one(self.grids[0]), one(self.grids[1])))
 
@@ -184,12 +184,12 @@ class Stem(nn.Module):
         return by_images(self, lambda x: self.conv2(conv_norm_gelu(x, self.conv1, self.norm1, "tanh")), x, self.dim // 4)
 
     def fold(self) -> None:
-        """The norm goes into the first convolution."""
+        """Fold the norm into the first convolution."""
         fold_pair(self, "conv1", "norm1")
 
 
 class PreLogits(nn.Module):
-    """Norm, linear layer, tanh: (B, C) -> the same."""
+    """Norm, linear layer and tanh before the head: (B, C) -> the same shape."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -201,7 +201,7 @@ class PreLogits(nn.Module):
 
 
 def official(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """timm's port of the authors' checkpoints: its tables are (heads, 2P - 1, 2P - 1), of key minus query."""
+    """Convert timm's port of the authors' checkpoints, whose bias tables are (heads, 2P - 1, 2P - 1), indexed by key minus query."""
     renamed = rename(
         (r"\.attn\.rel_pos\.relative_position_index$", None),
         (r"\.attn\.rel_pos\.relative_position_bias_table$", ".attn.position_bias.table"),
@@ -214,7 +214,7 @@ def official(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _rows(name: str, depths: Sequence[int], dim: int, stem: int, rate: float) -> dict[str, dict[str, Any]]:
-    """A model at the three sizes of its releases."""
+    """Return the variants of a model at the three image sizes of its releases."""
     row = dict(depths=depths, dims=tuple(dim * 2**k for k in range(4)), stem_dim=stem, drop_path_rate=rate)
     sizes = {f"{name}_{size}": dict(**row, window_size=size // 32, image_size=size) for size in (384, 512)}
     return {name: row, **sizes}
@@ -244,19 +244,19 @@ def _tags(size: str) -> dict[str, dict[str, tuple[str, ...]]]:
     crop_pct=0.95,
 )
 class MaxViT(Backbone):
-    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes).
+    """MaxViT classifier: images (B, in_chans, H, W), any H and W, -> logits (B, num_classes).
 
     Args:
-        depths, dims: blocks and channels a stage; channels are multiples of 32, the width of a head.
+        depths, dims: blocks and channels per stage; channels are multiples of 32, the width of a head.
         stem_dim: channels of the stem, which has stride 2.
-        strides: of each stage.
-        window_size: side P = G of windows and grids, tokens; the authors' is a 32nd of the image's side.
-        partitions: of each block's two attentions: "window" or "grid" each.
+        strides: stride of each stage.
+        window_size: side P = G of windows and grids, tokens; 1/32 of the side of the image in the released models.
+        partitions: "window" or "grid" for each of the two attentions of a block.
         drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth: block b of D drops with rate b / D of this.
+        drop_path_rate: stochastic depth: block b of D has the rate b / D times this.
 
     Raises:
-        ValueError: lists of different lengths, channels that are no multiple of 32, or other partitions.
+        ValueError: lists of different lengths, channels that are not a multiple of 32, or other partitions.
     """
 
     def __init__(
@@ -274,7 +274,7 @@ class MaxViT(Backbone):
         drop_path_rate: float = 0.0,
     ):
         if not len(depths) == len(dims) == len(strides):
-            raise ValueError(f"depths, dims and strides need one value a stage, got {depths}, {dims} and {strides}")
+            raise ValueError(f"depths, dims and strides need one value per stage, got {depths}, {dims} and {strides}")
         if wrong := [dim for dim in dims if dim % HEAD_DIM]:
             raise ValueError(f"dims must be multiples of {HEAD_DIM}, the width of a head, got {wrong[0]}")
         if len(partitions) != 2 or not set(partitions) <= set(PARTITIONS):
@@ -297,7 +297,7 @@ class MaxViT(Backbone):
         init_weights(self)
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
-        """A checkpoint's bias table for this model's window, bilinear; None for any other tensor that does not fit."""
+        """Resize a bias table of a checkpoint to the windows of this model, bilinear; return None for any other tensor."""
         if not name.endswith("position_bias.table") or tensor.shape[1:] != shape[1:]:
             return None
         return resize_bias_table(tensor, shape[0], mode="bilinear")

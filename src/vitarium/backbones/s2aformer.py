@@ -1,20 +1,20 @@
-"""S2AFormer: attention squeezed in space and in channels (Xu et al., "S2AFormer: Strip Self-Attention", 2025).
+"""S2AFormer: attention compressed in space and in channels (Xu et al., "S2AFormer: Strip Self-Attention", 2025).
 
-The idea: what attention costs are N^2 pairs times C channels, and both can shrink. Keys and values come from a map that a strided
-depth-wise convolution made smaller; queries and keys have as few as one channel a head (a strip of numbers), while values keep their width.
-Convolutions before and after (LIM) keep the near detail.
+The idea: attention costs N^2 pairs times C channels; both factors are reduced. Keys and values are computed from a map that is downsampled
+by a strided depth-wise convolution; queries and keys have as few as one channel per head (a strip), while values keep their width.
+Convolutions (LIM) preserve local detail.
 
     x <- x + DW(x);  x <- x + l1 SSA(LN x);  x <- x + l2 LIM(LN x);  x <- x + l3 MLP(LN x)
-    SSA  x' = LN(DW_r,stride r(x));  q = W_q x, k = W_k x' (d channels a head), v = W_v x' (C / h);  W softmax(q k^T / sqrt(d)) v
+    SSA  x' = LN(DW_r,stride r(x));  q = W_q x, k = W_k x' (d channels per head), v = W_v x' (C / h);  W softmax(q k^T / sqrt(d)) v
     LIM  W_2 BN(DW GELU(W_1 BN(DW x)))
 
-With d = 1 a head's logits are an outer product, of rank one: that is the paper's trade, and `qk_dim` can lift it.
-No code was released. The order of a block and its parts are the paper's as reported by others; the forms of SSA and LIM, widths and depths
-are this library's, which meet the paper's parameters and MACs. Any image size: a border cell of r x r is filled with zeros.
-Cost: quadratic in image area; r^2 times fewer pairs and 2 C / (h d + C) times fewer products a pair than full attention.
+With d = 1 the logits of a head are an outer product of rank one, as in the paper; `qk_dim` sets another width.
+No code was released. The order of a block and its layers are the paper's as reported by others; the details of SSA and LIM, widths and
+depths are this library's choice and match the paper's parameters and MACs. Any image size: incomplete r x r cells at the border are padded
+with zeros.
+Cost: quadratic in image area; r^2 times fewer pairs and 2 C / (h d + C) times fewer products per pair than full attention.
 
-How it is fast: maps lie channels-last in memory, so that norms, 1 x 1 layers and attention read them in place; `fuse()` folds the batch
-norms.
+Speed: maps are channels-last in memory, so norms, 1 x 1 layers and attention read them in place; `fuse()` folds the batch norms.
 
 Legend: B batch, C channels, H W map, N = H W, h heads, d = qk_dim, r = sr_ratio.
 """
@@ -49,22 +49,22 @@ from vitarium.ops.maps import as_map, as_tokens
 
 
 class StripSelfAttention(nn.Module):
-    """SSA of the module's docstring: (B, C, H, W) -> the same. It stands where an attention to a pooled map stands.
+    """Strip self-attention (SSA in the module's docstring): (B, C, H, W) -> the same shape.
 
     Args:
         dim: channels C.
-        num_heads: heads h; dim must divide by it.
-        sr_ratio: r, positions a side that one key stands for.
-        qk_dim: channels d of a head's queries and keys; C / h for the usual width.
-        pool: make the smaller map by means, not by a convolution.
+        num_heads: heads h; must divide dim.
+        sr_ratio: reduction r of the sides of the map for keys and values.
+        qk_dim: channels d of the queries and keys of a head; C / h is the usual width.
+        pool: downsample by average pooling instead of a convolution.
 
     Raises:
-        ValueError: dim does not divide by num_heads.
+        ValueError: dim is not divisible by num_heads.
     """
 
     def __init__(self, dim: int, num_heads: int, sr_ratio: int, qk_dim: int = 1, *, pool: bool = False):
         if dim % num_heads:
-            raise ValueError(f"dim must divide by num_heads, got {dim} and {num_heads}")
+            raise ValueError(f"dim must be divisible by num_heads, got {dim} and {num_heads}")
         super().__init__()
         self.num_heads, self.sr_ratio = num_heads, sr_ratio
         if sr_ratio > 1:
@@ -81,7 +81,7 @@ class StripSelfAttention(nn.Module):
         return self.proj(as_map(multi_head_attention(q, k, v, self.num_heads), (x.shape[2], x.shape[3])))
 
     def reduce(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, ceil(H / r), ceil(W / r)), zeros at the right and the bottom first."""
+        """Downsample with zero padding at the right and the bottom: (B, C, H, W) -> (B, C, ceil(H / r), ceil(W / r))."""
         if self.sr_ratio == 1:
             return x
         bottom, right = (-side % self.sr_ratio for side in x.shape[-2:])
@@ -89,7 +89,7 @@ class StripSelfAttention(nn.Module):
 
 
 class LocalInteraction(nn.Module):
-    """LIM of the module's docstring: (B, C, H, W) -> the same."""
+    """Local interaction module (LIM in the module's docstring): (B, C, H, W) -> the same shape."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -101,31 +101,31 @@ class LocalInteraction(nn.Module):
         self.pw2 = Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return by_images(self, self._interact, x, 4 * x.shape[1])  # four maps lie between the first layer and the last
+        return by_images(self, self._interact, x, 4 * x.shape[1])  # four intermediate maps
 
     def _interact(self, x: Tensor) -> Tensor:
         return self.pw2(self.bn2(self.dw2(conv_norm_gelu(self.bn1(self.dw1(x)), self.pw1))))
 
     def fold(self) -> None:
-        """The norms go into the depth-wise convolutions."""
+        """Fold the norms into the depth-wise convolutions."""
         fold_pair(self, "dw1", "bn1")
         fold_pair(self, "dw2", "bn2")
 
 
 class DepthwiseMlp(ConvMlp):
-    """`ConvMlp` under this library's own names for S2AFormer: (B, C, H, W) -> the same shape."""
+    """`ConvMlp` whose depth-wise convolution is called `dw`: (B, C, H, W) -> the same shape."""
 
     depthwise = "dw"
 
 
 class HybridPerceptionBlock(nn.Module):
-    """(B, C, H, W) -> the same, channels-last in memory.
+    """S2AFormer block: (B, C, H, W) -> the same shape, channels-last in memory.
 
     Args:
         dim, num_heads, sr_ratio, qk_dim, pool: see `StripSelfAttention`.
-        attention, lim: whether the block has them.
-        mlp_ratio: hidden channels of the MLP over dim.
-        drop_path: stochastic depth of the three last branches.
+        attention, lim: whether the block has these branches.
+        mlp_ratio: ratio of the MLP's hidden channels to dim.
+        drop_path: stochastic depth rate of the last three branches.
     """
 
     def __init__(
@@ -171,22 +171,22 @@ class HybridPerceptionBlock(nn.Module):
         "s": dict(dims=(48, 96, 288, 480), depths=(1, 1, 3, 2)),  # 10.9 M, 80.8 %
         "m": dict(dims=(64, 128, 320, 512), depths=(3, 3, 9, 3)),  # 24.2 M, 82.3 %
     },
-    official=rename(),  # no weights were released: the names are this library's
+    official=rename(),  # no weights were released; the names are this library's
 )
 class S2AFormer(Backbone):
-    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes).
+    """S2AFormer classifier: images (B, in_chans, H, W), any H and W, -> logits (B, num_classes).
 
     Args:
         dims, depths, num_heads, sr_ratios: channels, blocks, heads and reduction r a stage.
         qk_dim: see `StripSelfAttention`; None for the usual width of queries and keys, C / h.
         pool, attention, lim: see `HybridPerceptionBlock`.
-        stem_stride: of the stem's first convolution; each stage halves the map once more.
-        mlp_ratio: hidden channels of the MLPs over the channels.
+        stem_stride: stride of the first convolution; each stage halves the resolution again.
+        mlp_ratio: ratio of the MLP's hidden channels to channels.
         drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
-        ValueError: lists of different lengths, or dims that do not divide by their heads.
+        ValueError: lists of different lengths, or dims that are not divisible by their num_heads.
     """
 
     def __init__(
@@ -209,7 +209,7 @@ class S2AFormer(Backbone):
     ):
         if len({len(row) for row in (dims, depths, num_heads, sr_ratios)}) > 1:
             raise ValueError(
-                f"dims, depths, num_heads and sr_ratios need one value a stage, got {dims}, {depths}, {num_heads}, {sr_ratios}"
+                f"dims, depths, num_heads and sr_ratios need one value per stage, got {dims}, {depths}, {num_heads}, {sr_ratios}"
             )
         stages = [Stage(dim, stem_stride * 2 ** (k + 1)) for k, dim in enumerate(dims)]
         super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)

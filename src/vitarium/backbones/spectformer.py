@@ -1,18 +1,19 @@
-"""SpectFormer: the first layers mix tokens by a learned filter of frequencies, the later ones by attention (Patro et al., 2023).
+"""SpectFormer: spectral filters in the first layers, attention in the later ones (Patro et al., 2023).
 
-The idea: early layers of a vision transformer look for edges and textures, for which a filter in the Fourier domain is enough and cheap;
-what parts of a picture have to do with one another is for attention, later. A letter a layer says which: S spectral, A attention.
+The idea: the early layers of a vision transformer extract edges and textures, for which a learned filter in the Fourier domain is
+sufficient and cheap; attention in the later layers models relations between parts of the image. A letter per layer selects the mixer: S
+spectral, A attention.
 
-    Gate(x) = irfft2(w * rfft2(x)), w complex, one number a channel and frequency: a circular convolution with a kernel as large as the map
-    `spectformer`, equal blocks:  S: x <- x + MLP(LN(Gate(LN(x)))), one residual;   A: the usual two
+    Gate(x) = irfft2(w * rfft2(x)), w complex, one value per channel and frequency: a circular convolution with a kernel of the map's size
+    `spectformer`, isotropic:  S: x <- x + MLP(LN(Gate(LN(x)))), one residual;   A: a transformer block
     `spectformer_h`, a pyramid (vitarium.nn.MixerPyramid):  x <- x + Mixer(LN(x));  x <- x + MLP(LN(x)), for both letters
 
-Follows the authors' code (github badripatro/SpectFormers), whose checkpoints load by name. Any image size: filters (bilinear) and the
-position table (bicubic) are resized to the grid; the published code takes one size.
+Follows the authors' code (github badripatro/SpectFormers); its checkpoints load by name. Any image size: filters (bilinear) and the
+position table (bicubic) are resized to the grid; the published code accepts one size.
 Cost: tokens times their logarithm in S layers, quadratic in tokens in A layers.
 
-How it is fast: filters are kept in the order in which an FFT gives out its spectra; attention runs in the fused kernel; `fuse()` folds the
-stem's batch norms.
+Speed: filters are stored in the memory order of the FFT's output; attention runs in the fused kernel; `fuse()` folds the batch norms of the
+stem.
 
 Legend: B batch, N = h w tokens of a grid (h, w), C channels.
 """
@@ -45,11 +46,11 @@ from vitarium.ops.spectral import global_filter, resize_filter
 
 
 class SpectralGate(nn.Module):
-    """A learned filter of frequencies: tokens (B, h w, dim) and their grid (h, w) -> the same. It stands where an attention stands.
+    """Learned filter in the Fourier domain, a token mixer: tokens (B, h w, dim) and their grid (h, w) -> the same shape.
 
     Args:
         dim: channels.
-        grid: the grid (h, w) that the filter is made for; on another it is resized.
+        grid: the grid (h, w) that the filter is made for; it is resized for others.
     """
 
     def __init__(self, dim: int, grid: Grid):
@@ -61,7 +62,7 @@ class SpectralGate(nn.Module):
         return as_tokens(global_filter(as_map(x, grid), self.filter(grid)))
 
     def filter(self, grid: Grid) -> Tensor:
-        """The filter on the frequencies of a grid, (dim, h, w // 2 + 1, 2)."""
+        """Return the filter for a grid, (dim, h, w // 2 + 1, 2)."""
         half = (grid[0], grid[1] // 2 + 1)
         if half == tuple(self.complex_weight.shape[1:3]):
             return self.complex_weight
@@ -70,12 +71,12 @@ class SpectralGate(nn.Module):
 
     @torch.no_grad()
     def picture(self) -> Tensor:
-        """How much of each frequency passes, for pictures: (dim, h, w // 2 + 1), the mean at the left in the middle row."""
+        """Return the magnitude of the filter for visualisation: (dim, h, w // 2 + 1), the zero frequency at the left of the middle row."""
         return torch.linalg.vector_norm(self.complex_weight.float(), dim=-1).roll(self.complex_weight.shape[1] // 2, 1)
 
 
 class SpectralBlock(nn.Module):
-    """x + MLP(LN(Gate(LN(x)))): tokens (B, N, dim) of a grid -> the same."""
+    """Spectral block, x + MLP(LN(Gate(LN(x)))): tokens (B, N, dim) of a grid -> the same shape."""
 
     def __init__(self, dim: int, grid: Grid, mlp_ratio: float, drop_path: float):
         super().__init__()
@@ -90,12 +91,12 @@ class SpectralBlock(nn.Module):
 
 
 def by_channel(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The authors' filters (h, w, C, 2) in our order, (C, h, w, 2)."""
+    """Permute the authors' filters (h, w, C, 2) to (C, h, w, 2)."""
     return {name: t.permute(2, 0, 1, 3).contiguous() if name.endswith("complex_weight") else t for name, t in state.items()}
 
 
 def resized_filter(name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
-    """A checkpoint's filter for this model's grid; None for any other tensor that does not fit."""
+    """Resize a filter of a checkpoint to the grid of a model; return None for any other tensor."""
     if not name.endswith("complex_weight") or len(shape) != 4 or tensor.ndim != 4 or tensor.shape[0] != shape[0]:
         return None
     return resize_filter(tensor.float(), (shape[1], shape[2])).to(tensor.dtype).contiguous()
@@ -113,19 +114,19 @@ def resized_filter(name: str, tensor: Tensor, shape: torch.Size) -> Tensor | Non
     official=by_channel,
 )
 class SpectFormer(TokenBackbone):
-    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes).
+    """SpectFormer classifier: images (B, in_chans, H, W), any H and W, -> logits (B, num_classes).
 
     Args:
         embed_dim, num_heads: channels and heads.
-        mixers: a letter a block, S spectral or A attention, such as "SSSSAAAAAAAA".
+        mixers: one letter per block, S spectral or A attention, such as "SSSSAAAAAAAA".
         patch_size: side of a patch, pixels.
-        image_size: side of the square image that filters and position table are made for, pixels.
-        mlp_ratio: hidden channels of the MLPs over embed_dim.
+        image_size: side, in pixels, of the square image that filters and position table are made for.
+        mlp_ratio: ratio of the MLP's hidden channels to embed_dim.
         drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
-        ValueError: another letter, or none.
+        ValueError: `mixers` is empty or has another letter.
     """
 
     pools = tuple(POOLS)
@@ -145,7 +146,7 @@ class SpectFormer(TokenBackbone):
         drop_path_rate: float = 0.0,
     ):
         if not mixers or set(mixers) - set("SA"):
-            raise ValueError(f"mixers needs a letter a block, S spectral or A attention, such as 'SSAA'; got {mixers!r}")
+            raise ValueError(f"mixers must be one letter per block, S (spectral) or A (attention), such as 'SSAA'; got {mixers!r}")
         super().__init__(
             dim=embed_dim, depth=len(mixers), stride=patch_size, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate
         )
@@ -171,11 +172,11 @@ class SpectFormer(TokenBackbone):
         return []
 
     def positions(self, grid: Grid) -> Tensor:
-        """The position table of a grid, (1, N, C); resampled where it is not the one that the model was made for."""
+        """Return the position table of a grid, (1, N, C), resampled unless the model was made for this grid."""
         return self.cache.for_grid(self, self.pos_embed, self.table_grid, grid)
 
     def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
-        """Yields the tokens after each block, (B, N, C)."""
+        """Yield the tokens after each block, (B, N, C)."""
         grid = self.patch_embed.grid(*image.shape[-2:])
         x = as_tokens(self.patch_embed(image)) + self.positions(grid)
         for letter, block in zip(self.mixers, self.blocks, strict=False):  # pruned models have fewer blocks
@@ -186,7 +187,7 @@ class SpectFormer(TokenBackbone):
         return {"pos_embed"}
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
-        """A checkpoint's filter or position table for this model's grid; None for any other tensor that does not fit."""
+        """Resize a filter or position table of a checkpoint to the grid of this model; return None for any other tensor."""
         if name == "pos_embed":
             return fit_position_table(tensor, shape, self.table_grid)
         return resized_filter(name, tensor, shape)
@@ -210,7 +211,10 @@ _H = dict(mlp_ratios=(8, 8, 4, 4), mixers="SSAA")
     official=chain(rename(*pyramid_rules(4)), join("qkv", "q", "kv"), by_channel),
 )
 class SpectFormerH(MixerPyramid):
-    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes). Arguments as `vitarium.nn.MixerPyramid`, S the spectral gate."""
+    """Hierarchical SpectFormer: images (B, in_chans, H, W), any H and W, -> logits (B, num_classes).
+
+    Arguments as for `vitarium.nn.MixerPyramid`, with `SpectralGate` for the letter S.
+    """
 
     letters = "SA"
 

@@ -1,21 +1,22 @@
-"""Scattering Vision Transformer: the first stage mixes tokens by gates on wavelet coefficients (Patro and Agneeswaran, 2023).
+"""Scattering Vision Transformer: gating of wavelet coefficients in the first stage (Patro and Agneeswaran, 2023).
 
-The idea: a wavelet transform that loses nothing splits each channel into a smooth map and six complex maps of edges, by direction. The
-smooth part, where a picture's energy is, takes a learned factor a place; the edges go through a small complex MLP over the channels, the
-same at every place and direction. The transform back makes tokens of them. Later stages attend.
+The idea: the invertible dual-tree complex wavelet transform splits each channel into a low-pass map and six complex maps of oriented edges.
+The low-pass map, which contains most of the energy, is multiplied by a learned gate per position; the edges pass a small complex MLP over
+the channels, shared by all positions and orientations. The inverse transform returns tokens. Later stages use attention.
 
     (low, high) = DTCWT(x);  low <- w * low;  high <- A_2 ReLU(A_1 high + c_1) + c_2 over blocks of channels, A and c complex, ReLU of the
     real and the imaginary part each;  Scatter(x) = DTCWT^-1(low, high)
     x <- x + Mixer(LN(x));  x <- x + MLP(LN(x)), in the pyramid of vitarium.nn.MixerPyramid
 
-Follows the authors' code (github badripatro/svt), whose checkpoints load by name; the wavelets' filters in them are computed here. Any
-image size: w is resized bilinearly, and a map of odd sides repeats its last row or column for the transform (the authors take one size).
-Cost: linear in the map's area but for the transform, which is a few small matrix products, area times side.
+Follows the authors' code (github badripatro/svt); its checkpoints load by name, without the wavelet filters in them, which are computed
+here. Any image size: w is resized bilinearly, and the last row or column of a map with odd sides is repeated for the transform (the
+authors' code accepts one size).
+Cost: linear in the area of the map, except for the transform, which is a few small matrix products, area times side.
 
-How it is fast: a filter along a line, mirrored edges included, is one matrix, so that the transform is a matrix product a side; complex
-layers are one product each, of real and imaginary parts side by side; `fuse()` folds the stem's batch norms.
+Speed: a filter along one axis, with mirrored borders, is one matrix, so the transform is one matrix product per axis; a complex layer is
+one product on concatenated real and imaginary parts; `fuse()` folds the batch norms of the stem.
 
-Legend: B batch, N = h w tokens of a grid (h, w), C channels, P places and directions.
+Legend: B batch, N = h w tokens of a grid (h, w), C channels, P positions and orientations.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ from vitarium.ops.precision import without_autocast
 from vitarium.ops.wavelets import FilterBank, dtcwt, filter_bank, inverse_dtcwt
 
 BLOCKS = 4
-"""Blocks of channels that the complex layers keep apart."""
+"""Number of channel blocks of the block-diagonal complex layers."""
 
 
 def complex_layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A complex linear layer a block on (real, imaginary) side by side: (B, blocks, 2 d, P) -> (B, blocks, 2 k, P).
+    """Apply a block-diagonal complex linear layer to concatenated real and imaginary parts: (B, blocks, 2 d, P) -> (B, blocks, 2 k, P).
 
     Args:
         x: real parts of d values, then their imaginary parts.
@@ -52,16 +53,19 @@ def complex_layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def exact(x: Tensor) -> torch.dtype:
-    """Half precision is computed in float32."""
+    """Return the dtype of the computation: at least float32."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 class Scattering(nn.Module):
-    """Gates on wavelet coefficients: tokens (B, h w, dim) and their grid (h, w) -> the same. It stands where an attention stands.
+    """Gating of wavelet coefficients, a token mixer: tokens (B, h w, dim) and their grid (h, w) -> the same shape.
 
     Args:
         dim: channels, a multiple of 4.
-        grid: the grid that the gate of the smooth part is made for; on another it is resized.
+        grid: the grid that the gate of the low-pass map is made for; it is resized for others.
+
+    Raises:
+        ValueError: dim is not a multiple of 4.
     """
 
     def __init__(self, dim: int, grid: Grid):
@@ -79,7 +83,7 @@ class Scattering(nn.Module):
         return as_tokens(self.mix(as_map(x, grid)))
 
     def mix(self, x: Tensor) -> Tensor:
-        """(B, dim, h, w) -> the same."""
+        """Mix a map, (B, dim, h, w) -> the same shape."""
         height, width = x.shape[-2:]
         with without_autocast(x):
             y = x.to(exact(x))
@@ -93,7 +97,7 @@ class Scattering(nn.Module):
             return inverse_dtcwt(low * gate, real, imaginary, bank)[..., :height, :width].to(x.dtype)
 
     def constants(self, grid: Grid, like: Tensor) -> tuple[Tensor, FilterBank]:
-        """The gate of the smooth part on a grid of even sides, and the filters, in the dtype of `like`."""
+        """Return the gate of the low-pass map for a grid with even sides, and the filters, in the dtype of `like`."""
 
         def build() -> tuple[Tensor, FilterBank]:
             gate = self.complex_weight_ll.to(like.dtype)
@@ -104,7 +108,7 @@ class Scattering(nn.Module):
         return self.cache.get(self, (grid, like.dtype), self.complex_weight_ll, build)
 
     def mix_bands(self, real: Tensor, imaginary: Tensor) -> tuple[Tensor, Tensor]:
-        """The complex MLP over the channels: (B, dim, 6, h / 2, w / 2) twice -> the same."""
+        """Apply the complex MLP over the channels to real and imaginary parts, (B, dim, 6, h / 2, w / 2) each -> the same shapes."""
         shape, dtype = real.shape, real.dtype
         apart = (shape[0], BLOCKS, shape[1] // BLOCKS, shape[2] * shape[3] * shape[4])
         x = torch.cat([real.reshape(apart), imaginary.reshape(apart)], 2)
@@ -115,12 +119,13 @@ class Scattering(nn.Module):
 
 
 class ChannelTokenScattering(Scattering):
-    """Half of the channels by a depth-wise 3 x 3, the other half scattered, there also with a complex MLP along each line of the bands;
-    afterwards the halves alternate. Tokens (B, h w, dim) of one grid -> the same. No released model uses it.
+    """Scattering on half of the channels, a depth-wise 3 x 3 convolution on the other half, interleaved: (B, h w, dim) -> the same shape.
+
+    The scattering has an additional complex MLP along each row of the bands. No released model uses it.
 
     Args:
         dim: channels, a multiple of 8.
-        grid: the only grid (h, w) that it takes, even.
+        grid: the only grid (h, w) that it accepts, even.
     """
 
     def __init__(self, dim: int, grid: Grid):
@@ -134,7 +139,7 @@ class ChannelTokenScattering(Scattering):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         if grid != self.grid:
-            raise InputError(f"channel-token scattering is made for {self.grid[0]}x{self.grid[1]} tokens, got {grid[0]}x{grid[1]}")
+            raise InputError(f"ChannelTokenScattering is made for {self.grid[0]}x{self.grid[1]} tokens, got {grid[0]}x{grid[1]}")
         near, far = as_map(x, grid).chunk(2, 1)
         return as_tokens(torch.stack([self.conv(near), self.mix(far)], 2).flatten(1, 2))
 
@@ -150,7 +155,7 @@ class ChannelTokenScattering(Scattering):
 
 
 def resize_gate(gate: Tensor, grid: Grid) -> Tensor:
-    """A gate of the smooth part for another grid, bilinear: (C, h, w) -> (C, *grid)."""
+    """Resize a gate of the low-pass map to another grid, bilinear: (C, h, w) -> (C, *grid)."""
     return F.interpolate(gate[None], grid, mode="bilinear", align_corners=False)[0]
 
 
@@ -172,7 +177,10 @@ _H: dict[str, Any] = dict(mlp_ratios=(8, 8, 4, 4), mixers="SAAA")
     official=OFFICIAL,
 )
 class SVT(MixerPyramid):
-    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes). Arguments as `vitarium.nn.MixerPyramid`, S scattering."""
+    """SVT classifier: images (B, in_chans, H, W), any H and W, -> logits (B, num_classes).
+
+    Arguments as for `vitarium.nn.MixerPyramid`, with `Scattering` for the letter S.
+    """
 
     letters = "SA"
 
@@ -180,7 +188,7 @@ class SVT(MixerPyramid):
         return Scattering(dim, grid) if letter == "S" else super().make_mixer(letter, dim, num_heads, grid)
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
-        """A checkpoint's gate for this model's grid; None for any other tensor that does not fit."""
+        """Resize a gate of a checkpoint to the grid of this model; return None for any other tensor."""
         if not name.endswith("complex_weight_ll") or tensor.ndim != 3 or tensor.shape[0] != shape[0]:
             return None
         return resize_gate(tensor.float(), (shape[1], shape[2])).to(tensor.dtype)

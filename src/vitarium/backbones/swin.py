@@ -1,19 +1,20 @@
-"""Swin Transformer: attention inside windows that move (Liu et al., "Hierarchical Vision Transformer using Shifted Windows", 2021).
+"""Swin Transformer: attention inside shifted windows (Liu et al., "Hierarchical Vision Transformer using Shifted Windows", 2021).
 
-The idea: attend inside M x M windows, at a cost linear in image area, and let every second block move the grid of windows by half a
-window, so that neighbours talk. Tokens are merged 2 x 2 between stages, which gives a pyramid of strides 4, 8, 16, 32.
+The idea: attention inside M x M windows, at a cost linear in image area; every second block shifts the windows by half their size, which
+connects neighbouring windows. Tokens are merged 2 x 2 between stages, for a pyramid of strides 4, 8, 16, 32.
 
     x <- x + WindowAttention(LN(x))       softmax(q k^T / sqrt(d) + table[query - key] + mask) v
     x <- x + MLP(LN(x))
 
-Swin-MLP keeps the skeleton and replaces attention by one learned M^2 x M^2 matrix a head.
+Swin-MLP has the same architecture with attention replaced by one learned M^2 x M^2 matrix per head.
 
-Follows the authors' code (github microsoft/Swin-Transformer), whose checkpoints load by name; without its absolute position embedding,
-which no released model uses. Any image size: maps are padded with zeros after the norm, as torchvision and the detection code do.
-Cost: linear in image area at a fixed window.
+Follows the authors' code (github microsoft/Swin-Transformer); its checkpoints load by name. The absolute position embedding, which no
+released model uses, is left out. Any image size: maps are padded with zeros after the norm, as in torchvision and the authors' detection
+code.
+Cost: linear in image area at a fixed window size.
 
-How it is fast: only attention cares in what order tokens stand. A stage keeps them in window order and re-orders once where the grid
-moves, instead of rolling, partitioning and undoing both in each block; the bias (with the mask in it) is gathered once in eval.
+Speed: a stage keeps its tokens in window order and permutes them only where the shift changes, instead of rolling, partitioning and
+reversing both in each block; the bias, including the mask, is gathered once in evaluation mode.
 
 Legend: B batch, H W map, N = H' W' tokens of the padded map, C channels, M window side, n = M * M, nW = N / n windows, h heads.
 """
@@ -46,7 +47,7 @@ from vitarium.ops.windows import WindowLayout, pad_to_multiple, window_layout, w
 
 
 class SwinBlock(nn.Module):
-    """(B, N, C) in window order -> the same."""
+    """Swin block on tokens in window order: (B, N, C) -> the same shape."""
 
     def __init__(self, dim: int, num_heads: int, window_size: int, mlp_ratio: float, qkv_bias: bool, drop: float, drop_path: float):
         super().__init__()
@@ -60,13 +61,13 @@ class SwinBlock(nn.Module):
     def forward(self, x: Tensor, layout: WindowLayout) -> Tensor:
         y = self.norm1(x)
         if layout.inside is not None:
-            y = y * layout.inside  # padding is zero after the norm; it is an ordinary key
+            y = y * layout.inside  # padding is zero after the norm and an unmasked key
         x = x + self.drop_path(self.attn(y, layout))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class PatchMerging(nn.Module):
-    """Four neighbours become one token: (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2 C)."""
+    """Merging of 2 x 2 neighbouring tokens: (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2 C)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -81,7 +82,7 @@ class PatchMerging(nn.Module):
 
 
 class SwinStage(nn.Module):
-    """Blocks at one resolution, every second one on the moved grid of windows: (B, H, W, C_in) -> (B, H', W', C)."""
+    """Downsampling and blocks, every second one with shifted windows: (B, H, W, C_in) -> (B, H', W', C)."""
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], window_size: int):
         super().__init__()
@@ -92,10 +93,10 @@ class SwinStage(nn.Module):
         self.kept = LayoutCache()
 
     def shift(self, height: int, width: int) -> tuple[int, int]:
-        """How far the grid moves on each axis: half a window, but not where one window covers the map.
+        """Return the shift of the windows on each axis: half a window, or 0 if one window covers the map.
 
-        Without padding the authors' rule holds (no shift at all if a window covers the shorter side), with padding torchvision's (axis
-        by axis).
+        Without padding this is the authors' rule (no shift if a window covers the shorter side), with padding torchvision's (each axis
+        separately).
         """
         size, half = self.window_size, self.window_size // 2
         if not self.shifted or (height % size == 0 and width % size == 0 and min(height, width) <= size):
@@ -103,7 +104,7 @@ class SwinStage(nn.Module):
         return (half if height > size else 0), (half if width > size else 0)
 
     def layouts(self, height: int, width: int, device: torch.device) -> tuple[WindowLayout, WindowLayout]:
-        """The resting and the moved layout of a map."""
+        """Return the unshifted and the shifted layout of a map."""
 
         def build() -> tuple[WindowLayout, WindowLayout]:
             still = window_layout(height, width, self.window_size, (0, 0), device)
@@ -130,7 +131,7 @@ class SwinStage(nn.Module):
 
 
 class SpatialMlp(nn.Conv1d):
-    """A learned n x n matrix a head over the places of a window: (B * nW, n, C) -> the same. The authors' grouped convolution."""
+    """Learned n x n matrix per head over the positions of a window, as a grouped convolution: (B * nW, n, C) -> the same shape."""
 
     def __init__(self, num_heads: int, window_size: int):
         super().__init__(num_heads * window_size**2, num_heads * window_size**2, 1, groups=num_heads)
@@ -143,7 +144,10 @@ class SpatialMlp(nn.Conv1d):
 
 
 class SwinMlpBlock(nn.Module):
-    """Swin's block with the spatial MLP in place of attention: (B, H, W, C) -> the same. A moved grid pads; it neither rolls nor masks."""
+    """Swin block with a spatial MLP in place of attention: (B, H, W, C) -> the same shape.
+
+    A shift pads the map instead of rolling and masking it.
+    """
 
     def __init__(self, dim: int, num_heads: int, window_size: int, mlp_ratio: float, drop: float, drop_path: float):
         super().__init__()
@@ -164,7 +168,7 @@ class SwinMlpBlock(nn.Module):
 
 
 class SwinMlpStage(SwinStage):
-    """Blocks of Swin-MLP at one resolution: (B, H, W, C_in) -> (B, H', W', C)."""
+    """Downsampling and Swin-MLP blocks: (B, H, W, C_in) -> (B, H', W', C)."""
 
     def forward(self, x: Tensor, run: Callable[..., Tensor]) -> Tensor:
         x = self.downsample(x)
@@ -175,7 +179,7 @@ class SwinMlpStage(SwinStage):
 
 
 def _layers(*renames: tuple[str, str | None]):
-    """The authors' names (also timm's, but for where it puts the merging): layers.K.blocks.I..., merging at the end of stage K."""
+    """Build a renamer of the authors' names, layers.K.blocks.I...; timm's differ in the place of the merging layers."""
     return rename(
         (r"relative_position_index$|attn_mask$", None),
         *renames,
@@ -225,7 +229,7 @@ DIALECTS = {"timm": TIMM, "torchvision": TORCHVISION, "transformers": TRANSFORME
 
 
 def _tags(timm_name: str, *tags: str, hf: str = "") -> dict[str, tuple[str, ...]]:
-    """tag -> sources; timm's table also knows the authors' release addresses."""
+    """Return tag -> sources; timm's table also contains the addresses of the authors' releases."""
     first = (f"hf:microsoft/{hf}",) if hf else ()
     return {tag: (f"timm:{timm_name}.ms_{tag}", *(first if i == 0 else ())) for i, tag in enumerate(tags)}
 
@@ -255,23 +259,23 @@ def _tags(timm_name: str, *tags: str, hf: str = "") -> dict[str, tuple[str, ...]
     crop_pct=0.875,
 )
 class Swin(Backbone):
-    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes).
+    """Swin classifier: images (B, in_chans, H, W), any H and W, -> logits (B, num_classes).
 
     Args:
         embed_dim: channels C of the first stage; each later stage doubles them.
-        depths: blocks a stage.
-        num_heads: heads a stage.
+        depths: blocks per stage.
+        num_heads: heads per stage.
         window_size: side M of a window, tokens.
         patch_size: side of a patch, pixels.
-        mlp_ratio: hidden channels of the MLP over C.
-        qkv_bias: whether queries, keys and values have a bias.
-        shifted: whether every second block moves the windows; False for the paper's comparison.
-        position_bias: whether the bias tables are learned; False keeps them at zero, for the paper's comparison.
-        drop_rate: dropout after the patches, after each projection, in the MLPs and before the head.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        mlp_ratio: ratio of the MLP's hidden channels to C.
+        qkv_bias: whether the projections to queries, keys and values have a bias.
+        shifted: whether every second block shifts the windows; False for the paper's ablation.
+        position_bias: whether the bias tables are learned; False keeps them at zero, for the paper's ablation.
+        drop_rate: dropout after the patch embedding, after each projection, in the MLPs and before the head.
+        drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
-        ValueError: depths and num_heads differ in length, or a stage's channels do not divide by its heads.
+        ValueError: depths and num_heads differ in length, or the channels of a stage are not divisible by its heads.
     """
 
     def __init__(
@@ -292,7 +296,7 @@ class Swin(Backbone):
         drop_path_rate: float = 0.1,
     ):
         if len(depths) != len(num_heads):
-            raise ValueError(f"depths and num_heads need one value a stage, got {depths} and {num_heads}")
+            raise ValueError(f"depths and num_heads need one value per stage, got {depths} and {num_heads}")
         dims = [embed_dim * 2**k for k in range(len(depths))]
         stages = [Stage(dim, patch_size * 2**k) for k, dim in enumerate(dims)]
         super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
@@ -326,7 +330,7 @@ class Swin(Backbone):
         return {name for name, _ in self.named_parameters() if name.endswith("position_bias.table")}
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
-        """A checkpoint's bias table for this model's window; None for any other tensor that does not fit."""
+        """Resize a bias table of a checkpoint to the windows of this model; return None for any other tensor."""
         return resize_bias_table(tensor, shape[0]) if name.endswith("position_bias.table") and tensor.shape[1:] == shape[1:] else None
 
 
@@ -344,7 +348,7 @@ class Swin(Backbone):
     crop_pct=0.875,
 )
 class SwinMlp(Swin):
-    """Swin with spatial MLPs in place of attention. Arguments as `Swin`; qkv_bias has no meaning here."""
+    """Swin-MLP classifier, with spatial MLPs in place of attention. Arguments as for `Swin`; qkv_bias is ignored."""
 
     def _stage(
         self, dim: int, heads: int, size: int, mlp_ratio: float, qkv_bias: bool, drop: float, rates: list[float], downsample: nn.Module

@@ -1,20 +1,20 @@
-"""T2T-ViT: tokens gather their neighbours before a deep and narrow transformer reads them (Yuan et al., "Tokens-to-Token ViT", 2021).
+"""T2T-ViT: progressive tokenisation before a deep and narrow transformer (Yuan et al., "Tokens-to-Token ViT", 2021).
 
-The idea: cutting an image into 16 x 16 patches at once loses the edges and lines that cross them. Here patches overlap (a soft split), a
-small attention layer lets them talk, they are laid out as a map again and split again, so that a token has taken in its neighbours twice.
+The idea: splitting an image into 16 x 16 patches in one step loses the edges and lines that cross them. Here patches overlap (soft split)
+and pass a small attention layer, are reshaped to a map and split again, so that each token aggregates its neighbours twice.
 
     tokens = unfold 7 x 7, stride 4; layer 147 -> t; unfold 3 x 3, stride 2; layer 9t -> t; unfold 3 x 3, stride 2; linear 9t -> C
     a layer: y = LN(x);  z = v + W_o A(q, k) v;  z <- z + MLP(LN(z)), one head of width t; the skip starts at v, because widths differ
     A "transformer": softmax(q k^T / sqrt(width of x))
     A "performer":   phi(q) phi(k)^T, rows normalised, phi(u) = exp(w u - |u|^2 / 2) / sqrt(m), the m rows of w fixed and orthogonal
 
-Follows the authors' code (github yitu-opensource/T2T-ViT), whose checkpoints load by name. Their released weights scale the logits of the
-blocks by the whole width, C^-1/2, not by a head's; the variants here do (`qk_scale="width"`). Any image size: the fixed table of sines is
-resampled for other grids. No public weights are wired: give a downloaded file as `checkpoint`.
-Cost: quadratic in the tokens of each layer, linear in the performer's.
+Follows the authors' code (github yitu-opensource/T2T-ViT); its checkpoints load by name. The released models scale the logits of the blocks
+by the full width, C^-1/2, instead of the width of a head; so do the variants here (`qk_scale="width"`). Any image size: the fixed sine
+table is resampled to other grids. There is no automatic download: pass a downloaded file as `checkpoint`.
+Cost: quadratic in the tokens of each layer, linear for the performer.
 
-How it is fast: patches are copied once, straight into token order; the softmax over early tokens is never written out; the last split and
-its linear layer are one convolution; queries' and keys' features are one product.
+Speed: patches are copied once, directly into token order; the softmax over early tokens is never materialised; the last split and its
+linear layer are one convolution.
 
 Legend: B batch, N tokens, C channels, t token_dim, m random features (t / 2).
 """
@@ -36,17 +36,17 @@ from vitarium.ops.precision import without_autocast
 
 Grid = tuple[int, int]
 EPS = 1e-5
-"""Of every norm."""
+"""Epsilon of every norm."""
 DROP = 0.1
-"""Dropout inside the performer layer, in training, whatever the model's; as the authors train."""
+"""Dropout rate inside the performer layer in training, fixed as in the authors' code."""
 
 
 class SoftSplit(nn.Unfold):
-    """Overlapping patches of a map: (B, c, H, W) -> tokens (B, h w, c K K), in a token channel by channel, then row by row.
+    """Soft split of a map into overlapping patches: (B, c, H, W) -> tokens (B, h w, c K K), each ordered by channel, then row.
 
     Args:
         in_channels: c.
-        kernel_size, stride: K and s; zeros surround the map so that h = H / s where that is whole.
+        kernel_size, stride: K and s; the map is padded with zeros so that h = H / s if s divides H.
     """
 
     def __init__(self, in_channels: int, kernel_size: int, stride: int):
@@ -60,12 +60,12 @@ class SoftSplit(nn.Unfold):
 
 
 def soft_padding(kernel_size: int, stride: int) -> int:
-    """Zeros at each border."""
+    """Return the zero padding on each side of a soft split."""
     return (kernel_size - stride + 1) // 2
 
 
 class TransformerLayer(nn.Module):
-    """The layer of the module's docstring with softmax attention: (B, N, in_dim) -> (B, N, dim)."""
+    """Tokens-to-token layer (see the module's docstring) with softmax attention: (B, N, in_dim) -> (B, N, dim)."""
 
     def __init__(self, in_dim: int, dim: int):
         super().__init__()
@@ -83,11 +83,11 @@ class TransformerLayer(nn.Module):
 
 
 class PerformerLayer(nn.Module):
-    """The same with attention through positive random features, in float32 at least: (B, N, in_dim) -> (B, N, dim).
+    """Tokens-to-token layer with attention by positive random features, in at least float32: (B, N, in_dim) -> (B, N, dim).
 
     Args:
-        in_dim, dim: channels in and out.
-        features: m, by default half of dim.
+        in_dim, dim: input and output channels.
+        features: number m of random features, dim / 2 by default.
     """
 
     w: Tensor
@@ -109,7 +109,7 @@ class PerformerLayer(nn.Module):
         return z + self.mlp(self.norm2(z))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-8) -> Tensor:
-        """What stands in softmax attention's place: three of (B, N, dim) -> (B, N, dim), float32 or wider; `eps` joins a row's sum."""
+        """Compute performer attention of q, k, v (B, N, dim): (B, N, dim), float32 or wider; `eps` is added to the row sums."""
         wide = torch.promote_types(v.dtype, torch.float32)
         with without_autocast(v):
             phi_q, phi_k = self.features(q.to(wide)), self.features(k.to(wide))
@@ -117,7 +117,7 @@ class PerformerLayer(nn.Module):
             return phi_q @ (phi_k.mT @ v.to(wide)) / total
 
     def features(self, u: Tensor) -> Tensor:
-        """phi, (..., dim) -> (..., m)."""
+        """Compute the random features phi(u), (..., dim) -> (..., m)."""
         w = self.w.to(u.dtype)
         return (u @ w.T - u.square().sum(-1, keepdim=True) / 2).exp() / math.sqrt(w.shape[0])
 
@@ -126,13 +126,13 @@ LAYERS = {"performer": PerformerLayer, "transformer": TransformerLayer}
 
 
 class T2TTokenizer(nn.Module):
-    """Image (B, in_chans, H, W) -> map (B, embed_dim, h, w): the stem of any transformer of tokens of one width.
+    """Tokens-to-token module, a stem for plain transformers: images (B, in_chans, H, W) -> map (B, embed_dim, h, w).
 
     Args:
-        splits: (kernel, stride) of each soft split, pixels or tokens. An attention layer stands behind each but the last, behind which is
-            a linear layer. One split alone cuts patches as a ViT does.
+        splits: (kernel, stride) of each soft split, pixels or tokens. Each is followed by an attention layer, the last by a linear layer. A
+            single split is the patch embedding of a ViT.
         layer: "performer" or "transformer".
-        token_dim: t.
+        token_dim: channels t of the intermediate tokens.
         in_chans, embed_dim: channels of the image and of the map.
 
     Raises:
@@ -143,7 +143,7 @@ class T2TTokenizer(nn.Module):
         if layer not in LAYERS:
             raise ValueError(f"layer must be one of {', '.join(LAYERS)}, got {layer!r}")
         if not splits or any(kernel < stride or stride < 1 for kernel, stride in splits):
-            raise ValueError(f"splits needs a (kernel, stride) for each soft split, the kernel no smaller than the stride; got {splits}")
+            raise ValueError(f"splits must be (kernel, stride) pairs, one per soft split, with kernel >= stride >= 1; got {splits}")
         super().__init__()
         self.geometry = [tuple(split) for split in splits]
         channels = [in_chans] + [token_dim] * (len(splits) - 1)
@@ -153,11 +153,11 @@ class T2TTokenizer(nn.Module):
         self.project = nn.Conv2d(channels[-1], embed_dim, kernel, stride, padding=soft_padding(kernel, stride))
 
     def grid(self, height: int, width: int) -> Grid:
-        """Rows and columns of the map of an image."""
+        """Return the rows and columns of the map of an image of height x width."""
         return self.grids(height, width)[-1]
 
     def grids(self, height: int, width: int) -> list[Grid]:
-        """Rows and columns behind each split."""
+        """Return the rows and columns after each split."""
         found = [(height, width)]
         for kernel, stride in self.geometry:
             rows, columns = ((side + 2 * soft_padding(kernel, stride) - kernel) // stride + 1 for side in found[-1])
@@ -165,14 +165,14 @@ class T2TTokenizer(nn.Module):
         return found[1:]
 
     def smallest(self) -> int:
-        """The smallest side of an image of which a token is left."""
+        """Return the smallest side of an image that gives a token."""
         side = 1
         for kernel, stride in reversed(self.geometry):
             side = max(1, (side - 1) * stride + kernel - 2 * soft_padding(kernel, stride))
         return side
 
     def maps(self, image: Tensor) -> Iterator[Tensor]:
-        """Yields the map behind each layer, (B, t, h_i, w_i), and at last that of embed_dim channels: strides 4, 8 and 16 as released."""
+        """Yield the map after each layer, (B, t, h_i, w_i), and the final map of embed_dim channels (strides 4, 8, 16 as released)."""
         x = image
         for split, layer, grid in zip(self.splits, self.layers, self.grids(*image.shape[-2:]), strict=False):
             x = as_map(layer(split(x)), grid)
@@ -184,7 +184,7 @@ class T2TTokenizer(nn.Module):
 
 
 def sine_table(dim: int, count: int) -> Tensor:
-    """(1, count, dim): angle(pos, j) = pos / 10000^(2 floor(j / 2) / dim), its sine for even j, its cosine for odd j."""
+    """Return a 1-D sine-cosine table (1, count, dim): the angles pos / 10000^(2 floor(j / 2) / dim), sine for even j, cosine for odd j."""
     pair = torch.arange(dim, dtype=torch.float64) // 2
     angle = torch.arange(count, dtype=torch.float64)[:, None] / 10000 ** (2 * pair / dim)
     even = torch.arange(dim) % 2 == 0
@@ -199,7 +199,7 @@ _NAMES = [
 
 
 def official(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The authors' names; their last linear layer reads unfolded patches, (C, c K K), ours is the convolution that does both."""
+    """Convert an authors' checkpoint; the last linear layer on unfolded patches, (C, c K K), becomes a convolution."""
     state = rename((r"^module\.", ""))(state)
     state = rename(*_NAMES, (r"^tokens_to_token\.project\.", "patch_embed.project."))(state)
     name, layer = "patch_embed.project.weight", state.get("patch_embed.layers.0.proj.weight")
@@ -232,20 +232,19 @@ def _row(embed_dim: int, depth: int, mlp_ratio: float, layer: str = "performer",
     crop_pct=0.9,
 )
 class T2TViT(TokenBackbone):
-    """Image (B, in_chans, H, W), any H and W of at least `min_size` -> logits (B, num_classes).
+    """T2T-ViT classifier: images (B, in_chans, H, W), H and W at least `min_size`, -> logits (B, num_classes).
 
     Args:
-        embed_dim, depth, num_heads: channels, blocks, heads of the transformer behind the tokens.
-        mlp_ratio: hidden channels of its MLPs over embed_dim.
+        embed_dim, depth, num_heads: channels, blocks and heads of the transformer.
+        mlp_ratio: ratio of the MLPs' hidden channels to embed_dim.
         splits, layer, token_dim: see `T2TTokenizer`.
-        qk_scale: what the blocks' logits are scaled by: "head", the usual head_dim^-1/2, or "width", embed_dim^-1/2, as the released
-            weights want it.
-        image_size: side of the square image that the position table is made for, pixels.
+        qk_scale: scale of the blocks' logits: "head" for the usual head_dim^-1/2, "width" for embed_dim^-1/2, as in the released models.
+        image_size: side, in pixels, of the square image that the position table is made for.
         drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
-        ValueError: another qk_scale or layer, splits that are none, or embed_dim that does not divide by num_heads.
+        ValueError: another qk_scale or layer, invalid splits, or embed_dim is not divisible by num_heads.
     """
 
     pos_embed: Tensor
@@ -303,11 +302,11 @@ class T2TViT(TokenBackbone):
         init_weights(self)
 
     def positions(self, grid: Grid) -> Tensor:
-        """The position table of a grid, (1, 1 + h w, C); resampled where it is not the one that the model was made for."""
+        """Return the position table of a grid, (1, 1 + h w, C), resampled unless the model was made for this grid."""
         return self.cache.for_grid(self, self.pos_embed, self.table_grid, grid, prefix=1)
 
     def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
-        """Yields the tokens after each block, (B, 1 + h w, C), the class token first."""
+        """Yield the tokens after each block, (B, 1 + h w, C), the class token first."""
         patches = as_tokens(self.patch_embed(image))
         first = self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype)
         x = torch.cat([first, patches], 1) + self.positions(self.patch_embed.grid(*image.shape[-2:]))
@@ -319,5 +318,5 @@ class T2TViT(TokenBackbone):
         return {"cls_token"}
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
-        """A checkpoint's position table for this model's grid; None for any other tensor that does not fit."""
+        """Resize a position table of a checkpoint to the grid of this model; return None for any other tensor."""
         return fit_position_table(tensor, shape, self.table_grid, prefix=1) if name == "pos_embed" else None

@@ -1,23 +1,23 @@
-"""TiC: self-attention inside a sliding window, used as a convolution is (Zhang et al., "TiC: Exploring Vision Transformer in Convolution").
+"""TiC: sliding-window self-attention as a convolution (Zhang et al., "TiC: Exploring Vision Transformer in Convolution").
 
-The idea: a position attends to the k x k positions around it, wherever it is. So a network of attention takes any image size as a CNN does,
-without a position table and at a cost linear in pixels. Two mechanisms let information spread further than the windows reach.
+The idea: each position attends to the k x k positions around it. An attention network then accepts any image size like a CNN, without a
+position table and at a cost linear in pixels. Two mechanisms extend the receptive field beyond the windows.
 
     MSA-Conv   y_p = x_p + sum_o softmax_o(q_p . k_{p + o} / sqrt(d)) v_{p + o};  out = ReLU(Conv_k,stride s(y))
     TiC block  x <- x + W MSA(LN(x));  x <- x + MLP(LN(x)), without positions
-    shifts     before that, keys and values of a quarter (or eighth) of the channels are rolled by s in one of 4 (8) directions, s growing
-               as floor(k / 2) (1, 2, 4, ...) with the blocks of a stage, at most half the map: a query looks into a window elsewhere
-    pooling    [k v] <- [k v] + sum_r c_r up_r(mean_r x r [k v]), r = 2, 4, with learned c_r a channel that begin at zero
+    shifts     before that, keys and values of each quarter (or eighth) of the channels are rolled by s in one of 4 (8) directions; s grows
+               as floor(k / 2) (1, 2, 4, ...) with the blocks of a stage, up to half the map, so that a query attends to another window
+    pooling    [k v] <- [k v] + sum_r c_r up_r(mean_r x r [k v]), r = 2, 4, with learned c_r per channel, initially zero
 
-A position beyond the border has key and value zero: it takes part in the softmax with logit 0, and so tells where the border is.
-`MSAConv2d` follows the authors' layer (github zs670980918/MSA-Conv), whose weights load by name; with its one head. Their network was not
-released: TiC's form, its two mechanisms and its sizes are this library's reading of the abstract.
+Positions outside the map have zero keys and values: they take part in the softmax with logit 0, which gives information about the border.
+`MSAConv2d` follows the authors' layer (github zs670980918/MSA-Conv), whose weights load by name, with its single head. Their network was
+not released: the block, the two mechanisms and the sizes of TiC are this library's interpretation of the abstract.
 Cost: linear in image area at fixed k.
 
-How it is fast: nothing is unfolded k^2 times. The map is cut into tiles of about k x k queries, which go with the (2k - 1)^2 keys and
-values around them through the fused kernel, under one mask for all.
+Speed: nothing is unfolded k^2 times. The map is split into tiles of about k x k queries; each is processed by the fused kernel with the
+(2k - 1)^2 keys and values around it, under one mask for all tiles.
 
-Legend: B batch, C channels, H W map, T tiles of n queries and m keys, d channels a head.
+Legend: B batch, C channels, H W map, T tiles of n queries and m keys, d channels per head.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ DIRECTIONS: tuple[Pair, ...] = ((0, -1), (0, 1), (-1, 0), (1, 0), (-1, -1), (-1,
 
 @dataclass(frozen=True, eq=False)
 class Tiling:
-    """How a map is cut into tiles of queries, each with the keys around it. With dilation, each residue of positions is a map by itself.
+    """Split of a map into tiles of queries with the surrounding keys. With dilation, each residue class of positions is a separate map.
 
     Attributes:
         kernel_size: rows and columns of a window, odd.
-        dilation: step from one position of a window to the next.
-        count, size: tiles of one residue's map, and queries of a tile, rows and columns each.
-        bias: (1 or dilation^2 T, 1, n, m) float32; 0 where a query sees a key, -inf elsewhere.
+        dilation: distance between the positions of a window.
+        count, size: number of tiles of one map, and of queries of a tile, rows and columns each.
+        bias: (1 or dilation^2 T, 1, n, m) float32; 0 where a query attends to a key, -inf elsewhere.
     """
 
     kernel_size: Pair
@@ -81,7 +81,7 @@ class Tiling:
         masked: bool = False,
         device: torch.device | None = None,
     ) -> Tiling:
-        """Of a map; `masked` leaves positions beyond the border out of the softmax."""
+        """Build the tiling of a map; `masked` excludes positions outside the map from the softmax."""
         lengths = -(-height // dilation), -(-width // dilation)
         count = (-(-lengths[0] // max(4, kernel_size[0])), -(-lengths[1] // max(4, kernel_size[1])))
         size = -(-lengths[0] // count[0]), -(-lengths[1] // count[1])
@@ -94,7 +94,7 @@ class Tiling:
             phase = torch.arange(dilation, device=device)[:, None, None]
 
             def on_map(margins: Pair) -> Tensor:
-                """(dilation^2 T, positions of a tile with margins on both sides)."""
+                """Return which positions of a tile with margins on both sides are on the map, (dilation^2 T, positions)."""
                 sides = []
                 for side, t, number, margin in zip((height, width), size, count, margins, strict=True):
                     start = t * torch.arange(number, device=device)[:, None] - margin
@@ -104,11 +104,11 @@ class Tiling:
                 return both.flatten(4).flatten(0, 3)
 
             real, own = on_map((kernel_size[0] // 2, kernel_size[1] // 2)), on_map((0, 0))
-            seen = seen & (real[:, None] | ~own[:, :, None])  # a query beyond the map is nobody's, but must see something
+            seen = seen & (real[:, None] | ~own[:, :, None])  # queries outside the map are discarded but need a key
         return cls(kernel_size, dilation, count, size, torch.where(seen, 0.0, -math.inf)[:, None].contiguous())
 
     def apart(self, x: Tensor) -> Tensor:
-        """Each residue's map by itself, with zeros until tiles fill it: (B, H, W, C) -> (B dilation^2, H', W', C)."""
+        """Split a map by residue class and pad it to whole tiles: (B, H, W, C) -> (B dilation^2, H', W', C)."""
         (batch, height, width, dim), d = x.shape, self.dilation
         rows, columns = self.count[0] * self.size[0], self.count[1] * self.size[1]
         if (rows * d, columns * d) != (height, width):
@@ -118,14 +118,14 @@ class Tiling:
         return x.reshape(batch, rows, d, columns, d, dim).permute(0, 2, 4, 1, 3, 5).reshape(batch * d * d, rows, columns, dim)
 
     def queries(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B dilation^2 T, n, C)."""
+        """Return the positions of each tile: (B, H, W, C) -> (B dilation^2 T, n, C)."""
         x = self.apart(x)
         (batch, _, _, dim), (down, across), (rows, columns) = x.shape, self.count, self.size
         x = x.reshape(batch, down, rows, across, columns, dim).transpose(2, 3)
         return x.reshape(batch * down * across, rows * columns, dim)
 
     def keys(self, x: Tensor) -> Tensor:
-        """Each tile with what is around it, zeros beyond the border: (B, H, W, C) -> (B dilation^2 T, m, C)."""
+        """Return the positions of each tile with its surroundings, zeros outside the map: (B, H, W, C) -> (B dilation^2 T, m, C)."""
         x = self.apart(x)
         batch, dim, margins = x.shape[0], x.shape[3], [side // 2 for side in self.kernel_size]
         x = F.pad(x, (0, 0, margins[1], margins[1], margins[0], margins[0]))
@@ -134,7 +134,7 @@ class Tiling:
         return x.reshape(batch * self.count[0] * self.count[1], reach[0] * reach[1], dim)
 
     def together(self, y: Tensor, height: int, width: int) -> Tensor:
-        """The inverse of `queries`: (B dilation^2 T, n, C) -> (B, H, W, C)."""
+        """Reverse `queries`: (B dilation^2 T, n, C) -> (B, H, W, C)."""
         (down, across), (rows, columns), d, dim = self.count, self.size, self.dilation, y.shape[-1]
         batch = y.shape[0] // (down * across)
         y = y.reshape(batch, down, across, rows, columns, dim).transpose(2, 3)
@@ -145,13 +145,13 @@ class Tiling:
 
 
 def neighbour_attention(q: Tensor, kv: Tensor, num_heads: int, tiling: Tiling, *, dropout: float = 0.0) -> Tensor:
-    """Each position attends to those around it: queries (B, H, W, C), keys and values [k | v] (B, H, W, 2C) -> (B, H, W, C).
+    """Compute sliding-window attention of queries (B, H, W, C) and keys and values [k | v] (B, H, W, 2C): (B, H, W, C).
 
     Args:
-        q, kv: maps, channels last; C divides by num_heads.
+        q, kv: maps, channels last; C is divisible by num_heads.
         num_heads: heads.
-        tiling: of the map's size.
-        dropout: rate on the attention weights.
+        tiling: tiling of the map.
+        dropout: dropout rate of the attention weights.
     """
     batch, height, width, _ = q.shape
     queries = split_heads(tiling.queries(q), num_heads)
@@ -163,9 +163,9 @@ def neighbour_attention(q: Tensor, kv: Tensor, num_heads: int, tiling: Tiling, *
 
 
 def neighbour_weights(q: Tensor, k: Tensor, num_heads: int, kernel_size: Pair, dilation: int = 1) -> Tensor:
-    """The weights of `neighbour_attention` without mask and shifts, as the equation has them: maps (B, C, H, W) -> (B, heads, k k, H, W).
+    """Return the weights of `neighbour_attention` without mask and shifts: maps (B, C, H, W) -> (B, heads, k k, H, W).
 
-    The neighbours of a position lie row by row. For pictures and tests: keys are copied k k times.
+    The neighbours of a position are ordered row by row. For visualisation and tests: the keys are copied k k times.
     """
     batch, dim, height, width = q.shape
     padding = (dilation * (kernel_size[0] // 2), dilation * (kernel_size[1] // 2))
@@ -175,20 +175,20 @@ def neighbour_weights(q: Tensor, k: Tensor, num_heads: int, kernel_size: Pair, d
 
 
 class MSAConv2d(nn.Module):
-    """The authors' layer, in the place of a convolution: (B, in_channels, H, W) -> (B, out_channels, H / stride, W / stride).
+    """The authors' MSA-Conv layer, a replacement for a convolution: (B, in_channels, H, W) -> (B, out_channels, H / stride, W / stride).
 
     Args:
         in_channels, out_channels: channels.
-        kernel_size: side of the window, or rows and columns; odd. The convolution behind the attention has the same.
+        kernel_size: side of the window, or rows and columns; odd. The convolution after the attention has the same size.
         stride: of that convolution.
-        padding: of that convolution; None keeps the size at stride 1 (with 3 x 3 it is the authors' 1).
+        padding: of that convolution; None keeps the size at stride 1 (1 for 3 x 3, as in the authors' code).
         dilation: of the attention.
-        num_heads: 1 as released; in_channels for attention channel by channel ("depth-wise").
-        mask_padding: leave positions beyond the border out of the softmax; as released, they are in it with logit 0.
-        attn_drop: dropout rate on the attention weights.
+        num_heads: 1 as released; in_channels for attention in each channel ("depth-wise").
+        mask_padding: exclude positions outside the map from the softmax; as released, they take part with logit 0.
+        attn_drop: dropout rate of the attention weights.
 
     Raises:
-        ValueError: an even kernel, a dilation below 1, or channels that heads do not divide.
+        ValueError: an even kernel, a dilation below 1, or in_channels that are not divisible by num_heads.
     """
 
     def __init__(
@@ -206,11 +206,11 @@ class MSAConv2d(nn.Module):
     ):
         kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else (kernel_size[0], kernel_size[1])
         if min(kernel) < 1 or not kernel[0] % 2 or not kernel[1] % 2:
-            raise ValueError(f"kernel_size must be odd, so that a window has a middle; got {kernel_size}")
+            raise ValueError(f"kernel_size must be odd, so that a window has a centre; got {kernel_size}")
         if dilation < 1:
             raise ValueError(f"dilation must be at least 1, got {dilation}")
         if num_heads < 1 or in_channels % num_heads:
-            raise ValueError(f"in_channels must divide by num_heads, got {in_channels} and {num_heads}")
+            raise ValueError(f"in_channels must be divisible by num_heads, got {in_channels} and {num_heads}")
         super().__init__()
         self.kernel_size, self.dilation, self.num_heads = kernel, dilation, num_heads
         self.mask_padding, self.attn_drop = mask_padding, attn_drop
@@ -224,7 +224,7 @@ class MSAConv2d(nn.Module):
         return F.relu(self.mlp(self.attend(x)))
 
     def attend(self, x: Tensor) -> Tensor:
-        """The attention and the way around it: (B, in_channels, H, W) -> the same."""
+        """Apply the residual attention: (B, in_channels, H, W) -> the same shape."""
         height, width = x.shape[-2:]
         build = lambda: Tiling.of(height, width, self.kernel_size, self.dilation, masked=self.mask_padding, device=x.device)
         tiling = self.kept.get(height, width, x.device, build)
@@ -233,20 +233,20 @@ class MSAConv2d(nn.Module):
         return x + y.permute(0, 3, 1, 2)
 
     def weights(self, x: Tensor) -> Tensor:
-        """Attention weights for pictures, as released (padding with logit 0): (B, in_channels, H, W) -> (B, heads, k k, H, W)."""
+        """Return the attention weights, with padding at logit 0, for visualisation: (B, in_channels, H, W) -> (B, heads, k k, H, W)."""
         q, k, _ = self.qkv_conv(x).chunk(3, 1)
         return neighbour_weights(q, k, self.num_heads, self.kernel_size, self.dilation)
 
 
 class NeighbourAttention(nn.Module):
-    """The mixer of TiC: (B, H, W, dim) -> the same.
+    """Sliding-window attention with directional shifts and pooling: (B, H, W, dim) -> the same shape.
 
     Args:
         dim, num_heads: channels and heads.
         kernel_size: side of the window.
-        shift: how far keys and values are rolled, at most half the map.
+        shift: distance by which keys and values are rolled, limited to half the map.
         directions: 4, or 8 with the diagonals; 0: no shifts.
-        pools: sides r of the means that are added to keys and values; none: no pooling.
+        pools: sides r of the means that are added to keys and values; empty: no pooling.
     """
 
     def __init__(self, dim: int, num_heads: int, kernel_size: int, *, shift: int, directions: int, pools: Sequence[int]):
@@ -266,7 +266,7 @@ class NeighbourAttention(nn.Module):
         return self.proj(neighbour_attention(q, self.rolled(self.with_means(kv)), self.num_heads, tiling))
 
     def rolled(self, kv: Tensor) -> Tensor:
-        """Keys and values, each group of channels rolled in its direction: (B, H, W, 2 dim) -> the same."""
+        """Roll each group of channels of keys and values in its direction: (B, H, W, 2 dim) -> the same shape."""
         if not self.directions:
             return kv
         down, right = min(self.shift, kv.shape[1] // 2), min(self.shift, kv.shape[2] // 2)
@@ -275,7 +275,7 @@ class NeighbourAttention(nn.Module):
         return torch.cat([part.roll((down * dy, right * dx), (1, 2)) for part, (dy, dx) in zip(parts, ways, strict=True)], -1)
 
     def with_means(self, kv: Tensor) -> Tensor:
-        """Keys and values with what is around them, coarsely: (B, H, W, 2 dim) -> the same."""
+        """Add the pooled maps to keys and values: (B, H, W, 2 dim) -> the same shape."""
         if self.pool_scales is None:
             return kv
         height, width = kv.shape[1:3]
@@ -288,7 +288,7 @@ class NeighbourAttention(nn.Module):
 
 
 class TiCBlock(nn.Module):
-    """(B, dim, H, W) -> the same, channels-last in memory."""
+    """TiC block: (B, dim, H, W) -> the same shape, channels-last in memory."""
 
     def __init__(self, dim: int, attn: NeighbourAttention, mlp_ratio: float, drop_path: float):
         super().__init__()
@@ -306,7 +306,7 @@ class TiCBlock(nn.Module):
 
 
 class Downsample(ConvNorm):
-    """A 2 x 2 of stride 2 and a batch norm; zeros at the right and the bottom of odd maps: (B, C_in, H, W) -> (B, C, H / 2, W / 2)."""
+    """Strided 2 x 2 convolution and batch norm, with zero padding of odd maps: (B, C_in, H, W) -> (B, C, H / 2, W / 2)."""
 
     def __init__(self, in_dim: int, dim: int):
         super().__init__(in_dim, dim, 2, 2, padding=0, bias=True)
@@ -317,7 +317,7 @@ class Downsample(ConvNorm):
 
 
 class Stem(nn.Module):
-    """A 3 x 3, a batch norm, GELU, and another 3 x 3: (B, in_chans, H, W) -> (B, dim, h, w)."""
+    """Two 3 x 3 convolutions with a batch norm and GELU between them: (B, in_chans, H, W) -> (B, dim, h, w)."""
 
     def __init__(self, in_chans: int, dim: int, strides: Sequence[int]):
         super().__init__()
@@ -338,24 +338,24 @@ _SIZES = dict(dims=(64, 128, 256, 512), num_heads=(2, 4, 8, 16))
         "tiny": dict(**_SIZES, depths=(2, 2, 6, 2), drop_path_rate=0.2),  # 12.8 M; sizes are this library's
         "small": dict(**_SIZES, depths=(2, 2, 18, 2), drop_path_rate=0.3),  # 22.3 M
     },
-    official=rename(),  # no network was released: the names are this library's
+    official=rename(),  # no network was released; the names are this library's
 )
 class TiC(Backbone):
-    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes).
+    """TiC classifier: images (B, in_chans, H, W), any H and W, -> logits (B, num_classes).
 
     Args:
-        dims, depths, num_heads: channels, blocks and heads a stage.
+        dims, depths, num_heads: channels, blocks and heads per stage.
         kernel_size: side k of the windows, odd.
-        directions: of the shifts of keys and values, 4 or 8; 0 for none.
-        pools: sides of the means that are added to keys and values, positions; () for none.
-        mlp_ratio: hidden channels of the MLPs over the channels.
-        stem_strides: of the stem's two convolutions.
+        directions: number of directions of the shifts of keys and values, 4 or 8; 0 for no shifts.
+        pools: sides of the means that are added to keys and values, positions; () for no pooling.
+        mlp_ratio: ratio of the MLPs' hidden channels to the channels.
+        stem_strides: strides of the two convolutions of the stem.
         drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
-        ValueError: lists of different lengths, an even kernel, other directions, pools below 2, or channels that heads or directions do
-            not divide.
+        ValueError: lists of different lengths, an even kernel, other directions, pools below 2, or dims that are not divisible by heads or
+            directions.
     """
 
     def __init__(
@@ -375,15 +375,17 @@ class TiC(Backbone):
         drop_path_rate: float = 0.0,
     ):
         if not len(dims) == len(depths) == len(num_heads):
-            raise ValueError(f"dims, depths and num_heads need one value a stage, got {dims}, {depths} and {num_heads}")
+            raise ValueError(f"dims, depths and num_heads need one value per stage, got {dims}, {depths} and {num_heads}")
         if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, so that a window has a middle; got {kernel_size}")
+            raise ValueError(f"kernel_size must be odd, so that a window has a centre; got {kernel_size}")
         if directions not in (0, 4, 8):
             raise ValueError(f"directions must be 4 or 8, or 0 for no shifts; got {directions}")
         if min(pools, default=2) < 2:
             raise ValueError(f"pools must be sides of at least 2 positions, or () for none; got {tuple(pools)}")
         if wrong := [(dim, heads) for dim, heads in zip(dims, num_heads, strict=True) if dim % heads or dim % max(1, directions)]:
-            raise ValueError(f"dims must divide by num_heads and by directions={directions}, got {wrong[0][0]} with {wrong[0][1]} heads")
+            raise ValueError(
+                f"dims must be divisible by num_heads and by directions={directions}, got {wrong[0][0]} with {wrong[0][1]} heads"
+            )
         stages = [Stage(dim, stem_strides[0] * stem_strides[1] * 2**k) for k, dim in enumerate(dims)]
         super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
         rates = drop_path_rates(drop_path_rate, depths)
@@ -403,7 +405,9 @@ class TiC(Backbone):
 
     @torch.enable_grad()
     def receptive_field(self, image: Tensor, stage: int = -1) -> Tensor:
-        """How much each pixel moves the middle cell of a stage's map, for pictures: (B, in_chans, H, W) -> (B, H, W), largest value 1.
+        """Return the gradient magnitude of the centre cell of a stage with respect to each pixel: (B, in_chans, H, W) -> (B, H, W).
+
+        Scaled to a maximum of 1; for visualisation.
 
         Raises:
             InputError: no such stage.

@@ -1,19 +1,19 @@
-"""TinyViT: a small pyramid made to be distilled at pretraining (Wu et al., "TinyViT", 2022).
+"""TinyViT: a small pyramid designed for distillation during pretraining (Wu et al., "TinyViT", 2022).
 
-The idea: in 5 to 21 million parameters, convolutions where maps are large (stem, one stage of inverted bottlenecks) and window attention
-where they are small, with a depth-wise 3 x 3 between attention and MLP that lets windows know of one another.
+The idea: with 5 to 21 million parameters, convolutions at high resolution (stem, one stage of inverted bottlenecks) and window attention at
+low resolution, with a depth-wise 3 x 3 convolution between attention and MLP that connects the windows.
 
-    x <- x + Attention(LN(x)) in M x M windows;  x <- BN(DW_3x3(x)), without a way around;  x <- x + MLP(LN(x))
+    x <- x + Attention(LN(x)) in M x M windows;  x <- BN(DW_3x3(x)), not residual;  x <- x + MLP(LN(x))
 
-The bias of two tokens is a learned number of how far apart they are, (|dy|, |dx|). Maps are padded with zeros before the norm, so that a
-padded token is the norm's bias, and a key as any other.
-Follows the authors' code (github microsoft/Cream, TinyViT) and timm's port, whose checkpoints load by name (their [q | k | v] a head
-becomes [q | k | v] of all heads). Any image size. The paper's other half, learning from stored answers of a teacher, is the objective
-`distillation` (vitarium.training.distillation), for any pair of models.
+The position bias depends on the absolute offset (|dy|, |dx|) of two tokens. Maps are padded with zeros before the norm, so a padded token
+equals the bias of the norm and is not masked.
+Follows the authors' code (github microsoft/Cream, TinyViT) and timm's port; both checkpoints load by name ([q | k | v] per head is
+reordered to [q | k | v] of all heads). Any image size. The other contribution of the paper, training on stored teacher logits, is the
+learner `distillation` (vitarium.training.distillation), for any pair of models.
 Cost: linear in image area at fixed M.
 
-How it is fast: maps and tokens are one memory, channels-last; biases are gathered once in eval; `fuse()` folds all batch norms, and then
-GELUs are of the convolutions' kernels; on a CPU a few images at a time go through the convolutions.
+Speed: maps and tokens share their memory (channels-last); biases are gathered once in evaluation mode; `fuse()` folds all batch norms, and
+the kernels of the convolutions then apply the GELUs; on a CPU the convolutions process a few images at a time.
 
 Legend: B batch, C channels, H W map, M window side.
 """
@@ -44,7 +44,7 @@ from vitarium.ops.windows import WindowLayout, pad_to_multiple, window_layout
 
 
 class Stem(nn.Module):
-    """Two 3 x 3 convolutions: (B, in_chans, H, W) -> (B, dim, h, w)."""
+    """Stem of two 3 x 3 convolutions: (B, in_chans, H, W) -> (B, dim, h, w)."""
 
     def __init__(self, in_chans: int, dim: int, strides: Sequence[int]):
         super().__init__()
@@ -57,7 +57,7 @@ class Stem(nn.Module):
 
 
 class MBConv(nn.Module):
-    """Inverted bottleneck, with an activation after the sum: (B, dim, H, W) -> the same."""
+    """Inverted bottleneck with an activation after the residual sum: (B, dim, H, W) -> the same shape."""
 
     def __init__(self, dim: int, hidden_dim: int, drop_path: float):
         super().__init__()
@@ -75,7 +75,7 @@ class MBConv(nn.Module):
 
 
 class Downsample(nn.Module):
-    """(B, in_dim, H, W) -> (B, dim, ceil(H / 2), ceil(W / 2))."""
+    """Downsampling by an inverted bottleneck: (B, in_dim, H, W) -> (B, dim, ceil(H / 2), ceil(W / 2))."""
 
     def __init__(self, in_dim: int, dim: int):
         super().__init__()
@@ -89,7 +89,7 @@ class Downsample(nn.Module):
 
 
 class DistanceBias(nn.Module):
-    """A learned number a head for how many rows and columns two tokens are apart: M -> (heads, n, n), n = M * M. Source: LeViT."""
+    """Position bias per head and absolute offset in rows and columns: M -> (heads, n, n), n = M * M. Source: LeViT."""
 
     def __init__(self, window_size: int, num_heads: int):
         super().__init__()
@@ -104,7 +104,7 @@ class DistanceBias(nn.Module):
 
 
 class TinyViTBlock(nn.Module):
-    """(B, H, W, dim) -> the same."""
+    """TinyViT block with window attention: (B, H, W, dim) -> the same shape."""
 
     def __init__(self, dim: int, num_heads: int, window_size: int, mlp_ratio: float, drop_path: float):
         super().__init__()
@@ -127,7 +127,7 @@ class TinyViTBlock(nn.Module):
 
 
 class TinyViTStage(nn.Module):
-    """A coarser map and blocks on it: (B, C_in, H, W) -> (B, C, ceil(H / 2), ceil(W / 2))."""
+    """Downsampling and attention blocks: (B, C_in, H, W) -> (B, C, ceil(H / 2), ceil(W / 2))."""
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], window_size: int):
         super().__init__()
@@ -137,7 +137,7 @@ class TinyViTStage(nn.Module):
         self.kept = LayoutCache()
 
     def layout(self, height: int, width: int, device: torch.device) -> WindowLayout:
-        """Of the windows of a map."""
+        """Return the window layout of a map."""
         return self.kept.get(height, width, device, lambda: window_layout(height, width, self.window_size, (0, 0), device))
 
     def forward(self, x: Tensor, run: Callable[..., Tensor]) -> Tensor:
@@ -146,7 +146,7 @@ class TinyViTStage(nn.Module):
 
 
 def all_heads_together(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rows of qkv from (heads, 3, d) to (3, heads, d); the bias table beside it says how many heads there are."""
+    """Reorder the rows of qkv from (heads, 3, d) to (3, heads, d); the number of heads is read from the bias table."""
     state = dict(state)
     for name, table in list(state.items()):
         if not name.endswith(".position_bias.table"):
@@ -160,7 +160,7 @@ def all_heads_together(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _dialect(*rules: tuple[str, str | None]):
-    """The names of the authors and of timm, after `rules`; in both the norms lie inside attention and MLP."""
+    """Build a converter for a dialect: `rules`, then what the authors' and timm's checkpoints share (norms inside attention and MLP)."""
     return chain(
         rename((r"attention_bias_idxs$", None), *rules),
         rename(
@@ -211,19 +211,19 @@ _TAGS = ("dist_in22k_ft_in1k", "in1k", "dist_in22k")
     crop_pct=0.95,
 )
 class TinyViT(Backbone):
-    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes).
+    """TinyViT classifier: images (B, in_chans, H, W), any H and W, -> logits (B, num_classes).
 
     Args:
-        dims, depths: channels and blocks a stage; the first is of convolutions, the others of attention.
+        dims, depths: channels and blocks per stage; the first stage is convolutional, the others use attention.
         window_sizes: side M of the windows of each stage with attention, tokens.
-        head_dim: width of a head; channels of stages with attention are multiples of it.
-        mlp_ratio: hidden channels of MLPs and of bottlenecks over the channels.
-        stem_strides: of the stem's two convolutions.
+        head_dim: width of a head; must divide the channels of the stages with attention.
+        mlp_ratio: ratio of hidden channels to channels in MLPs and bottlenecks.
+        stem_strides: strides of the two convolutions of the stem.
         drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
-        ValueError: lists of different lengths, or channels that do not divide by head_dim.
+        ValueError: lists of different lengths, or channels that are not divisible by head_dim.
     """
 
     def __init__(
@@ -242,9 +242,9 @@ class TinyViT(Backbone):
     ):
         if not len(dims) == len(depths) == 1 + len(window_sizes):
             given = f"{dims}, {depths} and {window_sizes}"
-            raise ValueError(f"dims and depths need one value a stage, window_sizes one fewer, got {given}")
+            raise ValueError(f"dims and depths need one value per stage, window_sizes one fewer, got {given}")
         if wrong := [dim for dim in dims[1:] if dim % head_dim]:
-            raise ValueError(f"dims must divide by head_dim={head_dim} from the second stage on, got {wrong[0]}")
+            raise ValueError(f"dims must be divisible by head_dim={head_dim} from the second stage on, got {wrong[0]}")
         stages = [Stage(dim, stem_strides[0] * stem_strides[1] * 2**k) for k, dim in enumerate(dims)]
         super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
         self.patch_embed = Stem(in_chans, dims[0], stem_strides)
@@ -278,7 +278,7 @@ class TinyViT(Backbone):
         return {name for name, _ in self.named_parameters() if name.endswith("position_bias.table")}
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
-        """A checkpoint's bias table for this model's window, bicubic; None for any other tensor that does not fit."""
+        """Resize a bias table of a checkpoint to the windows of this model, bicubic; return None for any other tensor."""
         if not name.endswith("position_bias.table") or tensor.shape[0] != shape[0]:
             return None
         old, new = (round(n**0.5) for n in (tensor.shape[1], shape[1]))

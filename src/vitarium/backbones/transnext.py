@@ -1,22 +1,22 @@
-"""TransNeXt: in one softmax, each token sees its neighbours sharply and the whole map coarsely (Shi, "TransNeXt", 2024).
+"""TransNeXt: a joint softmax over a fine neighbourhood and a coarse global map (Shi, "TransNeXt", 2024).
 
-The idea: an eye sees finely where it looks and coarsely all around. Each query attends to its 3 x 3 neighbourhood and to a pooled grid of
-the whole map at once (aggregated attention); the MLP is a gated unit whose gate looks at its neighbours.
+The idea: foveal vision. In one softmax, each query attends to its 3 x 3 neighbourhood at full resolution and to a pooled grid of the whole
+map (aggregated attention). The MLP is a gated linear unit whose gate passes a depth-wise convolution.
 
     Q = (q / |q| + QE) tau log(number of keys);  weights = softmax([Q k / |k| + b_local | Q k_pool / |k_pool| + MLP(offset)])
     out = sum of weights v  +  sum over neighbours of (q / |q| . T_j + b_j) v_j,  the second with learned keys T and after the softmax
     x <- x + Attention(LN(x));  x <- x + W (GELU(DW_3x3(g)) * v), [g | v] = W' LN(x)
 
-The last stage attends to all tokens plainly, with the same queries. The logarithm of the number of keys, and a position bias that is a
-function of distance, let the model work at sizes that it was not trained on.
-Follows the authors' code (github DaiShiResearch/TransNeXt, native attention), whose checkpoints load by name; distances and logarithms are
-computed in float32 as there. Any image size.
-Cost: quadratic in area, a sixty-fourth of full attention's; with `fixed_pool_size` linear.
+The last stage uses full attention with the same queries. The scaling by the logarithm of the number of keys and the position bias as a
+function of distance let the model generalise to other image sizes.
+Follows the authors' code (github DaiShiResearch/TransNeXt, native attention); its checkpoints load by name. Distances and logarithms are
+computed in float32, as there. Any image size.
+Cost: quadratic in area, 1/64 of full attention; linear with `fixed_pool_size`.
 
-How it is fast: neighbours are read as nine moved views of one padded map, not copied nine times; position biases are made once a size in
-eval, from a table with one row a distance.
+Speed: the neighbours are nine shifted views of one padded map instead of nine copies; position biases are computed once per size in
+evaluation mode, from a table with one row per distinct distance.
 
-Legend: B batch, C channels, H W map, N = H W tokens, h heads, d channels a head, P tokens of the pooled grid.
+Legend: B batch, C channels, H W map, N = H W tokens, h heads, d channels per head, P tokens of the pooled grid.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitarium.catalog import family, rename
-from vitarium.nn import Backbone, DropPath, EvalCache, Linear, Mlp, Stage, drop_path_rates, init_weights
+from vitarium.nn import Backbone, DropPath, EvalCache, Linear, Mlp, Stage, drop_path_rates, init_convs_by_fan_out, init_weights
 from vitarium.nn.pvt import OverlapPatchEmbed, pvt_rules
 from vitarium.ops.attention import merge_heads, split_heads, split_packed_heads
 from vitarium.ops.maps import as_tokens
@@ -40,11 +40,12 @@ HEAD_DIM = 24
 
 
 def distances(count: int, pooled: int) -> tuple[list[float], list[list[int]]]:
-    """From each of `count` places to the middle of each of `pooled` cells of an adaptive average pooling of them.
+    """Return the distances from each of `count` positions to the centre of each of `pooled` cells of their adaptive average pooling.
 
-    Returns the distances that occur, in order, and for each place and cell which one it is.
+    Returns:
+        the distinct distances in ascending order, and their index for each position and cell.
     """
-    twice = [j * count // pooled - (-(j + 1) * count // pooled) - 1 for j in range(pooled)]  # first place + last place of a cell
+    twice = [j * count // pooled - (-(j + 1) * count // pooled) - 1 for j in range(pooled)]  # first + last position of a cell
     pairs = [[2 * i - middle for middle in twice] for i in range(count)]
     kinds = sorted({pair for row in pairs for pair in row})
     number = {kind: n for n, kind in enumerate(kinds)}
@@ -52,25 +53,25 @@ def distances(count: int, pooled: int) -> tuple[list[float], list[list[int]]]:
 
 
 def scaled(distance: Tensor, pretrain_side: int) -> Tensor:
-    """Distances in tokens -> the position MLP's input: sign(d) log2(|d| + 1) / 3, where d = 8 is the whole map of pretraining."""
+    """Return the input of the position MLP for distances in tokens: sign(d) log2(|d| + 1) / 3, where d = 8 spans the pretraining map."""
     distance = distance / (pretrain_side - 1) * 8
     return distance.sign() * (distance.abs() + 1).log2() / 3
 
 
 def inside_counts(height: int, width: int, device: torch.device | None = None) -> Tensor:
-    """How many of a token's 3 x 3 neighbours lie on the map: (N,) float32; 9 inside, 6 at edges, 4 in corners."""
+    """Return the number of 3 x 3 neighbours inside the map for each token: (N,) float32; 9 inside, 6 at edges, 4 at corners."""
     rows, columns = (F.avg_pool1d(torch.ones(1, 1, n, device=device), 3, 1, 1)[0, 0].mul(3).round() for n in (height, width))
     return (rows[:, None] * columns).flatten()
 
 
 def outside(height: int, width: int, device: torch.device | None = None) -> Tensor:
-    """Which of a token's 3 x 3 neighbours lie beyond the border: (N, 9) bool."""
+    """Return a mask of the 3 x 3 neighbours of each token that lie outside the map: (N, 9) bool."""
     on_map = F.pad(torch.ones(height, width, device=device), (1, 1, 1, 1))
     return torch.stack([on_map[row : row + height, column : column + width] == 0 for row, column in NEIGHBOURS], -1).flatten(0, 1)
 
 
 class DistancePositionBias(nn.Module):
-    """A number a head for each token and each cell of the pooled grid, by an MLP of their distance: (h, N, P)."""
+    """Position bias between tokens and cells of the pooled grid, computed by an MLP from their distance: (h, N, P)."""
 
     def __init__(self, num_heads: int, pretrain_side: int, hidden_dim: int = 512):
         super().__init__()
@@ -79,7 +80,7 @@ class DistancePositionBias(nn.Module):
         self.cpb_fc2 = nn.Linear(hidden_dim, num_heads)
 
     def coordinates(self, grid: tuple[int, int], pooled: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Inputs of the MLP, (kinds, 2), rows' distance first; and the kind of each token and cell, (N, P)."""
+        """Return the inputs of the MLP, (kinds, 2), row distance first, and the index into them for each token and cell, (N, P)."""
         device = self.cpb_fc1.weight.device
         kinds, numbers = zip(*(distances(n, p) for n, p in zip(grid, pooled, strict=True)), strict=True)
         values = [scaled(torch.tensor(k, device=device, dtype=torch.float32), self.pretrain_side) for k in kinds]
@@ -94,7 +95,7 @@ class DistancePositionBias(nn.Module):
 
 
 class CosineAttention(nn.Module):
-    """What both attentions share: queries of unit length with their embedding, times temperature and the logarithm of the keys' number."""
+    """Base of both attentions: normalised queries plus an embedding, scaled by a temperature and the logarithm of the number of keys."""
 
     def __init__(self, dim: int, num_heads: int, pretrain_side: int):
         super().__init__()
@@ -107,16 +108,21 @@ class CosineAttention(nn.Module):
         nn.init.trunc_normal_(self.query_embedding, std=0.02)
 
     def queries(self, unit: Tensor, keys: Tensor) -> Tensor:
-        """Unit queries (B, h, N, d), and how many keys each sees, (N,) or (1,) float32."""
+        """Return the scaled queries, (B, h, N, d).
+
+        Args:
+            unit: normalised queries, (B, h, N, d).
+            keys: number of keys of each query, (N,) or (1,) float32.
+        """
         return (unit + self.query_embedding) * F.softplus(self.temperature) * keys.log().to(unit.dtype)[:, None]
 
     def bias(self, grid: tuple[int, int], pooled: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """Position biases (h, N, P), kept in eval."""
+        """Return the position biases (h, N, P), cached in evaluation mode."""
         return self.cache.get(self, (grid, pooled, dtype), self.position_bias, lambda: self.position_bias(grid, pooled).to(dtype))
 
 
 class FullAttention(CosineAttention):
-    """Each token to all: (B, H, W, C) -> the same."""
+    """Attention between all tokens: (B, H, W, C) -> the same shape."""
 
     def __init__(self, dim: int, num_heads: int, pretrain_side: int):
         super().__init__(dim, num_heads, pretrain_side)
@@ -132,14 +138,14 @@ class FullAttention(CosineAttention):
 
 
 class AggregatedAttention(CosineAttention):
-    """Each token to its 3 x 3 neighbours and to a pooled grid: (B, H, W, C) -> the same.
+    """Aggregated attention to the 3 x 3 neighbours and to a pooled grid: (B, H, W, C) -> the same shape.
 
     Args:
         dim, num_heads: channels and heads.
-        pretrain_side: of this stage's map in pretraining, tokens.
-        pool_ratio: sides of the map over sides of the pooled grid, or
-        fixed_pool_size: side of the pooled grid whatever the map.
-        paths: which keys there are: "local", "pooled" or both.
+        pretrain_side: side of the map of this stage in pretraining, tokens.
+        pool_ratio: ratio of the sides of the map to those of the pooled grid.
+        fixed_pool_size: side of the pooled grid, in place of pool_ratio.
+        paths: the keys: "local", "pooled" or both.
     """
 
     def __init__(
@@ -158,25 +164,25 @@ class AggregatedAttention(CosineAttention):
         nn.init.trunc_normal_(self.learnable_tokens, std=0.02)
 
     def pooled_grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the coarse keys of a map."""
+        """Return the rows and columns of the pooled grid of a map."""
         if self.fixed_pool_size is not None:
             return self.fixed_pool_size, self.fixed_pool_size
         return max(1, height // self.pool_ratio), max(1, width // self.pool_ratio)
 
     def moved(self, x: Tensor) -> list[Tensor]:
-        """The map as each of the nine neighbours sees it, zero beyond the border: nine views (B, H, W, h, d) of (B, H, W, C)."""
+        """Return nine shifted views (B, H, W, h, d) of a map (B, H, W, C), one per neighbour, padded with zeros."""
         height, width = x.shape[1:3]
         x = F.pad(x, (0, 0, 1, 1, 1, 1)).unflatten(3, (self.num_heads, x.shape[3] // self.num_heads))
         return [x[:, row : row + height, column : column + width] for row, column in NEIGHBOURS]
 
     def neighbour_logits(self, q: Tensor, k: Tensor) -> Tensor:
-        """Queries (B, H, W, h, d) and keys (B, H, W, C) -> (B, h, N, 9), minus infinity beyond the border."""
+        """Return the logits (B, h, N, 9) of queries (B, H, W, h, d) and neighbouring keys (B, H, W, C), -inf outside the map."""
         logits = torch.stack([(q * moved).sum(-1) for moved in self.moved(k)], -1).flatten(1, 2).transpose(1, 2)
         beyond = outside(k.shape[1], k.shape[2], k.device)
         return (logits + self.relative_pos_bias_local[:, None]).masked_fill(beyond, -math.inf)
 
     def pooled_keys(self, x: Tensor, pooled: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Keys of unit length and values of the coarse grid, (B, h, P, d) each."""
+        """Return the normalised keys and the values of the pooled grid, (B, h, P, d) each."""
         coarse = F.adaptive_avg_pool2d(F.gelu(self.sr(x.permute(0, 3, 1, 2))), pooled)
         k, v = self.kv(self.norm(as_tokens(coarse))).chunk(2, 2)
         return F.normalize(split_heads(k, self.num_heads), dim=-1), split_heads(v, self.num_heads)
@@ -214,7 +220,7 @@ class AggregatedAttention(CosineAttention):
 
 
 class ConvGLU(nn.Module):
-    """Gated unit whose gate sees its neighbours: (B, H, W, C) -> the same."""
+    """Convolutional GLU, a gated linear unit with a depth-wise convolution in the gate: (B, H, W, C) -> the same shape."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
@@ -229,7 +235,7 @@ class ConvGLU(nn.Module):
 
 
 class TransNeXtBlock(nn.Module):
-    """(B, H, W, dim) -> the same."""
+    """Pre-norm TransNeXt block: (B, H, W, dim) -> the same shape."""
 
     def __init__(self, dim: int, attention: nn.Module, mlp: nn.Module, drop_path: float):
         super().__init__()
@@ -245,7 +251,7 @@ class TransNeXtBlock(nn.Module):
 
 
 class TransNeXtStage(nn.Module):
-    """(B, C_in, H, W) -> the normed map (B, C, H', W')."""
+    """TransNeXt stage with a final norm: (B, C_in, H, W) -> (B, C, H', W')."""
 
     def __init__(self, downsample: OverlapPatchEmbed, blocks: Sequence[nn.Module], dim: int):
         super().__init__()
@@ -280,20 +286,20 @@ _BASE = dict(dims=(96, 192, 384, 768), depths=(5, 5, 23, 5), drop_path_rate=0.6,
     crop_pct=0.875,
 )
 class TransNeXt(Backbone):
-    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes).
+    """TransNeXt classifier: images (B, in_chans, H, W), any H and W, -> logits (B, num_classes).
 
     Args:
-        dims: channels a stage, multiples of 24, the width of a head.
-        depths: blocks a stage.
-        mlp_ratios: hidden channels of an MLP of the same size as the gated unit over the channels, a stage.
-        pool_ratios: sides of the map over sides of the coarse grid, a stage; 1: full attention.
-        fixed_pool_size: side of the coarse grid whatever the image, so that cost is linear in area (7 for 224 pixels); None: it grows.
+        dims: channels per stage, multiples of 24, the width of a head.
+        depths: blocks per stage.
+        mlp_ratios: ratio of hidden channels to channels, per stage, of an MLP of the same size as the gated unit.
+        pool_ratios: ratio of the sides of the map to those of the pooled grid, per stage; 1: full attention.
+        fixed_pool_size: fixed side of the pooled grid, for a cost linear in area (7 for 224 pixels); None: proportional to the map.
         patch_size: stride of the stem, pixels.
-        pretrain_size: side of the images of pretraining, pixels: the unit of distances. It stays when the model runs at other sizes.
-        paths: keys of aggregated attention, "local", "pooled" or both; one alone for the paper's comparison.
-        conv_glu: the gated unit; False: a plain MLP of the same size, for the paper's comparison.
+        pretrain_size: side of the pretraining images, pixels, the unit of distances; keep it when the model runs at other sizes.
+        paths: keys of aggregated attention, "local", "pooled" or both; a single one for the paper's ablation.
+        conv_glu: use the gated unit; False: a plain MLP of the same size, for the paper's ablation.
         drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
         ValueError: lists of different lengths, other channels or paths.
@@ -318,7 +324,7 @@ class TransNeXt(Backbone):
     ):
         if not len(dims) == len(depths) == len(mlp_ratios) == len(pool_ratios):
             given = f"{dims}, {depths}, {mlp_ratios} and {pool_ratios}"
-            raise ValueError(f"dims, depths, mlp_ratios and pool_ratios need one value a stage, got {given}")
+            raise ValueError(f"dims, depths, mlp_ratios and pool_ratios need one value per stage, got {given}")
         if wrong := [dim for dim in dims if dim % HEAD_DIM]:
             raise ValueError(f"dims must be multiples of {HEAD_DIM}, the width of a head, got {wrong[0]}")
         if not paths or not set(paths) <= set(PATHS):
@@ -346,10 +352,7 @@ class TransNeXt(Backbone):
             for k in range(len(dims))
         )
         init_weights(self, conv=False)
-        for part in self.modules():
-            if isinstance(part, nn.Conv2d):
-                nn.init.normal_(part.weight, std=math.sqrt(2 / (part.kernel_size[0] ** 2 * part.out_channels / part.groups)))
-                nn.init.zeros_(part.bias)  # type: ignore[arg-type]
+        init_convs_by_fan_out(self)
 
     def no_weight_decay(self) -> set[str]:
         spared = ("query_embedding", "relative_pos_bias_local", "temperature")

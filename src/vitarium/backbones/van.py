@@ -1,17 +1,18 @@
-"""Visual Attention Network: a large kernel's output multiplies the features (Guo et al., "Visual Attention Network", 2022).
+"""Visual Attention Network: features multiplied by the output of a large kernel (Guo et al., "Visual Attention Network", 2022).
 
-The idea: what self-attention gives an image, reach and dependence on the input, without a softmax over all pairs. A 21 x 21 kernel is
-composed of a depth-wise 5 x 5, a depth-wise 7 x 7 with holes (dilation 3) and a 1 x 1, and its output is an attention map a value.
+The idea: the long range and the input dependence of self-attention without a softmax over all pairs. A 21 x 21 kernel is decomposed into a
+depth-wise 5 x 5, a dilated depth-wise 7 x 7 (dilation 3) and a 1 x 1 convolution; its output is one attention value per position and
+channel.
 
     u = GELU(W_1 y);  a = W_a DW_7,dilation 3(DW_5(u));  A(y) = W_2 (u * a) + y      with y = BN(x)
     x <- x + s1 * A(BN(x));  x <- x + s2 * MLP(BN(x)), the MLP with a depth-wise 3 x 3 in its middle
 
-Follows the authors' code (github Visual-Attention-Network/VAN-Classification), whose checkpoints load by name. A(y) adds the *normed* y
-back inside the layer scale, as the released models do. Fully convolutional: any image size.
+Follows the authors' code (github Visual-Attention-Network/VAN-Classification); its checkpoints load by name. A(y) adds the *normed* y
+inside the layer scale, as in the released models. Fully convolutional: any image size.
 Cost: linear in image area.
 
-How it is fast: maps lie channels-last in memory, so that the 1 x 1 convolutions are matrix products that read them in place; `fuse()` folds
-the batch norms into their neighbours.
+Speed: maps are channels-last in memory, so the 1 x 1 convolutions are matrix products that read them in place; `fuse()` folds the batch
+norms into adjacent convolutions.
 
 Legend: B batch, C channels, H W map.
 """
@@ -47,19 +48,22 @@ GATES = ("multiply", "sigmoid", "add")
 
 
 class LargeKernelAttention(nn.Module):
-    """A K x K depth-wise kernel in three pieces: (B, C, H, W) -> the attention map, the same shape.
+    """Large kernel attention, a decomposed K x K kernel: (B, C, H, W) -> attention map of the same shape.
 
     Args:
         dim: channels.
-        kernel_size: side K of the kernel that is composed.
-        dilation: d of the middle piece; the pieces are (2d - 1) x (2d - 1), ceil(K / d) x ceil(K / d) with holes, and 1 x 1.
+        kernel_size: side K of the composed kernel.
+        dilation: dilation d of the second convolution; the three have the sizes (2d - 1) x (2d - 1), ceil(K / d) x ceil(K / d) and 1 x 1.
+
+    Raises:
+        ValueError: ceil(K / d) is even.
     """
 
     def __init__(self, dim: int, kernel_size: int, dilation: int):
         super().__init__()
         near, far = 2 * dilation - 1, math.ceil(kernel_size / dilation)
         if far % 2 == 0:
-            raise ValueError(f"kernel_size={kernel_size} in steps of dilation={dilation} gives a piece of {far} taps, which has no middle")
+            raise ValueError(f"kernel_size={kernel_size} with dilation={dilation} needs a kernel of even size {far}; choose others")
         self.conv0 = Conv2d(dim, dim, near, padding=near // 2, groups=dim)
         self.conv_spatial = Conv2d(dim, dim, far, padding=far // 2 * dilation, dilation=dilation, groups=dim)
         self.conv1 = Conv2d(dim, dim, 1)
@@ -69,11 +73,11 @@ class LargeKernelAttention(nn.Module):
 
 
 class GatedAttention(nn.Module):
-    """A(y) of the module's docstring: (B, C, H, W) -> the same.
+    """Attention unit, A(y) in the module's docstring: (B, C, H, W) -> the same shape.
 
     Args:
-        gate: what is done with the attention map: "multiply" (the paper), "sigmoid" before it multiplies, or "add".
-        The others as for `LargeKernelAttention`.
+        gate: use of the attention map: "multiply" (the paper), "sigmoid" (multiply by its sigmoid), or "add".
+        dim, kernel_size, dilation: see `LargeKernelAttention`.
     """
 
     def __init__(self, dim: int, kernel_size: int, dilation: int, gate: str):
@@ -94,7 +98,7 @@ class GatedAttention(nn.Module):
 
 
 class VANBlock(nn.Module):
-    """(B, C, H, W) -> the same, channels-last in memory."""
+    """VAN block: (B, C, H, W) -> the same shape, channels-last in memory."""
 
     def __init__(self, dim: int, mlp_ratio: float, kernel_size: int, dilation: int, gate: str, drop: float, drop_path: float):
         super().__init__()
@@ -111,13 +115,13 @@ class VANBlock(nn.Module):
         return x + self.drop_path(self.layer_scale_2[:, None, None] * self.mlp(self.norm2(x)))
 
     def fold(self) -> None:
-        """The second norm goes into the MLP; the first stays, because its output is also added back."""
+        """Fold the second norm into the MLP; the first stays, because its output is also added back."""
         if isinstance(self.norm2, nn.BatchNorm2d):
             self.mlp.fc1, self.norm2 = fold_norm_before(self.norm2, self.mlp.fc1), nn.Identity()
 
 
 class ConvPatchEmbed(ConvNorm):
-    """Overlapping patches and a batch norm: (B, C_in, H, W) -> (B, C, ceil(H / stride), ceil(W / stride))."""
+    """Overlapping patch embedding with a batch norm: (B, C_in, H, W) -> (B, C, ceil(H / stride), ceil(W / stride))."""
 
     names = ("proj", "norm")
 
@@ -142,20 +146,20 @@ _WIDE = dict(mlp_ratios=(8, 8, 4, 4))
     crop_pct=0.9,
 )
 class VAN(Backbone):
-    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes).
+    """VAN classifier: images (B, in_chans, H, W), any H and W, -> logits (B, num_classes).
 
     Args:
-        depths: blocks a stage.
-        dims: channels a stage.
-        mlp_ratios: hidden channels of the MLPs over the channels, a stage.
+        depths: blocks per stage.
+        dims: channels per stage.
+        mlp_ratios: ratio of the MLP's hidden channels to channels, per stage.
         patch_size: stride of the stem, pixels; its kernel is 2 * patch_size - 1.
         kernel_size, dilation: of the large kernel, see `LargeKernelAttention`.
         gate: see `GatedAttention`.
         drop_rate: dropout in the MLPs and before the head.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
-        ValueError: depths, dims and mlp_ratios differ in length, an unknown gate, or a kernel that cannot be composed.
+        ValueError: depths, dims and mlp_ratios differ in length, an unknown gate, or a kernel that cannot be decomposed.
     """
 
     def __init__(
@@ -174,7 +178,7 @@ class VAN(Backbone):
         drop_path_rate: float = 0.0,
     ):
         if not len(depths) == len(dims) == len(mlp_ratios):
-            raise ValueError(f"depths, dims and mlp_ratios need one value a stage, got {depths}, {dims} and {mlp_ratios}")
+            raise ValueError(f"depths, dims and mlp_ratios need one value per stage, got {depths}, {dims} and {mlp_ratios}")
         if gate not in GATES:
             raise ValueError(f"gate must be one of {', '.join(GATES)}, got {gate!r}")
         stages = [Stage(dim, patch_size * 2**k) for k, dim in enumerate(dims)]
@@ -195,7 +199,7 @@ class VAN(Backbone):
 
     @torch.no_grad()
     def attention_map(self, image: Tensor, stage: int = -1) -> Tensor:
-        """Mean over channels of the last block's attention map of a stage, for pictures: (B, in_chans, H, W) -> (B, h, w).
+        """Return the channel mean of the attention map of the last block of a stage, for visualisation: (B, in_chans, H, W) -> (B, h, w).
 
         Raises:
             InputError: no such stage.

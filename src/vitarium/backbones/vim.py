@@ -1,22 +1,23 @@
-"""Vision Mamba (Vim): a plain backbone whose tokens meet in two scans, one each way (Zhu et al., "Vision Mamba", 2024).
+"""Vision Mamba (Vim): a plain backbone with bidirectional selective scans in place of attention (Zhu et al., "Vision Mamba", 2024).
 
-The idea: a ViT's skeleton (patches, class token, learned positions, equal blocks) in which a block is neither attention nor an MLP but a
-*selective scan*: each channel carries N numbers from token to token, and each token decides itself what it writes, reads and forgets.
-A scan sees only what came before, hence two, from the first token to the last and back; and the class token stands in the middle.
+The idea: the architecture of a ViT (patches, class token, learned positions, equal blocks) with *selective scans* in place of attention and
+MLP: each channel carries a state of N values along the sequence, with input-dependent writing, reading and decay. A scan is causal, so each
+block has two, one in each direction, and the class token is placed in the middle of the sequence.
 
     x <- x + W_out(mean over directions of y . SiLU(z))            with [u | z] = W_in RMSNorm(x)
     v = SiLU(causal depth-wise conv_4(u));  [dt | b | c] = W_x v;  delta = softplus(W_dt dt + bias)
     s_t = exp(delta_t A) s_{t-1} + delta_t b_t v_t;  y_t = <c_t, s_t> + D v_t
 
-Follows the authors' code (github hustvl/Vim, its released "bimamba v2, middle class token, divide by 2" models), whose checkpoints load by
-name. Without what no released model uses (rotary positions, directions alternating by layer, weights shared by the directions).
-Any image size: positions are resampled, an incomplete patch is filled with zeros (the authors refuse other sizes).
+Follows the authors' code (github hustvl/Vim, its released "bimamba v2, middle class token, divide by 2" models); its checkpoints load by
+name. Options that no released model uses are left out (rotary positions, directions alternating by layer, weights shared between
+directions). Any image size: positions are resampled and incomplete patches are padded with zeros (the authors' code refuses other sizes).
 Cost: linear in tokens, in time and in memory.
 
-How it is fast: tokens stay before channels throughout; the backward direction runs its convolution and its scan from the end instead of
-flipping anything; both directions' gates are one, since a flip of y and z commutes with their product; the scan is a compiled kernel.
+Speed: the memory layout is (batch, tokens, channels) throughout; the backward direction runs its convolution and its scan from the end
+instead of flipping tensors; the two directions share one gating, since a flip of y and z commutes with their product; the scan is a
+compiled kernel.
 
-Legend: B images, L tokens, C = embed_dim, E = 2 C inner channels, N states a channel, R rank of the step sizes.
+Legend: B images, L tokens, C = embed_dim, E = 2 C inner channels, N states per channel, R rank of the step sizes.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ PLACES = ("middle", "first", "none")
 
 
 class ScanDirection(nn.Module):
-    """One direction's convolution and scan, with weights of its own: (B, L, E) -> (B, L, E).
+    """Convolution and selective scan in one direction, with separate weights: (B, L, E) -> (B, L, E).
 
     Args:
         dim: inner channels E.
-        d_state: states N a channel.
+        d_state: states N per channel.
         dt_rank: rank R of the step sizes.
-        d_conv: taps of the convolution.
+        d_conv: kernel size of the convolution.
         direction: "forward" or "backward".
         scan: implementation, as for `vitarium.ops.scan.selective_scan`.
     """
@@ -79,20 +80,20 @@ class ScanDirection(nn.Module):
         return y
 
     def attention(self, u: Tensor) -> Tensor:
-        """What each token takes from each other, mean over channels of absolute values: u (B, L, E) -> (B, L, L); quadratic in L."""
+        """Return the absolute weights of the scan as a matrix, averaged over channels: u (B, L, E) -> (B, L, L); quadratic in L."""
         assert self.conv1d.bias is not None
         v = causal_conv_silu(u, self.conv1d.weight[:, 0], self.conv1d.bias, reverse=self.reverse)
         dt, b, c = self.x_proj(v).split(self.sizes, -1)
         delta = F.softplus(self.dt_proj(dt))
         if self.reverse:
             delta, b, c = (part.flip(1) for part in (delta, b, c))
-        rate, parts = self.rate(), range(0, delta.shape[2], 32)  # some channels at a time: a matrix each is a lot of memory
+        rate, parts = self.rate(), range(0, delta.shape[2], 32)  # a few channels at a time, to limit the memory of their matrices
         total = sum(scan_matrix(delta[..., i : i + 32], rate[i : i + 32], b, c).abs().sum(1) for i in parts) / delta.shape[2]
         assert isinstance(total, Tensor)
         return total.flip(1, 2) if self.reverse else total
 
     def rate(self) -> Tensor:
-        """A, (E, N): at which each state forgets; in float32 at least."""
+        """Return the decay rates A, (E, N), in at least float32."""
         exact = torch.float64 if self.A_log.dtype is torch.float64 else torch.float32
         return -torch.exp(self.A_log.to(exact))
 
@@ -101,13 +102,13 @@ class ScanDirection(nn.Module):
 
 
 class VimMixer(nn.Module):
-    """Tokens meet in scans along the sequence: (B, L, dim) -> (B, L, dim). It stands where a ViT's attention stands, and may replace it.
+    """Mamba token mixer with scans along the sequence, a replacement for attention: (B, L, dim) -> (B, L, dim).
 
     Args:
         dim: channels.
-        d_state, d_conv: states a channel, taps of the convolution.
-        expand: inner channels over channels.
-        directions: of each scan, "forward" or "backward"; each scan has its own weights, the outputs are averaged.
+        d_state, d_conv: states per channel, kernel size of the convolution.
+        expand: ratio of inner channels to channels.
+        directions: "forward" or "backward" for each scan; scans have separate weights, their outputs are averaged.
         scan: implementation, as for `vitarium.ops.scan.selective_scan`.
     """
 
@@ -126,13 +127,13 @@ class VimMixer(nn.Module):
         return self.out_proj(first * F.silu(z)) / len(self.directions)
 
     def attention(self, x: Tensor) -> Tensor:
-        """Hidden attention of tokens (B, L, dim): the mean over directions, (B, L, L); rows take, columns give."""
+        """Return the implicit attention of tokens (B, L, dim), averaged over directions: (B, L, L), row = output, column = input."""
         u, _ = self.in_proj(x).chunk(2, -1)
         return torch.stack([scan.attention(u) for scan in self.directions]).mean(0)  # type: ignore[operator]
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) . w on the last axis, in x's precision, given out in the weight's: the residual stream may be finer."""
+    """RMS norm computed in the precision of x and returned in that of the weight, since the residual stream may be more precise."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
@@ -140,7 +141,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class VimBlock(nn.Module):
-    """(B, L, C) -> the same."""
+    """Pre-norm residual block with a `VimMixer`: (B, L, C) -> the same shape."""
 
     def __init__(self, dim: int, d_state: int, drop_path: float, directions: Sequence[str], scan: str):
         super().__init__()
@@ -153,14 +154,14 @@ class VimBlock(nn.Module):
 
 
 def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], place: str, *, as_authors: bool = False) -> Tensor:
-    """A position table for another grid: (1, P + h w, C) -> (1, P + h' w', C), P = 0 where `place` is "none", else 1.
+    """Resize a position table to another grid: (1, P + h w, C) -> (1, P + h' w', C), P = 0 if `place` is "none", else 1.
 
     Args:
-        table: rows in the order of the sequence, the class token's among them.
+        table: rows in the order of the sequence, including that of the class token.
         old, new: rows and columns of the grids.
-        place: of the class token, one of PLACES.
-        as_authors: resize as the authors' fine-tuning code does, which takes the first row for the class token's wherever that stands, and
-            leaves it first. It is where their "+" models started from; those models' own tables need no resizing.
+        place: position of the class token, one of PLACES.
+        as_authors: resize as the authors' fine-tuning code, which always treats the first row as that of the class token. Their "+" models
+            were initialised this way; their own tables need no resizing.
     """
     if place == "none":
         return resize_position_table(table, old, new)
@@ -171,7 +172,7 @@ def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], 
 
 
 def _direction(number: int, suffix: str) -> list[tuple[str, str]]:
-    """The authors' names of one direction's tensors; the backward ones have a "_b" inside."""
+    """Return the renaming rules of one direction; the authors' names of the backward direction contain "_b"."""
     inside = rf"layers.\1.mixer.directions.{number}".replace("layers", "blocks")
     layers = [(rf"^layers\.(\d+)\.mixer\.{name}{suffix}\.", rf"{inside}.{name}.") for name in ("conv1d", "x_proj", "dt_proj")]
     return [
@@ -189,7 +190,7 @@ OFFICIAL = rename(*_direction(0, ""), *_direction(1, "_b"), (r"^layers\.", "bloc
     variants={
         "pico": dict(embed_dim=48, depth=3, patch_size=4, d_state=8, image_size=16),
         "tiny": dict(embed_dim=192, depth=24),  # 7.1 M, 76.1 % top-1
-        "tiny_plus": dict(embed_dim=192, depth=24, stride=8),  # the same, fine-tuned on overlapping patches, 78.3 %
+        "tiny_plus": dict(embed_dim=192, depth=24, stride=8),  # fine-tuned with overlapping patches, 78.3 %
         "small": dict(embed_dim=384, depth=24, drop_path_rate=0.05),  # 25.8 M, 80.5 %
         "small_plus": dict(embed_dim=384, depth=24, stride=8, drop_path_rate=0.05),  # 81.6 %
         "base": dict(embed_dim=768, depth=24),  # 97.6 M, 81.9 %
@@ -204,23 +205,23 @@ OFFICIAL = rename(*_direction(0, ""), *_direction(1, "_b"), (r"^layers\.", "bloc
     },
 )
 class Vim(TokenBackbone):
-    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes).
+    """Vision Mamba classifier: images (B, in_chans, H, W), any H and W, -> logits (B, num_classes).
 
     Args:
         embed_dim: channels C.
         depth: blocks.
         patch_size: side of a patch, pixels.
-        stride: pixels from patch to patch; None for patch_size.
-        image_size: side of the square image that the position table is made for, pixels.
-        d_state: states N a channel.
-        directions: of each block's scans: "forward" or "backward" each.
-        class_token: its place in the sequence, "middle" (before patch M // 2 of M) or "first", or "none" for pooling the patches.
+        stride: pixels between patches; None for patch_size.
+        image_size: side, in pixels, of the square image that the position table is made for.
+        d_state: states N per channel.
+        directions: "forward" or "backward" for each scan of a block.
+        class_token: position of the class token, "middle" (before patch M // 2 of M) or "first", or "none" for pooling the patches.
         drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
-        scan: implementation of the scan: "auto" takes the device's fastest of "loop", "numba" and "triton".
+        drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
+        scan: implementation of the scan: "loop", "numba", "triton", or "auto" for the fastest of them on the device.
 
     Raises:
-        ValueError: a value that is not among those named.
+        ValueError: another class_token, direction or scan.
     """
 
     def __init__(
@@ -280,13 +281,13 @@ class Vim(TokenBackbone):
         return {"middle": [patches // 2], "first": [0], "none": []}[self.place]
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """The position table of a grid, (1, L, C); resampled where it is not the one that the model was made for."""
+        """Return the position table of a grid, (1, L, C), resampled unless the model was made for this grid."""
         if grid == self.table_grid:
             return self.pos_embed
         return self.cache.get(self, grid, self.pos_embed, lambda: resize_positions(self.pos_embed, self.table_grid, grid, self.place))
 
     def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
-        """Yields the tokens after each block, (B, L, C), float32 at least: the residual stream is not rounded to half precision."""
+        """Yield the tokens after each block, (B, L, C), at least float32: the residual stream is not rounded to half precision."""
         x = as_tokens(self.patch_embed(image))
         if self.cls_token is not None:
             middle = self.class_places(x.shape[1])[0]
@@ -299,14 +300,14 @@ class Vim(TokenBackbone):
 
     @torch.no_grad()
     def hidden_attention(self, image: Tensor, block: int = -1) -> Tensor:
-        """What the class token takes from each patch in a block's scans, for pictures.
+        """Return the implicit attention from the class token to the patches in the scans of a block, for visualisation.
 
         Args:
             image: (B, in_chans, H, W).
-            block: number of the block; negative counts from the last.
+            block: index of the block; negative indices count from the last.
 
         Returns:
-            (B, h, w), at least 0; of a model without class token, the mean over the patches that take.
+            (B, h, w), non-negative; for a model without class token, the mean over all patches.
         """
         self.check_image(image)
         number = self.take_indices([block])[0]
@@ -326,7 +327,7 @@ class Vim(TokenBackbone):
         return {name for name, _ in self.named_parameters() if name in ("pos_embed", "cls_token") or name.endswith(".A_log")}
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
-        """A checkpoint's position table for this model's grid; None for any other tensor that does not fit."""
+        """Resize a position table of a checkpoint to the grid of this model; return None for any other tensor."""
         extra = self.place != "none"
         side = math.isqrt(max(0, tensor.shape[1] - extra)) if tensor.ndim == 3 else 0
         if name != "pos_embed" or tensor.shape[2:] != shape[2:] or side**2 + extra != tensor.shape[1]:

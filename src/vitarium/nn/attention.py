@@ -11,18 +11,18 @@ from vitarium.ops.attention import merge_heads, split_packed_heads
 
 
 class Attention(nn.Module):
-    """softmax(q k^T scale + bias) v, projected: (B, N, dim) -> (B, N, dim).
+    """Multi-head self-attention, softmax(q k^T scale + bias) v, with an output projection: (B, N, dim) -> (B, N, dim).
 
     Args:
         dim: channels.
-        num_heads: heads; dim must divide by it.
-        qkv_bias: whether the linear layer of queries, keys and values has a bias. Its output is [q | k | v], each (heads, head_dim).
+        num_heads: heads; must divide dim.
+        qkv_bias: whether the joint projection has a bias. Its output is [q | k | v], each (heads, head_dim).
         qk_norm: norm class on each head's queries and keys, or None.
         scale: factor on the logits, head_dim ** -0.5 by default.
         attn_drop, proj_drop: dropout rates on the attention weights and on the output.
 
     Raises:
-        ValueError: dim does not divide by num_heads.
+        ValueError: dim is not divisible by num_heads.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Attention(nn.Module):
         proj_drop: float = 0.0,
     ):
         if dim % num_heads:
-            raise ValueError(f"dim must divide by num_heads, got {dim} and {num_heads}")
+            raise ValueError(f"dim must be divisible by num_heads, got {dim} and {num_heads}")
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
@@ -50,12 +50,12 @@ class Attention(nn.Module):
         self.proj_drop = proj_drop
 
     def forward(self, x: Tensor, bias: Tensor | None = None, rotary: Tensor | None = None) -> Tensor:
-        """Attend.
+        """Compute self-attention.
 
         Args:
             x: tokens, (B, N, dim).
-            bias: added to the logits, broadcastable to (B, heads, N, N), in x's dtype; or a bool mask, True where a key may be seen.
-            rotary: table of `rotary_2d`, (2, N, head_dim).
+            bias: added to the logits, broadcastable to (B, heads, N, N), in the dtype of x; or a bool mask, True where a key takes part.
+            rotary: table from `rotary_2d`, (2, N, head_dim).
         """
         q, k, v = split_packed_heads(self.qkv(x), 3, self.num_heads)
         q, k = self.q_norm(q), self.k_norm(k)

@@ -1,10 +1,10 @@
-"""What every backbone of the house is, of images or of clips: an iterator of maps, and timm's contract on top of it.
+"""Base classes of image and video backbones: an iterator over feature maps, and timm's model interface on top of it.
 
-A backbone says how its maps come about (`forward_stages`) and how wide and coarse they are (`stages`); pooling, head, intermediate
-features, gradient checkpointing, layer groups and the checks at the door are here, once.
+A subclass defines how its maps are computed (`forward_stages`) and their channels and strides (`stages`). Pooling, head, intermediate
+features, gradient checkpointing, layer groups and input checks are implemented here.
 
-Names that a backbone keeps, so that the rest works by itself: `stem` (or `patch_embed`), `stages.K.downsample`, `stages.K.blocks.I` (or
-`blocks.I` at one resolution), `norm` (on the map, before pooling), `head_norm` (on the pooled features), `head`.
+Submodule names that the shared code relies on: `stem` (or `patch_embed`), `stages.K.downsample`, `stages.K.blocks.I` (or `blocks.I` at one
+resolution), `norm` (on the map, before pooling), `head_norm` (on the pooled features), `head`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "avg": lambda x: x.mean(tuple(range(2, x.ndim))),
     "max": lambda x: x.amax(tuple(range(2, x.ndim))),
 }
-"""Map (B, C, H, W), or of a clip (B, C, T, H, W) -> (B, C)."""
+"""Poolings by name: map (B, C, H, W), or video map (B, C, T, H, W), -> (B, C)."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One map that a backbone gives out: its channels, the stride of its cells in pixels of the image, and of a clip also in frames."""
+    """A feature map of a backbone: channels, stride in pixels of the image, and stride in frames of a clip."""
 
     dim: int
     stride: int
@@ -38,30 +38,30 @@ class Stage:
 
 
 class Backbone(nn.Module):
-    """Image (B, in_chans, H, W), floating point -> logits (B, num_classes).
+    """Base class of image backbones: floating-point images (B, in_chans, H, W) -> logits (B, num_classes).
 
-    A subclass calls `super().__init__` and builds its parts: a pyramid `stages`, before them perhaps a `stem`; any other model defines
+    A subclass calls `super().__init__` and builds its submodules: a pyramid sets `stages` and optionally `stem`; other models override
     `forward_stages`. It may set `norm` or `head_norm`.
 
     Args:
         stages: channels and stride of each map that `forward_stages` yields, in order.
-        num_classes: classes of the head; 0 for none (`forward` then gives pooled features).
+        num_classes: number of classes; 0 for no head (`forward` then returns pooled features).
         in_chans: channels of the image.
         drop_rate: dropout before the head.
         min_size: smallest height and width of the image, pixels.
     """
 
     pools: tuple[str, ...] = tuple(POOLS)
-    """Names of the poolings that `reset_classifier` takes, besides "" for none."""
+    """Names of the poolings that `reset_classifier` accepts, besides "" for none."""
     axes = "HW"
-    """The axes of the input behind batch and channels; a map has the same."""
+    """Axes of the input and of the maps after batch and channels."""
     preprocessing: Any = None
-    """How an image becomes this model's input (vitarium.catalog.Preprocessing); set by `create_model` and `load`."""
+    """Preprocessing of input images (`vitarium.catalog.Preprocessing`); set by `create_model` and `load`."""
     stem: nn.Module
     stages: nn.ModuleList
-    """Parts of a pyramid, the first of them optional; see `forward_stages`."""
+    """Submodules of a pyramid, the stem being optional; see `forward_stages`."""
     labels: list[str] | None = None
-    """Names of the classes, in the order of the logits; set by training and `load`."""
+    """Class names in the order of the logits; set by training and `load`."""
 
     def __init__(self, *, stages: Sequence[Stage], num_classes: int, in_chans: int = 3, drop_rate: float = 0.0, min_size: int = 1):
         super().__init__()
@@ -80,13 +80,13 @@ class Backbone(nn.Module):
         self.head_norm: nn.Module = nn.Identity()
         self.head: nn.Module = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
 
-    # ---- what a subclass defines
+    # ---- defined by subclasses
 
     def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
-        """Yields the map of each stage before any final norm, (B, dim_i, H / stride_i, W / stride_i); rounded as the authors' code does.
+        """Yield the map of each stage before the final norm, (B, dim_i, H / stride_i, W / stride_i), rounded as in the authors' code.
 
-        Here a pyramid's: `stem`, if there is one, then each of `stages` on the map before it, channels-last in memory. A stage is called
-        as stage(map, run) with `run_blocks`.
+        The default is that of a pyramid: the optional `stem`, then each of `stages` on the previous map, with channels-last memory. A stage
+        is called as stage(map, self.run_blocks).
         """
         x = image.contiguous(memory_format=torch.channels_last)
         x = self.stem(x) if hasattr(self, "stem") else x
@@ -94,22 +94,22 @@ class Backbone(nn.Module):
             x = stage(x, self.run_blocks)
             yield x
 
-    # ---- the forward passes
+    # ---- forward passes
 
     def forward(self, image: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(image))
 
     def forward_features(self, image: Tensor) -> Tensor:
-        """Image (B, in_chans, H, W) -> the last map, normed, (B, num_features, h, w)."""
+        """Return the last map after the final norm, (B, num_features, h, w)."""
         self.check_image(image)
-        for x in self.forward_stages(image):  # noqa: B007 - earlier maps are freed as the loop goes on
+        for x in self.forward_stages(image):  # noqa: B007 - earlier maps are freed during the loop
             pass
         return self.norm(x)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Map (B, num_features, h, w) -> logits (B, num_classes), or with `pre_logits` the pooled and normed features (B, num_features).
+        """Return the logits (B, num_classes) of the last map, or with `pre_logits` its pooled and normed features (B, num_features).
 
-        With global_pool "" the map itself.
+        With global_pool "" the map is returned unchanged.
         """
         if self.global_pool == "":
             return features
@@ -118,11 +118,11 @@ class Backbone(nn.Module):
         return x if pre_logits else self.head(x)
 
     def pool(self, features: Tensor) -> Tensor:
-        """What `forward_features` gives, (B, C, h, w) -> (B, C), by `global_pool`."""
+        """Pool the output of `forward_features` by `global_pool`: (B, C, h, w) -> (B, C)."""
         return POOLS[self.global_pool](features)
 
     def as_map(self, features: Tensor, image_size: Sequence[int]) -> Tensor:
-        """A stage's features as the map (B, C, h, w) of an image of this height and width. Here they are one already."""
+        """Return the features of a stage as a map (B, C, h, w), given the height and width of the image. The default returns them as is."""
         return features
 
     def forward_intermediates(
@@ -134,23 +134,23 @@ class Backbone(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Maps of chosen stages, as timm's method of this name.
+        """Return the maps of selected stages. Same interface as timm's `forward_intermediates`.
 
         Args:
-            x: image, (B, in_chans, H, W).
-            indices: which stages: an int for the last n, a list (negative counts from the end), None for all.
-            norm: whether the last stage's map goes through the final norm.
-            stop_early: whether to stop after the last chosen stage (only together with `intermediates_only`).
-            output_fmt: "NCHW" ("NCTHW" for clips), the only form here.
-            intermediates_only: whether to leave out the final features.
+            x: images, (B, in_chans, H, W).
+            indices: stages: an int n for the last n, a list (negative indices count from the end), None for all.
+            norm: apply the final norm to the map of the last stage.
+            stop_early: stop after the last selected stage (only together with `intermediates_only`).
+            output_fmt: "NCHW" ("NCTHW" for clips), the only supported format.
+            intermediates_only: return only the maps.
 
         Returns:
-            the maps, (B, dim_i, h_i, w_i) each; without `intermediates_only`, a pair (final features, maps).
+            list of maps (B, dim_i, h_i, w_i); without `intermediates_only`, a pair (final features, maps).
 
         Raises:
             InputError: an index out of range or another output_fmt.
         """
-        if output_fmt not in ("NCHW", f"NC{self.axes}"):  # the first is what timm's wrapper asks for, whatever the model
+        if output_fmt not in ("NCHW", f"NC{self.axes}"):  # timm's wrapper always asks for the first
             raise InputError(f"output_fmt must be 'NC{self.axes}', got {output_fmt!r}")
         self.check_image(x)
         chosen = self.take_indices(indices)
@@ -165,23 +165,23 @@ class Backbone(nn.Module):
         return maps if intermediates_only else (self.norm(x), maps)
 
     def take_indices(self, indices: int | Sequence[int] | None) -> list[int]:
-        """Stage numbers from timm's way of naming them (see `forward_intermediates`).
+        """Resolve timm's stage indices (see `forward_intermediates`) to a list of non-negative ones.
 
         Raises:
-            InputError: a number that no stage has.
+            InputError: an index out of range.
         """
         count = len(self.feature_info)
         if indices is None:
             return list(range(count))
         wanted = range(count - indices, count) if isinstance(indices, int) else [i + count if i < 0 else i for i in indices]
         if wrong := [i for i in wanted if not 0 <= i < count]:
-            raise InputError(f"{type(self).__name__} has {count} stages (0 to {count - 1}); {wrong} is not among them")
+            raise InputError(f"{type(self).__name__} has {count} stages (0 to {count - 1}); got {wrong}")
         return list(wanted)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the chosen stages do not need (later stages, norm, head), as timm's method. Returns the stage numbers."""
+        """Remove modules that the selected stages do not need (later stages, norm, head), as timm's method. Return the stage indices."""
         chosen = self.take_indices(indices)
         stages = getattr(self, "stages", None)
         if isinstance(stages, nn.ModuleList) and len(stages) == len(self.feature_info):
@@ -194,29 +194,30 @@ class Backbone(nn.Module):
         return chosen
 
     def run_blocks(self, blocks: Iterable[Callable[..., Tensor]], x: Tensor, *args: Any) -> Tensor:
-        """Blocks one after the other, each called as block(x, *args); in training under gradient checkpointing when that is on."""
+        """Run blocks in sequence, each called as block(x, *args); in training with gradient checkpointing if it is enabled."""
         checkpointing = self.grad_checkpointing and self.training and torch.is_grad_enabled()
         for block in blocks:
             x = checkpoint(block, x, *args, use_reentrant=False) if checkpointing else block(x, *args)
         return x
 
     def fuse(self) -> Backbone:
-        """For deployment: fold what is constant in eval (batch norms, parallel branches) into the layers beside it; in place, for good.
+        """Fold batch norms and parallel branches into adjacent layers for inference, in place; this cannot be undone.
 
-        Outputs stay equal to 1e-5. A fused model is in eval mode, does not train on, and is saved by its state_dict() alone.
+        Outputs in evaluation mode stay equal to 1e-5. A fused model is in evaluation mode, cannot be trained further, and can only be saved
+        as a state_dict().
         """
         for part in list(self.modules()):
             if fold := getattr(part, "fold", None):
                 fold()
         return self.eval()
 
-    # ---- checks at the door
+    # ---- input checks
 
     def check_image(self, image: Tensor) -> None:
-        """Refuse what the model cannot take, before any work.
+        """Check that the model accepts an input.
 
         Raises:
-            InputError: wrong rank, channels, layout, dtype or size; the message says what came and what is accepted.
+            InputError: wrong rank, channels, layout, dtype, size or device; the message states the input and what is accepted.
         """
         if torch.compiler.is_compiling():
             return
@@ -240,17 +241,20 @@ class Backbone(nn.Module):
         if image.device != weight.device:
             raise InputError(f"{name} is on {weight.device}, the image on {image.device}; move one of them with .to(device)")
 
-    # ---- timm's contract
+    # ---- timm's interface
 
     def get_classifier(self) -> nn.Module:
-        """The head: a linear layer, or identity where num_classes is 0."""
+        """Return the head: a linear layer, or the identity if num_classes is 0."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh head for `num_classes` (0: none), and another pooling: "avg", "max" or "" (no pooling; only without classes).
+        """Replace the head by a newly initialised one for `num_classes` (0: no head), and optionally the pooling.
+
+        Args:
+            global_pool: one of `pools` ("avg", "max", ...), or "" for no pooling, only without classes; None keeps the current one.
 
         Raises:
-            InputError: another pooling, or none with classes.
+            InputError: another pooling, or no pooling with classes.
         """
         pool = self.global_pool if global_pool is None else global_pool
         if pool not in (*self.pools, "") or (pool == "" and num_classes > 0):
@@ -265,11 +269,11 @@ class Backbone(nn.Module):
             init_head(self.head)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters with two or more axes that take no weight decay (one-axis ones never do)."""
+        """Return the names of parameters with two or more axes that get no weight decay (parameters with one axis never do)."""
         return set()
 
     def group_matcher(self, coarse: bool = False) -> Any:
-        """Layer groups for layer-wise decay, in timm's form: stem, one a block (one a stage if `coarse`), end."""
+        """Return layer groups for layer-wise decay in timm's format: stem, one group per block (per stage if `coarse`), head."""
         return dict(
             stem=r"^(?:stem|patch_embed|pos_embed|cls_token)",
             blocks=r"^(?:stages|blocks)\.(\d+)"
@@ -284,15 +288,15 @@ class Backbone(nn.Module):
         )
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory in training: activations inside blocks are computed again in the backward pass."""
+        """Enable or disable gradient checkpointing: activations inside blocks are recomputed in the backward pass to save memory."""
         self.grad_checkpointing = enable
 
     @property
     def default_cfg(self) -> dict[str, Any]:
-        """timm's description of the input and the head; timm's own factory sets it."""
+        """timm's configuration of input and head; timm's factory sets it."""
         if "_timm_cfg" in self.__dict__:
             return self.__dict__["_timm_cfg"]
-        kinds = (nn.Conv2d, nn.Conv3d, nn.Unfold)  # where patches are unfolded, that is what reads the image's channels
+        kinds = (nn.Conv2d, nn.Conv3d, nn.Unfold)  # some stems unfold patches
         first_conv = next((name for name, part in self.named_modules() if isinstance(part, kinds)), None)
         pre = self.preprocessing
         values = {} if pre is None else dict(mean=pre.mean, std=pre.std, interpolation=pre.interpolation, crop_pct=pre.crop_pct)
@@ -311,15 +315,17 @@ class Backbone(nn.Module):
         self.__dict__["_timm_cfg"] = cfg
 
     pretrained_cfg = default_cfg
-    """The same, under timm's newer name."""
+    """Alias under timm's newer name."""
 
 
 class VideoBackbone(Backbone):
-    """Clip (B, in_chans, T, H, W), floating point -> logits (B, num_classes). Maps are (B, dim_i, T / frame_stride_i, h_i, w_i).
+    """Base class of video backbones: floating-point clips (B, in_chans, T, H, W) -> logits (B, num_classes).
+
+    Maps have the shape (B, dim_i, T / frame_stride_i, h_i, w_i).
 
     Args:
-        min_frames: fewest frames of a clip.
-        The others as in `Backbone`.
+        min_frames: minimum number of frames of a clip.
+        stages, options: see `Backbone`.
     """
 
     axes = "THW"
@@ -336,13 +342,13 @@ class VideoBackbone(Backbone):
             raise InputError(f"{type(self).__name__} takes clips of at least {self.min_frames} frames, got {image.shape[2]}")
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
-        """An image checkpoint's kernel, repeated over the frames (see `vitarium.nn.inflation`); None for any other tensor."""
+        """Inflate a kernel of an image checkpoint over the frames (see `vitarium.nn.inflation`); return None for any other tensor."""
         if tensor.ndim == 4 and len(shape) == 5 and tensor.shape == (*shape[:2], *shape[3:]):
             return inflate_kernel(tensor, shape[2])
         return None
 
 
 def init_head(head: nn.Linear, std: float = 0.02) -> None:
-    """Small random weights and a zero bias, in place: a fresh head starts near the uniform prediction."""
+    """Initialise a head in place with small random weights and a zero bias, so that it starts near the uniform prediction."""
     nn.init.trunc_normal_(head.weight, std=std)
     nn.init.zeros_(head.bias)

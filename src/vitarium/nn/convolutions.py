@@ -1,4 +1,4 @@
-"""Convolutions as they are deployed: the activation in the same kernel, and a large batch worked on a few images at a time."""
+"""Convolutions for fast inference: fused activations, foldable batch norms, and large batches processed a few images at a time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Conv2d(nn.Conv2d):
 
 
 def conv_norm_gelu(x: Tensor, conv: nn.Module, norm: nn.Module | None = None, approximate: Gelu = "none") -> Tensor:
-    """GELU(norm(conv(x))); in one kernel where there is no norm (any more) and nobody looks at or replaced the convolution."""
+    """Compute GELU(norm(conv(x))); in a single kernel if the norm is folded and `conv` is a `Conv2d` without hooks."""
     no_norm = norm is None or (type(norm) is nn.Identity and not norm._forward_hooks)
     if no_norm and isinstance(conv, Conv2d) and not conv._forward_hooks:
         return conv(x, approximate)
@@ -127,15 +127,15 @@ class ConvMlp(nn.Module):
 
 
 def by_images(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, channels: int) -> Tensor:
-    """forward(x), in inference on a CPU for so few images at a time that their inner maps stay in the cache.
+    """Compute forward(x); in inference on a CPU, process few enough images at a time that the intermediate maps stay in the cache.
 
-    A whole batch's maps would be mapped anew from the system at each call, which costs more than the arithmetic on them.
+    Full-batch buffers would be reallocated on every call, which costs more than the arithmetic on them.
 
     Args:
-        module: whose `forward` it is; where one of its parts has hooks, these see the whole batch.
-        forward: treats each image for itself; (B, C, H, W) -> (B, C', H', W').
+        module: owner of `forward`. If a submodule has hooks, the batch is not split, so that they see all of it.
+        forward: function that processes each image independently, (B, C, H, W) -> (B, C', H', W').
         x: (B, C, H, W).
-        channels: of the largest inner map, at x's height and width.
+        channels: channels of the largest intermediate map, at the height and width of x.
     """
     if torch.compiler.is_compiling() or module.training or x.device.type != "cpu" or not in_plain_inference(x, *module.parameters()):
         return forward(x)

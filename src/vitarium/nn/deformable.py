@@ -13,18 +13,18 @@ from vitarium.ops.deformable import deformable_attention
 
 
 class DeformableAttention(nn.Module):
-    """Each query looks at a few places of several maps around its reference: (B, Q, dim) -> (B, Q, dim).
+    """Attention from each query to a few sampled points of several maps around its reference: (B, Q, dim) -> (B, Q, dim).
 
-    The names are those of the authors' MSDeformAttn, so that its files fill it.
+    Parameter names are those of the authors' MSDeformAttn, so that its checkpoints load.
 
     Args:
-        dim: channels of queries and cells.
-        num_levels: maps L.
-        num_heads: heads h; at first each looks into its own direction.
-        num_points: places P a head and map.
+        dim: channels of queries and map cells.
+        num_levels: number of maps L.
+        num_heads: heads h; initially each one samples in its own direction.
+        num_points: sampled points P per head and map.
 
     Raises:
-        ValueError: dim that the heads do not divide.
+        ValueError: dim is not a multiple of num_heads.
     """
 
     def __init__(self, dim: int, num_levels: int = 4, num_heads: int = 8, num_points: int = 4):
@@ -39,7 +39,7 @@ class DeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Places on rays from the reference, one ray a head, the p-th place p steps away; equal weights."""
+        """Initialise the sampled points on rays from the reference, one ray per head, point p at p steps, with equal weights."""
         angles = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
         rays = torch.stack([angles.cos(), angles.sin()], -1)
         rays = rays / rays.abs().amax(-1, keepdim=True)
@@ -56,16 +56,17 @@ class DeformableAttention(nn.Module):
     def forward(
         self, query: Tensor, reference: Tensor, value: Tensor, shapes: Sequence[tuple[int, int]], padding: Tensor | None = None
     ) -> Tensor:
-        """
+        """Attend from queries to sampled points of the maps.
+
         Args:
             query: (B, Q, dim).
-            reference: (B, Q, L, 2) x and y, or (B, Q, L, 4) x, y, width, height of a box around it; in shares of the padded maps.
-            value: (B, N, dim), the maps' cells one map after the other, row by row.
+            reference: (B, Q, L, 2) for points x, y, or (B, Q, L, 4) for boxes x, y, width, height; relative to the padded maps, 0 to 1.
+            value: (B, N, dim), the cells of all maps, one map after the other, row by row.
             shapes: height and width of each map.
-            padding: bool (B, N), True where a cell is padding: it counts as zero.
+            padding: bool (B, N), True where a cell is padding; it counts as zero.
 
         Raises:
-            ValueError: references of other than 2 or 4 numbers, or shapes that do not make N cells.
+            ValueError: references with other than 2 or 4 numbers, or shapes that do not add up to N cells.
         """
         heads, levels, points = self.num_heads, self.num_levels, self.num_points
         cells = self.value_proj(value)

@@ -1,9 +1,10 @@
-"""Batch norms with fixed statistics are affine: in deployment they go into the convolution beside them.
+"""Folding of batch norms into adjacent convolutions for inference.
 
     model.eval().fuse()
 
-A module that has something to fold defines `fold()`, which changes it in place and keeps its outputs in eval mode; `Backbone.fuse` calls
-them all. A folded model does not train on and is not saved: keep the original.
+A batch norm with fixed statistics is affine. A module with such norms defines `fold()`, which folds them in place and leaves its outputs in
+evaluation mode unchanged; `Backbone.fuse` calls `fold()` on every module. A folded model cannot be trained further or saved with
+`vitarium.save`: keep the original.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
 
 
 def _affine(norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    """y = scale x + shift, (C,) each."""
+    """Return scale and shift, (C,) each, such that the norm computes scale x + shift."""
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError("a batch norm without running statistics cannot be folded")
     scale = (norm.running_var + norm.eps).rsqrt()
@@ -29,7 +30,7 @@ def _affine(norm: BatchNorm) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def fold_norm_after(conv: nn.Conv2d, norm: BatchNorm) -> nn.Conv2d:
-    """The convolution that does conv and then norm: any kernel, padding and groups."""
+    """Return the convolution that computes norm(conv(x)), for any kernel, padding and groups."""
     scale, shift = _affine(norm)
     bias = conv.bias if conv.bias is not None else torch.zeros_like(shift)
     return _with(conv, conv.weight * scale[:, None, None, None], shift + scale * bias)
@@ -37,13 +38,13 @@ def fold_norm_after(conv: nn.Conv2d, norm: BatchNorm) -> nn.Conv2d:
 
 @torch.no_grad()
 def fold_norm_before(norm: BatchNorm, conv: nn.Conv2d) -> nn.Conv2d:
-    """The convolution that does norm and then conv.
+    """Return the convolution that computes conv(norm(x)).
 
     Raises:
-        ValueError: a padded convolution: the norm would shift its border too.
+        ValueError: the convolution has padding, whose zeros the norm does not shift, or groups.
     """
     if conv.padding not in (0, (0, 0), "valid") or conv.groups != 1:
-        raise ValueError("a norm folds only into a convolution behind it that has no padding and no groups")
+        raise ValueError("a norm can be folded into a following convolution only if that has no padding and no groups")
     scale, shift = _affine(norm)
     bias = conv.bias if conv.bias is not None else 0
     return _with(conv, conv.weight * scale[:, None, None], torch.einsum("oihw,i->o", conv.weight, shift) + bias)
@@ -64,7 +65,7 @@ def fold_pair(module: nn.Module, conv: str, norm: str) -> None:
 
 
 def _with(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
-    """A convolution like another in everything else."""
+    """Return a copy of a convolution with another weight and bias."""
     new = copy.deepcopy(conv)
     new.weight, new.bias = nn.Parameter(weight), nn.Parameter(bias)
     return new

@@ -1,11 +1,11 @@
-"""Image weights for video models: a kernel over (h, w) becomes one over (t, h, w).
+"""Inflation of image weights for video models: kernels over (h, w) become kernels over (t, h, w).
 
     image = create_model("uniformer_small", checkpoint="uniformer_small_in1k.pth")
     video = create_model("uniformer_video_small", num_classes=400)
     inflate(image, video)
 
-"mean" repeats the kernel over time and divides by its length: a clip that stands still gives what the image gives, away from the clip's
-ends. "centre" keeps the kernel at the middle frame: each frame gives what it would give as an image.
+"mean" repeats the kernel over time and divides it by the length: on a static clip the output equals that of the image, except at the ends
+of the clip. "centre" places the kernel at the middle frame: every frame is processed like an image.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ WAYS = ("mean", "centre")
 
 
 def inflate_kernel(weight: Tensor, frames: int, how: str = "mean") -> Tensor:
-    """(out, in, h, w) -> (out, in, frames, h, w).
+    """Inflate an image kernel: (out, in, h, w) -> (out, in, frames, h, w).
 
     Args:
-        weight: an image kernel.
+        weight: the image kernel.
         frames: length of the new axis.
         how: "mean" or "centre".
 
     Raises:
-        UsageError: another way.
+        UsageError: `how` has another value.
     """
     if how not in WAYS:
-        raise UsageError(f"kernels are inflated by {' or '.join(WAYS)}, got {how!r}{nearest(how, WAYS)}")
+        raise UsageError(f"how must be {' or '.join(WAYS)}, got {how!r}{nearest(how, WAYS)}")
     if how == "mean":
         return weight.unsqueeze(2).repeat(1, 1, frames, 1, 1) / frames
     inflated = weight.new_zeros(*weight.shape[:2], frames, *weight.shape[2:])
@@ -40,18 +40,18 @@ def inflate_kernel(weight: Tensor, frames: int, how: str = "mean") -> Tensor:
 
 @torch.no_grad()
 def inflate(image: nn.Module, video: nn.Module, how: str = "mean") -> list[str]:
-    """Give a video model the weights of the image model of the same parts, in place.
+    """Copy the weights of an image model into the video model of the same architecture, in place.
 
     Args:
-        image: where the weights come from.
-        video: where they go; tensors of the same name and shape are copied, kernels with one axis more are inflated.
+        image: source.
+        video: target; tensors of the same name and shape are copied, kernels with an additional axis are inflated.
         how: "mean" or "centre".
 
     Returns:
-        names of the video model's tensors that stay as they were (such as a head of other classes).
+        names of the target's tensors that were not filled (such as a head for other classes).
 
     Raises:
-        UsageError: another way, or the two models have no tensor in common.
+        UsageError: `how` has another value, or the two models have no tensor in common.
     """
     source, kept = image.state_dict(), []
     for name, target in video.state_dict().items():
@@ -63,5 +63,7 @@ def inflate(image: nn.Module, video: nn.Module, how: str = "mean") -> list[str]:
         else:
             target.copy_(tensor)
     if len(kept) == len(video.state_dict()):
-        raise UsageError(f"{type(image).__name__} and {type(video).__name__} share no tensor: inflate needs two models of the same parts")
+        raise UsageError(
+            f"{type(image).__name__} and {type(video).__name__} have no tensor in common; inflate needs matching architectures"
+        )
     return kept

@@ -1,6 +1,6 @@
-"""The small parts: stochastic depth, layer scale, channels-first layer norm, the two-layer perceptron, initialisation.
+"""Basic layers: stochastic depth, layer scale, channels-first layer norm, MLP, squeeze-and-excitation, initialisation.
 
-timm has equal ones; ours exist because importing timm takes longer than importing torch, and a model file should open at once.
+timm has equivalents; these exist because importing timm takes longer than importing torch.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch.nn import functional as F
 from vitarium.ops.linear import Gelu, in_plain_inference, linear
 
 PIECE_BYTES = 2**23
-"""Hidden values of an MLP that are worked on at once: they stay in the last cache."""
+"""Size of the hidden tensor of an MLP that is computed at once, bytes; it fits the last-level cache."""
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training a sample's whole branch is dropped with probability `drop_prob`, the others are scaled by 1/(1 - p).
+    """Stochastic depth: in training, drop the branch of a sample with probability `drop_prob` and scale the others by 1 / (1 - drop_prob).
 
-    Any (B, ...) -> the same shape. Identity in eval. Source: Huang et al. 2016, per sample as in timm.
+    Any shape (B, ...). The identity in evaluation mode. Source: Huang et al. 2016, per sample as in timm.
 
     Raises:
         ValueError: drop_prob outside [0, 1).
@@ -46,13 +46,13 @@ class DropPath(nn.Module):
 
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
-    """Rates that rise linearly from 0 at the first block to `rate` at the last, cut into stages of `depths` blocks."""
+    """Return drop path rates that rise linearly from 0 at the first block to `rate` at the last, one list per stage of `depths` blocks."""
     rates = iter(torch.linspace(0, rate, sum(depths), device="cpu", dtype=torch.float64).tolist())
     return [[next(rates) for _ in range(depth)] for depth in depths]
 
 
 class LayerScale(nn.Module):
-    """A learned factor a channel on a residual branch, (..., C) -> (..., C). Source: CaiT (Touvron et al. 2021)."""
+    """Learned factor per channel of a residual branch, (..., C) -> (..., C). Source: CaiT (Touvron et al. 2021)."""
 
     def __init__(self, dim: int, init_value: float = 1e-5):
         super().__init__()
@@ -65,7 +65,7 @@ class LayerScale(nn.Module):
 class LayerNorm2d(nn.LayerNorm):
     """Layer norm over the channels of a map, (B, C, H, W) -> (B, C, H, W).
 
-    The statistics are taken in a channels-last view: for a map that already lies so in memory, nothing is copied.
+    Computed on a channels-last view; a map with channels-last memory is not copied.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,36 +73,36 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 class LayerNorm3d(nn.LayerNorm):
-    """Layer norm over the channels of a clip's map, (B, C, T, H, W) -> (B, C, T, H, W). As `LayerNorm2d`."""
+    """Layer norm over the channels of a video map, (B, C, T, H, W) -> (B, C, T, H, W). See `LayerNorm2d`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3)
 
 
 class Linear(nn.Linear):
-    """nn.Linear by the fastest kernel of the device (ops/linear.py): (..., in_features) -> (..., out_features)."""
+    """nn.Linear that calls the fastest kernel of the device (see `vitarium.ops.linear`): (..., in_features) -> (..., out_features)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
 class QuickGELU(nn.Module):
-    """x sigmoid(1.702 x), the activation of CLIP and CvT."""
+    """Approximate GELU x sigmoid(1.702 x), the activation of CLIP and CvT."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
 
 
 class Mlp(nn.Module):
-    """Linear, activation, dropout, linear, dropout on the last axis: (..., dim) -> (..., dim).
+    """Multi-layer perceptron with one hidden layer and dropout after each linear layer: (..., dim) -> (..., dim).
 
-    In inference on a CPU the tokens go through in pieces whose hidden values fit the cache: a large batch's hidden tensor would be mapped
-    anew from the system at each call, which costs more than its arithmetic.
+    In inference on a CPU the tokens are processed in pieces whose hidden tensor fits the cache: a full-batch buffer would be reallocated on
+    every call, which costs more than the arithmetic on it.
 
     Args:
-        dim: channels in and out.
-        hidden_dim: channels between.
-        act_layer: activation class; exact GELU by default.
+        dim: input and output channels.
+        hidden_dim: hidden channels.
+        act_layer: class of the activation; exact GELU by default.
         drop: dropout rate after each linear layer.
     """
 
@@ -130,19 +130,19 @@ class Mlp(nn.Module):
         return out.view(x.shape)
 
     def _hidden(self, x: Tensor) -> Tensor:
-        """First layer and activation; GELU by the same kernel."""
+        """Apply the first layer and the activation; a GELU runs in the same kernel."""
         if type(self.act) is nn.GELU:
             return linear(x, self.fc1.weight, self.fc1.bias, gelu=cast(Gelu, self.act.approximate))
         return self.act(self.fc1(x))
 
     def _untouched(self) -> bool:
-        """Whether the layers are still these, without hooks: a quantizer or an explainer must see all tokens at once."""
+        """Return whether the layers are the original ones without hooks; a quantizer or an explainer must see all tokens at once."""
         parts = (self.fc1, self.act, self.fc2)
         return type(self.fc1) is type(self.fc2) is Linear and not any(p._forward_hooks or p._forward_pre_hooks for p in parts)
 
 
 class SqueezeExcite(nn.Module):
-    """Channels weighted by what the whole map holds: (B, C, H, W) -> the same."""
+    """Squeeze-and-excitation: scale the channels by a gate computed from their means, (B, C, H, W) -> the same shape."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
@@ -154,7 +154,7 @@ class SqueezeExcite(nn.Module):
 
 
 def init_weights(module: nn.Module, *, std: float = 0.02, conv: bool = True) -> None:
-    """Truncated normal weights and zero biases for every linear (and, with `conv`, convolution) layer below `module`, in place."""
+    """Initialise every linear (and, with `conv`, convolution) layer below `module` in place: truncated normal weights, zero biases."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) if conv else (nn.Linear,)
     for part in module.modules():
         if isinstance(part, kinds):

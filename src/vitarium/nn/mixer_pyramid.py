@@ -1,7 +1,7 @@
-"""The pyramid of hierarchical SpectFormer and of SVT, which is Wave-ViT's: four stages whose token mixers are chosen by a letter a stage.
+"""Wave-ViT's pyramid, used by hierarchical SpectFormer and SVT: stages whose token mixers are chosen by one letter per stage.
 
-A convolutional stem, a strided convolution before each further stage, blocks of a mixer and an MLP with a depth-wise convolution in its
-middle, no positions; at the end a class token, born as the mean, reads the last map once.
+A convolutional stem, a strided convolution before each later stage, blocks of a token mixer and an MLP with a depth-wise convolution, no
+position embedding. A class token, initialised to the mean of the last map, attends to it once.
 
     x <- x + Mixer(LN(x));  x <- x + MLP(LN(x))
     c = mean(x);  c <- c + W_o softmax(W_q LN(c) (W_k LN([c; x]))^T / sqrt(d)) W_v LN([c; x]);  c <- c + MLP(LN(c));  logits = W LN(c)
@@ -24,18 +24,18 @@ from vitarium.ops.attention import multi_head_attention
 from vitarium.ops.maps import as_map, as_tokens
 
 EPS = 1e-6
-"""Of every norm but those behind a strided convolution."""
+"""Epsilon of every norm except those after strided convolutions."""
 
 
 class GridAttention(Attention):
-    """Attention between the tokens of a grid, at whose shape it does not look: (B, N, dim), (H, W) -> (B, N, dim)."""
+    """Self-attention with the signature of a token mixer, which ignores the grid: (B, N, dim), (H, W) -> (B, N, dim)."""
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:  # type: ignore[override]
         return super().forward(x)
 
 
 class MixerBlock(nn.Module):
-    """Tokens (B, N, dim) of a grid -> the same. `mixer` is called as mixer(tokens, grid)."""
+    """Pre-norm block of a token mixer, called as mixer(tokens, grid), and a `GridMlp`: (B, N, dim) of a grid -> the same shape."""
 
     def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float, drop_path: float):
         super().__init__()
@@ -51,7 +51,7 @@ class MixerBlock(nn.Module):
 
 
 class Stem(OverlapPatchEmbed):
-    """Three convolutions with batch norms, the first 7 x 7, before the strided one; patches of `patch_size` pixels, 2 or 4."""
+    """Stem of three convolutions with batch norms, the first 7 x 7, and a strided convolution; total stride `patch_size`, 2 or 4."""
 
     def __init__(self, in_chans: int, stem_dim: int, dim: int, patch_size: int):
         layers: list[nn.Module] = []
@@ -62,13 +62,13 @@ class Stem(OverlapPatchEmbed):
         super().__init__(stem_dim, dim, conv=nn.Sequential(*layers))
 
     def fold(self) -> None:
-        """The batch norms go into the convolutions."""
+        """Fold the batch norms into the convolutions."""
         for i in (0, 3, 6):
             fold_pair(self.conv, str(i), str(i + 1))
 
 
 class MixerStage(nn.Module):
-    """Map -> the next map; `norm` is of what the stage gives out, None for none."""
+    """Downsampling, blocks and an optional norm: map (B, C_in, H, W) -> map (B, C, h, w)."""
 
     def __init__(self, downsample: OverlapPatchEmbed, blocks: Sequence[MixerBlock], norm: nn.Module | None):
         super().__init__()
@@ -84,7 +84,7 @@ class MixerStage(nn.Module):
 
 
 class ClassReader(nn.Module):
-    """A class token, the mean of all tokens, reads them once: (B, N, dim) -> (B, dim). Equations above."""
+    """Class attention: the mean of all tokens attends to them once, (B, N, dim) -> (B, dim). Equations above."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0):
         super().__init__()
@@ -103,22 +103,24 @@ class ClassReader(nn.Module):
 
 
 class MixerPyramid(Backbone):
-    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes). A subclass adds its mixer's letter (`letters`, `make_mixer`).
+    """Pyramid of token mixers: images (B, in_chans, H, W), any H and W, -> logits (B, num_classes).
+
+    A subclass adds its own mixer by `letters` and `make_mixer`.
 
     Args:
-        depths, dims, num_heads: blocks, channels and heads a stage.
-        mlp_ratios: hidden channels of the MLPs over the channels, a stage.
-        mixers: a letter a stage: A attention, S the subclass's own mixer.
+        depths, dims, num_heads: blocks, channels and heads per stage.
+        mlp_ratios: ratio of the MLP's hidden channels to channels, per stage.
+        mixers: one letter per stage: A for attention, S for the mixer of the subclass.
         stem_dim: channels inside the stem.
         patch_size: stride of the stem, pixels, 2 or 4.
-        image_size: side of the square image that mixers with a grid of their own are made for, pixels.
-        token_label: whether a second head reads each token, as training with token labels has it: logits are then those of the class
-            token and half the maximum of the tokens'.
+        image_size: side, in pixels, of the square image that mixers with a fixed grid are made for.
+        token_label: add a second head for every token, as in token labelling: the logits are then those of the class token plus half the
+            maximum over the tokens.
         drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
-        ValueError: lists of different lengths, another letter, another patch_size, or channels that heads do not divide.
+        ValueError: lists of different lengths, another letter, another patch_size, or dims that are not divisible by their num_heads.
     """
 
     pools = ("token", *POOLS)
@@ -143,10 +145,11 @@ class MixerPyramid(Backbone):
     ):
         if len({len(row) for row in (depths, dims, num_heads, mlp_ratios, mixers)}) > 1:
             raise ValueError(
-                f"depths, dims, num_heads, mlp_ratios and mixers need one value a stage, got {depths}, {dims}, {num_heads}, ..., {mixers!r}"
+                "depths, dims, num_heads, mlp_ratios and mixers need one value per stage, "
+                f"got {depths}, {dims}, {num_heads}, {mlp_ratios}, {mixers!r}"
             )
         if wrong := set(mixers) - set(self.letters):
-            raise ValueError(f"mixers are letters of {', '.join(self.letters)}, one a stage; got {min(wrong)!r} in {mixers!r}")
+            raise ValueError(f"mixers must be one letter per stage out of {', '.join(self.letters)}; got {min(wrong)!r} in {mixers!r}")
         if patch_size not in (2, 4):
             raise ValueError(f"patch_size must be 2 or 4, got {patch_size}")
         stages = [Stage(dim, patch_size * 2**k) for k, dim in enumerate(dims)]
@@ -169,20 +172,20 @@ class MixerPyramid(Backbone):
         init_convs_by_fan_out(self)
 
     def make_mixer(self, letter: str, dim: int, num_heads: int, grid: Grid) -> nn.Module:
-        """A stage's mixer of tokens, called as mixer(tokens, grid); `grid` is that of an image of image_size. A subclass knows "S"."""
+        """Build a token mixer, called as mixer(tokens, grid); `grid` is that of an image of image_size. Subclasses handle "S"."""
         return GridAttention(dim, num_heads)
 
     def add_aux_head(self) -> None:
-        """The second head, where token labels are wanted."""
+        """Build the second head if `token_label` is set."""
         if self.token_label:
             self.aux_head: nn.Module = nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
 
     def pool(self, features: Tensor) -> Tensor:
-        """Map (B, C, h, w) -> (B, C): the class token that reads it ("token"), or its mean or maximum."""
+        """Pool a map by the class token that attends to it ("token"), its mean or its maximum: (B, C, h, w) -> (B, C)."""
         return self.class_reader(as_tokens(features)) if self.global_pool == "token" else super().pool(features)
 
     def forward_dense(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """The last map (B, C, h, w) -> logits of the class token (B, num_classes) and of each token (B, h w, num_classes)."""
+        """Return the logits of the class token (B, num_classes) and of each token (B, h w, num_classes) of the last map (B, C, h, w)."""
         return super().forward_head(features), self.aux_head(self.head_norm(as_tokens(features)))
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
@@ -199,7 +202,7 @@ class MixerPyramid(Backbone):
 
 
 def pyramid_rules(stages: int) -> list[tuple[str, Any]]:
-    """Rules of `rename` from Wave-ViT's names, which SVT and SpectFormer share, to ours; attentions still have their q and kv apart."""
+    """Return rules for `rename` from the names of Wave-ViT, SVT and SpectFormer to ours, with separate q and kv projections."""
     rules: list[tuple[str, Any]] = [
         (r"^post_network\.0\.attn\.q\.", "class_reader.query."),
         (r"^post_network\.0\.attn\.kv\.", "class_reader.key_value."),

@@ -1,4 +1,4 @@
-"""Image to patch map by one strided convolution."""
+"""Patch embedding by a strided convolution."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from vitarium.nn.layers import LayerNorm2d
 
 
 class PatchEmbed(nn.Module):
-    """(B, in_chans, H, W) -> (B, embed_dim, h, w), h = ceil((H - p) / s) + 1: zeros fill an incomplete patch at the right and the bottom.
+    """Patch embedding: (B, in_chans, H, W) -> (B, embed_dim, h, w) with h = ceil((H - p) / s) + 1.
+
+    Incomplete patches at the right and the bottom are padded with zeros.
 
     Args:
         patch_size: side p of a patch, pixels.
         in_chans: channels of the image.
         embed_dim: channels of the map.
-        norm: whether a layer norm over the channels follows.
-        stride: s, pixels from patch to patch; by default p, so that they touch.
+        norm: add a layer norm over the channels.
+        stride: s, pixels between patches; p by default (adjacent patches).
     """
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int, *, norm: bool = False, stride: int | None = None):
@@ -27,7 +29,7 @@ class PatchEmbed(nn.Module):
         self.norm = LayerNorm2d(embed_dim) if norm else nn.Identity()
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the map of an image."""
+        """Return the rows and columns of patches of an image of height x width."""
         rows, columns = (max(0, -(-(side - self.patch_size) // self.stride)) + 1 for side in (height, width))
         return rows, columns
 

@@ -1,4 +1,4 @@
-"""Where a token is, told to attention: relative position biases, sin-cos tables, rotary tables, and their resizing."""
+"""Position encodings: relative position biases, sine-cosine tables, rotary tables, and their resizing to other grids."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from vitarium.ops.windows import relative_position_index
 
 
 class EvalCache(nn.Module):
-    """Keeps what a module derives from its parameters while nothing can change it: in eval mode and without gradients to them.
+    """Cache of values that a module derives from its parameters, in evaluation mode and without gradients.
 
-    A change of a parameter in place (load_state_dict, an average of weights) or of its storage (`.to(...)`) is seen and invalidates the
-    value, and so does every `train()` and `eval()`: a fused optimizer changes parameters without a trace. That is why it is a module,
-    which is told. A copy or a pickle starts empty.
+    A value is invalidated by a change of a parameter in place (load_state_dict, weight averaging) or of its storage (`.to(...)`), and by
+    every `train()` and `eval()`, since fused optimizers change parameters without a version bump. It is a module so that these calls reach
+    it. Copies and pickles start empty.
     """
 
     def __init__(self) -> None:
@@ -26,13 +26,16 @@ class EvalCache(nn.Module):
         self._values: dict[Any, tuple[Any, Any]] = {}
 
     def train(self, mode: bool = True) -> EvalCache:
-        """Forgets all values, whichever the mode."""
+        """Clear the cache, whatever the mode."""
         self._values.clear()
         return super().train(mode)
 
     def get(self, module: nn.Module, key: Any, source: Tensor | nn.Module, build: Callable[[], Any]) -> Any:
-        """The value of `build()`, kept under `key` for as long as `source`, the parameter (or all of a module's) that it derives from,
-        stays the same."""
+        """Return `build()`, cached under `key` as long as `source`, the parameter or module that it derives from, stays the same.
+
+        Args:
+            module: owner of the cache; in training mode nothing is cached.
+        """
         if module.training or torch.compiler.is_compiling():
             self._values.clear()
             return build()
@@ -43,14 +46,14 @@ class EvalCache(nn.Module):
         stamp = tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in sources)
         kept = self._values.get(key)
         if kept is None or kept[0] != stamp:
-            if len(self._values) >= 16:  # many image sizes in turn must not fill the memory
+            if len(self._values) >= 16:  # bounds the memory when many image sizes alternate
                 self._values.clear()
-            with torch.inference_mode(False), torch.no_grad():  # an inference tensor would be refused by a later autograd pass
+            with torch.inference_mode(False), torch.no_grad():  # autograd cannot use inference tensors later
                 kept = self._values[key] = (stamp, build())
         return kept[1]
 
     def for_grid(self, module: nn.Module, table: Tensor, old: tuple[int, int], new: tuple[int, int], *, prefix: int = 0) -> Tensor:
-        """A position table for another grid; itself where it was made for this one. Arguments as for `resize_position_table`."""
+        """Return a position table resized to the grid `new`, or unchanged if `new` equals `old`. See `resize_position_table`."""
         return table if new == old else self.get(module, new, table, lambda: resize_position_table(table, old, new, prefix=prefix))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -58,7 +61,7 @@ class EvalCache(nn.Module):
 
 
 class RelativePositionBias(nn.Module):
-    """A learned number a head for each offset between two tokens of a window: (heads, n, n), query by key.
+    """Learned relative position bias of square windows, one value per head and offset: (heads, n, n), query by key.
 
     Args:
         window_size: side M of the window, tokens; n = M * M.
@@ -77,41 +80,47 @@ class RelativePositionBias(nn.Module):
         nn.init.trunc_normal_(self.table, std=0.02)
 
     def forward(self, size: int | None = None) -> Tensor:
-        """For windows of side `size`; a table has those of one side alone.
+        """Return the biases (heads, n, n).
+
+        Args:
+            size: side of the window; must equal window_size.
 
         Raises:
             ValueError: another size.
         """
         if size not in (None, self.window_size):
-            raise ValueError(f"a table for windows of side {self.window_size} has no biases for windows of side {size}")
+            raise ValueError(f"this bias table is for windows of side {self.window_size}, got {size}")
         n = self.index.shape[0]
         return self.table[self.index.flatten()].view(n, n, -1).permute(2, 0, 1)
 
 
 def resize_bias_table(table: Tensor, rows: int, *, mode: str = "bicubic") -> Tensor:
-    """A square window's offset table for another window side: ((2M-1)^2, heads) -> (rows, heads), rows again a square.
+    """Resize the relative position bias table of a square window to another window size: ((2M - 1)^2, heads) -> (rows, heads).
 
-    Source: the loading code of Swin (bicubic) and of MaxViT (bilinear), without aligned corners. Raises ValueError where a side is no whole
-    number.
+    Source: the checkpoint loading code of Swin (bicubic) and of MaxViT (bilinear), without aligned corners.
+
+    Raises:
+        ValueError: the number of rows of either table is not a square.
     """
     sides = [round(n**0.5) for n in (table.shape[0], rows)]
     if sides[0] ** 2 != table.shape[0] or sides[1] ** 2 != rows:
-        raise ValueError(f"offset tables of square windows have a square number of rows, got {table.shape[0]} -> {rows}")
+        raise ValueError(f"bias tables of square windows have a square number of rows, got {table.shape[0]} -> {rows}")
     image = table.T.reshape(1, -1, sides[0], sides[0])
     image = F.interpolate(image.float(), size=(sides[1], sides[1]), mode=mode, align_corners=False)
     return image.flatten(2)[0].T.to(table.dtype)
 
 
 def sincos_2d(dim: int, height: int, width: int, *, temperature: float = 10000.0, device: torch.device | None = None) -> Tensor:
-    """Fixed position table of a token grid, (height * width, dim): the first half tells the column, the second the row (as MAE does).
+    """Return the fixed sine-cosine position table of a token grid, (height * width, dim), float32.
 
-    Each half is [sin, cos] of position * temperature^(-i / (dim / 4)), i = 0 .. dim/4 - 1. Computed in float64, returned in float32.
+    The first half of the channels encodes the column, the second the row, as in MAE. Each half is [sin, cos] of
+    position * temperature^(-i / (dim / 4)), i = 0 .. dim / 4 - 1, computed in float64.
 
     Raises:
-        ValueError: dim is no multiple of 4.
+        ValueError: dim is not a multiple of 4.
     """
     if dim % 4:
-        raise ValueError(f"a 2-D sin-cos table needs dim divisible by 4, got {dim}; try {dim + -dim % 4}")
+        raise ValueError(f"a 2-D sine-cosine table needs dim divisible by 4, got {dim}; try {dim + -dim % 4}")
     rate = temperature ** (-torch.arange(dim // 4, device=device, dtype=torch.float64) / (dim // 4))
     row, column = (torch.arange(side, device=device, dtype=torch.float64)[:, None] * rate for side in (height, width))
     row = torch.cat([row.sin(), row.cos()], 1)[:, None].expand(height, width, -1)
@@ -120,12 +129,12 @@ def sincos_2d(dim: int, height: int, width: int, *, temperature: float = 10000.0
 
 
 def rotary_2d(head_dim: int, height: int, width: int, *, temperature: float = 10000.0, device: torch.device | None = None) -> Tensor:
-    """Rotation table of a token grid for `apply_rotary`, (2, height * width, head_dim): cosines, then sines.
+    """Return the rotary table of a token grid for `apply_rotary`, (2, height * width, head_dim): cosines, then sines.
 
-    The first half of a head's channels turns with the row, the second with the column; channels 2i and 2i + 1 are a pair.
+    The first half of the channels of a head rotates with the row, the second with the column; channels 2i and 2i + 1 form a pair.
 
     Raises:
-        ValueError: head_dim is no multiple of 4.
+        ValueError: head_dim is not a multiple of 4.
     """
     if head_dim % 4:
         raise ValueError(f"2-D rotary positions need head_dim divisible by 4, got {head_dim}")
@@ -137,7 +146,7 @@ def rotary_2d(head_dim: int, height: int, width: int, *, temperature: float = 10
 
 
 def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
-    """Turn each pair of channels of queries or keys by its token's angle: (B, heads, N, d), (2, N, d) -> (B, heads, N, d)."""
+    """Rotate each pair of channels of queries or keys by the angle of its token: (B, heads, N, d), (2, N, d) -> (B, heads, N, d)."""
     even, odd = x[..., 0::2], x[..., 1::2]
     turned = torch.stack([-odd, even], -1).flatten(-2)
     cos, sin = table.to(x.dtype)
@@ -145,11 +154,11 @@ def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
 
 
 def resize_position_table(table: Tensor, old: tuple[int, int], new: tuple[int, int], *, prefix: int = 0) -> Tensor:
-    """A learned position table for another grid, bicubic with antialiasing: (1, prefix + h w, C) -> (1, prefix + h' w', C).
+    """Resize a learned position table to another grid, bicubic with antialiasing: (1, prefix + h w, C) -> (1, prefix + h' w', C).
 
     Args:
-        table: one row a token; the first `prefix` rows belong to class or register tokens and stay.
-        old, new: grid heights and widths, tokens.
+        table: one row per token; the first `prefix` rows belong to class or register tokens and are kept.
+        old, new: height and width of the grids, tokens.
     """
     fixed, grid = table[:, :prefix], table[:, prefix:]
     image = grid.reshape(1, *old, -1).permute(0, 3, 1, 2).float()
@@ -158,11 +167,13 @@ def resize_position_table(table: Tensor, old: tuple[int, int], new: tuple[int, i
 
 
 def fit_position_table(table: Tensor, shape: torch.Size, new: tuple[int, int], *, prefix: int = 0) -> Tensor | None:
-    """A checkpoint's table of a square grid for a model's, by `resize_position_table`; None where it is no such table.
+    """Resize the position table of a checkpoint, of a square grid, to the grid of a model; return None if it is no such table.
 
     Args:
-        shape: of the model's table.
-        new: the model's grid, tokens.
+        table: the table of the checkpoint.
+        shape: shape of the table of the model.
+        new: height and width of the grid of the model, tokens.
+        prefix: number of class or register tokens.
     """
     side = math.isqrt(max(0, table.shape[1] - prefix)) if table.ndim == 3 else 0
     if table.shape[2:] != shape[2:] or side**2 + prefix != table.shape[1]:

@@ -1,4 +1,4 @@
-"""Maps of several scales from a plain backbone, for detectors and segmenters."""
+"""Feature pyramid on top of a plain backbone, for detection and segmentation."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from vitarium.nn.tokens import TokenBackbone
 
 
 class TokenPyramid(nn.Module):
-    """Image -> four maps, at 4, 2, 1 and 1/2 times the backbone's resolution (strides 4, 8, 16, 32 for patches of 16 pixels).
+    """Four maps at 4, 2, 1 and 1/2 times the resolution of a plain backbone (strides 4, 8, 16, 32 for patches of 16 pixels).
 
-    Two transposed convolutions, one, none, and a maximum over 2 x 2, each on the map of one block, as BEiT's and Vim's segmentation models
-    have it. The backbone's head is taken off.
+    Each map is the output of one block after two transposed convolutions, one, none, or a 2 x 2 max pooling, as in the segmentation models
+    of BEiT and Vim. The head of the backbone is removed.
 
     Args:
-        backbone: with patches in a grid.
-        blocks: numbers of the four blocks, from the finest map to the coarsest; None: spread evenly, the last among them.
+        backbone: a backbone with patches on a grid.
+        blocks: indices of the four blocks, from the finest map to the coarsest; None: evenly spread, including the last.
 
     Raises:
         ValueError: not four blocks.
@@ -29,7 +29,7 @@ class TokenPyramid(nn.Module):
         depth = len(backbone.blocks)
         self.blocks = list(blocks) if blocks is not None else [max(0, round(depth * part / 4) - 1) for part in (1, 2, 3, 4)]
         if len(self.blocks) != 4:
-            raise ValueError(f"blocks must be four, from the finest map to the coarsest; got {self.blocks}")
+            raise ValueError(f"blocks must be four indices, from the finest map to the coarsest; got {self.blocks}")
         backbone.take_indices(self.blocks)
         backbone.reset_classifier(0)
         self.backbone = backbone
@@ -45,7 +45,7 @@ class TokenPyramid(nn.Module):
         )
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """(B, in_chans, H, W) -> four of (B, C, h_i, w_i)."""
+        """Return the four maps (B, C, h_i, w_i) of images (B, in_chans, H, W)."""
         distinct = sorted(set(self.blocks))
         given = self.backbone.forward_intermediates(image, distinct, intermediates_only=True, stop_early=True)
         maps = dict(zip(distinct, given, strict=True))

@@ -1,9 +1,9 @@
-"""Convolutions that train as a sum of several and are deployed as one (RepVGG, MobileOne).
+"""Structural re-parameterisation: parallel convolutions in training, a single convolution in inference (RepVGG, MobileOne).
 
     y = sum_i BN_i(W_i x) + BN_0(x)  =  W x + b
 
-A small kernel is a large one with zeros around it, a kernel in groups is a dense one with zeros off its blocks, a batch norm with fixed
-statistics is affine, and a sum of convolutions is a convolution.
+A small kernel is padded with zeros to a larger one, a grouped kernel is a block-diagonal dense one, a batch norm with fixed statistics is
+affine, and a sum of convolutions is a convolution.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from vitarium.nn.folding import fold_norm_after
 
 
 class RepConv(nn.Module):
-    """Parallel convolutions with batch norms, one after `fold`: (B, in_dim, H, W) -> (B, dim, ceil(H / stride), ceil(W / stride)).
+    """Parallel convolutions with batch norms, a single one after `fold`: (B, in_dim, H, W) -> (B, dim, ceil(H / stride), ceil(W / stride)).
 
-    Where the shape stays, a batch norm alone is one more branch.
+    If the shape is unchanged, there is an additional branch with only a batch norm.
 
     Args:
         in_dim, dim: channels before and after.
         branches: kernel size and groups of each convolution.
-        stride: of all of them.
-        dilation: of those with more than one tap.
+        stride: of all branches.
+        dilation: of the branches with kernels larger than 1.
 
     Raises:
-        ValueError: an even kernel, or channels that do not divide by the groups.
+        ValueError: an even kernel, or channels that are not divisible by the groups.
     """
 
     def __init__(self, in_dim: int, dim: int, branches: Sequence[tuple[int, int]], *, stride: int = 1, dilation: int = 1):
         for kernel, groups in branches:
             if kernel % 2 == 0:
-                raise ValueError(f"parallel kernels share their middle: sizes must be odd, got {kernel}")
+                raise ValueError(f"parallel kernels share their centre: sizes must be odd, got {kernel}")
             if in_dim % groups or dim % groups:
                 raise ValueError(f"{in_dim} -> {dim} channels do not divide into {groups} groups")
         super().__init__()
@@ -56,13 +56,13 @@ class RepConv(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """All branches become one convolution, `conv`. A second call does nothing."""
+        """Merge all branches into the convolution `conv`. A second call does nothing."""
         if self.conv is not None:
             return
         for branch in self.branches:
             branch.fold()  # type: ignore[operator]
         folded: list[Any] = [branch.conv for branch in self.branches]
-        largest: Any = max(folded, key=lambda conv: conv.kernel_size[0])  # its stride and padding are the whole's
+        largest: Any = max(folded, key=lambda conv: conv.kernel_size[0])  # gives stride and padding of the merged convolution
         groups = math.gcd(*(conv.groups for conv in folded))
         if self.identity is not None:
             unit = nn.Conv2d(largest.in_channels, largest.out_channels, 1, groups=largest.out_channels, bias=False).to(largest.weight)
@@ -77,9 +77,9 @@ class RepConv(nn.Module):
 
 
 def _widened(conv: nn.Conv2d, groups: int, kernel: int) -> Tensor:
-    """The weight of the same convolution in fewer groups (zeros off the blocks) and with a larger kernel (zeros around)."""
+    """Return the weight of the same convolution with fewer groups (block-diagonal) and a larger kernel (padded with zeros)."""
     out, per_group, side, _ = conv.weight.shape
-    inner = conv.groups // groups  # of the convolution's groups that share one of the new ones
+    inner = conv.groups // groups  # groups of the convolution in each of the new ones
     weight = conv.weight.new_zeros(groups, inner, out // conv.groups, inner, per_group, side, side)
     for i in range(inner):
         weight[:, i, :, i] = conv.weight.view(groups, inner, out // conv.groups, per_group, side, side)[:, i]
@@ -88,5 +88,5 @@ def _widened(conv: nn.Conv2d, groups: int, kernel: int) -> Tensor:
 
 
 def rep_conv(in_dim: int, dim: int, kernel_size: int, *, stride: int = 1, groups: int = 1, dilation: int = 1) -> RepConv:
-    """The usual branches: a K x K beside a 1 x 1, or two 1 x 1 where K is 1."""
+    """Return a `RepConv` with the usual branches: K x K and 1 x 1, or two 1 x 1 where K is 1."""
     return RepConv(in_dim, dim, [(kernel_size, groups), (1, groups)], stride=stride, dilation=dilation)

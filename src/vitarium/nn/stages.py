@@ -1,4 +1,4 @@
-"""A stage of a pyramid: a coarser map, equal blocks on it, and perhaps a norm at the end; and what makes a map coarser."""
+"""Stages of a pyramid backbone and their downsampling layers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from vitarium.nn.layers import LayerNorm2d
 
 
 class PyramidStage(nn.Module):
-    """(B, C_in, H, W) -> (B, C, H', W').
+    """Downsampling layer, blocks and an optional norm: (B, C_in, H, W) -> (B, C, H', W').
 
     Args:
-        downsample: what makes the map coarser; the first stage's may be identity where the stem did it.
-        blocks: map -> map.
-        norm: on the map that the stage gives out.
+        downsample: downsampling layer; may be the identity in the first stage, after a stem.
+        blocks: modules that map a map to a map of the same shape.
+        norm: applied to the output of the stage.
     """
 
     def __init__(self, downsample: nn.Module, blocks: Iterable[nn.Module], norm: nn.Module | None = None):
@@ -27,13 +27,16 @@ class PyramidStage(nn.Module):
         self.norm = norm
 
     def forward(self, x: Tensor, run: Callable[..., Tensor]) -> Tensor:
-        """`run` is the backbone's `run_blocks`, which checkpoints where that was asked for."""
+        """Run the stage; `run` is `Backbone.run_blocks`, which applies gradient checkpointing."""
         x = run(self.blocks, self.downsample(x))
         return x if self.norm is None else self.norm(x)
 
 
 def conv_patches(in_dim: int, dim: int, size: int, *, norm: Literal["before", "after"]) -> nn.Sequential:
-    """A convolution of stride `size` with a layer norm before or after it: (B, in_dim, H, W) -> (B, dim, H // size, W // size)."""
+    """Return a strided convolution over disjoint patches with a layer norm before or after it.
+
+    (B, in_dim, H, W) -> (B, dim, H // size, W // size).
+    """
     conv = nn.Conv2d(in_dim, dim, size, size)
     if norm == "before":
         return nn.Sequential(OrderedDict(norm=LayerNorm2d(in_dim, eps=1e-6), conv=conv))

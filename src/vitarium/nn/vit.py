@@ -1,6 +1,6 @@
-"""The plain vision transformer: patches, a class token, positions, equal pre-norm blocks (Dosovitskiy et al. 2021).
+"""Plain vision transformer: patches, a class token, positions, pre-norm blocks (Dosovitskiy et al. 2021).
 
-Names and arithmetic are those of MAE's and timm's, whose checkpoints fill it.
+Parameter names and arithmetic are those of MAE and timm, whose checkpoints load.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from vitarium.nn.tokens import TokenBackbone
 from vitarium.ops.maps import as_tokens
 
 EPS = 1e-6
-"""Of every norm."""
+"""Epsilon of every norm."""
 
 
 class TransformerBlock(nn.Module):
-    """x + Attention(LN(x)), then x + MLP(LN(x)): (B, N, dim) -> the same.
+    """Pre-norm transformer block, x + Attention(LN(x)), then x + MLP(LN(x)): (B, N, dim) -> the same shape.
 
     Args:
         dim, num_heads: channels and heads.
-        mlp_ratio: hidden channels of the MLP over dim.
-        drop_path: stochastic depth of both branches.
-        attn: another mixer of tokens in the attention's place; what `forward` is given beside x goes to it.
-        eps: of both norms.
+        mlp_ratio: ratio of the MLP's hidden channels to dim.
+        drop_path: stochastic depth rate of both branches.
+        attn: token mixer in place of the attention; additional arguments of `forward` are passed to it.
+        eps: epsilon of both norms.
     """
 
     def __init__(
@@ -57,29 +57,29 @@ class TransformerBlock(nn.Module):
 
 
 def sincos_table(dim: int, grid: tuple[int, int]) -> Tensor:
-    """Fixed positions of a class token (zeros) and of a grid's patches, (1, 1 + h w, dim)."""
+    """Return the fixed sine-cosine positions of a class token (zeros) and the patches of a grid, (1, 1 + h w, dim)."""
     return torch.cat([torch.zeros(1, dim), sincos_2d(dim, *grid)])[None]
 
 
 class VisionTransformer(TokenBackbone):
-    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes).
+    """Plain vision transformer: images (B, in_chans, H, W), any H and W, -> logits (B, num_classes).
 
-    The norm stands where its checkpoints have it: on the tokens where the class token is read (`norm`), on the pooled features where the
-    patches are averaged (`head_norm`, timm's and MAE's fc_norm).
+    With the class token as output the final norm is applied to the tokens (`norm`); with averaged patches, to the pooled features
+    (`head_norm`, the fc_norm of timm and MAE).
 
     Args:
         embed_dim, depth, num_heads: channels, blocks, heads.
         patch_size: side of a patch, pixels.
-        image_size: side of the square image that the position table is made for, pixels.
-        mlp_ratio: hidden channels of the MLPs over embed_dim.
-        global_pool: "token" reads the class token, "avg" averages the patches.
-        probe_norm: normalise the pooled features over the batch, without weights, before the head, as linear probes do; tokens are then
-            normed as well, however they are pooled.
+        image_size: side, in pixels, of the square image that the position table is made for.
+        mlp_ratio: ratio of the MLP's hidden channels to embed_dim.
+        global_pool: "token" for the class token, "avg" for the mean of the patches.
+        probe_norm: add a batch norm without weights between the pooled features and the head, as in linear probing; the tokens are then
+            normed as well, whatever the pooling.
         drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
-        ValueError: embed_dim that does not divide by num_heads or by 4, or another global_pool.
+        ValueError: embed_dim is not divisible by num_heads or by 4, or another global_pool.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class VisionTransformer(TokenBackbone):
             nn.init.trunc_normal_(self.head.weight, std=0.01 if probe_norm else 2e-5)
 
     def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
-        """Yields the tokens after each block, (B, 1 + h w, C), the class token first."""
+        """Yield the tokens after each block, (B, 1 + h w, C), the class token first."""
         x = as_tokens(self.patch_embed(image))
         positions = self.positions(self.patch_embed.grid(*image.shape[-2:]))
         x = self.with_class_token(x + positions[:, 1:], positions)
@@ -131,11 +131,11 @@ class VisionTransformer(TokenBackbone):
             yield x
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """The position table of a grid, (1, 1 + h w, C); resampled where it is not the one that the model was made for."""
+        """Return the position table of a grid, (1, 1 + h w, C), resampled unless the model was made for this grid."""
         return self.cache.for_grid(self, self.pos_embed, self.table_grid, grid, prefix=1)
 
     def with_class_token(self, patches: Tensor, positions: Tensor) -> Tensor:
-        """Patch tokens (B, K, C), all or some of them -> (B, 1 + K, C)."""
+        """Prepend the class token with its position to patch tokens, all or some of them: (B, K, C) -> (B, 1 + K, C)."""
         first = (self.cls_token + positions[:, :1]).expand(patches.shape[0], -1, -1)
         return torch.cat([first.to(patches.dtype), patches], 1)
 
@@ -143,7 +143,7 @@ class VisionTransformer(TokenBackbone):
         return {"pos_embed", "cls_token"}
 
     def group_matcher(self, coarse: bool = False) -> Any:
-        """The layers of MAE's layer-wise decay as a function of a parameter's name: embeddings, the blocks, and what is above them."""
+        """Return MAE's layer index for layer-wise decay as a function of a parameter's name: embeddings, blocks, and the rest."""
         last = len(self.blocks) + 1
 
         def layer(name: str) -> int:
@@ -154,12 +154,12 @@ class VisionTransformer(TokenBackbone):
         return layer
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
-        """A checkpoint's position table for this model's grid; None for any other tensor that does not fit."""
+        """Resize a position table of a checkpoint to the grid of this model; return None for any other tensor."""
         return fit_position_table(tensor, shape, self.table_grid, prefix=1) if name == "pos_embed" else None
 
 
 def init_as_mae(module: nn.Module) -> None:
-    """MAE's initialisation, in place: Xavier-uniform linear layers and, as the matrix that it is, patch convolution; zero biases."""
+    """Apply MAE's initialisation in place: Xavier-uniform linear layers and patch embedding (as a matrix), zero biases."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)

@@ -1,4 +1,4 @@
-"""Attention inside windows of a map, whatever the windows are: side by side, moved, or spread over the map as a grid.
+"""Attention inside the windows of a map: adjacent, shifted, or dilated (grid) windows.
 
 Legend: B batch, N tokens of the padded map, C channels, M window side, n = M * M, nW = N / n windows, h heads.
 """
@@ -19,14 +19,14 @@ Layouts = TypeVar("Layouts")
 
 
 class WindowAttention(Attention):
-    """Self-attention inside windows with a relative position bias: (B, N, C) in the order of a layout -> the same.
+    """Window self-attention with a relative position bias: tokens (B, N, C) in the order of a layout -> the same shape.
 
     Args:
         dim: channels.
-        num_heads: heads; dim must divide by it.
-        positions: side M of a window, tokens, for a table of relative position biases; or a module that gives the biases of windows of
+        num_heads: heads; must divide dim.
+        positions: side M of a window, tokens, for a table of relative position biases; or a module that returns the biases for windows of
             side M: M -> (h, n, n).
-        qkv_bias: whether queries, keys and values have a bias.
+        qkv_bias: whether the projections to queries, keys and values have a bias.
     """
 
     def __init__(self, dim: int, num_heads: int, positions: int | nn.Module, *, qkv_bias: bool = True):
@@ -38,32 +38,32 @@ class WindowAttention(Attention):
         batch, count, dim = x.shape
         bias = self.cache.get(self, (layout, x.dtype), self.position_bias, lambda: self.bias(layout, x.dtype))
         n = bias.shape[-1]
-        if bias.shape[0] > 1 and batch > 1:  # each image has the same windows
+        if bias.shape[0] > 1 and batch > 1:  # all images have the same windows
             bias = bias.expand(batch, *bias.shape).reshape(-1, *bias.shape[1:])
         return super().forward(x.view(-1, n, dim), bias).view(batch, count, dim)
 
     def bias(self, layout: WindowLayout, dtype: torch.dtype) -> Tensor:
-        """What is added to the logits: (1, h, n, n), or (nW, h, n, n) where a layout keeps regions of a window apart."""
+        """Return the bias of the logits: (1, h, n, n), or (nW, h, n, n) if the layout masks regions inside windows."""
         bias = self.position_bias(layout.size)[None]
         if layout.region is not None:
             apart = layout.region[:, :, None] != layout.region[:, None]
             bias = bias + torch.where(apart, layout.unseen, 0.0)[:, None]
-        return bias.to(dtype).contiguous()  # the fused kernel would copy it at each call
+        return bias.to(dtype).contiguous()  # the fused kernel would copy it on each call
 
 
 class LayoutCache:
-    """Keeps the layouts of the map sizes that were seen last. A copy or a pickle of it starts empty."""
+    """Cache of the layouts of the most recent map sizes. Copies and pickles start empty."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[int, int, torch.device], Any] = {}
 
     def get(self, height: int, width: int, device: torch.device, build: Callable[[], Layouts]) -> Layouts:
-        """The layout or layouts of a map; `build` makes them where they are not there yet."""
+        """Return the layouts of a map of height x width, computed by `build` if they are not cached."""
         if torch.compiler.is_compiling():
             return build()
         key = (height, width, device)
         if key not in self._kept:
-            with torch.inference_mode(False):  # an inference tensor would be refused by a later training step
+            with torch.inference_mode(False):  # a later training step cannot use inference tensors
                 built = build()
             self._kept = {**dict(list(self._kept.items())[-15:]), key: built}
         return self._kept[key]

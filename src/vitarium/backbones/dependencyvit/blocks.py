@@ -1,4 +1,4 @@
-"""What goes from block to block, the block, and what is read behind the last.
+"""Blocks of DependencyViT, the state that is passed between them, and the final norm.
 
 Legend: as in the package.
 """
@@ -17,48 +17,48 @@ from vitarium.ops.merging import rows
 from vitarium.ops.sorting import descending_order
 
 EPS = 1e-6
-"""Of every norm."""
+"""Epsilon of every norm."""
 
 
 class Flow(NamedTuple):
-    """What goes from block to block."""
+    """State that is passed from block to block."""
 
     tokens: Tensor
     """(B, n, C)"""
     messages: Tensor
     """m, (B, n)"""
     place: Tensor | None = None
-    """(B, n) int64, the patch that each token is; None while all are there."""
+    """(B, n) int64, patch index of each token; None while no token is pruned."""
     last: Tensor | None = None
-    """(B, N, C) the value of every token when some left for the last time."""
+    """(B, N, C) value of every token at the last pruning."""
 
     def restored(self) -> Tensor:
-        """(B, N, C): tokens that left have the value they left with."""
+        """Return all tokens, (B, N, C); pruned tokens have the value with which they were pruned."""
         if self.place is None or self.last is None:
             return self.tokens
         return self.last.scatter(1, over_channels(self.place, self.tokens), self.tokens)
 
 
 def start(tokens: Tensor) -> Flow:
-    """Tokens (B, N, C), all of them sending."""
+    """Return the initial state of tokens (B, N, C): none pruned, all messages 1."""
     return Flow(tokens, precise(torch.ones_like(tokens[..., 0])))
 
 
 def over_channels(place: Tensor, tokens: Tensor) -> Tensor:
-    """Places (B, n) as those of each channel of tokens, (B, n, C)."""
+    """Expand indices (B, n) over the channels of tokens, (B, n, C)."""
     return place[..., None].expand(-1, -1, tokens.shape[-1])
 
 
 class DependencyBlock(nn.Module):
-    """Reversed attention, perhaps a farewell to some tokens, MLP: Flow -> Flow.
+    """Block of reversed attention, optional pruning, and MLP: Flow -> Flow.
 
     Args:
-        dim, num_heads: channels and heads.
+        dim: channels.
         attn: the attention.
-        mlp_ratio: hidden channels of the MLP over dim.
-        layer_scale: first value of the residual branches' factors.
-        drop_path: stochastic depth of both branches.
-        keep: share of the tokens that stay, (0, 1].
+        mlp_ratio: ratio of the MLP's hidden channels to dim.
+        layer_scale: initial value of the layer scales.
+        drop_path: stochastic depth rate of both branches.
+        keep: share of the tokens that are kept, (0, 1].
         prune_by: see `DependencyViT`.
     """
 
@@ -83,11 +83,11 @@ class DependencyBlock(nn.Module):
         return flow._replace(tokens=flow.tokens + self.drop_path(self.ls2(self.mlp(self.norm2(flow.tokens)))))
 
     def score(self, received: Tensor, messages: Tensor) -> Tensor:
-        """Who stays before whom, (B, n): the larger."""
+        """Return the pruning score (B, n); the highest are kept."""
         return received if self.prune_by == "received" else messages
 
     def prune(self, flow: Flow, score: Tensor) -> Flow:
-        """The best tokens, in the order they stood in. Nothing is learned from the choice itself."""
+        """Keep the tokens with the highest scores, in their order. The selection has no gradient."""
         left = max(1, math.floor(self.keep * score.shape[1]))
         stay = descending_order(score.detach())[:, :left].sort(-1).values
         place = stay if flow.place is None else flow.place.gather(1, stay)
@@ -95,9 +95,9 @@ class DependencyBlock(nn.Module):
 
 
 class ReadOut(nn.LayerNorm):
-    """The last norm, and the tokens weighed by what they still send: Flow -> (B, N, C), whose plain mean over N is the image's feature.
+    """Final norm and weighting of the tokens by their messages: Flow -> (B, N, C), whose mean over N is the image feature.
 
-    Weights are m over its mean ("weighted") or m itself ("mean"); tokens that left weigh nothing, those that stayed N / n times as much.
+    The weights are m divided by its mean ("weighted") or m itself ("mean"); pruned tokens have weight 0, the others are scaled by N / n.
     """
 
     def __init__(self, dim: int, pool: str):

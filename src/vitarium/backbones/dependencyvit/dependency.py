@@ -1,4 +1,4 @@
-"""Who depended on whom in one pass, and the tree of it.
+"""Dependency masks of a forward pass and the tree that they define.
 
 Legend: as in the package.
 """
@@ -18,13 +18,13 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class Dependency:
-    """Who sent how much to whom, in each layer.
+    """Messages between tokens in each layer.
 
     Args:
-        masks: for each layer (B, n, n), [parent, child], over the tokens that were there; columns sum to m.
-        places: for each layer (B, n) int64, the patches that these tokens are.
-        messages: (B, N) m of the last layer that each token was in.
-        grid, patch_size, size: h and w, side of a patch, height and width of the image in pixels.
+        masks: dependency mask of each layer, (B, n, n) as [parent, child], over the remaining tokens; columns sum to m.
+        places: patch indices of these tokens for each layer, (B, n) int64.
+        messages: (B, N) m of each token in the last layer before it was pruned.
+        grid, patch_size, size: rows and columns of patches, side of a patch in pixels, height and width of the image in pixels.
     """
 
     masks: tuple[Tensor, ...]
@@ -35,15 +35,18 @@ class Dependency:
     size: tuple[int, int]
 
     def mean_mask(self, layers: Sequence[int] | None = None) -> Tensor:
-        """(B, N, N): the mean over layers (numbered from 0, negative from the end; None: all). Who has left sends nothing.
+        """Return the mean mask over layers, (B, N, N); pruned tokens send nothing.
+
+        Args:
+            layers: indices from 0, negative ones count from the end; None: all layers.
 
         Raises:
-            ValueError: no layer, or one that is not there.
+            ValueError: no layer, or an index out of range.
         """
         depth = len(self.masks)
         chosen = list(range(depth)) if layers is None else list(layers)
         if not chosen or any(not -depth <= i < depth for i in chosen):
-            raise ValueError(f"layers are numbers from 0 to {depth - 1} (negative from the end), at least one; got {list(chosen)}")
+            raise ValueError(f"layers must be one or more indices from {-depth} to {depth - 1}, got {list(chosen)}")
         batch, count = self.messages.shape
         total = self.masks[0].new_zeros(batch, count, count)
         for mask, place in ((self.masks[i], self.places[i]) for i in chosen):
@@ -53,11 +56,11 @@ class Dependency:
 
 
 def build_tree(dependency: Dependency, index: int = 0, layers: Sequence[int] | None = None) -> TokenTree:
-    """The dependency tree of one image: parts, saliency, picture (see `vitarium.ops.token_tree`).
+    """Build the dependency tree of one image (see `vitarium.ops.token_tree`).
 
     Args:
         dependency: from `model(image, return_dependency=True)`.
-        index: which image of the batch.
+        index: index of the image in the batch.
         layers: as for `Dependency.mean_mask`.
     """
     mask = dependency.mean_mask(layers)[index].detach().double().cpu().numpy()

@@ -1,4 +1,4 @@
-"""The models, whole and Lite.
+"""DependencyViT and DependencyViT-Lite.
 
 Legend: as in the package.
 """
@@ -27,7 +27,7 @@ Grid = tuple[int, int]
 
 
 def from_vit(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A ViT's or DeiT's state under timm's names -> what it shares with ours: without class token and its position."""
+    """Convert a ViT or DeiT state with timm's names: drop the class token and its position."""
     shared = {name: tensor for name, tensor in state.items() if name not in ("cls_token", "dist_token")}
     prefix = len(state) - len(shared)
     return shared | {"pos_embed": state["pos_embed"][:, prefix:]}
@@ -55,34 +55,34 @@ HALF: dict[str, Any] = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 @family(
     "dependencyvit",
     variants={"pico": PICO, "tiny": TINY, "small": SMALL},
-    official=rename(),  # the names of the port are ours
+    official=rename(),  # same names as the port
     dialects={"timm": from_vit},
     **HALF,
 )
 class DependencyViT(TokenBackbone):
-    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes).
+    """DependencyViT classifier: images (B, in_chans, H, W), any H and W, -> logits (B, num_classes).
 
-    `forward_features` gives the tokens in their places, weighed so that their mean is the image's feature (see `ReadOut`);
-    `forward_intermediates` gives them as they are, those that left with the value they left with.
+    `forward_features` returns all tokens, weighted so that their mean is the image feature (see `ReadOut`); `forward_intermediates` returns
+    them unweighted, pruned tokens with the value with which they were pruned.
 
     Args:
         embed_dim, depth, num_heads: channels, blocks, heads.
         patch_size: side of a patch, pixels.
-        image_size: side of the square image that the position table is made for, pixels.
-        mlp_ratio: hidden channels of the MLPs over embed_dim.
-        qkv_bias: whether queries, keys and values have one; a ViT's weights ask for it.
-        qk_norm: whether each head's queries and keys are normed.
-        message_bias: b inside the controller's sigmoid; 4 keeps 0.8 of the messages through twelve fresh layers.
-        layer_scale: first value of the residual branches' factors.
-        pool: how the tokens become a feature: "weighted" by m, or the "mean" of m times token.
-        prune_blocks: numbers of the blocks, from 0, in which tokens leave.
-        prune_share: how many leave in each of them, over all N.
-        prune_by: who leaves first: who "received" least, or who sends the smallest "messages" m.
+        image_size: side, in pixels, of the square image that the position table is made for.
+        mlp_ratio: ratio of the MLP's hidden channels to embed_dim.
+        qkv_bias: whether the projections to queries, keys and values have a bias; needed for the weights of a ViT.
+        qk_norm: whether to norm the queries and keys of each head.
+        message_bias: b inside the controller's sigmoid; 4 keeps 0.8 of the messages through twelve newly initialised layers.
+        layer_scale: initial value of the layer scales.
+        pool: image feature: mean of the tokens "weighted" by m, or "mean" of m times token.
+        prune_blocks: indices of the blocks, from 0, that prune tokens.
+        prune_share: share of all N tokens that each of them prunes.
+        prune_by: pruning score: the "received" mass, or the "messages" m.
         drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
-        ValueError: a value that is not among those named, a block that is not there, or no token left.
+        ValueError: an unknown pool or prune_by, a block index out of range, or no token would remain.
     """
 
     pools = ("avg",)
@@ -138,7 +138,7 @@ class DependencyViT(TokenBackbone):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def forward(self, image: Tensor, return_dependency: bool = False) -> Any:
-        """Logits (B, num_classes); with `return_dependency` a pair of them and of who depended on whom (`Dependency`)."""
+        """Return the logits (B, num_classes); with `return_dependency`, a pair of the logits and a `Dependency`."""
         if not return_dependency:
             return super().forward(image)
         self.check_image(image)
@@ -157,55 +157,55 @@ class DependencyViT(TokenBackbone):
 
     @torch.no_grad()
     def dependency_trees(self, image: Tensor, layers: Sequence[int] | None = None) -> list[TokenTree]:
-        """The tree of each image (B, in_chans, H, W); see `build_tree`."""
+        """Return the dependency tree of each image (B, in_chans, H, W); see `build_tree`."""
         _, dependency = self(image, return_dependency=True)
         return [build_tree(dependency, i, layers) for i in range(len(image))]
 
     def embed(self, image: Tensor) -> Flow:
-        """Patches with their positions, all of them sending."""
+        """Return the initial `Flow` of images: patches with their positions."""
         grid = self.patch_embed.grid(*image.shape[-2:])
         return start(as_tokens(self.patch_embed(image)) + self.positions(grid))
 
     def forward_stages(self, image: Tensor) -> Iterator[Any]:
-        """Yields the `Flow` after each block."""
+        """Yield the `Flow` after each block."""
         yield from self.flow(self.embed(image))
 
     def flow(self, flow: Any) -> Iterator[Any]:
-        """The `Flow` after each block, of the one before the first."""
+        """Yield the `Flow` after each block, given the one before the first."""
         for block in self.blocks:
             flow = self.run_blocks([block], flow)
             yield flow
 
     def as_map(self, features: Any, image_size: Sequence[int]) -> Tensor:
-        """A `Flow`, or the tokens that `forward_features` gives, as (B, C, h, w)."""
+        """Return a `Flow`, or the tokens from `forward_features`, as a map (B, C, h, w)."""
         return super().as_map(features.restored() if isinstance(features, Flow) else features, image_size)
 
     def class_places(self, patches: int) -> list[int]:
         return []
 
     def positions(self, grid: Grid) -> Tensor:
-        """The position table of a grid, (1, N, C); resampled where it is not the one that the model was made for."""
+        """Return the position table of a grid, (1, N, C), resampled unless the model was made for this grid."""
         return self.cache.for_grid(self, self.pos_embed, self.table_grid, grid)
 
     def no_weight_decay(self) -> set[str]:
         return {"pos_embed"}
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
-        """A checkpoint's position table for this model's grid; None for any other tensor that does not fit."""
+        """Resize a position table of a checkpoint to the grid of this model; return None for any other tensor."""
         return fit_position_table(tensor, shape, self.table_grid) if name == "pos_embed" else None
 
 
 def kept_shares(depth: int, prune_blocks: Sequence[int], prune_share: float) -> list[float]:
-    """How much of its tokens each block keeps, so that each of `prune_blocks` takes away the same number of tokens.
+    """Return the share of its tokens that each block keeps, such that each of `prune_blocks` prunes the same number of tokens.
 
     Raises:
-        ValueError: a block that is not there, or twice, or nobody would be left.
+        ValueError: a block index out of range or given twice, or no token would remain.
     """
     steps = sorted(set(prune_blocks))
     if len(steps) < len(prune_blocks) or any(not 0 <= block < depth for block in steps):
-        raise ValueError(f"prune_blocks are different numbers from 0 to {depth - 1}, got {list(prune_blocks)}")
+        raise ValueError(f"prune_blocks must be distinct indices from 0 to {depth - 1}, got {list(prune_blocks)}")
     if prune_share < 0 or prune_share * len(steps) >= 1:
-        raise ValueError(f"prune_share times {len(steps)} pruning blocks must lie in [0, 1), so that tokens are left; got {prune_share}")
+        raise ValueError(f"prune_share times {len(steps)} pruning blocks must lie in [0, 1), so that tokens remain; got {prune_share}")
     keep = [1.0] * depth
     for step, block in enumerate(steps, start=1):
         keep[block] = (1 - step * prune_share) / (1 - (step - 1) * prune_share)

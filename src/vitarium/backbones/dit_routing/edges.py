@@ -1,4 +1,4 @@
-"""The edges of the grid and their gates: what a token may take, with all tokens computed and masked, or with the takers gathered.
+"""Edges of the routing grid and their gates, each computed either for all tokens with a mask or for gathered tokens.
 
 Legend: as in the package.
 """
@@ -18,11 +18,11 @@ from vitarium.ops.maps import as_map, as_tokens
 
 Grid = tuple[int, int]
 Taken = Tensor | bool
-"""Which tokens take an edge: (B, N, 1), bool in inference, numbers 0 and 1 with a gradient in training; or all, or none."""
+"""Selection of the tokens of an edge: (B, N, 1), bool in inference, 0 and 1 with a gradient in training; True for all, False for none."""
 
 
 class Gate(nn.Module):
-    """Normed tokens (B, N, C) -> two numbers each, (B, N, 2): for leaving the edge and for taking it. It starts open."""
+    """Gate of an edge: normed tokens (B, N, C) -> logits (B, N, 2) for skipping and for taking the edge. Initialised to take it."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -34,7 +34,7 @@ class Gate(nn.Module):
 
 
 class FixedGate(nn.Module):
-    """In a gate's place: all tokens take the edge, or none does."""
+    """Constant replacement for a gate: all tokens take the edge, or none."""
 
     def __init__(self, on: bool):
         super().__init__()
@@ -45,14 +45,14 @@ class FixedGate(nn.Module):
 
 
 def sample_gate(logits: Tensor, temperature: Tensor) -> Tensor:
-    """(B, N, 2) -> (B, N, 1), drawn from the Gumbel-softmax: exactly 0 or 1, with the gradient of the soft value."""
+    """Sample gates from logits by a straight-through Gumbel-softmax: (B, N, 2) -> (B, N, 1), 0 or 1 with the gradient of the soft value."""
     noise = -torch.empty_like(logits).exponential_().clamp(min=torch.finfo(logits.dtype).tiny).log()
     soft = ((logits + noise) / temperature.to(logits.dtype)).softmax(-1)[..., 1:]
     return (soft > 0.5).to(soft.dtype) + (soft - soft.detach())
 
 
 def gathers(x: Tensor, taken: Taken) -> bool:
-    """Whether untaken tokens are left out, or else masked: a graph of fixed shapes, and training, know only masks."""
+    """Return whether to gather the selected tokens; training and graphs with static shapes use masks instead."""
     if isinstance(taken, bool) or taken.dtype is not torch.bool or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return not x.is_meta
@@ -60,12 +60,12 @@ def gathers(x: Tensor, taken: Taken) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """The tokens that take an edge, of a batch of maps in which each has some. T of them, at most M in one map.
+    """Indices of the T selected tokens in a batch of maps with at least one each and at most M.
 
     Attributes:
-        index: (T,) int64, their places in (B N).
-        near: (T',) int64, places of them and of their 3 x 3 neighbours.
-        place: (T,) int64, where each stands in a batch (B, M) of sequences of equal length.
+        index: (T,) int64, indices of the tokens in (B N).
+        near: (T',) int64, indices of the tokens and their 3 x 3 neighbours.
+        place: (T,) int64, index of each token in a padded batch (B, M).
         batch, most: B and M.
     """
 
@@ -77,7 +77,7 @@ class Chosen:
 
     @classmethod
     def of(cls, taken: Tensor, grid: Grid) -> Chosen:
-        """Of (B, N, 1) bool."""
+        """Build the indices from a selection (B, N, 1) bool."""
         flags = taken[..., 0]
         index = flags.flatten().nonzero()[:, 0]
         near = spread_over(flags.unflatten(1, grid), 1).flatten().nonzero()[:, 0]
@@ -87,7 +87,7 @@ class Chosen:
         return cls(index, near, place, len(flags), most)
 
     def padded(self, rows: Tensor) -> Tensor:
-        """(T, C) -> (B, M, C), zeros behind the last of a map."""
+        """Arrange selected rows (T, C) as a batch (B, M, C), padded with zeros."""
         blank = rows.new_zeros(self.batch * self.most, rows.shape[1])
         return blank.index_copy_(0, self.place, rows).view(self.batch, self.most, rows.shape[1])
 
@@ -97,7 +97,7 @@ class SpatialReductionAttention(ReducedAttention):
 
     Args:
         dim, num_heads: channels and heads.
-        sr_ratio: R; a remainder of the map is not seen, as in PVTv2, and a map smaller than R is filled up with zeros.
+        sr_ratio: R; a remainder of the map is dropped, as in PVTv2, and a map smaller than R is padded with zeros.
     """
 
     def __init__(self, dim: int, num_heads: int, sr_ratio: int):
@@ -119,7 +119,7 @@ class SpatialReductionAttention(ReducedAttention):
 
 
 class RoutedBlock(nn.Module):
-    """A block of PVTv2 that changes some tokens and sees all: (B, N, dim) of a grid -> the same."""
+    """PVTv2 block that updates selected tokens and reads all tokens: (B, N, dim) of a grid -> the same shape."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, sr_ratio: int, drop_path: float):
         super().__init__()
@@ -130,14 +130,14 @@ class RoutedBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, grid: Grid, mask: Tensor | None) -> Tensor:
-        """`mask` (B, N, 1): 1 for tokens that are changed; None: all."""
+        """Apply the block; `mask` (B, N, 1) is 1 for tokens that are updated, None for all."""
         for branch, norm in ((self.attn, self.norm1), (self.mlp, self.norm2)):
             change = self.drop_path(branch(norm(x), grid))
             x = x + (change if mask is None else mask * change)
         return x
 
     def gathered(self, x: Tensor, grid: Grid, chosen: Chosen) -> Tensor:
-        """The same in eval, with nothing computed that only untaken tokens would read."""
+        """Apply the block in evaluation mode without computing what only unselected tokens need."""
         y, flat = self.norm1(x), x.flatten(0, 1)
         q = self.attn.q(y.flatten(0, 1).index_select(0, chosen.index))
         a = self.attn.attend(chosen.padded(q), y, grid).flatten(0, 1).index_select(0, chosen.place)
@@ -147,7 +147,7 @@ class RoutedBlock(nn.Module):
         return flat.index_copy_(0, chosen.index, mine + self.mlp.fc2(F.gelu(hidden))).view(x.shape)
 
     def hidden(self, flat: Tensor, near: Tensor, batch: int, grid: Grid) -> Tensor:
-        """The MLP up to its depth-wise convolution, right where all neighbours are among `near`: (B N, dim) -> (B, N, hidden)."""
+        """Compute the MLP up to its depth-wise convolution, correct where all neighbours are in `near`: (B N, dim) -> (B, N, hidden)."""
         if len(near) == len(flat):
             image = self.mlp.fc1(self.norm2(flat))
         else:
@@ -156,7 +156,7 @@ class RoutedBlock(nn.Module):
         return as_tokens(self.mlp.dwconv(as_map(image.view(batch, len(flat) // batch, image.shape[1]), grid)))
 
     def macs(self, grid: Grid) -> tuple[int, int, int]:
-        """Multiply-accumulates a taken token, a token that is taken or beside one, and once an image in which any is taken."""
+        """Return the multiply-accumulates per selected token, per selected or neighbouring token, and per image with a selected token."""
         attn, (hidden, dim) = self.attn, self.mlp.fc1.weight.shape
         keys = attn.keys(grid)
         once = 2 * dim * dim * keys + 9 * hidden * grid[0] * grid[1] + (dim * dim * attn.sr_ratio**2 * keys if attn.sr_ratio > 1 else 0)
@@ -164,7 +164,7 @@ class RoutedBlock(nn.Module):
 
 
 class RowEdge(nn.Module):
-    """B of the module's docstring: (B, N, dim) of a grid -> the same."""
+    """Blocks between two columns, B in the module's docstring: (B, N, dim) of a grid -> the same shape."""
 
     def __init__(self, blocks: Sequence[RoutedBlock]):
         super().__init__()
@@ -178,7 +178,7 @@ class RowEdge(nn.Module):
         if taken.all():
             return run(self.blocks, x, grid, None)
         some = taken.any(1)[:, 0]
-        if not some.all():  # images in which no token takes the edge
+        if not some.all():  # skip images without a selected token
             index = some.nonzero()[:, 0]
             return x.index_copy(0, index, self(x.index_select(0, index), grid, taken.index_select(0, index), run)) if len(index) else x
         chosen = Chosen.of(taken, grid)
@@ -187,21 +187,21 @@ class RowEdge(nn.Module):
         return x
 
     def macs(self, grid: Grid) -> tuple[int, int, int]:
-        """See `RoutedBlock.macs`."""
+        """Return the sums of `RoutedBlock.macs` over the blocks."""
         each = [block.macs(grid) for block in self.blocks]  # type: ignore[operator]
         per_token, per_near, once = (sum(column) for column in zip(*each, strict=True))
         return per_token, per_near, once
 
 
 class ColumnEdge(OverlapPatchEmbed):
-    """P of the module's docstring: normed tokens (B, N, in_dim) of a grid -> (B, N', dim) of half the grid."""
+    """Downsampling to the next scale, P in the module's docstring: normed tokens (B, N, in_dim) -> (B, N', dim) of half the grid."""
 
     def __init__(self, in_dim: int, dim: int):
         super().__init__(in_dim, dim)
         self.kept = LayoutCache()
 
     def forward(self, y: Tensor, grid: Grid, taken: Taken) -> Tensor | None:  # type: ignore[override]
-        """None: no token takes it, by a fixed gate."""
+        """Downsample the selected tokens; return None if a fixed gate selects none."""
         if taken is False:
             return None
         if taken is True:
@@ -216,7 +216,7 @@ class ColumnEdge(OverlapPatchEmbed):
         return super().forward(as_map(y, grid)).flatten(1, 2)
 
     def gathered(self, y: Tensor, grid: Grid, cells: Tensor) -> Tensor:
-        """With nothing computed for cells (B, h', w') that are not fed: their tokens are zero."""
+        """Compute only the cells (B, h', w') with a selected input; the tokens of the others are zero."""
         (batch, count, dim), (out, _, _, _) = y.shape, self.proj.weight.shape
         table = self.kept.get(*grid, y.device, lambda: inputs_of_cells(grid, y.device))
         index = cells.flatten().nonzero()[:, 0]
@@ -228,23 +228,23 @@ class ColumnEdge(OverlapPatchEmbed):
         return blank.index_copy_(0, index, tokens).view(batch, len(table), out)
 
     def macs(self) -> int:
-        """Multiply-accumulates a cell that is fed."""
+        """Return the multiply-accumulates per computed cell."""
         return self.proj.weight.numel()
 
 
 def fed(taken: Tensor) -> Tensor:
-    """Which cells of a 3 x 3 of stride 2 read a taken token: (B, h, w) -> (B, ceil(h / 2), ceil(w / 2)), 0 or 1, bool for bool."""
+    """Return the cells of a strided 3 x 3 convolution with a selected input: (B, h, w) -> (B, ceil(h / 2), ceil(w / 2)), bool for bool."""
     cells = spread_over(taken.detach(), 2)
     return cells > 0 if taken.dtype is torch.bool else cells
 
 
 def spread_over(taken: Tensor, stride: int) -> Tensor:
-    """Which cells of a 3 x 3 read a taken token: (B, h, w) -> (B, ceil(h / stride), ceil(w / stride)) float, 0 or 1."""
+    """Return the cells of a 3 x 3 convolution with a selected input: (B, h, w) -> (B, ceil(h / stride), ceil(w / stride)) float, 0 or 1."""
     return F.max_pool2d(taken[:, None].float(), 3, stride, 1)[:, 0]
 
 
 def inputs_of_cells(grid: Grid, device: torch.device) -> Tensor:
-    """Places of the nine inputs of each cell of a 3 x 3 of stride 2, row by row: (N', 9) int64; N beyond the border."""
+    """Return the indices of the nine inputs of each cell of a 3 x 3 convolution of stride 2: (N', 9) int64; N outside the map."""
     height, width = grid
     rows, columns = (
         2 * torch.arange((side + 1) // 2, device=device)[:, None] + torch.arange(-1, 2, device=device) for side in (height, width)

@@ -1,4 +1,4 @@
-"""The grid of nodes: a backbone whose tokens choose their way.
+"""The grid of nodes of the routing backbone.
 
 Legend: as in the package.
 """
@@ -37,11 +37,11 @@ Node = tuple[int, int]
 
 @dataclass(frozen=True)
 class Routes:
-    """What the gates of a forward pass said, (B, h, w) of 0 and 1 each; with a gradient in training.
+    """Gates of a forward pass, (B, h, w) of 0 and 1 each, with a gradient in training.
 
     Attributes:
-        row: (scale, column) -> which tokens are transformed there.
-        column: (scale, column) -> which are passed down from there.
+        row: (scale, column) -> tokens that are transformed there.
+        column: (scale, column) -> tokens that are passed on to the next scale.
     """
 
     row: dict[Node, Tensor] = field(default_factory=dict)
@@ -54,11 +54,11 @@ PVT_V2 = rename(
     (r"^stages\.(\d+)\.norm\.", r"norms.\1."),
     *((rf"^stages\.{i}\.downsample\.", f"down.{i - 1}.{i}.") for i in (1, 2, 3)),
 )
-"""timm's PVTv2 into the diagonal path; the rest of the grid keeps what it holds (`load_checkpoint(..., strict=False)`)."""
+"""Renamer from timm's PVTv2 to the diagonal path; the rest of the grid stays unchanged (`load_checkpoint(..., strict=False)`)."""
 
 
 def spread(depth: int | Sequence[int], columns: int) -> list[int]:
-    """Blocks of a scale in each column: as evenly as can be, but one at least. A list is taken as it is."""
+    """Split the blocks of a scale evenly over the columns, at least one in each. A list is returned unchanged."""
     if not isinstance(depth, int):
         return list(depth)
     return [max(1, (j + 1) * depth // columns - j * depth // columns) for j in range(columns)]
@@ -80,7 +80,7 @@ _WIDE = dict(dims=(64, 128, 320, 512))
             patch_size=2,
             image_size=16,
         ),
-        # widths and depths are those of PVTv2, spread by this library; the paper tells of B5 alone
+        # widths and depths are those of PVTv2, split by this library; the paper describes only B5
         "b0": dict(dims=(32, 64, 160, 256), depths=(2, 2, 2, 2), drop_path_rate=0.1),
         "b1": dict(**_WIDE, depths=(2, 2, 2, 2), drop_path_rate=0.1),
         "b2": dict(**_WIDE, depths=(3, 4, 6, 3), drop_path_rate=0.1),
@@ -88,24 +88,26 @@ _WIDE = dict(dims=(64, 128, 320, 512))
         "b4": dict(**_WIDE, depths=(3, 8, 27, 3), drop_path_rate=0.3),
         "b5": dict(**_WIDE, depths=(3, 6, 40, 3), mlp_ratios=(4, 4, 4, 4), drop_path_rate=0.3),  # 84.8 % top-1 in the paper
     },
-    official=OFFICIAL,  # no weights were released: the names are this library's and PVTv2's
+    official=OFFICIAL,  # no weights were released; the names are this library's and PVTv2's
     dialects={"pvt_v2": PVT_V2},
 )
 class DiTRouting(Backbone):
-    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes). Its maps are those of the last column, normed.
+    """DiT classifier with token routing: images (B, in_chans, H, W), any H and W, -> logits (B, num_classes).
+
+    The feature maps are those of the last column, normed.
 
     Args:
-        dims, num_heads, sr_ratios, mlp_ratios: channels, heads, R of attention and hidden channels of the MLPs over the channels, a scale.
-        depths: blocks a scale, spread over the columns, one at least in each; or a list of blocks a column.
-        columns: K.
-        budget: share of the cost of all gates on that training by the objective `dit_routing` aims at, (0, 1].
+        dims, num_heads, sr_ratios, mlp_ratios: channels, heads, reduction R of attention and MLP ratio per scale.
+        depths: blocks per scale, split over the columns with at least one in each; or a list of blocks per column.
+        columns: number of columns K.
+        budget: target of the learner `dit_routing`, relative to the cost with all gates on, (0, 1].
         patch_size: stride of the patches, pixels.
         drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth in the last column; it rises linearly from 0.
+        drop_path_rate: stochastic depth rate of the last column; the rates rise linearly from 0.
 
     Raises:
-        ValueError: lists of different lengths, a scale without a block in a column, channels that heads do not divide, or a budget outside
-            (0, 1].
+        ValueError: lists of different lengths, a scale without a block in a column, dims that are not divisible by their heads, or a budget
+            outside (0, 1].
     """
 
     temperature: Tensor
@@ -128,16 +130,16 @@ class DiTRouting(Backbone):
     ):
         if len({len(row) for row in (dims, depths, num_heads, sr_ratios, mlp_ratios)}) > 1:
             given = f"{dims}, {depths}, {num_heads}, {sr_ratios} and {mlp_ratios}"
-            raise ValueError(f"dims, depths, num_heads, sr_ratios and mlp_ratios need one value a scale, got {given}")
+            raise ValueError(f"dims, depths, num_heads, sr_ratios and mlp_ratios need one value per scale, got {given}")
         if columns < 1:
             raise ValueError(f"columns must be at least 1, got {columns}")
         table = [spread(depth, columns) for depth in depths]
         if any(len(row) != columns or min(row) < 1 for row in table):
             raise ValueError(f"depths need at least one block in each of the {columns} columns, got {depths}")
         if wrong := [(dim, heads) for dim, heads in zip(dims, num_heads, strict=True) if dim % heads]:
-            raise ValueError(f"dims must divide by num_heads, got {wrong[0][0]} and {wrong[0][1]}")
+            raise ValueError(f"dims must be divisible by num_heads, got {wrong[0][0]} and {wrong[0][1]}")
         if not 0 < budget <= 1:
-            raise ValueError(f"budget is a share of the cost of all gates on, above 0 and at most 1; got {budget}")
+            raise ValueError(f"budget, relative to the cost with all gates on, must lie in (0, 1]; got {budget}")
         stages = [Stage(dim, patch_size * 2**i) for i, dim in enumerate(dims)]
         super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
         self.columns, self.budget = columns, budget
@@ -164,7 +166,7 @@ class DiTRouting(Backbone):
     # ---- the grid
 
     def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
-        """Yields the last column's map of each scale, normed."""
+        """Yield the normed map of each scale in the last column."""
         x = self.patch_embed(image.contiguous(memory_format=torch.channels_last))
         rows: list[Any] = list(self.stages)
         grids = [(x.shape[1], x.shape[2])]
@@ -190,7 +192,7 @@ class DiTRouting(Backbone):
         yield from outputs
 
     def _merged(self, carried: Tensor | None, passed: Tensor | None, like: Tensor, scale: int, grid: Grid) -> Tensor:
-        """F = H + D, where one or both may be absent."""
+        """Return F = H + D, where one or both may be absent."""
         if carried is None and passed is None:
             return like.new_zeros(like.shape[0], grid[0] * grid[1], int(self.feature_info[scale]["num_chs"]))  # type: ignore[call-overload]
         if carried is None or passed is None:
@@ -198,7 +200,7 @@ class DiTRouting(Backbone):
         return carried + passed
 
     def _decide(self, gate: nn.Module, y: Tensor, grid: Grid, way: str, node: Node) -> Taken:
-        """Which of the normed tokens (B, N, C) take an edge."""
+        """Return which of the normed tokens (B, N, C) take an edge."""
         taken: Taken
         if isinstance(gate, FixedGate):
             taken = gate.on
@@ -214,11 +216,11 @@ class DiTRouting(Backbone):
             getattr(self._seen, way)[node] = full
         return taken
 
-    # ---- what the gates said, and what it costs
+    # ---- routes and their cost
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[Routes]:
-        """Fills the given routes by the forward pass inside."""
+        """Record the routes of the forward pass inside the context."""
         self._seen = routes = Routes()
         try:
             yield routes
@@ -227,13 +229,13 @@ class DiTRouting(Backbone):
 
     @torch.no_grad()
     def routes(self, image: Tensor) -> Routes:
-        """Of an image (B, in_chans, H, W)."""
+        """Return the routes of images (B, in_chans, H, W)."""
         with self.watch() as routes:
             self.forward_features(image)
         return routes
 
     def cost(self, routes: Routes) -> Tensor:
-        """Multiply-accumulates of the edges of each image, (B,) float; differentiable in training."""
+        """Return the multiply-accumulates of the edges of each image, (B,) float; differentiable in training."""
         total: Any = 0.0
         for (i, j), taken in routes.row.items():
             per_token, per_near, once = self.stages[i][j].macs((taken.shape[1], taken.shape[2]))  # type: ignore[index,union-attr]
@@ -244,12 +246,12 @@ class DiTRouting(Backbone):
         return total
 
     def share(self, routes: Routes) -> Tensor:
-        """`cost` over the cost of all gates on, (B,) from 0 to 1."""
+        """Return `cost` relative to the cost with all gates on, (B,) in [0, 1]."""
         all_on = Routes(*({node: torch.ones_like(taken[:1]) for node, taken in way.items()} for way in (routes.row, routes.column)))
         return self.cost(routes) / self.cost(all_on)
 
     def macs(self, image: Tensor) -> Tensor:
-        """Multiply-accumulates of each image in inference, gates, patches and head included: (B, in_chans, H, W) -> (B,) float64."""
+        """Return the multiply-accumulates of each image in inference, including gates, patches and head, (B,) float64."""
         routes = self.routes(image)
         fixed = self.num_features * self.num_classes
         fixed += self.patch_embed.proj.weight.numel() * routes.row[0, 0][0].numel()
@@ -260,7 +262,7 @@ class DiTRouting(Backbone):
         return self.cost(Routes(*({node: taken.double() for node, taken in way.items()} for way in (routes.row, routes.column)))) + fixed
 
     def depth_map(self, image: Tensor) -> Tensor:
-        """How many blocks each pixel's tokens went through, over all scales: (B, in_chans, H, W) -> (B, H, W) float."""
+        """Return the number of blocks applied to the tokens of each pixel, over all scales: (B, in_chans, H, W) -> (B, H, W) float."""
         height, width = image.shape[-2:]
         depth = image.new_zeros(image.shape[0], height, width)
         for (i, j), taken in self.routes(image).row.items():
@@ -270,12 +272,12 @@ class DiTRouting(Backbone):
         return depth
 
     def fix_routes(self, image: Tensor) -> dict[str, bool]:
-        """For a deployment of fixed shapes: each gate becomes what most tokens of these images (B, in_chans, H, W) say; in place, for good.
+        """Fix each gate to the majority of the tokens of images (B, in_chans, H, W), for static shapes, in place; this cannot be undone.
 
-        Edges that are off are then not computed in any graph. The model is in eval mode, and is saved by its state_dict() alone.
+        Edges that are off are not computed in any graph. The model is left in evaluation mode and can only be saved as a state_dict().
 
         Returns:
-            gate's name -> whether it is on.
+            name of each gate -> whether it is on.
         """
         self.eval()
         routes, fixed = self.routes(image), {}
@@ -287,10 +289,10 @@ class DiTRouting(Backbone):
         return fixed
 
     def fix_diagonal(self) -> None:
-        """Fix the gates of the plain pyramid, in place, for good: blocks of one column a scale, then down. It is PVTv2 with their depths.
+        """Fix the gates to the plain pyramid, one column per scale, in place; this cannot be undone. The model then equals PVTv2.
 
         Raises:
-            UsageError: not as many columns as scales.
+            UsageError: the numbers of columns and scales differ.
         """
         if self.columns != len(self.stages):
             raise UsageError(f"the diagonal needs as many columns as scales, got {self.columns} columns and {len(self.stages)} scales")
@@ -302,11 +304,11 @@ class DiTRouting(Backbone):
     # ---- training
 
     def no_weight_decay(self) -> set[str]:
-        """The gates: decay would draw them to the middle."""
+        """Return the weights of the gates: weight decay would pull them to the undecided state."""
         return {name for name, p in self.named_parameters() if name.startswith("gates_") and p.ndim > 1}
 
     def group_matcher(self, coarse: bool = False) -> Any:
-        """The layers of layer-wise decay as a function of a parameter's name: patches, then nodes by scale and column together, the end."""
+        """Return the layer index for layer-wise decay as a function of a parameter's name: patches, nodes by scale + column, the rest."""
         last = len(self.stages) + self.columns + 1
 
         def layer(name: str) -> int:

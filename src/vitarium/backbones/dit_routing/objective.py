@@ -1,4 +1,4 @@
-"""Training in a budget of multiply-accumulates."""
+"""Training with a budget of multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 @learner("dit_routing", task="classify")
 class RoutingLearner(ClassificationLearner):
-    """Image -> class, within a budget. Evaluation tells as `cost` the share of all work that the held-out images took.
+    """Classification with a cost budget. Evaluation reports `cost`, the mean cost relative to all gates on.
 
     Raises:
-        UsageError: another model than this system's.
+        UsageError: the model is not a `DiTRouting`.
     """
 
     class Settings(ClassificationLearner.Settings):
@@ -31,9 +31,9 @@ class RoutingLearner(ClassificationLearner):
 
         Args:
         weight: of the budget term.
-        hinge: punish only what is above the target.
+        hinge: penalise only a cost above the target.
         warmup: share of the training in which the target falls from 1 to the model's `budget`.
-        temperatures: of the Gumbel-softmax, at the beginning and at the end; geometric between.
+        temperatures: of the Gumbel-softmax at the start and at the end, with geometric interpolation.
         """
 
         weight: Annotated[float, Field(ge=0)] = 1.0
@@ -63,12 +63,12 @@ class RoutingLearner(ClassificationLearner):
         return {"loss": losses["loss"] + self.settings.weight * self.over_budget(share), "cost": share.detach()}
 
     def over_budget(self, share: Tensor) -> Tensor:
-        """The budget term of a share of the cost, before its weight."""
+        """Return the unweighted budget term of a relative cost."""
         excess = share - self.target
         return (excess.clamp(min=0) if self.settings.hinge else excess).square()
 
     def metrics(self) -> Any:
-        """As of classification, and cost."""
+        """Return the metrics of classification and `cost`."""
         from torchmetrics import MeanMetric
 
         metrics = super().metrics()
@@ -84,7 +84,7 @@ class RoutingLearner(ClassificationLearner):
         return super().summary(metrics) | {"cost": metrics["cost"].compute().item()}
 
     def pictures(self, model: Any, batch: Batch) -> dict[str, Image.Image]:
-        """The first images of a batch, and below each how deep its places were worked on: dark for few blocks, bright for many."""
+        """Draw the first images of a batch and below each its depth map: dark for few blocks, bright for many."""
         from PIL import Image
 
         from vitarium.catalog.create import preprocessing_of

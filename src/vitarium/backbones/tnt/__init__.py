@@ -1,26 +1,26 @@
-"""TNT: a transformer inside each patch feeds the one over patches (Han et al., "Transformer in Transformer", 2021; PyramidTNT, 2022).
+"""TNT: an inner transformer on sub-patches inside an outer transformer on patches (Han et al., "Transformer in Transformer", 2021).
 
-The idea: a patch of 16 x 16 pixels (a sentence) is cut once more into 16 words of 4 x 4. In each block an inner transformer mixes the
-words of a sentence, they are joined and added to the sentence, and an outer transformer mixes the sentences. Words are narrow, so that it
-costs little.
+The idea: each patch of 16 x 16 pixels (sentence) is divided into 16 sub-patches of 4 x 4 (words). In each block, an inner transformer mixes
+the words of a sentence, their concatenation is projected and added to the sentence, and an outer transformer mixes the sentences. Words
+have few channels, so the additional cost is small.
 
-    w = w + A(LN w);  w = w + MLP(LN w)              among the 16 words of each sentence, alone
-    s = s + LN(P LN([w_1 ... w_16]))                 P linear without bias; the class token gets nothing
+    w = w + A(LN w);  w = w + MLP(LN w)              among the 16 words of one sentence
+    s = s + LN(P LN([w_1 ... w_16]))                 P linear without bias; not for the class token
     s = s + A(LN s);  s = s + MLP(LN s)
 
-`PyramidTNT` has words and sentences from convolutions, four stages of ever fewer sentences, inner parts in the first block of a stage
-only (and the second of a long one), and outer attention to averaged sentences with a learned bias for each pair.
+`PyramidTNT` (2022) has a convolutional stem for words and sentences, four stages of decreasing resolution, an inner transformer only in the
+first block of a stage (and the second of a long one), and outer attention to averaged sentences with a learned bias per pair.
 
-Follows the authors' code (github huawei-noah/Efficient-AI-Backbones, tnt_pytorch), whose checkpoints load by name; timm's do too. Any image
-size: zeros fill the last patches, tables of positions and of pairs are resampled. The pyramid's norms inside a sentence run over all its
-words, as released.
+Follows the authors' code (github huawei-noah/Efficient-AI-Backbones, tnt_pytorch); its checkpoints and timm's load by name. Any image size:
+incomplete patches are padded with zeros, position and bias tables are resampled. The inner norms of the pyramid run over all words of a
+sentence jointly, as in the released models.
 Cost: quadratic in sentences, linear in words.
 
-How it is fast: queries, keys and values are one product, attention is the fused kernel; the pyramid's batch norms are folded by `fuse()`.
+Speed: queries, keys and values are one product; attention runs in the fused kernel; `fuse()` folds the batch norms of the pyramid.
 
-Legend: B batch, N sentences, C their channels, n = 16 words a sentence, c their channels.
+Legend: B batch, N sentences, C their channels, n = 16 words per sentence, c their channels.
 
-The house of files: `blocks` (what both have), `plain` (TNT), `pyramid` (PyramidTNT).
+Files: `blocks` (shared modules), `plain` (TNT), `pyramid` (PyramidTNT).
 """
 
 from vitarium.backbones.tnt.plain import TNT, from_timm

@@ -1,4 +1,4 @@
-"""What TNT and PyramidTNT share: how words join their sentence, the authors' names of both."""
+"""Shared parts of TNT and PyramidTNT: the projection of words to sentences, checkpoint names."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from vitarium.nn import Linear
 Grid = tuple[int, int]
 Pair = tuple[Tensor, Tensor]
 EPS = 1e-5
-"""Of every norm."""
+"""Epsilon of every norm."""
 
 
 class Gather(nn.Module):
-    """The words of each sentence, joined (B, N, n c) -> what they add to it, (B, N, C)."""
+    """Projection of the concatenated words of each sentence: (B, N, n c) -> (B, N, C)."""
 
     def __init__(self, joined_dim: int, dim: int, *, bias: bool = False):
         super().__init__()
@@ -30,8 +30,8 @@ PARTS = rename(
     (r"^(.*blocks\.\d+)\.(inner|outer)_(norm1|norm2|attn|mlp)\.", r"\1.\2.\3."),
     (r"^(.*blocks\.\d+)\.proj_norm([12])\.", r"\1.gather.norm\2."),
     (r"^(.*blocks\.\d+)\.proj\.", r"\1.gather.proj."),
-    (r"^outer_tokens$", None),  # frozen zeros that nobody reads
+    (r"^outer_tokens$", None),  # unused frozen zeros
     (r"^proj_norm([12])\.", r"patch_embed.gather.norm\1."),
     (r"^proj\.", "patch_embed.gather.proj."),
 )
-"""The authors' names of the parts of a block, and of what turns words into sentences, as ours."""
+"""Renamer from the authors' names inside a block and in the first projection of words to sentences."""

@@ -1,4 +1,4 @@
-"""TNT: words and sentences of one grid through all blocks."""
+"""TNT, with one resolution for all blocks."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from vitarium.ops.windows import pad_to_multiple
 
 
 def block(dim: int, num_heads: int, mlp_ratio: float, drop_path: float) -> TransformerBlock:
-    """A pre-norm block whose queries, keys and values have no bias."""
+    """Build a pre-norm transformer block without bias in the projections to queries, keys and values."""
     attn = Attention(dim, num_heads, qkv_bias=False)
     return TransformerBlock(dim, num_heads, mlp_ratio=mlp_ratio, drop_path=drop_path, attn=attn, eps=EPS)
 
 
 class WordEmbed(nn.Module):
-    """Image (B, in_chans, H, W) -> words (B N, n, c) and sentences (B, 1 + N, C), with their positions.
+    """Embedding of images (B, in_chans, H, W): words (B N, n, c) and sentences (B, 1 + N, C), with positions.
 
     Args:
         patch_size: side of a sentence, pixels.
-        stride: pixels from word to word.
-        image_size: side of the square image that the position table is made for, pixels.
+        stride: pixels between words.
+        image_size: side, in pixels, of the square image that the position table is made for.
         in_chans, inner_dim, dim: channels of the image, c and C.
     """
 
@@ -56,11 +56,11 @@ class WordEmbed(nn.Module):
             nn.init.trunc_normal_(table, std=0.02)
 
     def grid(self, height: int, width: int) -> Grid:
-        """Rows and columns of sentences of an image."""
+        """Return the rows and columns of sentences of an image of height x width."""
         return -(-height // self.patch_size), -(-width // self.patch_size)
 
     def positions(self, grid: Grid) -> Tensor:
-        """The sentences' position table of a grid, (1, 1 + N, C)."""
+        """Return the position table of the sentences of a grid, (1, 1 + N, C)."""
         return self.cache.for_grid(self, self.outer_pos, self.table_grid, grid, prefix=1)
 
     def forward(self, image: Tensor) -> Pair:
@@ -75,7 +75,7 @@ class WordEmbed(nn.Module):
 
 
 class TNTBlock(nn.Module):
-    """Words (B N, n, c) and sentences (B, 1 + N, C) -> the same."""
+    """TNT block: words (B N, n, c) and sentences (B, 1 + N, C) -> the same shapes."""
 
     def __init__(self, dim: int, inner_dim: int, words: int, num_heads: int, inner_heads: int, mlp_ratio: float, drop_path: float):
         super().__init__()
@@ -111,7 +111,7 @@ _TIMM = rename(
 
 
 def from_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """timm's names; its words' positions lie as a map, (1, c, 4, 4)."""
+    """Convert timm's checkpoints, whose word positions are a map (1, c, 4, 4)."""
     state = chain(_TIMM, rename((r"\.(inner|outer)\.norm\.", r".\1.norm1.")), join("qkv", "qk", "v"))(state)
     table = state.get("patch_embed.inner_pos")
     if table is not None and table.ndim == 4:
@@ -132,22 +132,22 @@ def from_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
     crop_pct=0.9,
 )
 class TNT(TokenBackbone):
-    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes).
+    """TNT classifier: images (B, in_chans, H, W), any H and W, -> logits (B, num_classes).
 
-    Features are the sentences, the class token first; `forward_levels` gives the words too.
+    Features are the sentences, the class token first; `forward_levels` also returns the words.
 
     Args:
         dim, inner_dim: channels of sentences and of words.
         num_heads, inner_heads: heads of the outer and of the inner attention.
         depth: blocks.
-        patch_size, stride: side of a sentence and pixels from word to word.
-        mlp_ratio: hidden channels of all MLPs over their channels.
-        image_size: side of the square image that the position table is made for, pixels.
+        patch_size, stride: side of a sentence and distance between words, pixels.
+        mlp_ratio: ratio of hidden channels to channels in all MLPs.
+        image_size: side, in pixels, of the square image that the position table is made for.
         drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
-        ValueError: channels that do not divide by their heads.
+        ValueError: channels that are not divisible by their heads.
     """
 
     patch_embed: WordEmbed  # type: ignore[assignment]
@@ -179,7 +179,7 @@ class TNT(TokenBackbone):
         init_weights(self, conv=False)
 
     def forward_levels(self, image: Tensor) -> Pair:
-        """Words (B N, n, c) and sentences (B, 1 + N, C) after the last block, the sentences normed."""
+        """Return the words (B N, n, c) and the normed sentences (B, 1 + N, C) after the last block."""
         self.check_image(image)
         for both in self._levels(image):  # noqa: B007
             pass
@@ -192,7 +192,7 @@ class TNT(TokenBackbone):
             yield both
 
     def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
-        """Yields the sentences after each block, (B, 1 + N, C), the class token first."""
+        """Yield the sentences after each block, (B, 1 + N, C), the class token first."""
         for _, sentences in self._levels(image):
             yield sentences
 
@@ -200,5 +200,5 @@ class TNT(TokenBackbone):
         return {"patch_embed.outer_pos", "patch_embed.inner_pos", "patch_embed.cls_token"}
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
-        """A checkpoint's position table for this model's grid; None for any other tensor that does not fit."""
+        """Resize a position table of a checkpoint to the grid of this model; return None for any other tensor."""
         return fit_position_table(tensor, shape, self.patch_embed.table_grid, prefix=1) if name == "patch_embed.outer_pos" else None

@@ -1,4 +1,4 @@
-"""PyramidTNT: words and sentences from convolutions, four stages of ever fewer sentences."""
+"""PyramidTNT: a convolutional stem for words and sentences, four stages of decreasing resolution."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from vitarium.ops.maps import as_map, as_tokens
 from vitarium.ops.windows import pad_to_multiple
 
 SIDE = 4
-"""Words in a row of a pyramid's sentence."""
+"""Words per row of a sentence."""
 
 
 class StemConv(ConvNorm):
@@ -46,7 +46,7 @@ class StemConv(ConvNorm):
 
 
 class PyramidStem(nn.Module):
-    """Image (B, in_chans, H, W) -> words (B N, 16, c) and sentences (B, N, C), without positions.
+    """Stem for images (B, in_chans, H, W): words (B N, 16, c) and sentences (B, N, C), without positions.
 
     Args:
         patch_size: side of a sentence, pixels, 8 or 4.
@@ -68,7 +68,7 @@ class PyramidStem(nn.Module):
 
 
 class SentenceAttention(ReducedAttention):
-    """Attention of sentences (B, N, dim) of a grid to averages of r x r of them, with a bias (1, heads, N, M) for each pair."""
+    """Attention from sentences (B, N, dim) of a grid to their r x r averages, with a bias (1, heads, N, M) per pair."""
 
     def __init__(self, dim: int, num_heads: int, reduction: int):
         super().__init__(dim, num_heads, qkv_bias=False)
@@ -85,7 +85,7 @@ class SentenceAttention(ReducedAttention):
 
 
 class PyramidInner(nn.Module):
-    """Words (B N, 16, c) -> the same. The norms run over all words of a sentence together."""
+    """Inner transformer block: words (B N, 16, c) -> the same shape. The norms run over all words of a sentence jointly."""
 
     def __init__(self, dim: int, num_heads: int, drop_path: float):
         super().__init__()
@@ -101,7 +101,7 @@ class PyramidInner(nn.Module):
 
 
 class PyramidBlock(nn.Module):
-    """Words (B N, 16, c) and sentences (B, N, C) -> the same; without `inner_heads` the words stay as they are and are not read."""
+    """PyramidTNT block: words (B N, 16, c) and sentences (B, N, C) -> the same shapes; without `inner_heads` the words are not used."""
 
     def __init__(self, dim: int, inner_dim: int, num_heads: int, inner_heads: int | None, reduction: int, drop_path: float):
         super().__init__()
@@ -121,7 +121,7 @@ class PyramidBlock(nn.Module):
 
 
 class Merge(nn.Module):
-    """Norm and convolution 3 x 3 of stride 2 on a map that lies channels-last: (B, H, W, in_dim) -> (B, H / 2, W / 2, dim)."""
+    """Norm and strided 3 x 3 convolution that halve the resolution of words or sentences."""
 
     def __init__(self, in_dim: int, dim: int):
         super().__init__()
@@ -129,11 +129,11 @@ class Merge(nn.Module):
         self.conv = nn.Conv2d(in_dim, dim, 3, 2, padding=1)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        """Sentences (B, h w, in_dim) -> (B, h' w', dim)."""
+        """Downsample sentences: (B, h w, in_dim) -> (B, h' w', dim)."""
         return as_tokens(self.conv(as_map(self.norm(x), grid)))
 
     def words(self, x: Tensor, grid: Grid) -> Tensor:
-        """Words (B h w, 16, in_dim) -> (B h' w', 16, dim): those of 2 x 2 sentences are a map of 8 x 8."""
+        """Downsample words: (B h w, 16, in_dim) -> (B h' w', 16, dim); those of 2 x 2 sentences form a map of 8 x 8."""
         rows, columns = grid
         batch, dim = x.shape[0] // (rows * columns), x.shape[2]
         x = pad_to_multiple(self.norm(x).view(batch, rows, columns, SIDE**2 * dim), 2)
@@ -143,13 +143,13 @@ class Merge(nn.Module):
 
 
 class PyramidTNTStage(nn.Module):
-    """Words and sentences of a grid -> those of this stage's.
+    """PyramidTNT stage: words and sentences of a grid -> words and sentences of the grid of this stage.
 
     Args:
-        blocks: of this stage.
-        merges: what halves the grid before them, of words and of sentences; None in the first stage.
+        blocks: blocks of this stage.
+        merges: downsampling of words and of sentences before the blocks; empty in the first stage.
         num_heads, reduction: of the outer attention.
-        table_grid: the grid that the table of pairs is made for.
+        table_grid: the grid that the bias table is made for.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], merges: Sequence[nn.Module], num_heads: int, reduction: int, table_grid: Grid):
@@ -164,7 +164,7 @@ class PyramidTNTStage(nn.Module):
         return -(-grid[0] // self.reduction), -(-grid[1] // self.reduction)
 
     def bias(self, grid: Grid) -> Tensor:
-        """(1, heads, N, M); resampled over both sentences of a pair where the grid is not the one that it was made for."""
+        """Return the bias table of a grid, (1, heads, N, M), resampled over both axes unless the model was made for this grid."""
         if grid == self.table_grid:
             return self.relative_pos
         return self.cache.get(self, grid, self.relative_pos, lambda: self._resized(grid))
@@ -206,7 +206,7 @@ PYRAMID_OFFICIAL = chain(
 
 
 def _pyramid(width: int, depths: tuple[int, ...], heads: int, inner_heads: int, **options: Any) -> dict[str, Any]:
-    """A variant; channels and heads grow by 1, 2, 4, 4 from stage to stage."""
+    """Return a variant; channels and heads of the stages have the ratio 1:2:4:4."""
     grow = (1, 2, 4, 4)
     return dict(
         depths=depths,
@@ -241,17 +241,17 @@ def _pyramid(width: int, depths: tuple[int, ...], heads: int, inner_heads: int, 
     crop_pct=0.9,
 )
 class PyramidTNT(Backbone):
-    """Image (B, in_chans, H, W), any H and W -> logits (B, num_classes). Maps are of the sentences.
+    """PyramidTNT classifier: images (B, in_chans, H, W), any H and W, -> logits (B, num_classes). Maps are those of the sentences.
 
     Args:
-        depths: blocks a stage. The first of a stage has an inner part, in a stage of more than 6 blocks the second too.
-        dims, inner_dims: channels of sentences and of words, a stage.
-        num_heads, inner_heads: heads of the outer and of the inner attention, a stage.
-        reductions: side of the averages that the outer attention looks at, in sentences, a stage.
+        depths: blocks per stage. The first block of a stage has an inner transformer, and the second too in a stage of more than 6 blocks.
+        dims, inner_dims: channels of sentences and of words, per stage.
+        num_heads, inner_heads: heads of the outer and of the inner attention, per stage.
+        reductions: side, in sentences, of the averages that the outer attention attends to, per stage.
         patch_size: side of a sentence of the first stage, pixels, 8 or 4.
-        image_size: side of the square image that the tables are made for, pixels.
+        image_size: side, in pixels, of the square image that the tables are made for.
         drop_rate: dropout before the head.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
         ValueError: another patch_size, or lists that differ in length.
@@ -276,7 +276,7 @@ class PyramidTNT(Backbone):
         if patch_size not in (4, 8):
             raise ValueError(f"patch_size must be 4 or 8, got {patch_size}")
         if len({len(row) for row in (depths, dims, inner_dims, num_heads, inner_heads, reductions)}) != 1:
-            raise ValueError("depths, dims, inner_dims, num_heads, inner_heads and reductions need one value a stage")
+            raise ValueError("depths, dims, inner_dims, num_heads, inner_heads and reductions need one value per stage")
         stages = [Stage(dim, patch_size * 2**k) for k, dim in enumerate(dims)]
         super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
         self.patch_size = patch_size
@@ -301,16 +301,16 @@ class PyramidTNT(Backbone):
             nn.init.trunc_normal_(table, std=0.02)
 
     def grid(self, height: int, width: int) -> Grid:
-        """Rows and columns of sentences of the first stage."""
+        """Return the rows and columns of sentences of the first stage."""
         return -(-height // self.patch_size), -(-width // self.patch_size)
 
     def positions(self, grid: Grid) -> Tensor:
-        """The sentences' position table of a grid, (1, N, C)."""
+        """Return the position table of the sentences of a grid, (1, N, C)."""
         table: Tensor = self.stem.outer_pos  # type: ignore[assignment]
         return self.cache.for_grid(self, table, self.table_grid, grid)
 
     def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
-        """Yields the map of the sentences behind each stage, (B, dim_i, h_i, w_i)."""
+        """Yield the map of the sentences after each stage, (B, dim_i, h_i, w_i)."""
         grid = self.grid(*image.shape[-2:])
         words, sentences = self.stem(pad_to_multiple(image.permute(0, 2, 3, 1), self.patch_size).permute(0, 3, 1, 2))
         both = (words + self.stem.inner_pos, sentences + self.positions(grid))

@@ -1,4 +1,4 @@
-"""The parts of UniFormer, for images and clips alike: the two kinds of block, patches, stages, and the authors' names.
+"""Modules of UniFormer for images and clips: local and global blocks, patch embeddings, checkpoint names.
 
 Legend: B batch, C channels, S the axes of a map (H, W or T, H, W).
 """
@@ -23,30 +23,30 @@ LAYER_NORM: dict[int, type[nn.Module]] = {2: LayerNorm2d, 3: LayerNorm3d}
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """(B, C, S) -> (B, S, C), a view."""
+    """Move the channels to the last axis: (B, C, S) -> (B, S, C), a view."""
     return x.movedim(1, -1)
 
 
 def channels_first(x: Tensor) -> Tensor:
-    """(B, S, C) -> (B, C, S), a view."""
+    """Move the channels to the second axis: (B, S, C) -> (B, C, S), a view."""
     return x.movedim(-1, 1)
 
 
 def gamma(dim: int, layer_scale: float) -> nn.Parameter | None:
-    """A learned factor a channel, or none where it would begin at 0."""
+    """Return a layer scale parameter, or None if its initial value is 0."""
     return nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale > 0 else None
 
 
 class Block(nn.Module):
-    """What both kinds share: (B, C, S) -> the same, channels-last in memory.
+    """Base of local and global blocks: (B, C, S) -> the same shape, channels-last in memory.
 
     Args:
         dim: channels C.
         axes: 2 for images, 3 for clips.
-        norm: the norm of both branches.
-        mlp_ratio: hidden channels of the MLP over C.
-        layer_scale: first value of the two factors a channel; 0 leaves them out.
-        drop, drop_path: dropout in projection and MLP, and stochastic depth.
+        norm: norm of the first branch; the second has a new one of the same class.
+        mlp_ratio: ratio of the MLP's hidden channels to C.
+        layer_scale: initial value of the two layer scales; 0 for none.
+        drop, drop_path: dropout rate of projection and MLP, and stochastic depth rate.
     """
 
     def __init__(self, dim: int, axes: int, norm: nn.Module, mlp_ratio: float, layer_scale: float, drop: float, drop_path: float):
@@ -58,12 +58,12 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def branch(self, x: Tensor, factor: nn.Parameter | None) -> Tensor:
-        """A branch (B, S, C), ready to be added."""
+        """Apply layer scale and stochastic depth to a branch, (B, S, C)."""
         return self.drop_path(x if factor is None else x * factor)
 
 
 class LocalBlock(Block):
-    """Affinity by place: a depth-wise kernel between two linear layers, without an activation."""
+    """Block with local affinity: a depth-wise convolution between two linear layers, without activation."""
 
     def __init__(self, dim: int, axes: int, **options: Any):
         super().__init__(dim, axes, BATCH_NORM[axes](dim), **options)
@@ -79,7 +79,7 @@ class LocalBlock(Block):
 
 
 class GlobalBlock(Block):
-    """Affinity by content: self-attention over all tokens of the map, or with `window_size` (images only) inside windows."""
+    """Block with global affinity: self-attention over all tokens of the map, or with `window_size` (images only) inside windows."""
 
     attention_class = Attention
 
@@ -95,7 +95,7 @@ class GlobalBlock(Block):
         return channels_first(x)
 
     def attend(self, x: Tensor) -> Tensor:
-        """(B, S, C) -> the same."""
+        """Apply self-attention: (B, S, C) -> the same shape."""
         if self.window_size is None:
             return self.attn(x.flatten(1, -2)).view(x.shape)
         height, width = x.shape[1:3]
@@ -105,7 +105,10 @@ class GlobalBlock(Block):
 
 
 class DividedBlock(GlobalBlock):
-    """Attention along time at each place, then over the places of each frame. The residual of the second is the first's input."""
+    """Block with divided attention: over time at each position, then over the positions of each frame.
+
+    The residual connection of the second attention starts at the input of the first.
+    """
 
     def __init__(self, dim: int, axes: int, head_dim: int, **options: Any):
         super().__init__(dim, axes, head_dim, **options)
@@ -122,16 +125,16 @@ class DividedBlock(GlobalBlock):
         return channels_first(x + self.branch(self.mlp(self.norm2(x)), self.gamma_2))
 
     def start_still(self) -> None:
-        """The temporal step begins as nothing, with its output ready to learn, in place."""
+        """Initialise the temporal attention to output zero, in place, with a projection of ones so that it gets gradients."""
         for value, parameters in ((0.0, (*self.t_attn.qkv.parameters(), self.t_attn.proj.bias)), (1.0, (self.t_attn.proj.weight,))):
             for parameter in parameters:
                 nn.init.constant_(parameter, value)
 
 
 class Patches(nn.Sequential):
-    """A convolution over disjoint patches, then a layer norm: (B, C_in, S) -> (B, C, S'), the remainder dropped.
+    """Patch embedding by a convolution over disjoint patches and a layer norm: (B, C_in, S) -> (B, C, S'), the remainder dropped.
 
-    With `frames` (clips only) the kernel is that long in time; it moves by `frame_stride` and reaches over the clip's ends by one frame.
+    For clips, the kernel spans `frames` frames with the stride `frame_stride` and zero padding of frames // 2.
     """
 
     def __init__(self, in_dim: int, dim: int, size: int, *, axes: int = 2, frames: int = 1, frame_stride: int = 1):
@@ -142,7 +145,7 @@ class Patches(nn.Sequential):
 
 
 class Convolutions(nn.Sequential):
-    """3 x 3 convolutions of the given strides with batch norm, and GELU between them: (B, C_in, H, W) -> (B, C, H', W'), rounded up."""
+    """3 x 3 convolutions of the given strides with batch norms, and GELUs between them: (B, C_in, H, W) -> (B, C, H', W'), rounded up."""
 
     def __init__(self, in_dim: int, dim: int, *strides: int):
         dims = [in_dim, *(dim // 2 for _ in strides[1:]), dim]
@@ -154,18 +157,18 @@ class Convolutions(nn.Sequential):
 
 def check_stages(depths: Sequence[int], dims: Sequence[int], mixers: str, head_dim: int) -> None:
     if not len(depths) == len(dims) == len(mixers):
-        raise ValueError(f"depths, dims and mixers need one value a stage, got {depths}, {dims} and {mixers!r}")
+        raise ValueError(f"depths, dims and mixers need one value per stage, got {depths}, {dims} and {mixers!r}")
     if set(mixers) - set("LG"):
-        raise ValueError(f"mixers takes an L (local) or a G (global) a stage, such as 'LLGG', got {mixers!r}")
+        raise ValueError(f"mixers must be L (local) or G (global) for each stage, such as 'LLGG', got {mixers!r}")
     if wrong := [dim for dim, mixer in zip(dims, mixers, strict=True) if mixer == "G" and dim % head_dim]:
-        raise ValueError(f"the channels of a global stage must divide by head_dim {head_dim}, got {wrong[0]}")
+        raise ValueError(f"the channels of a global stage must be divisible by head_dim {head_dim}, got {wrong[0]}")
 
 
 _CONV_LINEAR = re.compile(r"^blocks\d\.\d+\.(conv[12]|mlp\.fc[12])\.weight$")
 
 
 def _flat(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The authors' 1 x 1 convolutions are linear layers here, and factors a channel have one axis."""
+    """Reshape the authors' 1 x 1 convolutions to linear layers, and layer scales to one axis."""
     flat = {}
     for name, tensor in state.items():
         if _CONV_LINEAR.search(name):

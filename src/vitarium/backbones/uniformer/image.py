@@ -1,4 +1,4 @@
-"""UniFormer on images: for classification, with token labels, and with normed maps for dense tasks."""
+"""UniFormer for images: classification, token labelling, and normed maps for dense tasks."""
 
 from __future__ import annotations
 
@@ -44,25 +44,26 @@ PICO = dict(depths=(2, 2), dims=(32, 64), mixers="LG", head_dim=16, patch_size=2
     },
 )
 class UniFormer(Backbone):
-    """Image (B, in_chans, H, W), H and W of at least the last stage's stride (32; any with `conv_stem`) -> logits (B, num_classes).
+    """UniFormer classifier: images (B, in_chans, H, W) -> logits (B, num_classes).
 
-    A stride that does not divide its map drops the remainder at the right and the bottom, as the authors' code does; `conv_stem` rounds up.
+    H and W must be at least the stride of the last stage (32), except with `conv_stem`. If a stride does not divide its map, the remainder
+    at the right and the bottom is dropped, as in the authors' code; `conv_stem` rounds up.
 
     Args:
-        depths, dims: blocks and channels a stage.
-        mixers: an "L" (local) or a "G" (global) a stage.
-        head_dim: channels a head.
-        mlp_ratio: hidden channels of the MLP over its channels.
+        depths, dims: blocks and channels per stage.
+        mixers: "L" (local) or "G" (global) for each stage.
+        head_dim: channels per head.
+        mlp_ratio: ratio of the MLPs' hidden channels to the channels.
         patch_size: stride of the stem, pixels.
-        conv_stem: overlapping 3 x 3 convolutions with batch norm in place of patches, in the stem and between stages.
-        layer_scale: first value of a learned factor a channel on each branch; 0 leaves it out.
-        attention: of the global stages but the last: "global", "window", or "hybrid" (every fourth block global).
+        conv_stem: overlapping 3 x 3 convolutions with batch norms in place of patch embeddings, in the stem and between stages.
+        layer_scale: initial value of the layer scales; 0 for none.
+        attention: of the global stages except the last: "global", "window", or "hybrid" (every fourth block global).
         window_size: side of a window, tokens.
         drop_rate: dropout after the stem, in projections and MLPs, and before the head.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
-        ValueError: values a stage that do not match, or an attention that is none of the three.
+        ValueError: lists of different lengths, channels that are not divisible by head_dim, or another `mixers` or `attention`.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class UniFormer(Backbone):
         init_weights(self, conv=False)
 
     def add_parts(self) -> None:
-        """What a kind of UniFormer has beside the pyramid."""
+        """Add the submodules of a subclass."""
 
     def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
         x = self.stem(image.contiguous(memory_format=torch.channels_last))
@@ -140,16 +141,16 @@ class UniFormer(Backbone):
     official=OFFICIAL,
 )
 class UniFormerTokenLabel(UniFormer):
-    """UniFormer with a second head that reads each token: logits = head(mean) + 0.5 max over tokens of aux_head.
+    """UniFormer with a second head for every token: logits = head(mean) + 0.5 max over tokens of aux_head.
 
-    Arguments as `UniFormer`.
+    Arguments as for `UniFormer`.
     """
 
     def add_parts(self) -> None:
         self.aux_head = nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
 
     def forward_dense(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """The last map (B, C, H, W) -> logits of the class head (B, num_classes) and of each token (B, H, W, num_classes)."""
+        """Return the logits of the image (B, num_classes) and of each token (B, H, W, num_classes) of the last map (B, C, H, W)."""
         return super().forward_head(features), self.aux_head(channels_last(features))
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
@@ -183,9 +184,9 @@ class UniFormerTokenLabel(UniFormer):
     official=OFFICIAL,
 )
 class UniFormerDense(UniFormer):
-    """UniFormer for dense tasks: each stage's map goes out through a layer norm of its own. Arguments as `UniFormer`.
+    """UniFormer for dense tasks, with a layer norm on the map of each stage. Arguments as for `UniFormer`.
 
-    The authors' detection and segmentation checkpoints hold no classifier: load them with num_classes=0.
+    The authors' detection and segmentation checkpoints have no classifier: load them with num_classes=0.
     """
 
     def add_parts(self) -> None:

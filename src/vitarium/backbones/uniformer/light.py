@@ -1,6 +1,6 @@
-"""UniFormer's light models: global blocks that work on the tokens which the class token looks at most (after Evo-ViT).
+"""UniFormer's light models: global blocks that process the tokens with the highest attention from the class token (as in Evo-ViT).
 
-Legend: B batch, C channels, N tokens of a map, n tokens that are worked on.
+Legend: B batch, C channels, N tokens of a map, n processed tokens.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from vitarium.backbones.uniformer.blocks import (
 from vitarium.catalog import family
 from vitarium.nn import Attention, Backbone, Linear, PyramidStage, Stage, drop_path_rates, init_weights
 from vitarium.nn.backbone import init_head
+from vitarium.ops.attention import merge_heads, split_packed_heads
 from vitarium.ops.sorting import descending_order
 
 
 def normalised(score: Tensor) -> Tensor:
-    """(B, n) of at least 0 -> the same, with a sum of 1 (or 0, where nothing is seen at all)."""
+    """Normalise non-negative scores (B, n) to a sum of 1; all-zero rows stay zero."""
     return score / score.sum(1, keepdim=True).clamp_min(torch.finfo(score.dtype).tiny)
 
 
 class ScoringAttention(Attention):
-    """Self-attention that also tells how much the first token looks at the others: (B, N, C) -> (B, N, C) and (B, N - 1)."""
+    """Self-attention that also returns the attention of the first token to the others: (B, N, C) -> (B, N, C) and (B, N - 1)."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        batch, count, dim = x.shape
-        q, k, v = self.qkv(x).view(batch, count, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4)
-        wide = torch.promote_types(q.dtype, torch.float32)  # scores are small numbers that are compared
+        q, k, v = split_packed_heads(self.qkv(x), 3, self.num_heads)
+        wide = torch.promote_types(q.dtype, torch.float32)  # small scores are compared with each other
         seen = (q[:, :, :1].to(wide) * self.scale @ k.transpose(-1, -2).to(wide)).softmax(-1).mean(1)[:, 0, 1:]
-        x = F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2)
-        return F.dropout(self.proj(x.reshape(batch, count, dim)), self.proj_drop, self.training), seen
+        x = merge_heads(F.scaled_dot_product_attention(q, k, v, scale=self.scale))
+        return F.dropout(self.proj(x), self.proj_drop, self.training), seen
 
 
 Tokens = tuple[Tensor, Tensor, Tensor | None]
@@ -52,11 +52,11 @@ Tokens = tuple[Tensor, Tensor, Tensor | None]
 
 
 class EvolvingBlock(GlobalBlock):
-    """A global block that works on the tokens of the highest scores and on one for all others: Tokens -> Tokens.
+    """Global block that processes the tokens with the highest scores and one token for all others: Tokens -> Tokens.
 
     Args:
-        keep_ratio: share of the tokens that are worked on; 1 for all. May be changed at any time.
-        trade_off: how much of a score this block's attention of the class token replaces.
+        keep_ratio: share of the tokens that are processed; 1 for all. May be changed at any time.
+        trade_off: weight of this block's attention of the class token in the updated score.
     """
 
     attention_class = ScoringAttention
@@ -86,7 +86,7 @@ class EvolvingBlock(GlobalBlock):
         return channels_first(x.view(shape)), y[:, :1], torch.zeros_like(score).scatter(1, order, score)
 
     def mix(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, n, C) -> the same, how much the class token looks at the others (B, n - 1), and by how much the last moved (B, 1, C)."""
+        """Return the tokens (B, n, C), the attention of the class token to the others (B, n - 1), and the change of the last (B, 1, C)."""
         a, seen = self.attn(self.norm1(x))
         x = x + self.branch(a, self.gamma_1)
         m = self.mlp(self.norm2(x))
@@ -94,7 +94,7 @@ class EvolvingBlock(GlobalBlock):
 
 
 class EvolvingStage(PyramidStage):
-    """A global stage, and how the class token gets to its width: Tokens -> Tokens."""
+    """Global stage with a projection of the class token to its width: Tokens -> Tokens."""
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], in_dim: int | None, dim: int):
         super().__init__(downsample, blocks)
@@ -102,7 +102,7 @@ class EvolvingStage(PyramidStage):
 
     def forward(self, tokens: Tokens, run: Callable[..., Any]) -> Tokens:  # type: ignore[override]
         x, cls, score = tokens
-        if score is not None:  # each cell takes the mean of the four below it; the sum stays
+        if score is not None:  # average over 2 x 2 cells, with the sum unchanged
             pooled = F.avg_pool2d(score.view(x.shape[0], 1, *x.shape[2:]), 2).flatten(1)
             score = normalised(pooled) * score.sum(1, keepdim=True)
         return run(self.blocks, (self.downsample(x), self.cls_upsample(cls), score))
@@ -119,21 +119,23 @@ class EvolvingStage(PyramidStage):
     official=OFFICIAL,
 )
 class UniFormerLight(Backbone):
-    """Image (B, in_chans, H, W), H and W of at least 29 -> logits (B, num_classes); in training a pair, of the map and of the class token.
+    """Light UniFormer classifier: images (B, in_chans, H, W), H and W at least 29, -> logits (B, num_classes).
+
+    In training it returns a pair of logits: those of the map and those of the class token.
 
     Args:
-        depths, dims: blocks and channels a stage.
-        mixers: an "L" (local) or a "G" (global) a stage, the local ones first.
-        head_dim: channels a head.
-        mlp_ratio: hidden channels of the MLP over its channels.
+        depths, dims: blocks and channels per stage.
+        mixers: "L" (local) or "G" (global) for each stage, local stages first.
+        head_dim: channels per head.
+        mlp_ratio: ratio of the MLPs' hidden channels to the channels.
         patch_size: stride of the stem, pixels, 2 or 4.
-        keep_ratio: share of the tokens that a global block works on (the very first works on all); `set_keep_ratio` changes it.
-        layer_scale: first value of a learned factor a channel on each branch; 0 leaves it out.
+        keep_ratio: share of the tokens that a global block processes (all in the first one); see `set_keep_ratio`.
+        layer_scale: initial value of the layer scales; 0 for none.
         drop_rate: dropout after the stem, in projections and MLPs, and before the head.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
-        ValueError: values a stage that do not match, or a keep_ratio out of (0, 1].
+        ValueError: lists of different lengths, channels that are not divisible by head_dim, other `mixers`, or a keep_ratio outside (0, 1].
     """
 
     def __init__(
@@ -154,10 +156,10 @@ class UniFormerLight(Backbone):
     ):
         check_stages(depths, dims, mixers, head_dim)
         if not re.fullmatch("L*G+", mixers):
-            raise ValueError(f"mixers must name the local stages first, such as 'LLGG', got {mixers!r}")
+            raise ValueError(f"mixers must list the local stages first, such as 'LLGG', got {mixers!r}")
         strides = [patch_size * 2**k for k in range(len(dims))]
         stages = [Stage(dim, stride) for dim, stride in zip(dims, strides, strict=True)]
-        least = strides[-1] - patch_size + 1  # the stem rounds up, the stages down
+        least = strides[-1] - patch_size + 1  # the stem rounds up, later stages round down
         super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, min_size=least)
         common = dict(mlp_ratio=mlp_ratio, layer_scale=layer_scale, drop=drop_rate)
         self.stem = Convolutions(in_chans, dims[0], 2, patch_size // 2)
@@ -183,7 +185,7 @@ class UniFormerLight(Backbone):
         init_weights(self, conv=False)
 
     def set_keep_ratio(self, keep_ratio: float) -> None:
-        """Let the global blocks behind the first work on this share of their tokens, in (0, 1]; 1 is the plain model.
+        """Set the share of the tokens that the global blocks after the first process, in (0, 1]; 1 for all tokens.
 
         Raises:
             ValueError: out of range.
@@ -194,7 +196,7 @@ class UniFormerLight(Backbone):
             block.keep_ratio = keep_ratio
 
     def forward_tokens(self, image: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each stage's map (B, dim_i, h_i, w_i) and class token (B, 1, dim_i); before the global stages, the token's first value."""
+        """Yield the map (B, dim_i, h_i, w_i) and class token (B, 1, dim_i) of each stage; local stages yield the initial class token."""
         x = self.stem(image.contiguous(memory_format=torch.channels_last))
         x = F.dropout(x, self.drop_rate, self.training)
         tokens: Tokens = (x, self.cls_token.expand(x.shape[0], -1, -1), None)
@@ -213,7 +215,7 @@ class UniFormerLight(Backbone):
         if not (self.training and self.num_classes):
             return super().forward(image)
         self.check_image(image)
-        for x, cls in self.forward_tokens(image):  # noqa: B007 - earlier maps are freed as the loop goes on
+        for x, cls in self.forward_tokens(image):  # noqa: B007 - earlier maps are freed during the loop
             pass
         return self.forward_head(self.norm(x)), self.head_cls(self.norm_cls(cls[:, 0]))
 

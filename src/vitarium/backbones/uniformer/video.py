@@ -1,4 +1,4 @@
-"""UniFormer on clips: kernels with a time axis, and attention over time and space.
+"""UniFormer for clips: kernels with a time axis, attention over time and space.
 
 Legend: B batch, C channels, T frames.
 """
@@ -19,14 +19,14 @@ from vitarium.nn import PyramidStage, Stage, VideoBackbone, drop_path_rates, ini
 
 
 def _weights(*names: str) -> dict[str, tuple[str, ...]]:
-    """tag -> sources, the tag being the data set in a file name such as small_k400_16x8."""
+    """Return tag -> sources; the tag is the data set in a file name such as small_k400_16x8."""
     return {name.split("_")[1]: (f"hf:Sense-X/uniformer_video/uniformer_{name}.pth",) for name in names}
 
 
 @family(
     "uniformer",
     name="uniformer_video",
-    variants={  # frames x stride of the clip; without a stride the frames are spread over the whole clip (Something-Something)
+    variants={  # frames x stride; without a stride the frames are spread over the whole clip (Something-Something)
         "pico": dict(**PICO, frames=8),
         "small": dict(**SMALL, frames=16, stride=4),  # 21.4 M, 80.8 % top-1 on Kinetics-400 with 4 clips
         "small_8x8": dict(**SMALL, frames=8, stride=8),
@@ -53,25 +53,26 @@ def _weights(*names: str) -> dict[str, tuple[str, ...]]:
     interpolation="bilinear",
 )
 class UniFormerVideo(VideoBackbone):
-    """Clip (B, in_chans, T, H, W), H and W of at least the last stage's stride (32) -> logits (B, num_classes).
+    """Video UniFormer classifier: clips (B, in_chans, T, H, W) -> logits (B, num_classes).
 
-    The stem halves the frames, rounded up; rows and columns that a stride does not divide are dropped at the right and the bottom. An image
-    checkpoint of the same width and depth loads, its kernels repeated over time.
+    H and W must be at least the stride of the last stage (32). The stem halves the number of frames, rounded up; rows and columns that a
+    stride does not divide are dropped at the right and the bottom. Image checkpoints of the same width and depth load, with kernels
+    inflated over time.
 
     Args:
-        depths, dims: blocks and channels a stage.
-        mixers: an "L" (local) or a "G" (global) a stage.
-        head_dim: channels a head.
-        mlp_ratio: hidden channels of the MLP over its channels.
+        depths, dims: blocks and channels per stage.
+        mixers: "L" (local) or "G" (global) for each stage.
+        head_dim: channels per head.
+        mlp_ratio: ratio of the MLPs' hidden channels to the channels.
         patch_size: stride of the stem, pixels.
-        attention: "joint" over time and space, or "divided": along time at each place, then over the places of each frame.
-        overlap: whether the patches between stages reach one frame back and forth (the authors' STD).
-        layer_scale: first value of a learned factor a channel on each branch; 0 leaves it out.
+        attention: "joint" over time and space, or "divided": over time at each position, then over the positions of each frame.
+        overlap: use kernels of three frames in the patch embeddings between stages (the authors' STD).
+        layer_scale: initial value of the layer scales; 0 for none.
         drop_rate: dropout after the stem, in projections and MLPs, and before the head.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
-        ValueError: values a stage that do not match, or an attention that is neither of the two.
+        ValueError: lists of different lengths, channels that are not divisible by head_dim, or another `mixers` or `attention`.
     """
 
     def __init__(
