@@ -18,6 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 COVERED = [
+    "src/vitarium/backbones",
     "src/vitarium/catalog/applying.py",
     "src/vitarium/catalog/methods.py",
     "src/vitarium/catalog/options.py",
@@ -54,6 +55,7 @@ COVERED = [
     "src/vitarium/explanation/token_tree.py",
     "src/vitarium/explanation/tree_drawing.py",
     "src/vitarium/generation",
+    "src/vitarium/nn",
     "src/vitarium/ops",
     "src/vitarium/robustness/__init__.py",
     "src/vitarium/robustness/benchmark.py",

@@ -1,4 +1,4 @@
-"""What a plain backbone is: tokens of one width through equal blocks, class tokens among them."""
+"""Base class of plain (isotropic) backbones, whose features are tokens."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from vitarium.ops.maps import as_map
 
 
 class TokenBackbone(Backbone):
-    """A backbone whose features are tokens (B, N, dim), as those of timm's VisionTransformer; `forward_intermediates` gives maps.
+    """Base class of plain backbones with features (B, N, dim), as timm's VisionTransformer; `forward_intermediates` returns maps.
 
-    `forward_stages` yields the tokens after each block. A subclass has `patch_embed` (vitarium.nn.PatchEmbed) and `blocks`, and says where
-    its class tokens stand (`class_places`).
+    `forward_stages` yields the tokens after each block. A subclass sets `patch_embed` (`vitarium.nn.PatchEmbed`) and `blocks`, and defines
+    the positions of its class tokens (`class_places`).
 
     Args:
         dim: channels.
-        depth: blocks.
-        stride: pixels from patch to patch.
+        depth: number of blocks.
+        stride: pixels between patches.
         options: as for `Backbone`.
     """
 
@@ -38,11 +38,11 @@ class TokenBackbone(Backbone):
         self.global_pool = "token"
 
     def class_places(self, patches: int) -> list[int]:
-        """Places of the class tokens in the sequence of an image of that many patches, ascending."""
+        """Return the positions of the class tokens in the sequence of an image with this number of patches, ascending."""
         return [0]
 
     def split_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, N, C) -> class tokens (B, P, C) and patch tokens (B, h w, C), row by row."""
+        """Split tokens (B, N, C) into class tokens (B, P, C) and patch tokens (B, h w, C), row by row."""
         count = len(self.class_places(0))
         places = self.class_places(tokens.shape[1] - count)
         if places == list(range(count)):
@@ -52,7 +52,7 @@ class TokenBackbone(Backbone):
         return torch.cat([tokens[:, p : p + 1] for p in places], 1), torch.cat(patches, 1)
 
     def pool(self, features: Tensor) -> Tensor:
-        """Tokens (B, N, C) -> (B, C): the mean of the class tokens ("token"), the mean or the maximum of the patches ("avg", "max")."""
+        """Pool tokens (B, N, C) to (B, C): mean of the class tokens ("token"), mean or maximum of the patches ("avg", "max")."""
         if self.global_pool == "token":
             count = len(self.class_places(0))
             places = self.class_places(features.shape[1] - count)
@@ -60,7 +60,7 @@ class TokenBackbone(Backbone):
         return POOLS[self.global_pool](self.split_tokens(features)[1].transpose(1, 2))
 
     def as_map(self, features: Tensor, image_size: Sequence[int]) -> Tensor:
-        """The patch tokens as (B, C, h, w)."""
+        """Return the patch tokens as a map (B, C, h, w)."""
         rows, columns = self.patch_embed.grid(*image_size)
         return as_map(self.split_tokens(features)[1], (rows, columns))
 
