@@ -279,7 +279,7 @@ def test_refuses_pictures_and_sizes():
         vitarium.create_model("var_tokenizer_pico", scales=(1, 3))
     with pytest.raises(UsageError, match="scales must be ascending whole numbers"):
         vitarium.create_model("var_tokenizer_pico", scales=(2, 1))
-    with pytest.raises(UsageError, match="embed_dim must divide"):
+    with pytest.raises(UsageError, match="embed_dim must be a multiple of"):
         vitarium.create_model("var_pico", num_heads=3)
 
 
@@ -366,5 +366,5 @@ def test_training_needs_a_tokenizer(tmp_path: Path):
     vitarium.save(vitarium.create_model("swin_pico"), tmp_path / "swin.safetensors")
     with pytest.raises(UsageError, match="is not a tokenizer of images"):
         find_learner("var").create("var_pico", digits, recipe("var", tokenizer=str(tmp_path / "swin.safetensors")))
-    with pytest.raises(UsageError, match="pictures of 16 pixels"):
+    with pytest.raises(UsageError, match="images of 16 pixels"):
         find_learner("var_tokenizer").create("var_tokenizer_pico", digits, recipe("var_tokenizer").model_copy(update=dict(image_size=20)))
