@@ -20,7 +20,12 @@ from vitarium.training.learners import learners_of_system
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
-COMMON = ("tests/backbones/test_contract.py", "tests/verbs/test_round_trip.py", "tests/efficiency/test_combinations.py", "tests/test_style.py")
+COMMON = (
+    "tests/backbones/test_contract.py",
+    "tests/verbs/test_round_trip.py",
+    "tests/efficiency/test_combinations.py",
+    "tests/test_style.py",
+)
 """Tests that run over all systems; those whose parameters name this one are selected."""
 
 

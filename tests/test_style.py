@@ -57,6 +57,8 @@ COVERED = [
     "src/vitarium/generation",
     "src/vitarium/nn",
     "src/vitarium/ops",
+    "src/vitarium/perception",
+    "src/vitarium/pretraining",
     "src/vitarium/robustness/__init__.py",
     "src/vitarium/robustness/benchmark.py",
     "src/vitarium/robustness/corruptions.py",

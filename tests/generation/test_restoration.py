@@ -254,7 +254,7 @@ def test_losses_are_what_they_are_called():
 def test_pairs_of_another_scale_are_refused_before_training(files: list[str]):
     pairs = PairedPictures([(files[0], files[0])] * 2, scale=4)
     recipe = load_recipe("drct_pico")
-    with pytest.raises(DataError, match=r"2 times larger.*4 times larger"):
+    with pytest.raises(DataError, match=r"images 2 times.*4 times larger"):
         find_learner("restoration").create("drct_pico", ImageData("p", pairs, pairs, []), recipe)
     with pytest.raises(DataError, match="data of that scale"):
         evaluate(RestorationLearner(Nearest()), PairedPictures([(files[0], files[0])], scale=1))

@@ -85,7 +85,7 @@ def test_any_classifier_gives_the_features_that_its_head_reads(name: str):
 
 
 def test_a_model_of_another_kind_is_refused():
-    with pytest.raises(UsageError, match="no embeddings"):
+    with pytest.raises(UsageError, match="does not give features"):
         embeddings_of(torch.nn.Linear(2, 2), torch.ones(1, 2))
 
 
@@ -151,7 +151,7 @@ def test_an_interrupted_index_continues_even_with_another_list(pictures, monkeyp
     assert update(Index("m", model_fingerprint(other)), other, files, batch_size=1, parts=parts) == (5, 0)  # nothing of another model
 
 
-def test_files_that_are_no_index_are_told(pictures):
+def test_files_that_are_no_index_are_refused(pictures):
     vitarium.save(vitarium.create_model("timm/vit_pico"), pictures / "m.safetensors")
     for file, told in (("0.png", "no index"), ("m.safetensors", "no index"), ("none.index", "there is no file")):
         with pytest.raises(CheckpointError, match=told):

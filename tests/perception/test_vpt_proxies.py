@@ -327,7 +327,7 @@ def test_all_weights_or_the_head_alone(digits, base):
 
 
 def test_random_weights_are_not_worth_adapting(digits):
-    with pytest.raises(UsageError, match="nothing to adapt"):
+    with pytest.raises(UsageError, match="cannot be adapted"):
         VPTProxiesLearner.create("timm/vit_pico", digits, recipe())
 
 

@@ -1,14 +1,14 @@
-"""Models that understand images: what is where, and what belongs together.
+"""Image understanding: segmentation and retrieval.
 
 | file | holds |
 |---|---|
 | pyramid.py | maps of four sizes from any backbone, by name |
 | matching.py | bipartite matching of predictions and targets, and its costs |
 | set_losses.py | the set criterion and its terms |
-| masks.py | what queries with classes and masks mean: panoptic, instance and semantic maps |
-| segmentation.py | the learner of every segmenter: data, metrics, overlays |
-| overlay.py | maps drawn over pictures |
-| retrieval/ | finding pictures: prompts and additions, proxies, metrics, the index |
+| masks.py | queries with classes and masks -> panoptic, instance and semantic maps |
+| segmentation.py | the task, and the base of its learners |
+| overlay.py | maps drawn over images |
+| retrieval/ | image retrieval: prompts and adapters, proxies, metrics, the index |
 
-A system is a file or folder of its own name beside these.
+Each other file or folder is a system of its own.
 """

@@ -1,7 +1,7 @@
-"""What queries with classes and masks mean: panoptic, instance and semantic maps, whatever network they come from.
+"""Conversion of queries with classes and masks into panoptic, instance and semantic maps, for any network.
 
-Legend: L queries, K classes, H W the picture. Probabilities go in, so that one rule serves networks that share pixels out among queries
-by a softmax (kMaX) and those that ask each query by itself (Mask2Former).
+Notation: L queries, K classes, H W the image. Inputs are probabilities, so that one rule serves networks that divide pixels among queries
+by a softmax (kMaX) and networks with independent queries (Mask2Former).
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Segments = list[dict[str, Any]]
-"""What is known of each segment of a map: id (from 1 on; 0 in the map is nothing), category_id, isthing, score."""
+"""Description of each segment of a map: id (from 1 on; 0 in the map is no segment), category_id, isthing, score."""
 
 
 def restore_masks(masks: Tensor, padded: Sequence[int], content: Sequence[int], original: Sequence[int]) -> Tensor:
-    """Mask logits at a network's own size -> at the picture's: (L, h, w) -> (L, *original).
+    """Resize mask logits from a network's own size to the image's: (L, h, w) -> (L, *original).
 
     Args:
         padded: height and width of the network's input.
-        content: of the part of it, at the upper left, that shows the picture.
-        original: of the picture.
+        content: height and width of the image within it, at the upper left.
+        original: height and width of the image.
     """
     aligned = padded[-1] % 2 == 1
     x = F.interpolate(masks[None], size=tuple(padded), mode="bilinear", align_corners=aligned)
@@ -51,7 +51,7 @@ def merge_by_probability(
     stuff_threshold: float = 0.5,
     free_share: float = 0.8,
 ) -> tuple[Tensor, Segments]:
-    """kMaX's rule: queries take their pixels in the order of their scores, and one that finds too few of them free is dropped.
+    """Apply kMaX's rule: queries take their pixels in the order of their scores; a query with too few free pixels is dropped.
 
     A query's pixels are those where its mask is above `mask_threshold`; its score is its class probability times the mean of its mask
     there. Stuff of one class becomes one segment.
@@ -59,7 +59,7 @@ def merge_by_probability(
     Args:
         classes: (L, K) probabilities without void.
         masks: (L, H, W) probabilities.
-        things: classes whose instances are told apart.
+        things: classes with separate instances.
         thing_threshold, stuff_threshold: least class probability.
         free_share: share of its pixels that must still be free.
 
@@ -102,14 +102,14 @@ def merge_by_argmax(
     mask_threshold: float = 0.5,
     share: float = 0.8,
 ) -> tuple[Tensor, Segments]:
-    """Mask2Former's rule: a pixel goes to the query whose mask times class is largest; one that loses too much of its mask is dropped.
+    """Apply Mask2Former's rule: a pixel goes to the query with the largest mask times class; a query that loses too much is dropped.
 
     Args:
-        classes: (L, K + 1) probabilities, the last of void; a query whose largest is void stands for nothing.
+        classes: (L, K + 1) probabilities, the last of void; a query with largest probability of void is dropped.
         masks: (L, H, W) probabilities.
-        things: classes whose instances are told apart.
+        things: classes with separate instances.
         class_threshold: least class probability.
-        share: least share of a mask (above `mask_threshold`) that the query must win.
+        share: least share of a mask (above `mask_threshold`) that the query must keep.
 
     Returns:
         segment map (H, W) int32, and its segments.
@@ -141,14 +141,14 @@ def merge_by_argmax(
 
 
 def semantic_map(classes: Tensor, masks: Tensor) -> Tensor:
-    """Class shares of each pixel: (L, K) without void, (L, H, W) -> (K, H, W); argmax over the first axis is the semantic map."""
+    """Return class shares of each pixel: (L, K) without void, (L, H, W) -> (K, H, W); argmax over the first axis is the semantic map."""
     return torch.einsum("lk,lhw->khw", classes, masks)
 
 
 def best_instances(
     classes: Tensor, masks: Tensor, things: Collection[int], *, top: int = 100, mask_threshold: float = 0.4
 ) -> dict[str, Tensor]:
-    """The `top` best pairs of query and thing class.
+    """Return the `top` best pairs of query and thing class.
 
     Args:
         classes: (L, K) probabilities without void.
@@ -156,7 +156,7 @@ def best_instances(
 
     Returns:
         scores (n,), the class times the mean of the mask; labels (n,); masks (n, H, W) bool; boxes (n, 4) x1, y1, x2, y2 around the masks,
-        pixels. From the best on; queries without a pixel are left out.
+        pixels. Best first; queries without a pixel are left out.
     """
     wanted = torch.tensor(sorted(things), device=classes.device, dtype=torch.long)
     flat = classes[:, wanted].flatten()
@@ -173,7 +173,7 @@ def best_instances(
 
 
 def boxes_of(masks: Tensor) -> Tensor:
-    """(n, H, W) bool -> (n, 4) float32: x1, y1, x2, y2 around each, pixels; x2 and y2 lie one past the last. Zeros for an empty mask."""
+    """Return boxes x1, y1, x2, y2 around masks: (n, H, W) bool -> (n, 4) float32, pixels; x2, y2 exclusive. Zeros for an empty mask."""
     n, h, w = masks.shape
     rows, columns = masks.any(2), masks.any(1)
     y, x = torch.arange(h, device=masks.device), torch.arange(w, device=masks.device)
@@ -185,23 +185,23 @@ def boxes_of(masks: Tensor) -> Tensor:
 
 
 class Segmenter(nn.Module):
-    """A network that tells segments apart: image (B, in_chans, H, W) -> {"logits" (B, L, K + 1), "masks" (B, L, h, w), ...}.
+    """Base of segmentation networks: image (B, in_chans, H, W) -> {"logits" (B, L, K + 1), "masks" (B, L, h, w), ...}.
 
-    A subclass says what its numbers mean (`probabilities`, `panoptic`); from that come answers about pictures.
+    Subclasses define `probabilities` and `panoptic`, on which the predictions for images rest.
 
     Args:
         num_classes: K.
-        things: classes whose instances are told apart; None: all of them.
+        things: classes with separate instances; None: all.
 
     Raises:
-        UsageError: a thing that is no class.
+        UsageError: a thing is not a class number.
     """
 
     axes = "HW"
     preprocessing: Any = None
-    """How a picture becomes the input (vitarium.catalog.Preprocessing); image_size is the longer side's. Set by `create_model`."""
+    """Preprocessing of images (vitarium.catalog.Preprocessing); image_size is the longer side's. Set by `create_model`."""
     labels: list[str] | None = None
-    """Names of the classes; set by training and `load`."""
+    """Class names; set by training and `load`."""
     min_size = 1
 
     def __init__(self, *, num_classes: int, things: Sequence[int] | None, in_chans: int):
@@ -212,32 +212,32 @@ class Segmenter(nn.Module):
             raise UsageError(f"things are numbers of the {num_classes} classes (0 to {num_classes - 1}), got {wrong[:5]}")
 
     def check_image(self, image: Tensor) -> None:
-        """Refuse what the model cannot take; see `Backbone.check_image`."""
+        """Refuse invalid input; see `Backbone.check_image`."""
         Backbone.check_image(self, image)  # type: ignore[arg-type]
 
     def fuse(self) -> Segmenter:
-        """For deployment; see `Backbone.fuse`."""
+        """Prepare for deployment; see `Backbone.fuse`."""
         Backbone.fuse(self)  # type: ignore[arg-type]
         return self
 
     def probabilities(self, logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """Of one picture: (L, K + 1), (L, H, W) logits -> classes (L, K), masks (L, H, W)."""
+        """Convert one image's logits, (L, K + 1), (L, H, W), to classes (L, K) and masks (L, H, W)."""
         raise NotImplementedError(f"{type(self).__name__} does not define probabilities")
 
     def panoptic(self, classes: Tensor, masks: Tensor) -> tuple[Tensor, Segments]:
-        """Of one picture: what `probabilities` gave -> segment map (H, W) and its segments."""
+        """Return one image's segment map (H, W) and its segments, from the result of `probabilities`."""
         raise NotImplementedError(f"{type(self).__name__} does not define panoptic")
 
     def semantic(self, classes: Tensor, masks: Tensor) -> Tensor:
-        """Of one picture: what `probabilities` gave -> class shares (K, H, W)."""
+        """Return one image's class shares (K, H, W), from the result of `probabilities`."""
         return semantic_map(classes, masks)
 
     def instances(self, classes: Tensor, masks: Tensor) -> dict[str, Tensor]:
-        """Of one picture: what `probabilities` gave -> scores, labels, masks, boxes; see `best_instances`."""
+        """Return one image's scores, labels, masks and boxes, from the result of `probabilities`; see `best_instances`."""
         return best_instances(classes, masks, self.things)
 
     def look(self, picture: Image.Image) -> tuple[Tensor, Tensor]:
-        """`probabilities` of a picture in any mode and size, at its own size."""
+        """Run `probabilities` on an image of any mode and size, at its own size."""
         tensor, target = FitTransform(self.preprocessing)(picture, None)
         batch, _ = pad_batch([tensor], size=self.preprocessing.image_size)
         with evaluating(self, inference=True):
@@ -246,13 +246,13 @@ class Segmenter(nn.Module):
             return self.probabilities(found["logits"][0].float(), masks)
 
     def predict_panoptic(self, picture: Image.Image) -> tuple[Tensor, Segments]:
-        """Segment map (H, W) int32 at the picture's size, 0 where nothing is told, and its segments."""
+        """Return the segment map (H, W) int32 at the image's size, 0 for no segment, and its segments."""
         return self.panoptic(*self.look(picture))
 
     def predict_semantic(self, picture: Image.Image) -> Tensor:
-        """Class numbers (H, W) int64 at the picture's size."""
+        """Return class numbers (H, W) int64 at the image's size."""
         return self.semantic(*self.look(picture)).argmax(0)
 
     def predict_instances(self, picture: Image.Image) -> dict[str, Tensor]:
-        """scores, labels, masks, boxes in pixels of the picture."""
+        """Return scores, labels, masks and boxes, in pixels of the image."""
         return self.instances(*self.look(picture))

@@ -1,6 +1,6 @@
-"""Which prediction answers for which target: the cheapest one-to-one matching, and the costs that go into it.
+"""Bipartite matching of predictions and targets, and the costs that it minimises.
 
-Legend: L predictions (queries), n targets of a picture, K classes, P places (pixels, or points) of a mask.
+Notation: L predictions (queries), n targets of an image, K classes, P positions (pixels, or points) of a mask.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Pairs = list[tuple[Tensor, Tensor]]
-"""For each picture the numbers of the matched predictions and of their targets, int64 (m,) each, m = min(L, n)."""
+"""Indices of the matched predictions and of their targets for each image, int64 (m,) each, m = min(L, n)."""
 
 
 def match(costs: Iterable[Tensor]) -> Pairs:
-    """The cheapest matching of each picture.
+    """Return the matching of least cost for each image.
 
     Args:
-        costs: (L, n) of each picture, any device and dtype; what is not finite counts as very dear.
+        costs: (L, n) of each image, any device and dtype; non-finite values count as very large.
 
     Returns:
         pairs in the order of the predictions, on the costs' device.
@@ -35,18 +35,18 @@ def match(costs: Iterable[Tensor]) -> Pairs:
 
 
 def places_of(pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """Picture and prediction of every pair, (sum m,) each: an index into (B, L, ...) tensors."""
+    """Return image and prediction index of every pair, (sum m,) each: an index into (B, L, ...) tensors."""
     pictures = torch.cat([torch.full_like(predictions, i) for i, (predictions, _) in enumerate(pairs)])
     return pictures, torch.cat([predictions for predictions, _ in pairs])
 
 
 def softmax_class_cost(logits: Tensor, labels: Tensor) -> Tensor:
-    """Minus the probability of the target's class: (L, K + 1) logits, (n,) -> (L, n). Source: DETR."""
+    """Return the negative probability of the target's class: (L, K + 1) logits, (n,) -> (L, n). Source: DETR."""
     return -logits.softmax(-1)[:, labels]
 
 
 def focal_class_cost(logits: Tensor, labels: Tensor, *, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """Focal loss of saying yes to the target's class less that of saying no: (L, K) logits, (n,) -> (L, n). Source: Deformable DETR."""
+    """Return the focal loss of the target's class as positive minus as negative: (L, K) logits, (n,) -> (L, n). Source: Deformable DETR."""
     p = logits.sigmoid()[:, labels]
     yes = alpha * (1 - p) ** gamma * -(p + 1e-8).log()
     no = (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()
@@ -54,31 +54,31 @@ def focal_class_cost(logits: Tensor, labels: Tensor, *, alpha: float = 0.25, gam
 
 
 def box_l1_cost(boxes: Tensor, targets: Tensor) -> Tensor:
-    """Sum of absolute differences: (L, 4), (n, 4), both cx, cy, w, h in shares of the picture -> (L, n)."""
+    """Return the L1 distance: (L, 4), (n, 4), both cx, cy, w, h relative to the image -> (L, n)."""
     return torch.cdist(boxes, targets, p=1)
 
 
 def box_giou_cost(boxes: Tensor, targets: Tensor) -> Tensor:
-    """Minus the generalised IoU: (L, 4), (n, 4), both cx, cy, w, h -> (L, n)."""
+    """Return the negative generalised IoU: (L, 4), (n, 4), both cx, cy, w, h -> (L, n)."""
     from torchvision.ops import box_convert, generalized_box_iou
 
     return -generalized_box_iou(box_convert(boxes, "cxcywh", "xyxy"), box_convert(targets, "cxcywh", "xyxy"))
 
 
 def mask_ce_cost(masks: Tensor, targets: Tensor) -> Tensor:
-    """Binary cross entropy, mean over the places: (L, P) logits, (n, P) 0..1 -> (L, n). Source: Mask2Former."""
-    positive, negative = F.softplus(-masks), F.softplus(masks)  # minus log of p and of 1 - p
+    """Return the binary cross entropy, mean over positions: (L, P) logits, (n, P) 0..1 -> (L, n). Source: Mask2Former."""
+    positive, negative = F.softplus(-masks), F.softplus(masks)  # -log p and -log(1 - p)
     return (positive @ targets.T + negative @ (1 - targets).T) / masks.shape[1]
 
 
 def mask_dice_cost(masks: Tensor, targets: Tensor) -> Tensor:
-    """1 - (2 sum p t + 1) / (sum p + sum t + 1): (L, P) logits, (n, P) 0..1 -> (L, n). Source: MaskFormer."""
+    """Return 1 - (2 sum p t + 1) / (sum p + sum t + 1): (L, P) logits, (n, P) 0..1 -> (L, n). Source: MaskFormer."""
     p = masks.sigmoid()
     return 1 - (2 * p @ targets.T + 1) / (p.sum(1)[:, None] + targets.sum(1)[None] + 1)
 
 
 def relative_boxes(target: dict[str, Tensor]) -> Tensor:
-    """A target's boxes x1, y1, x2, y2 in pixels as cx, cy, w, h in shares of its "size" (height, width): (n, 4)."""
+    """Convert a target's boxes x1, y1, x2, y2 in pixels to cx, cy, w, h relative to its "size" (height, width): (n, 4)."""
     from torchvision.ops import box_convert
 
     height, width = target["size"].tolist()
@@ -86,15 +86,15 @@ def relative_boxes(target: dict[str, Tensor]) -> Tensor:
 
 
 class Matcher:
-    """Matching by a weighted sum of costs, of predictions {"logits" (B, L, K...), "boxes" (B, L, 4), "masks" (B, L, h, w)}.
+    """Matching by a weighted sum of costs, for predictions {"logits" (B, L, K...), "boxes" (B, L, 4), "masks" (B, L, h, w)}.
 
     Known weights (class, l1, giou): DETR 1, 5, 2; Deformable DETR and ViDT 2, 5, 2 with focal classes; (class, mask, dice): MaskFormer
     1, 20, 1; Mask2Former 2, 5, 5 at 12,544 points.
 
     Args:
         classes, l1, giou, mask, dice: weights; 0 leaves a cost out.
-        focal: classes by the focal cost, for models that ask yes or no a class.
-        points: random points of a mask that are compared; None: all pixels of the predicted mask.
+        focal: whether classes use the focal cost, for models with an independent logit per class.
+        points: number of random points of a mask that are compared; None: all pixels of the predicted mask.
     """
 
     def __init__(
@@ -114,13 +114,13 @@ class Matcher:
 
     @torch.no_grad()
     def __call__(self, predictions: dict[str, Tensor], targets: Sequence[dict[str, Tensor]]) -> Pairs:
-        """Targets: "labels" (n,), and what the weights ask for: "boxes" (n, 4) in pixels with "size", "masks" (n, H, W)."""
+        """Match a batch. Targets: "labels" (n,) and, depending on the weights, "boxes" (n, 4) in pixels with "size", "masks" (n, H, W)."""
         return match(
             self.cost({k: v[i].float() for k, v in predictions.items() if isinstance(v, Tensor)}, t) for i, t in enumerate(targets)
         )
 
     def cost(self, prediction: dict[str, Tensor], target: dict[str, Tensor]) -> Tensor:
-        """Of one picture, (L, n)."""
+        """Return the costs of one image, (L, n)."""
         total = self.classes * self.class_cost(prediction["logits"], target["labels"])
         if self.l1 or self.giou:
             boxes = relative_boxes(target)
@@ -131,7 +131,7 @@ class Matcher:
         return total
 
     def sample(self, masks: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(L, h, w) logits and (n, H, W) -> (L, P), (n, P) at the same places."""
+        """Sample (L, h, w) logits and (n, H, W) masks at the same positions: (L, P), (n, P)."""
         if self.points is None:
             wanted = F.interpolate(targets[None].float(), size=masks.shape[-2:], mode="nearest-exact")[0]
             return masks.flatten(1), wanted.flatten(1)
@@ -140,5 +140,5 @@ class Matcher:
 
 
 def sample_points(maps: Tensor, places: Tensor) -> Tensor:
-    """Bilinear values of maps (B, C, H, W) at places (B, P, 2), x and y from 0 to 1 -> (B, C, P)."""
+    """Interpolate maps (B, C, H, W) bilinearly at positions (B, P, 2), x and y from 0 to 1: (B, C, P)."""
     return F.grid_sample(maps, 2 * places[:, :, None] - 1, align_corners=False)[..., 0]

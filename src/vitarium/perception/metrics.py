@@ -1,4 +1,4 @@
-"""What segments are worth: panoptic quality, mean IoU, and average precision of masks. Through torchmetrics and pycocotools."""
+"""Metrics of segmentation: panoptic quality, mean IoU, and average precision of masks, with torchmetrics and pycocotools."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ IGNORE = 255
 
 
 class Panoptic(PanopticQuality):
-    """PQ = SQ x RQ, averaged over the classes that are there or were told, also of things and of stuff alone; and PQ of each class.
+    """Panoptic quality PQ = SQ x RQ: mean over classes that occur, over things and stuff separately, and for each class.
 
-    A segment counts as found where IoU is above 0.5; void pixels are taken out of predictions, and a predicted segment that is mostly void
-    is no mistake. torchmetrics does not count a segment as missed where the prediction says nothing, which the benchmark does: so pixels of
-    which nothing was told are a class here, `nothing`, that is then left out.
+    A segment is found if its IoU is above 0.5; void pixels are removed from predictions, and a predicted segment that is mostly void is not
+    an error. torchmetrics does not count a segment as missed where the prediction has no segment, although the benchmark does: pixels
+    without prediction are therefore a class here, `nothing`, which is then left out.
     """
 
     def __init__(self, num_classes: int, things: set[int]):
@@ -52,13 +52,13 @@ class Panoptic(PanopticQuality):
 
 
 class SegmentationMetrics(nn.Module):
-    """All of them, added up picture by picture.
+    """All metrics of segmentation, accumulated image by image.
 
     Args:
         num_classes: K.
-        things: classes whose instances are told apart; the others are stuff.
+        things: classes with separate instances; the others are stuff.
 
-    Average precision (COCO's, of thing classes) needs pycocotools, and is left out with a word where it is not installed.
+    Average precision (COCO's, of thing classes) needs pycocotools, and is left out with a warning if it is not installed.
     """
 
     def __init__(self, num_classes: int, things: Sequence[int]):
@@ -77,13 +77,13 @@ class SegmentationMetrics(nn.Module):
     def update(
         self, target: dict[str, Tensor], segment_map: Tensor, segments: list[dict[str, Any]], semantic: Tensor, instances: dict[str, Tensor]
     ) -> None:
-        """One picture.
+        """Add one image.
 
         Args:
-            target: "masks" (n, H, W), "labels" (n,), "iscrowd" (n,) at the picture's size.
-            segment_map, segments: what `Segmenter.panoptic` gives.
+            target: "masks" (n, H, W), "labels" (n,), "iscrowd" (n,) at the image's size.
+            segment_map, segments: result of `Segmenter.panoptic`.
             semantic: (H, W) class numbers.
-            instances: what `Segmenter.instances` gives.
+            instances: result of `Segmenter.instances`.
         """
         masks, labels, crowd = target["masks"], target["labels"], target["iscrowd"]
         void = self.num_classes + 1
@@ -103,7 +103,7 @@ class SegmentationMetrics(nn.Module):
             self.precision.update([{k: instances[k] for k in ("masks", "scores", "labels")}], [true])
 
     def compute(self) -> dict[str, Any]:
-        """pq, sq, rq, pq_things, pq_stuff, pq_of_class, miou, pixel_accuracy, and ap, ap50, ap75 where they can be: from 0 to 1."""
+        """Return pq, sq, rq, pq_things, pq_stuff, pq_of_class, miou, pixel_accuracy, and ap, ap50, ap75 if available, from 0 to 1."""
         found = self.panoptic.compute() | {"miou": float(self.miou.compute()), "pixel_accuracy": float(self.pixel_accuracy.compute())}
         if self.precision is not None:
             precision = self.precision.compute()

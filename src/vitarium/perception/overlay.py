@@ -1,4 +1,4 @@
-"""Segments drawn over pictures."""
+"""Drawings of segments over images."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 GOLDEN_ANGLE = 0.381966
 SMALLEST_TEXT = 240
-"""Pictures whose longer side is less are drawn larger, so that words can be read."""
+"""Images with a smaller longer side are drawn enlarged, so that text is legible."""
 
 
 def colour_of(number: int) -> tuple[int, int, int]:
-    """One of endlessly many colours that are easily told apart: neighbours in number are far apart in hue."""
+    """Return a colour from an unlimited sequence in which neighbours differ strongly in hue."""
     red, green, blue = colorsys.hsv_to_rgb(
         (0.58 + GOLDEN_ANGLE * number) % 1.0, (0.85, 0.6, 0.95)[number % 3], (0.95, 1.0, 0.75)[number % 3]
     )
@@ -30,13 +30,13 @@ def colour_of(number: int) -> tuple[int, int, int]:
 def overlay(
     picture: Image.Image, segment_map: NDArray[np.integer[Any]], names: dict[int, str] | None = None, *, strength: float = 0.55
 ) -> Image.Image:
-    """Each segment in a colour of its own, with its outline, and its name where it is widest.
+    """Draw each segment in its own colour, with its outline, and its name where it is widest.
 
     Args:
-        picture: in any mode.
-        segment_map: (H, W) of the picture's size; 0 stays as it is.
-        names: segment's number -> text; none without.
-        strength: share of the colour.
+        picture: image of any mode.
+        segment_map: (H, W) of the image's size; pixels with 0 are unchanged.
+        names: segment's number -> text; other segments have no text.
+        strength: opacity of the colour.
     """
     from PIL import Image
 
@@ -57,7 +57,7 @@ def overlay(
 
 
 def _outlines(segment_map: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
-    """Pixels whose right or lower neighbour is of another segment."""
+    """Return the pixels whose right or lower neighbour belongs to another segment."""
     edges = np.zeros(segment_map.shape, bool)
     edges[:, :-1] |= segment_map[:, 1:] != segment_map[:, :-1]
     edges[:-1] |= segment_map[1:] != segment_map[:-1]
@@ -80,7 +80,7 @@ def _write(image: Image.Image, segment_map: NDArray[np.integer[Any]], names: dic
 
 
 def _middle(inside: NDArray[np.bool_]) -> tuple[int, int]:
-    """x and y of the middle of the widest stretch of a row, of the rows around the segment's own middle."""
+    """Return x and y of the centre of the longest run in a row, among the rows around the segment's own centre."""
     rows = np.flatnonzero(inside.any(1))
     y = int(rows[len(rows) // 2])
     columns = np.flatnonzero(inside[y])
@@ -90,7 +90,7 @@ def _middle(inside: NDArray[np.bool_]) -> tuple[int, int]:
 
 
 def grid(rows: Sequence[Sequence[Image.Image]], *, gap: int = 4, least: int = 96) -> Image.Image:
-    """Pictures in rows on white, each scaled to the height of its row's first one, and that to at least `least` pixels."""
+    """Arrange images in rows on white, each scaled to the height of its row's first one, and that to at least `least` pixels."""
     from PIL import Image
 
     lines = []
@@ -110,7 +110,7 @@ def grid(rows: Sequence[Sequence[Image.Image]], *, gap: int = 4, least: int = 96
 
 
 def segment_map_of(masks: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """(n, H, W) -> (H, W): i + 1 where masks[i] is (the last of those that overlap), else 0."""
+    """Merge masks (n, H, W) into a map (H, W): i + 1 where masks[i] is true (the last of overlapping ones), else 0."""
     found = np.zeros(masks.shape[1:], np.int32)
     for i, mask in enumerate(masks):
         found[mask] = i + 1

@@ -1,4 +1,4 @@
-"""Losses of sets: predictions are matched to targets, then each term says how wrong the pairs are, at every layer of a decoder."""
+"""Set losses: predictions are matched to targets, and terms are summed over the pairs and the layers of a decoder."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from vitarium.perception.matching import Pairs, places_of, relative_boxes, sampl
 Prediction = Mapping[str, Any]
 Targets = Sequence[dict[str, Tensor]]
 Term = Callable[[Prediction, Targets, Any], dict[str, Tensor]]
-"""(prediction, targets, what the matcher gave) -> scalars by name."""
+"""A term: (prediction, targets, matching) -> scalars by name."""
 
 
 class SetCriterion(nn.Module):
-    """Weighted sum of the terms of a prediction and of its earlier forms under "aux".
+    """Weighted sum of the terms over a prediction and the earlier layers' predictions under "aux".
 
     Args:
-        matcher: (prediction, targets) -> what the terms need to know of who answers for whom, usually `Pairs`.
-        terms: of every layer.
-        last_terms: of the last layer alone.
-        weights: name of a scalar -> its weight; one that has none is reported but not minimised.
-        match_once: the last layer's matching serves all layers (kMaX); else each layer has its own (DETR).
-        supervise_aux: whether earlier layers are trained at all.
+        matcher: (prediction, targets) -> the matching, usually `Pairs`.
+        terms: for every layer.
+        last_terms: for the last layer only.
+        weights: name of a scalar -> its weight; a scalar without weight is reported but not minimised.
+        match_once: whether the last layer's matching serves all layers (kMaX); else each layer has its own (DETR).
+        supervise_aux: whether earlier layers are trained.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class SetCriterion(nn.Module):
         self.weights, self.match_once, self.supervise_aux = dict(weights), match_once, supervise_aux
 
     def forward(self, prediction: Prediction, targets: Targets) -> dict[str, Tensor]:
-        """-> "loss", the weighted sum; and each term unweighted: the last layer's by its name, the earlier ones' sum as NAME_aux."""
+        """Return "loss", the weighted sum, and each term unweighted: the last layer's by its name, the earlier ones' sum as NAME_aux."""
         matched = self.matcher(prediction, targets)
         found = self._of(self.terms, prediction, targets, matched) | self._of(self.last_terms, prediction, targets, matched)
         for earlier in prediction.get("aux", ()) if self.supervise_aux else ():
@@ -60,7 +60,7 @@ class SetCriterion(nn.Module):
 
 
 def mean_count(targets: Targets, device: torch.device) -> Tensor:
-    """Targets of a batch, averaged over processes, at least 1: what set losses are divided by."""
+    """Return the number of targets of a batch, averaged over processes, at least 1, which normalises set losses."""
     count = torch.tensor(float(sum(len(target["labels"]) for target in targets)), device=device)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(count)
@@ -69,14 +69,14 @@ def mean_count(targets: Targets, device: torch.device) -> Tensor:
 
 
 def matched_labels(logits: Tensor, targets: Targets, pairs: Pairs, void: int) -> Tensor:
-    """Class of every prediction, (B, L): its target's, or `void`."""
+    """Return the class of every prediction, (B, L): its target's, or `void`."""
     labels = torch.full(logits.shape[:2], void, dtype=torch.int64, device=logits.device)
     labels[places_of(pairs)] = torch.cat([target["labels"][chosen] for target, (_, chosen) in zip(targets, pairs, strict=True)])
     return labels
 
 
 class SoftmaxClasses:
-    """Cross entropy of (B, L, K + 1) logits, the last class void with a smaller weight; normalised by the weights. Source: DETR."""
+    """Return the cross entropy of (B, L, K + 1) logits, the last class void with a smaller weight, as weighted mean. Source: DETR."""
 
     def __init__(self, void_weight: float = 0.1):
         self.void_weight = void_weight
@@ -89,7 +89,7 @@ class SoftmaxClasses:
 
 
 class FocalClasses:
-    """Focal loss of (B, L, K) logits, each class a yes or no; summed, over the mean number of targets. Source: Deformable DETR."""
+    """Return the focal loss of (B, L, K) independent logits, summed, over the mean number of targets. Source: Deformable DETR."""
 
     def __init__(self, alpha: float = 0.25, gamma: float = 2.0):
         self.alpha, self.gamma = alpha, gamma
@@ -103,7 +103,7 @@ class FocalClasses:
 
 
 def box_losses(prediction: Prediction, targets: Targets, pairs: Pairs) -> dict[str, Tensor]:
-    """L1 of (cx, cy, w, h) and 1 - GIoU of the pairs, over the mean number of targets. Source: DETR."""
+    """Return L1 of (cx, cy, w, h) and 1 - GIoU of the pairs, over the mean number of targets. Source: DETR."""
     from torchvision.ops import box_convert, generalized_box_iou
 
     boxes = prediction["boxes"][places_of(pairs)]
@@ -117,9 +117,9 @@ class Masks:
     """Binary cross entropy (or focal loss) and dice of the pairs' masks, over the mean number of targets.
 
     Args:
-        points: places a mask is compared at: three times as many are drawn, of which the 75 % least certain are taken, and the rest at
-            random (Mask2Former: 12,544); None: at all pixels of the target (MaskFormer, DETR), to whose size the prediction is scaled.
-        focal: focal loss (alpha 0.25, gamma 2) in place of cross entropy.
+        points: number of positions per mask: three times as many are drawn, of which the 75 % least certain are taken, and the rest at
+            random (Mask2Former: 12,544); None: all pixels of the target (MaskFormer, DETR), to whose size the prediction is resized.
+        focal: whether focal loss (alpha 0.25, gamma 2) replaces cross entropy.
     """
 
     def __init__(self, points: int | None = None, *, focal: bool = False):
@@ -148,7 +148,7 @@ class Masks:
 
 
 def uncertain_points(masks: Tensor, count: int, *, oversample: int = 3, share: float = 0.75) -> Tensor:
-    """Places (m, count, 2), x and y from 0 to 1: most of them where mask logits (m, h, w) are nearest to 0. Source: PointRend."""
+    """Draw positions (m, count, 2), x and y from 0 to 1, most of them where mask logits (m, h, w) are near 0. Source: PointRend."""
     drawn = torch.rand(len(masks), oversample * count, 2, device=masks.device, dtype=masks.dtype)
     doubt = -sample_points(masks[:, None], drawn)[:, 0].abs()
     chosen = doubt.topk(int(share * count), dim=1).indices

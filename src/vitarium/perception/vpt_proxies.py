@@ -1,26 +1,26 @@
-"""VPTSP: finding pictures with a frozen ViT, by shared prompts, a head, and proxies that class prompts make of the images themselves.
+"""VPTSP: image retrieval with a frozen ViT, shared prompts, an embedding head, and proxies made from the images by class prompts.
 
 "Learning Semantic Proxies from Visual Prompts for Parameter-Efficient Fine-Tuning in Deep Metric Learning" (Ren, Chen, Wang and Hua, ICLR
-2024). Nothing of the ViT learns. What does:
+2024). The ViT is frozen. Trained are
 
     x_i = normalise(head(LN(ViT(image_i; prompts))))           10 shared prompts in each block: the embedding
     p_i = normalise(p_head(LN(ViT(image_i; prompts of y_i))))  5 prompts of the image's class in the first 3 blocks, training only
-    h_c <- GRU(p_i, h_c) for each image i of class c           the semantic part of the proxy, kept over the whole training
-    proxy_c = normalise(bias_c / 2 + h_c / 2)                  bias_c: a classical learned proxy
+    h_c <- GRU(p_i, h_c) for each image i of class c           the semantic part of the proxy, kept throughout training
+    proxy_c = normalise(bias_c / 2 + h_c / 2)                  bias_c: an ordinary learned proxy
 
-and ProxyAnchor draws the x of a class to its proxy and pushes others away. Afterwards the proxies are thrown away; the prompts and the
-head, 195 thousand numbers for ViT-S, are all that must be kept beside the ViT (`vitarium.save(model, FILE, trained_only=True)`).
+and ProxyAnchor moves the x of a class towards its proxy and away from others. After training the proxies are dropped; prompts and head,
+195 thousand numbers for ViT-S, are all that is saved beside the ViT (`vitarium.save(model, FILE, trained_only=True)`).
 
     vitarium.apply(model, "vpt_proxies:prompts=10,embed_dim=384")           any plain ViT: ours, timm's, transformers'
     vitarium train vpt_proxies --data cub/ --model timm/vit_small_patch16_224.augreg_in21k --pretrained
-    vitarium index pictures/ --model FILE --output pictures.index; vitarium search pictures.index query.jpg
+    vitarium index images/ --model FILE --output images.index; vitarium search images.index query.jpg
 
-Followed: the authors' code (Noahsark/ParameterEfficient-DML). Different: prompts are more keys and values of the attention, which is the
-same function for less work (retrieval/prompts.py); the container of the h_c is a buffer, so that a training goes on where it was (the
-authors' is lost); images of a class need not lie side by side. Cost: two forward passes a step, none of whose weight gradients are needed;
-at test time 10 more keys a block.
+Followed: the authors' code (Noahsark/ParameterEfficient-DML). Different: prompts are additional keys and values of the attention, which is
+the same function for less work (retrieval/prompts.py); the container of the h_c is a buffer, so that a training can be resumed (the
+authors' is lost); images of a class need not be adjacent. Cost: two forward passes per step, without weight gradients of the ViT; at test
+time 10 more keys per block.
 
-B batch, C channels, E length of an embedding, K classes.
+Notation: B batch, C channels, E length of an embedding, K classes.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ PROMPTS = "visual_prompts"
 @method("vpt_proxies", kind="adapt")
 @validated
 class VisualPromptTuning(Method):
-    """Deep visual prompts in a plain ViT, and, if wanted, an embedding in the classifier's place. All else is frozen, but for the head.
+    """Add deep visual prompts to a plain ViT, and optionally replace its classifier by an embedding. All else but the head is frozen.
 
     Args:
-        prompts: in each block; 0: none, and the blocks are left as they are.
-        depth: in how many of the first blocks; None: in all.
-        embed_dim: length E of the unit vectors that the model gives out instead of logits; 0: the classifier stays, and learns.
+        prompts: number of prompts in each block; 0: none, and the blocks are unchanged.
+        depth: number of first blocks with prompts; None: all.
+        embed_dim: length E of the unit vectors that replace the logits; 0: the classifier stays, and is trained.
     """
 
     prompts: Annotated[int, Field(ge=0)] = 10
@@ -76,19 +76,19 @@ class VisualPromptTuning(Method):
             raise UsageError("with prompts=0 and embed_dim=0 there is nothing to train")
 
     def attach(self, model: nn.Module) -> AttachReport:
-        """Add the prompts, exchange the head, freeze the rest.
+        """Add the prompts, replace the head, freeze the rest.
 
         Raises:
-            UnsupportedModel: anatomy does not know the model.
-            AttachError: fewer blocks than `depth`, no head to exchange, or the model cannot be proven (see `anatomy.install`).
+            UnsupportedModel: anatomy does not support the model.
+            AttachError: fewer blocks than `depth`, no head to replace, or the model failed its check (see `anatomy.install`).
         """
         view = of(model)
         depth = view.depth if self.depth is None else self.depth
         if depth > view.depth:
-            raise AttachError(f"{view.family} has {view.depth} blocks, depth={depth} asks for more")
+            raise AttachError(f"{view.family} has {view.depth} blocks, fewer than depth={depth}")
         head = _name_of(model, view.head)
         if self.embed_dim and not head:
-            raise AttachError(f"this {view.family} has no head whose place an embedding could take; use embed_dim=0, or a classifier")
+            raise AttachError(f"this {view.family} has no head that an embedding could replace; use embed_dim=0, or a classifier")
         weight: Any = view.blocks[0].norm1.weight
         report = AttachReport(self)
         if self.prompts:
@@ -112,39 +112,39 @@ class VisualPromptTuning(Method):
         return report
 
     def rebuild(self, model: nn.Module, state: Any) -> AttachReport:
-        """As `attach`. The classifier that an embedding replaced is in no file, so that such a model cannot be undone."""
+        """Attach as `attach` does. The classifier that an embedding replaced is not saved, so that such a model cannot be undone."""
         report = self.attach(model)
         report.can_undo = not self.embed_dim
         return report
 
 
 def _name_of(model: nn.Module, module: nn.Module | None) -> str:
-    """Where a module is in a model; "" where it is not."""
+    """Return the name of a module in a model, "" if it is not in it."""
     return next((name for name, m in model.named_modules() if m is module), "") if module is not None else ""
 
 
 def trained_parts(model: nn.Module) -> list[nn.Parameter]:
-    """The prompts of a model and its embedding head's parameters."""
+    """Return the prompts of a model and its embedding head's parameters."""
     return [p for m in model.modules() if isinstance(m, VisualPrompts | EmbeddingHead) for p in m.parameters()]
 
 
 def head_of(model: nn.Module) -> EmbeddingHead:
-    """The embedding head of an adapted model.
+    """Return the embedding head of an adapted model.
 
     Raises:
         UsageError: it has none.
     """
     found = [module for module in model.modules() if isinstance(module, EmbeddingHead)]
     if len(found) != 1:
-        raise UsageError(f"this {type(model).__name__} makes no embeddings to train; apply vpt_proxies:embed_dim=384 to it first")
+        raise UsageError(f"this {type(model).__name__} has no embedding head to train; apply vpt_proxies:embed_dim=384 to it first")
     return found[0]
 
 
 def proxy_vectors(model: nn.Module, proxies: SemanticProxies, image: Tensor, labels: Tensor) -> Tensor:
-    """The proxy pass: images (B, 3, H, W) of classes (B,) through the model with their classes' prompts -> p, unit vectors (B, E)."""
+    """Run the proxy pass: images (B, 3, H, W) of classes (B,), with their classes' prompts -> p, unit vectors (B, E)."""
     prompts = [module for module in model.modules() if isinstance(module, VisualPrompts)]
     if not prompts:
-        raise UsageError("class prompts go where shared ones are: apply vpt_proxies with prompts=1 or more")
+        raise UsageError("class prompts replace shared ones: apply vpt_proxies with prompts=1 or more")
     with prompts[0].instead(proxies.of(labels)), head_of(model).left_out():
         return proxies.project(model(image))
 
@@ -153,8 +153,8 @@ def proxy_vectors(model: nn.Module, proxies: SemanticProxies, image: Tensor, lab
 
 
 def official(state: State) -> State:
-    """The authors' names -> ours. timm's unused classifier and the cell's unused W_ia are left behind; the container, which the authors'
-    files lack, begins from the learned proxies."""
+    """Rename the authors' parameters. timm's unused classifier and the cell's unused W_ia are dropped; the container, which the files lack,
+    is initialised from the learned proxies."""
     if "proxies_bias" in state and "semantic_container" not in state:
         state = state | {"semantic_container": F.normalize(state["proxies_bias"], dim=1)}
     return rename(
@@ -181,18 +181,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @family("vpt_proxies", variants=VARIANTS, official=official, learner="vpt_proxies", mean=(0.5,) * 3, std=(0.5,) * 3)
 class VPTProxies(nn.Module):
-    """A prompted ViT together with its semantic proxies, as the authors' files hold it. Image (B, 3, H, W) -> unit vectors (B, E).
+    """A prompted ViT with its semantic proxies, as in the authors' files. Image (B, 3, H, W) -> unit vectors (B, E).
 
-    `model` is the prompted ViT alone: what is kept once training is over (`vitarium.save(vptsp.model, FILE)`).
+    `model` is the prompted ViT alone, which is saved after training (`vitarium.save(vptsp.model, FILE)`).
 
     Args:
         backbone: name of a plain ViT.
         embed_dim: E.
-        num_classes: of the training; 0: without proxies.
-        prompts, depth: shared prompts of each of the first blocks (None: all).
-        class_prompts, class_depth: prompts of a class in each of the first blocks.
+        num_classes: classes of the training; 0: without proxies.
+        prompts, depth: number of shared prompts, and of first blocks with them (None: all).
+        class_prompts, class_depth: number of prompts of a class, and of first blocks with them.
         image_size: side of the input, pixels.
-        backbone_arguments: more for `create_model`.
+        backbone_arguments: further arguments for `create_model`.
     """
 
     def __init__(
@@ -221,11 +221,11 @@ class VPTProxies(nn.Module):
 
 
 def make_proxies(model: nn.Module, num_classes: int, **options: Any) -> SemanticProxies:
-    """Fresh semantic proxies for a model with an embedding head."""
+    """Create semantic proxies for a model with an embedding head."""
     view, head = of(model), head_of(model)
     dim = view.blocks[0].norm1.weight.shape[0]  # type: ignore[union-attr, arg-type, index]
     if options.get("depth", 0) > view.depth:
-        raise UsageError(f"class_depth={options['depth']}, and the model has {view.depth} blocks")
+        raise UsageError(f"class_depth={options['depth']}, but the model has {view.depth} blocks")
     return SemanticProxies(num_classes, head.embed_dim, int(dim), features=head.in_features, **options)
 
 
@@ -234,22 +234,22 @@ def make_proxies(model: nn.Module, num_classes: int, **options: Any) -> Semantic
 
 @learner("vpt_proxies", task="retrieve")
 class VPTProxiesLearner(Learner):
-    """Embeddings by prompts (or all weights), drawn to proxies of the classes.
+    """Embeddings from prompts (or all weights), trained with proxies of the classes.
 
-    Metrics, on pictures of classes that training never saw: recall at 1, 2, 4 and 8, and MAP@R.
+    Metrics, on images of classes that are not in the training part: recall at 1, 2, 4 and 8, and MAP@R.
 
-    A batch holds groups of pictures of one class (data/retrieval.py): `batch_size: 16` are 64 pictures in training.
+    A batch holds groups of images of one class (data/retrieval.py): `batch_size: 16` means 64 images in training.
     """
 
     class Settings(Section):
         """Args:
-        tune: what learns beside the head: "prompts", "all" weights (with prompts as well), "head": nothing.
+        tune: trained parameters besides the head: "prompts", "all" weights (with prompts as well), "head": none.
         proxies: "semantic", or "plain" ProxyAnchor.
-        prompts, depth: shared prompts of each of the first blocks (None: all).
+        prompts, depth: number of shared prompts, and of first blocks with them (None: all).
         embed_dim: length of an embedding.
-        class_prompts, class_depth: prompts of a class in each of the first blocks.
+        class_prompts, class_depth: number of prompts of a class, and of first blocks with them.
         ratio: share of the learned proxies in the mix.
-        cell: how a proxy takes in its images.
+        cell: update of a proxy from its images.
         over, mode: see `PlainProxies.loss`.
         alpha, delta: see `proxy_loss`.
         proxy_rate: the learned proxies' learning rate over everything else's.
@@ -287,7 +287,7 @@ class VPTProxiesLearner(Learner):
     @classmethod
     def create(cls, name: str, data: Any, recipe: Any, *, pretrained: bool = False, checkpoint: str | None = None) -> VPTProxiesLearner:
         """Args:
-        name: a file of `vitarium.save`, or a model's name with `pretrained` or `checkpoint`: there is nothing to adapt in random weights.
+        name: a file of `vitarium.save`, or a model's name with `pretrained` or `checkpoint`; random weights cannot be adapted.
         data, recipe, pretrained, checkpoint: as of every learner.
         """
         from vitarium.data.loader import generators_kept, seed_generators
@@ -299,7 +299,7 @@ class VPTProxiesLearner(Learner):
             model = create_model(name, pretrained=pretrained, checkpoint=checkpoint, image_size=recipe.image_size, **recipe.model_arguments)
         else:
             raise UsageError(
-                f"{name} without weights has nothing to adapt: give --model a file that 'vitarium train' or vitarium.save wrote, or "
+                f"{name} without weights cannot be adapted: give --model a file that 'vitarium train' or vitarium.save wrote, or "
                 "--pretrained, or --checkpoint FILE"
             )
         with generators_kept():
@@ -310,7 +310,7 @@ class VPTProxiesLearner(Learner):
         image, labels, s = batch["image"], batch["target"], self.settings
         how: dict[str, Any] = dict(over=s.over, mode=s.mode, alpha=s.alpha, delta=s.delta)
         if self.proxies is None:
-            raise UsageError("a learner that is to train needs proxies: VPTProxiesLearner(model, settings, num_classes=...)")
+            raise UsageError("training needs proxies: VPTProxiesLearner(model, settings, num_classes=...)")
         if isinstance(self.proxies, SemanticProxies):
             p = proxy_vectors(self.model, self.proxies, image, labels)
             return {"loss": self.proxies.semantic_loss(self.model(image), p, labels, **how)}
@@ -321,7 +321,7 @@ class VPTProxiesLearner(Learner):
 
 
 def adapted(model: nn.Module, settings: VPTProxiesLearner.Settings) -> nn.Module:
-    """A model with prompts and an embedding head (those that it has, if it has), of which that learns which the settings say."""
+    """Return a model with prompts and an embedding head (its own, if it has them), with the parameters frozen as the settings say."""
     if isinstance(model, VPTProxies):
         model = model.model
     if not any(isinstance(module, EmbeddingHead) for module in model.modules()):

@@ -1,1 +1,1 @@
-"""Learning features without labels, and telling what they are worth."""
+"""Pretraining of features without labels, and their evaluation."""

@@ -1,15 +1,15 @@
-"""The masked autoencoder: hide most of a picture, encode what is left, learn to paint the rest (He et al., "Masked Autoencoders", 2021).
+"""Masked autoencoders: hide most of an image, encode the rest, and reconstruct the hidden patches (He et al., 2021).
 
     z = Encoder(visible patches + positions, class token)          a plain ViT, on a quarter or a tenth of the tokens
-    y = Decoder(z in its places, a mask token in all others)       small, thrown away after pretraining
+    y = Decoder(z in its places, a mask token in all others)       small, dropped after pretraining
     loss = mean over *hidden* patches of the mean of (y - pixels)^2
 
 Follows the authors' code (github facebookresearch/mae), whose pretrained files load by name. With `norm_targets` a patch's pixels are
 normalised first, (x - mean) / sqrt(variance + 1e-6), with the unbiased variance. Position tables are fixed sines.
 
-How it is fast: only visible patches are embedded at all, from the patches that the loss needs anyway.
+Speed: only visible patches are embedded, from the patches that the loss needs anyway.
 
-Legend: B images, L patches, K of them visible, C = embed_dim, p = patch_size, c = in_chans.
+Notation: B images, L patches, K of them visible, C = embed_dim, p = patch_size, c = in_chans.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ OFFICIAL = rename(
     (r"^mask_token$", "decoder.mask_token"),
     (r"^", "encoder."),
 )
-"""The names of Meta's files and of those that follow them."""
+"""Rename parameters of Meta's files and those derived from them."""
 
 
 class Reconstruction(NamedTuple):
-    """What an autoencoder makes of images.
+    """Output of an autoencoder.
 
     Attributes:
-        prediction: of every patch's pixels, (B, L, p p c), in the order of `patchify`.
-        hidden: 1 where a patch was hidden, 0 where it was seen, (B, L).
+        prediction: pixels of every patch, (B, L, p p c), in the order of `patchify`.
+        hidden: 1 for hidden patches, 0 for visible ones, (B, L).
         latent: the encoder's tokens, class token first, then the visible ones in the order of the mask, (B, 1 + K, C).
     """
 
@@ -56,13 +56,13 @@ class Reconstruction(NamedTuple):
 
 
 class MaskedDecoder(nn.Module):
-    """Encoded visible tokens (B, 1 + K, C) and `restore` (B, L) -> pixels of all patches (B, L, patch_dim).
+    """Decoder: encoded visible tokens (B, 1 + K, C) and `restore` (B, L) -> pixels of all patches (B, L, patch_dim).
 
     Args:
         encoder_dim: C.
-        dim, depth, num_heads: of its own blocks.
+        dim, depth, num_heads: of the decoder's blocks.
         mlp_ratio: hidden channels of the MLPs over dim.
-        patch_dim: numbers a patch, p p c.
+        patch_dim: numbers per patch, p p c.
         grid: rows and columns of the position table.
     """
 
@@ -85,15 +85,15 @@ class MaskedDecoder(nn.Module):
 
 
 class MaskedAutoencoder(nn.Module):
-    """Image (B, in_chans, H, W), H and W multiples of patch_size -> Reconstruction. `encoder` is what pretraining is for.
+    """Masked autoencoder: image (B, in_chans, H, W), H and W multiples of patch_size -> Reconstruction. Pretraining yields `encoder`.
 
-    `forward_features` and `forward_head` are the encoder's, so that the model's features can be probed as any backbone's.
+    `forward_features` and `forward_head` are the encoder's, so that the model's features can be probed like a backbone's.
 
     Args:
         embed_dim, depth, num_heads: of the encoder.
         decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder.
         patch_size: side of a patch, pixels.
-        image_size: side of the square image that the position tables are made for, pixels; others get tables of their own.
+        image_size: side of the square image for which the position tables are built, pixels; other sizes get their own tables.
         mlp_ratio: hidden channels of all MLPs over their channels.
     """
 
@@ -120,32 +120,32 @@ class MaskedAutoencoder(nn.Module):
         self.in_chans, self.patch_size = in_chans, patch_size
         shape: dict[str, Any] = dict(patch_size=patch_size, image_size=image_size, mlp_ratio=mlp_ratio, in_chans=in_chans)
         self.encoder = VisionTransformer(embed_dim=embed_dim, depth=depth, num_heads=num_heads, global_pool="token", num_classes=0, **shape)
-        self.encoder.reset_classifier(0, "avg")  # its mean of patches, not its class token, is what probes read
+        self.encoder.reset_classifier(0, "avg")  # probes read the mean of its patches, not its class token
         self.encoder.pos_embed.requires_grad_(False)
         self.grid = self.encoder.table_grid
         width = (decoder_embed_dim, decoder_depth, decoder_num_heads)
         self.decoder = MaskedDecoder(embed_dim, *width, mlp_ratio, patch_size**2 * in_chans, self.grid)
 
     def forward(self, image: Tensor, noise: Tensor | None = None, *, mask_ratio: float = 0.75) -> Reconstruction:
-        """Hide, encode, paint.
+        """Hide patches, encode the rest, reconstruct.
 
         Args:
             image: normalised.
-            noise: (B, L); the patches of least noise stay visible. None: drawn from torch's generator of the image's device.
-            mask_ratio: share of patches that are hidden, in [0, 1).
+            noise: (B, L); the patches with the smallest noise stay visible. None: drawn from torch's generator of the image's device.
+            mask_ratio: share of hidden patches, from 0 to below 1.
 
         Raises:
-            InputError: an image of the wrong kind or size, noise of the wrong shape, or a mask_ratio that leaves no patch.
+            InputError: an image of the wrong kind or size, noise of the wrong shape, or a mask_ratio that leaves no patch visible.
         """
         grid = self.check_image(image)
         count = grid[0] * grid[1]
         keep = visible_count(count, mask_ratio)
         if not 0 < keep <= count:
-            raise InputError(f"mask_ratio must leave at least one of {count} patches and hide none twice: in [0, 1), got {mask_ratio}")
+            raise InputError(f"mask_ratio must be from 0 to below 1 and leave at least one of {count} patches, got {mask_ratio}")
         if noise is None:
             noise = torch.rand(image.shape[0], count, device=image.device)
         elif noise.shape != (image.shape[0], count):
-            raise InputError(f"noise must be one number a patch, {(image.shape[0], count)}, got {tuple(noise.shape)}")
+            raise InputError(f"noise must hold one number per patch, {(image.shape[0], count)}, got {tuple(noise.shape)}")
         mask = mask_by_noise(noise, keep)
         latent = self.encode(patchify(image, self.patch_size), mask.kept, grid)
         positions = self._table(self.decoder.pos_embed, grid)
@@ -160,7 +160,7 @@ class MaskedAutoencoder(nn.Module):
         return {"image": image, "noise": random_uniform(self, (n, rows * columns), seed=seed)}
 
     def encode(self, patches: Tensor, kept: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Pixels of all patches (B, L, p p c), of which those at places `kept` (B, K) are seen -> encoded tokens (B, 1 + K, C)."""
+        """Encode pixels of all patches (B, L, p p c), of which those at `kept` (B, K) are visible: (B, 1 + K, C)."""
         encoder, positions = self.encoder, self._table(self.encoder.pos_embed, grid)
         projection = encoder.patch_embed.proj
         weight = projection.weight.permute(0, 2, 3, 1).flatten(1)  # in the order of patchify: rows, columns, channels
@@ -171,18 +171,18 @@ class MaskedAutoencoder(nn.Module):
         return own if grid == self.grid else sincos_table(own.shape[2], grid).to(own)
 
     def forward_features(self, image: Tensor) -> Tensor:
-        """All tokens of a picture in which nothing is hidden, (B, 1 + L, C)."""
+        """Return all tokens of an image without hidden patches, (B, 1 + L, C)."""
         return self.encoder.forward_features(image)
 
     def forward_head(self, features: Tensor, pre_logits: bool = True) -> Tensor:
-        """Tokens -> their mean without the class token, (B, C)."""
+        """Return the mean of the tokens without the class token, (B, C)."""
         return self.encoder.forward_head(features, pre_logits=pre_logits)
 
     def check_image(self, image: Tensor) -> tuple[int, int]:
-        """Rows and columns of an image's patches.
+        """Return rows and columns of an image's patches.
 
         Raises:
-            InputError: wrong rank, channels, dtype, or a side that is no multiple of patch_size.
+            InputError: wrong rank, channels or dtype, or a side that is not a multiple of patch_size.
         """
         self.encoder.check_image(image)
         height, width, p = *image.shape[-2:], self.patch_size
@@ -192,11 +192,11 @@ class MaskedAutoencoder(nn.Module):
         return height // p, width // p
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory in training: the encoder's activations are computed again in the backward pass."""
+        """Recompute the encoder's activations in the backward pass of training, for less memory and more time."""
         self.encoder.set_grad_checkpointing(enable)
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
-        """A checkpoint's fixed position table gives way to that of this model's grid; None for any other tensor that does not fit."""
+        """Replace a checkpoint's fixed position table by that of this model's grid; None for any other tensor that does not fit."""
         return sincos_table(shape[2], self.grid) if name.endswith("pos_embed") and tensor.shape[2:] == shape[2:] else None
 
 
@@ -207,7 +207,7 @@ class MaskedAutoencoderLearner(Learner):
     class Settings(Section):
         """Args:
         mask_ratio: share of patches that are hidden.
-        norm_targets: whether each patch's pixels are normalised before they are compared (Meta's models: yes, thorax_mae: no).
+        norm_targets: whether each patch's pixels are normalised before comparison (Meta's models: yes, thorax_mae: no).
         """
 
         mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75

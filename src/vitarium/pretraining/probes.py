@@ -1,8 +1,8 @@
-"""What features are worth without changing them: nearest neighbours, logistic regression, and a linear head trained on images.
+"""Probes of frozen features: nearest neighbours, logistic regression, and a linear head trained on images.
 
     probe(model, open_data("digits"))["knn"]["accuracy"]
 
-The first two look at every picture once (`vitarium probe`); the third sees augmented pictures, as MAE's linear probe does (the objectives
+The first two read every image once (`vitarium probe`); the third trains on augmented images, as MAE's linear probe does (the objectives
 `linear_probe` and `multilabel_probe`, recipe thorax_mae_probe).
 """
 
@@ -27,14 +27,14 @@ from vitarium.training.multilabel import MultilabelLearner
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
 CHUNK = 1024
-"""Pictures whose similarities to all others are in memory at once."""
+"""Number of images whose similarities to all others are in memory at once."""
 
 
 def features_of(model: nn.Module, images: Any, *, batch_size: int = 64, bad_files: BadFiles | None = None) -> tuple[Tensor, Tensor]:
-    """Pooled features (N, C) of every picture that can be read, float32, and the targets (N, ...), both on the CPU.
+    """Return pooled features (N, C) of every readable image, float32, and the targets (N, ...), both on the CPU.
 
     Raises:
-        UsageError: a model that gives no features apart from its answers.
+        UsageError: the model returns no features apart from its logits.
     """
     place = next(model.parameters())
     loader = Loader(images, preprocessing_of(model), batch_size=batch_size, bad_files=bad_files)
@@ -45,7 +45,7 @@ def features_of(model: nn.Module, images: Any, *, batch_size: int = 64, bad_file
                 pooled = pooled_features(model, batch["image"].to(place))
                 rows.append((pooled.float().cpu(), batch["target"]))
     if not rows:
-        raise DataError("no picture could be read")
+        raise DataError("no image of the data can be read")
     found, targets = (torch.cat(column) for column in zip(*rows, strict=True))
     return found.clone(), targets.clone()  # outside inference mode
 
@@ -53,14 +53,14 @@ def features_of(model: nn.Module, images: Any, *, batch_size: int = 64, bad_file
 def knn_votes(
     known: Tensor, answers: Tensor, asked: Tensor, *, neighbours: int = NEIGHBOURS, temperature: float | None = TEMPERATURE
 ) -> Tensor:
-    """Weighted share of each answer among the nearest known features, by cosine similarity.
+    """Return the weighted share of each class among the nearest known features, by cosine similarity.
 
     Args:
-        known: features (N, C) whose answers are known.
-        answers: of those, 1 and 0, (N, K).
-        asked: features (M, C).
-        neighbours: how many vote; all N, where there are fewer.
-        temperature: a vote weighs exp(similarity / temperature), as in DINO's evaluation; None: all weigh the same.
+        known: features (N, C) with known labels.
+        answers: these labels, 1 and 0, (N, K).
+        asked: features (M, C) to classify.
+        neighbours: number of votes; all N, if there are fewer.
+        temperature: a vote weighs exp(similarity / temperature), as in DINO's evaluation; None: all have equal weight.
 
     Returns:
         (M, K); the shares of classes sum to 1.
@@ -76,12 +76,12 @@ def knn_votes(
 
 
 def linear_scores(known: Tensor, targets: Tensor, asked: Tensor, *, strength: float = 1.0) -> Tensor:
-    """Probabilities (M, K) by logistic regression on standardised features.
+    """Return probabilities (M, K) by logistic regression on standardised features.
 
     Args:
         known: features (N, C).
         targets: class numbers (N,), or 1 and 0 for each of K labels (N, K).
-        asked: features (M, C).
+        asked: features (M, C) to classify.
         strength: of the regularisation, scikit-learn's 1 / C.
     """
     from sklearn.linear_model import LogisticRegression
@@ -93,7 +93,7 @@ def linear_scores(known: Tensor, targets: Tensor, asked: Tensor, *, strength: fl
     columns = targets.T if several else targets[None]
     scores: list[Tensor] = []
     for column in columns:
-        if len(column.unique()) < 2:  # a label that all have or none has
+        if len(column.unique()) < 2:  # a label that all images have, or none
             scores.append(torch.zeros(len(asked)))
             continue
         found = LogisticRegression(C=1 / strength, max_iter=1000).fit(x, column.numpy()).predict_proba(asked_x)
@@ -104,16 +104,16 @@ def linear_scores(known: Tensor, targets: Tensor, asked: Tensor, *, strength: fl
 def probe(
     model: nn.Module, data: ImageData, *, neighbours: int = NEIGHBOURS, temperature: float | None = TEMPERATURE, batch_size: int = 64
 ) -> dict[str, dict[str, float]]:
-    """Both quick probes of a model's frozen features, learned from the training part and judged on the held-out one.
+    """Run both quick probes on a model's frozen features, fitted on the training part and evaluated on the held-out one.
 
     Args:
         model: a backbone, a classifier or a masked autoencoder, on any device.
-        data: with a class a picture, or several labels (then a label that is not known counts as a no).
+        data: with one class per image, or several labels (an unknown label then counts as absent).
         neighbours, temperature: see `knn_votes`.
-        batch_size: pictures a forward pass.
+        batch_size: images per forward pass.
 
     Returns:
-        {"knn": ..., "linear": ...}, each {"accuracy", "top5"} for classes (top5 from six on), else {"auroc", "mean_average_precision"}.
+        {"knn": ..., "linear": ...}, each {"accuracy", "top5"} for classes (top5 for six or more), else {"auroc", "mean_average_precision"}.
 
     Raises:
         UsageError: a model without features. DataError: no labels.
@@ -130,13 +130,13 @@ def probe(
 
 
 def _judge(scores: Tensor, truth: Tensor) -> dict[str, float]:
-    """Scores (M, K) against class numbers (M,) or labels (M, K)."""
+    """Return metrics of scores (M, K) against class numbers (M,) or labels (M, K)."""
     if truth.ndim == 2:
         from sklearn.metrics import average_precision_score, roc_auc_score
 
         judged = [i for i in range(truth.shape[1]) if len(truth[:, i].unique()) == 2]
         if not judged:
-            raise DataError("no label divides the held-out pictures into those that have it and those that do not; take more of them")
+            raise DataError("no label has both positive and negative held-out images; use more images")
         pairs = [(truth[:, i].numpy(), scores[:, i].numpy()) for i in judged]
         mean = lambda score: float(sum(score(*pair) for pair in pairs) / len(pairs))
         return {"auroc": mean(roc_auc_score), "mean_average_precision": mean(average_precision_score)}
@@ -147,9 +147,9 @@ def _judge(scores: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 class HeadOnly:
-    """A learner, mixed in before another: everything but the model's head stays as it is, and in eval mode.
+    """Mixin for learners: all of a model but its head is frozen and in eval mode.
 
-    A norm without weights in front of the head (`probe_norm`) still learns its statistics.
+    A norm without weights before the head (`probe_norm`) still updates its statistics.
     """
 
     model: Any
@@ -160,7 +160,7 @@ class HeadOnly:
         self.model.get_classifier().requires_grad_(True)
 
     def train(self, mode: bool = True) -> Any:
-        """As any module's, but for what is frozen."""
+        """Set training mode, except for what is frozen."""
         super().train(mode)  # type: ignore[misc]
         self.model.eval()
         for part in (self.model.get_classifier(), getattr(self.model, "head_norm", None)):
@@ -171,9 +171,9 @@ class HeadOnly:
 
 @learner("linear_probe", task="classify")
 class LinearProbe(HeadOnly, ClassificationLearner):
-    """Classes by a linear head on frozen features."""
+    """Classification by a linear head on frozen features."""
 
 
 @learner("multilabel_probe", task="multilabel")
 class MultilabelProbe(HeadOnly, MultilabelLearner):
-    """Several labels by a linear head on frozen features."""
+    """Several binary labels by a linear head on frozen features."""

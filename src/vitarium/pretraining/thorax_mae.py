@@ -1,14 +1,14 @@
-"""Masked autoencoders for chest X-rays: hide 90 %, then tell 14 findings (Xiao et al., "Delving into Masked Autoencoders for Multi-Label
-Thorax Disease Classification", 2023).
+"""Masked autoencoders for chest X-rays: hide 90 %, then classify 14 findings (Xiao et al., "Delving into Masked Autoencoders for
+Multi-Label Thorax Disease Classification", 2023).
 
-The idea: nothing new in the network, a recipe. X-rays of one view look alike, so that MAE's usual mask of 75 % is too easy: 90 % of the
-patches are hidden; crops are mild (half the area at least), since a finding may be small; pixels are learned as they are, not normalised
-by patch; two decoder blocks are enough. Fine-tuning decays the rates by 0.55 a layer, augments lightly, and reads
+The idea: a recipe, not a new network. X-rays of one view look alike, so that MAE's usual mask of 75 % is too easy: 90 % of the patches are
+hidden; crops are mild (half the area at least), since a finding may be small; targets are pixels, not normalised by patch; two decoder
+blocks are enough. Fine-tuning decays the rates by 0.55 per layer, augments lightly, and computes
 
-    logits = W LN(mean of patch tokens)          14 answers, each yes or no; judged by the mean area under the ROC curve
+    logits = W LN(mean of patch tokens)          14 binary labels, measured by the mean area under the ROC curve
 
 Follows the authors' code (github lambert-x/medical_mae, on Meta's mae), whose pretrained and fine-tuned files load by name, as do those
-of Meta and timm. Without their DenseNet autoencoder and the heat-map masks that no released model uses.
+of Meta and timm. Left out: the DenseNet autoencoder, and the heat-map masks that no released model uses.
 
     vitarium train thorax_mae --data XRAYS                                     pretrain
     vitarium train thorax_mae_finetune --data NIH --checkpoint RUN/model.safetensors
@@ -28,7 +28,7 @@ from vitarium.nn import VisionTransformer
 from vitarium.pretraining.masked_autoencoder import OFFICIAL, MaskedAutoencoder
 
 XRAY: dict[str, Any] = dict(mean=(0.5056,) * 3, std=(0.252,) * 3)
-"""Of ChestX-ray14, on all three channels."""
+"""Mean and standard deviation of ChestX-ray14, for all three channels."""
 
 ENCODERS = {
     "pico": dict(embed_dim=64, depth=4, num_heads=4, patch_size=4, image_size=16),
@@ -39,11 +39,11 @@ ENCODERS = {
 }
 
 _encoder_of_autoencoder = rename((r"^decoder[._]|^mask_token$", None), (r"^encoder\.", ""))
-"""An autoencoder's file, ours or the authors', without what only pretraining needs."""
+"""Rename an autoencoder's file, ours or the authors', without the parts that only pretraining needs."""
 
 
 def _with_fresh(norm: str) -> Renamer:
-    """From an autoencoder to a classifier, whose norm behind the pooling is new: "layer" in the encoder's place, or "batch" above it."""
+    """Convert an autoencoder to a classifier with a new norm after the pooling: "layer" replaces the encoder's, "batch" follows it."""
 
     def apply(state: State) -> State:
         state = _encoder_of_autoencoder(state)
@@ -78,10 +78,10 @@ def _with_fresh(norm: str) -> Renamer:
     **XRAY,
 )
 class ThoraxViT(VisionTransformer):
-    """X-ray (B, 3, H, W), grey on all channels -> logits (B, num_classes), each finding's own: the encoder, ready to be fine-tuned.
+    """Classifier of X-rays (B, 3, H, W), grey on all channels -> independent logits (B, num_classes): the encoder, for fine-tuning.
 
-    A pretrained autoencoder's file (ours, the authors', Meta's) fills it: the decoder is left aside, and where patches are averaged the
-    encoder's last norm gives way to a fresh one behind the mean. Arguments are those of `vitarium.nn.VisionTransformer`.
+    A pretrained autoencoder's file (ours, the authors', Meta's) loads into it: the decoder is dropped, and with averaged patches the
+    encoder's last norm is replaced by a new one after the mean. Arguments are those of `vitarium.nn.VisionTransformer`.
     """
 
 
@@ -102,4 +102,4 @@ class ThoraxViT(VisionTransformer):
     **XRAY,
 )
 class ThoraxAutoencoder(MaskedAutoencoder):
-    """X-ray (B, 3, H, W) -> Reconstruction: what is pretrained. Arguments are those of `MaskedAutoencoder`."""
+    """Autoencoder for pretraining: X-ray (B, 3, H, W) -> Reconstruction. Arguments are those of `MaskedAutoencoder`."""

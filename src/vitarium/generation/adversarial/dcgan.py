@@ -48,7 +48,7 @@ LARGEST_MAP = 7
 
 
 def halvings(image_size: int) -> int:
-    """How often a side halves until at most `LARGEST_MAP` cells are left.
+    """Return the number of halvings until a side has at most `LARGEST_MAP` cells.
 
     Raises:
         UsageError: it becomes odd before that.

@@ -1,24 +1,24 @@
-"""kMaX-DeepLab: queries are cluster centres, looking is one step of k-means (Yu et al., "k-means Mask Transformer", 2022).
+"""kMaX-DeepLab: queries are cluster centres, and cross attention is a step of k-means (Yu et al., "k-means Mask Transformer", 2022).
 
-The idea: a mask transformer's queries stand for the picture's segments, and its masks say which pixel belongs to which query. So a query
-need not attend to all pixels by a softmax over them: each pixel is assigned to the query whose mask is largest there (a softmax over the
-few queries, made hard), and a query gathers the sum of its pixels.
+The idea: a mask transformer's queries represent the image's segments, and its masks assign pixels to queries. A query therefore need not
+attend to all pixels by a softmax over them: each pixel is assigned to the query whose mask is largest there (a softmax over the few
+queries, made hard), and a query receives the sum of its pixels.
 
     A = onehot(argmax over queries of masks)         (L x HW), no gradient
     q <- q + A V                                     then self-attention and an FFN
 
-The logits of the assignment are the prediction itself, so that supervision at every layer trains the clustering. Axial attention makes the
-map from coarse to fine; two layers cluster each of its maps at strides 32, 16 and 8, and the last prediction is made at stride 4. Masks
-share each pixel out among the queries, so they do not overlap; queries that no segment matches learn to be void.
+The logits of the assignment are the prediction itself, so that supervision at every layer trains the clustering. Axial attention computes
+the maps from coarse to fine; two layers cluster each of them at strides 32, 16 and 8, and the last prediction is made at stride 4. Masks
+divide each pixel among the queries, so they do not overlap; queries without a matching segment learn to be void.
 
     matching: argmax of sum of p(class) * dice, once, on the last prediction, for all layers
 
 Follows the authors' PyTorch code (github bytedance/kmax-deeplab), whose checkpoints load by name, with ConvNeXt or ResNet-50 below.
 Cost: k-means is linear in pixels; axial attention is linear in pixels times the side of its map, and only at strides 32 and 16.
 
-Legend: B batch, L queries, K classes, C channels, H W image, h w a map, D mask_dim.
+Notation: B batch, L queries, K classes, C channels, H W image, h w a map, D mask_dim.
 
-The house of files: `parts`, `pixel_decoder`, `decoder` (k-means layers), `model`, `names` (of the authors' files), `losses`, `learner`.
+Files: `parts`, `pixel_decoder`, `decoder` (k-means layers), `model`, `names` (of the authors' files), `losses`, `learner`.
 """
 
 from vitarium.perception.kmax_deeplab.decoder import assign, cluster_sums

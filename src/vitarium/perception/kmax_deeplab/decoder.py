@@ -1,4 +1,4 @@
-"""Queries as cluster centres: the k-means layer, the predictor in each of them, and the auxiliary head for semantics."""
+"""Decoder with queries as cluster centres: the k-means layer, its predictor, and the auxiliary semantic head."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Prediction = dict[str, Any]
 """logits (B, L, K + 1), the last of them void; masks (B, L, h, w), logits over the queries; pixels (B, D, h, w) of length 1."""
 
 VOID_PRIOR = 0.9
-"""Share of the queries that are taken to stand for nothing before anything is learned."""
+"""Initial share of queries with class void."""
 
 
 class ClassHead(nn.Module):
-    """Class logits and one for void: (B, dim, *) -> (B, num_classes + 1, *).
+    """Class logits with one for void: (B, dim, *) -> (B, num_classes + 1, *).
 
-    Void has a layer of its own, so that a checkpoint can be fine-tuned on other classes and still know what is nothing.
+    Void has a layer of its own, which is kept when a checkpoint is fine-tuned on other classes.
     """
 
     def __init__(self, dim: int, num_classes: int, axes: int):
@@ -41,7 +41,7 @@ class ClassHead(nn.Module):
         nn.init.zeros_(conv.bias)
 
     def reset(self, num_classes: int) -> None:
-        """A fresh layer for other classes; void stays."""
+        """Replace the layer for other classes; void stays."""
         old = self.classes
         self.classes = type(old)(old.in_channels, num_classes, 1).to(old.weight)
         self._start(self.classes)
@@ -51,7 +51,7 @@ class ClassHead(nn.Module):
 
 
 class Predictor(nn.Module):
-    """Masks and classes of queries on a map.
+    """Prediction of masks and classes from queries and a map.
 
     Args:
         pixel_dim: channels of the map.
@@ -71,7 +71,7 @@ class Predictor(nn.Module):
         self.mask_norm = batch_norm(1, 2, momentum, gain=0.1)
 
     def forward(self, mask_queries: Tensor, class_queries: Tensor, x: Tensor) -> Prediction:
-        """Two forms of the queries, (B, dim, L) each, and a map (B, pixel_dim, h, w) -> a prediction."""
+        """Predict from two forms of the queries, (B, dim, L) each, and a map (B, pixel_dim, h, w)."""
         pixels = F.normalize(self.pixels(x), dim=1)
         masks = self.kernel(mask_queries).transpose(1, 2) @ pixels.flatten(2)  # (B, L, h w)
         masks = self.mask_norm(masks[:, None])[:, 0].unflatten(-1, x.shape[-2:])
@@ -82,7 +82,7 @@ class Predictor(nn.Module):
 
 
 class Attention(nn.Module):
-    """With batch norm in place of a scale: q (B, key_dim, L), k (B, key_dim, N), v (B, value_dim, N) -> (B, value_dim, L)."""
+    """Attention with batch norm instead of a scale: q (B, key_dim, L), k (B, key_dim, N), v (B, value_dim, N) -> (B, value_dim, L)."""
 
     def __init__(self, value_dim: int, num_heads: int, momentum: float):
         super().__init__()
@@ -97,14 +97,14 @@ class Attention(nn.Module):
 
 
 def assign(masks: Tensor) -> Tensor:
-    """Each pixel to one query: mask logits (B, L, h, w) -> query numbers (B, h, w). The first of equals wins. No gradient passes."""
+    """Assign each pixel to a query: mask logits (B, L, h, w) -> indices (B, h, w). Of equal ones the first wins. No gradient."""
     return masks.detach().argmax(1)
 
 
 def cluster_sums(assignment: Tensor, values: Tensor, queries: int) -> Tensor:
-    """Sum of the pixels' values in each cluster: (B, h, w) query numbers, (B, C, h, w) -> (B, C, queries).
+    """Sum the pixels' values in each cluster: (B, h, w) query indices, (B, C, h, w) -> (B, C, queries).
 
-    The sums run over a one-hot matrix in float32 or better, also under autocast: a half-precision sum over thousands of pixels loses them.
+    The sums are products with a one-hot matrix in float32 or better, also under autocast: half precision loses sums of thousands of pixels.
     """
     with without_autocast(values):
         values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
@@ -114,7 +114,7 @@ def cluster_sums(assignment: Tensor, values: Tensor, queries: int) -> Tensor:
 
 
 class KMeansUpdate(nn.Module):
-    """The step that gives kMaX its name: what each query gathers from its cluster, (B, dim, L).
+    """k-means step: each query receives the sum of its cluster, (B, dim, L).
 
     Args:
         dim: channels of queries and of the projected map.
@@ -129,7 +129,7 @@ class KMeansUpdate(nn.Module):
 
 
 class CrossAttentionUpdate(nn.Module):
-    """What k-means replaces, for comparison: each query attends to all pixels by a softmax over them, with 1 x 1 queries and keys."""
+    """Softmax cross attention, the baseline of k-means: each query attends to all pixels, with 1 x 1 queries and keys."""
 
     def __init__(self, dim: int, num_heads: int, momentum: float):
         super().__init__()
@@ -142,7 +142,7 @@ class CrossAttentionUpdate(nn.Module):
 
 
 class KMaXLayer(nn.Module):
-    """One round of clustering: queries (B, dim, L) and a map (B, pixel_dim, h, w) -> new queries and what the old ones predict.
+    """One round of clustering: queries (B, dim, L) and a map (B, pixel_dim, h, w) -> new queries, and the old ones' prediction.
 
     c, p = f(q), g(GELU(x))
     q <- q + k-means(c, p);  q <- GELU(q + attention(c));  q <- GELU(q + FFN(q))
@@ -187,7 +187,7 @@ class KMaXLayer(nn.Module):
 
 
 class SemanticHead(nn.Module):
-    """DeepLab's head on the backbone's maps, a helper of training: strides 4, 8 and 32 -> class logits (B, K + 1, H / 4, W / 4).
+    """DeepLab's head on the backbone's maps, used in training: strides 4, 8 and 32 -> class logits (B, K + 1, H / 4, W / 4).
 
     Args:
         in_dims: channels of the three maps.

@@ -1,4 +1,4 @@
-"""Training kMaX-DeepLab: its losses, and the picture of its clusters."""
+"""Training of kMaX-DeepLab: its losses, and drawings of its clusters."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 @learner("kmax_deeplab", task="panoptic")
 class KMaXLearner(SegmentationLearner):
-    """The authors' five losses with their weights, at every layer. For panoptic data, and any other with segments."""
+    """Train by the authors' five losses with their weights, at every layer, on panoptic or other segments."""
 
     class Settings(SegmentationLearner.Settings):
-        """Those of every segmenter, and
+        """Settings of every segmenter, and
 
         Args:
-            samples: pixels a picture that are compared with one another.
-            deep_supervision: whether each layer's prediction is trained, or the last one's alone.
-            weights: of class, mask, dice, pixels, semantic, where they are not the authors'.
+            samples: number of pixels per image whose similarities are compared.
+            deep_supervision: whether every layer's prediction is trained, or only the last one's.
+            weights: of class, mask, dice, pixels, semantic, if they differ from the authors'.
         """
 
         samples: Annotated[int, Field(ge=1)] = 4096
@@ -44,13 +44,13 @@ class KMaXLearner(SegmentationLearner):
         )
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Losses in float32 or better, whatever the precision of the model."""
+        """Return the losses in float32 or better, whatever the precision of the model."""
         prediction = self.model(batch["image"])
         with without_autocast(batch["image"]):
             return self.criterion(_exact(prediction), batch["target"])
 
     def pictures(self, model: Any, batch: Batch) -> dict[str, Image.Image]:
-        """segments, as of every segmenter; clusters: which pixel each layer gives to which query, from the first layer to the last."""
+        """Draw "segments", as every segmenter does, and "clusters": the query of each pixel in each layer, from first to last."""
         some = first_of(batch, SHOWN)
         found = model(some["image"])
         rows = []

@@ -1,7 +1,7 @@
-"""kMaX-DeepLab's matching and losses, under a softmax over the queries: masks do not overlap.
+"""Matching and losses of kMaX-DeepLab, for masks that are a softmax over the queries and do not overlap.
 
-Void, pixels of which nothing is known, takes no part anywhere. Weights follow PQ: a query's class counts by how well its mask fits, its
-mask by how sure its class is.
+Void pixels, which have no label, are ignored throughout. Weights follow PQ: a query's class loss is weighted by the fit of its mask, its
+mask loss by its class probability.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from vitarium.perception.set_losses import Prediction, SetCriterion, Targets, ma
 
 LEAST_WEIGHT = 1e-5
 CLASS_SHARE = 0.75
-"""Weight of queries with a class; those of void have the rest to 1."""
+"""Weight of queries with a class; queries of void have the rest to 1."""
 PIXEL_TEMPERATURE = 0.3
 WEIGHTS = {"class": 3.0, "mask": 0.3, "dice": 3.0, "pixels": 1.0, "semantic": 1.0}
 
 
 @dataclass(frozen=True)
 class Matched:
-    """Targets in the order of the queries that answer for them; (B, L) and (B, L, h, w) with zeros, or void, where there is none.
+    """Targets in the order of the matched queries; (B, L) and (B, L, h, w) with zeros, or void, for unmatched ones.
 
     Args:
         pairs: queries and targets.
-        labels: (B, L) classes, K for void.
-        masks: (B, L, h, w) shares of the pixels; 1 but where targets overlap.
-        void: (B, h, w) bool, pixels without a target.
+        labels: classes (B, L), K for void.
+        masks: shares of the pixels (B, L, h, w); 1 except where targets overlap.
+        void: pixels without a target, (B, h, w) bool.
         class_weight, mask_weight: (B, L).
-        rarity: (B, h, w), h w over the area of the pixel's target.
-        dice, probability: of the pairs, one tensor a picture.
+        rarity: h w over the area of the pixel's target, (B, h, w).
+        dice, probability: of the pairs, one tensor per image.
     """
 
     pairs: Pairs
@@ -51,7 +51,7 @@ class Matched:
 
 
 def sample_masks(masks: Tensor, size: Sequence[int]) -> Tensor:
-    """(n, H, W) -> (n, *size), single pixels: every s-th from the first one on where sides are s k + 1, else those nearest the middles."""
+    """Subsample (n, H, W) to (n, *size): every s-th pixel from the first if sides are s k + 1, else those nearest the centres."""
     if tuple(masks.shape[-2:]) == tuple(size):
         return masks
     places = [_places(old, new, masks.device) for old, new in zip(masks.shape[-2:], size, strict=True)]
@@ -66,7 +66,7 @@ def _places(old: int, new: int, device: torch.device) -> Tensor:
 
 
 def similarity(logits: Tensor, masks: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Of one picture: class probability (L, n) and dice (L, n), whose product the matching maximises.
+    """Return class probability (L, n) and dice (L, n) of one image; the matching maximises their product.
 
     Args:
         logits: (L, K + 1).
@@ -83,7 +83,7 @@ def similarity(logits: Tensor, masks: Tensor, labels: Tensor, targets: Tensor) -
 
 @torch.no_grad()
 def match_and_prepare(prediction: Prediction, targets: Targets) -> Matched:
-    """The matching of a prediction {"logits", "masks"}, and the targets laid out along the queries.
+    """Match a prediction {"logits", "masks"}, and arrange the targets in the order of the queries.
 
     Targets: "labels" (n,), "masks" (n, H, W) of the padded input's size, or smaller (the rest is void).
     """
@@ -121,12 +121,12 @@ def match_and_prepare(prediction: Prediction, targets: Targets) -> Matched:
 
 
 def _mean_of_non_zero(loss: Tensor) -> Tensor:
-    """(B, N) -> scalar: each picture's sum over the count of its entries that are not zero, averaged."""
+    """Average over images of each image's sum over its number of non-zero entries: (B, N) -> scalar."""
     return (loss.sum(1) / (loss != 0).sum(1).clamp(min=1)).mean()
 
 
 def class_loss(prediction: Prediction, targets: Targets, matched: Matched) -> dict[str, Tensor]:
-    """Cross entropy of every query, weighted by its mask."""
+    """Return the cross entropy of every query, weighted by its mask."""
     logits = prediction["logits"]
     loss = F.cross_entropy(logits.transpose(1, 2), matched.labels, reduction="none")
     is_void = matched.labels == logits.shape[-1] - 1
@@ -134,7 +134,7 @@ def class_loss(prediction: Prediction, targets: Targets, matched: Matched) -> di
 
 
 def mask_losses(prediction: Prediction, targets: Targets, matched: Matched) -> dict[str, Tensor]:
-    """Cross entropy over the queries at every pixel, and dice of every query weighted by its class."""
+    """Return the cross entropy over the queries at every pixel, and the dice of every query weighted by its class."""
     masks = resize(prediction["masks"], matched.masks.shape[-2:]).flatten(2)
     truth, void = matched.masks.flatten(2), matched.void.flatten(1)
     entropy = F.cross_entropy(masks, truth, reduction="none").masked_fill(void, 0)
@@ -145,7 +145,7 @@ def mask_losses(prediction: Prediction, targets: Targets, matched: Matched) -> d
 
 
 def draw_pixels(matched: Matched, temperature: float, count: int) -> Tensor:
-    """Places of `count` pixels of each picture without repetition, (B, count): rare segments' more often, void last."""
+    """Draw `count` pixels of each image without repetition, (B, count): rare segments' more often, void last."""
     odds = matched.rarity.flatten(1).log() * temperature - 99999.0 * matched.void.flatten(1)
     count = min(count, odds.shape[1])
     noise = torch.rand_like(odds).clamp(min=torch.finfo(odds.dtype).tiny)
@@ -153,7 +153,7 @@ def draw_pixels(matched: Matched, temperature: float, count: int) -> Tensor:
 
 
 class PixelLoss:
-    """Pixels of one segment should look alike and unlike all others: cross entropy of their similarities among those that are drawn."""
+    """Return a contrastive loss on drawn pixels: pixels of one segment should be similar, and unlike all others."""
 
     def __init__(self, count: int = 4096, temperature: float = 1.5):
         self.count, self.temperature = count, temperature
@@ -168,7 +168,7 @@ class PixelLoss:
 
 
 class SemanticLoss:
-    """Cross entropy of the auxiliary head's classes at pixels that are drawn."""
+    """Return the cross entropy of the auxiliary head's classes at drawn pixels."""
 
     def __init__(self, count: int = 4096, temperature: float = 2.0):
         self.count, self.temperature = count, temperature
@@ -184,7 +184,7 @@ class SemanticLoss:
 
 
 def semantic_truth(targets: Targets, size: Sequence[int], void: int) -> Tensor:
-    """Class of each pixel, (B, *size); `void` where there is none. A target's own "semantic" map (H, W) is taken where it has one."""
+    """Return the class of each pixel, (B, *size), `void` for none; a target's own "semantic" map (H, W) is used if it has one."""
     maps: list[Tensor] = []
     for target in targets:
         if "semantic" in target:
@@ -199,12 +199,12 @@ def semantic_truth(targets: Targets, size: Sequence[int], void: int) -> Tensor:
 
 
 def criterion(*, samples: int = 4096, deep_supervision: bool = True, weights: Mapping[str, float] | None = None) -> SetCriterion:
-    """The authors' five losses; all but the semantic one at every layer, by the last layer's matching.
+    """Return the authors' five losses; all but the semantic one at every layer, by the last layer's matching.
 
     Args:
-        samples: pixels that are drawn of each picture.
+        samples: number of pixels drawn from each image.
         deep_supervision: whether earlier layers are trained directly.
-        weights: others than the authors'.
+        weights: replace the authors'.
     """
     terms: list[Any] = [class_loss, mask_losses, PixelLoss(samples)]
     chosen = WEIGHTS | dict(weights or {})

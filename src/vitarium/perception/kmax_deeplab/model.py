@@ -1,4 +1,4 @@
-"""The segmenter: backbone, pixel decoder, k-means layers, and what a picture's prediction means."""
+"""kMaX-DeepLab's model: backbone, pixel decoder, k-means layers, and the conversion of predictions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vitarium.perception.pyramid import create_pyramid, feature_dims, feature_ma
 
 CROSS_ATTENTIONS = ("kmeans", "softmax")
 COCO_THINGS = 80
-"""Of COCO's 133 panoptic categories the first 80 can be counted."""
+"""Number of things among COCO's 133 panoptic categories; they are the first."""
 
 
 def _coco(backbone: str, **arguments: Any) -> dict[str, Any]:
@@ -59,30 +59,30 @@ def _coco(backbone: str, **arguments: Any) -> dict[str, Any]:
     crop_pct=1.0,
 )
 class KMaXDeepLab(Segmenter):
-    """Image (B, in_chans, H, W) -> {"logits" (B, L, K + 1), "masks" (B, L, h, w), "pixels" (B, mask_dim, h, w), "aux": [...]}.
+    """Segment images (B, in_chans, H, W): {"logits" (B, L, K + 1), "masks" (B, L, h, w), "pixels" (B, mask_dim, h, w), "aux": [...]}.
 
     The last of the K + 1 classes is void; masks are logits over the L queries, at the finest map's size (a quarter of the image's). Each
-    entry of "aux" is the same of an earlier layer, at its own map's size. In training "semantic" (B, K + 1, h, w) is there too.
-    H and W may be any from the backbone's least on; sizes 2^k n + 1, such as 641, are what the authors use: all maps' corners then meet.
+    entry of "aux" is the prediction of an earlier layer, at its own map's size. In training "semantic" (B, K + 1, h, w) is added.
+    H and W may be any that the backbone takes; the authors use sizes 2^k n + 1, such as 641, for which the corners of all maps coincide.
 
     Args:
         backbone, backbone_arguments: a model with four maps, as for `create_model`.
         num_classes: K.
-        things: numbers of the classes whose instances are told apart; None: all.
-        num_queries: L, the most segments a picture can have.
+        things: classes with separate instances; None: all.
+        num_queries: L, the largest number of segments of an image.
         dec_depths, dec_dims: blocks and base width of the pixel decoder's stages, from coarse to fine.
         layers: k-means layers on each of its three coarse maps.
         hidden_dim: channels of queries and projected maps.
         mask_dim: channels of the space in which pixels and queries are compared.
-        ffn_dim: hidden channels behind each layer.
-        num_heads: of all attention.
-        cross_attention: "kmeans", or "softmax" over the pixels, what it replaces.
+        ffn_dim: hidden channels of each layer's FFN.
+        num_heads: heads of all attention.
+        cross_attention: "kmeans", or "softmax" over the pixels, its baseline.
         drop_path_rate: stochastic depth of the layers' branches.
         norm_momentum: of the batch norms' running statistics.
 
     Raises:
-        UsageError: another cross_attention, classes of things that there are not, or a backbone without four maps.
-        InputError: an image that is too small, or so large that a map of the axial stages has over 255 cells a side.
+        UsageError: another cross_attention, things that are not classes, or a backbone without four maps.
+        InputError: the image is too small, or so large that a map of the axial stages has over 255 cells per side.
     """
 
     def __init__(
@@ -151,24 +151,24 @@ class KMaXDeepLab(Segmenter):
             found["semantic"] = self.semantic_head(maps[0], maps[1], maps[3])
         return found
 
-    # ---- what a prediction means
+    # ---- conversion of predictions
 
     def probabilities(self, logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """Of one picture: (L, K + 1), (L, H, W) -> classes without void (L, K), and each pixel's shares of the queries (L, H, W)."""
+        """Convert one image's logits, (L, K + 1), (L, H, W), to classes without void (L, K) and pixels' shares of queries (L, H, W)."""
         return logits.softmax(-1)[:, :-1], masks.softmax(0)
 
     def panoptic(self, classes: Tensor, masks: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-        """Segments of probabilities (L, K) and (L, H, W); see `merge_by_probability`."""
+        """Return the segments of probabilities (L, K) and (L, H, W); see `merge_by_probability`."""
         return merge_by_probability(classes, masks, self.things)
 
     # ---- heads, groups, checks
 
     def get_classifier(self) -> list[nn.Module]:
-        """The layers that a model for other classes has afresh."""
+        """Return the layers that are new in a model for other classes."""
         return [part.classes for part in self.modules() if isinstance(part, ClassHead)]
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Fresh class layers, one in each predictor. `things` keeps those numbers that there still are."""
+        """Replace the class layers of all predictors. `things` keeps the numbers that are still classes."""
         for part in self.modules():
             if isinstance(part, ClassHead):
                 part.reset(num_classes)
@@ -176,19 +176,19 @@ class KMaXDeepLab(Segmenter):
         self.things = tuple(c for c in self.things if c < num_classes)
 
     def no_weight_decay(self) -> set[str]:
-        """Queries and tables of distances."""
+        """Return the names of queries and tables of distances."""
         return {"queries", "*_position.table"}
 
     def group_matcher(self, coarse: bool = False) -> Any:
-        """Two layers: with `layer_decay: 0.1` the backbone takes a tenth of the rate, as the authors train it."""
+        """Group parameters in two layers: with `layer_decay: 0.1` the backbone has a tenth of the rate, as in the authors' training."""
         return lambda name: 0 if name.startswith("backbone.") else 1
 
 
 def _pad_downsampling(backbone: nn.Module) -> None:
-    """Zeros before each convolution that steps by its own size, so that a side of 2^k n + 1 gives 2^(k-1) n + 1 and nothing is cut off.
+    """Pad before each convolution whose stride equals its size, so that a side of 2^k n + 1 gives 2^(k-1) n + 1 and nothing is cut off.
 
-    They come before the norm of a downsampling layer, which turns them into its bias, as in the authors' ConvNeXt. Backbones whose
-    convolutions pad by themselves (ResNet) stay as they are.
+    The padding is before the norm of a downsampling layer, which turns the zeros into its bias, as in the authors' ConvNeXt. Backbones
+    whose convolutions pad by themselves (ResNet) are unchanged.
     """
     places = [(backbone, "stem"), *((stage, "downsample") for stage in getattr(backbone, "stages", ()))]
     for owner, name in places:

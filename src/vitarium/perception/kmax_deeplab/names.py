@@ -1,4 +1,4 @@
-"""The authors' checkpoint names (github bytedance/kmax-deeplab, in detectron2's layout) and ours."""
+"""Renaming of the authors' parameters (github bytedance/kmax-deeplab, in detectron2's layout)."""
 
 from __future__ import annotations
 
@@ -79,13 +79,13 @@ _RESNET = chain(  # detectron2's names -> timm's
 
 
 def _fuses(state: State) -> State:
-    """`_resized_fuses.i` joins map i and map i + 1; ours stands at the finer one."""
+    """Rename `_resized_fuses.i`, which joins map i and map i + 1; in our model it belongs to the finer one."""
     pattern = re.compile(r"^sem_seg_head\.pixel_decoder\._resized_fuses\.(\d+)\._conv_bn_(low|high)\.")
     return {pattern.sub(lambda m: f"pixel_decoder.fuses.{int(m[1]) + 1}.{m[2]}.1.", name): tensor for name, tensor in state.items()}
 
 
 def _backbone(state: State) -> State:
-    """ConvNeXt by its own family's table, ResNet by detectron2's names."""
+    """Rename a backbone: ConvNeXt by its own family's table, ResNet by detectron2's names."""
     if not any(name.startswith("backbone.downsample_layers.") for name in state):
         return _RESNET(state)
     inside = {name.removeprefix("backbone."): tensor for name, tensor in state.items() if name.startswith("backbone.")}
@@ -95,7 +95,7 @@ def _backbone(state: State) -> State:
 
 
 def _split_void(state: State) -> State:
-    """Class layers hold void as their last row; ours keeps it apart."""
+    """Split class layers, whose last row is void, into ours and the layer of void."""
     split: State = {}
     for name, tensor in state.items():
         owner, found, leaf = name.rpartition(".head.")

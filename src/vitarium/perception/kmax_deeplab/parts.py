@@ -1,4 +1,4 @@
-"""Parts of both decoders: convolution with batch norm and activation, resizing as the authors do it."""
+"""Parts of both decoders: convolution with batch norm and activation, and the authors' resizing."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ BN_EPS = 1e-3
 
 
 class ConvNorm(BaseConvNorm):
-    """Convolution, batch norm and GELU where `act`, with this model's initialisation: (B, in_dim, *) -> (B, dim, *), the size kept.
+    """Convolution, batch norm and, with `act`, GELU, in this model's initialisation: (B, in_dim, *) -> (B, dim, *), same size.
 
     Args:
         axes: 2 for maps, 1 for queries.
         kernel_size: odd side of the kernel.
-        depthwise: one kernel a channel.
+        depthwise: whether each channel has its own kernel.
         dilation: step between the kernel's cells.
         act: whether a GELU follows.
-        bias: of the convolution.
+        bias: whether the convolution has a bias.
         momentum: of the batch norm's running statistics.
         gain: initial weight of the batch norm; 0 makes a residual branch start as the identity.
-        std: of the initial weights; None: He's, or Xavier's where depthwise.
+        std: of the initial weights; None: He's, or Xavier's for depthwise kernels.
     """
 
     names = ("conv", "norm")
@@ -66,19 +66,19 @@ class ConvNorm(BaseConvNorm):
 
 
 def batch_norm(dim: int, axes: int, momentum: float, gain: float = 1.0) -> nn.BatchNorm1d | nn.BatchNorm2d:
-    """Batch norm as everywhere in these decoders."""
+    """Create the batch norm used throughout these decoders."""
     norm = (nn.BatchNorm2d if axes == 2 else nn.BatchNorm1d)(dim, eps=BN_EPS, momentum=momentum)
     nn.init.constant_(norm.weight, gain)
     return norm
 
 
 def truncated_normal(weight: Tensor, std: float) -> None:
-    """Normal values within two standard deviations, in place."""
+    """Fill with normal values within two standard deviations, in place."""
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """(B, C, h, w) -> (B, C, *size), bilinear; corners are aligned where the map is 2^k n + 1 wide, which the oddness of w tells."""
+    """Resize (B, C, h, w) -> (B, C, *size), bilinear; corners are aligned if w is odd, as for maps 2^k n + 1 wide."""
     if x.shape[-2:] == tuple(size):
         return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=x.shape[-1] % 2 == 1)

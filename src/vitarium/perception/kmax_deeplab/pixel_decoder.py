@@ -1,4 +1,4 @@
-"""From a backbone's maps to those that are clustered: axial attention where they are coarse, bottlenecks where they are fine."""
+"""Pixel decoder: from a backbone's maps to those that are clustered, by axial attention at coarse and bottlenecks at fine resolution."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from vitarium.nn import LayerNorm2d
 from vitarium.perception.kmax_deeplab.parts import ConvNorm, batch_norm, resize, truncated_normal
 
 MAX_SPAN = 255
-"""Longest axis of a map, cells: the tables hold one row for each distance from -254 to 254."""
+"""Largest length of an axis in cells: the tables hold one row for each distance from -254 to 254."""
 
 
 class RelativeEmbedding(nn.Module):
-    """One vector for each distance between two cells: length l -> (l, l, dim), row by the query's place, column by the key's."""
+    """Table of a vector for each distance between two cells: length l -> (l, l, dim), row by the query's position, column by the key's."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -32,11 +32,11 @@ class RelativeEmbedding(nn.Module):
 class AxialAttention(nn.Module):
     """Attention along one axis with positions in queries, keys and values: (N, in_dim, l) -> (N, value_dim, l).
 
-    similarity = BN([q.k ; q.r^q ; k.r^k]), summed; the batch norm stands where 1 / sqrt(d) would
+    similarity = BN([q.k ; q.r^q ; k.r^k]), summed; the batch norm replaces 1 / sqrt(d)
     output     = BN([sum_m w v ; sum_m w r^v]), summed
 
     Args:
-        in_dim: channels in.
+        in_dim: channels of the input.
         key_dim, value_dim: channels of queries and keys, and of values, over all heads.
         num_heads: heads h.
     """
@@ -71,10 +71,10 @@ class AxialAttention(nn.Module):
 
 
 class AxialAttention2d(nn.Module):
-    """Along the height, then along the width: (B, C, H, W) -> (B, value_dim, H, W).
+    """Axial attention along the height, then along the width: (B, C, H, W) -> (B, value_dim, H, W).
 
     Raises:
-        InputError: an axis of more than 255 cells, which the tables of distances do not know.
+        InputError: an axis has more than 255 cells, the limit of the tables of distances.
     """
 
     def __init__(self, in_dim: int, key_dim: int, value_dim: int, num_heads: int, momentum: float):
@@ -85,18 +85,18 @@ class AxialAttention2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, _, h, w = x.shape
         if max(h, w) > MAX_SPAN:
-            raise InputError(f"axial attention reaches over {MAX_SPAN} cells, the map has {h} x {w}; make the image smaller")
+            raise InputError(f"axial attention takes at most {MAX_SPAN} cells per axis, the map has {h} x {w}; make the image smaller")
         x = self.height(x.permute(0, 3, 1, 2).flatten(0, 1))  # (B W, C, H)
         x = x.unflatten(0, (b, w)).permute(0, 3, 2, 1).flatten(0, 1)  # (B H, C, W)
         return self.width(x).unflatten(0, (b, h)).transpose(1, 2)
 
 
 class Block(nn.Module):
-    """x <- shortcut(GELU(x)) + expand(mix(reduce(GELU(x)))): (B, in_dim, H, W) -> (B, 4 dim, H, W).
+    """Residual block, x <- shortcut(GELU(x)) + expand(mix(reduce(GELU(x)))): (B, in_dim, H, W) -> (B, 4 dim, H, W).
 
     Args:
-        dim: base width; a quarter of the channels out.
-        axial: mix by axial attention (2 dim channels) or by a 3 x 3 convolution (dim channels).
+        dim: base width; a quarter of the output channels.
+        axial: whether to mix by axial attention (2 dim channels) or by a 3 x 3 convolution (dim channels).
     """
 
     def __init__(self, in_dim: int, dim: int, *, axial: bool, num_heads: int, momentum: float):
@@ -117,7 +117,7 @@ class Block(nn.Module):
 
 
 class Fuse(nn.Module):
-    """A coarse map (B, low_dim, h, w) and a finer one (B, high_dim, H, W) -> their sum (B, dim, H, W)."""
+    """Fusion of a coarse map (B, low_dim, h, w) and a finer one (B, high_dim, H, W): their sum (B, dim, H, W)."""
 
     def __init__(self, low_dim: int, high_dim: int, dim: int, momentum: float):
         super().__init__()
@@ -129,11 +129,11 @@ class Fuse(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """A backbone's maps, from fine to coarse (strides 4, 8, 16, 32) -> as many maps from coarse to fine, (B, 4 dims[i], H_i, W_i).
+    """Pixel decoder: maps from fine to coarse (strides 4, 8, 16, 32) -> as many from coarse to fine, (B, 4 dims[i], H_i, W_i).
 
     Args:
         in_dims: channels of the backbone's maps, from fine to coarse.
-        depths, dims: blocks and base width a stage, from coarse to fine; the first two stages attend along axes.
+        depths, dims: blocks and base width per stage, from coarse to fine; the first two stages use axial attention.
     """
 
     def __init__(self, in_dims: Sequence[int], depths: Sequence[int], dims: Sequence[int], num_heads: int, momentum: float):

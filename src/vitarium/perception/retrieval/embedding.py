@@ -1,4 +1,4 @@
-"""Unit vectors of images from any model: its embedding where it has an embedding head, else the features that its classifier reads."""
+"""Unit vectors of images from any model: the output of its embedding head, or else the features that its classifier reads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def embeddings_of(model: nn.Module, image: Tensor) -> Tensor:
     """Return unit vectors (B, E) in float32 of prepared images (B, C, H, W).
 
     Raises:
-        UsageError: the model gives neither embeddings nor features.
+        UsageError: the model returns neither embeddings nor features.
     """
     if any(isinstance(module, EmbeddingHead) for module in model.modules()):
         return F.normalize(model(image).float(), dim=-1)

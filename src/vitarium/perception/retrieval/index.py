@@ -1,7 +1,7 @@
-"""An index: the unit vectors of many pictures in one file, and the pictures nearest to a vector.
+"""Retrieval index: the unit vectors of many images in one file, and nearest-neighbour search.
 
-The file is safetensors: `embeddings` (N, E) float32, and a record of paths, sizes and times of change, of the model and its fingerprint.
-Search is exact, by cosine, with faiss where it is installed and with torch where not; both give the same pictures in the same order.
+The file is safetensors: `embeddings` (N, E) float32, and a record of paths, sizes and modification times, of the model and its fingerprint.
+Search is exact, by cosine, with faiss if it is installed and else with torch; both return the same images in the same order.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from vitarium.perception.retrieval.embedding import embeddings_of
 
 KEY, FORMAT = "vitarium_index", 1
 SPARE = 32
-"""Candidates beyond those asked for, so that equal cosines at the end of the list are ordered alike by every search."""
+"""Extra candidates, so that equal cosines at the end of the list are ordered alike by every engine."""
 
 
 @dataclass
 class Index:
-    """Pictures with their vectors.
+    """Images with their vectors.
 
     Args:
         model: file or name of the model that made the vectors.
-        fingerprint: of its weights.
-        files: paths of the pictures, as they can be opened from where the index was made.
-        stamps: (bytes, time of change in ns) of each file.
+        fingerprint: hash of its weights.
+        files: paths of the images, relative to where the index was made.
+        stamps: (bytes, modification time in ns) of each file.
         embeddings: unit vectors (N, E), float32, on the CPU.
         broken: (path, reason) of files that could not be read.
     """
@@ -58,7 +58,7 @@ class Index:
         return len(self.files)
 
     def save(self, path: str | Path) -> None:
-        """Write it, whole or not at all."""
+        """Write the file, completely or not at all."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
@@ -73,10 +73,10 @@ class Index:
     def load(cls, path: str | Path) -> Index:
         """
         Raises:
-            CheckpointError: missing, damaged, no index, or one of a newer version.
+            CheckpointError: missing, damaged, not an index, or of a newer version.
         """
         path = existing(path)
-        advice = f"{path} is no index of pictures; 'vitarium index FOLDER --model FILE --output {path}' makes one"
+        advice = f"{path} is not an index of images; 'vitarium index FOLDER --model FILE --output {path}' makes one"
         if not looks_like_safetensors(path):
             raise CheckpointError(advice)
         tensors, metadata = read_safetensors(path)
@@ -92,18 +92,18 @@ class Index:
         except (ValueError, TypeError, KeyError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(f"{path} is a damaged index; delete it and make it anew") from error
+            raise CheckpointError(f"{path} is a damaged index; delete it and make it again") from error
         if not len(index.files) == len(index.stamps) == len(index.embeddings):
-            raise CheckpointError(f"{path} is a damaged index ({len(index.files)} files, {len(index.embeddings)} vectors); make it anew")
+            raise CheckpointError(f"{path} is a damaged index ({len(index.files)} files, {len(index.embeddings)} vectors); make it again")
         return index
 
     def search(self, queries: Tensor, count: int, *, engine: str = "auto") -> tuple[Tensor, Tensor]:
-        """Cosines (Q, k) and places in `files` (Q, k) of the nearest pictures of each query (Q, E), k = min(count, N).
+        """Return cosines (Q, k) and positions in `files` (Q, k) of the nearest images of each query (Q, E), k = min(count, N).
 
-        Pictures with equal cosines come in the order of the index.
+        Images with equal cosines are in the order of the index.
 
         Args:
-            engine: "faiss", "torch", or "auto": faiss where it is installed.
+            engine: "faiss", "torch", or "auto": faiss if it is installed.
 
         Raises:
             UsageError: vectors of another length.
@@ -115,7 +115,7 @@ class Index:
         wide = min(count + SPARE, len(self))
         queries = queries.float().cpu()
         places = (_faiss if engine == "faiss" else _torch)(self.embeddings, queries, wide)
-        places = places.sort(dim=1).values  # in the order of the index first, so that the stable sort below keeps it
+        places = places.sort(dim=1).values  # in the order of the index, which the stable sort below keeps
         cosines = torch.einsum("qe,qne->qn", queries.double(), self.embeddings[places].double()).float()
         order = cosines.argsort(dim=1, descending=True, stable=True)[:, :count]
         return cosines.gather(1, order), places.gather(1, order)
@@ -134,7 +134,7 @@ def _faiss(embeddings: Tensor, queries: Tensor, count: int) -> Tensor:
 
 
 def stamp_of(file: str) -> tuple[int, int]:
-    """Bytes and time of change of a file, (0, 0) where it is gone."""
+    """Return bytes and modification time of a file, (0, 0) if it is gone."""
     try:
         found = os.stat(file)
     except OSError:
@@ -143,7 +143,7 @@ def stamp_of(file: str) -> tuple[int, int]:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """sha256 of a model's weights."""
+    """Return the sha256 of a model's weights."""
     return fingerprint(model.state_dict())
 
 
@@ -157,7 +157,7 @@ def update(
     parts: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> tuple[int, int]:
-    """Bring an index up to date: afterwards it holds `files` and no others, in their order; unchanged ones are not read again.
+    """Update an index so that it holds `files` and no others, in their order; unchanged files are not read again.
 
     Args:
         index: of the same model; changed in place.
@@ -165,11 +165,11 @@ def update(
         files: paths of images.
         batch_size: images at once.
         engine: where the images are embedded, see `vitarium.engine.map_images`.
-        parts: folder for what is finished on the way, so that an interrupted call continues; removed at the end. None keeps nothing.
-        progress: called with the number of images read and of all that have to be.
+        parts: folder of finished parts, so that an interrupted call continues; removed at the end. None: parts are not kept.
+        progress: called with the number of images read and of all to be read.
 
     Returns:
-        how many images were read, and how many of the old ones are gone.
+        number of images read, and number of old ones removed.
     """
     known = {file: i for i, file in enumerate(index.files)}
     stamps = {file: stamp_of(file) for file in files}
@@ -206,13 +206,13 @@ def _embed_part(items: Sequence[tuple[str, tuple[int, int]]], model: nn.Module, 
 
 
 def _rows_of(part: dict[str, Any]) -> Iterator[tuple[str, tuple[int, int], Tensor]]:
-    """File, stamp and vector of each image that a part could read."""
+    """Return file, stamp and vector of each readable image of a part."""
     for file, stamp, vector in zip(part["files"], part["stamps"], part["vectors"], strict=True):
         yield file, tuple(stamp), vector
 
 
 def embed_files(model: nn.Module, files: Sequence[str], batch_size: int = 32) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
-    """Return the unit vectors of image files by path, and those that could not be read, with reasons."""
+    """Return the unit vectors of image files by path, and the unreadable ones with reasons."""
     rows: dict[str, Tensor] = {}
     bad_files = BadFiles(1.0)
     if not files:

@@ -1,6 +1,6 @@
-"""LoRA: low-rank additions to the attention's linear layers, y = W x + b + (alpha / r) B A x (Hu et al. 2021).
+"""LoRA: low-rank adapters of the attention's linear layers, y = W x + b + (alpha / r) B A x (Hu et al. 2021).
 
-W and b stay as they are, A (r, in) begins random, B (out, r) with zeros: a fresh addition changes nothing, bit for bit.
+W and b are frozen, A (r, in) is initialised at random, B (out, r) with zeros: a fresh adapter changes nothing, bit for bit.
 
     vitarium.apply(model, "lora:rank=8")
 """
@@ -24,7 +24,7 @@ from vitarium.perception.retrieval.prompts import freeze
 
 
 class LowRankLinear(nn.Module):
-    """A linear layer with an addition of rank r; `weight` and `bias` are the layer's own tensors, under their own names."""
+    """A linear layer with an adapter of rank r; `weight` and `bias` are the layer's own tensors, under their own names."""
 
     trained_part = True
 
@@ -43,7 +43,7 @@ class LowRankLinear(nn.Module):
         return F.linear(x, self.weight, self.bias) + self.factor * self.up(self.down(x))
 
     def merged(self) -> nn.Linear:
-        """One plain layer that computes the same: W + (alpha / r) B A."""
+        """Return one plain layer that computes the same: W + (alpha / r) B A."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None).to(self.weight)
         with torch.no_grad():
             linear.weight.copy_(self.weight + self.factor * self.up.weight @ self.down.weight)
@@ -55,21 +55,21 @@ class LowRankLinear(nn.Module):
 @method("lora", kind="adapt")
 @validated
 class LoRA(Method):
-    """Train small additions to queries, keys, values and output layers; everything else but the head is frozen.
+    """Train low-rank adapters of queries, keys, values and output layers; all else but the head is frozen.
 
     Args:
-        rank: of each addition, at least 1.
-        alpha: the additions are multiplied by alpha / rank.
+        rank: rank of each adapter, at least 1.
+        alpha: the adapters are multiplied by alpha / rank.
     """
 
     rank: Annotated[int, Field(ge=1)] = 8
     alpha: Annotated[float, Field(gt=0)] = 8.0
 
     def attach(self, model: nn.Module) -> AttachReport:
-        """Exchange the linear layers of every attention (of EVA's the output layers alone: it uses the others' weights by themselves).
+        """Replace the linear layers of every attention (in EVA only the output layers, because it uses the others' weights directly).
 
         Raises:
-            UnsupportedModel: anatomy does not know the model.
+            UnsupportedModel: anatomy does not support the model.
             AttachError: its attention has no plain linear layers.
         """
         view = of(model)
@@ -90,7 +90,7 @@ class LoRA(Method):
 
 
 def _layers(attention: AttentionView) -> list[Any]:
-    """What an attention calls as layers. One with biases apart from its joint layer uses that layer's weight without calling it."""
+    """Return the layers that an attention calls. One with separate biases uses its joint layer's weight without calling the layer."""
     layout = attention.layout
     apart = any(attention.part(name) is not None for name in layout.biases)
     return [*(attention.part(name) for name in layout.qkv[1 if apart else 0 :]), attention.proj]

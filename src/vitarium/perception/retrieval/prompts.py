@@ -1,14 +1,14 @@
-"""Learned tokens in the attention of a plain vision transformer (deep visual prompts), and a head that makes unit vectors.
+"""Deep visual prompts, learned tokens in the attention of a plain vision transformer, and an embedding head with unit vectors.
 
-A block with P prompts runs on [prompts | tokens], and what it makes of the prompts is thrown away. So they act in one place alone: as P
-more keys and values of the attention,
+A block with P prompts runs on [prompts | tokens], and discards its outputs at the prompts. The prompts therefore act only as P more keys
+and values of the attention,
 
     heads = softmax(q [k_p | k]^T scale) [v_p | v],      k_p, v_p = keys and values of norm1(prompts)
 
-which is computed here as it stands: no queries and no MLP for the prompts, and whatever reduces tokens never sees them. Prompts have no
-position, and rotary models do not turn them.
+which is computed here directly: no queries and no MLP for the prompts, and token reductions never see them. Prompts have no position, and
+rotary models do not rotate them.
 
-B batch, P prompts of a block, N tokens, C channels, E length of an embedding.
+Notation: B batch, P prompts per block, N tokens, C channels, E length of an embedding.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from vitarium.anatomy import Anatomy, Attended, BlockView, Site
 
 
 class VisualPrompts(nn.Module):
-    """The prompts of the first blocks, (1, P, C) each, shared by all images.
+    """Prompts of the first blocks, (1, P, C) each, shared by all images.
 
     Args:
         dim: channels C.
-        count: prompts a block, P.
-        depth: how many blocks have some.
-        patch: values of a patch of the image, which sizes the initial values (VPT's: uniform within sqrt(6 / (patch + C))).
+        count: prompts per block, P.
+        depth: number of blocks with prompts.
+        patch: number of values of an image patch, for the initialisation (VPT's: uniform within sqrt(6 / (patch + C))).
     """
 
     trained_part = True
@@ -44,13 +44,13 @@ class VisualPrompts(nn.Module):
         self._given: Sequence[Tensor] | None = None
 
     def of(self, block: int) -> Tensor | None:
-        """(1 or B, P, C) of a block, None where it has none."""
+        """Return the prompts of a block, (1 or B, P, C), or None if it has none."""
         layers: Sequence[Tensor] = self.layers if self._given is None else self._given  # type: ignore[assignment]
         return layers[block] if block < len(layers) else None
 
     @contextlib.contextmanager
     def instead(self, given: Sequence[Tensor]) -> Iterator[None]:
-        """For the passes inside, other prompts: one tensor (B, P, C) a block, for as many of the first blocks as there are."""
+        """Use other prompts within the context: one tensor (B, P, C) per block, for as many of the first blocks as are given."""
         before, self._given = self._given, given
         try:
             yield
@@ -84,7 +84,7 @@ class PromptSite(Site):
 
 
 class EmbeddingHead(nn.Module):
-    """Pooled features (B, C) -> unit vectors (B, E): normalise(Linear(LayerNorm(x))). It takes the classifier's place."""
+    """Embedding head: pooled features (B, C) -> unit vectors (B, E), normalise(Linear(LayerNorm(x))). It replaces the classifier."""
 
     trained_part = True
 
@@ -100,7 +100,7 @@ class EmbeddingHead(nn.Module):
 
     @contextlib.contextmanager
     def left_out(self) -> Iterator[None]:
-        """For the passes inside, the model gives out the pooled features (B, C) themselves."""
+        """Return the pooled features (B, C) themselves within the context."""
         before, self._features = self._features, True
         try:
             yield
@@ -109,7 +109,7 @@ class EmbeddingHead(nn.Module):
 
 
 def freeze(model: nn.Module, head: nn.Module | None) -> tuple[str, ...]:
-    """Let nothing of a model learn but what methods added to it, and its head. Returns the names of what learned before."""
+    """Freeze a model except the parameters that methods added and its head. Returns the names of parameters that were trainable."""
     added = (child for module in model.modules() if getattr(module, "trained_part", False) for child in module.children())
     spared = {id(p) for child in added for p in child.parameters()}
     spared |= {id(p) for p in (head.parameters() if head is not None else ())}
@@ -120,6 +120,6 @@ def freeze(model: nn.Module, head: nn.Module | None) -> tuple[str, ...]:
 
 
 def head_width(view: Anatomy) -> int:
-    """Channels of the features that the head of a model reads."""
+    """Return the number of features that a model's head reads."""
     width = getattr(view.head, "in_features", None) or getattr(view.tower, "num_features", None)
     return int(width or view.blocks[0].norm1.weight.shape[0])  # type: ignore[union-attr, arg-type, index]

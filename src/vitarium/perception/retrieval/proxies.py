@@ -1,13 +1,13 @@
-"""Proxies: a unit vector a class, to which the embeddings of its images are drawn, and from which those of others are pushed.
+"""Proxies: a unit vector per class that attracts the embeddings of its images and repels those of others.
 
 ProxyAnchor (Kim et al. 2020), with s = cos(x_i, p_c), alpha = 32, delta = 0.1:
 
     mean_c log(1 + sum_{i in c} exp(-alpha (s - delta))) + mean_c log(1 + sum_{i not in c} exp(alpha (s + delta)))
 
-Semantic proxies (Ren et al. 2024) are, by half, made of the images themselves: a GRU-like cell takes in one image's p after another, over
-the whole training, so that a class's proxy remembers what its images looked like.
+Semantic proxies (Ren et al. 2024) are in part made from the images themselves: a GRU-like cell reads one image's p after another, over the
+whole training, so that a class's proxy summarises its images.
 
-B batch, K classes, E length of an embedding, C channels of the backbone, P prompts of a class.
+Notation: B batch, K classes, E length of an embedding, C channels of the backbone, P prompts of a class.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ Mode = Literal["anchor", "nca"]
 def proxy_loss(
     embeddings: Tensor, proxies: Tensor, same: Tensor, *, alpha: float = 32.0, delta: float = 0.1, mode: Mode = "anchor"
 ) -> Tensor:
-    """The ProxyAnchor loss, a scalar.
+    """Return the ProxyAnchor loss, a scalar.
 
     Args:
         embeddings: unit vectors (B, E).
         proxies: unit vectors (K, E).
-        same: (B, K) bool, whether an image is of a proxy's class. A proxy without images adds 0, and counts in the mean.
+        same: (B, K) bool, whether an image belongs to a proxy's class. A proxy without images adds 0, and counts in the mean.
         alpha: sharpness.
         delta: margin: cosines above it are near enough, below -delta far enough.
-        mode: "anchor" sums over the images of a proxy, and takes the mean over proxies; "nca" the other way round.
+        mode: "anchor" sums over the images of a proxy and averages over proxies; "nca" the reverse.
     """
     s, axis = embeddings @ proxies.mT, 0 if mode == "anchor" else 1
     none = torch.finfo(s.dtype).min
@@ -47,7 +47,7 @@ def proxy_loss(
 
 
 class SemanticCell(nn.Module):
-    """A GRU cell whose candidate goes through ReLU ("gru_relu") or tanh ("gru"); state (K, E) and input (K, E) -> state (K, E).
+    """A GRU cell whose candidate passes ReLU ("gru_relu") or tanh ("gru"); state (K, E) and input (K, E) -> state (K, E).
 
     z = sig(x W_iz + h W_hz + b_iz), r likewise, n = act(x W_in + r (h W_hn) + b_in), h' = (1 - z) n + z h.
     """
@@ -68,12 +68,12 @@ class SemanticCell(nn.Module):
 
 
 def accumulate(container: Tensor, p: Tensor, labels: Tensor, cell: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    """Each class of a batch takes in the vectors p (B, E) of its images one after another, in the batch's order.
+    """Update each class of a batch with the vectors p (B, E) of its images, one after another in the batch's order.
 
-    Images of a class may stand anywhere in the batch, and there may be any number of them.
+    Images of a class may be anywhere in the batch, in any number.
 
     Returns:
-        the batch's classes (K',), their states after it (K', E), and the container (K, E) after it, whose rows are unit vectors as before.
+        the batch's classes (K',), their new states (K', E), and the new container (K, E), whose rows are unit vectors.
     """
     classes, place = labels.unique(return_inverse=True)
     order = place.argsort(stable=True)
@@ -81,14 +81,14 @@ def accumulate(container: Tensor, p: Tensor, labels: Tensor, cell: nn.Module) ->
     turn = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[place[order]]
     h = container[classes]
     for j in range(int(counts.max())):
-        images = order[turn == j]  # of each class that has as many, its j-th
+        images = order[turn == j]  # the j-th image of each class that has as many
         rows = place[images]
         h = h.index_copy(0, rows, cell(p[images], h[rows]).to(h.dtype))
     return classes, h, F.normalize(container.index_copy(0, classes, h), dim=1)
 
 
 class PlainProxies(nn.Module):
-    """Learned proxies (K, E) alone: ProxyAnchor as it was published.
+    """Learned proxies (K, E): the published ProxyAnchor.
 
     Args:
         num_classes, embed_dim: K and E.
@@ -100,10 +100,10 @@ class PlainProxies(nn.Module):
         self.bias = nn.Parameter(nn.init.xavier_normal_(torch.empty(num_classes, embed_dim)) / 8)
 
     def loss(self, embeddings: Tensor, labels: Tensor, *, over: Range = "in_batch", mode: Mode = "anchor", **numbers: float) -> Tensor:
-        """The loss of embeddings (B, E) of classes (B,), a scalar.
+        """Return the loss of embeddings (B, E) of classes (B,), a scalar.
 
         Args:
-            over: "in_batch": over the proxies of the batch's classes alone; "both_all": over all of them.
+            over: "in_batch": over the proxies of the batch's classes; "both_all": over all proxies.
             mode, numbers: see `proxy_loss`.
         """
         check_labels(labels, self.num_classes)
@@ -113,14 +113,14 @@ class PlainProxies(nn.Module):
 
 
 class SemanticProxies(PlainProxies):
-    """Proxies of which a share is made of the images of each class, by prompts of the class in the same frozen backbone.
+    """Proxies that are in part made from the images of each class, by prompts of the class in the same frozen backbone.
 
     Args:
         num_classes, embed_dim: K and E.
         dim: channels C of the backbone's tokens; `features`: of its pooled features.
-        prompts: of a class, in each of the first `depth` blocks.
-        ratio: share of the learned proxies; 1 is plain ProxyAnchor, whatever the container holds.
-        cell: how p is taken in: "gru_relu" (published), "gru", or "mix": 0.8 of the old and 0.2 of the new.
+        prompts: number of prompts of a class, in each of the first `depth` blocks.
+        ratio: share of the learned proxies; 1 is plain ProxyAnchor.
+        cell: update of the container: "gru_relu" (published), "gru", or "mix": 0.8 of the old and 0.2 of the new.
     """
 
     container: Tensor
@@ -148,18 +148,18 @@ class SemanticProxies(PlainProxies):
         self.register_buffer("container", F.normalize(torch.randn(num_classes, embed_dim), dim=1))
 
     def of(self, labels: Tensor) -> Sequence[Tensor]:
-        """The prompts of each image's class, (B, P, C) a block."""
+        """Return the prompts of each image's class, (B, P, C) per block."""
         return [layer[labels] for layer in self.prompts]
 
     def project(self, features: Tensor) -> Tensor:
-        """Pooled features of the proxy pass (B, C) -> p, unit vectors (B, E)."""
+        """Convert pooled features of the proxy pass (B, C) to p, unit vectors (B, E)."""
         return F.normalize(self.proj(self.norm(features)), dim=-1)
 
     def proxies(self, p: Tensor, labels: Tensor, over: Range = "in_batch") -> tuple[Tensor, Tensor]:
-        """Take a batch in; the classes (K',) that the loss is over, and their proxies (K', E) with their gradient.
+        """Update with a batch; return the classes (K',) that the loss is over, and their proxies (K', E) with gradients.
 
-        As published, the proxies of a batch's own classes are mixed from the cell's states as they come, those of all from unit vectors.
-        What is remembered is without gradient, and nothing is where a value is not finite.
+        As published, the proxies of a batch's own classes use the cell's unnormalised states, those of all classes unit vectors. The
+        container is stored without gradients, and is not updated with non-finite values.
         """
         check_labels(labels, self.num_classes)
         classes, states, updated = accumulate(self.container.clone(), p, labels, self.cell)
@@ -172,13 +172,13 @@ class SemanticProxies(PlainProxies):
     def semantic_loss(
         self, embeddings: Tensor, p: Tensor, labels: Tensor, *, over: Range = "in_batch", mode: Mode = "anchor", **numbers: float
     ) -> Tensor:
-        """As `loss`, with what the proxy pass made of the same images, p (B, E)."""
+        """Return the loss, given the proxy pass's vectors of the same images, p (B, E)."""
         classes, proxies = self.proxies(p, labels, over)
         return proxy_loss(embeddings, proxies.to(embeddings.dtype), labels[:, None] == classes, mode=mode, **numbers)
 
 
 class Mix(nn.Module):
-    """0.8 of the state and 0.2 of the input, without weights."""
+    """Mix 0.8 of the state and 0.2 of the input, without weights."""
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         return 0.8 * h + 0.2 * x
@@ -187,7 +187,7 @@ class Mix(nn.Module):
 def check_labels(labels: Tensor, num_classes: int) -> None:
     """
     Raises:
-        DataError: a class number beyond those that there are proxies for.
+        DataError: a class number without a proxy.
     """
     if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= num_classes):
-        raise DataError(f"there are proxies for classes 0 to {num_classes - 1}; the batch has class {int(labels.max())}")
+        raise DataError(f"there are proxies for the classes 0 to {num_classes - 1}; the batch has class {int(labels.max())}")

@@ -1,4 +1,4 @@
-"""How well embeddings retrieve images of the same class: recall@k and MAP@R, each image against all others.
+"""Scores of embeddings for retrieving images of the same class: recall@k and MAP@R, each image against all others.
 
 For a query image q with R other images of its class, and all others ranked by cosine similarity:
 

@@ -1,4 +1,4 @@
-"""Queries and what was found, drawn: a row a query, the nearest first."""
+"""Drawings of queries with their results: a row per query, nearest first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GREEN, RED, BLACK, GREY = "#2e7d32", "#c62828", "#212121", "#90a4ae"
 
 
 class Found(NamedTuple):
-    """A picture that was found: None where its file is no longer readable; its caption; whether it is right (None: nobody knows)."""
+    """A result: the image, None if its file is no longer readable; its caption; whether it is right (None: unknown)."""
 
     picture: Image.Image | None
     caption: str
@@ -20,7 +20,7 @@ class Found(NamedTuple):
 
 
 def sheet(rows: Sequence[tuple[Image.Image, Sequence[Found]]]) -> Image.Image:
-    """A row for each query: itself in a black frame, then what was found, green where it is right and red where it is wrong."""
+    """Draw a row for each query: the query in a black frame, then its results, green if right and red if wrong."""
     columns = 1 + max(len(found) for _, found in rows)
     size = (columns * (CELL + GAP) + 2 * GAP, len(rows) * (CELL + CAPTION + GAP) + GAP)
     drawn = Image.new("RGB", size, "white")
