@@ -75,8 +75,8 @@ def test_mistakes_are_told(run, model, folder, tmp_path):
     for arguments, code, told in (
         (("index", tmp_path / "empty", "--model", model, "--output", index), 3, "holds no images"),
         (("index", folder / "broken.png", "--model", model, "--output", tmp_path / "x.index"), 3, "no image could be read"),
-        (("index", folder, "--model", model, "--output", model), 4, "no index"),
-        (("search", model, folder), 4, "no index"),
+        (("index", folder, "--model", model, "--output", model), 4, "is not an index"),
+        (("search", model, folder), 4, "is not an index"),
         (("search", tmp_path / "none.index", folder), 4, "there is no file"),
         (("search", index, folder / "broken.png"), 3, "no image could be read"),
         (("search", index, folder, "--output", tmp_path / "x.txt"), 2, "must end in"),

@@ -153,7 +153,7 @@ def test_an_interrupted_index_continues_even_with_another_list(pictures, monkeyp
 
 def test_files_that_are_no_index_are_refused(pictures):
     vitarium.save(vitarium.create_model("timm/vit_pico"), pictures / "m.safetensors")
-    for file, told in (("0.png", "no index"), ("m.safetensors", "no index"), ("none.index", "there is no file")):
+    for file, told in (("0.png", "is not an index"), ("m.safetensors", "is not an index"), ("none.index", "there is no file")):
         with pytest.raises(CheckpointError, match=told):
             Index.load(pictures / file)
 

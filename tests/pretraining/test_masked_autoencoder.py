@@ -83,7 +83,7 @@ def test_refuses_at_the_door():
         model(images(1, 15, 18))
     with pytest.raises(InputError, match="leave at least one of 16 patches"):
         model(images(1), mask_ratio=0.99)
-    with pytest.raises(InputError, match=r"noise must be one number a patch, \(2, 16\), got \(2, 4\)"):
+    with pytest.raises(InputError, match=r"noise must hold one number per patch, \(2, 16\), got \(2, 4\)"):
         model(images(), torch.rand(2, 4))
     with pytest.raises(InputError, match="channels"):
         model(images()[:, :1])
