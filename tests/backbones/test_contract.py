@@ -1,4 +1,4 @@
-"""What every registered backbone keeps, each in its smallest variant. A model joins by being registered."""
+"""Contract of all registered backbones, tested on the smallest variant of each. New models are included by registration."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def _built(name: str) -> Backbone:
 
 @pytest.fixture(params=NAMES)
 def model(request: pytest.FixtureRequest) -> Backbone:
-    """A fresh copy in eval mode."""
+    """Return a new copy in evaluation mode."""
     return copy.deepcopy(_built(request.param))
 
 
 def image_for(model: Backbone, batch: int = 2, height: int | None = None, width: int | None = None, **options) -> Tensor:
-    """An image, or for a video model a clip, of the size that the model is made for."""
+    """Return an image, or for a video model a clip, of the size that the model is made for."""
     side = model.preprocessing.image_size
     frames = [model.preprocessing.frames] if isinstance(model, VideoBackbone) else []
     shape = batch, model.in_chans, *frames, height or side, width or side
@@ -48,7 +48,7 @@ def image_for(model: Backbone, batch: int = 2, height: int | None = None, width:
 
 
 def some_loss(logits: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """A scalar of all that a model gives out: in training it may be a pair (a class token's logits beside the others)."""
+    """Return a scalar that depends on all outputs; in training there may be a pair (with the logits of a class token)."""
     return sum(part.float().square().sum() for part in (logits if isinstance(logits, tuple) else (logits,)))
 
 
@@ -64,7 +64,7 @@ def test_every_family_has_a_small_variant_that_learns_fast():
 
 @pytest.mark.parametrize("name", vitarium.list_models())
 def test_every_variant_builds(name: str):
-    """On the meta device, without memory; the constructor takes every key of the variants table."""
+    """On the meta device, without memory; the constructor accepts every key of the variants table."""
     with torch.device("meta"):
         model = vitarium.create_model(name)
     assert model.spec.name == name
@@ -81,7 +81,7 @@ def test_every_parameter_gets_a_gradient(model: Backbone):
     model.train()
     for part in model.modules():
         if isinstance(part, DropPath):
-            part.drop_prob = 0.0  # two samples may both lose a branch
+            part.drop_prob = 0.0  # the branches of both samples may be dropped
     maps = model.forward_intermediates(image_for(model), norm=True, intermediates_only=True)
     (some_loss(model(image_for(model))) + some_loss(tuple(maps))).backward()
     missing = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum() > 0)]
@@ -147,7 +147,7 @@ def test_deterministic_in_eval(model: Backbone):
 
 
 def test_inference_mode_equals_training_graph(model: Backbone):
-    """The fast paths of inference say what the ordinary operators say."""
+    """The fast paths of inference equal the ordinary operators."""
     image = image_for(model, batch=2)
     with torch.inference_mode():
         fast = model(image)
@@ -156,7 +156,7 @@ def test_inference_mode_equals_training_graph(model: Backbone):
 
 def test_fused_for_deployment_says_the_same(model: Backbone):
     generator = torch.Generator().manual_seed(4)
-    for name, buffer in model.named_buffers():  # statistics that a norm cannot do without
+    for name, buffer in model.named_buffers():  # statistics for which the norms matter
         if name.endswith(("running_mean", "running_var")):
             buffer.add_(torch.rand(buffer.shape, generator=generator))
     image = image_for(model)
@@ -324,6 +324,6 @@ def test_default_cfg_is_timms(model: Backbone):
 
 
 def test_authors_names_load(model: Backbone):
-    """A state of ours under the authors' names comes back whole; the table's two directions are tested by the goldens."""
+    """A state with the authors' names loads completely; the goldens test both directions of the table."""
     family, _ = find_model(model.spec.name)
     assert "official" in family.dialects, f"{family.name} does not say how the authors name its tensors"

@@ -1,4 +1,4 @@
-"""What is true of ConViT alone; what is true of every backbone is tested once, in test_contract.py."""
+"""Tests specific to ConViT; the contract of all backbones is in test_contract.py."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_begins_as_the_authors_model_does():
             f"position_attention_h{heads}": part.position_attention((6, 6)),
         }
     error = compare("convit-local_init", found)
-    assert error < 2e-6  # the authors' softmax was recorded in single precision: 1e-7 of a largest value of 0.5
+    assert error < 2e-6  # the authors' softmax was recorded in float32: 1e-7 of a maximum of 0.5
     RESULTS.append(("convit-local_init", error))
 
 
@@ -75,7 +75,7 @@ def test_the_gate_shut_is_ordinary_attention():
 @pytest.mark.identity
 @pytest.mark.parametrize("heads", [4, 9])
 def test_the_gate_open_and_narrow_is_a_convolution(heads: int):
-    """Each head gives its slice of the token at its offset. Between four tokens, where the kernel is even, it gives their mean."""
+    """Each head returns its channels of the token at its offset, or for even kernels the mean of four tokens."""
     part = GPSA(4 * heads, heads, locality=50.0).double()
     torch.nn.init.constant_(part.gating_param, 1e4)
     side, centre = (2, 0.5) if heads == 4 else (3, 1)

@@ -1,4 +1,4 @@
-"""What is true of CrossFormer alone; what is true of every backbone is tested once, in test_contract.py."""
+"""Tests specific to CrossFormer; the contract of all backbones is in test_contract.py."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_macs(name: str, macs: float):
 
 
 def literal_attention(block: CrossFormerBlock, x: Tensor, size: int, interval: int) -> Tensor:
-    """The card's words: pad, regroup, attend with the bias of each pair and -1e6 for padded keys, undo, crop. (B, H, W, C)."""
+    """Literal implementation: pad, regroup, attend with the bias of each pair and -1e6 for padded keys, reverse, crop. (B, H, W, C)."""
     batch, height, width, dim = x.shape
     step = size * interval
     bottom, right = -height % step, -width % step
@@ -78,7 +78,7 @@ def literal_attention(block: CrossFormerBlock, x: Tensor, size: int, interval: i
 
 
 def literal(model: CrossFormer, image: Tensor) -> Tensor:
-    """The whole model in the card's words; also what its speed is compared with."""
+    """Literal implementation of the whole model, also the reference for benchmarks."""
     x = model.patch_embed(image)
     for stage in model.stages:
         x = stage.downsample(x)
@@ -93,14 +93,14 @@ def literal(model: CrossFormer, image: Tensor) -> Tensor:
 
 
 def reference(model: CrossFormer) -> Callable[[Tensor], Tensor]:
-    """What the speed of `model` is compared with: the same function, by these equations, from its weights."""
+    """Build the reference for benchmarks: the same function by the equations above, with the weights of `model`."""
     return lambda image: literal(model, image)
 
 
 @pytest.mark.identity
 @pytest.mark.parametrize("size", [(16, 16), (35, 50), (64, 64), (96, 66)])
 def test_equals_the_literal_words(size: tuple[int, int]):
-    """Also where maps are padded, and smaller than a group."""
+    """Also for padded maps and maps smaller than a group."""
     model = vitarium.create_model("crossformer_pico", cooling=True, depths=(4, 2)).double().eval()
     image = torch.randn(2, 3, *size, dtype=torch.float64)
     torch.testing.assert_close(model(image), literal(model, image), rtol=0, atol=1e-11)
@@ -130,7 +130,7 @@ def test_far_groups_on_a_map_of_their_size_are_full_attention_among_congruent_to
     q, k, v = part.qkv(x).view(2, 144, 3, 2, 4).permute(2, 0, 3, 1, 4)
     expected = part.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=together).transpose(1, 2).flatten(2))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    assert torch.equal(groups.order, attention_layout(12, 12, 4, grid=True).order)  # which is MaxViT's grid
+    assert torch.equal(groups.order, attention_layout(12, 12, 4, grid=True).order)  # MaxViT's grid
 
 
 @pytest.mark.identity
@@ -145,13 +145,13 @@ def test_the_bias_of_a_group_is_the_mlp_of_each_pair():
     place = torch.cartesian_prod(torch.arange(5), torch.arange(5)).double()
     expected = part.of_offsets(place[:, None] - place).permute(2, 0, 1)
     torch.testing.assert_close(part(5), expected, rtol=0, atol=1e-12)
-    smaller = part(3)  # a smaller group's biases are among them
+    smaller = part(3)  # includes the biases of smaller groups
     torch.testing.assert_close(smaller[:, 4, 4], expected[:, 12, 12], rtol=0, atol=1e-12)
 
 
 @pytest.mark.identity
 def test_padding_is_never_seen():
-    """Whatever token stands where padding would: nothing changes."""
+    """The tokens at padded places do not change the result."""
     part = WindowAttention(8, 2, DynamicPositionBias(32, 2)).double().eval()
     groups = Groups.of(6, 5, 4, 2, torch.device("cpu"))
     x = torch.randn(1, 30, 8, dtype=torch.float64)[:, groups.take]
@@ -168,7 +168,7 @@ def test_detectors_checkpoints_load():
 
 
 def test_other_groups_take_the_same_weights():
-    """Group sizes and intervals of dense prediction: the position bias has no size."""
+    """Group sizes and intervals of dense prediction: the position bias has no fixed size."""
     model = vitarium.create_model("crossformer_pico").eval()
     other = vitarium.create_model("crossformer_pico", group_sizes=(6, 3), intervals=(3, 2)).eval()
     other.load_state_dict(model.state_dict())
@@ -176,7 +176,7 @@ def test_other_groups_take_the_same_weights():
 
 
 def test_a_new_bias_is_seen_in_eval():
-    """The kept biases follow a change of any of their parameters."""
+    """Cached biases follow a change of any of their parameters."""
     model = vitarium.create_model("crossformer_pico").eval()
     image = torch.randn(1, 3, 16, 16)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What is true of CrossViT alone; what is true of every backbone is tested once, in test_contract.py."""
+"""Tests specific to CrossViT; the contract of all backbones is in test_contract.py."""
 
 from __future__ import annotations
 

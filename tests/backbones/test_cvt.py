@@ -1,4 +1,4 @@
-"""What is true of CvT alone; what is true of every backbone is tested once, in test_contract.py."""
+"""Tests specific to CvT; the contract of all backbones is in test_contract.py."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ def test_macs():
 
 
 def reference(model: CvT) -> nn.Module:
-    """What the speed of `model` is compared with: transformers' class, given the activation that the weights were trained with; its
-    random weights are loaded into `model`.
+    """Build the reference for benchmarks: transformers' class with the activation that the weights were trained with.
+
+    Its random weights are loaded into `model`.
     """
     from transformers import CvtConfig, CvtForImageClassification
 
@@ -66,7 +67,7 @@ def test_transformers_checkpoints_load():
 
 
 def plain_projections(part: ConvAttention) -> None:
-    """Convolutions that pass their input on, batch norms at their identity."""
+    """Set convolutions and batch norms to the identity."""
     for name, conv in part.named_modules():
         if name.endswith(".conv"):
             nn.init.zeros_(conv.weight)

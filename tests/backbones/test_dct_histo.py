@@ -1,4 +1,4 @@
-"""What is true of the DCT-HistoTransformer alone; what is true of every backbone is tested once, in test_contract.py."""
+"""Tests specific to the DCT-HistoTransformer; the contract of all backbones is in test_contract.py."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_refuses_more_coefficients_than_samples():
 
 
 def literal_attention(part: DCTAttention2d, x: Tensor) -> Tensor:
-    """The card's, operation by operation, with the whole transform and zeros."""
+    """Literal implementation, with the full transform and zeros."""
     batch, channels, height, width = x.shape
     rows, columns = min(part.keep, height), min(part.keep, width)
     down, right = dct_matrix(height, height, x), dct_matrix(width, width, x)
@@ -95,7 +95,7 @@ def literal(model: DCTHistoTransformer, image: Tensor) -> Tensor:
 
 
 def reference(model: DCTHistoTransformer) -> Callable[[Tensor], Tensor]:
-    """What the speed of `model` is compared with: the same function, by these equations, from its weights."""
+    """Build the reference for benchmarks: the same function by the equations above, with the weights of `model`."""
     return lambda image: literal(model, image)
 
 

@@ -1,4 +1,4 @@
-"""What is true of DependencyViT alone; what is true of every backbone is tested once, in test_contract.py."""
+"""Tests specific to DependencyViT; the contract of all backbones is in test_contract.py."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def outputs(model: DependencyViT, tokens: Tensor) -> dict[str, Tensor]:
 
 
 def from_tokens(**options) -> DependencyViT:
-    """The part behind the patches, as the goldens have it: their tokens carry positions already."""
+    """The model without patch embedding, as in the goldens, whose tokens include positions."""
     model = vitarium.create_model("dependencyvit_tiny", embed_dim=48, message_bias=0.0, pool="mean", **options)
     del model.patch_embed, model.pos_embed
     return model
@@ -74,7 +74,7 @@ def test_parameters_and_macs_of_the_card(name: str, millions: float, giga: float
 
 
 def literal(part: ReversedAttention, x: Tensor, messages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The card's words, with A^R written out. Also what its speed is compared with."""
+    """Literal implementation with the matrix A^R, also the reference for benchmarks."""
     batch, count, dim = x.shape
     q, k, v = part.qkv(x).reshape(batch, count, 3, part.num_heads, part.head_dim).permute(2, 0, 3, 1, 4)
     forward = (q @ k.transpose(-2, -1) * part.head_dim**-0.5).softmax(-1)
@@ -86,7 +86,7 @@ def literal(part: ReversedAttention, x: Tensor, messages: Tensor) -> tuple[Tenso
 
 
 def reference(model: DependencyViT) -> Callable[[Tensor], Tensor]:
-    """What the speed of `model` is compared with: the same model with its attention in the card's words."""
+    """Build the reference for benchmarks: the same model with attention by the equations above."""
 
     def in_words(part: ReversedAttention, x: Tensor, messages: Tensor, count: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
         out, sent, received = literal(part, x, messages)
@@ -179,7 +179,7 @@ def images(batch: int = 2, height: int = 16, width: int = 16) -> Tensor:
 
 
 @pytest.mark.identity
-def test_who_stopped_stays_silent():
+def test_a_token_that_stopped_sending_sends_nothing_later():
     model = small(message_bias=0.0)
     before = torch.ones(2, 16, dtype=torch.float64)
     for flow in model.forward_stages(images()):
@@ -189,7 +189,7 @@ def test_who_stopped_stays_silent():
 
 
 @pytest.mark.identity
-def test_pruning_nobody_changes_nothing():
+def test_pruning_no_token_changes_nothing():
     model, same = small(), small(prune_blocks=(1, 2), prune_share=0.0)
     torch.testing.assert_close(same(images()), model(images()), rtol=0, atol=0)
 
@@ -226,7 +226,7 @@ def test_messages_too_small_for_numbers_leave_no_hole():
 
 
 def test_fresh_messages_arrive():
-    """Our own start of the controllers; the port's leaves next to nothing."""
+    """Message mass after the default initialisation of the controllers, and after the port's, which is close to zero."""
     torch.manual_seed(0)
     arrived = {}
     for bias in (4.0, 0.0):
@@ -239,7 +239,7 @@ def test_fresh_messages_arrive():
 
 
 def test_tokens_really_leave():
-    """The MLP of a pruning block and all later blocks see fewer tokens; those that left keep their last value."""
+    """The MLP of a pruning block and all later blocks process fewer tokens; pruned tokens keep their last value."""
     model = small("dependencyvit_lite_pico")
     seen: list[int] = []
     for block in model.blocks:
@@ -295,7 +295,7 @@ def test_a_vits_weights_fill_what_is_shared(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["dependencyvit_pico", "dependencyvit_lite_pico"])
-def test_a_pass_tells_who_depends_on_whom(name: str):
+def test_a_forward_pass_returns_the_dependencies(name: str):
     model = small(name)
     logits, found = model(images(height=20, width=13), return_dependency=True)
     torch.testing.assert_close(logits, model(images(height=20, width=13)), rtol=0, atol=1e-12)
@@ -333,7 +333,7 @@ def test_trees_of_a_batch():
     assert last.parent.shape == (16,)
 
 
-def test_refusals_say_what_is_accepted():
+def test_errors_name_what_is_accepted():
     for options, words in [
         ({"pool": "max"}, "pool must be one of weighted, mean"),
         ({"prune_by": "luck"}, "prune_by must be one of received, messages"),

@@ -1,4 +1,4 @@
-"""What is true of token routing alone; what is true of every backbone is tested once, in test_contract.py."""
+"""Tests specific to token routing; the contract of all backbones is in test_contract.py."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_parameter_counts(name: str, millions: float):
 
 
 def mixed(seed: int = 0, **options) -> DiTRouting:
-    """A model of which each gate lets some of the tokens through, in float64 and eval."""
+    """Return a model in float64 and evaluation mode whose gates each select some of the tokens."""
     torch.manual_seed(seed)
     model = vitarium.create_model("dit_routing_pico", num_classes=5, **options).double().eval()
     with torch.no_grad():
@@ -44,7 +44,7 @@ def images(batch: int = 2, height: int = 16, width: int = 16) -> Tensor:
 
 
 def set_gates(model: DiTRouting, *, row: bool, column: bool) -> None:
-    """All gates of a way on, or off; they stay gates of tokens."""
+    """Set all gates of a direction on or off; they remain per-token gates."""
     for name, p in model.named_parameters():
         if name.startswith("gates_"):
             nn.init.zeros_(p)
@@ -53,7 +53,7 @@ def set_gates(model: DiTRouting, *, row: bool, column: bool) -> None:
 
 
 class Literal:
-    """The equations of the grid one by one, over a state: maps (B, C, h, w), everything computed and masked."""
+    """Literal implementation of the grid from a state dict: maps (B, C, h, w), everything computed and masked."""
 
     def __init__(self, model: DiTRouting, heads=(1, 2, 3), ratios=(4, 2, 1), columns: int = 2, stride: int = 2, *, gated: bool = True):
         self.state, self.gated = {name: t.detach() for name, t in model.state_dict().items()}, gated
@@ -116,7 +116,7 @@ class Literal:
 
 
 def reference(model: DiTRouting) -> Callable[[Tensor], Tensor]:
-    """What the speed of `model` is compared with: the same function, by these equations, from its weights and with its gates."""
+    """Build the reference for benchmarks: the same function by the equations above, with the weights and gates of `model`."""
     mixers = [row[0].blocks[0].attn for row in model.stages]
     heads, ratios = tuple(mixer.num_heads for mixer in mixers), tuple(mixer.sr_ratio for mixer in mixers)
     return Literal(model, heads, ratios, model.columns, model.patch_embed.proj.stride[0])
@@ -260,7 +260,7 @@ def test_sampled_gates_are_hard_and_follow_their_numbers():
 
 
 def test_a_budget_is_kept():
-    """Twenty steps in which little but the budget counts close many gates; target and temperature move as they are told to."""
+    """Twenty steps dominated by the budget term close many gates; target and temperature follow their schedules."""
     torch.manual_seed(0)
     model = vitarium.create_model("dit_routing_pico", num_classes=5, budget=0.3)
     learner = RoutingLearner(model, RoutingLearner.Settings(weight=100.0)).train()
@@ -280,7 +280,7 @@ def test_a_budget_is_kept():
     assert costs[-1] < costs[0] - 0.15
 
 
-def test_trains_and_tells_its_cost(tmp_path: Path):
+def test_trains_and_reports_its_cost(tmp_path: Path):
     recipe = load_recipe("dit_routing_pico", ["budget.steps=3", "eval_every=1.0"])
     data = vitarium.open_data("digits")
     learner = find_learner("dit_routing").create("dit_routing_pico", data, recipe)
@@ -345,7 +345,7 @@ def test_only_a_square_grid_has_a_diagonal():
 
 
 def test_gathered_edges_follow_their_weights():
-    """Also where an optimizer changes them without leaving a trace in the tensor's version."""
+    """Also if an optimizer changes them without a version bump."""
     model, image = mixed(), images()
     model(image)
     for column in model.modules():

@@ -1,4 +1,4 @@
-"""What is true of FMViT alone; what is true of every backbone is tested once, in test_contract.py."""
+"""Tests specific to FMViT; the contract of all backbones is in test_contract.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vitarium.backbones.fmvit import ConvMixer, FMViT, GroupMlp, LightAttention,
 
 
 def filled(model: nn.Module) -> nn.Module:
-    """Away from the initial zeros and ones, statistics too."""
+    """Fill parameters and statistics with random values."""
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if name.endswith("running_var"):
@@ -25,7 +25,7 @@ def filled(model: nn.Module) -> nn.Module:
 
 
 class Literal:
-    """The equations one by one, over a state of the training form."""
+    """Literal implementation from a state dict of the training form."""
 
     def __init__(self, state: dict[str, Tensor], groups: tuple[int, ...] = (1, 2, 4)):
         self.state, self.groups = state, groups
@@ -47,7 +47,7 @@ class Literal:
         return y + self.bn(x, f"{at}.identity") if f"{at}.identity.weight" in self.state else y
 
     def mean(self, x: Tensor, s: int) -> Tensor:
-        """Of cells, those at the border of what is there."""
+        """Means of cells, at the border over the existing pixels."""
         return F.avg_pool2d(x, s, ceil_mode=True, count_include_pad=False)
 
     def spread(self, x: Tensor, s: int, like: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class Literal:
 
 
 def reference(model: FMViT) -> Callable[[Tensor], Tensor]:
-    """What the speed of `model` is compared with: the same function, by these equations, from its weights."""
+    """Build the reference for benchmarks: the same function by the equations above, with the weights of `model`."""
     orders = [[hasattr(block, "reduce") for block in stage.blocks] for stage in model.stages]
     strides = tuple(model.stem[i].branches[0].conv.stride[0] for i in (0, 4))
     return lambda image: Literal(model.state_dict())(image, orders, strides)

@@ -1,4 +1,4 @@
-"""What is true of HorNet alone; what is true of every backbone is tested once, in test_contract.py."""
+"""Tests specific to HorNet; the contract of all backbones is in test_contract.py."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def test_parameter_counts(name: str, millions: float, within: float):
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=within)
 
 
-def test_parameters_of_the_large_models_differ_as_the_authors_say():
-    """209, 211 and 216 M; by the architecture the first has 194.5 M with a head for 1,000 classes, so only the differences are compared."""
+def test_parameters_of_the_large_models_differ_as_in_the_paper():
+    """The paper gives 209, 211 and 216 M; the first has 194.5 M by the architecture with 1,000 classes, so differences are compared."""
     with torch.device("meta"):
         plain, gf, wide = (sum(p.numel() for p in vitarium.create_model(f"hornet_large{n}").parameters()) for n in ("", "_gf", "_gf_384"))
     assert (gf - plain) / 1e6 == pytest.approx(2, abs=0.6)
@@ -48,7 +48,7 @@ def test_parameters_of_the_large_models_differ_as_the_authors_say():
 
 
 def reference(model: HorNet) -> Callable[[Tensor], Tensor]:
-    """What the speed of `model` is compared with: the same function, by these equations, from its weights."""
+    """Build the reference for benchmarks: the same function by the equations above, with the weights of `model`."""
 
     def conv(x: Tensor, layer: nn.Conv2d) -> Tensor:
         return F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding, 1, layer.groups)
@@ -82,14 +82,14 @@ def reference(model: HorNet) -> Callable[[Tensor], Tensor]:
 
 @pytest.mark.identity
 def test_equals_the_equations():
-    """Of the models with 7 x 7 kernels."""
+    """For the models with 7 x 7 kernels."""
     model = vitarium.create_model("hornet_pico", num_classes=7).double().eval()
     image = torch.randn(2, 3, 34, 20, dtype=torch.float64)
     torch.testing.assert_close(model(image), reference(model)(image), rtol=0, atol=1e-11)
 
 
 def silent(part: nn.Module) -> nn.Module:
-    """With biases of zero."""
+    """With zero biases."""
     for name, parameter in part.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)

@@ -1,4 +1,4 @@
-"""What is true of MAFormer alone; what is true of every backbone is tested once, in test_contract.py."""
+"""Tests specific to MAFormer; the contract of all backbones is in test_contract.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vitarium.backbones.maformer import FUSIONS, FusionBlock, GlobalTokens, Loca
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, seen: Tensor | None = None) -> Tensor:
-    """Token rows (N, C)."""
+    """Convert a map to token rows (N, C)."""
     size = q.shape[1] // heads
     out = []
     for i in range(heads):
@@ -25,13 +25,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, seen: Tensor | None =
 
 
 def same_window(grid: tuple[int, int], size: int) -> Tensor:
-    """Which of a grid's tokens stand in one window, (N, N)."""
+    """Return which pairs of tokens of a grid share a window, (N, N)."""
     y, x = torch.arange(grid[0]).repeat_interleave(grid[1]) // size, torch.arange(grid[1]).repeat(grid[0]) // size
     return (y[:, None] == y) & (x[:, None] == x)
 
 
 class Literal:
-    """The equations one by one, for one image, over a state."""
+    """Literal implementation for one image, from a state dict."""
 
     def __init__(self, state: dict[str, Tensor]):
         self.state = state
@@ -80,7 +80,7 @@ class Literal:
 
 
 def reference(model: MAFormer) -> Callable[[Tensor], Tensor]:
-    """What the speed of `model` is compared with: the same function, by these equations, from its weights."""
+    """Build the reference for benchmarks: the same function by the equations above, with the weights of `model`."""
     two = [stage.blocks[0] for stage in model.stages if isinstance(stage.blocks[0], FusionBlock)]
     heads, depths = (tuple(f(stage.blocks) for stage in model.stages) for f in (lambda blocks: blocks[0].attn.num_heads, len))
     setting = heads, depths, len(two), model.feature_info[0]["reduction"], two[0].attn.window_size
@@ -88,7 +88,7 @@ def reference(model: MAFormer) -> Callable[[Tensor], Tensor]:
 
 
 def filled(part: nn.Module) -> nn.Module:
-    """In float64, away from the initial zeros and ones."""
+    """Convert to float64 and fill with random values."""
     torch.manual_seed(0)
     with torch.no_grad():
         for tensor in part.double().parameters():
@@ -109,7 +109,7 @@ def test_equals_the_equations(window: int):
 
 @pytest.mark.identity
 def test_windows_are_swins():
-    """timm's window attention without its biases, where ours has no convolution."""
+    """Equal to timm's window attention with zero biases if the convolution is zero."""
     from timm.models.swin_transformer import WindowAttention
 
     theirs = WindowAttention(16, 2, window_size=(4, 4)).double().eval()
@@ -123,7 +123,7 @@ def test_windows_are_swins():
 
 @pytest.mark.identity
 def test_the_identity_over_the_token_axis_hands_the_tokens_on():
-    """So that the fusion is ordinary cross attention to LN x."""
+    """Set the global tokens to LN x, so that the fusion is ordinary cross attention."""
     part = filled(FusionBlock(16, 2, (4, 4), 1.0, 4, 2.0, "cross", False, 0.0))
     assert isinstance(part, FusionBlock)
     assert part.gld is not None

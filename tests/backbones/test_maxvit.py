@@ -1,4 +1,4 @@
-"""What is true of MaxViT alone; what is true of every backbone is tested once, in test_contract.py."""
+"""Tests specific to MaxViT; the contract of all backbones is in test_contract.py."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_where_a_window_covers_the_map_both_partitions_are_one():
 
 @pytest.mark.identity
 def test_padding_is_never_seen():
-    """A 6 x 5 map in windows of 4: what lies beyond the border changes nothing."""
+    """A 6 x 5 map in windows of 4: padding does not change the result."""
     part = PartitionAttention(32, 4, 0.0).double().eval()
     for grid in (False, True):
         layout = attention_layout(6, 5, 4, grid=grid)
@@ -97,7 +97,7 @@ def test_folded_norms_change_nothing():
 
 
 def test_equals_timms_model_on_another_window():
-    """A checkpoint for windows of 7, in windows of 2."""
+    """A checkpoint with windows of 7 loads into windows of 2."""
     import timm
 
     theirs = timm.create_model("maxvit_tiny_tf_224", img_size=64, depths=(1, 1, 1, 1), num_classes=5).eval()

@@ -1,4 +1,4 @@
-"""What is true of S2AFormer alone; what is true of every backbone is tested once, in test_contract.py."""
+"""Tests specific to S2AFormer; the contract of all backbones is in test_contract.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vitarium.backbones.s2aformer import S2AFormer, StripSelfAttention
 
 
 def filled(part: nn.Module) -> nn.Module:
-    """In float64, away from the initial zeros and ones, statistics too."""
+    """Convert to float64 and fill parameters and statistics with random values."""
     torch.manual_seed(0)
     with torch.no_grad():
         for name, tensor in part.double().state_dict().items():
@@ -26,7 +26,7 @@ def filled(part: nn.Module) -> nn.Module:
 
 
 class Literal:
-    """The equations one by one, over a state."""
+    """Literal implementation from a state dict."""
 
     def __init__(self, state: dict[str, Tensor]):
         self.state = state
@@ -82,7 +82,7 @@ class Literal:
 
 
 def reference(model: S2AFormer) -> Callable[[Tensor], Tensor]:
-    """What the speed of `model` is compared with: the same function, by these equations, from its weights."""
+    """Build the reference for benchmarks: the same function by the equations above, with the weights of `model`."""
     attentions = [stage.blocks[0].branches["attn"] for stage in model.stages]
     heads, ratios = tuple(part.num_heads for part in attentions), tuple(part.sr_ratio for part in attentions)
     depths = tuple(len(stage.blocks) for stage in model.stages)

@@ -1,4 +1,4 @@
-"""What is true of SpectFormer alone; what is true of every backbone is tested once, in test_contract.py."""
+"""Tests specific to SpectFormer; the contract of all backbones is in test_contract.py."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def test_parameter_counts(name: str, millions: float, within: float):
 
 
 def literal_gate(gate: nn.Module, x: Tensor, h: int, w: int) -> Tensor:
-    """The card's, on tokens."""
+    """Literal spectral gate on tokens."""
     weight = torch.view_as_complex(gate.complex_weight.permute(1, 2, 0, 3).contiguous())
     spectrum = torch.fft.rfft2(x.reshape(len(x), h, w, -1), dim=(1, 2), norm="ortho") * weight
     return torch.fft.irfft2(spectrum, s=(h, w), dim=(1, 2), norm="ortho").reshape(x.shape)
 
 
 def literal_vanilla(model: SpectFormer, image: Tensor) -> Tensor:
-    """The card's, operation by operation, at the size that the model is made for."""
+    """Literal implementation at the size that the model is made for."""
     x = model.patch_embed.proj(image)
     h, w = x.shape[-2:]
     x = x.flatten(2).transpose(1, 2) + model.pos_embed
@@ -74,7 +74,7 @@ def literal_vanilla(model: SpectFormer, image: Tensor) -> Tensor:
 
 
 def reference(model: SpectFormer | SpectFormerH) -> Callable[[Tensor], Tensor]:
-    """What the speed of `model` is compared with: the same function, by these equations, from its weights."""
+    """Build the reference for benchmarks: the same function by the equations above, with the weights of `model`."""
     return lambda image: literal_vanilla(model, image) if isinstance(model, SpectFormer) else literal(model, image, literal_gate)
 
 

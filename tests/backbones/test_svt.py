@@ -1,4 +1,4 @@
-"""What is true of SVT alone; what is true of every backbone is tested once, in test_contract.py."""
+"""Tests specific to SVT; the contract of all backbones is in test_contract.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_wavelets_equal_pytorch_wavelets():
     low, real, imaginary = dtcwt(x)
     found = {"low": low, "high": torch.stack([real, imaginary], -1), "back": inverse_dtcwt(low, real, imaginary)}
     error = compare("svt-dtcwt-level1", found)
-    assert error < 5e-7  # the filters were recorded in single precision
+    assert error < 5e-7  # the filters were recorded in float32
     RESULTS.append(("svt-dtcwt-level1", error))
 
 
@@ -56,7 +56,7 @@ def test_parameter_counts(name: str, millions: float):
 
 
 def along(x: Tensor, name: str, axis: int) -> Tensor:
-    """A filter along an axis by a convolution, edges mirrored half a sample outside."""
+    """Filter along an axis by a convolution with half-sample symmetric borders."""
     taps = torch.tensor(FILTERS[name], dtype=x.dtype)
     reach, size = len(taps) // 2, x.shape[axis]
     places = torch.arange(-reach, size + reach) % (2 * size)
@@ -66,7 +66,7 @@ def along(x: Tensor, name: str, axis: int) -> Tensor:
 
 
 def literal_scattering(part: nn.Module, tokens: Tensor, h: int, w: int) -> Tensor:
-    """The card's, operation by operation."""
+    """Literal implementation."""
     x = tokens.transpose(1, 2).reshape(len(tokens), -1, h, w)
     lo, hi = along(x, "h0", 3), along(x, "h1", 3)
     low, lh, hl, hh = along(lo, "h0", 2), along(lo, "h1", 2), along(hi, "h0", 2), along(hi, "h1", 2)
@@ -93,7 +93,7 @@ def literal_scattering(part: nn.Module, tokens: Tensor, h: int, w: int) -> Tenso
 
 
 def reference(model: SVT) -> Callable[[Tensor], Tensor]:
-    """What the speed of `model` is compared with: the same function, by these equations, from its weights."""
+    """Build the reference for benchmarks: the same function by the equations above, with the weights of `model`."""
     return lambda image: literal(model, image, literal_scattering)
 
 

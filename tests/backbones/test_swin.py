@@ -1,4 +1,4 @@
-"""What is true of Swin alone; what is true of every backbone is tested once, in test_contract.py."""
+"""Tests specific to Swin; the contract of all backbones is in test_contract.py."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_reverse_undoes_partition():
 @pytest.mark.identity
 @pytest.mark.parametrize("shift", [(0, 0), (2, 2), (0, 2)])
 def test_block_equals_full_attention_with_an_explicit_mask(shift: tuple[int, int]):
-    """Attention over all N tokens, masked to the pairs that share a moved window without wrapping around, plus the bias of the offset."""
+    """Attention over all N tokens, masked to pairs in the same shifted window without wrap-around, plus the bias of the offset."""
     height, width, size, dim, heads = 8, 12, 4, 16, 2
     block = SwinBlock(dim, heads, size, 4.0, True, 0.0, 0.0).double().eval()
     nn.init.normal_(block.attn.position_bias.table)
@@ -55,7 +55,9 @@ def test_block_equals_full_attention_with_an_explicit_mask(shift: tuple[int, int
 
     y = torch.arange(height).repeat_interleave(width)
     z = torch.arange(width).repeat(height)
-    window = [torch.div(axis - s, size, rounding_mode="floor") for axis, s in zip((y, z), shift, strict=True)]  # -1 is cut off, not wrapped
+    window = [
+        torch.div(axis - s, size, rounding_mode="floor") for axis, s in zip((y, z), shift, strict=True)
+    ]  # -1 is dropped, not wrapped around
     seen = (window[0][:, None] == window[0]) & (window[1][:, None] == window[1])
     offset = ((y[:, None] - y + size - 1) * (2 * size - 1) + z[:, None] - z + size - 1).clamp(0, (2 * size - 1) ** 2 - 1)
     bias = block.attn.position_bias.table[offset].permute(2, 0, 1).masked_fill(~seen, -100.0)
@@ -70,7 +72,7 @@ def test_block_equals_full_attention_with_an_explicit_mask(shift: tuple[int, int
 
 @pytest.mark.identity
 def test_one_window_over_the_map_is_plain_attention():
-    """With M = map side the block sees everything: permuting nothing, masking nothing."""
+    """With M equal to the side of the map, the block permutes and masks nothing."""
     block = SwinBlock(16, 2, 6, 4.0, True, 0.0, 0.0).double().eval()
     nn.init.zeros_(block.attn.position_bias.table)
     x = torch.randn(2, 36, 16, dtype=torch.float64)
@@ -83,19 +85,19 @@ def test_one_window_over_the_map_is_plain_attention():
 
 @pytest.mark.identity
 def test_whole_windows_shift_with_a_cyclic_image():
-    """Without the mask, moving a cyclic image by a window moves the first stage's map by as much."""
+    """Without the mask, rolling an image by one window rolls the map of the first stage by the same amount."""
     model = vitarium.create_model("swin_pico").double().eval()
     stage = model.stages[0]
     image = torch.randn(1, 3, 32, 32, dtype=torch.float64)
     for layout in stage.layouts(8, 8, image.device):
-        object.__setattr__(layout, "region", None)  # the kept layouts, now without masks
+        object.__setattr__(layout, "region", None)  # the cached layouts, without masks
     move = stage.window_size * model.patch_embed.patch_size
     (first, *_), (moved, *_) = (model.forward_intermediates(x, intermediates_only=True) for x in (image, image.roll(move, 3)))
     torch.testing.assert_close(moved, first.roll(stage.window_size, 3))
 
 
 def test_merging_takes_the_columns_of_a_pair_last():
-    """Channels come as (even row, even column), (odd, even), (even, odd), (odd, odd)."""
+    """The channel order is (even row, even column), (odd, even), (even, odd), (odd, odd)."""
     merge = PatchMerging(1)
     merge.norm, merge.reduction = nn.Identity(), nn.Identity()
     assert merge(torch.arange(4.0).view(1, 2, 2, 1)).flatten().tolist() == [0, 2, 1, 3]

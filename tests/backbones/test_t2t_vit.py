@@ -1,4 +1,4 @@
-"""What is true of T2T-ViT alone; what is true of every backbone is tested once, in test_contract.py."""
+"""Tests specific to T2T-ViT; the contract of all backbones is in test_contract.py."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_equals_the_authors_transformer():
 
 
 def literal(state: dict[str, Tensor], x: Tensor, heads: int) -> Tensor:
-    """The paper's performer model written out, from a state under our names: the yardstick of speed as well."""
+    """Literal implementation of the performer model from a state dict, also the reference for benchmarks."""
 
     def linear(name: str, x: Tensor) -> Tensor:
         return F.linear(x, state[f"{name}.weight"].flatten(1), state.get(f"{name}.bias"))
@@ -77,7 +77,7 @@ def literal(state: dict[str, Tensor], x: Tensor, heads: int) -> Tensor:
 
 
 def reference(model: T2TViT) -> Callable[[Tensor], Tensor]:
-    """What the speed of `model` is compared with: the same function, by these equations, from its weights."""
+    """Build the reference for benchmarks: the same function by the equations above, with the weights of `model`."""
     return lambda image: literal(model.state_dict(), image, model.blocks[0].attn.num_heads)
 
 
@@ -129,7 +129,7 @@ def test_the_last_split_and_its_linear_layer_are_one_convolution():
 
 @pytest.mark.identity
 def test_random_features_approach_softmax_attention_as_they_grow_in_number():
-    """The error falls as m^-1/2: here from 32 to 8192 features by 16, give or take a factor of 2."""
+    """The error decreases as m^-1/2: from 32 to 8192 features by a factor of 16, within a factor of 2."""
     torch.manual_seed(0)
     q, k, v = 0.15 * torch.randn(3, 8, 40, 16, dtype=torch.float64)
     exact = F.scaled_dot_product_attention(q, k, v, scale=1.0)

@@ -1,4 +1,4 @@
-"""What is true of TiC alone; what is true of every backbone is tested once, in test_contract.py."""
+"""Tests specific to TiC; the contract of all backbones is in test_contract.py."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_parameter_counts(name: str, millions: float):
 
 
 def filled(part: nn.Module) -> nn.Module:
-    """Away from the initial zeros and ones, in float64 and eval."""
+    """Convert to float64 and evaluation mode and fill with random values."""
     part.double().eval()
     with torch.no_grad():
         for name, tensor in part.state_dict().items():
@@ -58,14 +58,14 @@ def random(*shape: int) -> Tensor:
 
 
 def fast(q: Tensor, k: Tensor, v: Tensor, heads: int, kernel: tuple[int, int], dilation: int = 1, *, masked: bool = False) -> Tensor:
-    """`neighbour_attention` on maps (B, C, H, W)."""
+    """Apply `neighbour_attention` to maps (B, C, H, W)."""
     tiling = Tiling.of(*q.shape[-2:], kernel, dilation, masked=masked)
     last = lambda x: x.permute(0, 2, 3, 1)
     return neighbour_attention(last(q), last(torch.cat([k, v], 1)), heads, tiling).permute(0, 3, 1, 2)
 
 
 def unfolded(q: Tensor, k: Tensor, v: Tensor, heads: int, kernel: tuple[int, int], dilation: int = 1) -> Tensor:
-    """The equation with keys and values copied k k times."""
+    """Literal attention with keys and values copied k k times."""
     weights = neighbour_weights(q, k, heads, kernel, dilation)
     values = F.unfold(v, kernel, dilation, [dilation * (side // 2) for side in kernel])
     values = values.view(len(v), heads, v.shape[1] // heads, *weights.shape[2:])
@@ -73,7 +73,7 @@ def unfolded(q: Tensor, k: Tensor, v: Tensor, heads: int, kernel: tuple[int, int
 
 
 def looped(q: Tensor, k: Tensor, v: Tensor, heads: int, kernel: tuple[int, int], dilation: int, masked: bool) -> Tensor:
-    """The equation for one position, head and neighbour at a time."""
+    """Literal attention for one position, head and neighbour at a time."""
     (batch, dim, height, width), out = q.shape, torch.zeros_like(q)
     offsets = list(itertools.product(*(range(-(side // 2), side // 2 + 1) for side in kernel)))
     for b, head, y, x in itertools.product(range(batch), range(heads), range(height), range(width)):
@@ -134,14 +134,14 @@ def test_a_window_over_the_whole_map_is_global_attention():
 
 
 def test_masked_padding_trains():
-    """Places of a tile beyond the map are nobody's, and must not spoil the gradients."""
+    """Positions of a tile outside the map are discarded and must not produce NaN gradients."""
     layer = MSAConv2d(4, 4, 3, mask_padding=True)
     layer(torch.randn(2, 4, 9, 7)).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.grad is not None)
 
 
 class Literal:
-    """The network's equations one by one, over a state: keys and values are rolled, averaged and unfolded."""
+    """Literal implementation from a state dict: keys and values are rolled, averaged and unfolded."""
 
     def __init__(self, state: dict[str, Tensor]):
         self.state = state
@@ -196,7 +196,7 @@ class Literal:
 
 
 def reference(model: TiC) -> Callable[[Tensor], Tensor]:
-    """What the speed of `model` is compared with: the same function, by these equations, from its weights."""
+    """Build the reference for benchmarks: the same function by the equations above, with the weights of `model`."""
     first = model.stages[0]
     strides = first.downsample.conv1.conv.stride[0], first.downsample.conv2.stride[0]
     mixers = [stage.blocks[0].attn for stage in model.stages]
@@ -236,7 +236,7 @@ def test_cost_is_linear_in_pixels():
 
 
 def test_shifts_reach_further():
-    """The middle of the first stage's map, with one block: without shifts no pixel beyond the stem's and the window's reach matters."""
+    """Receptive field of the centre of the first stage with one block: without shifts, that of stem and window."""
     image = torch.randn(1, 3, 64, 64)
     reach = []
     for options in (dict(directions=0, pools=()), dict(pools=())):

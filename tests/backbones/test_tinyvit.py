@@ -1,4 +1,4 @@
-"""What is true of TinyViT alone; what is true of every backbone is tested once, in test_contract.py."""
+"""Tests specific to TinyViT; the contract of all backbones is in test_contract.py."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def test_parameter_counts(name: str, millions: float, within: float):
 
 
 def filled(model: nn.Module) -> nn.Module:
-    """Every tensor as the goldens fill them, by its name."""
+    """Fill every tensor by its name, as in the goldens."""
     model.load_state_dict({name: fill_value(name, tensor) for name, tensor in model.state_dict().items()})
     return model
 
 
 @pytest.mark.parametrize("size", [64, 100])
 def test_equals_timms_model(size: int):
-    """Also where maps are padded."""
+    """Also for padded maps."""
     import timm
 
     arguments = dict(embed_dims=(32, 64, 96, 128), num_heads=(1, 2, 3, 4), depths=(1, 1, 2, 1), window_sizes=(4, 4, 6, 3), num_classes=5)

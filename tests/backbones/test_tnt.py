@@ -1,4 +1,4 @@
-"""What is true of TNT and PyramidTNT alone; what is true of every backbone is tested once, in test_contract.py."""
+"""Tests specific to TNT and PyramidTNT; the contract of all backbones is in test_contract.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pyramid_outputs(model: PyramidTNT, x: Tensor) -> dict[str, Tensor]:
 
 
 def test_equals_the_authors_model():
-    assert_matches_golden("tnt-s_patch16_224", vitarium.create_model("tnt_s_patch16"), outputs, merged=196 * 384)  # a tensor nobody reads
+    assert_matches_golden("tnt-s_patch16_224", vitarium.create_model("tnt_s_patch16"), outputs, merged=196 * 384)  # an unused tensor
 
 
 def test_equals_the_authors_pyramid():

@@ -1,4 +1,4 @@
-"""What is true of TransNeXt alone; what is true of every backbone is tested once, in test_contract.py."""
+"""Tests specific to TransNeXt; the contract of all backbones is in test_contract.py."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_parameter_counts(name: str, millions: float, within: float):
 
 
 def literal(part: AggregatedAttention, x: Tensor) -> Tensor:
-    """The card's words: unfolded neighbourhoods, the bias of every pair. Also what its speed is compared with. (B, H, W, C)."""
+    """Literal attention with unfolded neighbourhoods and the bias of every pair, also the reference for benchmarks. (B, H, W, C)."""
     batch, height, width, dim = x.shape
     heads, d, n = part.num_heads, dim // part.num_heads, height * width
     tokens = x.reshape(batch, n, dim)
@@ -85,7 +85,7 @@ def literal(part: AggregatedAttention, x: Tensor) -> Tensor:
 
 
 def reference(model: TransNeXt) -> Callable[[Tensor], Tensor]:
-    """What the speed of `model` is compared with: the same model, whose aggregated attention is computed by these equations."""
+    """Build the reference for benchmarks: the same model with aggregated attention by the equations above."""
     for part in model.modules():
         if isinstance(part, AggregatedAttention):
             part.forward = functools.partial(literal, part)
@@ -110,7 +110,7 @@ def test_equals_the_literal_words(size: tuple[int, int]):
 @pytest.mark.identity
 @pytest.mark.parametrize(("size", "pooled"), [((8, 8), (4, 4)), ((7, 9), (3, 4)), ((5, 3), (7, 7))])
 def test_biases_are_the_mlp_of_each_pair(size: tuple[int, int], pooled: tuple[int, int]):
-    """Also where the cells of the coarse grid differ in size, and where it is finer than the map."""
+    """Also if the cells of the pooled grid differ in size, and if it is finer than the map."""
     part = DistancePositionBias(3, 8).double()
     places = torch.stack(torch.meshgrid(*(torch.arange(n).double() for n in size), indexing="ij"))
     middles = F.adaptive_avg_pool2d(places[None], pooled)[0]
@@ -137,7 +137,7 @@ def test_the_fresh_temperature():
 
 @pytest.mark.identity
 def test_without_learned_keys_weights_sum_to_one():
-    """Values that are one number everywhere come out as they are."""
+    """Constant values are unchanged."""
     part = aggregated()
     nn.init.zeros_(part.learnable_tokens)
     nn.init.zeros_(part.learnable_bias)
@@ -159,7 +159,7 @@ def test_a_fixed_grid_of_the_same_size_changes_nothing():
 
 @pytest.mark.identity
 def test_where_the_neighbourhood_is_the_map_local_attention_is_full_attention():
-    """A 2 x 2 map, without distances and learned keys."""
+    """On a 2 x 2 map, without position bias and learned keys."""
     full = FullAttention(48, 2, 8).double()
     part = AggregatedAttention(48, 2, 8, 2, None, ("local",)).double()
     for parameter in (

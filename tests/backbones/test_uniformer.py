@@ -1,4 +1,4 @@
-"""What is true of UniFormer alone; what is true of every backbone is tested once, in test_contract.py."""
+"""Tests specific to UniFormer; the contract of all backbones is in test_contract.py."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_macs(name: str, size: int, macs: float):
 
 
 def reference(model: UniFormer) -> Callable[[Tensor], Tensor]:
-    """What the speed of `model` is compared with: the same function, by these equations, from its weights."""
+    """Build the reference for benchmarks: the same function by the equations above, with the weights of `model`."""
 
     def conv(x: Tensor, layer: nn.Conv2d) -> Tensor:
         return F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding, 1, layer.groups)
@@ -135,7 +135,7 @@ def reference(model: UniFormer) -> Callable[[Tensor], Tensor]:
 
 @pytest.mark.identity
 def test_equals_the_equations():
-    """Of the plain models for images."""
+    """For the plain image models."""
     model = filled(vitarium.create_model("uniformer_pico", num_classes=7))
     image = torch.randn(2, 3, 16, 24, dtype=torch.float64)
     torch.testing.assert_close(model(image), reference(model)(image), rtol=1e-9, atol=1e-11)
@@ -202,7 +202,7 @@ def test_keep_ratio_is_live_and_checked():
 
 
 def test_nothing_that_the_class_token_does_not_see_breaks_a_light_model():
-    """Where attention is so sharp that all other scores vanish, the rest still has a representative."""
+    """If attention is so sharp that all other scores vanish, the remaining tokens still have a representative token."""
     model = vitarium.create_model("uniformer_light_pico", num_classes=3).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -238,7 +238,7 @@ def test_averaged_image_weights_on_a_still_clip_give_the_image_away_from_its_end
     still = torch.randn(1, 3, 1, 16, 16, dtype=torch.float64)
     maps = video.forward_features(still.expand(-1, -1, 40, -1, -1))
     expected = image.forward_features(still[:, :, 0])
-    torch.testing.assert_close(maps[:, :, 8:12], expected[:, :, None].expand(-1, -1, 4, -1, -1))  # 7 frames to each end are touched
+    torch.testing.assert_close(maps[:, :, 8:12], expected[:, :, None].expand(-1, -1, 4, -1, -1))  # 7 frames at each end are affected
     assert not torch.allclose(maps[:, :, 0], expected)
 
 
@@ -254,7 +254,7 @@ def test_divided_attention_frame_by_frame():
             in_time[:, :, :, row, column] = (y + block.t_attn(block.t_norm(y))).transpose(1, 2)
     for t in range(3):
         y = in_time[:, :, t].flatten(2).transpose(1, 2)
-        out = moved[:, :, t].flatten(2).transpose(1, 2) + block.attn(block.norm1(y))  # the residual is older than the temporal step
+        out = moved[:, :, t].flatten(2).transpose(1, 2) + block.attn(block.norm1(y))  # the residual starts before the temporal attention
         out = out + block.mlp(block.norm2(out))
         torch.testing.assert_close(block(x)[:, :, t].flatten(2).transpose(1, 2), out)
 
@@ -292,7 +292,7 @@ def test_token_labels_add_half_of_the_strongest_token():
 
 
 def authors_state(model: nn.Module) -> dict[str, Tensor]:
-    """An image model's state under the authors' names."""
+    """Return the state of an image model with the authors' names."""
     state = {}
     for name, tensor in model.state_dict().items():
         name = re.sub(r"^stem\.", "patch_embed1.", name)

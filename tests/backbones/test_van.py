@@ -1,4 +1,4 @@
-"""What is true of VAN alone; what is true of every backbone is tested once, in test_contract.py."""
+"""Tests specific to VAN; the contract of all backbones is in test_contract.py."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_macs():
 
 
 def reference(model: VAN) -> Callable[[Tensor], Tensor]:
-    """What the speed of `model` is compared with: the same function, by these equations, from its weights."""
+    """Build the reference for benchmarks: the same function by the equations above, with the weights of `model`."""
 
     def conv(x: Tensor, layer: nn.Conv2d) -> Tensor:
         return F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)

@@ -1,4 +1,4 @@
-"""What is true of Vim alone; what is true of every backbone is tested once, in test_contract.py, and the scan in tests/ops."""
+"""Tests specific to Vim; the contract of all backbones is in test_contract.py, the scan in tests/ops."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_every_implementation_gives_one_model():
 
 
 def literal(m: VimMixer, x: Tensor) -> Tensor:
-    """As the authors write it: [u | z] is flipped for the backward direction, each direction has its own gate, outputs are flipped back."""
+    """Literal form of the authors' code: [u | z] is flipped for the backward direction with its own gate, outputs are flipped back."""
     total = 0.0
     for scan, flip in zip(m.directions, (False, True), strict=True):
         xz = m.in_proj(x).flip(1) if flip else m.in_proj(x)
@@ -100,7 +100,7 @@ def literal(m: VimMixer, x: Tensor) -> Tensor:
 
 
 def reference(model: Vim) -> Callable[[Tensor], Tensor]:
-    """What the speed of `model` is compared with: the same model, whose mixers are computed by these equations, the scan by a loop."""
+    """Build the reference for benchmarks: the same model with mixers by the equations above and the scan as a loop."""
     for part in model.modules():
         if isinstance(part, VimMixer):
             part.forward = functools.partial(literal, part)
@@ -147,8 +147,8 @@ def test_resizing_keeps_the_class_row_in_the_middle():
     assert larger[18] == -50
     assert (torch.cat([larger[:18], larger[19:]]).view(6, 6).diff(dim=0) > 0).all()
     theirs = resize_positions(table, (4, 4), (6, 6), "middle", as_authors=True)[0, :, 0]
-    assert theirs[0] == 0  # a patch's row in the class token's place
-    assert theirs.min() < -20  # and the class token's among the patches
+    assert theirs[0] == 0  # the row of a patch at the position of the class token
+    assert theirs.min() < -20  # and that of the class token among the patches
 
 
 def test_the_plus_variant_takes_the_plain_checkpoint(tmp_path):
@@ -212,7 +212,7 @@ def test_hidden_attention_is_a_map_of_the_patches(place: str):
 
 
 def test_hidden_attention_shows_where_the_gradient_comes_from():
-    """With one direction, a patch behind the class token gives it nothing."""
+    """With one direction, a patch after the class token does not affect it."""
     model = vitarium.create_model("vim_pico", directions=("forward",)).eval()
     taken = model.hidden_attention(torch.randn(1, 3, 16, 16), block=0).flatten()
     assert (taken[:8] > 0).all()

@@ -1,4 +1,4 @@
-"""Convolutions as they are deployed."""
+"""Convolutions with fused activations and foldable norms."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_folded_norm_and_the_activation_are_one_kernel_with_equal_outputs(form
 
 
 @torch.inference_mode()
-def test_whoever_looks_at_a_convolution_sees_it_without_the_activation():
+def test_hooks_of_a_convolution_see_its_output_before_the_activation():
     x, conv, seen = torch.randn(1, 6, 4, 4), Conv2d(6, 8, 1), []
     conv.register_forward_hook(lambda module, inputs, output: seen.append(output))
     conv_norm_gelu(x, conv, nn.Identity())
@@ -40,7 +40,7 @@ def test_other_paddings_are_pytorchs():
 
 
 class Net(nn.Module):
-    """Counts the calls of its inner part."""
+    """Module that records the batch sizes of its inner calls."""
 
     def __init__(self) -> None:
         super().__init__()

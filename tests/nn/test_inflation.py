@@ -21,7 +21,7 @@ def test_mean_shares_the_kernel_out_and_centre_keeps_it():
         inflate_kernel(weight, 3, "center")
 
 
-def test_inflate_tells_what_it_left():
+def test_inflate_returns_what_it_did_not_fill():
     image = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3), "head": nn.Linear(4, 10)})
     video = nn.ModuleDict({"conv": nn.Conv3d(3, 4, 3), "head": nn.Linear(4, 5)})
     before = video["head"].weight.clone()

@@ -1,4 +1,4 @@
-"""The pyramid of SpectFormer and SVT against its equations, written out."""
+"""The pyramid of SpectFormer and SVT against a literal implementation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OPTIONS = dict(depths=(1, 2), dims=(24, 48), num_heads=(2, 4), mlp_ratios=(4, 2)
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """(B, M, C), (B, N, C) twice -> (B, M, C)."""
+    """Literal multi-head attention: (B, M, C), (B, N, C), (B, N, C) -> (B, M, C)."""
     split = lambda t: t.reshape(*t.shape[:2], heads, -1).permute(0, 2, 1, 3)
     q, k, v = split(q), split(k), split(v)
     mixed = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
@@ -24,7 +24,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def literal(model: MixerPyramid, x: Tensor, own_mixer: Callable[[nn.Module, Tensor, int, int], Tensor]) -> Tensor:
-    """Image -> logits, operation by operation as the card says, on the parts' weights."""
+    """Literal implementation with the weights of the submodules: images -> logits."""
     for stage in model.stages:
         down = stage.downsample
         x = down.proj(down.conv(x))

@@ -1,4 +1,4 @@
-"""What modules keep between calls in eval must not outlive the weights that it comes from."""
+"""Values cached in evaluation mode must be invalidated when their weights change."""
 
 import copy
 
@@ -10,7 +10,7 @@ from vitarium.nn import EvalCache
 
 
 class Doubled(nn.Module):
-    """Derives twice its weight, and counts how often."""
+    """Module that derives twice its weight and counts the computations."""
 
     def __init__(self):
         super().__init__()
@@ -49,7 +49,7 @@ def test_a_copy_starts_empty_and_nothing_is_saved():
 
 
 def test_a_fused_step_is_seen():
-    """It changes weights and leaves their version as it was; the switch between train and eval is what tells."""
+    """A fused optimizer changes weights without a version bump; train() and eval() invalidate the cache."""
     model = vitarium.create_model("convit_pico", num_classes=3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     image = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))  # another size than the tables'

@@ -12,7 +12,7 @@ from vitarium.nn.reparam import RepConv, rep_conv
 
 
 def with_statistics(part: nn.Module) -> nn.Module:
-    """Away from the initial zeros and ones."""
+    """Fill norms and biases with random values."""
     with torch.no_grad():
         for name, tensor in part.state_dict().items():
             if name.endswith(("bn.weight", "identity.weight", "running_var")):
@@ -70,7 +70,7 @@ def test_refuses(branches: list, words: str):
 
 
 def test_a_strided_point_branch_spares_pytorchs_gradient():
-    """Of a 1 x 1 with stride on a channels-last picture it spoils memory, often without a sign: no such convolution may reach it."""
+    """PyTorch's weight gradient of a strided 1 x 1 on a channels-last image overwrites memory: no such convolution may reach it."""
     asked = []
 
     class Watch(TorchDispatchMode):
