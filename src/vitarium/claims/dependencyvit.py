@@ -1,4 +1,4 @@
-"""Claim: parts of things hang together in a tree that nobody taught, and who receives little can be left out."""
+"""Claim: unsupervised dependency trees group the parts of objects, and tokens that receive little can be pruned."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from vitarium.training import ClassificationLearner, evaluate, fit, load_recipe
 SEEDS, SIDE, PATCH, TESTED = 3, 64, 8, 200
 RED, BLUE, GREEN, WHITE = (230, 60, 60), (70, 110, 240), (60, 200, 80), (240, 240, 240)
 KINDS = {"red-blue": (RED, BLUE), "blue-red": (BLUE, RED), "red-green": (RED, GREEN), "green-red": (GREEN, RED)}
-"""Kind -> colours of body and limbs: which colours there are does not tell it, but which of them the body has."""
+"""Kind -> colours of body and limbs: a kind differs from another in the colour of the body, not in the set of colours."""
 SIZES: dict[str, Any] = dict(patch_size=PATCH, embed_dim=48, depth=4, num_heads=4)
 
 
 class Creatures:
-    """64x64 pictures of two or three creatures of one kind, each a body with head and limbs, bent and turned at random.
+    """64x64 images of two or three creatures of one kind, each a body with head and limbs, bent and turned at random.
 
     Args:
-        count: how many; picture i shows the kind i modulo 4.
+        count: how many; image i shows the kind i modulo 4.
         seed: of everything drawn.
     """
 
@@ -48,7 +48,7 @@ class Creatures:
         return self._kept[index], self.targets[index]
 
     def drawn(self, index: int) -> tuple[Image.Image, NDArray[np.uint8]]:
-        """The picture, and (64, 64) the number of the creature that each pixel shows, 0 the background."""
+        """The image, and (64, 64) the number of the creature that each pixel shows, 0 the background."""
         rng = np.random.default_rng((self.seed, index))
         noise = rng.normal(110, 15, (SIDE // 4, SIDE // 4)).clip(0, 255).astype(np.uint8)
         picture = Image.fromarray(noise).resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB")
@@ -91,7 +91,7 @@ def _draw_creature(
 
 
 def trained(model: nn.Module, pictures: ImageData, seed: int, steps: int, lr: float = 3e-3) -> nn.Module:
-    """By the class alone."""
+    """Train on the class alone."""
     common = [f"seed={seed}", "eval_every=1.0", "batch_size=32", "mixing.mixup=0", f"budget.steps={steps}", f"optimizer.lr={lr}"]
     recipe = load_recipe("pico", common)
     learner = ClassificationLearner.create(model, pictures, recipe)
@@ -101,7 +101,7 @@ def trained(model: nn.Module, pictures: ImageData, seed: int, steps: int, lr: fl
 
 
 def purity(mask: Tensor, things: NDArray[np.int64]) -> tuple[float, float]:
-    """Of children on creatures, how many have the parent on the same one, in percent; and what a parent by chance would give.
+    """Return the share of children on creatures whose parent is on the same one, in percent, and that of a random parent.
 
     Args:
         mask: (B, N, N), [parent, child].
@@ -115,7 +115,7 @@ def purity(mask: Tensor, things: NDArray[np.int64]) -> tuple[float, float]:
 
 
 def by_chance(received: Tensor, messages: Tensor) -> Tensor:
-    """The baseline: as many tokens leave, whoever they are."""
+    """Baseline: as many tokens are pruned, at random."""
     return torch.rand_like(received)
 
 
@@ -135,8 +135,8 @@ def pruned(whole: nn.Module, choice: str) -> nn.Module:
     minutes=3,
 )
 def compare() -> list[Comparison]:
-    """Pictures of two or three creatures of one kind among four, body, head and limbs in different colours, 64 patches. The kind alone is
-    learned, in 220 steps, by a DependencyViT and by a ViT of the same size. Purity over 200 fresh pictures: of the patches on a creature,
+    """Images of two or three creatures of one kind among four, body, head and limbs in different colours, 64 patches. The kind alone is
+    learned, in 220 steps, by a DependencyViT and by a ViT of the same size. Purity over 200 fresh images: of the patches on a creature,
     how many have the patch that they send most to (in the ViT: look at most), mean over blocks and heads, on the same creature; beside the
     expectation of a parent by chance. Then half of the tokens leave in the second of four blocks: as trained, those that received least
     against any; and after 60 more steps with them gone, against all tokens. Refuted where purity is not 10 points above chance or is below
@@ -172,7 +172,7 @@ def compare() -> list[Comparison]:
 
 @torch.no_grad()
 def purities(model: nn.Module, vit: nn.Module, seed: int) -> dict[str, float]:
-    """Of DependencyViT, of the ViT, and of parents by chance."""
+    """Return the purity of DependencyViT, of the ViT, and of random parents."""
     shown = Creatures(TESTED, 3000 + seed)
     things = np.stack([shown.things(i) for i in range(TESTED)])
     image, same = (torch.stack([m.preprocessing(shown[i][0]) for i in range(TESTED)]) for m in (model, vit))  # type: ignore[operator]
@@ -184,5 +184,5 @@ def purities(model: nn.Module, vit: nn.Module, seed: int) -> dict[str, float]:
 
 
 def accuracy(model: nn.Module, pictures: ImageData) -> float:
-    """On the held-out pictures, percent."""
+    """Return the accuracy on the held-out images, in percent."""
     return 100 * evaluate(model, pictures.val)["accuracy"]

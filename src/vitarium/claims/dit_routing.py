@@ -1,4 +1,4 @@
-"""Claim: routes that follow the picture beat random ones of the same rates, reach a plain pyramid of the same cost, and find things."""
+"""Claim: routes that follow the image beat random ones of the same rates, reach a plain pyramid of the same cost, and find things."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GRID: dict[str, Any] = dict(
 
 
 class Drawn:
-    """64x64 pictures on a noisy ground, each with one white shape, small or large. Class: its kind.
+    """64x64 images on a noisy ground, each with one white shape, small or large. Class: its kind.
 
     Args:
         count: how many.

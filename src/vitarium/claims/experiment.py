@@ -1,4 +1,4 @@
-"""What a claim is made of: arms that are trained, values that are measured, comparisons that can come out either way."""
+"""Parts of a claim: arms that are trained, values that are measured, and comparisons with their verdicts."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ Verdict = Literal["held", "not held", "inconclusive"]
 
 @dataclass(frozen=True)
 class Arm:
-    """A model trained from scratch, once a seed; its value is the accuracy on the held-out part, in percent.
+    """A model trained from scratch, once per seed; its value is the accuracy on the held-out part, in percent.
 
     Args:
         label: name in the ledger.
         model: as for `create_model`.
-        options: the model's arguments.
+        options: arguments of the model.
         data: as for `open_data`.
         image_size: side of the input, pixels; None: the model's own.
         steps: optimizer steps, the budget; or
-        seconds: of training, where time is what is compared.
-        seeds: how many; the seeds are 0, 1, ...: initial weights, order and augmentation.
+        seconds: of training, if equal time is compared.
+        seeds: number of seeds; they are 0, 1, ... and set initial weights, order and augmentation.
         recipe: training recipe.
         overrides: of the recipe, such as {"optimizer.lr": 1e-3}.
         val_fraction: share of the data that is held out.
@@ -56,18 +56,18 @@ class Arm:
             raise ValueError(f"arm {self.label!r} needs at least one seed, got {self.seeds}")
 
     def key(self) -> str:
-        """What decides its value, as text; the label does not."""
+        """Return what decides its value, as text; the label does not."""
         return json.dumps(asdict(self) | {"label": ""}, sort_keys=True)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Values that the claim's function measured by itself, one a seed or a round.
+    """Values that the claim's function measured, one per seed or round.
 
     Args:
         label: name in the ledger.
         values: the measurements.
-        unit: what they are, such as "x faster" or "MACs ratio".
+        unit: unit of the values, such as "x faster" or "MACs ratio".
     """
 
     label: str
@@ -77,13 +77,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One question: is the method's value above the baseline's by `at_least`?  Higher is better.
+    """A question: does the method's value exceed the baseline's by `at_least`? Higher is better.
 
     Args:
-        says: what is compared, in a few words.
-        method: the arm that the paper speaks for.
-        baseline: what it is compared with; None compares the method's values with `at_least` itself.
-        at_least: the gain that the paper's sentence needs, in the unit of the values; negative where "no worse than" is claimed.
+        says: the comparison in a few words.
+        method: the arm that the paper proposes.
+        baseline: the other arm; None compares the method's values with `at_least` itself.
+        at_least: the gain that the paper claims, in the unit of the values; negative for "no worse than".
     """
 
     says: str
@@ -93,7 +93,7 @@ class Comparison:
 
 
 def gain_and_error(method: Sequence[float], baseline: Sequence[float] | None) -> tuple[float, float]:
-    """Mean gain and its standard error; paired by seed or round where both have as many values, else of independent means."""
+    """Return the mean gain and its standard error, paired by seed or round if both have as many values, else of independent means."""
     if baseline is None:
         return statistics.mean(method), _standard_error(method)
     if len(method) == len(baseline):
@@ -108,14 +108,14 @@ def _standard_error(values: Sequence[float]) -> float:
 
 
 def judge(gain: float, error: float, at_least: float) -> Verdict:
-    """ "held" if the gain is above what is needed by two standard errors, "not held" if below by as many, else "inconclusive"."""
+    """Return "held" if the gain exceeds the required one by two standard errors, "not held" if below by two, else "inconclusive"."""
     if gain - 2 * error >= at_least:
         return "held"
     return "not held" if gain + 2 * error < at_least else "inconclusive"
 
 
 def together(verdicts: Sequence[Verdict]) -> Verdict:
-    """A claim of several comparisons holds if all hold, and does not if one does not."""
+    """Return the verdict of several comparisons: held if all hold, not held if one does not."""
     if "not held" in verdicts:
         return "not held"
     return "held" if all(v == "held" for v in verdicts) else "inconclusive"
@@ -123,7 +123,7 @@ def together(verdicts: Sequence[Verdict]) -> Verdict:
 
 @dataclass(frozen=True)
 class Claim:
-    """A registered claim: what it says, how long it takes on two cores, and the function that says what to compare."""
+    """A registered claim: its sentence, its time on two cores, and the function that defines the comparisons."""
 
     slug: str
     says: str
@@ -132,7 +132,7 @@ class Claim:
 
     @property
     def method(self) -> str:
-        """How it is measured: the function's docstring."""
+        """Return the description of the measurement, the function's docstring."""
         return " ".join((self.compare.__doc__ or "").split())
 
 
@@ -169,10 +169,10 @@ def claim(
 
 
 def find_claim(slug: str) -> Claim:
-    """The claim of a system.
+    """Return the claim of a system.
 
     Raises:
-        UsageError: unknown slug, or a system without a claim yet.
+        UsageError: unknown slug, or a system without a claim.
     """
     find_system(slug)
     if slug not in claimed_slugs():
@@ -182,5 +182,5 @@ def find_claim(slug: str) -> Claim:
 
 
 def claimed_slugs() -> list[str]:
-    """The systems whose claim is written, in the order of systems.toml. Imports none of them."""
+    """Return the systems with a claim, in the order of systems.toml. Imports none of them."""
     return [s.slug for s in systems() if importlib.util.find_spec(f"vitarium.claims.{s.slug}")]

@@ -27,8 +27,8 @@ NAME = "kmax_deeplab_pico"
     minutes=3,
 )
 def compare() -> list[Comparison]:
-    """Drawn scenes at 64x64, all kinds of things as one class beside six of stuff, so that it counts whether things are found and told
-    apart; the pico model, 200 steps of 8 pictures, three seeds; panoptic quality on 120 held-out scenes, in percent. The baseline attends
+    """Drawn scenes at 64x64, all kinds of things as one class beside six of stuff, so that it counts whether things are found and
+    separated; the pico model, 200 steps of 8 images, three seeds; panoptic quality on 120 held-out scenes, in percent. The baseline attends
     from queries to pixels by a softmax over the pixels, with its own 1x1 queries and keys (more parameters than k-means). Refuted
     if the mean gain is below zero by two standard errors."""
     kmeans = Measured("k-means", [_quality(seed) for seed in range(SEEDS)], "PQ")

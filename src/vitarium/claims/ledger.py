@@ -1,4 +1,4 @@
-"""The ledger: what came out of each claim, whichever way, with its numbers, spread, machine and commit."""
+"""Ledger of claims: the result of each, whatever it is, with its numbers, spread, machine and commit."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from vitarium.files import write_json
 
 @dataclass(frozen=True)
 class Entry:
-    """What came out of one claim.
+    """Result of one claim.
 
     Attributes:
         comparisons: a dict each: says, method and baseline (label, values, mean, unit), gain, error (standard), at_least, verdict.
-        seconds: wall time that the run took.
+        seconds: wall time of the run.
         machine: as reports.machine describes it.
-        commit: of the code, with "+" where files were changed since; "" outside a checkout.
+        commit: of the code, with "+" if files were changed since; "" outside a checkout.
     """
 
     slug: str
@@ -36,12 +36,12 @@ class Entry:
     commit: str
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the entry as a dictionary for JSON."""
         return asdict(self)
 
 
 def ledger_folder() -> Path:
-    """Where the ledger lies: inside the package, so that an installed one carries it."""
+    """Return the folder of the ledger, inside the package, so that it is installed with it."""
     return Path(str(resources.files("vitarium") / "claims" / "ledger"))
 
 
@@ -60,6 +60,6 @@ def write_entry(entry: Entry, folder: Path | None = None) -> Path:
 
 
 def read_ledger(folder: Path | None = None) -> list[Entry]:
-    """All entries, in the order of systems.toml."""
+    """Return all entries, in the order of systems.toml."""
     files = [(folder or ledger_folder()) / f"{system.slug}.json" for system in systems()]
     return [Entry(**json.loads(file.read_text(encoding="utf-8"))) for file in files if file.is_file()]

@@ -72,14 +72,14 @@ def unbalanced(model: nn.Module, seed: int) -> nn.Module:
 
 
 def calibration(model: nn.Module) -> Tensor:
-    """Training pictures from all over the part, as the model takes them."""
+    """Training images from all over the part, as the model takes them."""
     train = digits().train
     transform: Any = model.preprocessing
     return torch.stack([transform(train[i * len(train) // IMAGES][0]) for i in range(IMAGES)])
 
 
 def quantized_logits(model: nn.Module, method: MPTQ) -> Tensor:
-    """Of the held-out pictures."""
+    """Return the accuracy on the held-out images."""
     twin = copy.deepcopy(model)
     method.attach(twin)
     return predict_logits(twin, digits().val)[0]

@@ -1,4 +1,4 @@
-"""Claim: a denoiser whose early block is drawn to a good encoder's features sees more and makes better pictures after the same steps."""
+"""Claim: a denoiser whose early block is drawn to a good encoder's features sees more and makes better images after the same steps."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ SEEDS, STEPS, SAMPLES, TIME = 3, 300, 360, 0.3
 
 @dataclass(frozen=True)
 class Shuffled(Encoder):
-    """The placebo: the features of another picture of the batch."""
+    """The placebo: the features of another image of the batch."""
 
     def map(self, image: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         return super().map(image.roll(1, 0), grid)
 
 
-@claim("repa", says="with aligned representations a denoiser sees more and makes better pictures after the same steps", minutes=3)
+@claim("repa", says="with aligned representations a denoiser sees more and makes better images after the same steps", minutes=3)
 def compare() -> list[Comparison]:
     """Digits in pixels, a SiT of 3 blocks on 16 tokens, 300 steps, 3 seeds an arm: plain, aligned to a small ConvNeXt that was trained on
-    the same digits with their labels (coefficient 0.5, after block 2), and aligned to what it says of shuffled pictures. Measured: a linear
+    the same digits with their labels (coefficient 0.5, after block 2), and aligned to what it says of shuffled images. Measured: a linear
     probe (ridge regression) on the mean token at t = 0.3, after block 2 and after the last; minus the Fréchet distance of 360 samples (25
     Euler steps, no guidance) to the held-out digits, in the pooled features of an independent ResNet. Refuted if the aligned arm is not
     better than the plain one; the placebo must not do as well."""

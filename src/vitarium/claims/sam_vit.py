@@ -25,7 +25,7 @@ ARMS = {"AdamW": (0.0, STEPS), "SAM, as many steps": (RHO, STEPS), "SAM, as many
 @claim("sam_vit", says="SAM finds flatter minima than AdamW and costs no accuracy, at as many steps and at as many gradients", minutes=3)
 def compare() -> list[Comparison]:
     """A small ViT (16 patches, four blocks) learns 400 digits without augmentation: 500 steps of AdamW, 500 of SAM (rho 0.05), and
-    250 of SAM, which takes two gradients a step. Measured: the largest eigenvalue of the Hessian of the training loss (200 pictures,
+    250 of SAM, which takes two gradients a step. Measured: the largest eigenvalue of the Hessian of the training loss (200 images,
     10 products of Lanczos), and the accuracy on the other 1397 digits. Refuted where the eigenvalue is not smaller, or more than half
     a point is lost."""
     whole = digits()

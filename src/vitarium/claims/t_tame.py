@@ -27,10 +27,10 @@ METHODS = ("t_tame", "random", "rollout", "gradient_input", "occlusion")
 
 
 class OneMark:
-    """64x64 pictures of coarse and fine grey noise with one of five marks at a random place; `box(i)` says where.
+    """64x64 images of coarse and fine grey noise with one of five marks at a random place; `box(i)` says where.
 
     Args:
-        count: how many; picture i shows the mark i modulo 5.
+        count: how many; image i shows the mark i modulo 5.
         seed: of everything drawn.
     """
 
@@ -84,12 +84,12 @@ def mark(name: str, side: int) -> NDArray[np.bool_]:
 
 
 def data(seed: int) -> ImageData:
-    """Pictures to learn from and to ask about."""
+    """Images to learn from and to ask about."""
     return ImageData("one mark", OneMark(4000, 1000 + seed), OneMark(TESTED, 2000 + seed), list(MARKS), SIDE)
 
 
 def trained(seed: int, pictures: ImageData) -> TTAME:
-    """A small ViT that tells the marks apart, with its attention module."""
+    """A small ViT that classifies the marks, with its attention module."""
     torch.manual_seed(seed)
     sizes: dict[str, Any] = dict(patch_size=8, embed_dim=48, depth=4, num_heads=4)
     model = create_model("timm/vit_pico", num_classes=len(MARKS), image_size=SIDE, **sizes)
@@ -108,9 +108,9 @@ def trained(seed: int, pictures: ImageData) -> TTAME:
 )
 def compare() -> list[Comparison]:
     """A ViT of 64 patches learns which of five marks stands at a random place in noise (500 steps), its attention module then learns from
-    the ViT's predictions alone (200 steps); 100 fresh pictures a seed. Pointing: how often a map's largest pixel lies in the mark's box,
+    the ViT's predictions alone (200 steps); 100 fresh images a seed. Pointing: how often a map's largest pixel lies in the mark's box,
     against twice what random maps reach. Kept confidence: 100 less the average drop where the larger half of the map is left, against
-    random maps, attention rollout, gradient x input, and occlusion (81 passes a picture). Refuted where any of them is better."""
+    random maps, attention rollout, gradient x input, and occlusion (81 passes an image). Refuted where any of them is better."""
     points: dict[str, list[float]] = {method: [] for method in METHODS}
     kept: dict[str, list[float]] = {method: [] for method in METHODS}
     for seed in range(SEEDS):

@@ -36,7 +36,7 @@ def trained(arm: str, seed: int, data: ImageData) -> Any:
 
 
 def accuracies(model: Any, data: ImageData) -> dict[int, float]:
-    """In percent, on the held-out pictures at each of SIDES."""
+    """In percent, on the held-out images at each of SIDES."""
     found = {}
     for side in SIDES:
         model.preprocessing = replace(model.preprocessing, image_size=side)

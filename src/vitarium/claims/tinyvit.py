@@ -1,4 +1,4 @@
-"""Claim: a small model learns more from a teacher's three stored answers a picture than from few labels with mistakes."""
+"""Claim: a small model learns more from a teacher's three stored answers an image than from few labels with mistakes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ SEEDS, STEPS, K = 3, 300, 3
 @claim("tinyvit", says="stored answers of a teacher teach a small model more than labels of which a fifth are wrong", minutes=3)
 def compare() -> list[Comparison]:
     """Digits at 16x16. The teacher, a ConvNeXt, is trained once on all clean labels; the student, a TinyViT, sees a quarter of the
-    pictures, with a fifth of their labels flipped (hard labels), or with the teacher's three likeliest classes of each picture and epoch
-    (stored). Pictures, augmentation, steps and initial weights are the same, 3 seeds. Refuted where stored answers are not better by
+    images, with a fifth of their labels flipped (hard labels), or with the teacher's three likeliest classes of each image and epoch
+    (stored). Images, augmentation, steps and initial weights are the same, 3 seeds. Refuted where stored answers are not better by
     2 points."""
     data = open_data("digits")
     teacher = create_model("convnext_pico", num_classes=len(data.classes))
@@ -40,7 +40,7 @@ def compare() -> list[Comparison]:
 
 
 def noisy_quarter(data: ImageData, seed: int) -> ImageData:
-    """A quarter of the training pictures, a fifth of them under a wrong label."""
+    """A quarter of the training images, a fifth of them under a wrong label."""
     rng = np.random.default_rng(seed)
     indices = rng.permutation(len(data.train))[: len(data.train) // 4].tolist()
     targets = np.array([data.train.targets[i] for i in indices])

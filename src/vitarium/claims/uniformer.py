@@ -30,7 +30,7 @@ def compare() -> list[Comparison]:
 
 
 def _macs(mixers: str) -> int:
-    """Of one image of the toy."""
+    """Return the MACs of one image of the toy model."""
     import torch
 
     with torch.device("meta"):

@@ -23,18 +23,18 @@ SIZES: dict[str, Any] = dict(embed_dim=64, depth=3, num_heads=4)
 
 @dataclass(frozen=True)
 class Way:
-    """One way to cut a picture into steps: a tokenizer, the codes of each step, and what a step is shown."""
+    """One way to cut an image into steps: a tokenizer, the codes of each step, and the input of a step."""
 
     tokenizer: Any
     lengths: Sequence[int]
     raster: bool
 
     def views(self, codes: Sequence[Tensor]) -> Tensor:
-        """What the transformer is shown while it predicts known codes: the picture so far, or the code before."""
+        """Return the transformer's input while it predicts known codes: the image so far, or the code before."""
         return self.tokenizer.quantizer.codebook(codes[0][:, :-1]) if self.raster else self.tokenizer.inputs(codes)
 
 
-@claim("var", says="next-scale prediction makes better pictures than raster next-code prediction, in fewer and faster steps", minutes=3)
+@claim("var", says="next-scale prediction makes better images than raster next-code prediction, in fewer and faster steps", minutes=3)
 def compare() -> list[Comparison]:
     """Digits at 16x16. Two tokenizers of one architecture and budget, one with maps of 1, 2, 3 and 4 codes a side, one with the 4x4 map
     alone; on each a transformer of equal sizes and steps, that predicts the 4 maps (30 codes) or the 16 codes in raster order.
@@ -56,9 +56,9 @@ def compare() -> list[Comparison]:
     quick, many = (_speedups(dict(zip(quality, trained[:2], strict=True)), batch) for batch in (1, 64))
     better, worse = (Measured(label, values, "minus Fréchet distance") for label, values in quality.items())
     return [
-        Comparison("better pictures than in raster order", better, worse),
-        Comparison("faster than in raster order, one picture", Measured("raster / next scale", quick, "x faster"), at_least=1.0),
-        Comparison("faster than in raster order, 64 pictures", Measured("raster / next scale", many, "x faster"), at_least=1.0),
+        Comparison("better images than in raster order", better, worse),
+        Comparison("faster than in raster order, one image", Measured("raster / next scale", quick, "x faster"), at_least=1.0),
+        Comparison("faster than in raster order, 64 images", Measured("raster / next scale", many, "x faster"), at_least=1.0),
         Comparison("every scale is better than chance", Measured("ln V - worst scale's loss", margins, "nats"), at_least=0.0),
     ]
 
@@ -78,7 +78,7 @@ def _tokenizer(scales: tuple[int, ...]) -> Any:
 
 
 def _batches(images: Any) -> list[tuple[Tensor, Tensor]]:
-    """Pictures (B, 3, 16, 16) in [0, 1] and classes."""
+    """Images (B, 3, 16, 16) in [0, 1] and classes."""
     from torchvision.transforms.functional import to_tensor
 
     pairs = [images[i] for i in range(len(images))]
@@ -87,7 +87,7 @@ def _batches(images: Any) -> list[tuple[Tensor, Tensor]]:
 
 
 def _coded(way: Way, images: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Views (N, L - 1, C), codes (N, L) and classes (N,) of a set of pictures."""
+    """Views (N, L - 1, C), codes (N, L) and classes (N,) of a set of images."""
     parts = []
     with torch.no_grad():
         for image, labels in _batches(images):
@@ -98,7 +98,7 @@ def _coded(way: Way, images: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _trained(way: Way, seed: int) -> Any:
-    """A transformer after the same budget either way: AdamW, half a cosine, 64 pictures a step, a tenth of them without class."""
+    """A transformer after the same budget either way: AdamW, half a cosine, 64 images a step, a tenth of them without class."""
     from vitarium.generation.var.transformer import ScaleTransformer
 
     torch.manual_seed(seed)
@@ -129,7 +129,7 @@ def _losses(way: Way, model: Any) -> list[float]:
 
 @torch.no_grad()
 def _sampled(way: Way, model: Any, classes: Sequence[int], seed: int) -> Tensor:
-    """Pictures (B, 3, 16, 16) in [0, 1] of the given classes."""
+    """Images (B, 3, 16, 16) in [0, 1] of the given classes."""
     from vitarium.generation.var.model import draw
     from vitarium.generation.var.transformer import Steps
 
@@ -149,7 +149,7 @@ def _sampled(way: Way, model: Any, classes: Sequence[int], seed: int) -> Tensor:
 
 
 def _features() -> Callable[[Tensor], Tensor]:
-    """Pictures in [0, 1] -> what a classifier of digits makes of them before its last layer."""
+    """Images in [0, 1] -> what a classifier of digits makes of them before its last layer."""
     from vitarium.catalog import preprocessing_of
 
     judge: Any = small_vit(0, steps=400)

@@ -1,4 +1,4 @@
-"""Claim: prompts with semantic proxies find pictures of unseen classes as well as full fine-tuning does, and better than plain proxies."""
+"""Claim: prompts with semantic proxies find images of unseen classes as well as full fine-tuning does, and better than plain proxies."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ ARMS = {
 
 
 class Numbers:
-    """16x16 pictures of two-digit numbers: scikit-learn's handwritten digits (8x8) side by side, light on dark grey, with some noise.
+    """16x16 images of two-digit numbers: scikit-learn's handwritten digits (8x8) side by side, light on dark grey, with some noise.
 
     Args:
         classes: which of the hundred numbers, after shuffling.
-        count: pictures a class.
+        count: images a class.
         seed: of the digits that are taken, and of all else.
         part: 0 or 1, the half of the writing that is used.
     """
@@ -72,7 +72,7 @@ class Numbers:
 
 @functools.cache
 def handwriting() -> tuple[NDArray[Any], NDArray[Any]]:
-    """Pictures (1797, 8, 8) from 0 to 16, and what they show."""
+    """Images (1797, 8, 8) from 0 to 16, and what they show."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -80,7 +80,7 @@ def handwriting() -> tuple[NDArray[Any], NDArray[Any]]:
 
 
 def pretrained(seed: int, folder: Path) -> Path:
-    """A file of a small ViT that has learned to tell 50 numbers apart."""
+    """A file of a small ViT that has learned to classify 50 numbers."""
     torch.manual_seed(seed)
     model = vitarium.create_model("timm/vit_pico", num_classes=len(KNOWN), image_size=SIDE)
     train, val = (Numbers(KNOWN, count, start + seed) for count, start in ((40, 100), (3, 200)))
@@ -117,8 +117,8 @@ def tuned(base: Path, arm: str, data: ImageData, seed: int, folder: Path, lr: fl
     minutes=3,
 )
 def compare() -> list[Comparison]:
-    """A ViT of 16 patches learns to tell 50 two-digit numbers apart (800 steps). Then it is tuned on 25 other numbers, 30 pictures each,
-    for 200 steps of 12 groups of 4 pictures; recall@1 is measured on the 25 numbers that are left, 20 pictures each, of other digits. Each
+    """A ViT of 16 patches learns to classify 50 two-digit numbers (800 steps). Then it is tuned on 25 other numbers, 30 images each,
+    for 200 steps of 12 groups of 4 images; recall@1 is measured on the 25 numbers that are left, 20 images each, of other digits. Each
     way of tuning has the better of two learning rates (on the first seed). Full fine-tuning has plain proxies, and prompts as well. Share:
     of the embedding model's weights that are kept frozen. Refuted where semantic proxies do no better than plain ones or the frozen
     features, stay more than a point behind full fine-tuning, or less than 90 % is frozen."""
