@@ -5,5 +5,6 @@ from __future__ import annotations
 from vitarium.data.bad_files import BadFiles, BrokenImage
 from vitarium.data.image_set import ImageData, ImageSet, Subset, stratified_split
 from vitarium.data.opening import open_data
+from vitarium.data.sample import Sample
 
-__all__ = ["BadFiles", "BrokenImage", "ImageData", "ImageSet", "Subset", "open_data", "stratified_split"]
+__all__ = ["BadFiles", "BrokenImage", "ImageData", "ImageSet", "Sample", "Subset", "open_data", "stratified_split"]

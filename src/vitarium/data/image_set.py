@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from vitarium.data.sample import Sample
+
 
 @runtime_checkable
 class ImageSet(Protocol):
@@ -102,7 +104,12 @@ class View:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        image, target = self.images[self.indices[index]]
+        item = self.images[self.indices[index]]
+        if isinstance(item, Sample):
+            if self._replaced:
+                return Sample(item | {"target": self.targets[index]})  # type: ignore[return-value]
+            return item if self._transform_target is None else item.map(target=self._transform_target)  # type: ignore[return-value]
+        image, target = item
         if self._replaced:
             return image, self.targets[index]
         return image, target if self._transform_target is None else self._transform_target(target)

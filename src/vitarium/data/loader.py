@@ -25,10 +25,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate, get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 
 from vitarium.catalog.preprocessing import Preprocessing
 from vitarium.data.bad_files import BadFiles, BrokenImage
+from vitarium.data.fields import PAIRS, Collate, Sample
 from vitarium.errors import DataError
 
 MEMORY_BYTES = 256 * 2**20
@@ -95,11 +96,12 @@ class _Reader:
         transform: Callable[..., Any],
         collate: Callable[[list[Any]], dict[str, Any]],
         seed: int,
-        memory: dict[int, tuple[Tensor, Any]] | None,
+        memory: dict[int, Any] | None,
         workers: int,
     ):
         self.dataset, self.transform, self.collate, self.seed, self.memory = dataset, transform, collate, seed, memory
-        self.joint = bool(getattr(transform, "joint", False))
+        self.joint, self.named = bool(getattr(transform, "joint", False)), bool(getattr(transform, "named", False))
+        self.check: Callable[[Any], None] | None = getattr(collate, "check", None)
         self.reading = torch.full((max(1, workers),), -1).share_memory_()  # the sample each worker is at, for the post-mortem
 
     def __getitems__(self, plan: _Plan) -> dict[str, Any] | _Failure:
@@ -121,26 +123,49 @@ class _Reader:
             indices.append(index)
             positions.append(position)
         self.reading[place] = -1
+        try:
+            batch = self.collate(samples)
+        except Exception as error:  # samples that do not go together
+            failure = _Failure(indices[0] if indices else plan.indices[0], f"its batch cannot be put together: {error}")
+            if worker:
+                return failure
+            raise _data_error(self.dataset, failure) from error
         numbers = {"index": torch.tensor(indices, dtype=torch.int64), "position": torch.tensor(positions, dtype=torch.int64)}
-        return {**self.collate(samples), **numbers, "broken": broken}
+        return {**batch, **numbers, "broken": broken}
 
-    def _sample(self, epoch: int, index: int, copy: int) -> tuple[Tensor, Any]:
+    def _sample(self, epoch: int, index: int, copy: int) -> Any:
         if self.memory is not None and index in self.memory:
             return self.memory[index]
         seed_generators(self.seed, epoch, index, copy)
-        picture, target = self.dataset[index]
-        sample = self.transform(picture, target) if self.joint else (self.transform(picture), target)
+        item = self.dataset[index]
+        sample = self._fields(item) if isinstance(item, Sample) else self._pair(*item)
         if self.memory is not None:
             self.memory[index] = sample
         return sample
 
+    def _pair(self, image: Any, target: Any) -> tuple[Any, Any]:
+        return self.transform(image, target) if self.joint else (self.transform(image), target)
+
+    def _fields(self, sample: Sample) -> Sample:
+        """Transform a sample with named fields: as a whole by a transform with `named`, else its image (and target) as a pair's."""
+        if self.named:
+            made = self.transform(sample)
+        elif self.joint:
+            image, target = self.transform(sample.get("image"), sample.get("target"))
+            made = Sample(sample | {"image": image, "target": target})
+        else:
+            made = sample.map(image=self.transform)
+        if self.check is not None:
+            self.check(made)
+        return made
+
+
+_PAIRS = Collate(PAIRS)
+
 
 def stack(samples: list[tuple[Tensor, Any]]) -> dict[str, Any]:
-    """Samples of one size -> {"image": (B, C, H, W), "target": (B, ...)}, both empty where there are none."""
-    if not samples:
-        return {"image": torch.empty(0), "target": torch.empty(0, dtype=torch.int64)}
-    images, targets = zip(*samples, strict=True)
-    return {"image": torch.stack(images), "target": default_collate(list(targets))}
+    """Return samples of one size as {"image": (B, C, H, W), "target": (B, ...)}, both empty where there are none."""
+    return _PAIRS(samples)
 
 
 class _Sampler:
@@ -165,10 +190,12 @@ class Loader:
     the others does not change. A batch of which no image can be read comes out empty (B = 0).
 
     Args:
-        dataset: gives (picture, target) by index; its length is fixed. `describe(index)`, where it has it, names a sample in messages.
-        transform: picture -> (C, H, W); may draw from Python's, NumPy's and torch's global generators. With a true attribute `joint`:
-            (picture, target) -> (tensor, target).
-        collate: list of (tensor, target), which may be empty -> what the batch holds besides "index".
+        dataset: gives (image, target), or a `Sample` with named fields (see `vitarium.data.fields`), by index; its length is fixed.
+            `describe(index)`, where it has it, names a sample in messages.
+        transform: image -> (C, H, W); may draw from Python's, NumPy's and torch's global generators. With a true attribute `joint`:
+            (image, target) -> (tensor, target); with `named`: `Sample` -> `Sample`. One without either changes the field "image" of a
+            `Sample`.
+        collate: list of (tensor, target) or `Sample`, which may be empty -> the batch, without "index". A `Collate` checks each sample.
         batch_size: samples a batch on this rank.
         seed: of the order and of the augmentation.
         shuffle: a new order each epoch; else the order of the set.
