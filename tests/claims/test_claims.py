@@ -37,7 +37,7 @@ def test_equal_seeds_are_paired():
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A claim of swin whose arms are not trained but told; the list collects what was asked for."""
+    """A claim of swin whose arms are given and not trained; the list collects what was asked for."""
     asked: list[str] = []
     better = Arm("better", "swin_pico", steps=1, seeds=3)
     comparisons = [
@@ -78,23 +78,23 @@ def test_a_killed_run_goes_on(toy: list[str], tmp_path: Path, monkeypatch: pytes
 
 def test_a_killed_batch_goes_on_with_the_claims_that_are_missing(toy: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ran: list[str] = []
-    one = runner.run_claim
+    one = runner.measure_claim
 
-    def killed_at_the_second(slug: str, **options) -> Entry:
+    def killed_at_the_second(slug: str, *given) -> Entry:
         ran.append(slug)
         if len(ran) == 2:
             raise KeyboardInterrupt
-        return one(slug, **options)
+        return one(slug, *given)
 
-    monkeypatch.setattr(runner, "run_claim", killed_at_the_second)
-    monkeypatch.setattr(runner, "read_ledger", list)  # how long they took decides the order
+    monkeypatch.setattr(runner, "measure_claim", killed_at_the_second)
+    monkeypatch.setattr(runner, "read_ledger", lambda folder=None: [])  # how long they took decides the order
     where = {"out": tmp_path / "ledger", "cache": tmp_path / "cache"}
     with pytest.raises(KeyboardInterrupt):
         run_claims(["swin", "convnext"], **where)
     lines: list[str] = []
     entries = run_claims(["swin", "convnext"], **where, progress=lines.append)
     assert ran == ["swin", "convnext", "convnext"]
-    assert lines[0] == "going on: 1 of 2 are done"
+    assert lines[0] == "swin: done before (1 of 2)"
     assert [e.slug for e in entries] == ["swin", "convnext"]
     assert not list((tmp_path / "cache").iterdir())
 
@@ -102,16 +102,16 @@ def test_a_killed_batch_goes_on_with_the_claims_that_are_missing(toy: list[str],
 def test_what_a_killed_batch_has_done_is_its_own(toy: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """One of its claims, asked for alone or in another batch, is run; and the batch still goes on where it was."""
     ran: list[str] = []
-    one = runner.run_claim
+    one = runner.measure_claim
 
-    def run_one(slug: str, **options) -> Entry:
+    def run_one(slug: str, *given) -> Entry:
         ran.append(slug)
         if slug == "vim":
             raise DataError("not yet")
-        return one(slug, **options)
+        return one(slug, *given)
 
-    monkeypatch.setattr(runner, "run_claim", run_one)
-    monkeypatch.setattr(runner, "read_ledger", list)
+    monkeypatch.setattr(runner, "measure_claim", run_one)
+    monkeypatch.setattr(runner, "read_ledger", lambda folder=None: [])
     where = {"out": tmp_path / "ledger", "cache": tmp_path / "cache"}
     for slugs in (["swin", "vim"], ["swin"], ["swin", "convnext"], ["vim", "swin"]):
         with contextlib.suppress(DataError):
@@ -120,30 +120,49 @@ def test_what_a_killed_batch_has_done_is_its_own(toy: list[str], tmp_path: Path,
 
 
 def test_a_claim_that_fails_stops_no_other(toy: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    one = runner.run_claim
+    one = runner.measure_claim
 
-    def run_one(slug: str, **options) -> Entry:
+    def run_one(slug: str, *given) -> Entry:
         if slug == "swin":
-            raise DataError("no pictures")
-        return one(slug, **options)
+            raise DataError("no images")
+        return one(slug, *given)
 
-    monkeypatch.setattr(runner, "run_claim", run_one)
-    with pytest.raises(DataError, match="no pictures"):
+    monkeypatch.setattr(runner, "measure_claim", run_one)
+    with pytest.raises(DataError, match="no images"):
         run_claims(["swin", "convnext"], out=tmp_path)
     assert (tmp_path / "convnext.json").exists()
 
 
 def test_claims_in_two_processes(tmp_path: Path):
-    """Real claims in real processes, of arms whose values an earlier run has left."""
-    slugs = ["van", "hornet"]
+    """Real claims in real processes, of arms whose values an interrupted run has left; one was finished and only the ledger lacks it."""
+    slugs = ["van", "hornet", "convnext"]
+    where = {"out": tmp_path / "ledger", "cache": tmp_path}
+
+    batch = known_batch(slugs, **where)
     for slug in slugs:
         arms = [a for c in find_claim(slug).compare() for a in (c.method, c.baseline) if isinstance(a, Arm)]
         known = {runner.key_of(arm, seed): {"value": 90.0 + seed, "seconds": 1.0} for arm in arms for seed in range(arm.seeds)}
-        (tmp_path / f"{slug}.json").write_text(json.dumps(known))
-    entries = run_claims(slugs, out=tmp_path / "ledger", cache=tmp_path, jobs=2, progress=runner.silent)
+        (batch / slug).mkdir(parents=True)
+        (batch / slug / "arms.json").write_text(json.dumps(known))
+    done = runner.measure_claim("convnext", batch / "convnext" / "arms.json")
+    (batch / "convnext" / "result.json").write_text(json.dumps(done.to_dict()))
+    lines: list[str] = []
+    entries = run_claims(slugs, **where, jobs=2, progress=lines.append)
     assert [e.slug for e in entries] == slugs
-    assert read_ledger(tmp_path / "ledger") == [e for slug in ("van", "hornet") for e in entries if e.slug == slug]
-    assert all(c["gain"] == 0 for e in entries for c in e.comparisons)
+    assert lines[0] == "convnext: done before (1 of 3)"
+    assert read_ledger(tmp_path / "ledger") == sorted(entries, key=lambda e: claimed_slugs().index(e.slug))
+    assert all(c["gain"] == 0 for e in entries[:2] for c in e.comparisons)
+    assert not batch.exists()
+
+
+def known_batch(slugs: list[str], *, out: Path, cache: Path) -> Path:
+    """The folder of a batch, which does not depend on the order of its claims."""
+    seen: list[Path] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "run_all", lambda jobs, *_, **__: seen.extend(job.folder.parent for job in jobs) or [])
+        with contextlib.suppress(KeyError):
+            run_claims(slugs[::-1], out=out, cache=cache)
+    return seen[0]
 
 
 def test_a_ledger_that_cannot_be_written(toy: list[str], tmp_path: Path):

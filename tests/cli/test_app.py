@@ -18,9 +18,9 @@ SURFACE = {
     "--devices --num-nodes --strategy --accelerator --engine --address --jobs --config --print-config",
     "train": "recipe --data --model --pretrained --checkpoint --set --apply --val-fraction --out --trained-only --precision --devices "
     "--num-nodes --strategy --accelerator --config --print-config",
-    "evaluate": "model --data --checkpoint --apply --corruptions --split --val-fraction --seed --batch-size --device --output --json "
-    "--config --print-config",
-    "predict": "images --model --checkpoint --apply --top-k --batch-size --device --output --json",
+    "evaluate": "model --data --checkpoint --apply --corruptions --split --val-fraction --seed --batch-size --device --output "
+    "--engine --address --jobs --json --config --print-config",
+    "predict": "images --model --checkpoint --apply --top-k --batch-size --device --output --engine --address --jobs --json",
     "index": "folders --model --output --checkpoint --batch-size --device --engine --address --jobs --json --config --print-config",
     "search": "index images --top-k --model --checkpoint --itself --batch-size --device --output --json --config --print-config",
     "explain": "images --model --output --method --target --measure --checkpoint --apply --batch-size --device --json",
@@ -32,7 +32,7 @@ SURFACE = {
     "bench": "models --peers --kind --batch --image-size --dtype --device --rounds --threads --json --config --print-config",
     "probe": "model --data --task --checkpoint --image-size --neighbours --uniform --val-fraction --seed --batch-size --device "
     "--output --json --config --print-config",
-    "claim": "slugs --all --jobs --out --json",
+    "claim": "slugs --all --engine --address --jobs --out --json",
     "export": "model --checkpoint --format --output --image-size --batch --tolerance",
     "env": "--json",
 }

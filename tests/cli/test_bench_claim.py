@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vitarium.claims.ledger import Entry, write_entry
+from vitarium.claims.ledger import Entry
 from vitarium.efficiency.bench import Row
 
 ROW = dict(batch=8, image_size=224, dtype="float32", device="cpu", threads=1, params=28_000_000, bytes=1, macs=4_490_000_000, error=1e-6)
@@ -58,13 +58,11 @@ def swin_claims(monkeypatch):
         says="windows beat none", method=arm, baseline=arm | {"label": "none"}, gain=1.5, error=0.2, at_least=0.0, verdict="held"
     )
 
-    def run_claim(slug, *, out, cache, progress):
+    def measure_claim(slug, file, progress):
         progress("windows, seed 0: 97.0 %")
-        entry = Entry(slug, "windows matter", "two seeds", "held", [comparison], 12.0, "2026-01-01", {}, "abc")
-        write_entry(entry, out)
-        return entry
+        return Entry(slug, "windows matter", "two seeds", "held", [comparison], 12.0, "2026-01-01", {}, "abc")
 
-    monkeypatch.setattr("vitarium.claims.run.run_claim", run_claim)
+    monkeypatch.setattr("vitarium.claims.run.measure_claim", measure_claim)
     monkeypatch.setattr("vitarium.claims.claimed_slugs", lambda: ["swin", "convnext"])
 
 

@@ -1,52 +1,68 @@
-"""Running claims: train the arms, judge, write the ledger. A killed run goes on where it was, claim by claim and arm by arm."""
+"""Run claims: train the arms, judge, write the ledger. An interrupted run continues, claim by claim and arm by arm."""
 
 from __future__ import annotations
 
 import datetime
 import hashlib
 import json
-import multiprocessing
-import os
+import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from vitarium.claims.experiment import Arm, Comparison, Measured, find_claim, gain_and_error, judge, together
 from vitarium.claims.ledger import Entry, read_ledger, write_entry
+from vitarium.engine import Engine, Job, RunEvent, as_engine, run_all
 from vitarium.files import write_json
 
 Progress = Callable[[str], None]
+ARMS = "arms.json"
 
 
 def silent(line: str) -> None:
-    """Progress that is not shown."""
+    """Ignore progress."""
 
 
 def run_claim(slug: str, *, out: Path | None = None, cache: Path | None = None, progress: Progress = silent) -> Entry:
-    """Run one claim and write its entry.
+    """Run one claim in this process and write its entry.
 
     Args:
         slug: the system.
         out: folder of the ledger; the package's own by default.
-        cache: folder in which each trained arm's value is kept, so that a run that was killed goes on; None keeps nothing.
+        cache: folder in which the value of each trained arm is kept, so that an interrupted run continues; None keeps nothing.
         progress: called with a line for each arm and seed.
 
     Returns:
         the entry, as written.
 
     Raises:
-        UsageError: unknown slug, or no claim yet.
+        UsageError: unknown slug, or a system without a claim.
+    """
+    file = cache / f"{slug}.json" if cache else None
+    entry = measure_claim(slug, file, progress)
+    write_entry(entry, out)
+    if file:
+        file.unlink(missing_ok=True)
+    return entry
+
+
+def measure_claim(slug: str, file: Path | None = None, progress: Progress = silent) -> Entry:
+    """Run the experiment of a claim and judge it; the ledger is left alone.
+
+    Args:
+        slug: the system.
+        file: where the value of each trained arm is kept; None keeps nothing.
+        progress: called with a line for each arm and seed.
     """
     from vitarium.reports.machine import describe_machine
 
     claim, start = find_claim(slug), time.perf_counter()
-    trainer = _Trainer(slug, cache / f"{slug}.json" if cache else None, progress)
+    trainer = _Trainer(slug, file, progress)
     comparisons = [_compare(comparison, trainer) for comparison in claim.compare()]
-    entry = Entry(
+    return Entry(
         slug=slug,
         says=claim.says,
         method=claim.method,
@@ -57,9 +73,6 @@ def run_claim(slug: str, *, out: Path | None = None, cache: Path | None = None, 
         machine=describe_machine(),
         commit=_commit(),
     )
-    write_entry(entry, out)
-    trainer.forget()
-    return entry
 
 
 def run_claims(
@@ -67,80 +80,78 @@ def run_claims(
     *,
     out: Path | None = None,
     cache: Path | None = None,
-    jobs: int = 1,
+    engine: str | Engine = "local",
+    address: str | None = None,
+    jobs: int | None = None,
     progress: Progress = silent,
 ) -> list[Entry]:
-    """Run several claims, `jobs` at a time, the longest first.
+    """Run several claims on an engine, the longest first, and write their entries into the ledger.
 
-    A claim that fails stops no other; its error is raised when all others are through.
+    A claim that fails does not stop the others; it is tried once more, and its error is raised when all others are done.
 
     Args:
         slugs: the systems.
         out: folder of the ledger; the package's own by default.
-        cache: folder that remembers what is done, so that the same call goes on after it was killed; None keeps nothing.
-        jobs: processes, each with its share of the processor's cores.
-        progress: called with a line for each arm and seed; with several jobs it must be a function of a module, as it is called in them.
+        cache: folder that records what is done, so that the same call continues on any engine after an interruption; on a cluster it must
+            be on a shared disk. None keeps nothing.
+        engine: "local", "ray", or an `engine.Engine`.
+        address: of a running Ray cluster.
+        jobs: claims at a time, see `engine.Engine`.
+        progress: called in this process with a line for each arm and seed.
 
     Returns:
         the entries, in the order of `slugs`.
 
     Raises:
-        UsageError: unknown slug, or no claim yet; before anything runs.
+        UsageError: unknown slug, or a system without a claim; before anything runs.
         Exception: of the first claim that failed.
     """
+    where = as_engine(engine, address=address, jobs=jobs)
     claims = [find_claim(slug) for slug in slugs]
     batch = hashlib.sha256(json.dumps([sorted(slugs), str(out)]).encode()).hexdigest()[:12]
-    file = cache / f"batch-{batch}.json" if cache and len(slugs) > 1 else None
-    done: dict[str, Entry] = {k: Entry(**v) for k, v in json.loads(file.read_text()).items()} if file and file.exists() else {}
-    if done:
-        progress(f"going on: {len(done)} of {len(slugs)} are done")
     took = {entry.slug: entry.seconds for entry in read_ledger()}
     claims.sort(key=lambda c: -took.get(c.slug, 60 * c.minutes))
-    rest = [c.slug for c in claims if c.slug not in done]
-    failed: list[Exception] = []
-    for slug, found in _run_all(rest, out, cache, jobs, progress):
-        if isinstance(found, Exception):
-            progress(f"{slug}: {type(found).__name__}: {found}")
-            failed.append(found)
-            continue
-        done[slug] = found
-        if file:
-            write_json(file, {k: entry.to_dict() for k, entry in done.items()})
-    if failed:
-        raise failed[0]
-    if file:
-        file.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = cache / f"batch-{batch}" if cache else Path(temporary)
+        runs = [Job(claim.slug, _measure, folder / claim.slug, {"slug": claim.slug}) for claim in claims]
+        outcomes = run_all(runs, where, progress=_Recorder(len(runs), out, progress))
+        for outcome in outcomes:
+            if outcome.error is not None:
+                raise outcome.error
+        done = {outcome.job.name: Entry(**outcome.value) for outcome in outcomes if outcome.value is not None}
+        shutil.rmtree(folder, ignore_errors=True)
     return [done[slug] for slug in slugs]
 
 
-def _run_all(
-    slugs: list[str], out: Path | None, cache: Path | None, jobs: int, progress: Progress
-) -> Iterator[tuple[str, Entry | Exception]]:
-    """Each claim's entry, or what it raised, as it comes."""
-    if jobs == 1:
-        for slug in slugs:
-            try:
-                found: Entry | Exception = run_claim(slug, out=out, cache=cache, progress=progress)
-            except Exception as raised:
-                found = raised
-            yield slug, found
-        return
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
-        running = {pool.submit(_run_in_process, slug, out, cache, threads, progress): slug for slug in slugs}
-        for future in as_completed(running):
-            error = future.exception()
-            if error is not None and not isinstance(error, Exception):
-                raise error
-            yield running[future], error or future.result()
+def _measure(folder: Path, report: Callable[[Any], None], *, slug: str) -> dict[str, Any]:
+    """Measure one claim: a run of an engine."""
+    return measure_claim(slug, folder / ARMS, report).to_dict()
 
 
-def _run_in_process(slug: str, out: Path | None, cache: Path | None, threads: int, progress: Progress) -> Entry:
-    import torch
+class _Recorder:
+    """Writes finished claims into the ledger, and turns the engine's events into lines."""
 
-    torch.set_num_threads(threads)
-    return run_claim(slug, out=out, cache=cache, progress=progress)
+    def __init__(self, count: int, out: Path | None, progress: Progress):
+        self.count, self.out, self.progress = count, out, progress
+        self.kept = 0
+
+    def __call__(self, event: RunEvent) -> None:
+        slug = event.job.name
+        if event.kind == "progress":
+            self.progress(event.value)
+        elif event.kind in ("retried", "failed"):
+            again = "; it is tried once more" if event.kind == "retried" else ""
+            self.progress(f"{slug}: {type(event.error).__name__}: {event.error}{again}")
+        elif event.kind == "kept":
+            self.kept += 1
+            self.progress(f"{slug}: done before ({self.kept} of {self.count})")
+        if event.kind in ("kept", "finished") and event.value is not None:
+            self.write(Entry(**event.value))
+
+    def write(self, entry: Entry) -> None:
+        """Write an entry, unless the ledger holds a later one of this claim."""
+        if not any(there.slug == entry.slug and there.date > entry.date for there in read_ledger(self.out)):
+            write_entry(entry, self.out)
 
 
 def _compare(comparison: Comparison, trainer: _Trainer) -> dict[str, Any]:
@@ -159,13 +170,13 @@ def _compare(comparison: Comparison, trainer: _Trainer) -> dict[str, Any]:
 
 
 class _Trainer:
-    """Values of arms; equal arms of one claim are trained once, and kept in a file while the claim runs."""
+    """Trains arms; equal arms of one claim are trained once, and their values are kept in a file while the claim runs."""
 
     def __init__(self, slug: str, file: Path | None, progress: Progress):
         self.slug, self.file, self.progress = slug, file, progress
         self.known: dict[str, dict[str, float]] = json.loads(file.read_text()) if file and file.exists() else {}
         self.saved_seconds = 0.0
-        """Time that an earlier, interrupted run spent on arms of this one."""
+        """Time that an earlier, interrupted run spent on the arms of this one."""
         self._earlier = set(self.known)
 
     def values(self, arm: Arm | Measured) -> dict[str, Any]:
@@ -189,18 +200,14 @@ class _Trainer:
             self.saved_seconds += self.known[key]["seconds"]
         return self.known[key]["value"]
 
-    def forget(self) -> None:
-        if self.file:
-            self.file.unlink(missing_ok=True)
-
 
 def key_of(arm: Arm, seed: int) -> str:
-    """Under what an arm's value is kept."""
+    """Return the cache key of one arm and seed."""
     return hashlib.sha256(f"{arm.key()} {seed}".encode()).hexdigest()
 
 
 def train_arm(arm: Arm, seed: int) -> float:
-    """Train one arm with one seed; its accuracy on the held-out part, 0 to 1."""
+    """Train one arm with one seed; return its accuracy on the held-out part, 0 to 1."""
     import torch
 
     from vitarium.catalog import create_model
@@ -219,7 +226,7 @@ def train_arm(arm: Arm, seed: int) -> float:
 
 
 def _commit() -> str:
-    """Short hash of the checkout that this code runs from; "" where there is none."""
+    """Return the short hash of the checkout that this code runs from; "" where there is none."""
     here = Path(__file__).parent
     try:
         found = subprocess.run(

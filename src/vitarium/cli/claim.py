@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 
 from vitarium.cli.console import err, out, pairs, print_json, print_tables, table
+from vitarium.cli.options import Address, EngineKind, Jobs
 
 if TYPE_CHECKING:
     from vitarium.claims import Entry
@@ -20,14 +21,16 @@ STYLES = {"held": "green", "not held": "red", "inconclusive": "yellow"}
 def claim(
     slugs: Annotated[list[str] | None, typer.Argument(metavar="SLUG", help="The systems. Without any the ledger is shown.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Run all claims.")] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="Claims at a time, each in a process with its share of the cores.")] = 1,
+    engine: EngineKind = "local",
+    address: Address = None,
+    jobs: Jobs = None,
     out_folder: Annotated[Path | None, typer.Option("--out", help="Folder of the ledger.", show_default="the package's own")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Run the experiments of systems' main claims and write the outcomes into the ledger, whichever way they come out."""
     from vitarium.verbs.claim import claim as run
 
-    found = run(slugs, every=every, jobs=jobs, out=out_folder, notify=say)
+    found = run(slugs, every=every, engine=engine, address=address, jobs=jobs, out=out_folder, notify=say)
     if as_json:
         print_json([entry.to_dict() for entry in found.entries])
     elif slugs and len(set(slugs)) == 1:
@@ -37,7 +40,7 @@ def claim(
 
 
 def say(line: str) -> None:
-    """Print a line of progress; a function of the module, because processes of several jobs call it."""
+    """Print a line of progress."""
     err().print(line, style="dim", markup=False)
 
 

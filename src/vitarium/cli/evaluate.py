@@ -13,7 +13,6 @@ from vitarium.cli.console import err, out, pairs, print_json, print_tables, stat
 from vitarium.cli.options import DATA_HELP, Address, Apply, BatchSize, Checkpoint, Device, EngineKind, Jobs
 
 if TYPE_CHECKING:
-    from vitarium.engine import as_engine
     from vitarium.verbs.evaluate import Evaluation
 
 
@@ -58,7 +57,9 @@ def evaluate(
             batch_size=batch_size,
             device=device,
             output=output,
-            engine=as_engine(engine, address=address, jobs=jobs),
+            engine=engine,
+            address=address,
+            jobs=jobs,
             notify=notify,
         )
     if as_json:

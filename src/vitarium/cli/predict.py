@@ -31,7 +31,6 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Answer about images: labels, segments, ... One that cannot be read is named and counted (exit code 3 if none can be read)."""
-    from vitarium.engine import as_engine
     from vitarium.verbs.predict import answer_table
     from vitarium.verbs.predict import predict as run
 
@@ -45,7 +44,9 @@ def predict(
             batch_size=batch_size,
             device=device,
             output=output,
-            engine=as_engine(engine, address=address, jobs=jobs),
+            engine=engine,
+            address=address,
+            jobs=jobs,
             notify=notify,
         )
     if as_json:

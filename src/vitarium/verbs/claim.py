@@ -15,6 +15,7 @@ from vitarium.verbs.result import Result
 
 if TYPE_CHECKING:
     from vitarium.claims import Entry
+    from vitarium.engine import Engine
 
 CACHE = Path("runs", "claims")
 """Folder of trained arms, from which an interrupted run continues."""
@@ -53,7 +54,9 @@ def claim(
     slugs: str | Sequence[str] | None = None,
     *,
     every: bool = False,
-    jobs: int = 1,
+    engine: str | Engine = "local",
+    address: str | None = None,
+    jobs: int | None = None,
     out: str | os.PathLike[str] | None = None,
     cache: str | os.PathLike[str] | None = CACHE,
     notify: Notify = quiet,
@@ -65,26 +68,29 @@ def claim(
     Args:
         slugs: systems, one or several; None with `every` unset: read the ledger.
         every: run all claims.
-        jobs: claims at a time, each in a process with its share of the cores.
+        engine: "local", this machine; "ray", a Ray cluster; or an `engine.Engine`.
+        address: of a running Ray cluster, "auto" or "HOST:PORT".
+        jobs: claims at a time; None: 1 locally, as many as the cluster allows under Ray.
         out: folder of the ledger; None: the package's own.
         cache: folder of trained arms while claims run; None: nothing is kept of an interrupted run.
-        notify: called with a line for each arm and seed. With several jobs it must be a function of a module, because processes call it.
+        notify: called with a line for each arm and seed.
 
     Raises:
         UsageError: unknown systems or systems without a claim (before anything runs), or both `slugs` and `every`.
         DataError: a folder that cannot be written.
+        MissingExtra: engine="ray" without Ray.
     """
     from vitarium.claims import claimed_slugs, read_ledger, run_claims
+    from vitarium.engine import as_engine
 
     named = [slugs] if isinstance(slugs, str) else list(slugs or [])
     if named and every:
         raise UsageError(f"give systems or --all, not both: vitarium claim {' '.join(named)}")
-    if jobs < 1:
-        raise UsageError(f"jobs must be at least 1, got {jobs}")
+    where = as_engine(engine, address=address, jobs=jobs)
     folder = None if out is None else Path(out)
     wanted = list(dict.fromkeys(named)) or (claimed_slugs() if every else [])
     kept = None if cache is None else Path(cache)
-    entries = run_claims(wanted, out=folder, cache=kept, jobs=jobs, progress=notify) if wanted else read_ledger(folder)
+    entries = run_claims(wanted, out=folder, cache=kept, engine=where, progress=notify) if wanted else read_ledger(folder)
     if len(wanted) == 1:
         return Claims(entries)
     written = {entry.slug for entry in read_ledger(folder)}

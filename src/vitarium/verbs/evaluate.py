@@ -71,6 +71,8 @@ def evaluate(
     device: str = "auto",
     output: str | os.PathLike[str] | None = None,
     engine: str | Engine = "local",
+    address: str | None = None,
+    jobs: int | None = None,
     notify: Notify = quiet,
 ) -> Evaluation:
     """Measure a model on labelled data by the metrics of its task. Labels are matched by their names where the model knows them.
@@ -86,13 +88,16 @@ def evaluate(
         batch_size: images a forward pass.
         device: "auto", "cpu", "cuda", ...
         output: JSON file for all metrics.
-        engine: where the model runs: "local", "ray" (`device` is then decided by the cluster), or a `vitarium.engine.Engine`.
+        engine: where the model runs: "local"; "ray", a Ray cluster, which decides about the device; or a `vitarium.engine.Engine`.
+        address: of a running Ray cluster, "auto" or "HOST:PORT".
+        jobs: processes that hold the model.
         notify: called with messages about progress.
 
     Raises:
         UsageError: unknown name or method, a head that was never trained, or corruptions for a model that is no classifier.
         DataError: no such data, labels that the model does not know, or too many images that cannot be read.
         CheckpointError: weights that cannot be had.
+        MissingExtra: engine="ray" without Ray.
     """
     from vitarium.catalog.heads import require_head
     from vitarium.files import write_json
@@ -105,7 +110,7 @@ def evaluate(
         raise UsageError(f"corruptions count the errors of a classifier; this model's task is {task.name}")
     images = open_for(opened, data, seed=seed, val_fraction=val_fraction)
     apply_methods(opened, apply, images, notify)
-    where = as_engine(engine)
+    where = as_engine(engine, address=address, jobs=jobs)
     if corruptions and where.kind != "local":
         raise UsageError("corruptions are measured by the local engine only; leave out corruptions or engine")
     if where.kind == "local":

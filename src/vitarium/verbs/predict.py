@@ -63,6 +63,8 @@ def predict(
     device: str = "auto",
     output: str | os.PathLike[str] | None = None,
     engine: str | Engine = "local",
+    address: str | None = None,
+    jobs: int | None = None,
     notify: Notify = quiet,
 ) -> Predictions:
     """Answer about images as the model's task does: labels, segments, a restored image, an embedding, ...
@@ -79,13 +81,16 @@ def predict(
         device: "auto", "cpu", "cuda", ...
         output: a .csv or .json file, or a folder for answers.json and a drawing of each answer that can be drawn. An interrupted call
             with many images and an output continues where it was.
-        engine: where the model runs: "local", "ray" (`device` is then decided by the cluster), or a `vitarium.engine.Engine`.
+        engine: where the model runs: "local"; "ray", a Ray cluster, which decides about the device; or a `vitarium.engine.Engine`.
+        address: of a running Ray cluster, "auto" or "HOST:PORT".
+        jobs: processes that hold the model.
         notify: called with messages about progress.
 
     Raises:
         UsageError: a task that has no answer for one image, a head that was never trained, or an output of another ending.
         DataError: a folder without images, or no image could be read.
         CheckpointError: weights that cannot be had.
+        MissingExtra: engine="ray" without Ray.
     """
     from vitarium.catalog.heads import require_head
     from vitarium.perception.retrieval.index import model_fingerprint, stamp_of
@@ -101,7 +106,7 @@ def predict(
     if task.result_kind is None:
         raise UsageError(task.refusal())
     apply_methods(opened, apply, None, notify)
-    where = as_engine(engine)
+    where = as_engine(engine, address=address, jobs=jobs)
     if where.kind == "local":
         opened.to(find_device(device))
     folder = path.absolute() if path is not None and not path.suffix else None
