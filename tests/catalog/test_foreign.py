@@ -273,7 +273,9 @@ def test_a_head_that_was_drawn_is_marked_until_it_is_trained(folder, tmp_path):
     assert sorted(fresh_names(model)) == ["model.classifier.bias", "model.classifier.weight"]
     with pytest.raises(UsageError, match=r"classifier of hf/.* is untrained \(model.classifier.*hold no head of 4 classes\); train one"):
         require_head(model)
-    vitarium.save(model, tmp_path / "trained.safetensors")
+    vitarium.save(model, tmp_path / "untrained.safetensors")
+    with pytest.raises(UsageError, match=r"is untrained .* untrained.safetensors was saved before it was trained\)"):
+        require_head(vitarium.load(tmp_path / "untrained.safetensors"))
     model.half()
     assert fresh_names(model)
     model.float().get_classifier().weight.add_(0.1)

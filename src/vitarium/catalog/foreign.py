@@ -8,6 +8,7 @@ import inspect
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -136,7 +137,8 @@ def create_transformers(
     except CheckpointError:
         raise
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+        absent = name.startswith((".", "/")) and not Path(name).is_dir()
+        first = f"there is no folder {name}" if absent else str(error).strip().splitlines()[0]
         raise UsageError(
             f"cannot open 'hf/{name}': {first} (without a network, pass a folder in transformers' layout: hf/./FOLDER)"
         ) from error

@@ -74,7 +74,8 @@ def require_head(model: nn.Module) -> None:
         UsageError: the weights hold no head; the message says what to do.
     """
     name = getattr(getattr(model, "spec", None), "name", type(model).__name__)
-    advice = f"train one (vitarium train mae_finetune --model {name} --pretrained --data DATA) or use probe or index, which need none"
+    start = "--pretrained" if getattr(model, "weights_from", None) in (None, "pretrained:") else "--checkpoint FILE"
+    advice = f"train one (vitarium train mae_finetune --model {name} {start} --data DATA) or use probe or index, which need none"
     if names := fresh_names(model):
         mark: Any = model.fresh_head
         raise UsageError(f"the classifier of {name} is untrained ({', '.join(names)}: {mark.reason}); {advice}")

@@ -90,6 +90,7 @@ class Record(BaseModel):
         tied: name of a tensor that shares its memory -> the name under which it is stored.
         library: what else built the model, such as "timm 1.0.31"; "" for ours.
         config: transformers' own configuration, for hf/ models.
+        untrained: parameters of a head that no weights filled and no training changed (see `heads`).
         base: what the file leaves out; None: nothing.
         task, learner, data, temperature: see `Training`.
         objective: formats 1 and 2 only: the learner's name and settings in one table.
@@ -111,6 +112,7 @@ class Record(BaseModel):
     tied: dict[str, str] = {}
     library: str = ""
     config: dict[str, Any] | None = None
+    untrained: list[str] = []
     base: Base | None = None
     objective: dict[str, Any] | None = None
 

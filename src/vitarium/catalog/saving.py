@@ -27,6 +27,7 @@ from vitarium.catalog.applying import methods_on, rebuild_methods
 from vitarium.catalog.checkpoints import load_checkpoint
 from vitarium.catalog.create import ModelSpec, create_model
 from vitarium.catalog.foreign import configuration_of, library_of, rebuild_transformers
+from vitarium.catalog.heads import fresh_names, mark_fresh
 from vitarium.catalog.preprocessing import Preprocessing
 from vitarium.catalog.record import FORMAT, Base, Record, training_of
 from vitarium.catalog.states import RECORD, SEAL, existing, fingerprint, looks_like_safetensors, read_safetensors, seal_of
@@ -96,6 +97,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None, base: st
     elif base is not None:
         raise UsageError(f"{path} is whole; it takes no base")
     _fill(model, state, path, record)
+    mark_fresh(model, record.untrained, f"{path.name} was saved before it was trained")
     model.weights_from = record.base.weights_from if record.base else str(path.resolve())  # type: ignore[assignment]
     return model.eval().to(device) if device is not None else model.eval()
 
@@ -133,6 +135,7 @@ def _record(model: nn.Module) -> Record:
         methods=[report.saved() for report in methods_on(model)],
         library=library_of(spec.name),
         config=configuration_of(model) if spec.name.startswith("hf/") else None,
+        untrained=fresh_names(model),
     )
     _check_rebuilds(model, record)
     return record

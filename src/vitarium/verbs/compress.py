@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitarium.errors import CheckpointError, UsageError
 from vitarium.training.tasks.base import Metric, TableData
-from vitarium.verbs.opening import Notify, apply_methods, find_device, name_of, open_for, open_model, quiet
+from vitarium.verbs.opening import Notify, apply_methods, find_device, name_of, open_for, open_model, open_unlabelled, quiet
 from vitarium.verbs.result import Result
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ def compress(
         CheckpointError: weights that cannot be had, or a saved file that gives other outputs (it is deleted).
     """
     import vitarium
+    from vitarium.catalog.heads import has_trained_head
     from vitarium.catalog.methods import parse_method
     from vitarium.training.tasks import task_of
 
@@ -112,7 +113,8 @@ def compress(
         if isinstance(method, str):
             parse_method(method)  # an error before anything is opened
     original = open_model(model, checkpoint)
-    images = None if data is None else open_for(original, data, seed=seed, val_fraction=val_fraction)
+    answers = has_trained_head(original)  # data of a model without one is for calibration alone
+    images = None if data is None else (open_for if answers else open_unlabelled)(original, data, seed=seed, val_fraction=val_fraction)
     changed = copy.deepcopy(original)
     texts = [method if isinstance(method, str) else repr(method) for method in apply]
     notify("Applying " + ", ".join(texts))
@@ -123,7 +125,7 @@ def compress(
     check_equal(changed.to(place), loaded, path)
     notify("Measuring before and after")
     before, after = costs(original.to(place), None), costs(loaded, path)
-    if images is not None:
+    if images is not None and answers:
         for one, side in ((original, before), (loaded, after)):
             side.update(primary_value(one, images, batch_size))
     times = timed(original, loaded, batch, compiled)

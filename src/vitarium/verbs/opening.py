@@ -160,3 +160,16 @@ def open_for(model: nn.Module, data: str | os.PathLike[str] | None, *, seed: int
     source = None if data is None else os.fspath(data)
     images = task.open(source, seed=seed, val_fraction=val_fraction, image_size=preprocessing_of(model).image_size)
     return task.match(model, images)
+
+
+def open_unlabelled(model: nn.Module, data: str | os.PathLike[str], *, seed: int = 0, val_fraction: float = 0.2) -> ImageData:
+    """Open images for a model that has no answers about them, at its size; their labels are not used.
+
+    Raises:
+        DataError: no such data.
+    """
+    from vitarium.catalog import preprocessing_of
+    from vitarium.data import open_data
+
+    size = preprocessing_of(model).image_size
+    return open_data(os.fspath(data), task="image", seed=seed, val_fraction=val_fraction, image_size=size)
