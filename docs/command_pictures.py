@@ -1,4 +1,4 @@
-"""Pictures of the commands for their page, from what the commands wrote (docs/examples/*.json) and from the library itself."""
+"""Drawings for the pages of the commands, from the commands' outputs (docs/examples/*.json) and from the library."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MultipleLocator, Null
 EXAMPLES = Path(__file__).parent / "examples"
 TEAL, PALE, AMBER, GREY, INK = "#00796b", "#b2dfdb", "#ffa000", "#cfd8dc", "#37474f"
 WIDTH = 7.4
-"""Inches: the width of the page's text, so that letters keep their size."""
+"""Width of the page's text in inches, so that letters keep their size."""
 STYLE = {
     "font.size": 9.5,
     "text.color": INK,
@@ -28,12 +28,12 @@ STYLE = {
     "axes.spines.right": False,
     "xtick.color": INK,
     "ytick.color": INK,
-    "svg.hashsalt": "vitarium",  # the same picture, the same bytes
+    "svg.hashsalt": "vitarium",  # makes the bytes of a drawing reproducible
 }
 
 
 def systems() -> Figure:
-    """How far the rooms are."""
+    """Draw the progress of each room."""
     from vitarium.catalog.evidence import system_statuses
 
     colours = {"working": TEAL, "partial": AMBER, "missing": GREY}
@@ -72,7 +72,7 @@ NAMED = {  # where the name stands: points right of and above the dot
 
 
 def models() -> Figure:
-    """What all models cost."""
+    """Draw the cost of all models."""
     rows = [row for row in _read("models") if row["macs"]]
     figure, axes = _sheet(4.2)
     small = [row["params"] < 1e6 for row in rows]
@@ -98,11 +98,11 @@ def models() -> Figure:
 
 
 GAP = 62
-"""Between two boxes, in pixels of their maps."""
+"""Gap between two boxes, in pixels of their maps."""
 
 
 def info() -> Figure:
-    """ConvNeXt-T's maps as boxes, to scale."""
+    """Draw ConvNeXt-T's maps as boxes, to scale."""
     from vitarium.cli.info import describe
 
     found = describe("convnext_tiny")
@@ -123,7 +123,7 @@ def info() -> Figure:
 
 
 def claim() -> Figure:
-    """Every seed of PiToMe's claim."""
+    """Draw every seed of PiToMe's claim."""
     from vitarium.claims import read_ledger
 
     (entry,) = [e for e in read_ledger() if e.slug == "pitome"]
@@ -150,7 +150,7 @@ def claim() -> Figure:
 
 
 def evaluate() -> Figure:
-    """The confusion matrix of the demo's best model."""
+    """Draw the confusion matrix of the demo's best model."""
     found = _read("evaluate")
     matrix = np.array(found["confusion_matrix"])
     names = [row["name"] for row in found["classes"]]
@@ -171,7 +171,7 @@ def evaluate() -> Figure:
 
 
 def compress() -> Figure:
-    """What two methods leave of a model, in percent of before."""
+    """Draw the cost and accuracy of a model after two methods, in percent of before."""
     found = _read("compress")
     rows = [(name, found["before"][key], found["after"][key]) for name, key in COSTS.items()]
     rows.append(("time a call", 1.0, 1 / found["times"]["eager"]["speedup"]))
@@ -194,7 +194,7 @@ COSTS = {"size on disk": "disk_bytes", "weights in memory": "memory_bytes", "MAC
 
 
 def bench() -> Figure:
-    """The peer's time over ours, with the least and the most of all rounds."""
+    """Draw the peer's time over ours, with minimum and maximum over the rounds."""
     rows = _read("bench")
     figure, axes = _sheet(0.42 * len(rows) + 1.2)
     for y, row in enumerate(reversed(rows)):
@@ -213,7 +213,7 @@ def bench() -> Figure:
 
 
 def predict() -> Figure:
-    """Held-out digits with the model's three most probable answers."""
+    """Draw held-out digits with the model's three most probable answers."""
     from PIL import Image
 
     from vitarium.data import open_data
@@ -240,7 +240,7 @@ def predict() -> Figure:
 
 
 def export() -> Figure:
-    """Logits of the model and of its graph."""
+    """Draw the logits of the model and of its graph."""
     found = _read("export")
     ours, theirs = np.array(found["model"]), np.array(found["graph"])
     figure, axes = _sheet(3.1, width=4.4)
@@ -266,7 +266,7 @@ DRAWN: dict[str, Callable[[], Figure]] = {
 
 
 def draw(name: str) -> bytes:
-    """One of `DRAWN` as SVG on a white card, which both colour schemes of the site can show."""
+    """Return one of `DRAWN` as SVG on a white card, which suits both colour schemes of the site."""
     file = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         DRAWN[name]().savefig(file, format="svg", facecolor="white", metadata={"Date": None}, bbox_inches="tight", pad_inches=0.12)

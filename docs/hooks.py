@@ -1,4 +1,4 @@
-"""Pages that are computed: the 103 systems with their status, a page for each that is there, the ledger, the commands, the speed."""
+"""Computed pages: the 103 systems with their status, a page for each existing one, the ledger, the commands, the speed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 import json
 from pathlib import Path
 
-import command_pictures  # mkdocs looks for a hook's imports beside it
+import command_pictures  # mkdocs finds a hook's imports beside it
 import pictures as drawn
 import speed
 from mkdocs.config.defaults import MkDocsConfig
@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the computed pages to those that are written."""
+    """Add the computed pages to the written ones."""
     pages = {
         "systems.md": systems_page(),
         "ledger.md": ledger_page(),
@@ -33,7 +33,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def systems_page() -> str:
-    """All 103 with what speaks for each."""
+    """Return the page of all 103 systems with their evidence."""
     from vitarium.catalog.evidence import system_statuses
 
     statuses = system_statuses()
@@ -59,7 +59,7 @@ def systems_page() -> str:
 
 
 def system_pages() -> dict[str, str]:
-    """systems/<slug>.md for each system whose module is there."""
+    """Return systems/<slug>.md for each existing system."""
     from vitarium.catalog import families, systems
     from vitarium.catalog.registry import system_module
 
@@ -88,7 +88,7 @@ def system_pages() -> dict[str, str]:
 
 
 def _belongs(cls: type, module: str) -> bool:
-    """Whether a class is of a module, or of a file of the package that it is."""
+    """Return whether a class is defined in a module, or in a file of the package that it is."""
     return cls.__module__ == module or cls.__module__.startswith(f"{module}.")
 
 
@@ -97,12 +97,12 @@ def _line(cls: type) -> tuple[str, int]:
 
 
 def _paragraphs(text: str) -> str:
-    """A docstring's text as Markdown: indented equations become code blocks, as they already are."""
+    """Convert a docstring to Markdown, with indented equations as code blocks."""
     return text.strip("\n")
 
 
 def combinations_page() -> str:
-    """Which methods were tested together on which models, and what they left of the cost."""
+    """Return the page of tested combinations of methods and models, with the remaining cost."""
     rows = json.loads((Path(__file__).parent / "examples" / "combinations.json").read_text(encoding="utf-8"))
     smaller = list(dict.fromkeys(row["smaller"] for row in rows))
     parts = [
@@ -110,7 +110,7 @@ def combinations_page() -> str:
         "",
         "Each cell was run, saved to one file, loaded again, and gave the same logits bit for bit",
         "(`tests/efficiency/test_combinations.py`). The models have their libraries' own widths and are cut to two blocks and at most",
-        "64 patches. A cell says what is left of the multiply-accumulates and of the weights' size on disk: a quantizer leaves the first,",
+        "64 patches. Each cell gives the remaining share of the multiply-accumulates and of the size on disk: a quantizer keeps the first,",
         "a token reduction the second.",
     ]
     for model in dict.fromkeys(row["model"] for row in rows):
@@ -125,7 +125,7 @@ def combinations_page() -> str:
 
 
 def gallery_pages() -> dict[str, str]:
-    """gallery.md and the report that it shows: `vitarium compare --models '*_pico'`, drawn again from its results.json."""
+    """Return gallery.md and its report: `vitarium compare --models '*_pico'`, drawn again from its results.json."""
     from vitarium.data import open_data
     from vitarium.reports.compare import pictures_of
     from vitarium.reports.page import render
@@ -143,7 +143,7 @@ def gallery_pages() -> dict[str, str]:
     page = [
         "# Gallery: every family on one page",
         "",
-        f"The smallest variant of each family, trained from scratch on the embedded {found.data} ({found.images['train']:,} pictures of",
+        f"The smallest variant of each family, trained from scratch on the embedded {found.data} ({found.images['train']:,} images of",
         f"16 x 16, {found.images['val']} held out) for {found.budget['steps']} steps under one recipe; {minutes:.0f} minutes of training.",
         "",
         "```",
@@ -152,7 +152,7 @@ def gallery_pages() -> dict[str, str]:
         "",
         f"{found.recommendation.sentence}",
         "",
-        "Differences below one standard error, half a point here, are noise, and one easy task says nothing of photographs.",
+        "Differences below one standard error, half a point here, are noise, and one easy task is no evidence for photographs.",
         "",
         '<iframe src="report.html" title="The report of the comparison" style="width: 100%; height: 46rem; border: 1px solid #8884">'
         "</iframe>",
@@ -167,14 +167,14 @@ def gallery_pages() -> dict[str, str]:
 
 
 def ledger_page() -> str:
-    """What came out of every claim."""
+    """Return the page of all claims' outcomes."""
     from vitarium.claims import read_ledger
 
     entries = read_ledger()
     if not entries:
         return "# Ledger\n\nNo claim has been run yet."
     rows = [f"| [`{e.slug}`](systems/{e.slug}.md) | {e.says} | **{e.verdict}** | {e.seconds:.0f} s | {e.date} |" for e in entries]
-    head = ["# Ledger", "", "What came out of the small experiments on the papers' main claims, whichever way it came out."]
+    head = ["# Ledger", "", "Outcomes of the small experiments on the papers' main claims, held or not."]
     table = ["", "| system | claim | verdict | time | date |", "|---|---|---|---|---|", *rows, ""]
     return "\n".join([*head, *table, *(_entry(e) for e in entries)])
 
@@ -199,7 +199,7 @@ def _entry(entry: object, *, heading: bool = True) -> str:
 
 
 def commands_page() -> str:
-    """Every command with its options, from the command line's own description."""
+    """Return the page of every command with its options, from the command line's own description."""
     import typer
 
     from vitarium.cli.app import app
@@ -229,21 +229,21 @@ def commands_page() -> str:
 
 
 PICTURES: dict[str, tuple[str, str]] = {
-    "swin": ("swin", "Windows at rest and moved by half a window; a moved window's colours are regions that do not see one another."),
+    "swin": ("swin", "Unshifted and shifted windows; the colours of a shifted window are regions that do not attend to one another."),
     "convnext": (
         "convnext",
-        "Where a cell of the last map looks: gradient over the image, four decades, for kernels of 3, 5, 7 and 9 (random weights).",
+        "Effective receptive field of a cell of the last map: gradient, four decades, for kernels of 3, 5, 7 and 9 (random weights).",
     ),
     "vim": (
         "vim",
-        "What the class token takes in three blocks (hidden attention, two decades) of vim_pico after 250 steps on tiles of photographs. "
-        "It stands in the middle of the sequence: one scan brings it what lies above, the other what lies below; both forget on the way.",
+        "Hidden attention of the class token in three blocks (two decades) of vim_pico after 250 steps on tiles of photographs. "
+        "The token is in the middle of the sequence: one scan reaches it from above, the other from below, and both decay on the way.",
     ),
 }
 
 
 def pictures() -> dict[str, bytes]:
-    """Pictures of the systems, drawn by their own code (docs/pictures.py), and of the commands (docs/command_pictures.py)."""
+    """Add drawings of the systems, by their own code (`docs/pictures.py`), and of the commands (`docs/command_pictures.py`)."""
     global _PICTURES
     if _PICTURES is None:
         _PICTURES = {f"systems/{slug}.png": getattr(drawn, function)() for slug, (function, _) in PICTURES.items()}

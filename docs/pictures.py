@@ -1,4 +1,4 @@
-"""Pictures of the systems for their pages, computed by the systems' own code."""
+"""Drawings for the pages of the systems, computed by the systems' own code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLOURS = np.array(
 
 
 def swin() -> bytes:
-    """A photograph under Swin's two grids: 16 x 16 tokens, windows of 4 x 4, at rest and moved by 2."""
+    """Draw a photograph under Swin's two grids: 16 x 16 tokens, windows of 4 x 4, unshifted and shifted by 2."""
     side, size, cell = 16, 4, 24
     photo = _photo(side * cell)
     panels = []
@@ -34,7 +34,7 @@ def swin() -> bytes:
 
 
 def _grid(photo: np.ndarray, window: np.ndarray, region: np.ndarray, cell: int) -> np.ndarray:
-    """Tokens tinted by region, with lines where the window or the region changes."""
+    """Tint tokens by region, with lines where the window or the region changes."""
     tint = COLOURS[region % len(COLOURS)].repeat(cell, 0).repeat(cell, 1)
     picture = Image.fromarray((0.6 * photo + 0.4 * tint).astype(np.uint8))
     draw = ImageDraw.Draw(picture)
@@ -50,7 +50,7 @@ def _grid(photo: np.ndarray, window: np.ndarray, region: np.ndarray, cell: int) 
 
 
 def convnext() -> bytes:
-    """Effective receptive fields of ConvNeXt's last map for four kernel sizes, mean over random images."""
+    """Draw effective receptive fields of ConvNeXt's last map for four kernel sizes, mean over random images."""
     panels = []
     for kernel in (3, 5, 7, 9):
         torch.manual_seed(0)
@@ -64,7 +64,7 @@ def convnext() -> bytes:
 
 
 def vim() -> bytes:
-    """What the class token takes in the three blocks of a small trained Vim (docs/examples/vim_attention.json), two decades."""
+    """Draw the hidden attention of the class token in three blocks of a small trained Vim (docs/examples/vim_attention.json)."""
     side = 176
     maps = json.loads((Path(__file__).parent / "examples" / "vim_attention.json").read_text(encoding="utf-8"))
     photos = {name: photo.convert("RGB") for name, photo in sample_photos()}

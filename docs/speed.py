@@ -1,4 +1,4 @@
-"""The page on the backbones' speed, from what benchmarks/backbones.py measured."""
+"""Page of the backbones' speed, from the measurements of benchmarks/backbones.py."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 Row = dict[str, Any]
 MEASURED = Path(__file__).parent / "examples" / "backbones.json"
 GOALS = {"swin": 0.85, "tinyvit": 0.80, "maxvit": 0.75}
-"""Share of a plain ViT's rate to reach, by family; the others: GOAL, or their peer's and a tenth more."""
+"""Goals as shares of a plain ViT's rate, by family; for all others GOAL, or the peer's rate plus a tenth."""
 GOAL, GAIN = 0.90, 1.10
 LINEAR = 1.1
 """Largest exponent of time and memory against image area that still counts as linear."""
 JUDGED = ("inference", "float32", 8)
-"""Kind, dtype and batch at which goals are judged."""
+"""Kind, dtype and batch of the judged measurements."""
 KINDS, DTYPES, BATCHES = ("inference", "training", "compiled"), ("float32", "bfloat16"), (1, 8)
 EQUATIONS = "its equations, written out"
 
 
 def page(rows: Sequence[Row] | None = None) -> str:
-    """Markdown; of the committed measurements by default."""
+    """Return the page as Markdown; by default of the committed measurements."""
     if rows is None:
         rows = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.exists() else []
     failed = [r for r in rows if "failed" in r]
@@ -39,11 +39,11 @@ def page(rows: Sequence[Row] | None = None) -> str:
 
 
 INTRODUCTION = """\
-Each model against its best public implementation (timm's, else transformers'), and where there is none against the equations of the
-paper written out, as the tests hold them: those were written to be read, so a win over them says only that nothing was lost. Both have
-the same weights, and outputs are proven equal first. Ours runs as it is deployed, after `fuse()`; in training as it trains. The *share* is
-the rate of multiply-accumulates over that of a plain ViT (ViT-S/16 of timm) which runs in the same turns: what the machine gives where
-nearly all is matrix products. Multiply-accumulates are those of our model before it is fused, for ours and the peer alike.
+Each model is compared with its best public implementation (timm's, else transformers'), or, if there is none, with the paper's equations
+written out as in the tests; those were written for reading, so being faster than them only shows that nothing was lost. Both have the same
+weights, and outputs are proven equal first. Our inference is timed after `fuse()`, training without it. The *share* is the rate of
+multiply-accumulates over that of a plain ViT (timm's ViT-S/16) which is timed in the same rounds: the machine's rate for a model that is
+nearly all matrix products. Multiply-accumulates are those of our model before it is fused, for ours and the peer alike.
 
 Every number is a median of rounds with the least and the most in brackets; *ours / ours* is a second copy of our model, and where the
 ratio to the peer lies inside its spread there is no verdict. On a CPU, processor time of one thread is taken.
@@ -57,7 +57,7 @@ OMP_NUM_THREADS=1 python benchmarks/backbones.py
 
 
 def judge(row: Row) -> tuple[str, bool, str]:
-    """What a row's model has to reach, whether it does, and by what: ("85 %", True, "share")."""
+    """Return the goal of a row's model, whether it is met, and by what: ("85 %", True, "share")."""
     goal = GOALS.get(row["model"].partition("_")[0])
     if goal is not None:
         return f"{100 * goal:.0f} %", row["share"] >= goal, "share"
@@ -67,14 +67,14 @@ def judge(row: Row) -> tuple[str, bool, str]:
 
 
 def close(row: Row) -> bool:
-    """Whether rounds disagree on what `judge` says."""
+    """Return whether rounds disagree on the verdict of `judge`."""
     _, _, by = judge(row)
     goal = GAIN if by == "ratio" else GOALS.get(row["model"].partition("_")[0], GOAL)
     return row[f"{by}_low"] < goal <= row[f"{by}_high"]
 
 
 def claims_linear(cost: str) -> bool:
-    """Whether a cost, as the model's documentation states it, is linear in the image."""
+    """Return whether a cost, as documented by the model, is linear in the image."""
     return re.match(r"linear in (image area|tokens)\b", cost) is not None
 
 
@@ -118,7 +118,7 @@ def _summary(timed: Sequence[Row], grown: Sequence[Row]) -> list[str]:
 
 
 def _where(rows: Iterable[Row]) -> list[str]:
-    """Machines and versions, each once."""
+    """Return machines and versions, each once."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
@@ -186,7 +186,7 @@ def _growth(grown: Sequence[Row]) -> list[str]:
 
 
 def _left_out(timed: Sequence[Row], failed: Sequence[Row]) -> list[str]:
-    """What the file has no measurement of, setting by setting."""
+    """List the missing measurements, setting by setting."""
     models = dict.fromkeys(r["model"] for r in timed)
     lines = ["## Not measured", ""]
     for device in dict.fromkeys(r["device"] for r in timed):
