@@ -18,6 +18,7 @@ from vitarium.perception.retrieval.proxies import PlainProxies, SemanticCell, Se
 from vitarium.perception.vpt_proxies import VisualPromptTuning, VPTProxies, VPTProxiesLearner, head_of, official, proxy_vectors
 from vitarium.training import evaluate, fit, load_recipe
 from vitarium.training.learners import learner_of
+from vitarium.training.phases import settled
 
 
 def vit(**options) -> nn.Module:
@@ -319,11 +320,35 @@ def test_a_trained_model_is_saved_without_its_base_and_measured_again(digits, ba
     assert len(learner_of(loaded).task.answers(loaded, {"image": images()})[0]["embedding"]) == 8
 
 
-def test_all_weights_or_the_head_alone(digits, base):
-    everything = VPTProxiesLearner.create(base, digits, recipe("objective.tune=all", "objective.proxies=plain"))
-    assert all(p.requires_grad for p in everything.parameters())
-    alone = VPTProxiesLearner.create(base, digits, recipe("objective.tune=head", "objective.proxies=plain"))
-    assert {n.split(".")[0] for n, p in alone.model.named_parameters() if p.requires_grad} == {"head"}
+def learning(settings, base, digits) -> set[str]:
+    """First names of the model's parameters that learn in some phase."""
+    learner = VPTProxiesLearner.create(base, digits, settings)
+    with settled(learner, settings):
+        return {name.split(".")[0] for name, p in learner.model.named_parameters() if p.requires_grad}
+
+
+def test_prompts_or_all_weights_or_the_head_alone(digits, base):
+    assert learning(recipe("objective.tune=prompts"), base, digits) == {"visual_prompts", "head"}
+    assert learning(recipe("objective.tune=all", "objective.proxies=plain"), base, digits) > {"blocks", "pos_embed", "head"}
+    assert learning(recipe("objective.tune=head", "objective.proxies=plain"), base, digits) == {"head"}
+
+
+@pytest.mark.identity
+def test_phases_of_a_recipe_replace_the_frozen_trunk(digits, base, tmp_path):
+    """First the head alone, then prompts too; the trunk stays as it was, and the file needs no more than what learned."""
+    settings = recipe("budget.steps=4", "objective.proxies=plain", "phases=[{until: 2 steps, freeze: [model.visual_prompts]}]")
+    learner = VPTProxiesLearner.create(base, digits, settings)
+    seen = []
+    learner.after_step = lambda step, total: seen.append({n: p.detach().clone() for n, p in learner.model.named_parameters()})
+    before = {n: p.detach().clone() for n, p in learner.model.named_parameters()}
+    fit(learner, digits, settings, tmp_path / "run")
+    for name, values in before.items():
+        moved = [not torch.equal(state[name], values) for state in seen]
+        kind = name.split(".")[0]
+        assert moved == {"visual_prompts": [False, False, True, True], "head": [True] * 4}.get(kind, [False] * 4), name
+    vitarium.save(learner.eval_model(), tmp_path / "small.safetensors", trained_only=True)
+    loaded = vitarium.load(tmp_path / "small.safetensors")
+    assert torch.equal(loaded(images()), learner.eval_model().eval()(images()))
 
 
 def test_random_weights_are_not_worth_adapting(digits):

@@ -25,6 +25,7 @@ Notation: B batch, C channels, E length of an embedding, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -44,6 +45,7 @@ from vitarium.perception.retrieval.prompts import EmbeddingHead, PromptSite, Vis
 from vitarium.perception.retrieval.proxies import PlainProxies, SemanticProxies
 from vitarium.perception.retrieval.task import Grouped
 from vitarium.training import Learner, learner
+from vitarium.training.recipe import Phase
 from vitarium.training.settings import Section
 
 if TYPE_CHECKING:
@@ -306,6 +308,14 @@ class VPTProxiesLearner(Learner):
             seed_generators(recipe.seed)
             return cls(adapted(model, settings), settings, len(data.classes))
 
+    def phases(self) -> Sequence[Phase]:
+        """The trunk is frozen for the whole training, unless the settings or the recipe say otherwise."""
+        if self.settings.tune == "all":
+            return (Phase(train=("model",)),)
+        kinds: Any = EmbeddingHead if self.settings.tune == "head" else EmbeddingHead | VisualPrompts
+        learning = tuple(f"model.{name}" for name, module in self.model.named_modules() if isinstance(module, kinds))
+        return (Phase(freeze=("model",), train=learning),)
+
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         image, labels, s = batch["image"], batch["target"], self.settings
         how: dict[str, Any] = dict(over=s.over, mode=s.mode, alpha=s.alpha, delta=s.delta)
@@ -321,15 +331,9 @@ class VPTProxiesLearner(Learner):
 
 
 def adapted(model: nn.Module, settings: VPTProxiesLearner.Settings) -> nn.Module:
-    """Return a model with prompts and an embedding head (its own, if it has them), with the parameters frozen as the settings say."""
+    """Return the model with prompts and an embedding head: those that it has, or new ones."""
     if isinstance(model, VPTProxies):
         model = model.model
     if not any(isinstance(module, EmbeddingHead) for module in model.modules()):
         vitarium.apply(model, VisualPromptTuning(settings.prompts, settings.depth, settings.embed_dim), quiet=True)
-    if settings.tune == "all":
-        model.requires_grad_(True)
-    elif settings.tune == "head":
-        for module in model.modules():
-            if isinstance(module, VisualPrompts):
-                module.requires_grad_(False)
     return model

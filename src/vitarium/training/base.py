@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from vitarium.data import ImageData
     from vitarium.data.transforms import Augment
-    from vitarium.training.recipe import PlayerRecipe, Recipe
+    from vitarium.training.recipe import Phase, PlayerRecipe, Recipe
     from vitarium.training.tasks import Task
 
 Batch = dict[str, Any]
@@ -111,12 +111,16 @@ class Learner(nn.Module):
         return primary.name, primary.best
 
     def players(self) -> Mapping[str, Player]:
-        """What takes optimizer steps of its own, by name, in the order of the steps; by default the learner as one player."""
+        """Return what takes optimizer steps of its own, by name, in the order of the steps; by default the learner as one player."""
         return {ONLY: Player(self, ema=self.eval_model())}
 
+    def phases(self) -> Sequence[Phase]:
+        """Return the learner's own phases, for recipes without any: what it keeps frozen, for instance (see `vitarium.training.phases`)."""
+        return ()
+
     def first_pass(self, batch: Batch, player: str = ONLY) -> Batch:
-        """An extra pass ahead of `loss`: returns the batch that `loss` receives, such as masked or attacked images, with whatever else
-        `loss` needs of it. Gradients flow through what it adds."""
+        """Make an extra pass ahead of `loss`, and return the batch that `loss` receives: masked or attacked images, for instance, and
+        whatever else `loss` needs of the pass. Gradients flow through what it adds."""
         return batch
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
@@ -130,15 +134,15 @@ class Learner(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not define loss")
 
     def regularize(self, batch: Batch, player: str, name: str) -> Tensor:
-        """A player's lazy regularizer, a scalar. The loop adds it to the player's loss at every k-th step, times k (see `Player.lazy`)."""
+        """Return a player's lazy regularizer, a scalar. Every k steps the loop adds it, times k, to the loss (see `Player.lazy`)."""
         raise NotImplementedError(f"{type(self).__name__} does not define regularize")
 
     def stepper(self, settings: PlayerRecipe, player: str) -> Stepper:
-        """How the gradients of a player's steps are made: in one pass, or as `optimizer.sam` of the recipe says."""
+        """Return what computes the gradients of a player's steps: one pass, or those that `optimizer.sam` of the recipe asks for."""
         return Stepper() if settings.optimizer.sam is None else SharpnessAware(settings.optimizer.sam)
 
     def forward(self, batch: Batch, player: str = ONLY, lazy: tuple[str, ...] = ()) -> dict[str, Tensor]:
-        """All passes of a player's loss, through the wrappers that several devices need; `lazy` names the regularizers that are due."""
+        """Make all passes of a player's loss, and add the regularizers that `lazy` names; wrappers for several devices call it."""
         who = (player,) if has_players(self) else ()
         self.draws.restart()
         seen = self.first_pass(batch, *who)
@@ -150,11 +154,11 @@ class Learner(nn.Module):
         return {**losses, **{name: term.detach() for name, term in terms.items()}, "loss": total}
 
     def noise(self, batch: Batch, *shape: int) -> Tensor:
-        """Standard normal numbers (B, *shape), a row a sample, which neither the number of processes nor other players change."""
+        """Return standard normal numbers (B, *shape), one row a sample, which neither the number of processes nor other players change."""
         return self.draws.normal(positions_of(batch), *shape).to(batch["image"])
 
     def uniform(self, batch: Batch, *shape: int) -> Tensor:
-        """Uniform numbers in [0, 1), (B, *shape); otherwise as `noise`."""
+        """Return uniform numbers in [0, 1), (B, *shape); otherwise like `noise`."""
         return self.draws.uniform(positions_of(batch), *shape).to(batch["image"])
 
     def eval_model(self) -> nn.Module:

@@ -227,7 +227,7 @@ def _total_steps(run: Run) -> int:
     if budget.epochs is not None:
         return max(1, round(budget.epochs * run.steps_per_epoch))
     assert budget.minutes is not None
-    if any(phase.image_size for phase in run.recipe.phases):
+    if any(phase.image_size for phase in run.plan.phases):
         raise UsageError("phases of several image sizes differ in speed, which a budget in minutes cannot foresee; use steps or epochs")
     return _steps_in(run, 60 * budget.minutes)
 

@@ -34,6 +34,11 @@ PLAIN = Phase()
 """What holds after the last phase, and where a recipe has none."""
 
 
+def phases_of(learner: Learner, recipe: Recipe) -> tuple[Phase, ...]:
+    """The recipe's phases; the learner's own where the recipe has none."""
+    return recipe.phases or tuple(learner.phases())
+
+
 # ---- which parameters learn
 
 
@@ -67,13 +72,14 @@ def learning_by_phase(learner: Learner, recipe: Recipe) -> list[set[str]]:
     """
     usual = {name for name, p in learner.named_parameters() if p.requires_grad}
     sets = []
-    for number, phase in enumerate([*recipe.phases, PLAIN]):
+    phases = phases_of(learner, recipe)
+    for number, phase in enumerate([*phases, PLAIN]):
         learns = usual - matching(learner, phase.freeze, f"phases.{number}.freeze")
         learns |= matching(learner, phase.train, f"phases.{number}.train")
         if not learns:
             raise UsageError(f"phases.{number} leaves no parameter of {type(learner).__name__} that learns")
         sets.append(learns)
-    return sets if not recipe.phases or recipe.phases[-1].until is not None else sets[:-1]
+    return sets if not phases or phases[-1].until is not None else sets[:-1]
 
 
 @contextlib.contextmanager
@@ -231,16 +237,16 @@ class Plan:
     """
 
     def __init__(self, learner: Learner, recipe: Recipe):
-        self.learner, self.recipe = learner, recipe
+        self.learner, self.recipe, self.phases = learner, recipe, phases_of(learner, recipe)
         self.learning = learning_by_phase(learner, recipe)
         self.before = {name: p.requires_grad for name, p in learner.named_parameters()}
         self.ever = set[str]().union(*self.learning)
         self.managed = self.ever | {name for name, learns in self.before.items() if learns}
-        paths = dict.fromkeys([*recipe.values, *(path for phase in recipe.phases for path in phase.values)])
+        paths = dict.fromkeys([*recipe.values, *(path for phase in self.phases for path in phase.values)])
         self.targets = [Target(path, learner) for path in paths]
         self.usual_size: int = preprocessing_of(learner.model).image_size
         self._check_values()
-        for size in dict.fromkeys(phase.image_size for phase in recipe.phases):
+        for size in dict.fromkeys(phase.image_size for phase in self.phases):
             if size is not None and size != self.usual_size:
                 self._check_size(size)
         self.total, self.per_epoch = 0, 1
@@ -253,7 +259,7 @@ class Plan:
             UsageError: a phase ends before the one before it.
         """
         self.total, self.per_epoch = total_steps, steps_per_epoch
-        ends = [total_steps if p.until is None else p.until.steps(total_steps, steps_per_epoch) for p in self.recipe.phases]
+        ends = [total_steps if p.until is None else p.until.steps(total_steps, steps_per_epoch) for p in self.phases]
         if ends != sorted(ends):
             raise UsageError(f"phases must end one after the other; of {total_steps} steps they end at {', '.join(map(str, ends))}")
         self.ends = ends
@@ -264,7 +270,7 @@ class Plan:
 
     def phase(self, number: int) -> Phase:
         """The phase of a number that `phase_at` gave."""
-        return self.recipe.phases[number] if number < len(self.recipe.phases) else PLAIN
+        return self.phases[number] if number < len(self.phases) else PLAIN
 
     def image_size(self, number: int) -> int:
         """Side of the square input in a phase, pixels."""
@@ -307,7 +313,7 @@ class Plan:
     def _check_values(self) -> None:
         for target in self.targets:
             course = self.recipe.values.get(target.path)
-            tried = [phase.values[target.path] for phase in self.recipe.phases if target.path in phase.values]
+            tried = [phase.values[target.path] for phase in self.phases if target.path in phase.values]
             for value in [*tried, *((course.from_, course.to) if course else ()), target.usual]:
                 target.set(value, ())
 

@@ -221,6 +221,7 @@ class Recipe(Section):
         model: what `vitarium train` builds when no model is named.
         data: what `vitarium train` opens when no data are named.
         model_arguments: arguments of `create_model` that belong to the recipe, such as drop_path_rate.
+        apply: methods that `vitarium train` applies to the model before training, as "evit:keep=0.7".
         image_size: side of the square input, pixels; None: the model's own.
         batch_size: pictures a step of one process holds in memory.
         accumulate: such batches a step of the optimizer; the total batch is batch_size x accumulate x processes.
@@ -241,6 +242,7 @@ class Recipe(Section):
     model: str | None = None
     data: str = "digits"
     model_arguments: dict[str, str | bool | int | float | list[int] | None] = Field(default_factory=dict)
+    apply: tuple[str, ...] = ()
     image_size: Annotated[int, Field(ge=1, le=8192)] | None = None
     budget: Budget
     batch_size: Count = 64
@@ -300,7 +302,9 @@ class Recipe(Section):
     def identity(self) -> dict[str, Any]:
         """What makes the outcome of a run, as plain values; how often it logs and saves, and who reads the pictures, does not."""
         excluded = {"log_every", "checkpoint_minutes", "num_workers", "model", "model_arguments", "data"}
-        excluded |= {name for name in ("players", "phases", "values") if not getattr(self, name)}  # recipes without them are as they were
+        excluded |= {
+            name for name in ("apply", "players", "phases", "values") if not getattr(self, name)
+        }  # recipes without them are as they were
         return self.model_dump(mode="json", by_alias=True, exclude=excluded)
 
     def digest(self) -> str:

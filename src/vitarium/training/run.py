@@ -150,7 +150,7 @@ class Run:
         learns = plan.learning[number]
         if before < 0 or plan.learning[before] != learns:
             require_gradients(self.learner, learns)
-            if self.recipe.phases:
+            if plan.phases:
                 hold_norms(self.learner, plan.managed, learns)
             ids = {id(p) for name, p in self.learner.named_parameters() if name in learns}
             for seat in self.seats:

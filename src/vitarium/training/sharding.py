@@ -33,8 +33,8 @@ def check_shardable(learner: Learner, recipe: Recipe) -> None:
     Raises:
         UsageError: the recipe or the learner needs whole weights at every step.
     """
-    if has_players(learner) or recipe.phases:
-        raise UsageError("strategy=fsdp serves learners of one player without phases; use strategy=ddp")
+    if has_players(learner) or len(recipe.phases) > 1 or any(phase.until for phase in recipe.phases):
+        raise UsageError("strategy=fsdp serves learners of one player, and recipes of one phase; use strategy=ddp")
     if recipe.ema:
         raise UsageError("a moving average needs the whole weights at every step, which strategy=fsdp avoids; use ema=null or strategy=ddp")
     if learner.eval_model() is not learner.model:

@@ -87,7 +87,7 @@ def train(
         pretrained: start from published weights.
         checkpoint: start from these weights: file, "hf:OWNER/NAME", or address.
         changes: changes of the recipe, as "optimizer.lr=1e-4".
-        apply: methods to apply before training, as "evit:keep=0.7".
+        apply: methods to apply before training, as "evit:keep=0.7"; None: the recipe's.
         val_fraction: share held out of data that has no val/ part.
         out: folder of the run; None: runs/RECIPE-MODEL-DATA.
         trained_only: save only what was trained; the file then needs the weights that the model began with.
@@ -126,7 +126,7 @@ def train(
     stem = Path(os.fspath(recipe)).stem if named else settings.objective["name"]  # type: ignore[arg-type]
     folder = Path(out) if out is not None else Path("runs", slug(f"{stem}-{name}-{images.name}"))
     learner = kind.create(name, images, settings, pretrained=pretrained, checkpoint=checkpoint)
-    apply_methods(learner.model, apply, images, notify)
+    apply_methods(learner.model, settings.apply if apply is None else apply, images, notify)
     if trained_only:
         with settled(learner, settings):
             check_trained_only(learner.eval_model())
