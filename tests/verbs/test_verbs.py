@@ -83,6 +83,20 @@ def test_train_evaluate_predict_compress(files: Path, tmp_path: Path):
     assert vitarium.load(smaller.file).methods
 
 
+def test_train_a_model_that_is_given(files: Path, tmp_path: Path):
+    model = vitarium.create_model("timm/vit_pico", num_classes=2, image_size=16)
+    before = model.head.weight.clone()
+    trained = vitarium.train("pico", files / "data", model=model, changes=CHANGES, out=tmp_path / "run")
+    assert trained is not None
+    assert vitarium.load(trained.file).labels == ["cat", "dog"]
+    assert not torch.equal(model.head.weight, before)
+    other = vitarium.create_model("timm/vit_pico", num_classes=5, image_size=16)
+    with pytest.raises(DataError, match="the model has 5 classes, the data has 2"):
+        vitarium.train("pico", files / "data", model=other, changes=CHANGES, out=tmp_path / "other")
+    with pytest.raises(UsageError, match="has its own weights"):
+        vitarium.train("pico", files / "data", model=model, pretrained=True, changes=CHANGES, out=tmp_path / "other")
+
+
 def test_explain(files: Path, tmp_path: Path):
     model = files / "classifier.safetensors"
     found = vitarium.explain(files / "images", model, tmp_path / "why", method=["grad_cam", "random"], target="dog", measure=True)

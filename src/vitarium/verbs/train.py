@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from vitarium.errors import UsageError
 from vitarium.training.tasks.base import TableData, Task
-from vitarium.verbs.opening import Notify, apply_methods, quiet
+from vitarium.verbs.opening import Notify, apply_methods, name_of, quiet
 from vitarium.verbs.result import Result
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from vitarium.data import ImageData
     from vitarium.training import FitResult, Progress, Recipe
 
 
@@ -63,7 +64,7 @@ def train(
     recipe: str | os.PathLike[str] | Recipe,
     data: str | os.PathLike[str] | None = None,
     *,
-    model: str | None = None,
+    model: str | os.PathLike[str] | nn.Module | None = None,
     pretrained: bool = False,
     checkpoint: str | None = None,
     changes: Sequence[str] | None = None,
@@ -83,7 +84,8 @@ def train(
     Args:
         recipe: a recipe's name, a YAML file, or a `Recipe`.
         data: as for `vitarium.open_data`; None: the recipe's.
-        model: a model's name; None: the recipe's.
+        model: a model's name, or a model, which is trained itself and keeps its labels; None: the recipe's. Learners that start
+            from a trained model take its file too.
         pretrained: start from published weights.
         checkpoint: start from these weights: file, "hf:OWNER/NAME", or address.
         changes: changes of the recipe, as "optimizer.lr=1e-4".
@@ -100,7 +102,8 @@ def train(
 
     Raises:
         UsageError: no such recipe, model, setting or method; or the folder holds another run.
-        DataError, CheckpointError: data or weights that cannot be used.
+        DataError: data that cannot be used, or whose labels a given model does not know.
+        CheckpointError: weights that cannot be used.
         TrainingStopped: see `fit`.
         KeyboardInterrupt: the run was interrupted; its state is saved.
     """
@@ -115,9 +118,11 @@ def train(
 
     named = isinstance(recipe, str | os.PathLike)
     settings = load_recipe(os.fspath(recipe), list(changes or [])) if named else with_changes(recipe, list(changes or []))  # type: ignore[arg-type]
-    name = model or settings.model
-    if name is None:
+    given = model if model is not None else settings.model
+    if given is None:
         raise UsageError(f"the recipe {recipe if named else ''} names no model; choose one with --model ('vitarium models' lists them)")
+    source_model: Any = os.fspath(given) if isinstance(given, str | os.PathLike) else given
+    name = name_of(given)
     kind = find_learner(settings.objective["name"])
     task = kind.task_for(settings.settings_of(kind))
     source = os.fspath(data) if data is not None else settings.data
@@ -125,7 +130,9 @@ def train(
     settings = settings.model_copy(update=dict(image_size=settings.image_size or images.image_size))
     stem = Path(os.fspath(recipe)).stem if named else settings.objective["name"]  # type: ignore[arg-type]
     folder = Path(out) if out is not None else Path("runs", slug(f"{stem}-{name}-{images.name}"))
-    learner = kind.create(name, images, settings, pretrained=pretrained, checkpoint=checkpoint)
+    if not isinstance(source_model, str):
+        images = matched(source_model, task, images, pretrained)
+    learner = kind.create(source_model, images, settings, pretrained=pretrained, checkpoint=checkpoint)
     apply_methods(learner.model, settings.apply if apply is None else apply, images, notify)
     if trained_only:
         with settled(learner, settings):
@@ -139,3 +146,18 @@ def train(
     trained, file = learner.eval_model().eval(), folder / "model.safetensors"
     vitarium.save(trained, file, trained_only=trained_only)
     return Trained(trained, file, result, task, (learner.usage or task.usage).format(file=file))
+
+
+def matched(model: Any, task: Task, images: ImageData, pretrained: bool) -> ImageData:
+    """Return the data in the numbering of a given model's labels; a classifier without labels gets those of the data.
+
+    Raises:
+        UsageError: `pretrained` weights for a model that has its own.
+        DataError: labels that the model does not know, or another number of classes.
+    """
+    if pretrained:
+        raise UsageError("a model that is given as an object has its own weights; pretrained is for a model's name")
+    images = task.match(model, images)
+    if task.classifies and getattr(model, "labels", None) is None:
+        model.labels = list(images.classes)
+    return images
