@@ -127,7 +127,7 @@ def combinations_page() -> str:
 def gallery_pages() -> dict[str, str]:
     """Return gallery.md and its report: `vitarium compare --models '*_pico'`, drawn again from its results.json."""
     from vitarium.data import open_data
-    from vitarium.reports.compare import pictures_of
+    from vitarium.reports.compare import mistaken_images
     from vitarium.reports.page import render
     from vitarium.reports.results import Comparison
 
@@ -163,7 +163,7 @@ def gallery_pages() -> dict[str, str]:
         "|---|---|---|---|---|---|---|",
         *rows,
     ]
-    return {"gallery/index.md": "\n".join(page), "gallery/report.html": render(found, pictures_of(found, digits))}
+    return {"gallery/index.md": "\n".join(page), "gallery/report.html": render(found, mistaken_images(found, digits))}
 
 
 def ledger_page() -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from tests.reports.fixtures import NUMBERS, make_comparison, make_pictures, make_troubled
-from vitarium.reports.page import render, three
+from vitarium.reports.page import render
 
 
 class Elements(HTMLParser):
@@ -65,7 +66,7 @@ def test_escapes_what_comes_from_outside(troubled):
     assert json.loads(data)["classes"][:3] == ["<script>alert(1)</script>", "</script>", "a & b"]
 
 
-def test_tells_failures_and_broken_images(troubled):
+def test_shows_failures_and_broken_images(troubled):
     text = Elements(troubled).text
     assert "SwinTransformer takes images of at least 32x32 pixels, got 16x16" in text
     assert "3 images could not be read and were left out" in text
@@ -97,12 +98,17 @@ def test_without_mistakes_and_with_one_model(tmp_path):
         **{**vars(best), "accuracy": 1.0, "mistakes": [], "confusion": [[36 * (i == j) for j in range(10)] for i in range(10)]}
     )
     text = Elements(render(make_comparison(tmp_path, trials=[perfect]), [])).text
-    assert "every held-out image was named rightly" in text
+    assert "every held-out image was classified correctly" in text
     assert "convnext_pico on digits" in text
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [(28288354, "28.3 M"), (999.6, "1.00 K"), (0.6268, "0.627"), (123.4, "123"), (1.5e9, "1.50 G"), (0, "0.00")]
-)
-def test_three_digits(value, text):
-    assert three(value) == text
+def test_mentions_machines_that_differ_and_models_at_a_time(tmp_path):
+    comparison = make_comparison(tmp_path)
+    plain = Elements(render(comparison, make_pictures(comparison))).text
+    assert "different machines" not in plain
+    assert "at a time" not in plain
+    trials = [replace(t, device="H200" if i else "EPYC") for i, t in enumerate(comparison.trials)]
+    changed = replace(comparison, trials=trials, settings={**comparison.settings, "engine": "ray", "at_a_time": "several"})
+    text = Elements(render(changed, make_pictures(changed))).text
+    assert "compare only within one of them. EPYC: swin_pico; H200: convnext_pico, " in text
+    assert "Several models ran at a time" in text

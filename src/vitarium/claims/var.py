@@ -137,7 +137,8 @@ def _sampled(way: Way, model: Any, classes: Sequence[int], seed: int) -> Tensor:
     steps, codes = Steps(model, torch.tensor(classes)), []
     view = total = None
     for k in range(len(way.lengths)):
-        codes.append(draw(steps.next(view), generator))
+        logits = steps.next(view)
+        codes.append(draw(logits, torch.rand(logits.shape[:2], generator=generator, dtype=torch.float64)))
         vectors = tokenizer.quantizer.codebook(codes[-1])
         if way.raster:
             view = vectors

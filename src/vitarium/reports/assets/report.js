@@ -1,24 +1,5 @@
 "use strict";
-const results = JSON.parse(document.getElementById("results").textContent);
 const { models, costs, classes, confusion } = results;
-const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-const hue = (model) => css(`--model-${model.colour}`);
-const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
-const escapeHtml = (text) => text.replace(/[&<>]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;" })[c]);
-const config = { displayModeBar: false, responsive: false, doubleClick: "reset" };
-
-function layout(extra) {
-  const axis = { gridcolor: css("--line"), linecolor: css("--line"), zeroline: false, tickfont: { size: 12 }, ticks: "", automargin: true };
-  return {
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, dragmode: false, hovermode: "closest",
-    font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: css("--soft") },
-    hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: css("--ink"), size: 13 }, align: "left" },
-    margin: { l: 52, r: 14, t: 10, b: 46 },
-    ...extra,
-    xaxis: { ...axis, ...extra.xaxis },
-    yaxis: { ...axis, ...extra.yaxis },
-  };
-}
 
 // ---- accuracy against cost
 
@@ -88,7 +69,7 @@ function drawScatter() {
   const { at, ...xaxis } = horizontal(values);
   const y = vertical();
   const width = scatter.clientWidth - 72, height = scatter.clientHeight - 62;
-  const named = (i) => models.length <= MOST_NAMES || cost.front.includes(i); // of many, the others say theirs under the pointer
+  const named = (i) => models.length <= MOST_NAMES || cost.front.includes(i); // of many, the others are named under the pointer
   const points = models.map((m, i) => ({
     name: named(i) ? m.name : "",
     x: ((at(m[cost.key]) - xaxis.range[0]) / (xaxis.range[1] - xaxis.range[0])) * width,
@@ -165,7 +146,7 @@ function drawConfusion() {
     x: classes.map((_, i) => i), y: classes.map((_, i) => i), z: cells((n, t, p) => (keep(t, p) && n ? n / totals[t] : null)), zmin: 0, zmax: most,
     colorscale: [[0, mixed(colour, 0.12)], [1, mixed(colour, 1)]],
     text: cells((n, t, p) => (keep(t, p) && n ? String(n) : "")), texttemplate: many ? "" : "%{text}",
-    customdata: cells((n, t, p) => `${escapeHtml(classes[t])} called ${escapeHtml(classes[p])}: ${n} of ${totals[t]} (${percent(n / totals[t])})`),
+    customdata: cells((n, t, p) => `${escapeHtml(classes[t])} predicted as ${escapeHtml(classes[p])}: ${n} of ${totals[t]} (${percent(n / totals[t])})`),
   });
   const most = Math.max(0.02, ...cells((n, t, p) => (t === p ? 0 : n / totals[t])).flat());
   const every = Math.ceil(classes.length / 30);
@@ -179,32 +160,7 @@ function drawConfusion() {
   }), config);
 }
 
-// ---- the table
-
-function sortBy(header) {
-  const body = document.querySelector("table tbody");
-  const headers = [...document.querySelectorAll("thead th")];
-  const column = headers.indexOf(header);
-  const first = header.querySelector("button").dataset.first;
-  const other = first === "ascending" ? "descending" : "ascending";
-  const order = header.getAttribute("aria-sort") === first ? other : first;
-  headers.forEach((h) => h.removeAttribute("aria-sort"));
-  header.setAttribute("aria-sort", order);
-  const sign = order === "ascending" ? 1 : -1;
-  const value = (row) => row.children[column].dataset.value;
-  const compare = (a, b) => (column === 0 ? value(a).localeCompare(value(b)) : Number(value(a)) - Number(value(b)));
-  body.append(...[...body.rows].sort((a, b) => sign * compare(a, b)));
-}
-
-document.querySelectorAll("thead button").forEach((button) => button.addEventListener("click", () => sortBy(button.closest("th"))));
-
-// ---- everything, now and whenever the window or the colours change
-
-function draw() {
-  drawScatter();
-  drawAllCurves();
-  drawConfusion();
-}
+// ---- switches
 
 document.querySelectorAll("input[name=cost]").forEach((input) => input.addEventListener("change", drawScatter));
 document.querySelectorAll(".chip").forEach((chip) => chip.addEventListener("click", () => {
@@ -213,14 +169,6 @@ document.querySelectorAll(".chip").forEach((chip) => chip.addEventListener("clic
   chip.setAttribute("aria-pressed", String(shown));
   drawAllCurves();
 }));
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-let width = innerWidth;
-addEventListener("resize", () => {
-  if (innerWidth === width) return; // a phone's address bar comes and goes
-  width = innerWidth;
-  requestAnimationFrame(() => {
-    for (const plot of document.querySelectorAll(".plot")) Plotly.purge(plot);
-    draw();
-  });
-});
-draw();
+onDraw(drawScatter);
+onDraw(drawAllCurves);
+onDraw(drawConfusion);

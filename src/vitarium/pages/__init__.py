@@ -1,0 +1,9 @@
+"""Self-contained HTML pages: one file that opens offline, with sortable tables, plots and embedded images.
+
+A room that reports something brings a template that extends "page", the style and script that only its page needs, and plain values.
+"""
+
+from vitarium.pages.page import Cell, Column, Row, embed_image, render_page
+from vitarium.pages.words import counted, dated, lasting, percent, three
+
+__all__ = ["Cell", "Column", "Row", "counted", "dated", "embed_image", "lasting", "percent", "render_page", "three"]
