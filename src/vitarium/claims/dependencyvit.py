@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import tempfile
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from vitarium import anatomy
 from vitarium.catalog import create_model
 from vitarium.claims import Comparison, Measured, claim
-from vitarium.data.image_set import ImageData
+from vitarium.data.image_set import ImageData, Samples
 from vitarium.explanation.simple import attention_of_blocks
 from vitarium.training import ClassificationLearner, evaluate, fit, load_recipe
 
@@ -27,7 +28,7 @@ KINDS = {"red-blue": (RED, BLUE), "blue-red": (BLUE, RED), "red-green": (RED, GR
 SIZES: dict[str, Any] = dict(patch_size=PATCH, embed_dim=48, depth=4, num_heads=4)
 
 
-class Creatures:
+class Creatures(Samples):
     """64x64 images of two or three creatures of one kind, each a body with head and limbs, bent and turned at random.
 
     Args:
@@ -36,16 +37,9 @@ class Creatures:
     """
 
     def __init__(self, count: int, seed: int):
-        self.seed, self.targets = seed, [i % len(KINDS) for i in range(count)]
-        self._kept: dict[int, Image.Image] = {}
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        if index not in self._kept:
-            self._kept[index] = self.drawn(index)[0]
-        return self._kept[index], self.targets[index]
+        targets = [i % len(KINDS) for i in range(count)]
+        super().__init__(range(count), targets, read=functools.cache(lambda i: self.drawn(i)[0]), name=self._name_of)
+        self.seed = seed
 
     def drawn(self, index: int) -> tuple[Image.Image, NDArray[np.uint8]]:
         """The image, and (64, 64) the number of the creature that each pixel shows, 0 the background."""
@@ -67,8 +61,7 @@ class Creatures:
         shares = np.stack([(cells == i).mean(1) for i in range(1, 4)], 1)
         return np.where(shares.max(1) >= 1 / 3, shares.argmax(1) + 1, 0)
 
-    def describe(self, index: int) -> str:
-        """Kind and number."""
+    def _name_of(self, index: int) -> str:
         return f"{list(KINDS)[self.targets[index]]} #{index}"
 
 

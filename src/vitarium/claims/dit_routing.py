@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import vitarium
 from vitarium.claims import Comparison, Measured, claim
-from vitarium.data.image_set import ImageData
+from vitarium.data.image_set import ImageData, Samples
 from vitarium.data.scenes.render import around, to_uint8
 from vitarium.data.scenes.shapes import SHAPES
 from vitarium.efficiency.profiler import count_macs
@@ -27,7 +27,7 @@ GRID: dict[str, Any] = dict(
 )
 
 
-class Drawn:
+class Drawn(Samples):
     """64x64 images on a noisy ground, each with one white shape, small or large. Class: its kind.
 
     Args:
@@ -40,9 +40,10 @@ class Drawn:
 
     def __init__(self, count: int, seed: int):
         rng = np.random.default_rng(seed)
-        self.targets = [i % len(KINDS) for i in range(count)]
-        self.pictures, masks = [], []
-        for i, target in enumerate(self.targets):
+        targets = [i % len(KINDS) for i in range(count)]
+        self.images: list[Image.Image] = []
+        masks = []
+        for i, target in enumerate(targets):
             image = (rng.uniform(40, 90) + rng.normal(0, 12, (SIDE, SIDE, 3))).astype(np.float32)
             radius = rng.uniform(5, 7) if i // len(KINDS) % 2 else rng.uniform(14, 20)
             x, y = rng.uniform(radius, SIDE - radius, 2)
@@ -51,19 +52,10 @@ class Drawn:
             image[window] += (220 - image[window]) * cover[..., None]
             mask = np.zeros((SIDE, SIDE), bool)
             mask[window] = cover > 0.5
-            self.pictures.append(Image.fromarray(to_uint8(image)))
+            self.images.append(Image.fromarray(to_uint8(image)))
             masks.append(mask)
         self.masks: NDArray[np.bool_] = np.stack(masks)
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.pictures[index], self.targets[index]
-
-    def describe(self, index: int) -> str:
-        """Its number."""
-        return f"drawing #{index}"
+        super().__init__(range(count), targets, read=self.images.__getitem__, name=lambda i: f"drawing #{i}")
 
 
 class RandomGate(nn.Module):
@@ -139,7 +131,7 @@ def compare() -> list[Comparison]:
         train, val = Drawn(1600, 2 * seed), Drawn(400, 2 * seed + 1)
         data = ImageData("drawings", train, val, list(KINDS), SIDE)
         model, accuracy = trained(routed(seed), "dit_routing", seed, data)
-        images = torch.stack([model.preprocessing(picture) for picture in val.pictures[:200]])
+        images = torch.stack([model.preprocessing(picture) for picture in val.images[:200]])
         found["learned"].append(accuracy)
         found["random"].append(trained(random_like(model, images, seed), "classification", seed, data)[1])
         found["static"].append(trained(static_of(model.macs(images).mean().item(), seed), "classification", seed, data)[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from vitarium.catalog import create_model
 from vitarium.claims import Comparison, Measured, claim
-from vitarium.data.image_set import ImageData
+from vitarium.data.image_set import ImageData, Samples
 from vitarium.explanation.explainers import create_explainer
 from vitarium.explanation.faithfulness import measure, pointing
 from vitarium.explanation.t_tame import TTAME, TTAMELearner
@@ -26,7 +27,7 @@ COLOURS = ((250, 230, 60), (60, 230, 250), (250, 90, 230))
 METHODS = ("t_tame", "random", "rollout", "gradient_input", "occlusion")
 
 
-class OneMark:
+class OneMark(Samples):
     """64x64 images of coarse and fine grey noise with one of five marks at a random place; `box(i)` says where.
 
     Args:
@@ -35,22 +36,18 @@ class OneMark:
     """
 
     def __init__(self, count: int, seed: int):
-        self.seed, self.targets = seed, [i % len(MARKS) for i in range(count)]
-        self._kept: dict[int, Image.Image] = {}
+        targets = [i % len(MARKS) for i in range(count)]
+        super().__init__(range(count), targets, read=functools.cache(self._draw), name=self._name_of)
+        self.seed = seed
 
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        if index not in self._kept:
-            rng, (x, y, side) = self._place(index)
-            coarse = rng.normal(120, 30, (SIDE // 4, SIDE // 4)).clip(0, 255).astype(np.uint8)
-            picture = np.array(Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB"), dtype=np.float32)
-            colour = COLOURS[rng.integers(len(COLOURS))]
-            picture[y : y + side, x : x + side][mark(MARKS[self.targets[index]], side)] = colour
-            picture += rng.normal(0, 12, picture.shape)
-            self._kept[index] = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
-        return self._kept[index], self.targets[index]
+    def _draw(self, index: int) -> Image.Image:
+        rng, (x, y, side) = self._place(index)
+        coarse = rng.normal(120, 30, (SIDE // 4, SIDE // 4)).clip(0, 255).astype(np.uint8)
+        pixels = np.array(Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB"), dtype=np.float32)
+        colour = COLOURS[rng.integers(len(COLOURS))]
+        pixels[y : y + side, x : x + side][mark(MARKS[self.targets[index]], side)] = colour
+        pixels += rng.normal(0, 12, pixels.shape)
+        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
     def _place(self, index: int) -> tuple[np.random.Generator, tuple[int, int, int]]:
         rng = np.random.default_rng((self.seed, index))
@@ -65,8 +62,7 @@ class OneMark:
         inside[y : y + side, x : x + side] = True
         return inside
 
-    def describe(self, index: int) -> str:
-        """Mark and number."""
+    def _name_of(self, index: int) -> str:
         return f"{MARKS[self.targets[index]]} #{index}"
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vitarium.claims import Arm, Comparison, Measured, claim
+from vitarium.ops.attention import merge_heads, split_packed_heads
 
 TOKENS = (1024, 4096)
 DIM, HEADS, ROUNDS = 64, 4, 5
@@ -44,9 +45,9 @@ class _MatrixAttention(nn.Module):
         self.qkv, self.proj = nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, DIM)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = split_packed_heads(self.qkv(x), 3, HEADS)
         weights = (q @ k.transpose(-1, -2) * (DIM // HEADS) ** -0.5).softmax(-1)
-        return self.proj((weights @ v).transpose(1, 2).flatten(2))
+        return self.proj(merge_heads(weights @ v))
 
 
 def _mixers() -> tuple[nn.Module, nn.Module]:

@@ -15,7 +15,7 @@ from torch import nn
 
 import vitarium
 from vitarium.claims import Comparison, Measured, claim
-from vitarium.data.image_set import ImageData
+from vitarium.data.image_set import ImageData, Samples
 from vitarium.data.retrieval import Groups
 from vitarium.perception.retrieval.embedding import embeddings_of
 from vitarium.perception.retrieval.scores import retrieval_scores
@@ -34,7 +34,7 @@ ARMS = {
 }
 
 
-class Numbers:
+class Numbers(Samples):
     """16x16 images of two-digit numbers: scikit-learn's handwritten digits (8x8) side by side, light on dark grey, with some noise.
 
     Args:
@@ -48,8 +48,9 @@ class Numbers:
         rng = np.random.default_rng((seed, classes.start))
         numbers = np.random.default_rng(7).permutation(100)[classes]
         pools = [handwriting()[0][handwriting()[1] == digit][part::2] for digit in range(10)]
-        self.targets = [i for i in range(len(classes)) for _ in range(count)]
-        self.pictures = [self._draw([pools[d] for d in divmod(int(numbers[t]), 10)], rng) for t in self.targets]
+        targets = [i for i in range(len(classes)) for _ in range(count)]
+        images = [self._draw([pools[d] for d in divmod(int(numbers[t]), 10)], rng) for t in targets]
+        super().__init__(range(len(images)), targets, read=images.__getitem__, name=lambda i: f"number {targets[i]} #{i}")
 
     @staticmethod
     def _draw(pools: list[NDArray[Any]], rng: np.random.Generator) -> Image.Image:
@@ -58,16 +59,6 @@ class Numbers:
             ink[4:12, 8 * place : 8 * place + 8] = pool[rng.integers(len(pool))] / 16
         ink = rng.uniform(0.0, 0.2) + rng.uniform(0.6, 0.8) * ink + rng.normal(0, 0.03, ink.shape)
         return Image.fromarray((255 * ink).clip(0, 255).astype(np.uint8)).convert("RGB")
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.pictures[index], self.targets[index]
-
-    def describe(self, index: int) -> str:
-        """Class and number."""
-        return f"number {self.targets[index]} #{index}"
 
 
 @functools.cache

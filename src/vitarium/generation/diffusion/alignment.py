@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from vitarium.errors import UsageError, nearest
 from vitarium.nn.modes import evaluating
+from vitarium.ops.maps import as_tokens
 
 
 @contextlib.contextmanager
@@ -39,7 +40,7 @@ def hidden_tokens(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, 
     def reader(name: str) -> Any:
         def read(_: nn.Module, __: Any, out: Any) -> None:
             out = out[0] if isinstance(out, tuple | list) else out
-            found[name] = out.flatten(2).transpose(1, 2) if out.ndim == 4 else out
+            found[name] = as_tokens(out) if out.ndim == 4 else out
 
         return read
 
@@ -127,7 +128,7 @@ class Encoder:
 
     def tokens(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """Return features (B, h w, Z) of images in [0, 1]."""
-        return self.map(image, grid).flatten(2).transpose(1, 2)
+        return as_tokens(self.map(image, grid))
 
     def pooled(self, image: Tensor) -> Tensor:
         """Return the mean over the map, (B, Z), of images in [0, 1]."""

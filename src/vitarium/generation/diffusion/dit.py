@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from vitarium.catalog import chain, family, rename
 from vitarium.generation.diffusion.denoiser import Denoiser
 from vitarium.nn import Attention, Linear, Mlp, PatchEmbed, sincos_2d
+from vitarium.ops.maps import as_tokens
 
 TanhGELU = functools.partial(nn.GELU, approximate="tanh")
 
@@ -260,7 +261,7 @@ class DiT(Denoiser):
         table = self.pos_embed
         if (height, width) != (self.sample_size // self.patch_size,) * 2:
             table = sincos_2d(table.shape[1], height, width, device=x.device).to(table)
-        return patches.flatten(2).transpose(1, 2) + table, (height, width)
+        return as_tokens(patches) + table, (height, width)
 
     def condition(self, t: Tensor, labels: Tensor | None) -> Tensor:
         """Return the condition (B, D). In training labels are dropped at class_drop_rate."""

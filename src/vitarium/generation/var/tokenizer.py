@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from vitarium.catalog import family, rename
 from vitarium.catalog.calling import random_uniform
 from vitarium.errors import InputError, UsageError
+from vitarium.ops.maps import as_map, as_tokens
 
 
 def _norm(dim: int, groups: int) -> nn.GroupNorm:
@@ -53,7 +54,7 @@ class AttentionBlock(nn.Module):
         self.proj = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None].chunk(3, -1)
+        q, k, v = as_tokens(self.qkv(self.norm(x)))[:, None].chunk(3, -1)
         y = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj(y[:, 0].transpose(1, 2).reshape(x.shape))
 
@@ -196,7 +197,7 @@ class ResidualQuantizer(nn.Module):
     def detail(self, codes: Tensor, k: int) -> Tensor:
         """Return the contribution of codebook vectors (B, p_k^2, C) to f^ at scale k, (B, C, h, w)."""
         side, size = self.scales[k], self.scales[-1]
-        h = codes.transpose(1, 2).unflatten(2, (side, side))
+        h = as_map(codes, (side, side))
         if k < len(self.scales) - 1:
             h = F.interpolate(h, (size, size), mode="bicubic")
         return h * (1 - self.phi_ratio) + self.phis[self.phi_of[k]](h) * self.phi_ratio
@@ -205,7 +206,7 @@ class ResidualQuantizer(nn.Module):
         """Resize a map (B, C, h, w) to scale k: (B, p_k^2, C)."""
         if k < len(self.scales) - 1:
             total = F.interpolate(total, (self.scales[k],) * 2, mode="area")
-        return total.flatten(2).transpose(1, 2)
+        return as_tokens(total)
 
 
 def phi_of_scales(scales: int, count: int) -> list[int]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitarium.nn import DropPath, Linear, Mlp, drop_path_rates, init_weights
+from vitarium.ops.attention import merge_heads, split_packed_heads
 
 MAX_LOG_SCALE = math.log(100)
 
@@ -58,12 +59,12 @@ class CosineAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None, block: int) -> Tensor:
         qkv = self.qkv(x) + torch.cat([self.q_bias, self.k_bias, self.v_bias])
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = split_packed_heads(qkv, 3, self.num_heads)
         q = F.normalize(q, dim=-1) * self.log_scale.clamp(max=MAX_LOG_SCALE).exp()
         k = F.normalize(k, dim=-1)
         if cache is not None:
             k, v = cache.extend(block, k, v)
-        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0).transpose(1, 2).flatten(2))
+        return self.proj(merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)))
 
 
 class Block(nn.Module):
