@@ -1,4 +1,4 @@
-"""What training, evaluation and reports need to know of labelled images, wherever they come from."""
+"""Image sets: labelled images by index, views of them, and their split into training and validation parts."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from vitarium.data.sample import Sample
 
 @runtime_checkable
 class ImageSet(Protocol):
-    """Labelled images by index.
+    """Interface of labelled images that are accessed by index.
 
-    `images[i]` gives (picture, class number), or (clip, class number) where the data is video; an unreadable one raises `BrokenImage`.
-    `targets` gives all class numbers without opening a picture; `describe(i)` names a sample (a path, or a place in an archive).
+    `images[i]` returns (image, class number), or (clip, class number) for videos, and raises `BrokenImage` for an unreadable file.
+    `targets` holds all class numbers without opening an image; `describe(i)` names a sample (a path, or a place in an archive).
     """
 
     targets: list[int]
@@ -28,13 +28,13 @@ class ImageSet(Protocol):
 
 @dataclass(frozen=True)
 class ImageData:
-    """A classification data set with its held-out part.
+    """A classification data set with its validation part.
 
     Attributes:
-        name: for reports.
-        train, val: the two parts; no picture is in both.
-        classes: names, in the order of the class numbers.
-        image_size: side of the pictures, pixels, where they have one in common.
+        name: name for reports.
+        train, val: the two parts, without common images.
+        classes: class names in the order of the class numbers.
+        image_size: side of the images, pixels, if it is the same for all.
     """
 
     name: str
@@ -45,13 +45,13 @@ class ImageData:
 
 
 class Samples:
-    """An image set over a list of samples, each of which is read when it is asked for.
+    """Image set over a list of samples that are read on access.
 
     Args:
-        samples: what `read` takes: paths, places in an archive, numbers of drawings.
-        targets: class number (or another target) of each sample; None where `read` gives the target, and `targets` is then all 0.
-        read: sample -> image, or sample -> (image, target) where there are no `targets`. Raises `BrokenImage` for an unreadable one.
-        name: sample -> its name in messages and reports; the sample itself as text by default.
+        samples: arguments of `read`: paths, places in an archive, numbers of rendered images.
+        targets: class number (or other target) of each sample; None if `read` returns the target, and the attribute is then all 0.
+        read: maps a sample to an image, or to (image, target) without `targets`; raises `BrokenImage` for an unreadable file.
+        name: maps a sample to its name in messages and reports; `str` by default.
     """
 
     def __init__(
@@ -69,18 +69,18 @@ class Samples:
         return read if self._read_target else (read, self.targets[index])
 
     def describe(self, index: int) -> str:
-        """The sample's name."""
+        """Return the name of a sample."""
         return self._name(self.samples[index])
 
 
 class View:
-    """A view of an image set: some of its samples in a given order, with the same or other targets.
+    """View of an image set: a selection of its samples in a given order, with the same or other targets.
 
     Args:
-        images: the image set.
-        indices: which samples, in order, repetitions allowed; all by default.
+        images: the underlying image set.
+        indices: indices of the samples in order, possibly repeated; all by default.
         targets: target of each sample of the view; those of `images` by default.
-        transform_target: applied to each target of `images` as it is read (segments, for example); `targets` is then as it was.
+        transform_target: function that is applied to each target on access (to segments, for example); `targets` stays unchanged.
 
     Raises:
         ValueError: both `targets` and `transform_target`, or `targets` of another length than the view.
@@ -115,12 +115,12 @@ class View:
         return image, target if self._transform_target is None else self._transform_target(target)
 
     def describe(self, index: int) -> str:
-        """The name that `images` gives the sample."""
+        """Return the name that the underlying set gives the sample."""
         return self.images.describe(self.indices[index])
 
 
 class Joined:
-    """Several image sets, one after the other.
+    """Concatenation of image sets.
 
     Args:
         parts: image sets with the same classes.
@@ -138,22 +138,22 @@ class Joined:
         return part[i]
 
     def describe(self, index: int) -> str:
-        """The name that the sample has in its own set."""
+        """Return the name that the sample has in its part."""
         part, i = self._places[index]
         return part.describe(i)
 
 
 class Subset(View):
-    """Some samples of an image set, in a given order."""
+    """Selection of samples of an image set, in a given order."""
 
     def __init__(self, images: ImageSet, indices: Sequence[int]):
         super().__init__(images, indices)
 
 
 def stratified_split(targets: Sequence[int], val_fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of a training and a held-out part, each class in both by its share (at least one of each where it has two). Sorted.
+    """Split samples by class into training and validation indices, each sorted.
 
-    A pure function of its arguments.
+    Every class with two or more samples is in both parts. The result depends only on the arguments.
     """
     by_class: dict[int, list[int]] = defaultdict(list)
     for index, target in enumerate(targets):
