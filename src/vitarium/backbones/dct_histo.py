@@ -155,8 +155,8 @@ class DCTHistoTransformer(Backbone):
 
     Args:
         depths, dims: blocks and channels per stage; channels are multiples of 16, the width of a head.
-        keeps: frequencies k a side that a stage's attention sees.
-        strides: of each stage, behind a stem of stride 2.
+        keeps: kept frequencies k per side in the attention of each stage.
+        strides: stride of each stage, after a stem of stride 2.
         stem_dim: channels of the stem.
         attention: "dct"; for comparison "spatial" (between the positions of the map) or "none".
         drop_rate: dropout before the head.
