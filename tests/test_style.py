@@ -149,7 +149,8 @@ def test_the_check_finds_what_it_should(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
     file = tmp_path / "a.py"
     file.write_text(
-        '"""Of what."""\nx = f"the {y} picture"  # made anew\nclass A:\n    """Return a `picture`.\n\n    Args:\n        picture: it.\n    """\n    picture = "picture"\n'
+        '"""Of what."""\nx = f"the {y} picture"  # made anew\n'
+        'class A:\n    """Return a `picture`.\n\n    Args:\n        picture: it.\n    """\n    picture = "picture"\n'
     )
     assert [fault.partition(";")[0] for fault in faults(file)] == [
         "a.py:1: begins with 'Of': 'Of what.'",
