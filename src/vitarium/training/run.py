@@ -30,6 +30,7 @@ from vitarium.training.players import checked_players
 from vitarium.training.recipe import Recipe
 from vitarium.training.sharding import gather_model, restore_whole, whole_states
 from vitarium.training.signals import StopSignals
+from vitarium.training.tasks import Task
 from vitarium.training.turns import Outcome, Seat, foreign_buffers
 
 log = logging.getLogger("vitarium")
@@ -242,7 +243,9 @@ class Run:
         self.tell(None)
 
     def draw(self) -> None:
-        """Write what the learner draws of the first held-out batch to pictures/NAME-STEP.png."""
+        """Write the learner's drawings of the first held-out batch to pictures/NAME-STEP.png."""
+        if type(self.learner).pictures is Learner.pictures and type(self.learner.task).sheets is Task.sheets:
+            return  # neither learner nor task draws
         batch = next(self.val_loader.epoch(0))
         if not len(batch["index"]):
             return
@@ -252,11 +255,11 @@ class Run:
             drawn = self.learner.pictures(model, to_device(batch, self.fabric.device))
         try:
             (self.folder / "pictures").mkdir(exist_ok=True)
-            for name, picture in drawn.items():
+            for name, drawing in drawn.items():
                 with atomic_path(self.folder / "pictures" / f"{name}-{self.state.step:06d}.png") as temporary:
-                    picture.save(temporary, format="png")
+                    drawing.save(temporary, format="png")
         except OSError as error:
-            log.warning("cannot write the pictures of step %d (%s); training goes on", self.state.step, error)
+            log.warning("cannot write the drawings of step %d (%s); training goes on", self.state.step, error)
 
     def model_to_evaluate(self) -> nn.Module:
         """The moving average, the gathered weights, or the model itself; called in all processes."""
