@@ -96,7 +96,7 @@ def from_google(state: State) -> State:
     for name, tensor in state.items():
         name = re.sub(r"^(?:opt/target|params)/", "", name)
         if found := re.match(r"Transformer/encoderblock_(\d+)/(\w+)/(.+)$", name):
-            new, tensor = _google_block(*found.groups(), tensor)
+            new, tensor = _google_block(found[1], found[2], found[3], tensor)
         elif name == "embedding/kernel":
             new, tensor = "patch_embed.proj.weight", tensor.permute(3, 2, 0, 1)
         elif name == "head/kernel":

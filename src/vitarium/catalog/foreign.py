@@ -17,7 +17,7 @@ from torch import nn
 from vitarium.catalog.dialects import VIT_DIALECTS
 from vitarium.catalog.heads import head_names, mark_fresh
 from vitarium.catalog.preprocessing import Preprocessing
-from vitarium.catalog.registry import Renamer, State
+from vitarium.catalog.registry import Renamer, State, chain
 from vitarium.catalog.transformers_models import TOWERS, TransformersClassifier, VisionTower, wrap
 from vitarium.errors import CheckpointError, UsageError, nearest, require
 
@@ -91,7 +91,7 @@ def dialects_of_foreign(model: nn.Module) -> dict[str, Renamer]:
     if "adapt_layer_scale" in inspect.signature(convert).parameters:
         read["deit3"] = lambda state: convert(state, model, adapt_layer_scale=True)
     if isinstance(getattr(model, "patch_embed", None), nn.Module):
-        read |= {name: lambda state, rename=rename: convert(rename(state), model) for name, rename in VIT_DIALECTS.items()}
+        read |= {name: chain(rename, read["timm"]) for name, rename in VIT_DIALECTS.items()}
     return read
 
 

@@ -341,6 +341,7 @@ class TransformersBackbone(TransformersClassifier):
         """Return the layers for layer-wise decay in timm's form: embeddings, one a block (one a stage if `coarse`), what is above."""
         start = self.feature_info[0]["module"].removesuffix(f"{self._parts.blocks}.0").replace(".", r"\.")
         blocks = self._parts.blocks.replace(".", r"\.")
+        layers: list[tuple[str, tuple[int, ...] | None]]
         if self._parts.prefix is not None or coarse:
             layers = [(rf"^{start}{blocks}\.(\d+)", None)]
         else:
