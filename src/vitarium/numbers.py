@@ -1,10 +1,10 @@
-"""Numbers as text for people."""
+"""Numbers as readable text."""
 
 from __future__ import annotations
 
 
 def short(value: float | None) -> str:
-    """Three significant digits and a suffix: 28288354 -> "28.3 M"; "-" for what is not known."""
+    """Return three significant digits and a suffix: 28288354 -> "28.3 M"; "-" for None."""
     if value is None:
         return "-"
     for size, suffix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " K")):
@@ -15,7 +15,7 @@ def short(value: float | None) -> str:
 
 
 def clock(seconds: float) -> str:
-    """75 -> "1:15"; 3700 -> "1:01:40"."""
+    """Return a duration as text: 75 -> "1:15"; 3700 -> "1:01:40"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,4 +1,4 @@
-"""The application: its commands, its global options, and what becomes of an error."""
+"""The application: its commands, its global options, and its handling of errors."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ from vitarium.cli import (
     train,
 )
 from vitarium.cli.console import err
-from vitarium.cli.explain import explain as explain_pictures
+from vitarium.cli.explain import explain as explain_images
 from vitarium.errors import VitariumError
 
 
 class Commands(TyperGroup):
-    """Every command ends with its result, or with one message on stderr and an exit code (see vitarium.errors)."""
+    """Group whose commands end with a result, or with one message on stderr and an exit code (see vitarium.errors)."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt as interrupt:  # training says how far it came, and that it can go on
+        except KeyboardInterrupt as interrupt:  # the message of a training says at which step it stopped and how to continue
             err().print(f"[yellow]{str(interrupt) or 'interrupted'}[/]", soft_wrap=True)
             raise typer.Exit(130) from None
         except Exception as error:
             if type(error).__module__.split(".")[0] in ("typer", "click") or isinstance(error, BrokenPipeError):
-                raise  # typer's own ways to leave, and its own usage errors (exit code 2)
+                raise  # typer's exits and its usage errors (exit code 2)
             explain(error, debug=ctx.params.get("debug", False))
             raise typer.Exit(getattr(error, "exit_code", 1) if isinstance(error, VitariumError) else 1) from None
 
 
 def explain(error: Exception, *, debug: bool = False) -> None:
-    """Print an error for a person: the message of ours; of others the kind as well, and how to see more."""
+    """Print the message of an error; for errors of other libraries also the type, and the command that shows the traceback."""
     console = err()
     if debug:
         console.print_exception(show_locals=False)
@@ -100,7 +100,7 @@ for command in (
     search.search,
     restore.restore,
     generate.generate,
-    explain_pictures,
+    explain_images,
     compress.compress,
     bench.bench,
     export.export,

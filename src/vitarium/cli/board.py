@@ -29,7 +29,7 @@ WORDS = {
 
 
 class Board:
-    """Shows events as they come. A context manager: the table is live inside, and its last state stays on the screen.
+    """Live table of events. A context manager: the table is live inside, and its last state stays on the screen.
 
     Args:
         models: names of all that will be trained, so that the waiting ones are shown too.

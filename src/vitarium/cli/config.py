@@ -1,4 +1,4 @@
-"""`--config` and `--print-config`: a command's options from a YAML file, and back."""
+"""`--config` and `--print-config`: read the options of a command from a YAML file, and print them as one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OWN = ("config", "print_config", "help")
 
 
 def configurable(command: Command) -> Command:
-    """Give a command `--config FILE` (options from YAML; the command line wins) and `--print-config` (show them and stop)."""
+    """Give a command `--config FILE` (options from YAML; the command line wins) and `--print-config` (print them and stop)."""
 
     @functools.wraps(command)
     def wrapper(ctx: typer.Context, config: Path | None, print_config: bool, **options: Any) -> Any:
@@ -50,7 +50,7 @@ def configurable(command: Command) -> Command:
 
 
 def _read(ctx: typer.Context, path: Path | None) -> Path | None:
-    """Callback of --config: the file's values become the command's defaults, so that each is typed and checked like any option."""
+    """Read --config: the file's values become the command's defaults, so that each is typed and checked like any option."""
     if path is not None:
         from vitarium.training.settings import read_settings
 
@@ -66,7 +66,7 @@ def _read(ctx: typer.Context, path: Path | None) -> Path | None:
             if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, dict | list) for v in value)):
                 raise UsageError(f"{path}: {key} must be a single value or a plain list")
             if isinstance(value, list) and not takes_several(ctx, names[key]):
-                value = ",".join(map(str, value))  # names with commas, as one types them
+                value = ",".join(map(str, value))  # names with commas, as on the command line
             if value is not None:
                 values[names[key]] = value
         ctx.default_map = values
@@ -74,13 +74,13 @@ def _read(ctx: typer.Context, path: Path | None) -> Path | None:
 
 
 def keys(ctx: typer.Context) -> dict[str, str]:
-    """What a command's options and arguments are called in a file (the long name, without dashes in front) -> the parameter's name."""
+    """Return for each option and argument its key in a file (the long name without leading dashes) -> the parameter's name."""
     named = {next((o for o in p.opts if o.startswith("--")), p.name or "").lstrip("-").replace("_", "-"): p for p in ctx.command.params}
     return {key: p.name for key, p in named.items() if p.name and p.name not in OWN}
 
 
 def takes_several(ctx: typer.Context, name: str) -> bool:
-    """Whether a parameter may be given more than once."""
+    """Return whether a parameter may be given more than once."""
     return any(p.name == name and (getattr(p, "multiple", False) or p.nargs != 1) for p in ctx.command.params)
 
 

@@ -1,4 +1,4 @@
-"""How the command line speaks: tables and messages on a terminal, plain JSON for machines."""
+"""Output of the commands: tables and messages on a terminal, or JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vitarium.numbers import short as short
 if TYPE_CHECKING:
     from vitarium.training.tasks import TableData
 
-PIPED_WIDTH = 160  # columns; a pipe has no width of its own, and a table cut at 80 loses what one greps for
+PIPED_WIDTH = 160  # columns; a pipe has no width, and tables cut at 80 would lose text
 
 
 def _console(*, stderr: bool) -> Console:
@@ -30,23 +30,22 @@ def _console(*, stderr: bool) -> Console:
 
 
 def out() -> Console:
-    """Where results go."""
+    """Return the console of results, stdout."""
     return _console(stderr=False)
 
 
 def err() -> Console:
-    """Where progress, notes and errors go, so that a pipe carries results only."""
+    """Return the console of progress, notes and errors, stderr, so that a pipe carries results only."""
     return _console(stderr=True)
 
 
 def print_json(value: Any) -> None:
-    """JSON on stdout, never wrapped or coloured."""
+    """Print JSON on stdout, neither wrapped nor coloured."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def table(*columns: str, title: str | None = None) -> Table:
-    """An empty table. A column whose name begins with ">" is set to the right, as numbers want it; one with "~" folds first where the
-    terminal is narrow."""
+    """Return an empty table. A column whose name begins with ">" is aligned to the right; one with "~" folds first on a narrow terminal."""
     style = dict(title_justify="left", title_style="bold", header_style="cyan", pad_edge=False, show_edge=False, collapse_padding=True)
     result = Table(box=box.SIMPLE_HEAD, title=title and f"\n{title}", **style)  # type: ignore[arg-type]
     for name in columns:
@@ -57,7 +56,7 @@ def table(*columns: str, title: str | None = None) -> Table:
 
 
 def pairs(rows: dict[str, Any], title: str | None = None) -> Table:
-    """Names on the left, values on the right."""
+    """Return a table of names and values."""
     style = dict(title_justify="left", title_style="bold", pad_edge=False)
     result = Table(box=None, show_header=False, title=title and f"\n{title}", **style)  # type: ignore[arg-type]
     result.add_column(style="cyan", no_wrap=True)

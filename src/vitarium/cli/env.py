@@ -1,4 +1,4 @@
-"""`vitarium env`: what this installation consists of, and what is missing."""
+"""`vitarium env`: versions, devices and optional packages of this installation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXTRAS_OF_DEVELOPERS = ("all", "dev", "docs")
 
 
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False) -> None:
-    """Versions, devices, threads, optional packages and cache folders of this installation."""
+    """Show versions, devices, threads, optional packages and cache folders of this installation."""
     report = describe()
     if as_json:
         return print_json(report)
@@ -36,7 +36,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead
 
 
 def describe() -> dict[str, Any]:
-    """The report as plain values."""
+    """Return the report as plain values."""
     import torch
 
     versions = {
@@ -57,7 +57,7 @@ def describe() -> dict[str, Any]:
 
 
 def version(package: str) -> str | None:
-    """The installed version of a distribution, or None."""
+    """Return the installed version of a distribution, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -65,7 +65,7 @@ def version(package: str) -> str | None:
 
 
 def devices() -> list[dict[str, str | None]]:
-    """The CPU and every accelerator that torch sees."""
+    """Return the CPU and every accelerator that torch sees."""
     import torch
 
     found: list[dict[str, str | None]] = [{"device": "cpu", "name": platform.processor() or platform.machine(), "memory": None}]
@@ -78,7 +78,7 @@ def devices() -> list[dict[str, str | None]]:
 
 
 def extras() -> dict[str, dict[str, Any]]:
-    """The optional parts of the package: what each needs, what of it is missing, the line that installs it."""
+    """Return for each extra its packages, the missing ones, and the command that installs it."""
     needs: dict[str, list[str]] = {}
     for requirement in metadata.requires("vitarium") or []:
         name, _, marker = requirement.partition(";")
@@ -97,7 +97,7 @@ def extras() -> dict[str, dict[str, Any]]:
 
 
 def caches() -> dict[str, str]:
-    """Folders in which downloaded weights and data lie."""
+    """Return the folders of downloaded weights and data."""
     import torch
     from huggingface_hub import constants
 
