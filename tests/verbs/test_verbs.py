@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import base64
 import enum
 import importlib
 import inspect
+import io
 import json
 import re
 from pathlib import Path
@@ -104,6 +106,7 @@ def test_explain(files: Path, tmp_path: Path):
     assert values == json.loads((tmp_path / "why" / "explanations.json").read_text())
     assert [row["image"].endswith("broken.png") for row in found.broken] == [True]
     assert {row["target"]["label"] for row in found.rows if "error" not in row} == {"dog"}
+    assert found._repr_html_().count("<img title=") == 6
     assert set(values["measures"]) == {"grad_cam", "random"}
     same = vitarium.explain(str(files / "images" / "0.png"), vitarium.load(model), tmp_path / "again", target=1)
     assert same.rows[0]["explanations"][0]["peak"] == found.rows[0]["explanations"][0]["peak"]
@@ -117,7 +120,8 @@ def test_generate(files: Path, tmp_path: Path):
     assert made.labels == [0, 2, 0, 2]
     assert made.images.shape == (4, 3, 16, 16)
     assert Image.open(tmp_path / "sheet.png").size == made.sheet().size
-    assert "data:image/png;base64," in made._repr_html_()
+    (png,) = re.findall(r"data:image/png;base64,([^']+)", made._repr_html_())
+    assert Image.open(io.BytesIO(base64.b64decode(png))).size == made.sheet().size
     seen: list[str] = []
     again = vitarium.generate(
         vitarium.load(model), "0,2", 2, steps=2, seed=1, batch_size=1, options={"sampler": "euler"}, notify=seen.append

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vitarium.errors import DataError, UsageError
 from vitarium.training.tasks.base import TableData
 from vitarium.verbs.opening import Notify, apply_methods, find_device, find_images, name_of, open_model, quiet
-from vitarium.verbs.result import Result
+from vitarium.verbs.result import SHOWN_DRAWINGS, Result, html_drawing
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -52,6 +52,14 @@ class Explanations(Result):
 
     def tables(self) -> list[TableData]:
         return [overlay_table(self.rows), *([measure_table(self.measures)] if self.measures else [])]
+
+    def _repr_html_(self) -> str:
+        """Return the facts, the tables and the first overlays as HTML."""
+        from PIL import Image
+
+        drawn = [e["overlay"] for row in self.rows for e in row.get("explanations", [])]
+        files = [self.folder / name for name in drawn[:SHOWN_DRAWINGS] if (self.folder / name).is_file()]
+        return super()._repr_html_() + "".join(html_drawing(Image.open(file), file.name) for file in files)
 
     def to_dict(self) -> dict[str, Any]:
         report = {"model": self.model, "pictures": self.rows}

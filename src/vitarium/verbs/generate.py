@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitarium.errors import UsageError
 from vitarium.verbs.opening import Notify, apply_methods, find_device, name_of, open_model, quiet
-from vitarium.verbs.result import Result
+from vitarium.verbs.result import Result, html_drawing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -67,9 +65,7 @@ class Generated(Result):
 
     def _repr_html_(self) -> str:
         """Return the facts and the sheet as HTML."""
-        file = io.BytesIO()
-        self.sheet().save(file, format="png")
-        return f"{super()._repr_html_()}<img src='data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}'>"
+        return super()._repr_html_() + html_drawing(self.sheet(), side=None)
 
 
 def generate(

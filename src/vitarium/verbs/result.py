@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vitarium.training.tasks.base import TableData
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 SHOWN_ROWS = 50
 """Rows of a table in a notebook; further ones are counted."""
+SHOWN_DRAWINGS, SHOWN_SIDE = 12, 320
+"""Drawings in a notebook at most, and the longest side of one, pixels."""
 
 
 class Result:
@@ -51,3 +58,13 @@ def html_table(table: TableData) -> str:
     more = len(table.rows) - SHOWN_ROWS
     rest = f"<tr><td colspan='{max(1, len(table.columns))}'>and {more} more</td></tr>" if more > 0 else ""
     return f"<table>{caption}{head}{''.join(row(cells, 'td') for cells in table.rows[:SHOWN_ROWS])}{rest}</table>"
+
+
+def html_drawing(drawn: Image.Image, title: str = "", *, side: int | None = SHOWN_SIDE) -> str:
+    """Return a drawing as HTML with the PNG inside; larger ones are reduced to `side` pixels (None: never)."""
+    shown = drawn.convert("RGB")
+    if side is not None:
+        shown.thumbnail((side, side))
+    file = io.BytesIO()
+    shown.save(file, format="png")
+    return f"<img title='{html.escape(title)}' src='data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}'>"
