@@ -176,7 +176,7 @@ def test_a_setting_of_the_learner_by_step_and_by_phase(tmp_path):
         ("objective.loss.label_smothing", r"objective.loss.label_smothing is no setting of classification; did you mean label_smoothing"),
         ("objective.lr", r"objective.lr is no setting of classification \(settings: loss, mixing\)"),
         ("objective.loss.name", r"objective.loss.name is 'cross_entropy', and only numbers can change"),
-        ("optimizer.lr", r"'optimizer.lr' is no path of a value; paths are objective.KEY and method.SLUG.OPTION"),
+        ("optimizer.lr", r"'optimizer.lr' is not the path of a value; paths are objective.KEY and method.SLUG.OPTION"),
         ("method.evit.keep", r"no method 'evit' is on the model \(on it: none; vitarium train --apply evit puts it there\)"),
     ],
 )

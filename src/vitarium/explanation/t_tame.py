@@ -49,7 +49,7 @@ from vitarium.training.settings import Section
 MAX_SIDE = 56
 """Cells of a side of the maps."""
 FLOOR, POWER = 0.0005, 0.3
-"""Of the area term: (m + FLOOR)^POWER, steep near 0, so that a mask had rather be empty than faint."""
+"""Constants of the area term (m + FLOOR)^POWER, which is steep near 0, so that a mask had rather be empty than faint."""
 
 
 class TameAttention(nn.Module):

@@ -10,7 +10,7 @@ instead of 66.4 % for Mixer-B/16, and that the loss around the weights is flatte
 
 In the house's loop SAM is a setting of the optimizer, for every learner: `optimizer.sam: {rho: 0.1}` (recipe `sam_vit`; see
 `vitarium.training.recipe.Sam`). Here are `SAM` for a loop of one's own, the rho of each model, and the paper's two measures that are about
-more than curvature; the Hessian's are in `sharpness.py`, pictures of the loss in `surface.py`, corruptions in `corruptions.py`.
+more than curvature; the Hessian's are in `sharpness.py`, drawings of the loss in `surface.py`, corruptions in `corruptions.py`.
 
 Follows the SAM of davda54/sam and the paper. The released models (pretrained with SAM) are timm's `vit_base_patch16_224.sam_in1k` and
 `vit_base_patch32_224.sam_in1k`.
@@ -124,7 +124,7 @@ class SAM:
 
 
 class _Closure:
-    """What the training loop's stepper sees of a closure (`vitarium.training.steppers.Passes`)."""
+    """Adapter of a closure to the training loop's stepper; implements `vitarium.training.steppers.Passes`."""
 
     def __init__(self, sam: SAM, closure: Callable[[], Tensor]):
         self.parameters, self.zero_grad, self.closure = list(sam._parameters()), sam.optimizer.zero_grad, closure

@@ -1,4 +1,4 @@
-"""The state of a run on disk: one file, whole or not at all, that knows whether it was changed and which run it belongs to.
+"""Checkpoints of a run: one file, written whole or not at all, that detects changes and names the run it belongs to.
 
 `last.ckpt` is a plain torch file (readable with `torch.load(..., weights_only=True)`) followed by one line with its SHA-256. The old file
 stays until the new one is complete; a kill at any instant leaves one of them.
@@ -30,10 +30,10 @@ _TRAILER_BYTES = len(_MARK) + 64 + 1
 
 @dataclass
 class RunState:
-    """Everything of a run that is not a tensor of the model or the optimizer; all of it plain values.
+    """Everything of a run that is not a tensor of the model or the optimizer, as plain values.
 
     Args:
-        identity: what makes this run this run: recipe, data, model, processes (see `identity_of`).
+        identity: recipe, data, model and number of processes (see `identity_of`).
         total_steps: optimizer steps of the whole training.
         step: steps done.
         evaluated: the step that was evaluated last, -1 for none.
@@ -65,7 +65,7 @@ class RunState:
 
 
 def identity_of(recipe: Any, data: Any, learner: nn.Module, processes: int) -> dict[str, Any]:
-    """What two runs must share so that one may go on with the other's checkpoint."""
+    """Return what two runs must share for one to resume from the other's checkpoint: recipe, data, model, number of processes."""
     model = getattr(learner, "model", learner)
     spec = getattr(model, "spec", None)
     shapes = [(name, list(tensor.shape)) for name, tensor in learner.state_dict().items()]
@@ -84,7 +84,7 @@ def identity_of(recipe: Any, data: Any, learner: nn.Module, processes: int) -> d
 
 
 def whole_objective(objective: dict[str, Any], learner: nn.Module) -> dict[str, Any]:
-    """An objective of a recipe with all of its settings, also those left at their defaults, as plain values."""
+    """Return an objective of a recipe with all of its settings, including those at their defaults, as plain values."""
     settings = getattr(learner, "Settings", None)
     if settings is None:
         return objective
@@ -92,11 +92,11 @@ def whole_objective(objective: dict[str, Any], learner: nn.Module) -> dict[str, 
     try:
         return {"name": objective["name"], **check(settings, read, "the objective").model_dump(mode="json")}
     except UsageError:
-        return objective  # it differs from every other, which is then said
+        return objective  # it differs from every other, and the error lists how
 
 
 def fingerprint(data: Any) -> dict[str, Any]:
-    """Name, sizes, classes, and digests of the targets and of up to a thousand samples' names of each part."""
+    """Return the name, sizes and classes of a data set, and digests of the targets and of up to a thousand sample names of each part."""
     described: dict[str, Any] = {"name": str(data.name), "classes": len(data.classes), "class_names": _digest(list(data.classes))}
     for part, images in (("train", data.train), ("val", data.val)):
         count = len(images)
@@ -122,7 +122,7 @@ def save_run(path: Path, state: RunState, tensors: dict[str, Any]) -> None:
     with atomic_path(path) as temporary:
         try:
             torch.save({"run": asdict(state), **tensors}, temporary)
-        except RuntimeError as error:  # torch's writer says a full disk in its own way
+        except RuntimeError as error:  # torch's writer reports a full disk as a RuntimeError
             raise OSError(f"{error}".splitlines()[0]) from error
         with open(temporary, "rb+") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -131,18 +131,18 @@ def save_run(path: Path, state: RunState, tensors: dict[str, Any]) -> None:
 
 
 def load_run(path: Path) -> tuple[RunState, dict[str, Any]]:
-    """What `save_run` wrote, on the CPU.
+    """Read a checkpoint that `save_run` wrote, on the CPU.
 
     Raises:
         CheckpointError: truncated, changed, or not such a file.
     """
     size = path.stat().st_size
-    advice = "delete it to begin anew, or put back a copy"
+    advice = "delete it to start again, or put back a copy"
     with open(path, "rb") as file:
         file.seek(max(0, size - _TRAILER_BYTES))
         trailer = file.read()
         if not trailer.startswith(_MARK) or len(trailer) != _TRAILER_BYTES:
-            raise CheckpointError(f"{path} is cut off or is no run of Vitarium ({size:,} bytes without the closing line); {advice}")
+            raise CheckpointError(f"{path} is cut off or is not a run of Vitarium ({size:,} bytes without the closing line); {advice}")
         expected = trailer[len(_MARK) : -1].decode("ascii", "replace")
         found = _digest_of_first(file, size - _TRAILER_BYTES)
     if found != expected:
@@ -150,23 +150,26 @@ def load_run(path: Path) -> tuple[RunState, dict[str, Any]]:
             f"{path} was changed after it was written: expected SHA-256 {expected[:16]}..., got {found[:16]}...; {advice}"
         )
     try:
-        content = _of_today(torch.load(path, map_location="cpu", weights_only=True))
+        content = _converted(torch.load(path, map_location="cpu", weights_only=True))
         return RunState(**content.pop("run")), content
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path} cannot be read ({first}); it may come from another version: {advice}") from error
 
 
-def _of_today(content: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint holds, in today's form: until version 0.1 a run had one optimizer, one moving average and one count of skipped
-    steps, and its recipe may have had keys that lie elsewhere now."""
+def _converted(content: dict[str, Any]) -> dict[str, Any]:
+    """Convert the content of a checkpoint to the present format.
+
+    In version 0.1.0 a run had one optimizer, one moving average and one count of skipped steps, and its recipe may have keys that were
+    moved since.
+    """
     run = content["run"]
     if isinstance(skipped := run.pop("skipped", None), int):
         run["skips"], run["in_a_row"] = {ONLY: skipped}, {ONLY: run["in_a_row"]}
         content["averages"] = {ONLY: content.pop("ema")} if "ema" in content else {}
         if "optimizer" in content:
             content["optimizers"] = {ONLY: content.pop("optimizer")}
-        with contextlib.suppress(UsageError):  # one that cannot be read differs from every other, which is then said
+        with contextlib.suppress(UsageError):  # one that cannot be read differs from every other, and the error lists how
             run["identity"]["recipe"] = check(Recipe, run["identity"]["recipe"], "the recipe of the checkpoint").identity()
     return content
 
@@ -181,7 +184,7 @@ def _digest_of_first(file: Any, count: int) -> str:
 
 
 def check_same_run(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    """Refuse to go on with another run's checkpoint.
+    """Refuse to resume from another run's checkpoint.
 
     Raises:
         UsageError: says what differs.

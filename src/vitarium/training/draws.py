@@ -20,12 +20,12 @@ from vitarium.data.loader import mix
 
 
 def player_key(player: str) -> int:
-    """A number that depends on the player's name alone, so that adding a player does not change another's draws."""
+    """Return a number that depends on the player's name alone, so that adding a player does not change another's draws."""
     return zlib.crc32(player.encode())
 
 
 class Draws:
-    """The generators of one player's step.
+    """Random generators of one player's step.
 
     Successive calls within one forward pass give different numbers; `restart` begins at the first call again, so that a second pass over
     the same batch draws what the first one drew.
@@ -41,11 +41,11 @@ class Draws:
         self.calls = 0
 
     def restart(self) -> None:
-        """Begin at the first call again; the loop does this before each forward pass."""
+        """Start at the first call again; the loop does this before each forward pass."""
         self.calls = 0
 
     def generators(self, positions: Tensor) -> Iterator[torch.Generator]:
-        """One CPU generator a sample; each is valid until the next one is taken.
+        """Yield one CPU generator per sample; each is valid until the next one is taken.
 
         Args:
             positions: of the samples in the whole batch, (B,) int64.
@@ -57,17 +57,17 @@ class Draws:
             yield generator
 
     def normal(self, positions: Tensor, *shape: int) -> Tensor:
-        """Standard normal numbers, (B, *shape) float32 on the CPU."""
+        """Return standard normal numbers, (B, *shape) float32 on the CPU."""
         rows = [torch.randn(shape, generator=generator) for generator in self.generators(positions)]
         return torch.stack(rows) if rows else torch.empty(0, *shape)
 
     def uniform(self, positions: Tensor, *shape: int) -> Tensor:
-        """Uniform numbers in [0, 1), (B, *shape) float32 on the CPU."""
+        """Return uniform numbers in [0, 1), (B, *shape) float32 on the CPU."""
         rows = [torch.rand(shape, generator=generator) for generator in self.generators(positions)]
         return torch.stack(rows) if rows else torch.empty(0, *shape)
 
 
 def positions_of(batch: dict[str, Any]) -> Tensor:
-    """Positions of a batch's samples in the whole batch, (B,) int64; their numbers in the batch where the loop did not set them."""
+    """Return the positions (B,) int64 of a batch's samples in the whole batch; outside of the loop, their numbers in this batch."""
     known = batch.get("position")
     return known if known is not None else torch.arange(len(batch["image"]))

@@ -1,4 +1,4 @@
-"""fit: train a learner on data by a recipe in a folder; where the folder holds a part of the same run, go on from there."""
+"""Train a learner on data by a recipe in a folder (`fit`), resuming where the folder holds a part of the same run."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from vitarium.training.run import Progress, Run
 from vitarium.training.sharding import check_shardable, is_sharded
 
 TINY = 64
-"""Pictures up to this side are read in the main process: workers would cost more than they save."""
+"""Images up to this side, in pixels, are read in the main process: workers would cost more than they save."""
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """What came of a training.
+    """Result of a training.
 
     Attributes:
         metrics: numbers of the last evaluation.
         history: one entry an evaluation: step, epoch, seconds, lr, train_loss and the metrics.
-        steps: optimizer steps taken in all.
-        seconds: spent in them, over all sessions.
+        steps: optimizer steps in total.
+        seconds: time of these steps, over all sessions.
         bad_files: (path, reason) of images that could not be read.
-        skipped: steps left out because a loss or gradient was not finite; of all players together.
+        skipped: steps skipped because a loss or gradient was not finite, of all players together.
         skips: the same by player.
     """
 
@@ -71,11 +71,11 @@ def fit(
     accelerator: str = "auto",
     progress: Callable[[Progress], None] | None = None,
 ) -> FitResult:
-    """Train, and leave `learner.eval_model()` with the final weights (their moving average where the recipe has one) and its record.
+    """Train a learner; afterwards `learner.eval_model()` has the final weights (the moving average where the recipe has one) and its record.
 
     The folder receives last.ckpt (the state of the run), log.csv, evaluations.jsonl, TensorBoard's events where that is installed, and
-    bad_files.txt where images could not be read. Called again after a kill, it goes on from last.ckpt and ends with the weights of an
-    unbroken run, bit for bit (same machine, same number of threads); called again after the end, it returns the result.
+    bad_files.txt where images could not be read. Called again after a kill, it resumes from last.ckpt and ends with the weights of an
+    uninterrupted run, bit for bit (same machine, same number of threads); called again after the end, it returns the result.
 
     Args:
         learner: on the CPU; its model's `preprocessing` says how images are prepared.
@@ -90,7 +90,7 @@ def fit(
 
     Raises:
         UsageError: the folder holds another run (the message says what differs) or is in use.
-        DataError: no data, fewer pictures than a batch, or too many that cannot be read.
+        DataError: no data, fewer images than a batch, or too many that cannot be read.
         CheckpointError: last.ckpt is damaged.
         TrainingStopped: losses not finite, out of memory, a process lost, or the last checkpoint could not be written.
         KeyboardInterrupt: SIGINT or SIGTERM came; the state is saved.
@@ -118,9 +118,9 @@ def fit(
 def _fit_here(
     fabric: Fabric, learner: Learner, data: ImageData, recipe: Recipe, folder: Path, progress: Callable[[Progress], None] | None
 ) -> FitResult:
-    """The whole of `fit` in one of its processes."""
+    """Run `fit` in one of its processes."""
     run, tensors = _prepare(fabric, learner, data, recipe, folder, progress)
-    with lost_processes_named(), _told_out_of_memory(run), _undone_on_error(run), run.stop:
+    with lost_processes_named(), _explained_out_of_memory(run), _undone_on_error(run), run.stop:
         if run.state.finished:
             run.restore(tensors or {})
         else:
@@ -131,7 +131,7 @@ def _fit_here(
 
 @contextlib.contextmanager
 def _undone_on_error(run: Run) -> Iterator[None]:
-    """Where the training ends before its time, the learner is one that `fit` can go on with: not in the middle of a phase or turn."""
+    """Undo phases and turns of the learner when the training ends with an error, so that `fit` can resume with it."""
     try:
         yield
     except BaseException:
@@ -149,7 +149,7 @@ def _prepare(
     *,
     processes: int | None = None,
 ) -> tuple[Run, dict[str, Any] | None]:
-    """A run from its beginning or from its checkpoint, and the checkpoint's tensors."""
+    """Create a run, from its checkpoint if there is one; return it with the checkpoint's tensors."""
     identity = identity_of(recipe, data, learner, processes or fabric.world_size)
     state, tensors = RunState(identity, total_steps=0), None
     if (folder / LAST).exists():
@@ -185,14 +185,14 @@ def _prepare(
     run = Run(fabric, learner, recipe, state, folder, plan, loaders, whole, shown)
     if not run.steps_per_epoch:
         raise DataError(
-            f"{len(data.train)} training pictures are fewer than one step takes ({run.images_per_step} = batch_size x accumulate x "
+            f"{len(data.train)} training images are fewer than one step takes ({run.images_per_step} = batch_size x accumulate x "
             f"processes); use a smaller batch_size or accumulate={run.loader.steps}"
         )
     return run, tensors
 
 
 def _set_up(run: Run, tensors: dict[str, Any] | None) -> None:
-    """Optimizers, wrappers, rates, phases and logs of a run that has steps to take."""
+    """Create optimizers, wrappers, rates, phases and logs of a run that has steps to take."""
     fabric, state = run.fabric, run.state
     run.set_up()
     if tensors is not None:
@@ -201,13 +201,13 @@ def _set_up(run: Run, tensors: dict[str, Any] | None) -> None:
         state.total_steps = _total_steps(run)
     _place(run)
     if fabric.is_global_zero:
-        for litter in run.folder.glob(".*.tmp"):  # half a file of a run that was killed while writing it
+        for litter in run.folder.glob(".*.tmp"):  # partial files of a run that was killed while writing
             litter.unlink(missing_ok=True)
         run.logs = Logs(run.folder, state.step)
 
 
 def _place(run: Run) -> None:
-    """Rates, phases and values over the run's steps."""
+    """Place learning rates, phases and values on the run's steps."""
     for seat in run.seats:
         seat.rates = Rates(
             seat.settings.schedule,
@@ -220,7 +220,7 @@ def _place(run: Run) -> None:
 
 
 def _total_steps(run: Run) -> int:
-    """The budget in optimizer steps."""
+    """Return the budget in optimizer steps."""
     budget = run.recipe.budget
     if budget.steps is not None:
         return budget.steps
@@ -233,7 +233,7 @@ def _total_steps(run: Run) -> int:
 
 
 def _steps_in(run: Run, seconds: float) -> int:
-    """How many steps fit into a time, from the speed of the first ones, which are then undone. At most a tenth of it is spent on that."""
+    """Return the number of steps that fit into a time, by the speed of the first ones, which take at most a tenth of it and are undone."""
     before = {name: tensor.clone() for name, tensor in run.learner.state_dict().items()}
     run.state.total_steps = 1
     _place(run)
@@ -257,7 +257,7 @@ def _steps_in(run: Run, seconds: float) -> int:
 
 
 def _finish(run: Run) -> FitResult:
-    """The result, with the final weights in place."""
+    """Put the final weights into the learner, and return the result."""
     run.loader.close()
     run.val_loader.close()
     if run.logs:
@@ -277,7 +277,7 @@ def _finish(run: Run) -> FitResult:
 
 
 def _result_of(processes: int, learner: Learner, data: ImageData, recipe: Recipe, folder: Path) -> FitResult:
-    """The result of a run that other processes have finished."""
+    """Return the result of a run that other processes have finished."""
     run, tensors = _prepare(Fabric(accelerator="cpu", devices=1), learner, data, recipe, folder, None, processes=processes)
     run.restore(tensors or {})
     return _finish(run)
@@ -292,7 +292,7 @@ def _workers(recipe: Recipe, data: ImageData, fabric: Fabric) -> int:
 
 
 @contextlib.contextmanager
-def _told_out_of_memory(run: Run) -> Iterator[None]:
+def _explained_out_of_memory(run: Run) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:

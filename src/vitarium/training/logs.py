@@ -1,4 +1,4 @@
-"""What a run writes while it works: log.csv, evaluations.jsonl and, where TensorBoard is installed, its events."""
+"""Log files of a run: log.csv, evaluations.jsonl and, where TensorBoard is installed, its events."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ log = logging.getLogger("vitarium")
 
 
 class Meters:
-    """Means of logged scalars since the last line, added up on the device without waiting for it.
+    """Means of logged scalars since the last line, accumulated on the device without synchronisation.
 
     Args:
-        saved: what `state` gave, when a run is resumed; so that the next line is the one of an unbroken run.
+        saved: value of `state` in the checkpoint of a resumed run; the next line then equals that of an uninterrupted run.
     """
 
     def __init__(self, saved: dict[str, Any], device: torch.device):
@@ -33,7 +33,7 @@ class Meters:
         self.counts: dict[str, int] = saved.get("counts") or dict.fromkeys(self.sums, saved.get("count", 0))
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Count one step's scalars; those of a name are averaged over the steps that gave it."""
+        """Add one step's scalars; each name is averaged over the steps that have it."""
         for name, value in values.items():
             known = self.sums.get(name)
             self.sums[name] = value.detach().clone() if known is None else known.add_(value.detach())
@@ -46,18 +46,18 @@ class Meters:
         return means
 
     def state(self) -> dict[str, Any]:
-        """For `saved`."""
+        """Return plain values and tensors for `saved`."""
         return {"sums": dict(self.sums), "counts": dict(self.counts)}
 
 
 class Logs:
-    """The files of one run; only the first process has one. A log that cannot be written (a full disk) is no reason to stop training.
+    """Log files of one run, in the first process. A log that cannot be written (a full disk) does not stop the training.
 
-    On resuming, lines that lie after the checkpoint are dropped, because they come again.
+    On resuming, lines after the checkpoint are dropped, because these steps are repeated.
 
     Args:
         folder: of the run.
-        step: from where the run goes on.
+        step: at which the run resumes.
     """
 
     def __init__(self, folder: Path, step: int):
@@ -82,7 +82,7 @@ class Logs:
             return [row for row in reader if None not in row.values() and (row.get("step") or "").isdigit() and int(row["step"]) <= step]
 
     def line(self, row: dict[str, Any]) -> None:
-        """Append a line to log.csv. A number that no line had before gets a column of its own."""
+        """Append a line to log.csv. A name that no line had before gets a new column."""
         header = not self.columns
         new = [] if header else [name for name in row if name not in self.columns]
         with self._forgiven(self.path):
@@ -96,7 +96,7 @@ class Logs:
         self._plot("train", row)
 
     def evaluation(self, history: list[dict[str, Any]]) -> None:
-        """Rewrite evaluations.jsonl, one object an evaluation."""
+        """Rewrite evaluations.jsonl, one object per evaluation."""
         with self._forgiven(self.evaluations):
             write_text(self.evaluations, "".join(json.dumps(entry) + "\n" for entry in history))
         self._plot("val", history[-1])
@@ -128,7 +128,7 @@ class Logs:
                 self._board_folder = self._board = None
 
     def close(self) -> None:
-        """Flush what TensorBoard holds."""
+        """Flush and close TensorBoard's writer."""
         if self._board is not None and self._board_folder is not None:
             with self._forgiven(self._board_folder):
                 self._board.close()

@@ -33,10 +33,10 @@ PATIENCE = 3
 
 @dataclass(frozen=True)
 class Step:
-    """What came of one step.
+    """Result of one step.
 
     Attributes:
-        outcomes: of the turns that were taken.
+        outcomes: results of the turns.
         indices: the samples of its batches, in this process.
         stop, save: whether to stop; whether to save. The same in all processes.
     """
@@ -72,7 +72,7 @@ def train(run: Run) -> None:
         run.note(step.outcomes)
         if state.step % run.recipe.log_every == 0:
             run.write_line()
-        run.tell(step.outcomes)
+        run.report(step.outcomes)
         if step.stop:
             run.leave()
         if step.save:
@@ -83,7 +83,7 @@ def train(run: Run) -> None:
 
 
 def take_step(run: Run, batches: Iterator[Batch]) -> Step:
-    """One step: the turns of all players that are due, on the same batches."""
+    """Take one step: the turns of all players that are due, on the same batches."""
     learner, state = run.learner, run.state
     due = [seat for seat in run.seats if seat.due(state.step)]
     again = len(due) > 1 or any(seat.stepper.passes > 1 for seat in due)
@@ -96,7 +96,7 @@ def take_step(run: Run, batches: Iterator[Batch]) -> Step:
         outcomes.append(outcome)
         stop, save = stop or stop_now, save or save_now
     for _ in step_batches if not due else ():
-        pass  # nobody looked at them, and the next step begins after them
+        pass  # no player used these batches, and the next step starts after them
     if any(outcome.finite for outcome in outcomes):
         learner.after_step(state.step, state.total_steps)
     for outcome in outcomes:
@@ -106,7 +106,7 @@ def take_step(run: Run, batches: Iterator[Batch]) -> Step:
 
 
 def take_turn(run: Run, seat: Seat, batches: StepBatches) -> tuple[Outcome, bool, bool]:
-    """One player's turn; left out, with nothing changed, where a loss or gradient is not finite. Also whether to stop, and to save.
+    """Take one player's turn; it changes nothing if a loss or gradient is not finite. Returns also whether to stop, and whether to save.
 
     During the turn the other players' parameters do not require gradients; after it their buffers are as they were.
     """
@@ -126,7 +126,7 @@ def take_turn(run: Run, seat: Seat, batches: StepBatches) -> tuple[Outcome, bool
 
 
 def judge(run: Run, outcome: Outcome, step: Step, suspects: list[dict[str, Any]]) -> None:
-    """Count a turn that was left out.
+    """Count a skipped turn.
 
     Raises:
         TrainingStopped: it was the player's third in a row.
@@ -144,28 +144,28 @@ def judge(run: Run, outcome: Outcome, step: Step, suspects: list[dict[str, Any]]
 
 
 def describe(run: Run, outcome: Outcome, step: Step) -> dict[str, Any]:
-    """A turn that was left out, for the log and the file that lists them."""
+    """Log a skipped turn, and return its description for the file that lists them."""
     number, seat = run.state.step - 1, outcome.seat
     loss, norm = float(outcome.losses["loss"]), float(outcome.norm)
     who = f" of the {seat.name}" if len(run.seats) > 1 else ""
     log.warning("step %d%s skipped: loss %g, gradient norm %g", number, who, loss, norm)
     images = run.loader.dataset
     names = [[images.describe(i) for i in batch] for batch in step.indices] if hasattr(images, "describe") else []
-    told = {"step": number, "player": seat.name, "lr": seat.rates.at(number) if seat.rates else 0.0}
-    return {**told, "loss": str(loss), "grad_norm": str(norm), "indices": step.indices, "images": names}
+    where = {"step": number, "player": seat.name, "lr": seat.rates.at(number) if seat.rates else 0.0}
+    return {**where, "loss": str(loss), "grad_norm": str(norm), "indices": step.indices, "images": names}
 
 
 def give_up(run: Run, suspects: list[dict[str, Any]]) -> TrainingStopped:
-    """The error that ends a run whose losses stay not finite; the batches are in a file beside the last good checkpoint."""
+    """Write the batches of the skipped turns to a file beside the last good checkpoint, and return the error that ends the run."""
     last = suspects[-1]
-    if not run.fabric.broadcast((run.folder / LAST).exists()):  # else it stays: it is older, and surely good
+    if not run.fabric.broadcast((run.folder / LAST).exists()):  # an existing one is kept: it is older than the bad steps
         run.save()
     path = run.folder / f"not_finite_step{last['step']}_rank{run.fabric.global_rank}.json"
     write_json(path, suspects)
     who = f" of the player {last['player']}" if len(run.seats) > 1 else ""
-    where = f"players.{last['player']}." if len(run.seats) > 1 else ""
+    key = f"players.{last['player']}." if len(run.seats) > 1 else ""
     return TrainingStopped(
         f"loss or gradient{who} was not finite in {PATIENCE} steps in a row, up to step {last['step']} (loss {last['loss']}, gradient norm "
         f"{last['grad_norm']}, lr {last['lr']:.3g}); the batches are listed in {path}, the last good checkpoint is kept. "
-        f"A lower {where}optimizer.lr, a longer {where}schedule.warmup, {where}clip.norm or precision=32-true often helps"
+        f"A lower {key}optimizer.lr, a longer {key}schedule.warmup, {key}clip.norm or precision=32-true often helps"
     )

@@ -1,4 +1,4 @@
-"""What a step of the optimizer needs: parameter groups, rates as pure functions of the step, moves uphill, clipping, moving averages."""
+"""Parameter groups, learning rates as pure functions of the step, moves uphill (SAM), clipping, moving averages."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def cosine(
 
 
 class Rates:
-    """The learning rate of every step, as a pure function of it: nothing to save, nothing to get out of step.
+    """Learning rate as a pure function of the step, so that a checkpoint need not hold it.
 
     Args:
         schedule, optimizer: from the recipe.
         total_steps: optimizer steps of the whole training.
         steps_per_epoch: to place a warm-up given in epochs.
-        total_batch: pictures a step over accumulation and processes, for the linear scaling rule.
+        total_batch: images per step over accumulation and processes, for the linear scaling rule.
     """
 
     def __init__(self, schedule: Schedule, optimizer: Optimizer, *, total_steps: int, steps_per_epoch: int, total_batch: int):
@@ -65,13 +65,13 @@ class Rates:
 
 
 def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
-    """Share of the rate that each parameter takes under layer-wise decay: decay^(last - layer).
+    """Return the share of the rate that each parameter takes under layer-wise decay: decay^(last - layer).
 
     Layers come from the model's `group_matcher` (timm's contract): a dict of patterns, or a function from a parameter's name to its
     layer, whose numbers are then taken as they are (the authors of ConvNeXt skip numbers in their smaller models).
 
     Raises:
-        UsageError: the model has no layers to tell apart.
+        UsageError: the model does not name its layers.
     """
     from timm.models import group_parameters
 
@@ -87,7 +87,7 @@ def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
 
 
 def parameter_groups(learner: nn.Module, settings: Optimizer, parameters: Iterable[Tensor] | None = None) -> list[dict[str, Any]]:
-    """Groups of a learner's trainable parameters, each parameter once, by layer and by whether weight decay applies.
+    """Return groups of a learner's trainable parameters, each parameter once, by layer and by whether weight decay applies.
 
     No decay on tensors with fewer than two axes and on what `model.no_weight_decay()` names (shell patterns allowed). Layer-wise decay
     concerns `learner.model`; whatever else a learner trains takes the full rate, or its share of it in `learner.rates`.
@@ -122,7 +122,7 @@ def parameter_groups(learner: nn.Module, settings: Optimizer, parameters: Iterab
 
 
 def create_optimizer(learner: nn.Module, settings: Optimizer, parameters: Iterable[Tensor] | None = None) -> torch.optim.Optimizer:
-    """The recipe's optimizer over a learner's parameters, or some of them; one fused kernel where torch has it."""
+    """Create the recipe's optimizer over a learner's parameters, or some of them; one fused kernel where torch has it."""
     from timm.optim import create_optimizer_v2
 
     given: dict[str, Any] = {name: getattr(settings, name) for name in ("betas", "eps", "momentum") if getattr(settings, name) is not None}
@@ -139,7 +139,7 @@ def create_optimizer(learner: nn.Module, settings: Optimizer, parameters: Iterab
 
 
 def norms_of(tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Norm of each tensor, (N,), and of all together, a scalar."""
+    """Return the norm of each tensor, (N,), and of all together, a scalar."""
     norms = torch.stack(torch._foreach_norm(tensors))
     total = norms.norm()
     if hasattr(total, "full_tensor"):  # of tensors spread over processes
@@ -166,14 +166,14 @@ def move_uphill(parameters: Iterable[Tensor], sam: Sam) -> list[tuple[Tensor, Te
 
 @torch.no_grad()
 def move_back(before: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """The weights as they were before `move_uphill`, bit for bit."""
+    """Restore the weights of before `move_uphill`, bit for bit."""
     for parameter, values in before:
         parameter.copy_(values)
 
 
 @contextlib.contextmanager
 def uphill(parameters: Iterable[Tensor], buffers: Iterable[Tensor], sam: Sam) -> Iterator[None]:
-    """Inside, the weights are moved uphill; afterwards weights and buffers (the statistics of batch norms) are as they were."""
+    """Move the weights uphill; on leaving, restore weights and buffers (the statistics of batch norms)."""
     kept = [(buffer, buffer.clone()) for buffer in buffers]
     before = move_uphill(parameters, sam)
     try:
@@ -217,7 +217,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after step 1, 2, ..."""
+        """Update the average with the weights after step 1, 2, ..."""
         decay = min(self.settings.decay, 1 - (1 + step) ** (-2 / 3)) if self.settings.warmup else self.settings.decay
         torch._foreach_lerp_(self._averages, self._sources, 1 - decay)
         for average, source in self._copied:
@@ -225,6 +225,6 @@ class Average:
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Begin anew from the model's present weights."""
+        """Start again from the model's present weights."""
         for average, source in [*zip(self._averages, self._sources, strict=True), *self._copied]:
             average.copy_(source)

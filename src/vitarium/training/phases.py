@@ -1,4 +1,4 @@
-"""Phases and courses of a recipe at work: which parameters learn, at which resolution, and with which numbers, as functions of the step.
+"""Phases and values by step of a recipe: which parameters learn, at which resolution, and with which numbers.
 
     phases:
       - {until: 0.3, freeze: [model.stages.0, model.stages.1], image_size: 224}
@@ -6,8 +6,7 @@
     values:
       method.evit.keep: {from: 1.0, to: 0.7, until: 0.5, shape: cosine}
 
-Nothing here remembers earlier steps: what holds at step n is computed from n alone, so that a run that is resumed on either side of a
-boundary finds what an unbroken one finds.
+All of it is a function of the step alone, so that a run that resumes on either side of a boundary equals an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ from vitarium.training.recipe import Course, Phase, Recipe
 from vitarium.training.settings import check
 
 PLAIN = Phase()
-"""What holds after the last phase, and where a recipe has none."""
+"""Phase without any change: after the last phase, and in recipes without phases."""
 
 
 def phases_of(learner: Learner, recipe: Recipe) -> tuple[Phase, ...]:
-    """The recipe's phases; the learner's own where the recipe has none."""
+    """Return the recipe's phases, or the learner's own where the recipe has none."""
     return recipe.phases or tuple(learner.phases())
 
 
@@ -43,15 +42,15 @@ def phases_of(learner: Learner, recipe: Recipe) -> tuple[Phase, ...]:
 
 
 def matching(module: nn.Module, patterns: Iterable[str], where: str) -> set[str]:
-    """Names of the parameters that patterns stand for: those that match, and those inside modules that match.
+    """Return the names of the parameters that match patterns, or that are inside modules that match.
 
     Args:
         module: whose `named_parameters` are searched.
         patterns: shell patterns of whole names, such as "model.stages.*", "model.blocks.0" or "*.bias".
-        where: what to call them in messages.
+        where: name of the patterns in messages.
 
     Raises:
-        UsageError: a pattern stands for nothing; the message names near ones.
+        UsageError: a pattern matches nothing; the message gives near names.
     """
     names = [name for name, _ in module.named_parameters()]
     found: set[str] = set()
@@ -65,7 +64,7 @@ def matching(module: nn.Module, patterns: Iterable[str], where: str) -> set[str]
 
 
 def learning_by_phase(learner: Learner, recipe: Recipe) -> list[set[str]]:
-    """For each phase, and for what follows the last one, the names of the parameters that learn.
+    """Return the names of the parameters that learn, for each phase and for the steps after the last one.
 
     Raises:
         UsageError: a pattern matches nothing, or a phase leaves nothing to learn.
@@ -84,7 +83,7 @@ def learning_by_phase(learner: Learner, recipe: Recipe) -> list[set[str]]:
 
 @contextlib.contextmanager
 def settled(learner: Learner, recipe: Recipe) -> Iterator[None]:
-    """Inside, parameters require gradients if they learn in some phase, as after the training; afterwards, as before.
+    """Set `requires_grad` of the parameters that learn in some phase, as after the training; restore it on leaving.
 
     Raises:
         UsageError: see `learning_by_phase`.
@@ -100,13 +99,13 @@ def settled(learner: Learner, recipe: Recipe) -> Iterator[None]:
 
 
 def require_gradients(learner: nn.Module, learns: set[str]) -> None:
-    """Let the parameters of these names require gradients, and no others."""
+    """Set `requires_grad` of the parameters with these names to True, and of all others to False."""
     for name, parameter in learner.named_parameters():
         parameter.requires_grad_(name in learns)
 
 
 def hold_norms(learner: nn.Module, managed: set[str], learns: set[str]) -> None:
-    """Put batch norms that phases froze into eval mode, so that frozen parts keep their statistics; those that learn into training mode.
+    """Put frozen batch norms into eval mode, so that they keep their statistics, and those that learn into training mode.
 
     Args:
         managed: names of the parameters that phases freeze and thaw.
@@ -123,7 +122,7 @@ def hold_norms(learner: nn.Module, managed: set[str], learns: set[str]) -> None:
 
 
 def value_at(course: Course, step: int, total: int, per_epoch: int) -> float:
-    """The number of a course at a step, from 0 to `total`."""
+    """Return the value of a course at a step, from 0 to `total`."""
     start, end = course.start.steps(total, per_epoch), course.until.steps(total, per_epoch)
     if step < start:
         return course.from_
@@ -134,21 +133,21 @@ def value_at(course: Course, step: int, total: int, per_epoch: int) -> float:
 
 
 class Target:
-    """A number that a path of a recipe names, in a learner or in a method on its model.
+    """A number of a learner or of a method on its model, by its path in a recipe.
 
     Args:
         path: "objective.KEY", keys of inner sections behind dots, or "method.SLUG.OPTION".
-        learner: whose settings or model it is about.
+        learner: that has the setting, or whose model has the method.
 
     Raises:
-        UsageError: the path names nothing, or nothing that is a number and may change.
+        UsageError: there is nothing at the path, or it is not a number that may change.
     """
 
     def __init__(self, path: str, learner: Learner):
         self.path, self.learner = path, learner
         kind, _, rest = path.partition(".")
         if kind not in ("objective", "method") or not rest:
-            raise UsageError(f"{path!r} is no path of a value; paths are objective.KEY and method.SLUG.OPTION")
+            raise UsageError(f"{path!r} is not the path of a value; paths are objective.KEY and method.SLUG.OPTION")
         self._set: Callable[[float, Sequence[nn.Module]], None]
         if kind == "objective":
             self.keys = rest.split(".")
@@ -164,7 +163,7 @@ class Target:
         self.now: float = usual
 
     def set(self, value: float, models: Sequence[nn.Module]) -> None:
-        """Change the number; whole numbers are rounded to.
+        """Set the number, rounded where it is an integer.
 
         Args:
             models: the model and its moving averages, for options of methods.
@@ -253,7 +252,7 @@ class Plan:
         self.ends: list[int] = []
 
     def place(self, total_steps: int, steps_per_epoch: int) -> None:
-        """Turn the ends of phases into steps.
+        """Compute the steps at which phases end.
 
         Raises:
             UsageError: a phase ends before the one before it.
@@ -265,19 +264,19 @@ class Plan:
         self.ends = ends
 
     def phase_at(self, step: int) -> int:
-        """The number of the phase of optimizer step 0, 1, ...; what follows the last one has their count as its number."""
+        """Return the number of the phase of optimizer step 0, 1, ...; after the last phase, their count."""
         return sum(end <= step for end in self.ends)
 
     def phase(self, number: int) -> Phase:
-        """The phase of a number that `phase_at` gave."""
+        """Return the phase with a number from `phase_at`."""
         return self.phases[number] if number < len(self.phases) else PLAIN
 
     def image_size(self, number: int) -> int:
-        """Side of the square input in a phase, pixels."""
+        """Return the side of the square input in a phase, pixels."""
         return self.phase(number).image_size or self.usual_size
 
     def set_values(self, step: int, number: int, models: Sequence[nn.Module]) -> None:
-        """Give every number of the recipe's paths its value at a step of a phase.
+        """Set every number of the recipe's paths to its value at a step of a phase.
 
         Args:
             models: the model's moving averages, which have its methods too.
@@ -289,20 +288,19 @@ class Plan:
             target.set(fixed.get(target.path, value), models)
 
     def set_image_size(self, number: int, models: Iterable[nn.Module]) -> None:
-        """Let models take images of a phase's size: it is part of their `preprocessing`."""
+        """Set the image size of a phase in the `preprocessing` of the models."""
         for model in (self.learner.model, *models):
             _resize(model, self.image_size(number))
 
     def leave(self, models: Sequence[nn.Module]) -> None:
-        """Leave the learner as it is at the end of the training: what learned in some phase requires gradients; numbers and image size are
-        those of the last step."""
+        """Set the final state: what learned in some phase requires gradients, values and image size are those of the last step."""
         last = self.phase_at(max(0, self.total - 1))
         require_gradients(self.learner, self.ever)
         self.set_values(self.total, last, models)
         self.set_image_size(last, models)
 
     def undo(self, models: Sequence[nn.Module]) -> None:
-        """Put back what was there before the training: which parameters require gradients, numbers, image size."""
+        """Restore `requires_grad`, values and image size of before the training."""
         for name, parameter in self.learner.named_parameters():
             parameter.requires_grad_(self.before[name])
         for target in self.targets:

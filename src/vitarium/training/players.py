@@ -6,7 +6,7 @@
             "generator": Player(self.generator, every=2, ema=True),
         }
 
-A learner of one player, which nearly all are, does not mention it. With several, every step of the run gives each player a *turn* in the
+A learner with one player, as nearly all are, does not define it. With several, every step of the run gives each player a *turn* in the
 order of the dict: its loss, its gradients, its clipping, its optimizer, on the same batches. A recipe may set `players: {generator:
 {optimizer: {lr: 1e-4}}}`; what it does not set is taken from the recipe's root.
 """
@@ -31,7 +31,7 @@ ONLY = "model"
 
 @dataclass(frozen=True)
 class Player:
-    """A player of a learner.
+    """A part of a learner that takes optimizer steps of its own.
 
     Args:
         parts: the module whose parameters it trains, or several modules and parameters.
@@ -70,33 +70,33 @@ class Player:
         return self.ema or None
 
     def parameters(self) -> list[nn.Parameter]:
-        """Its parameters, each once, whether they require gradients or not."""
+        """Return its parameters, each once, whether they require gradients or not."""
         found = [p for part in self._parts for p in ([part] if isinstance(part, nn.Parameter) else part.parameters())]
         return list({id(p): p for p in found}.values())
 
     def own_buffers(self) -> Iterable[Tensor]:
-        """Buffers of its modules, and of those that it may change too."""
+        """Return the buffers of its modules, and of those that it may change too."""
         modules = [part for part in self._parts if isinstance(part, nn.Module)]
         return (buffer for module in [*modules, *self.buffers] for buffer in module.buffers())
 
     def due(self, step: int) -> bool:
-        """Whether it takes a turn at optimizer step 0, 1, ..."""
+        """Return whether it takes a turn at optimizer step 0, 1, ..."""
         return step % self.every == 0
 
     def lazy_at(self, step: int) -> tuple[str, ...]:
-        """The regularizers of its turn at a step."""
+        """Return the names of the regularizers of its turn at a step."""
         return tuple(name for name, k in self.lazy.items() if step % k == 0)
 
 
 def has_players(learner: Learner) -> bool:
-    """Whether a learner defines `players`; else there is one, and `loss` takes the batch alone."""
+    """Return whether a learner defines `players`; otherwise it has one, and `loss` takes the batch alone."""
     from vitarium.training.base import Learner
 
     return type(learner).players is not Learner.players
 
 
 def checked_players(learner: Learner, recipe: Recipe) -> dict[str, Player]:
-    """A learner's players.
+    """Return a learner's players, checked.
 
     Raises:
         UsageError: there are none, the recipe sets something for a player that does not exist, or a parameter that requires gradients

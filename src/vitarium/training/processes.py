@@ -1,4 +1,4 @@
-"""Several processes: which of Fabric's strategies, and how errors, progress and signals cross between them.
+"""Several processes: choice of Fabric's strategy, and transport of errors, progress and signals between them.
 
 A single command with `devices=2` spawns its processes itself. Under torchrun, SLURM or MPI the processes are there already, and Fabric
 takes their rank and address from the environment. With strategy="fsdp" a single command is run again for each device, as Fabric does.
@@ -28,7 +28,7 @@ from vitarium.training.sharding import sharded_strategy
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces every process, before any code of ours runs there
 
 LOST = ("connection closed", "connection reset", "connection refused", "nccl", "gloo", "broken pipe", "timed out", "process group")
-"""Words by which a RuntimeError of torch.distributed tells that another process is gone."""
+"""Words in a RuntimeError of torch.distributed that mean that another process is gone."""
 
 
 def create_fabric(devices: int, num_nodes: int, strategy: str, accelerator: str, precision: str) -> Fabric:
@@ -55,7 +55,7 @@ def _started_from_outside() -> bool:
 
 
 def spawns(fabric: Fabric) -> bool:
-    """Whether this process has to start the others itself, by spawning a function."""
+    """Return whether this process has to start the others itself, by spawning a function."""
     from lightning_fabric.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
     return isinstance(fabric.strategy.launcher, _MultiProcessingLauncher)

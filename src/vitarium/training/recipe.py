@@ -45,7 +45,7 @@ Stretch = Annotated[Span, BeforeValidator(_span)]
 
 
 class Budget(Section):
-    """How long to train: exactly one of optimizer steps, passes over the data, or minutes of training (evaluation comes on top).
+    """Length of a training: exactly one of optimizer steps, passes over the data, or minutes of training (evaluation comes on top).
 
     Minutes are turned into steps once, by the speed of the first steps; so a run that is resumed ends at the same step.
     """
@@ -153,7 +153,7 @@ class Clip(Section):
 
 
 class PlayerRecipe(Section):
-    """What a recipe sets for one player: under `players.NAME`, each key as at the recipe's root, whose values it falls back to."""
+    """Settings of one player, under `players.NAME` of a recipe; a key that is not set there has the value of the recipe's root."""
 
     optimizer: Optimizer
     schedule: Schedule = Schedule()
@@ -223,9 +223,9 @@ class Recipe(Section):
         model_arguments: arguments of `create_model` that belong to the recipe, such as drop_path_rate.
         apply: methods that `vitarium train` applies to the model before training, as "evit:keep=0.7".
         image_size: side of the square input, pixels; None: the model's own.
-        batch_size: pictures a step of one process holds in memory.
-        accumulate: such batches a step of the optimizer; the total batch is batch_size x accumulate x processes.
-        repeats: augmented copies of a picture in an epoch (repeated augmentation).
+        batch_size: images that one process holds in memory per batch.
+        accumulate: such batches per optimizer step; the total batch is batch_size x accumulate x processes.
+        repeats: augmented copies of an image in an epoch (repeated augmentation).
         players: of a learner with several players, by their names: what differs from the root (see `PlayerRecipe`), key by key.
         phases: parts of the training that follow one another; what comes after the last one is as without phases.
         values: numbers that change with the step, by path (see `Course`).
@@ -233,7 +233,7 @@ class Recipe(Section):
         eval_every: between evaluations; the end is always evaluated.
         log_every: optimizer steps between lines of log.csv.
         checkpoint_minutes: between checkpoints of the run.
-        num_workers: processes that read pictures; None: none for small pictures in memory, else by the cores.
+        num_workers: processes that read images; None: none for small images in memory, otherwise by the number of cores.
         seed: of the order, the augmentation and everything else that is random.
     """
 
@@ -287,7 +287,7 @@ class Recipe(Section):
         return self
 
     def player(self, name: str) -> PlayerRecipe:
-        """The numbers of one player; those of the recipe's root for a player that it does not name."""
+        """Return the settings of one player; those of the recipe's root for a player that it does not name."""
         root = {key: getattr(self, key).model_dump() if getattr(self, key) else None for key in PlayerRecipe.model_fields}
         given = self.players.get(name, {})
         if "clip" in given:
@@ -300,7 +300,7 @@ class Recipe(Section):
         return check(learner.Settings, given, f"settings of {self.objective['name']}")
 
     def identity(self) -> dict[str, Any]:
-        """What makes the outcome of a run, as plain values; how often it logs and saves, and who reads the pictures, does not."""
+        """Return what determines the outcome of a run, as plain values: all but intervals of logs and checkpoints, and reading processes."""
         excluded = {"log_every", "checkpoint_minutes", "num_workers", "model", "model_arguments", "data"}
         excluded |= {
             name for name in ("apply", "players", "phases", "values") if not getattr(self, name)

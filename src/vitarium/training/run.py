@@ -41,7 +41,7 @@ PROGRESS_SECONDS = 0.25
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is.
+    """Progress of a run.
 
     Attributes:
         step, total_steps: optimizer steps done and in all.
@@ -121,7 +121,7 @@ class Run:
                 seat.module = self.fabric.setup_module(self.learner)
 
     def listen_to(self, seat: Seat) -> None:
-        """Let the parameters of one player require gradients, and no others."""
+        """Let the parameters of one player require gradients, and no others, where there are several players."""
         if len(self.seats) > 1:
             self.learner.requires_grad_(False)
             for parameter in seat.parameters:
@@ -130,7 +130,7 @@ class Run:
     # ---- phases
 
     def averages(self) -> list[nn.Module]:
-        """The players' moving averages, and the model that is evaluated: what phases change beside `learner.model`."""
+        """Return the players' moving averages and the model that is evaluated: the modules that phases change beside `learner.model`."""
         return [*(seat.average.module for seat in self.seats if seat.average), self.learner.eval_model()]
 
     def enter(self, step: int, value_step: int | None = None) -> None:
@@ -171,25 +171,25 @@ class Run:
     # ---- sizes and data
 
     def positions(self, batch: Batch, number: int) -> Tensor:
-        """Positions in the whole batch, (B,), of the samples of accumulated batch 0, 1, ... of this process."""
+        """Return the positions (B,) in the whole batch of the samples of accumulated batch 0, 1, ... of this process."""
         first = (number * self.fabric.world_size + self.fabric.global_rank) * self.recipe.batch_size
         position: Tensor = batch["position"]
         return position + first
 
     def stream(self) -> Iterator[Batch]:
-        """The iterator over the batches of the present phase; `batches` from the present step on."""
+        """Return the iterator over the batches of the present phase, from the present step on."""
         if self._batches is None:
             self._batches = self.batches()
         return self._batches
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps an epoch."""
+        """Optimizer steps per epoch."""
         return self.loader.steps // self.recipe.accumulate
 
     @property
     def images_per_step(self) -> int:
-        """Images a step, over accumulation and processes."""
+        """Images per step, over accumulation and processes."""
         return self.recipe.batch_size * self.recipe.accumulate * self.fabric.world_size
 
     @property
@@ -198,7 +198,7 @@ class Run:
         return round(self.state.step / self.steps_per_epoch, 4)
 
     def batches(self) -> Iterator[Batch]:
-        """The batches from the present step on, epoch after epoch, without end."""
+        """Yield the batches from the present step on, epoch after epoch, without end."""
         count, per_epoch = self.recipe.accumulate, self.steps_per_epoch
         epoch, done = divmod(self.state.step, per_epoch)
         while True:
@@ -211,13 +211,13 @@ class Run:
 
     @property
     def evaluation_due(self) -> bool:
-        """Whether the present step is to be evaluated and was not yet."""
+        """True if the present step is to be evaluated and was not yet."""
         state = self.state
         every = max(1, self.recipe.eval_every.steps(state.total_steps, self.steps_per_epoch))
         return state.evaluated != state.step and (state.step == state.total_steps or (state.step > 0 and state.step % every == 0))
 
     def evaluate(self) -> None:
-        """Evaluate the moving average, or the model where there is none, and note the numbers; in the phase of the step before."""
+        """Evaluate the moving average, or the model where there is none, in the phase of the step before, and record the metrics."""
         state = self.state
         self.enter(max(0, state.step - 1), state.step)
         values = run_evaluation(
@@ -240,10 +240,10 @@ class Run:
         if self.logs:
             self.logs.evaluation(state.history)
             self.draw()
-        self.tell(None)
+        self.report(None)
 
     def draw(self) -> None:
-        """Write the learner's drawings of the first held-out batch to pictures/NAME-STEP.png."""
+        """Write the learner's drawings of the first held-out batch to `pictures/NAME-STEP.png`."""
         if type(self.learner).pictures is Learner.pictures and type(self.learner.task).sheets is Task.sheets:
             return  # neither learner nor task draws
         batch = next(self.val_loader.epoch(0))
@@ -262,7 +262,7 @@ class Run:
             log.warning("cannot write the drawings of step %d (%s); training goes on", self.state.step, error)
 
     def model_to_evaluate(self) -> nn.Module:
-        """The moving average, the gathered weights, or the model itself; called in all processes."""
+        """Return the moving average, the gathered weights, or the model itself; called in all processes."""
         if self.whole is not None:
             gather_model(self.learner, self.whole)
         model = self.learner.eval_model()
@@ -270,7 +270,7 @@ class Run:
         return averages[0] if averages else self.whole or model
 
     def means(self, meters: str) -> dict[str, float]:
-        """The means of logged scalars since the last call, over all processes."""
+        """Return the means of logged scalars since the last call, over all processes."""
         means = self.meters[meters].means() or {self.named(seat, "loss"): math.nan for seat in self.seats}
         if self.fabric.world_size > 1:
             together: Any = self.fabric.all_reduce(torch.tensor(list(means.values()), device=self.fabric.device), reduce_op="mean")
@@ -295,7 +295,7 @@ class Run:
 
     @property
     def save_due(self) -> bool:
-        """Whether the first process's clock asks for a checkpoint."""
+        """True in the first process when a checkpoint is due."""
         return self.fabric.is_global_zero and time.monotonic() - self.last_saved > 60 * self.recipe.checkpoint_minutes
 
     def save(self) -> None:
@@ -314,7 +314,7 @@ class Run:
             log.warning("cannot write %s (%s); training goes on with the old checkpoint intact", self.folder / LAST, error)
 
     def tensors(self) -> dict[str, Any]:
-        """State dicts of the learner and, by player, of moving averages and (until the end) optimizers."""
+        """Return the state dicts of the learner and, by player, of moving averages and (until the end) optimizers."""
         if self.whole is not None:
             learner, optimizer = whole_states(self.learner, self.seats[0].optimizer)
             tensors = {"learner": learner, "optimizers": {self.seats[0].name: optimizer}}
@@ -327,7 +327,7 @@ class Run:
         return tensors
 
     def restore(self, tensors: dict[str, Any]) -> None:
-        """Put back what `tensors` gave."""
+        """Load state dicts from `tensors`."""
         if self.whole is not None and "optimizers" in tensors:
             restore_whole(self.learner, self.seats[0].optimizer, tensors["learner"], tensors["optimizers"][self.seats[0].name])
             return
@@ -339,7 +339,7 @@ class Run:
                 seat.optimizer.load_state_dict(tensors["optimizers"][seat.name])
 
     def stop_if_asked(self) -> None:
-        """Between two batches of an evaluation: save and leave when a signal came."""
+        """Save and leave if a signal came; called between two batches of an evaluation."""
         if self.stop.requested:
             self.leave()
 
@@ -369,16 +369,16 @@ class Run:
     # ---- logs and progress
 
     def named(self, seat: Seat, name: str) -> str:
-        """The name under which a player's number is logged: with the player's before it where there are several."""
+        """Return the name under which a player's number is logged: after the player's name where there are several."""
         return name if len(self.seats) == 1 else f"{seat.name}.{name}"
 
     @staticmethod
     def lr(seat: Seat, step: int) -> float:
-        """A player's rate at a step; 0 for a run that takes no steps any more."""
+        """Return a player's learning rate at a step; 0 in a run that was finished before."""
         return seat.rates.at(max(0, step)) if seat.rates else 0.0
 
     def note(self, outcomes: list[Outcome]) -> None:
-        """Count the losses of a step's turns, but of those that were left out."""
+        """Add the losses of a step's turns, except for skipped ones, to the means."""
         self._last |= {outcome.seat.name: outcome for outcome in outcomes}
         counted = {self.named(o.seat, name): value for o in outcomes if o.finite for name, value in o.losses.items()}
         norms = {self.named(o.seat, "grad_norm"): o.norm for o in outcomes if o.finite} if len(self.seats) > 1 else {}
@@ -386,8 +386,8 @@ class Run:
             self.meters["evaluation"].add(counted)
             self.meters["line"].add(counted | norms)
 
-    def tell(self, outcomes: list[Outcome] | None) -> None:
-        """Call the progress callback: after an evaluation (None), and now and then after a step, with its turns."""
+    def report(self, outcomes: list[Outcome] | None) -> None:
+        """Call the progress callback: after an evaluation (None), and at intervals after a step, with its outcomes."""
         now = time.monotonic()
         before, step = self._shown
         if not self.progress or (outcomes is not None and now - before < PROGRESS_SECONDS):
@@ -424,7 +424,7 @@ class Run:
 
 
 def same_on_all(fabric: Fabric, *flags: bool) -> tuple[bool, ...]:
-    """Each flag, true where it is true in any process; one small message, none in a single process."""
+    """Return each flag, true if it is true in any process; one small message, none in a single process."""
     if fabric.world_size == 1:
         return flags
     votes = fabric.all_reduce(torch.tensor(flags, dtype=torch.float32, device=fabric.device), reduce_op="max")

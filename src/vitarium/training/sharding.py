@@ -1,7 +1,7 @@
 """Weights, gradients and optimizer states spread over the processes (torch's `fully_shard`), for models that one device cannot train.
 
-Each block of the model is gathered when its turn comes and let go afterwards. For evaluation and for checkpoints the whole is put
-together: checkpoints are those of a single device, and a held-out part of any size can be dealt out to the processes.
+Each block of the model is gathered when it runs and freed afterwards. For evaluation and for checkpoints the whole model is gathered:
+checkpoints are those of a single device, and a held-out part of any size can be divided among the processes.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from vitarium.training.recipe import Recipe
 
 
 def sharded_strategy(processes: int) -> ModelParallelStrategy:
-    """Fabric's strategy over all processes."""
+    """Return Fabric's strategy over all processes."""
     return ModelParallelStrategy(_shard, data_parallel_size=processes, tensor_parallel_size=1)
 
 
 def is_sharded(fabric: Fabric) -> bool:
-    """Whether parameters are spread over the processes."""
+    """Return whether parameters are spread over the processes."""
     return isinstance(fabric.strategy, ModelParallelStrategy)
 
 
@@ -42,7 +42,7 @@ def check_shardable(learner: Learner, recipe: Recipe) -> None:
 
 
 def _shard(learner: nn.Module, mesh: Any) -> nn.Module:
-    """Blocks first, then what is left of the learner."""
+    """Shard the blocks first, then the rest of the learner."""
     from torch.distributed.fsdp import fully_shard
 
     lists = [part for part in learner.modules() if isinstance(part, nn.ModuleList | nn.Sequential) and len(part) > 1]
@@ -55,7 +55,7 @@ def _shard(learner: nn.Module, mesh: Any) -> nn.Module:
 
 
 def whole_states(learner: nn.Module, optimizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """State dicts of learner and optimizer as those of a single device, in the first process; called in all of them."""
+    """Return the state dicts of learner and optimizer as those of a single device, in the first process; called in all of them."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -63,7 +63,7 @@ def whole_states(learner: nn.Module, optimizer: Any) -> tuple[dict[str, Any], di
 
 
 def restore_whole(learner: nn.Module, optimizer: Any, learner_state: dict[str, Any], optimizer_state: dict[str, Any]) -> None:
-    """Spread what `whole_states` gave; every process holds all of it."""
+    """Load and shard the state dicts of `whole_states`; every process holds all of them."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
     set_state_dict(
@@ -76,7 +76,7 @@ def restore_whole(learner: nn.Module, optimizer: Any, learner_state: dict[str, A
 
 
 def gather_model(learner: Learner, whole: nn.Module) -> None:
-    """The present weights of `learner.model` into `whole`, a model of the same kind that is not spread; called in all processes."""
+    """Copy the present weights of `learner.model` into `whole`, an unsharded model of the same kind; called in all processes."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     state = get_model_state_dict(learner, options=StateDictOptions(full_state_dict=True))

@@ -1,4 +1,4 @@
-"""Steppers: how the gradients of one player's step are computed from its batches.
+"""Steppers: computation of the gradients of one player's step from its batches.
 
 The loop clips and applies the gradients that a stepper leaves in `.grad`; it knows nothing of the passes that made them. `Stepper` makes
 one pass, `SharpnessAware` (`optimizer.sam` of a recipe) two. A learner chooses another through `Learner.stepper`. A pass that only changes
@@ -17,7 +17,7 @@ from vitarium.training.recipe import Sam
 
 
 class Passes(Protocol):
-    """What a stepper sees of a turn."""
+    """Interface of a turn to a stepper."""
 
     parameters: list[Tensor]
     """The player's parameters that learn at this step."""
@@ -39,7 +39,7 @@ class Stepper:
     """One pass at the present weights."""
 
     passes = 1
-    """How often the batches of a step are read."""
+    """Number of passes over the batches of a step."""
 
     def gradients(self, turn: Passes) -> dict[str, Tensor]:
         """Leave the gradients of a step in `.grad`.

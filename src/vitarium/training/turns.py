@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Seat:
-    """What the loop holds for one player of a run.
+    """State of one player in a run.
 
     Attributes:
         module: the learner as Fabric wrapped it for this player's gradients; calling it gives the losses.
@@ -46,16 +46,16 @@ class Seat:
     guarded: list[tuple[nn.Module, str]] = field(default_factory=list)
 
     def due(self, step: int) -> bool:
-        """Whether the player takes a turn at a step; a player that a phase froze as a whole takes none."""
+        """Return whether the player takes a turn at a step; a player that a phase froze completely takes none."""
         return self.player.due(step) and bool(self.parameters)
 
 
 class StepBatches:
-    """The batches of one step, read once and kept as long as somebody needs them again.
+    """The batches of one step, read once, and kept if they are needed again.
 
     Args:
-        source: where the next ones come from.
-        count: how many a step has.
+        source: iterator over the batches of the run.
+        count: batches per step.
         again: whether they are iterated more than once.
     """
 
@@ -77,10 +77,10 @@ class StepBatches:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one turn came to.
+    """Result of one turn.
 
     Attributes:
-        seat: whose turn it was.
+        seat: of the player.
         losses: means over the step's batches, on the device.
         norm: of the gradient before clipping, on the device.
         finite: whether loss and gradient are finite, in all processes.
@@ -93,7 +93,7 @@ class Outcome:
 
 
 class Turn:
-    """One player's share of a step: what its stepper sees (`vitarium.training.steppers.Passes`)."""
+    """One player's share of a step; implements `vitarium.training.steppers.Passes`."""
 
     def __init__(self, run: Run, seat: Seat, batches: StepBatches):
         self.run, self.seat, self.batches = run, seat, batches
@@ -101,7 +101,7 @@ class Turn:
         self.lazy = seat.player.lazy_at(run.state.step)
 
     def buffers(self) -> Iterable[Tensor]:
-        """All buffers of the learner."""
+        """Return all buffers of the learner."""
         return self.run.learner.buffers()
 
     def zero_grad(self) -> None:
@@ -109,7 +109,7 @@ class Turn:
         self.seat.optimizer.zero_grad()
 
     def accumulate(self) -> dict[str, Tensor]:
-        """Gradients of the step's batches into `.grad`; their mean losses. Empty where no image could be read."""
+        """Add the gradients of the step's batches to `.grad`; return their mean losses, or {} if no image could be read."""
         run, fabric = self.run, self.run.fabric
         count, seen = run.recipe.accumulate, 0
         seed_step(run, self.seat.name)  # a second pass draws what the first one drew
@@ -131,7 +131,7 @@ class Turn:
         return means
 
     def take(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Leave the turn's clipped gradients in `.grad`; its mean losses, and the gradient's norm before clipping."""
+        """Compute the turn's clipped gradients; return its mean losses, and the norm of the gradient before clipping."""
         assert self.seat.rates is not None
         self.seat.rates.apply(self.seat.optimizer, self.run.state.step)
         self.zero_grad()
@@ -151,20 +151,20 @@ def seed_step(run: Run, player: str) -> None:
 
 
 def kept_buffers(places: Iterable[tuple[nn.Module, str]]) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
-    """The buffers of (module, name) as they are now, with a copy of their values."""
+    """Return the buffers of (module, name), each with a copy of its values."""
     return [(module, name, module._buffers[name], module._buffers[name].clone()) for module, name in places]  # type: ignore[misc,union-attr]
 
 
 @torch.no_grad()
 def restore_buffers(kept: Iterable[tuple[nn.Module, str, Tensor, Tensor]]) -> None:
-    """Put back what `kept_buffers` gave, also where a buffer was replaced by another tensor."""
+    """Restore the buffers of `kept_buffers`, also where a buffer was replaced by another tensor."""
     for module, name, buffer, values in kept:
         buffer.copy_(values)
         module._buffers[name] = buffer
 
 
 def foreign_buffers(learner: nn.Module, player: Player, others: Iterable[Player]) -> list[tuple[nn.Module, str]]:
-    """(module, name) of the buffers that belong to other players alone."""
+    """Return (module, name) of the buffers that belong to other players alone."""
     own = {id(buffer) for buffer in player.own_buffers()}
     theirs = {id(buffer) for other in others for buffer in other.own_buffers()} - own
     return [(module, name) for module in learner.modules() for name, buffer in module._buffers.items() if id(buffer) in theirs]
