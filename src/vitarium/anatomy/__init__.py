@@ -3,13 +3,14 @@
     view = anatomy.of(model)                   # timm's, transformers', ours
     view.blocks[3].attention.qkv(x)            # the parts, under one set of names
     install(model, sites)                      # a method's work at declared places of each block
+    with anatomy.masked(model, mask): ...      # images of different token counts in one batch
 
 Methods that make sense for any network (quantizers, pruners) do not need it: they exchange modules by name.
 """
 
 from vitarium.anatomy.finding import of
 from vitarium.anatomy.parts import Anatomy, AttentionView, BlockView
-from vitarium.anatomy.sites import Attended, Site, SitedBlock, install
+from vitarium.anatomy.sites import Attended, Site, SitedBlock, install, masked, run
 from vitarium.anatomy.tokens import Tokens, carried
 
-__all__ = ["Anatomy", "Attended", "AttentionView", "BlockView", "Site", "SitedBlock", "Tokens", "carried", "install", "of"]
+__all__ = ["Anatomy", "Attended", "AttentionView", "BlockView", "Site", "SitedBlock", "Tokens", "carried", "install", "masked", "of", "run"]

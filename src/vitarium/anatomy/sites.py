@@ -12,8 +12,10 @@ and later exchanges are the same in both), computes what the original computes, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +28,9 @@ from vitarium.anatomy.finding import of
 from vitarium.anatomy.parts import Anatomy, BlockView
 from vitarium.anatomy.tokens import Tokens, carried, carry
 from vitarium.catalog.calling import call, example_inputs
-from vitarium.errors import AttachError, InputError, UsageError
+from vitarium.errors import AttachError, InputError, UnsupportedModel, UsageError
 from vitarium.nn.modes import evaluating
+from vitarium.ops.merging import rows
 
 PROOF = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference to the original on the probe, in standard deviations of its output: kernels may round differently."""
@@ -48,6 +51,12 @@ class Attended:
     v: Tensor
     scale: float
     bias: Tensor | None
+
+    def of(self, images: Tensor, index: Tensor) -> Attended:
+        """Return the attention of some images (b,) among some of their tokens (b, n)."""
+        q, k, v = (rows(t[images].transpose(1, 2), index).transpose(1, 2) for t in (self.q, self.k, self.v))
+        bias = None if self.bias is None else rows(self.bias.expand(len(self.q), -1, -1, -1)[images, 0, 0], index)[:, None, None]
+        return Attended(q, k, v, self.scale, bias)
 
     def weights(self, queries: slice = slice(None)) -> Tensor:
         """Attention weights of some queries, (B, H, n, N): only these rows are computed."""
@@ -94,6 +103,7 @@ class SitedBlock(nn.Module):
         self.name, self.layout, self.index, self.prefix = view.name, view.layout, index, prefix
         self.sites: tuple[Site, ...] = tuple(sites)
         self._original = (original,)  # in a tuple: not a submodule
+        self.users = 0  # contexts of `_masking` on this block
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -125,7 +135,8 @@ class SitedBlock(nn.Module):
 
     def _receive(self, x: Tensor) -> Tokens:
         if self.index == 0:
-            return Tokens.begin(x, self.prefix)
+            mask = _MASKS.get().get(id(self)) if self.users else None  # a graph is traced without
+            return Tokens.begin(x, self.prefix, mask)
         state = carried(x)
         if state is None:
             raise InputError(
@@ -144,6 +155,8 @@ class SitedBlock(nn.Module):
         bias = tokens.bias(proportional=any(site.proportional for site in self.sites))
         mask = call.get("attn_mask", call.get("attention_mask"))
         if mask is not None:
+            if tokens.mask is not None:
+                raise InputError(f"{self.name}: an attention mask does not go together with a mask of the tokens; give the latter alone")
             if tokens.moved:
                 raise InputError(f"{self.name}: an attention mask does not go together with token reduction: its tokens moved")
             bias = mask
@@ -154,6 +167,85 @@ class SitedBlock(nn.Module):
         if heads is None:
             heads = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=attention.dropout, scale=attention.scale)
         return attended, attention.project(heads, normed)
+
+
+_MASKS: ContextVar[dict[int, Tensor]] = ContextVar("masks", default={})  # noqa: B039 - it is replaced, never changed
+"""id of a first block -> mask of its tokens in the passes of this context."""
+
+
+@contextlib.contextmanager
+def masked(model: nn.Module, mask: Tensor) -> Iterator[None]:
+    """Mark tokens of a plain vision transformer as padding, in all passes inside the context.
+
+    Attention ignores padding, and token reductions neither keep nor merge it; the class token's output equals that of each image alone. A
+    mask that is True everywhere changes nothing, bit for bit.
+
+    Args:
+        model: anything that `anatomy.of` knows, with or without methods on its blocks.
+        mask: bool, True for real tokens: (B, N), or (B, number of image tokens).
+
+    Raises:
+        UnsupportedModel: anatomy does not know the model, or its head pools image tokens, padding among them.
+        InputError: in the pass, a mask that does not fit the tokens.
+    """
+    view = of(model)
+    if view.reads_patches:
+        raise UnsupportedModel(
+            f"the head of this {view.family} reads all image tokens, padding among them; create it with the class token's pooling "
+            "(global_pool='token'), or pool the result of anatomy.run with Tokens.mean"
+        )
+    with _sited(model, view) as blocks, _masking(blocks[0], mask):
+        yield
+
+
+def run(model: nn.Module, x: Tensor, mask: Tensor | None = None, **arguments: Any) -> Tokens:
+    """Run embedded tokens through the blocks of a plain vision transformer, with the methods on them.
+
+    Args:
+        model: anything that `anatomy.of` knows.
+        x: (B, N, C), prefix and image tokens with positions, as the first block takes them.
+        mask: see `masked`; None: all tokens are real.
+        arguments: further arguments of each block, such as `rope`.
+
+    Returns:
+        the state after the last block, `x` (B, N', C) before the final norm. `Tokens.mean` averages the real image tokens.
+
+    Raises:
+        UnsupportedModel: anatomy does not know the model.
+        InputError: a mask that does not fit the tokens.
+    """
+    with _sited(model, of(model)) as blocks, _masking(blocks[0], mask) if mask is not None else contextlib.nullcontext():
+        for block in blocks:
+            x = block(x, **arguments)
+    state = carried(x)
+    assert state is not None
+    return dataclasses.replace(state, x=x)
+
+
+@contextlib.contextmanager
+def _masking(block: SitedBlock, mask: Tensor) -> Iterator[None]:
+    """Give a first block its mask in the passes of this thread."""
+    token = _MASKS.set({**_MASKS.get(), id(block): mask})
+    block.users += 1
+    try:
+        yield
+    finally:
+        block.users -= 1
+        _MASKS.reset(token)
+
+
+@contextlib.contextmanager
+def _sited(model: nn.Module, view: Anatomy) -> Iterator[list[SitedBlock]]:
+    """The model's blocks as wrapped ones; blocks without sites are wrapped for the time of the context."""
+    replaced: dict[str, nn.Module] = {}
+    if not all(isinstance(block.module, SitedBlock) for block in view.blocks):
+        replaced, _ = install(model, lambda view: [Site()] * view.depth)
+    try:
+        yield [model.get_submodule(block.name) for block in view.blocks]  # type: ignore[misc]
+    finally:
+        for name, original in replaced.items():
+            original.training = model.get_submodule(name).training
+            model.set_submodule(name, original)
 
 
 def install(model: nn.Module, make: Callable[[Anatomy], Sequence[Site]]) -> tuple[dict[str, nn.Module], list[Site]]:

@@ -14,6 +14,34 @@ from vitarium.nn.patch_embed import PatchEmbed
 from vitarium.ops.maps import as_map
 
 
+def key_mask(mask: Tensor | None) -> Tensor | None:
+    """Return the bias of `vitarium.nn.Attention` that hides padding from every query: bool (B, N), True for real tokens -> (B, 1, 1, N).
+
+    None stays None, and a mask that is True everywhere gives None, so that the result is that of no mask, bit for bit.
+    """
+    return None if mask is None or bool(mask.all()) else mask[:, None, None]
+
+
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the mean over the real tokens of each image: values (B, N, ...) and bool (B, N), True for real tokens -> (B, ...).
+
+    The average of a loss over tokens is the mean of this over the batch. Padding may hold anything, NaN included; an image without a real
+    token gives 0.
+    """
+    if mask is None or bool(mask.all()):
+        return values.mean(1)
+    real = mask.view(*mask.shape, *[1] * (values.ndim - 2))
+    return values.masked_fill(~real, 0).sum(1) / real.sum(1).clamp(min=1)
+
+
+def masked_max(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the maximum over the real tokens of each image: values (B, N, ...) and bool (B, N) -> (B, ...)."""
+    return values.masked_fill(~mask.view(*mask.shape, *[1] * (values.ndim - 2)), -torch.inf).amax(1)
+
+
+MASKED_POOLS = {"avg": masked_mean, "max": masked_max}
+
+
 class TokenBackbone(Backbone):
     """Base class of plain backbones with features (B, N, dim), as timm's VisionTransformer; `forward_intermediates` returns maps.
 
@@ -51,13 +79,21 @@ class TokenBackbone(Backbone):
         patches = [tokens[:, i + 1 : j] for i, j in itertools.pairwise(edges)]
         return torch.cat([tokens[:, p : p + 1] for p in places], 1), torch.cat(patches, 1)
 
-    def pool(self, features: Tensor) -> Tensor:
-        """Pool tokens (B, N, C) to (B, C): mean of the class tokens ("token"), mean or maximum of the patches ("avg", "max")."""
+    def pool(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Pool tokens (B, N, C) to (B, C): mean of the class tokens ("token"), mean or maximum of the patches ("avg", "max").
+
+        Args:
+            features: class tokens and patch tokens.
+            mask: bool (B, number of patches), True for the patches that are not padding; None: all. The class tokens need none.
+        """
         if self.global_pool == "token":
             count = len(self.class_places(0))
             places = self.class_places(features.shape[1] - count)
             return features[:, places[0]] if count == 1 else features[:, places].mean(1)
-        return POOLS[self.global_pool](self.split_tokens(features)[1].transpose(1, 2))
+        patches = self.split_tokens(features)[1]
+        if mask is not None:
+            return MASKED_POOLS[self.global_pool](patches, mask)
+        return POOLS[self.global_pool](patches.transpose(1, 2))
 
     def as_map(self, features: Tensor, image_size: Sequence[int]) -> Tensor:
         """Return the patch tokens as a map (B, C, h, w)."""

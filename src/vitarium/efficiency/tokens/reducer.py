@@ -79,12 +79,18 @@ class ReducerSite(Site):
         return self.method.counts_sizes
 
     def between(self, tokens: Tokens, attended: Attended) -> None:
-        if self.method.acts_on(self.block, self.depth):
+        if not self.method.acts_on(self.block, self.depth):
+            return
+        if tokens.mask is None:
             self.method.reduce(tokens, attended, self.block, self.depth)
+            return
+        tokens.reduce_packed(lambda part, images, index: self.method.reduce(part, attended.of(images, index), self.block, self.depth))
 
     def after(self, tokens: Tokens) -> None:
         if self.restore and tokens.moved and self.method.can_restore:
             tokens.x = tokens.restore()
+            if tokens.mask is not None and tokens.source is not None:
+                tokens.mask = tokens.source >= 0
 
 
 def trace(model: nn.Module, image: Tensor) -> list[Tokens]:
