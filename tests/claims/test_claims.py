@@ -64,7 +64,7 @@ def test_a_run_is_written_to_the_ledger(toy: list[str], tmp_path: Path):
     assert json.loads((tmp_path / "swin.json").read_text())["machine"]["cores"] >= 1
 
 
-def test_a_killed_run_goes_on(toy: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_killed_run_continues(toy: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def stop(line: str) -> None:
         if len(toy) == 4:
             raise KeyboardInterrupt
@@ -76,7 +76,7 @@ def test_a_killed_run_goes_on(toy: list[str], tmp_path: Path, monkeypatch: pytes
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_a_killed_batch_goes_on_with_the_claims_that_are_missing(toy: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_killed_batch_continues_with_the_claims_that_are_missing(toy: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ran: list[str] = []
     one = runner.measure_claim
 
@@ -100,7 +100,7 @@ def test_a_killed_batch_goes_on_with_the_claims_that_are_missing(toy: list[str],
 
 
 def test_what_a_killed_batch_has_done_is_its_own(toy: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """One of its claims, asked for alone or in another batch, is run; and the batch still goes on where it was."""
+    """One of its claims, asked for alone or in another batch, is run; and the batch still continues where it was."""
     ran: list[str] = []
     one = runner.measure_claim
 

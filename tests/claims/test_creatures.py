@@ -1,4 +1,4 @@
-"""The pictures and the measure of DependencyViT's claim."""
+"""The images and the measure of DependencyViT's claim."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from vitarium.claims.dependencyvit import SIDE, SIZES, Creatures, pruned, purity
 
 def test_creatures_are_where_they_are_said_to_be():
     creatures = Creatures(8, seed=1)
-    picture, number = creatures.drawn(5)
-    assert picture.size == (64, 64)
-    assert np.array_equal(np.asarray(creatures[5][0]), np.asarray(picture))
+    image, number = creatures.drawn(5)
+    assert image.size == (64, 64)
+    assert np.array_equal(np.asarray(creatures[5][0]), np.asarray(image))
     assert set(np.unique(number)) in ({0, 1, 2}, {0, 1, 2, 3})
-    colourful = np.ptp(np.asarray(picture).astype(int), axis=2) > 90
+    colourful = np.ptp(np.asarray(image).astype(int), axis=2) > 90
     assert (number[colourful] > 0).all()
     things = creatures.things(5).reshape(8, 8)
     assert set(np.unique(things)) == set(np.unique(number))

@@ -1,4 +1,4 @@
-"""`bench` and `claim`: what is typed arrives, what was measured is told."""
+"""`bench` and `claim`: what is typed arrives, what was measured is shown."""
 
 import json
 
@@ -26,7 +26,7 @@ def timed(monkeypatch):
     return got
 
 
-def test_bench_tells_times_ratios_and_their_noise(run, timed):
+def test_bench_shows_times_ratios_and_their_noise(run, timed):
     result = run("bench", "swin_tiny", "swin_pico", "--kind", "compiled", "--batch", 2, "--batch", 4, "--no-peers", "--dtype", "bfloat16")
     assert result.code == 0, result.err
     assert "1.30 [1.20, 1.40]" in result.out

@@ -38,7 +38,7 @@ def asked(monkeypatch, tmp_path):
     return got
 
 
-def test_the_options_arrive_and_the_result_is_told(run, asked):
+def test_the_options_arrive_and_the_result_is_shown(run, asked):
     result = run("compare", "--data", "photos", "--models", "swin_pico,timm/vit_pico", "--steps", 100, "--out", "here", "--devices", 2)
     assert result.code == 0, result.err
     assert asked["models"] == ["swin_pico", "timm/vit_pico"]

@@ -69,7 +69,7 @@ def make_comparison(folder: Path, **changes: Any) -> Comparison:
     return Comparison(**{**values, **changes})
 
 
-def make_pictures(comparison: Comparison, side: int = 16) -> list[Image.Image]:
+def make_images(comparison: Comparison, side: int = 16) -> list[Image.Image]:
     """One for each mistake of the best."""
     return [Image.linear_gradient("L").resize((side, side)).rotate(20 * i) for i in range(len(comparison.best.mistakes))]
 

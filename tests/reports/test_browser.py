@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.reports.fixtures import make_comparison, make_pictures, make_troubled
+from tests.reports.fixtures import make_comparison, make_images, make_troubled
 from vitarium.reports.page import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -43,7 +43,7 @@ def open_page(browser: Any, path: Path, width: int) -> tuple[Any, list[str]]:
 @pytest.mark.parametrize("width", [1280, 390])
 def test_draws_switches_sorts_and_fits(browser, tmp_path, width):
     comparison = make_comparison(tmp_path)
-    write_report(comparison, make_pictures(comparison))
+    write_report(comparison, make_images(comparison))
     page, wrong = open_page(browser, comparison.report, width)
 
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -78,7 +78,7 @@ def test_draws_switches_sorts_and_fits(browser, tmp_path, width):
 
 def test_hostile_names_stay_text(browser, tmp_path):
     comparison = make_troubled(tmp_path)
-    write_report(comparison, make_pictures(comparison))
+    write_report(comparison, make_images(comparison))
     page, wrong = open_page(browser, comparison.report, 1280)
     assert page.evaluate("document.querySelectorAll('img[src=x], main script').length") == 0
     assert wrong == []

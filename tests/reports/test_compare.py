@@ -31,7 +31,7 @@ checkpoint_minutes: 0.00001
 """
 
 
-class Pictures:
+class Squares:
     """Bright and dark squares, two classes; one of them may be broken."""
 
     def __init__(self, count: int, broken: int | None = None):
@@ -47,7 +47,7 @@ class Pictures:
         return Image.new("RGB", (16, 16), (200 * self.targets[index] + index % 50,) * 3), self.targets[index]
 
     def describe(self, index: int) -> str:
-        return f"pictures/{index}.png"
+        return f"images/{index}.png"
 
 
 @pytest.fixture
@@ -58,16 +58,16 @@ def recipe(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def pictures(monkeypatch: pytest.MonkeyPatch) -> ImageData:
+def images(monkeypatch: pytest.MonkeyPatch) -> ImageData:
     """Small data that compare finds under any name."""
-    data = ImageData("pictures", Pictures(160, broken=7), Pictures(40), ["dark", "bright"], 16)
+    data = ImageData("images", Squares(160, broken=7), Squares(40), ["dark", "bright"], 16)
     monkeypatch.setattr(module, "open_data", lambda *_, **__: data)
     return data
 
 
-def test_writes_numbers_model_and_page(tmp_path, recipe, pictures):
+def test_writes_numbers_model_and_page(tmp_path, recipe, images):
     events = []
-    result = compare("pictures", MODELS, recipe=recipe, out=tmp_path / "out", progress=events.append)
+    result = compare("images", MODELS, recipe=recipe, out=tmp_path / "out", progress=events.append)
     saved = json.loads((result.folder / "results.json").read_text())
     assert [m["name"] for m in saved["models"]] == MODELS
     assert saved["classes"] == ["dark", "bright"]
@@ -79,11 +79,11 @@ def test_writes_numbers_model_and_page(tmp_path, recipe, pictures):
         assert sum(map(sum, row["confusion"])) == row["evaluated"] == 40
     assert saved["best"] in MODELS
     assert saved["recommended"] in saved["recommendation"]
-    assert saved["bad_files"] == [{"path": "pictures/7.png", "reason": "cut off"}]
+    assert saved["bad_files"] == [{"path": "images/7.png", "reason": "cut off"}]
     with open(result.folder / "results.csv", encoding="utf-8") as file:
         assert {row["name"] for row in csv.DictReader(file)} == set(MODELS)
     page = (result.folder / "report.html").read_text(encoding="utf-8")
-    assert "pictures/7.png" in page
+    assert "images/7.png" in page
     best = vitarium.load(result.folder / "best.safetensors")
     assert best.labels == ["dark", "bright"]
     assert best.spec.name == result.best.name
@@ -92,20 +92,20 @@ def test_writes_numbers_model_and_page(tmp_path, recipe, pictures):
     assert all(e.position == MODELS.index(e.model) and e.count == 2 for e in events)
 
 
-def test_finished_models_are_kept(tmp_path, recipe, pictures):
+def test_finished_models_are_kept(tmp_path, recipe, images):
     out = tmp_path / "out"
-    compare("pictures", MODELS, recipe=recipe, out=out)
+    compare("images", MODELS, recipe=recipe, out=out)
     before = {path: path.read_bytes() for path in out.glob("models/*/*.*")}
     events = []
-    again = compare("pictures", MODELS, recipe=recipe, out=out, progress=events.append)
+    again = compare("images", MODELS, recipe=recipe, out=out, progress=events.append)
     assert [e.kind for e in events] == ["kept", "kept"]
     assert {path: path.read_bytes() for path in out.glob("models/*/*.*")} == before
     assert len(again.table()) == 2
 
 
-def test_model_that_fails_is_told_and_the_others_go_on(tmp_path, recipe, pictures):
-    names = ["timm/vit_small_patch32_224", "timm/vit_pico"]  # patches larger than the pictures
-    result = compare("pictures", names, recipe=recipe, out=tmp_path / "out")
+def test_model_that_fails_is_named_and_the_others_continue(tmp_path, recipe, images):
+    names = ["timm/vit_small_patch32_224", "timm/vit_pico"]  # patches larger than the images
+    result = compare("images", names, recipe=recipe, out=tmp_path / "out")
     assert [t.name for t in result.trials] == ["timm/vit_pico"]
     assert [f.name for f in result.failures] == ["timm/vit_small_patch32_224"]
     assert result.to_dict()["failed"][0]["error"] == result.failures[0].error != ""
@@ -116,30 +116,30 @@ def test_model_that_fails_is_told_and_the_others_go_on(tmp_path, recipe, picture
     assert "timm/vit_small_patch32_224" in page
 
 
-def test_models_of_clips_on_pictures_are_refused_before_training(tmp_path, recipe, pictures):
-    with pytest.raises(UsageError, match=r"pictures holds single images, and these models take clips: uniformer_video_pico; leave"):
-        compare("pictures", ["timm/vit_pico", "uniformer_video_pico"], recipe=recipe, out=tmp_path / "out")
+def test_models_of_clips_on_images_are_refused_before_training(tmp_path, recipe, images):
+    with pytest.raises(UsageError, match=r"images holds single images, and these models take clips: uniformer_video_pico; leave"):
+        compare("images", ["timm/vit_pico", "uniformer_video_pico"], recipe=recipe, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_all_models_failing_is_an_error(tmp_path, recipe, pictures, monkeypatch):
+def test_all_models_failing_is_an_error(tmp_path, recipe, images, monkeypatch):
     def stop(*_, **__):
         raise TrainingStopped("loss was not finite")
 
     monkeypatch.setattr(module, "run_trial", stop)
     with pytest.raises(TrainingStopped, match=r"no model could be compared:\n  timm/vit_pico: loss was not finite"):
-        compare("pictures", ["timm/vit_pico"], recipe=recipe, out=tmp_path / "out")
+        compare("images", ["timm/vit_pico"], recipe=recipe, out=tmp_path / "out")
 
 
 def test_broken_data_stops_all(tmp_path, recipe, monkeypatch):
-    class Broken(Pictures):
+    class Broken(Squares):
         def __getitem__(self, index):
             raise BrokenImage(self.describe(index), "cut off")
 
-    data = ImageData("pictures", Broken(160), Broken(40), ["dark", "bright"], 16)
+    data = ImageData("images", Broken(160), Broken(40), ["dark", "bright"], 16)
     monkeypatch.setattr(module, "open_data", lambda *_, **__: data)
     with pytest.raises(DataError):
-        compare("pictures", MODELS, recipe=recipe, out=tmp_path / "out")
+        compare("images", MODELS, recipe=recipe, out=tmp_path / "out")
 
 
 def test_unknown_names_are_refused_at_once_and_together(tmp_path, monkeypatch):
@@ -174,34 +174,34 @@ def test_one_budget_only():
         compare(models=["swin_pico"], steps=10, minutes=1)
 
 
-def test_folder_of_another_comparison_is_refused(tmp_path, recipe, pictures):
+def test_folder_of_another_comparison_is_refused(tmp_path, recipe, images):
     out = tmp_path / "out"
-    compare("pictures", ["timm/vit_pico"], recipe=recipe, out=out)
+    compare("images", ["timm/vit_pico"], recipe=recipe, out=out)
     before = (out / "results.json").read_bytes()
     with pytest.raises(UsageError, match=r"recipe\.seed: 0 there, 1 now"):
-        compare("pictures", ["timm/vit_pico"], recipe=recipe, out=out, seed=1)
+        compare("images", ["timm/vit_pico"], recipe=recipe, out=out, seed=1)
     with pytest.raises(UsageError, match="models: timm/vit_pico there, convnext_iso_pico now"):
-        compare("pictures", ["convnext_iso_pico"], recipe=recipe, out=out)
+        compare("images", ["convnext_iso_pico"], recipe=recipe, out=out)
     assert (out / "results.json").read_bytes() == before
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").write_text("precious")
     with pytest.raises(UsageError, match="holds other files"):
-        compare("pictures", ["timm/vit_pico"], recipe=recipe, out=other)
+        compare("images", ["timm/vit_pico"], recipe=recipe, out=other)
 
 
-def test_folder_in_use_is_refused(tmp_path, recipe, pictures):
+def test_folder_in_use_is_refused(tmp_path, recipe, images):
     from vitarium.files import lock_folder
 
     with lock_folder(tmp_path / "out"), pytest.raises(UsageError, match="in use"):
-        compare("pictures", MODELS, recipe=recipe, out=tmp_path / "out")
+        compare("images", MODELS, recipe=recipe, out=tmp_path / "out")
 
 
-def test_default_folder_goes_on_with_the_same_and_leaves_others(tmp_path, recipe, pictures, monkeypatch):
+def test_default_folder_continues_the_same_and_leaves_others(tmp_path, recipe, images, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first = compare("pictures", ["timm/vit_pico"], recipe=recipe)
-    again = compare("pictures", ["timm/vit_pico"], recipe=recipe)
-    other = compare("pictures", ["timm/vit_pico"], recipe=recipe, seed=1)
+    first = compare("images", ["timm/vit_pico"], recipe=recipe)
+    again = compare("images", ["timm/vit_pico"], recipe=recipe)
+    other = compare("images", ["timm/vit_pico"], recipe=recipe, seed=1)
     assert first.folder == again.folder
     assert other.folder.name == first.folder.name + "-2"
 

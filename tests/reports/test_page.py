@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.reports.fixtures import NUMBERS, make_comparison, make_pictures, make_troubled
+from tests.reports.fixtures import NUMBERS, make_comparison, make_images, make_troubled
 from vitarium.reports.page import render
 
 
@@ -41,7 +41,7 @@ class Elements(HTMLParser):
 @pytest.fixture
 def troubled(tmp_path: Path) -> str:
     comparison = make_troubled(tmp_path)
-    return render(comparison, make_pictures(comparison))
+    return render(comparison, make_images(comparison))
 
 
 def test_loads_nothing(troubled):
@@ -82,9 +82,9 @@ def test_is_accessible(troubled):
     assert page.all("html")[0]["lang"] == "en"
 
 
-def test_says_the_recommendation_and_all_models(tmp_path):
+def test_shows_the_recommendation_and_all_models(tmp_path):
     comparison = make_comparison(tmp_path)
-    text = Elements(render(comparison, make_pictures(comparison))).text
+    text = Elements(render(comparison, make_images(comparison))).text
     assert comparison.recommendation.sentence in text
     assert all(name in text for name in NUMBERS)
     assert "1,437 training images" in text
@@ -104,11 +104,11 @@ def test_without_mistakes_and_with_one_model(tmp_path):
 
 def test_mentions_machines_that_differ_and_models_at_a_time(tmp_path):
     comparison = make_comparison(tmp_path)
-    plain = Elements(render(comparison, make_pictures(comparison))).text
+    plain = Elements(render(comparison, make_images(comparison))).text
     assert "different machines" not in plain
     assert "at a time" not in plain
     trials = [replace(t, device="H200" if i else "EPYC") for i, t in enumerate(comparison.trials)]
     changed = replace(comparison, trials=trials, settings={**comparison.settings, "engine": "ray", "at_a_time": "several"})
-    text = Elements(render(changed, make_pictures(changed))).text
+    text = Elements(render(changed, make_images(changed))).text
     assert "compare only within one of them. EPYC: swin_pico; H200: convnext_pico, " in text
     assert "Several models ran at a time" in text

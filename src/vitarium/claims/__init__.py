@@ -1,4 +1,4 @@
-"""One small honest experiment a system, and the ledger of what came out.
+"""One small honest experiment per system, and the ledger of the outcomes.
 
 A file `claims/<slug>.py` holds one function under `@claim`; it says what to compare, and the runner keeps the comparison fair: the same
 data, budget and seeds for both arms, trained by the same loop.

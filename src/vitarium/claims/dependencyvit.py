@@ -42,21 +42,21 @@ class Creatures(Samples):
         self.seed = seed
 
     def drawn(self, index: int) -> tuple[Image.Image, NDArray[np.uint8]]:
-        """The image, and (64, 64) the number of the creature that each pixel shows, 0 the background."""
+        """Return an image, and the number of the creature of each pixel, (64, 64), 0 for the background."""
         rng = np.random.default_rng((self.seed, index))
         noise = rng.normal(110, 15, (SIDE // 4, SIDE // 4)).clip(0, 255).astype(np.uint8)
-        picture = Image.fromarray(noise).resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB")
+        image = Image.fromarray(noise).resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB")
         number = Image.new("L", (SIDE, SIDE))
-        pens = ImageDraw.Draw(picture), ImageDraw.Draw(number)
+        pens = ImageDraw.Draw(image), ImageDraw.Draw(number)
         quarters = rng.permutation(4)[: int(rng.integers(2, 4))]
         for i, quarter in enumerate(quarters.tolist(), start=1):
             x, y = (16 + 32 * (quarter % 2) + rng.uniform(-2, 2), 16 + 32 * (quarter // 2) + rng.uniform(-2, 2))
             _draw_creature(pens, rng, list(KINDS.values())[self.targets[index]], x, y, i)
-        pixels = np.asarray(picture, dtype=np.float32) + rng.normal(0, 8, (SIDE, SIDE, 3))
+        pixels = np.asarray(image, dtype=np.float32) + rng.normal(0, 8, (SIDE, SIDE, 3))
         return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), np.asarray(number)
 
     def things(self, index: int) -> NDArray[np.int64]:
-        """(64,) the creature that most of each patch shows, 0 where less than a third of it shows any."""
+        """Return the creature of each patch, (64,): the most frequent one, 0 where less than a third of the patch shows any."""
         cells = self.drawn(index)[1].reshape(SIDE // PATCH, PATCH, SIDE // PATCH, PATCH).swapaxes(1, 2).reshape(-1, PATCH * PATCH)
         shares = np.stack([(cells == i).mean(1) for i in range(1, 4)], 1)
         return np.where(shares.max(1) >= 1 / 3, shares.argmax(1) + 1, 0)
@@ -83,13 +83,13 @@ def _draw_creature(
         pens[1].ellipse(corners, fill=number)
 
 
-def trained(model: nn.Module, pictures: ImageData, seed: int, steps: int, lr: float = 3e-3) -> nn.Module:
+def trained(model: nn.Module, images: ImageData, seed: int, steps: int, lr: float = 3e-3) -> nn.Module:
     """Train on the class alone."""
     common = [f"seed={seed}", "eval_every=1.0", "batch_size=32", "mixing.mixup=0", f"budget.steps={steps}", f"optimizer.lr={lr}"]
     recipe = load_recipe("pico", common)
-    learner = ClassificationLearner.create(model, pictures, recipe)
+    learner = ClassificationLearner.create(model, images, recipe)
     with tempfile.TemporaryDirectory() as folder:
-        fit(learner, pictures, recipe, Path(folder))
+        fit(learner, images, recipe, Path(folder))
     return learner.eval_model().eval()
 
 
@@ -108,12 +108,12 @@ def purity(mask: Tensor, things: NDArray[np.int64]) -> tuple[float, float]:
 
 
 def by_chance(received: Tensor, messages: Tensor) -> Tensor:
-    """Baseline: as many tokens are pruned, at random."""
+    """Baseline that prunes as many tokens, at random."""
     return torch.rand_like(received)
 
 
 def pruned(whole: nn.Module, choice: str) -> nn.Module:
-    """The same weights, with half of the tokens leaving in the second of four blocks."""
+    """Return a copy that prunes half of the tokens in the second of four blocks."""
     model = create_model("dependencyvit_pico", num_classes=len(KINDS), image_size=SIDE, prune_blocks=(1,), prune_share=0.5, **SIZES)
     model.load_state_dict(whole.state_dict())
     if choice == "chance":
@@ -137,17 +137,17 @@ def compare() -> list[Comparison]:
     pure: dict[str, list[float]] = {"ours": [], "vit": [], "chance": []}
     right: dict[str, list[float]] = {"all": [], "received": [], "chance": [], "tuned": []}
     for seed in range(SEEDS):
-        pictures = ImageData("creatures", Creatures(4000, 1000 + seed), Creatures(400, 2000 + seed), list(KINDS), SIDE)
+        images = ImageData("creatures", Creatures(4000, 1000 + seed), Creatures(400, 2000 + seed), list(KINDS), SIDE)
         common: dict[str, Any] = dict(num_classes=len(KINDS), image_size=SIDE, **SIZES)
         torch.manual_seed(seed)
-        model = trained(create_model("dependencyvit_pico", **common), pictures, seed, 220)
-        vit = trained(create_model("timm/vit_pico", **common), pictures, seed, 220)
+        model = trained(create_model("dependencyvit_pico", **common), images, seed, 220)
+        vit = trained(create_model("timm/vit_pico", **common), images, seed, 220)
         for name, value in purities(model, vit, seed).items():
             pure[name].append(value)
-        right["all"].append(accuracy(model, pictures))
+        right["all"].append(accuracy(model, images))
         for choice in ("received", "chance"):
-            right[choice].append(accuracy(pruned(model, choice).eval(), pictures))
-        right["tuned"].append(accuracy(trained(pruned(model, "received"), pictures, seed, 60, lr=1e-3), pictures))
+            right[choice].append(accuracy(pruned(model, choice).eval(), images))
+        right["tuned"].append(accuracy(trained(pruned(model, "received"), images, seed, 60, lr=1e-3), images))
     parent = Measured("parent on the same creature, DependencyViT", pure["ours"], "%")
     by_mass, by_luck = (Measured(f"half of the tokens, by {what}", right[what], "%") for what in ("received", "chance"))
     return [
@@ -176,6 +176,6 @@ def purities(model: nn.Module, vit: nn.Module, seed: int) -> dict[str, float]:
     return {"ours": ours, "vit": theirs, "chance": chance}
 
 
-def accuracy(model: nn.Module, pictures: ImageData) -> float:
+def accuracy(model: nn.Module, images: ImageData) -> float:
     """Return the accuracy on the held-out images, in percent."""
-    return 100 * evaluate(model, pictures.val)["accuracy"]
+    return 100 * evaluate(model, images.val)["accuracy"]

@@ -59,7 +59,7 @@ class Drawn(Samples):
 
 
 class RandomGate(nn.Module):
-    """In a gate's place: a token takes the edge with a fixed probability, whatever it holds."""
+    """Gate by chance: a token takes the edge with a fixed probability, whatever its content."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -71,7 +71,7 @@ class RandomGate(nn.Module):
 
 
 def trained(model: Any, objective: str, seed: int, data: ImageData) -> tuple[Any, float]:
-    """The model after its training, and its accuracy in percent."""
+    """Train a model; return it and its accuracy in percent."""
     changes = [f"seed={seed}", f"budget.steps={STEPS}", "eval_every=1.0", "mixing.mixup=0", f"objective={{name: {objective}}}"]
     recipe = load_recipe("dit_routing_pico", changes)
     learner: Learner = find_learner(objective).create(model, data, recipe)
@@ -82,13 +82,13 @@ def trained(model: Any, objective: str, seed: int, data: ImageData) -> tuple[Any
 
 
 def routed(seed: int) -> Any:
-    """A fresh grid."""
+    """Return an untrained grid."""
     torch.manual_seed(seed)
     return vitarium.create_model("dit_routing_pico", num_classes=len(KINDS), image_size=SIDE, budget=BUDGET, **GRID)
 
 
 def random_like(model: Any, images: Tensor, seed: int) -> Any:
-    """A fresh grid whose gates are random, each as often on as a trained model's."""
+    """Return an untrained grid with random gates, each open as often as a trained model's."""
     routes, twin = model.routes(images), routed(seed)
     for gates, way in ((twin.gates_row, routes.row), (twin.gates_col, routes.column)):
         for (i, j), taken in way.items():
@@ -97,7 +97,7 @@ def random_like(model: Any, images: Tensor, seed: int) -> Any:
 
 
 def static_of(macs: float, seed: int) -> nn.Module:
-    """A plain PVTv2 of one block a scale, of the width whose cost is nearest."""
+    """Return a plain PVTv2 with one block per scale, of the width whose cost is nearest."""
 
     def build(width: int) -> nn.Module:
         dims = tuple(dim * width // 16 for dim in DIMS)
@@ -111,7 +111,7 @@ def static_of(macs: float, seed: int) -> nn.Module:
 
 
 def depths(model: Any, images: Tensor, masks: NDArray[np.bool_]) -> tuple[float, float]:
-    """Mean number of blocks over the shapes' pixels and over the others."""
+    """Return the mean number of blocks over the shapes' pixels and over the others."""
     depth, shape = model.eval().depth_map(images), torch.from_numpy(masks)
     return depth[shape].mean().item(), depth[~shape].mean().item()
 
@@ -131,7 +131,7 @@ def compare() -> list[Comparison]:
         train, val = Drawn(1600, 2 * seed), Drawn(400, 2 * seed + 1)
         data = ImageData("drawings", train, val, list(KINDS), SIDE)
         model, accuracy = trained(routed(seed), "dit_routing", seed, data)
-        images = torch.stack([model.preprocessing(picture) for picture in val.images[:200]])
+        images = torch.stack([model.preprocessing(image) for image in val.images[:200]])
         found["learned"].append(accuracy)
         found["random"].append(trained(random_like(model, images, seed), "classification", seed, data)[1])
         found["static"].append(trained(static_of(model.macs(images).mean().item(), seed), "classification", seed, data)[1])

@@ -26,7 +26,7 @@ PLAIN: dict[str, Any] = dict(embed_dim=45, num_heads=3)
 
 
 class PlainBlock(nn.Module):
-    """A Swin block: tokens of C channels, in the order of the grid at rest -> the same."""
+    """Swin block on tokens of C channels, in the order of the unshifted grid."""
 
     def __init__(self, dim: int, num_heads: int, window_size: int):
         super().__init__()
@@ -47,7 +47,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainGroup(nn.Module):
-    """SwinIR's group, its last convolution 1x1: five Swin blocks of one width in a chain, and a residual around them."""
+    """SwinIR's group with a 1x1 last convolution: a chain of five Swin blocks of one width, and a residual around them."""
 
     def __init__(self, dim: int, num_heads: int, window_size: int):
         super().__init__()
@@ -62,7 +62,7 @@ class PlainGroup(nn.Module):
 
 
 def network(dense: bool) -> DRCT:
-    """DRCT, or its frame around plain groups."""
+    """Return DRCT, or its frame around plain groups."""
     if dense:
         return DRCT(**DENSE, **FRAME)
     net = DRCT(**PLAIN, **FRAME | {"depths": ()})
@@ -107,7 +107,7 @@ def compare() -> list[Comparison]:
 
 
 def network_of(label: str, seed: int) -> DRCT:
-    """A network with the random weights of a seed."""
+    """Return a network with the random weights of a seed."""
     with generators_kept():
         seed_generators(seed)
         net = network(label == "DRCT")
@@ -116,7 +116,7 @@ def network_of(label: str, seed: int) -> DRCT:
 
 
 def trained(net: DRCT, images: Any, seed: int) -> DRCT:
-    """Adam on the mean absolute error, half a cosine from `LR` after a short warm-up; the weights' moving average."""
+    """Train by Adam on the mean absolute error, with a short warm-up and half a cosine from `LR`; return the moving average."""
     loader = Loader(images, PairTransform(2, crop=CROP, flip=0.5), batch_size=BATCH, seed=seed, shuffle=True, drop_last=True)
     optimizer = torch.optim.Adam(net.parameters(), lr=LR, betas=(0.9, 0.99))
     batches = (batch for epoch in range(STEPS) for batch in loader.epoch(epoch))
@@ -135,7 +135,7 @@ def trained(net: DRCT, images: Any, seed: int) -> DRCT:
 
 @torch.no_grad()
 def intensity(net: DRCT, images: Any) -> float:
-    """Standard deviation of the map after the last group over that after the first, of one held-out square."""
+    """Return the standard deviation of the map after the last group over that after the first, on one held-out square."""
     low, _ = PairTransform(2)(*images[0])
     maps = net.group_maps(low[None].float() / 255)
     return float(maps[-1].std() / maps[0].std())

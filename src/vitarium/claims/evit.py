@@ -20,7 +20,7 @@ SEEDS, BLOCKS = 3, (1, 2)
 
 @dataclass(frozen=True)
 class AnyTokens(EViT):
-    """The baseline: as many tokens, chosen by chance."""
+    """Baseline that keeps as many tokens, chosen at random."""
 
     def _score(self, tokens: Tokens, attended: Attended) -> Tensor:
         return torch.rand(len(tokens.x), tokens.count - tokens.prefix)

@@ -26,7 +26,7 @@ def compare() -> list[Comparison]:
 
 
 def _speed(rounds: int) -> list[float]:
-    """Time before over time after folding; medians of five rounds each, so that one interruption is none."""
+    """Return the time before over the time after folding, as medians of five rounds each, which ignore single interruptions."""
     import torch
 
     import vitarium

@@ -52,7 +52,7 @@ def _quality(seed: int, cross_attention: str = "kmeans") -> float:
 
 
 def one_kind_of_thing(data: Any) -> SegmentedData:
-    """The data with all things in one class, the first."""
+    """Return the data with all things in one class, the first."""
     count = len(data.things)
 
     def merged(target: Segmentation) -> Segmentation:

@@ -57,7 +57,7 @@ def compare() -> list[Comparison]:
 
 @torch.no_grad()
 def unbalanced(model: nn.Module, seed: int) -> nn.Module:
-    """The same function with skewed and uneven channels after every layer norm."""
+    """Return the same function with skewed and uneven channels after every layer norm."""
     generator = torch.Generator().manual_seed(seed)
     for name, readers in find_pairs(model, calibration(model)[:2]).items():
         norm: Any = model.get_submodule(name)
@@ -72,7 +72,7 @@ def unbalanced(model: nn.Module, seed: int) -> nn.Module:
 
 
 def calibration(model: nn.Module) -> Tensor:
-    """Training images from all over the part, as the model takes them."""
+    """Return training images, spread over the part and preprocessed for the model."""
     train = digits().train
     transform: Any = model.preprocessing
     return torch.stack([transform(train[i * len(train) // IMAGES][0]) for i in range(IMAGES)])

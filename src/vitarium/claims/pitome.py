@@ -65,7 +65,7 @@ def _with(model: nn.Module, method: Reducer) -> nn.Module:
 
 
 def _spectra(clusters: tuple[int, ...], *, protect: bool) -> Measured:
-    """Minus the distance between sorted eigenvalues of the normalised Laplacian, before and after merging 64 tokens to 34; 20 seeds."""
+    """Return minus the distance between sorted eigenvalues of the normalised Laplacian, before and after merging 64 tokens to 34; 20 seeds."""
     distances = []
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
@@ -96,7 +96,7 @@ def _weights(x: Tensor) -> Tensor:
 
 
 def _lifted(weights: Tensor, source: Tensor) -> Tensor:
-    """The graph of the merged tokens on the original ones: weights averaged within groups."""
+    """Return the graph of the merged tokens lifted to the original ones: weights averaged within groups."""
     member = torch.nn.functional.one_hot(source).float()
     mean = member / member.sum(0)
     return rows((mean.T @ weights @ mean)[None], source[None])[0][:, source]

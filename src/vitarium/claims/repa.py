@@ -25,7 +25,7 @@ SEEDS, STEPS, SAMPLES, TIME = 3, 300, 360, 0.3
 
 @dataclass(frozen=True)
 class Shuffled(Encoder):
-    """The placebo: the features of another image of the batch."""
+    """Placebo encoder: the features of another image of the batch."""
 
     def map(self, image: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         return super().map(image.roll(1, 0), grid)
@@ -46,20 +46,20 @@ def compare() -> list[Comparison]:
         for label, encoder in arms.items():
             model = trained(seed, teacher if encoder is None else encoder, 0.0 if encoder is None else 0.5)
             found[label].append((*probes(model), -distance(model, judge, seed)))
-    early, late, pictures = (
+    early, late, samples = (
         {label: Measured(f"{label}, {what}", [row[i] for row in rows], unit) for label, rows in found.items()}
         for i, (what, unit) in enumerate([("block 2", "%"), ("last block", "%"), ("samples", "minus distance")])
     )
     return [
         Comparison("probe after the aligned block", early["aligned"], early["plain"]),
         Comparison("probe after the last block", late["aligned"], late["plain"]),
-        Comparison("samples", pictures["aligned"], pictures["plain"]),
+        Comparison("samples", samples["aligned"], samples["plain"]),
         Comparison("probe: aligned over the placebo", early["aligned"], early["shuffled"]),
     ]
 
 
 def trained(seed: int, encoder: Encoder, coefficient: float) -> nn.Module:
-    """The averaged weights after training; the arms differ in the coefficient and the encoder alone."""
+    """Train an arm and return its averaged weights; arms differ only in the coefficient and the encoder."""
     torch.manual_seed(seed)
     model = create_model("repa_pico", in_chans=1, z_dims=(encoder.dim,))
     changes = [f"budget.steps={STEPS}", f"seed={seed}", f"objective.coefficient={coefficient}", "objective.samples=0", "eval_every=1.0"]
@@ -71,7 +71,7 @@ def trained(seed: int, encoder: Encoder, coefficient: float) -> nn.Module:
 
 
 def probes(model: Any) -> tuple[float, float]:
-    """Accuracy, percent, of a ridge regression on the mean noisy token after block 2 and after the last block."""
+    """Return the accuracy, in percent, of a ridge regression on the mean noisy token after block 2 and after the last block."""
     blocks = [f"blocks.{i}" for i in (1, len(model.blocks) - 1)]
     features: list[dict[str, Tensor]] = []
     targets: list[Tensor] = []
@@ -96,7 +96,7 @@ def _ridge(x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor) -> float:
 
 
 def distance(model: Any, judge: Encoder, seed: int) -> float:
-    """Fréchet distance of samples to the held-out digits in the judge's features."""
+    """Return the Fréchet distance of samples to the held-out digits in the judge's features."""
     real = next(Loader(digits().val, model.preprocessing, batch_size=SAMPLES).epoch(0))["image"] / 2 + 0.5
     made = model.generate(torch.arange(SAMPLES) % 10, seed=seed)
     return float(frechet_distance(*moments(judge.pooled(made)), *moments(judge.pooled(real))))

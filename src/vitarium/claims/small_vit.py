@@ -16,19 +16,19 @@ from vitarium.training import ClassificationLearner, evaluate, fit, load_recipe
 
 
 def digits() -> ImageData:
-    """Real handwriting, 16x16 pixels."""
+    """Return real handwriting, 16x16 pixels."""
     return open_data("digits")
 
 
 def small_vit(seed: int, *, steps: int) -> nn.Module:
-    """Trained from scratch on digits by the pico recipe."""
+    """Train a small ViT from scratch on digits by the pico recipe."""
     torch.manual_seed(seed)
     model = create_model("timm/vit_pico", num_classes=10, image_size=16, patch_size=4, depth=4)
     return trained(model, seed, steps=steps)
 
 
 def trained(model: nn.Module, seed: int, *, steps: int, lr: float = 3e-3) -> nn.Module:
-    """A copy that was trained for so many steps more."""
+    """Return a copy that was trained for `steps` more steps."""
     recipe = load_recipe("pico", [f"budget.steps={steps}", f"seed={seed}", "eval_every=1.0", f"optimizer.lr={lr}"])
     learner = ClassificationLearner.create(copy.deepcopy(model), digits(), recipe)
     with tempfile.TemporaryDirectory() as folder:
@@ -37,5 +37,5 @@ def trained(model: nn.Module, seed: int, *, steps: int, lr: float = 3e-3) -> nn.
 
 
 def accuracy(model: nn.Module) -> float:
-    """On the held-out fifth, percent."""
+    """Return the accuracy on the held-out fifth, in percent."""
     return 100 * evaluate(model, digits().val)["accuracy"]

@@ -28,7 +28,7 @@ METHODS = ("t_tame", "random", "rollout", "gradient_input", "occlusion")
 
 
 class OneMark(Samples):
-    """64x64 images of coarse and fine grey noise with one of five marks at a random place; `box(i)` says where.
+    """64x64 images of coarse and fine grey noise with one of five marks at a random place, which `box(i)` returns.
 
     Args:
         count: how many; image i shows the mark i modulo 5.
@@ -56,7 +56,7 @@ class OneMark(Samples):
         return rng, (x, y, side)
 
     def box(self, index: int) -> Tensor:
-        """(64, 64) bool: the square around the mark."""
+        """Return the square around the mark, (64, 64) bool."""
         _, (x, y, side) = self._place(index)
         inside = torch.zeros(SIDE, SIDE, dtype=torch.bool)
         inside[y : y + side, x : x + side] = True
@@ -67,7 +67,7 @@ class OneMark(Samples):
 
 
 def mark(name: str, side: int) -> NDArray[np.bool_]:
-    """The pixels of a mark, (side, side)."""
+    """Return the pixels of a mark, (side, side) bool."""
     y, x = np.mgrid[:side, :side]
     radius = np.hypot(y - (side - 1) / 2, x - (side - 1) / 2)
     if name == "disc":
@@ -80,22 +80,22 @@ def mark(name: str, side: int) -> NDArray[np.bool_]:
 
 
 def data(seed: int) -> ImageData:
-    """Images to learn from and to ask about."""
+    """Return training images and images to explain."""
     return ImageData("one mark", OneMark(4000, 1000 + seed), OneMark(TESTED, 2000 + seed), list(MARKS), SIDE)
 
 
-def trained(seed: int, pictures: ImageData) -> TTAME:
-    """A small ViT that classifies the marks, with its attention module."""
+def trained(seed: int, images: ImageData) -> TTAME:
+    """Train a small ViT to classify the marks, and its attention module."""
     torch.manual_seed(seed)
     sizes: dict[str, Any] = dict(patch_size=8, embed_dim=48, depth=4, num_heads=4)
     model = create_model("timm/vit_pico", num_classes=len(MARKS), image_size=SIDE, **sizes)
     common = [f"seed={seed}", "eval_every=1.0", "batch_size=32"]
     recipe = load_recipe("pico", [*common, "budget.steps=500", "mixing.mixup=0"])
     with tempfile.TemporaryDirectory() as folder:
-        fit(ClassificationLearner.create(model, pictures, recipe), pictures, recipe, Path(folder, "classifier"))
+        fit(ClassificationLearner.create(model, images, recipe), images, recipe, Path(folder, "classifier"))
         tame = TTAME.over(model)
         recipe = load_recipe("t_tame_pico", [*common, "budget.steps=200"])
-        fit(TTAMELearner(tame), pictures, recipe, Path(folder, "t_tame"))
+        fit(TTAMELearner(tame), images, recipe, Path(folder, "t_tame"))
     return tame.eval()
 
 
@@ -110,10 +110,10 @@ def compare() -> list[Comparison]:
     points: dict[str, list[float]] = {method: [] for method in METHODS}
     kept: dict[str, list[float]] = {method: [] for method in METHODS}
     for seed in range(SEEDS):
-        pictures = data(seed)
-        model = trained(seed, pictures)
-        image = torch.stack([model.preprocessing(pictures.val[i][0]) for i in range(TESTED)])
-        box = torch.stack([pictures.val.box(i) for i in range(TESTED)])  # type: ignore[attr-defined]
+        images = data(seed)
+        model = trained(seed, images)
+        image = torch.stack([model.preprocessing(images.val[i][0]) for i in range(TESTED)])
+        box = torch.stack([images.val.box(i) for i in range(TESTED)])  # type: ignore[attr-defined]
         for method in METHODS:
             maps = create_explainer(method, model)(image)
             points[method].append(100 * float(pointing(maps, box).mean()))

@@ -50,7 +50,7 @@ def _with_mask(ratio: float) -> list[float]:
 
 
 def _finetuned(encoder: dict[str, torch.Tensor] | None, seed: int) -> float:
-    """Mean AUROC after fine-tuning on some labelled images, percent."""
+    """Return the mean AUROC after fine-tuning on some labelled images, in percent."""
     data = open_data(DATA, task="multilabel", image_size=64)
     drawn = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[:LABELLED]
     few = ImageData("thorax", Subset(data.train, drawn.tolist()), data.val, data.classes, 64)

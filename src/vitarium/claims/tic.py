@@ -24,7 +24,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def trained(arm: str, seed: int, data: ImageData) -> Any:
-    """A model after its training at 32x32."""
+    """Train a model at 32x32."""
     recipe = load_recipe("pico", [f"seed={seed}", f"budget.steps={STEPS}", "eval_every=1.0", "mixing.mixup=0", f"image_size={SIDE}"])
     name, options = ARMS[arm]
     torch.manual_seed(seed)
@@ -36,7 +36,7 @@ def trained(arm: str, seed: int, data: ImageData) -> Any:
 
 
 def accuracies(model: Any, data: ImageData) -> dict[int, float]:
-    """In percent, on the held-out images at each of SIDES."""
+    """Return the accuracies on the held-out images at each of SIDES, in percent."""
     found = {}
     for side in SIDES:
         model.preprocessing = replace(model.preprocessing, image_size=side)

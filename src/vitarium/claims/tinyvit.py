@@ -40,7 +40,7 @@ def compare() -> list[Comparison]:
 
 
 def noisy_quarter(data: ImageData, seed: int) -> ImageData:
-    """A quarter of the training images, a fifth of them under a wrong label."""
+    """Return a quarter of the training images, a fifth of them with a wrong label."""
     rng = np.random.default_rng(seed)
     indices = rng.permutation(len(data.train))[: len(data.train) // 4].tolist()
     targets = np.array([data.train.targets[i] for i in indices])
@@ -50,7 +50,7 @@ def noisy_quarter(data: ImageData, seed: int) -> ImageData:
 
 
 def trained(seed: int, data: ImageData, teacher: nn.Module) -> tuple[float, float]:
-    """Accuracy in percent of two students: on labels, and on stored answers."""
+    """Return the accuracies of two students, in percent: trained on labels, and on stored answers."""
     recipe = load_recipe("distillation_pico", [f"budget.steps={STEPS}", f"seed={seed}", "eval_every=1.0"])
     results = []
     for objective in ({"name": "classification"}, dict(recipe.objective)):

@@ -64,13 +64,13 @@ def compare() -> list[Comparison]:
 
 
 def _tokenizer(scales: tuple[int, ...]) -> Any:
-    """By the recipe, shortened."""
+    """Train a tokenizer by the recipe, with fewer steps."""
     from vitarium.training import find_learner, fit, load_recipe
 
-    pictures = digits()
+    images = digits()
     recipe = load_recipe("var_tokenizer_pico", [f"budget.steps={TOKENIZER_STEPS}", "eval_every=1.0", "image_size=16"])
     recipe = recipe.model_copy(update=dict(model_arguments={"scales": list(scales)}))
-    unlabelled = type(pictures)(pictures.name, pictures.train, pictures.val, [], pictures.image_size)
+    unlabelled = type(images)(images.name, images.train, images.val, [], images.image_size)
     learner = find_learner("var_tokenizer").create("var_tokenizer_pico", unlabelled, recipe)
     with tempfile.TemporaryDirectory() as folder:
         fit(learner, unlabelled, recipe, Path(folder))
@@ -78,16 +78,16 @@ def _tokenizer(scales: tuple[int, ...]) -> Any:
 
 
 def _batches(images: Any) -> list[tuple[Tensor, Tensor]]:
-    """Images (B, 3, 16, 16) in [0, 1] and classes."""
+    """Return images (B, 3, 16, 16) in [0, 1] and classes."""
     from torchvision.transforms.functional import to_tensor
 
     pairs = [images[i] for i in range(len(images))]
-    stacked, labels = torch.stack([to_tensor(picture) for picture, _ in pairs]), torch.tensor([target for _, target in pairs])
+    stacked, labels = torch.stack([to_tensor(image) for image, _ in pairs]), torch.tensor([target for _, target in pairs])
     return list(zip(stacked.split(256), labels.split(256), strict=True))
 
 
 def _coded(way: Way, images: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Views (N, L - 1, C), codes (N, L) and classes (N,) of a set of images."""
+    """Return views (N, L - 1, C), codes (N, L) and classes (N,) of a set of images."""
     parts = []
     with torch.no_grad():
         for image, labels in _batches(images):
@@ -98,7 +98,7 @@ def _coded(way: Way, images: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _trained(way: Way, seed: int) -> Any:
-    """A transformer after the same budget either way: AdamW, half a cosine, 64 images a step, a tenth of them without class."""
+    """Train a transformer with the same budget for each way: AdamW, half a cosine, 64 images a step, a tenth of them without class."""
     from vitarium.generation.var.transformer import ScaleTransformer
 
     torch.manual_seed(seed)
@@ -120,7 +120,7 @@ def _trained(way: Way, seed: int) -> Any:
 
 
 def _losses(way: Way, model: Any) -> list[float]:
-    """Held-out cross entropy of each scale, nats."""
+    """Return the held-out cross entropy of each scale, in nats."""
     views, codes, labels = _coded(way, digits().val)
     with torch.no_grad():
         losses = F.cross_entropy(model(views, labels).transpose(1, 2), codes, reduction="none")
@@ -129,7 +129,7 @@ def _losses(way: Way, model: Any) -> list[float]:
 
 @torch.no_grad()
 def _sampled(way: Way, model: Any, classes: Sequence[int], seed: int) -> Tensor:
-    """Images (B, 3, 16, 16) in [0, 1] of the given classes."""
+    """Sample images (B, 3, 16, 16) in [0, 1] of the given classes."""
     from vitarium.generation.var.model import draw
     from vitarium.generation.var.transformer import Steps
 
@@ -150,7 +150,7 @@ def _sampled(way: Way, model: Any, classes: Sequence[int], seed: int) -> Tensor:
 
 
 def _features() -> Callable[[Tensor], Tensor]:
-    """Images in [0, 1] -> what a classifier of digits makes of them before its last layer."""
+    """Return features of images in [0, 1]: a digit classifier's, before its last layer."""
     from vitarium.catalog import preprocessing_of
 
     judge: Any = small_vit(0, steps=400)
@@ -170,7 +170,7 @@ def _distance(real: Tensor, made: Tensor) -> float:
 
 
 def _speedups(ways: dict[str, tuple[Way, Any]], batch: int) -> list[float]:
-    """Time in raster order over time scale by scale, round by round."""
+    """Return the time in raster order over the time scale by scale, one value a round."""
     from vitarium.efficiency.bench import paired
 
     calls: dict[str, Callable[[], Any]] = {

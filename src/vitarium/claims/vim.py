@@ -38,7 +38,7 @@ def compare() -> list[Comparison]:
 
 
 class _MatrixAttention(nn.Module):
-    """Multi-head attention with its matrix in memory: (B, N, DIM) -> the same."""
+    """Multi-head attention with its matrix in memory, (B, N, DIM) -> (B, N, DIM)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def _mixers() -> tuple[nn.Module, nn.Module]:
 
 
 def _time_growth() -> list[tuple[float, float]]:
-    """Time at 4,096 tokens over time at 1,024, of the scan and of attention, round by round."""
+    """Return the time at 4,096 tokens over the time at 1,024, of the scan and of attention, one value a round."""
     from vitarium.efficiency.bench import paired
 
     def call(mixer: nn.Module, tokens: int) -> Callable[[], None]:
@@ -78,7 +78,7 @@ def _time_growth() -> list[tuple[float, float]]:
 
 
 def _memory_growth() -> tuple[float, float]:
-    """The same of the bytes alive at the worst moment, without the weights."""
+    """Return the same ratios of peak activation bytes."""
     from vitarium.efficiency.profiler import peak_memory, weight_bytes
 
     scan, attention = ([peak_memory(mixer, torch.randn(1, n, DIM)) - weight_bytes(mixer) for n in TOKENS] for mixer in _mixers())

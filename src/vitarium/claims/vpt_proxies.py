@@ -63,7 +63,7 @@ class Numbers(Samples):
 
 @functools.cache
 def handwriting() -> tuple[NDArray[Any], NDArray[Any]]:
-    """Images (1797, 8, 8) from 0 to 16, and what they show."""
+    """Return images (1797, 8, 8) from 0 to 16, and their digits."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -71,7 +71,7 @@ def handwriting() -> tuple[NDArray[Any], NDArray[Any]]:
 
 
 def pretrained(seed: int, folder: Path) -> Path:
-    """A file of a small ViT that has learned to classify 50 numbers."""
+    """Train a small ViT to classify 50 numbers, and write it to a file."""
     torch.manual_seed(seed)
     model = vitarium.create_model("timm/vit_pico", num_classes=len(KNOWN), image_size=SIDE)
     train, val = (Numbers(KNOWN, count, start + seed) for count, start in ((40, 100), (3, 200)))
@@ -83,17 +83,17 @@ def pretrained(seed: int, folder: Path) -> Path:
     return folder / "base.safetensors"
 
 
-def recall(model: nn.Module, pictures: Numbers) -> float:
-    """recall@1 in percent."""
+def recall(model: nn.Module, images: Numbers) -> float:
+    """Return recall@1 in percent."""
     prepare: Any = model.preprocessing
-    image = torch.stack([prepare(pictures[i][0]) for i in range(len(pictures))])
+    image = torch.stack([prepare(images[i][0]) for i in range(len(images))])
     with torch.inference_mode():
         vectors = torch.cat([embeddings_of(model.eval(), some) for some in image.split(256)])
-    return 100 * retrieval_scores(vectors, torch.tensor(pictures.targets))["recall_at_1"]
+    return 100 * retrieval_scores(vectors, torch.tensor(images.targets))["recall_at_1"]
 
 
 def tuned(base: Path, arm: str, data: ImageData, seed: int, folder: Path, lr: float) -> VPTProxiesLearner:
-    """The base after its tuning on numbers."""
+    """Tune the base on numbers."""
     changes = [f"objective.{key}={value}" for key, value in ARMS[arm].items()]
     changes += [f"seed={seed}", f"optimizer.lr={lr}", f"budget.steps={TUNING}", "eval_every=1.0", "batch_size=12"]
     recipe = load_recipe("vpt_proxies_pico", changes)
