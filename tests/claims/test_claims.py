@@ -1,4 +1,4 @@
-"""How claims are judged, kept and resumed; the claims themselves are run by `vitarium claim`, not by tests."""
+"""Claims are judged, kept and resumed; the claims themselves are run by `vitarium claim`, not by tests."""
 
 from __future__ import annotations
 

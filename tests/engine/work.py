@@ -13,7 +13,7 @@ from vitarium.errors import UsageError
 
 
 def count(folder: Path) -> int:
-    """How often a run of this folder has begun, with this time."""
+    """Count the attempts in a folder; return the number of this one."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "attempts"
     attempts = 1 + int(file.read_text() if file.exists() else 0)
@@ -22,7 +22,7 @@ def count(folder: Path) -> int:
 
 
 def run(folder: Path, report: Callable[[Any], None], *, value: int, fails: int = 0, how: str = "raise") -> dict[str, Any]:
-    """A run that fails so many times first."""
+    """Fail so many times, then return a result."""
     attempt = count(folder)
     report(f"attempt {attempt}")
     if attempt <= fails:
@@ -33,7 +33,7 @@ def run(folder: Path, report: Callable[[Any], None], *, value: int, fails: int =
 
 
 def part(items: Sequence[int], folder: Path | None = None, fails: int = 0) -> list[int]:
-    """Squares; the part that begins with 4 fails so many times first."""
+    """Return squares; the part that begins with 4 fails so many times first."""
     if folder is not None:
         (folder / f"began-{items[0]}").mkdir(exist_ok=True)
         if items[0] == 4 and count(folder / "part") <= fails:
@@ -42,7 +42,7 @@ def part(items: Sequence[int], folder: Path | None = None, fails: int = 0) -> li
 
 
 def node() -> str:
-    """The node that this process is on."""
+    """Return the id of this process's node."""
     import ray
 
     return ray.get_runtime_context().get_node_id()

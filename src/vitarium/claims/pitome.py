@@ -65,7 +65,7 @@ def _with(model: nn.Module, method: Reducer) -> nn.Module:
 
 
 def _spectra(clusters: tuple[int, ...], *, protect: bool) -> Measured:
-    """Return minus the distance between sorted eigenvalues of the normalised Laplacian, before and after merging 64 tokens to 34; 20 seeds."""
+    """Return minus the distance of the normalised Laplacian's sorted eigenvalues before and after merging 64 to 34 tokens, 20 seeds."""
     distances = []
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)

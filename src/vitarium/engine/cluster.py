@@ -175,7 +175,7 @@ class RayTasks:
             yield Message(kind, position, value, text)
 
     def _reports(self) -> list[tuple[int, int, Any]]:
-        """What runs reported since the last call; nothing where the mailbox does not answer, since the results do not depend on it."""
+        """Return the reports since the last call; nothing where the mailbox does not answer, since the results do not depend on it."""
         try:
             return self.ray.get(self.mailbox.take.remote())
         except self.ray.exceptions.RayError:

@@ -28,7 +28,7 @@ log = logging.getLogger("vitarium")
 
 IDENTITY = "parts.json"
 ATTEMPTS = 2
-"""How often a part is tried that fails, or whose process or machine is lost."""
+"""Attempts at a part that fails, or whose process or machine is lost."""
 PART_BATCHES = 8
 """Batches in a part, where the caller does not say otherwise: large enough to hide the cost of a part, small enough to lose little."""
 
@@ -178,7 +178,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _compute(function: Part, items: Any, shared: Sequence[Any], number: int, folder: Path | None) -> bytes | None:
-    """One part's value: as bytes, or None where it was written to the folder."""
+    """Compute a part; return its value as bytes, or None where it was written to the folder."""
     payload = pack(function(items, *shared))
     if folder is None:
         return payload
@@ -239,7 +239,7 @@ def _unpickle(value: bytes) -> Any:
 def _on_ray(
     function: Part, work: Iterable[tuple[int, Any]], shared: Sequence[Any], engine: Engine, folder: Path | None
 ) -> Iterator[tuple[int, bytes | None]]:
-    """All parts through a pool of actors; parts that fail, or are lost with the whole pipeline, are tried once more."""
+    """Yield all parts from a pool of actors; parts that fail, or are lost with the whole pipeline, are tried once more."""
     from vitarium.engine.cluster import RayConnection
 
     connection = RayConnection(engine)
@@ -281,7 +281,7 @@ def _raise_lasting(failures: dict[int, tuple[Exception, str]], *, last: bool) ->
 def _pipeline(
     connection: Any, function: Part, work: dict[int, Any], shared: Any, engine: Engine, folder: Path | None
 ) -> Iterator[tuple[int, bytes, bytes]]:
-    """Number, payload and pickled error of each part, as Ray Data delivers them."""
+    """Yield number, payload and pickled error of each part, as Ray Data delivers them."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -301,7 +301,7 @@ def _pipeline(
 
 
 def _room(connection: Any) -> int:
-    """How many actors the cluster's CPUs and GPUs take."""
+    """Return the number of actors that fit on the cluster's CPUs and GPUs."""
     resources = connection.ray.cluster_resources()
     counts = [resources.get("CPU", 1) / connection.cpus] + ([resources.get("GPU", 0) / connection.gpus] if connection.gpus else [])
     return max(1, int(min(counts)))

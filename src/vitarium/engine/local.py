@@ -17,7 +17,7 @@ from vitarium.errors import TrainingStopped
 
 POLL_SECONDS = 0.2
 STOPPING_SECONDS = 30.0
-"""How long processes that are asked to stop may take to save."""
+"""Time for processes that are asked to stop to save their state."""
 
 
 class InProcess:

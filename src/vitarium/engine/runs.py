@@ -18,7 +18,7 @@ from vitarium.errors import TrainingStopped, UsageError, VitariumError
 
 RESULT = "result.json"
 RETRIES = 1
-"""How often a run that failed, or whose process or machine was lost, is started again."""
+"""Further attempts at a run that failed, or whose process or machine was lost."""
 
 Kind = Literal["kept", "started", "progress", "retried", "finished", "failed"]
 Report = Callable[[Any], None]
@@ -69,7 +69,7 @@ class RunEvent:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: with a result (None of a helper process) or with an error."""
+    """End of a run: a result (None of a helper process) or an error."""
 
     job: Job
     value: dict[str, Any] | None = None
@@ -79,7 +79,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Message:
-    """What a backend has to say about the run at `position`: "progress", "done" or "failed"."""
+    """Message of a backend about the run at `position`; `kind` is "progress", "done" or "failed"."""
 
     kind: str
     position: int
@@ -91,7 +91,7 @@ class Backend(Protocol):
     """Starts runs somewhere."""
 
     def has_room(self, running: int) -> bool:
-        """Whether another run may start."""
+        """Return whether another run may start."""
 
     def start(self, position: int, job: Job) -> None:
         """Start a run."""
@@ -163,7 +163,7 @@ class _Batch:
         self.send = progress
 
     def run(self) -> dict[int, Outcome]:
-        """All outcomes by position."""
+        """Return all outcomes by position."""
         backend = _backend(self.engine, lambda message: self.handle(message))
         try:
             while self.waiting or self.running:
@@ -213,7 +213,7 @@ class _Batch:
 
 
 def worth_a_retry(error: Exception) -> bool:
-    """Whether a second try may end differently: not where the input, the data or the installation is wrong."""
+    """Return whether a second try may end differently: not where the input, the data or the installation is wrong."""
     return not isinstance(error, VitariumError) or isinstance(error, TrainingStopped)
 
 

@@ -1,4 +1,4 @@
-"""Where work runs, as one value."""
+"""Settings of an engine as one value."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ KINDS = ("local", "ray")
 
 @dataclass(frozen=True)
 class Engine:
-    """Where runs and parts are worked on, and what each of them gets.
+    """Place where runs and parts are computed, and the resources of each.
 
     Args:
         kind: "local", processes of this machine; or "ray", tasks and actors of a Ray cluster.
@@ -46,7 +46,7 @@ class Engine:
 
     @property
     def in_process(self) -> bool:
-        """Whether the work runs in the calling process, one item after the other."""
+        """True if the work runs in the calling process, one item after the other."""
         return self.kind == "local" and self.jobs in (None, 1)
 
 

@@ -1,4 +1,4 @@
-"""What happens in the process that does the work, whichever engine started it."""
+"""Functions for the process that does the work, whichever engine started it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 LEAVING_SECONDS = 60.0
-"""How long a run waits for an earlier attempt on a lost machine to leave its folder."""
+"""Time that a run waits for an earlier attempt on a lost machine to release its folder."""
 
 
 def execute(job: Job, report: Report) -> dict[str, Any] | None:
@@ -37,7 +37,7 @@ def execute(job: Job, report: Report) -> dict[str, Any] | None:
 
 
 def prepare(threads: int | None, folder: str | None = None) -> None:
-    """Make a fresh worker process like the calling one: its folder, its threads, and no trace of a launcher.
+    """Set up a new worker process like the calling one: its folder, its threads, and no variables of a launcher.
 
     Args:
         threads: of PyTorch; None leaves them.

@@ -1,1 +1,1 @@
-"""What a comparison of models found: numbers, a recommendation, one page."""
+"""Results of a comparison of models: numbers, a recommendation, one page."""

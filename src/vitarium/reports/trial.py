@@ -25,7 +25,7 @@ from vitarium.training.building import build_model
 from vitarium.training.checkpoint import fingerprint
 
 MISTAKES = 12
-"""How many of the most confident mistakes are kept."""
+"""Number of the most confident mistakes that are kept."""
 MEASURING_BATCH = 32
 """Images at once for throughput and peak memory, the same for every model."""
 MEASURING_SECONDS = 1.5
@@ -79,7 +79,7 @@ _OPENED: dict[DataSource, ImageData] = {}
 
 @dataclass(frozen=True)
 class Devices:
-    """Where training runs, as Lightning Fabric takes it."""
+    """Devices of one training, as Lightning Fabric takes them."""
 
     devices: int = 1
     num_nodes: int = 1
