@@ -1,4 +1,4 @@
-"""Finding the vision tower inside a model, and the family that reads it."""
+"""Search for the vision tower inside a model, and for the family that reads it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ SUPPORTED = "timm's VisionTransformer and Eva, transformers' ViT, DeiT, BEiT, DI
 
 
 def of(model: nn.Module) -> Anatomy:
-    """The anatomy of a model.
+    """Return the anatomy of a model.
 
-    A model may define `anatomy(self) -> Anatomy` itself; the others are found by their class, at any depth (a classifier, a learner, or a
-    pair of towers may be around them).
+    A model may define `anatomy(self) -> Anatomy` itself; other towers are found by their class, at any depth (inside a
+    classifier, a learner, or a pair of towers).
 
     Raises:
-        UnsupportedModel: there is no such tower in it, more than one, or one with a part that is not known. The message says which.
+        UnsupportedModel: the model has no such tower, several, or one with an unknown part. The message says which.
     """
     if callable(own := getattr(model, "anatomy", None)):
         return own()
@@ -34,13 +34,13 @@ def of(model: nn.Module) -> Anatomy:
 
 
 def _name(model: nn.Module) -> str:
-    """The class of a model, or of another library's module that it wraps."""
+    """Return the class name of a model, or of the other library's module that it wraps."""
     inner = getattr(model, "model", None)
     return type(inner if isinstance(inner, nn.Module) and hasattr(inner, "config") else model).__name__
 
 
 def _lack(model: nn.Module) -> str:
-    """What such a model would need and does not have, for a message; "" where that is not known."""
+    """Describe what the model lacks, for a message; "" if unknown."""
     reasons = []
     info = getattr(model, "feature_info", None)
     rows = getattr(info, "info", info) or []

@@ -32,15 +32,15 @@ BLOCKS = {
 
 
 def is_tower(module: nn.Module) -> bool:
-    """Whether a module is one of these towers."""
+    """Return whether a module is one of these towers."""
     return type(module).__name__ == "VisionTransformer" and type(module).__module__.startswith("open_clip.")
 
 
 def read(model: nn.Module, path: str, tower: Any) -> Anatomy:
-    """The anatomy of such a tower, which lies in the model under `path`.
+    """Return the anatomy of a tower at `path` in the model.
 
     Raises:
-        UnsupportedModel: blocks of another kind, or sequences that lie as (N, B, C).
+        UnsupportedModel: blocks of another kind, or sequences laid out as (N, B, C).
     """
     start = f"{path}." if path else ""
     blocks = tuple(read_block(f"{start}transformer.resblocks.{i}", b, BLOCKS) for i, b in enumerate(tower.transformer.resblocks))

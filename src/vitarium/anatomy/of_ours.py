@@ -1,4 +1,4 @@
-"""The house's own plain vision transformer (nn/vit.py), which several systems train, probe and prune."""
+"""The plain vision transformer of nn/vit.py, which several systems train, probe and prune."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ BLOCKS = {
 
 
 def is_tower(module: nn.Module) -> bool:
-    """Whether a module is one of these."""
+    """Return whether a module is one of these."""
     return isinstance(module, VisionTransformer)
 
 
 def read(model: nn.Module, path: str, tower: Any) -> Anatomy:
-    """The anatomy of such a tower, which lies in the model under `path`.
+    """Return the anatomy of a tower at `path` in the model.
 
     Raises:
         UnsupportedModel: a block of another kind.

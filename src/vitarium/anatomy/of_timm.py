@@ -62,12 +62,12 @@ TOWERS = ("VisionTransformer", "Eva")
 
 
 def is_tower(module: nn.Module) -> bool:
-    """Whether a module is one of timm's plain vision transformers, or of a class derived from one."""
+    """Return whether a module is one of timm's plain vision transformers, or of a class derived from one."""
     return any(cls.__name__ in TOWERS and cls.__module__.startswith("timm.models.") for cls in type(module).__mro__)
 
 
 def read(model: nn.Module, path: str, tower: Any) -> Anatomy:
-    """The anatomy of such a tower, which lies in the model under `path`.
+    """Return the anatomy of a tower at `path` in the model.
 
     Raises:
         UnsupportedModel: a block of another kind, or without what the methods need.

@@ -90,12 +90,12 @@ CLASS_HEADS = ("ViTForImageClassification", "DeiTForImageClassification", "DeiTF
 
 
 def is_tower(module: nn.Module) -> bool:
-    """Whether a module is one of these towers."""
+    """Return whether a module is one of these towers."""
     return type(module).__name__ in TOWERS and type(module).__module__.startswith("transformers.")
 
 
 def read(model: nn.Module, path: str, tower: Any) -> Anatomy:
-    """The anatomy of such a tower, which lies in the model under `path`.
+    """Return the anatomy of a tower at `path` in the model.
 
     Raises:
         UnsupportedModel: a block of another kind, as in releases of transformers before 5.

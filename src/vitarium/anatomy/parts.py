@@ -1,7 +1,7 @@
-"""The parts of a plain vision transformer, under one set of names, whoever wrote it.
+"""The parts of a plain vision transformer of any library, under one set of names.
 
-A layout says under which attribute names a family keeps its parts; the views below read them from the live modules at every use, so what a
-later method puts in their place (a quantized linear layer) is what runs.
+A layout lists the attribute names of a family's parts; the views below read them from the live modules at every use, so that a replacement
+by a later method (a quantized linear layer) takes effect.
 
 B batch, N tokens, C channels, H heads, D channels of a head.
 """
@@ -32,7 +32,7 @@ class AttentionLayout:
         heads, head_dim, scale: numbers (scale "": head_dim ** -0.5); dropout: rate on the attention weights, a number or a module with `p`.
         kv_groups: number of query heads that share one key head.
         rotate_half: whether rotary halves are contiguous.
-        other: names that are known and play no part in the computation here.
+        other: known names that the computation here does not use.
     """
 
     qkv: tuple[str, ...]
@@ -52,7 +52,7 @@ class AttentionLayout:
     other: tuple[str, ...] = ()
 
     def names(self) -> set[str]:
-        """Every child module, parameter and buffer that the family may have."""
+        """Return the names of every child module, parameter and buffer that the family may have."""
         single = (self.proj, self.dropout, self.q_norm, self.k_norm, self.norm, self.gate, self.proj_drop)
         return {*self.qkv, *self.biases, *single, *self.other} - {""}
 
@@ -77,7 +77,7 @@ class BlockLayout:
     arguments: tuple[str, ...] = ()
 
     def names(self) -> set[str]:
-        """Every child module, parameter and buffer that the family may have."""
+        """Return the names of every child module, parameter and buffer that the family may have."""
         return {self.norm1, self.attention, self.norm2, self.mlp, *self.branch1, *self.branch2}
 
 
@@ -114,11 +114,11 @@ class AttentionView:
         return getattr(self.module, self.layout.proj)
 
     def part(self, name: str) -> Any:
-        """A part by the layout's attribute, None where it is absent."""
+        """Return a part by the layout's attribute name, None if absent."""
         return getattr(self.module, name, None) if name else None
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normed tokens (B, N, C) -> queries, keys, values (B, H, N, D): as the attention uses them, but neither rotated nor scaled."""
+        """Project normed tokens (B, N, C) to queries, keys and values (B, H, N, D), as used by the attention but not rotated or scaled."""
         batch, count, _ = x.shape
         layers = [self.part(name) for name in self.layout.qkv]
         if layers[0] is not None:
@@ -142,7 +142,7 @@ class AttentionView:
         return F.linear(x, layer.weight, bias) if type(layer) is nn.Linear else layer(x) + bias
 
     def rotate(self, x: Tensor, rope: Tensor, prefix: int) -> Tensor:
-        """Queries or keys (B, H, N, D) with the image tokens turned by their angles: rope (N - prefix, 2 D) or (B, 1, N - prefix, 2 D)."""
+        """Rotate the image tokens of queries or keys (B, H, N, D): rope (N - prefix, 2 D) or (B, 1, N - prefix, 2 D)."""
         from timm.layers import apply_rot_embed_cat
 
         half = bool(self.layout.rotate_half and getattr(self.module, self.layout.rotate_half, False))
@@ -150,12 +150,12 @@ class AttentionView:
         return torch.cat((x[:, :, :prefix], turned), dim=2).to(x.dtype)
 
     def repeat_kv(self, x: Tensor) -> Tensor:
-        """Keys or values (B, H / groups, N, D) -> (B, H, N, D) where heads share them."""
+        """Repeat keys or values (B, H / groups, N, D) to (B, H, N, D) where heads share them."""
         groups = getattr(self.module, self.layout.kv_groups, 1) if self.layout.kv_groups else 1
         return x if groups == 1 else x.repeat_interleave(groups, dim=1)
 
     def project(self, heads: Tensor, x: Tensor) -> Tensor:
-        """The heads' output (B, H, N, D) -> (B, N, C), through norm, gate, output layer and dropout; x is what `qkv` was given."""
+        """Project the heads' output (B, H, N, D) to (B, N, C), through norm, gate, output layer and dropout; x is the input of `qkv`."""
         y = heads.transpose(1, 2).flatten(2)
         if (norm := self.part(self.layout.norm)) is not None:
             y = norm(y)
@@ -169,14 +169,14 @@ class AttentionView:
 
 
 class BlockView:
-    """A block's parts. `name` is its place in the model, such as "blocks.3"."""
+    """A block's parts. `name` is its path in the model, such as "blocks.3"."""
 
     def __init__(self, name: str, module: nn.Module, layout: BlockLayout):
         self.name, self.module, self.layout = name, module, layout
 
     @property
     def norm1(self) -> nn.Module:
-        """Before the attention."""
+        """Norm before the attention."""
         return getattr(self.module, self.layout.norm1)
 
     @property
@@ -187,7 +187,7 @@ class BlockView:
 
     @property
     def norm2(self) -> nn.Module:
-        """Before the MLP."""
+        """Norm before the MLP."""
         return getattr(self.module, self.layout.norm2)
 
     @property
@@ -196,7 +196,7 @@ class BlockView:
         return getattr(self.module, self.layout.mlp)
 
     def branch(self, names: tuple[str, ...], y: Tensor) -> Tensor:
-        """A branch's output through its layer scale and drop path."""
+        """Apply a branch's layer scale and drop path to its output."""
         for name in names:
             part = getattr(self.module, name, None)
             if isinstance(part, nn.Module):
@@ -206,7 +206,7 @@ class BlockView:
         return y
 
     def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """What the block was called with besides the tokens, by the family's names; None and False are left out."""
+        """Return the arguments of a block's call besides the tokens, by the family's names; None and False are left out."""
         given = {**dict(zip(self.layout.arguments, args, strict=False)), **kwargs}
         return {name: value for name, value in given.items() if value is not None and value is not False}
 
@@ -217,15 +217,15 @@ class Anatomy:
 
     Args:
         family: "timm ViT", "transformers DINOv2", ...
-        tower: the module that holds the blocks (the model itself, or the vision part inside it).
-        embedding: what makes tokens of an image; for the families here its parts belong to the tower.
+        tower: the module that holds the blocks (the model itself, or its vision part).
+        embedding: the patch embedding; in the families here its parts belong to the tower.
         blocks: in order.
         prefix: number of tokens before the image tokens: class, distillation, registers.
         class_token: whether token 0 is a class token.
         patch_size: pixels, (height, width).
         norm: after the blocks (identity where the family norms after pooling).
         head: the classifier, None for a bare tower.
-        reads_patches: whether what comes after the blocks looks at image tokens, so that it expects all of them.
+        reads_patches: whether the layers after the blocks read image tokens, and so expect all of them.
         rotary: whether blocks turn queries and keys by positions.
     """
 
@@ -248,7 +248,7 @@ class Anatomy:
         return len(self.blocks)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of image tokens for an image of this size in pixels.
+        """Return rows and columns of image tokens for an image of this size in pixels.
 
         Raises:
             InputError: the image is smaller than a patch.
@@ -260,10 +260,10 @@ class Anatomy:
 
 
 def read_block(name: str, module: nn.Module, layouts: Mapping[str, BlockLayout]) -> BlockView:
-    """The view of a block, if every one of its parts is known.
+    """Return the view of a block, provided that every part of it is known.
 
     Raises:
-        UnsupportedModel: the block or its attention is of a kind without a layout, or has a part that the layout does not know.
+        UnsupportedModel: the class of the block or its attention has no layout, or a part is not in the layout.
     """
     own_layout = getattr(module, "layout", None)  # of a block that is wrapped already (sites.py)
     layout = own_layout if isinstance(own_layout, BlockLayout) else layouts.get(type(module).__name__)

@@ -1,7 +1,7 @@
-"""A block with declared sites: the places at which methods may work inside it.
+"""Transformer blocks with sites: declared places at which methods may act.
 
-A wrapped block is built from the block's own parts (it holds the original's very dictionaries of modules and parameters, so names, weights
-and later exchanges are the same in both), computes what the original computes, and calls its sites in between:
+A wrapped block shares the original's dictionaries of modules and parameters (so names, weights and later replacements are the same in
+both), computes the same function, and calls its sites in between:
 
     x = tokens                              site.before(tokens)
     x = x + branch1(attention(norm1(x)))    site.between(tokens, attended)
@@ -33,17 +33,17 @@ from vitarium.nn.modes import evaluating
 from vitarium.ops.merging import rows
 
 PROOF = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest difference to the original on the probe, in standard deviations of its output: kernels may round differently."""
+"""Largest accepted difference from the original on the probe input, in standard deviations of its output; kernels may round differently."""
 
 
 @dataclass
 class Attended:
-    """What the attention of a block looked at.
+    """Inputs of a block's attention.
 
     Args:
         q, k, v: (B, H, N, D) as they were used, rotated where the model rotates; not scaled.
         scale: factor on the logits.
-        bias: (B, 1, 1, N) added to the logits, None for nothing.
+        bias: (B, 1, 1, N) added to the logits, or None.
     """
 
     q: Tensor
@@ -65,10 +65,10 @@ class Attended:
 
 
 class Site:
-    """What a method does in one block. Override what is needed; each may change the tokens through the carrier."""
+    """Action of a method in one block. Override the hooks that are needed; each may change the tokens through the carrier."""
 
     proportional = False
-    """Whether the attention counts merged tokens by the number of originals that they stand for."""
+    """Whether attention weighs a merged token by the number of original tokens that it represents."""
 
     def before(self, tokens: Tokens) -> None:
         """Before the block."""
@@ -85,19 +85,19 @@ class Site:
 
 
 class SitedBlock(nn.Module):
-    """A block of somebody's vision transformer, with sites: tokens (B, N, C) -> (B, N', C).
+    """A vision transformer's block with sites: tokens (B, N, C) -> (B, N', C).
 
     Args:
         view: the original block.
         index: its number.
         prefix: tokens before the image tokens.
-        sites: what is called, in order.
+        sites: called in order.
     """
 
     def __init__(self, view: BlockView, index: int, prefix: int, sites: Sequence[Site] = ()):
         super().__init__()
         original = view.module
-        # the same dictionaries, not copies: whatever is exchanged, moved or loaded later is so in both, and `undo` gives back the truth
+        # the same dictionaries, not copies: later replacements, moves and loads apply to both, so `undo` restores the current state
         self.__dict__.update(_modules=original._modules, _parameters=original._parameters, _buffers=original._buffers)
         self.training = original.training
         self.name, self.layout, self.index, self.prefix = view.name, view.layout, index, prefix
@@ -253,14 +253,14 @@ def install(model: nn.Module, make: Callable[[Anatomy], Sequence[Site]]) -> tupl
 
     Args:
         model: anything that `anatomy.of` knows.
-        make: gives one site a block; it may raise AttachError.
+        make: returns one site per block; it may raise AttachError.
 
     Returns:
         name of a block -> the block that was there (for `AttachReport.replaced`), and the sites.
 
     Raises:
         UnsupportedModel: anatomy does not know the model.
-        AttachError: what the wrapped model computes differs from the original; the model is as it was.
+        AttachError: the wrapped model computes something else than the original; the model is unchanged.
     """
     view = of(model)
     sites = list(make(view))
@@ -284,7 +284,7 @@ def install(model: nn.Module, make: Callable[[Anatomy], Sequence[Site]]) -> tupl
 
 
 def _outputs(model: nn.Module, view: Anatomy) -> list[tuple[str, Tensor]] | None:
-    """What every block, and then the model, give out on the probe; None on the meta device, where nothing can be computed."""
+    """Return the outputs of every block and of the model on the probe input; None on the meta device, where nothing is computed."""
     try:
         inputs = example_inputs(model, 2)
     except UsageError as error:

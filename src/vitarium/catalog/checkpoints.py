@@ -1,4 +1,4 @@
-"""Weights into a model: the names of several codes recognised, what differs reported, nothing changed unless all of it fits.
+"""Loading of weights under the names of several codebases, with a report; the model is unchanged unless everything fits.
 
 report = load_checkpoint(model, "swin_tiny_patch4_window7_224.pth")
 print(report)
@@ -26,14 +26,14 @@ __all__ = ["LoadReport", "load_checkpoint", "read_state"]
 log = logging.getLogger("vitarium")
 
 OURS = "ours"
-"""The dialect of files that already speak our names."""
+"""The dialect of files that use our names."""
 TOLD = 5
-"""Names told of each kind in a report."""
+"""Names listed per kind in a report."""
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of each tensor when a file was loaded. Lists hold names of the model; `unexpected` holds names after renaming."""
+    """Outcome of loading a file, per tensor. Lists hold names of the model; `unexpected` holds names after renaming."""
 
     source: str
     dialect: str = OURS
@@ -42,17 +42,17 @@ class LoadReport:
     """Containers and prefixes around the weights in the file."""
     matched: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
-    """Fitted to another size, each as "name (169, 3) -> (529, 3)"; they count as loaded."""
+    """Tensors resized to the model, each as "name (169, 3) -> (529, 3)"; they count as loaded."""
     head: str = ""
-    """Why the head was left as it was, "" where it was loaded (or there is none on either side)."""
+    """Reason why the head was not loaded, "" if it was (or if neither side has one)."""
     mismatched: list[str] = field(default_factory=list)
-    """Of another shape or kind, each as "name (96, 3) -> (128, 3)"; not loaded."""
+    """Tensors of another shape or kind, each as "name (96, 3) -> (128, 3)"; not loaded."""
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
-        """Whether every tensor of the model (but a head of other classes) was filled and none of the file was left over."""
+        """Whether every tensor of the model (except a head of other classes) was filled and no tensor of the file is left."""
         return not (self.mismatched or self.missing or self.unexpected)
 
     @property
@@ -131,7 +131,7 @@ def load_checkpoint(
 
 
 def _read_together(source: str) -> Weights:
-    """The weights of a source, or of several joined by " + " as if they lay in one file."""
+    """Read the weights of a source, or of several joined by " + " as one."""
     if Path(source).exists() or TOGETHER not in source:
         return read_weights(fetch(source))
     parts = [read_weights(fetch(part.strip())) for part in source.split(TOGETHER)]
@@ -155,16 +155,16 @@ def _refusal(model: nn.Module, report: LoadReport, weights: Weights) -> str:
 
 
 def _readings(dialects: Mapping[str, Renamer], weights: Weights) -> Iterator[tuple[str, State]]:
-    """(dialect, state in our names) for every way to read the file; ours first."""
+    """Yield (dialect, state in our names) for every way to read the file; ours first."""
     for dialect, renamer in {OURS: dict, **dialects}.items():
         for form in weights.forms:
-            # a table for other names may stumble over these: then they are not its dialect
+            # a renamer that fails on these names is for another dialect
             with contextlib.suppress(ValueError, LookupError, RuntimeError, TypeError, AttributeError):
                 yield dialect, renamer(dict(form))
 
 
 def dialects_of(model: nn.Module) -> Mapping[str, Renamer]:
-    """The renamers that know this model's relatives: of its family, or of the library that it comes from."""
+    """Return the renamers for a model: those of its family, or of the library that it comes from."""
     name = getattr(getattr(model, "spec", None), "name", "")
     if name.startswith(("timm/", "hf/")):
         from vitarium.catalog.foreign import dialects_of_foreign
@@ -181,17 +181,17 @@ def dialects_of(model: nn.Module) -> Mapping[str, Renamer]:
 
 @dataclass
 class _Fit:
-    """One way to read the file, tried on the model without touching it."""
+    """One reading of the file, compared with the model without changing it."""
 
     state: State
     report: LoadReport
     ready: State
     """Model's name -> tensor of the model's shape."""
     classes: int | None
-    """Classes of the file's head; 0 where it has none, None where that is not known."""
+    """Number of classes of the file's head; 0 if it has none, None if unknown."""
 
     def quality(self) -> tuple[int, int, int]:
-        """Larger is better: exact tensors first, then names, then fewest left over."""
+        """Sort key, larger is better: exact tensors, then known names, then fewest left over."""
         r = self.report
         return len(r.matched), r.known, -len(r.unexpected)
 
@@ -229,22 +229,22 @@ def _fit(model: nn.Module, state: State, blank: LoadReport) -> _Fit:
 
 
 def _resized(model: nn.Module, name: str, tensor: Tensor, shape: torch.Size, *, is_first: bool) -> Tensor | None:
-    """A tensor of another size fitted to the model, or None where there is no sound way."""
+    """Return a tensor resized to the model's shape, or None if there is no sound way."""
     if tensor.is_meta:  # only the shapes are asked for; interpolation is a thousand times slower on the meta device than on numbers
         tensor = torch.zeros((), dtype=tensor.dtype, device="cpu").expand(tensor.shape)
     if is_first and tensor.ndim == len(shape) and tensor.shape[:1] + tensor.shape[2:] == shape[:1] + shape[2:]:
         return adapt_channels(tensor, shape[1])
     fitted = None
-    with contextlib.suppress(ValueError):  # "no such size", where a hook has a reason to say so
+    with contextlib.suppress(ValueError):  # a hook may refuse a size
         fitted = model.resize_tensor(name, tensor, shape) if hasattr(model, "resize_tensor") else None  # type: ignore[operator]
     return fitted if fitted is not None and fitted.shape == shape else None
 
 
 def adapt_channels(weight: Tensor, channels: int) -> Tensor:
-    """A first convolution's weight (out, I, ...) for images of other channels, (out, channels, ...).
+    """Adapt a first convolution's weight (out, I, ...) to images of other channels, (out, channels, ...).
 
-    One channel: the sum over the channels, so that a grey image gives what its RGB copy gave. More: repeated and scaled by I / channels,
-    so that outputs keep their size. The rule is timm's.
+    One channel: the sum over the channels, so that a grey image gives the output of its RGB copy. More: repeated and scaled by
+    I / channels, which keeps the scale of the outputs. The rule is timm's.
     """
     if channels == 1:
         return weight.sum(1, keepdim=True)
@@ -254,7 +254,7 @@ def adapt_channels(weight: Tensor, channels: int) -> Tensor:
 
 
 def _first_convolution(model: nn.Module) -> str:
-    """Name of the weight that sees the image's channels, "" where the model does not begin with a convolution."""
+    """Return the name of the weight that reads the image's channels, "" if the model does not begin with a convolution."""
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     first = next(((name, part) for name, part in model.named_modules() if isinstance(part, kinds)), None)
     return f"{first[0]}.weight" if first and first[1].groups == 1 else ""
@@ -264,7 +264,7 @@ def _first_convolution(model: nn.Module) -> str:
 
 
 def _heads(model: nn.Module) -> list[str]:
-    """Prefixes of the classifier's tensors, such as "head." (two for a distilled model)."""
+    """Return the prefixes of the classifier's tensors, such as "head." (two for a distilled model)."""
     if not hasattr(model, "get_classifier"):
         return []
     found = model.get_classifier()  # type: ignore[operator]
@@ -273,7 +273,7 @@ def _heads(model: nn.Module) -> list[str]:
 
 
 def _fresh_heads(heads: list[str], wanted: Mapping[str, Tensor], state: State) -> set[str]:
-    """Names of the model's head tensors that stay as they are: of a head that the file lacks or has for other classes."""
+    """Return the model's head tensors that the file does not fill: it lacks the head or has one for other classes."""
     fresh: set[str] = set()
     for prefix in heads:
         names = [n for n in wanted if n.startswith(prefix)]
@@ -304,7 +304,7 @@ def _head_remark(fresh: set[str], heads: list[str], classes: int | None, wanted:
 
 
 def models_that_fit(weights: Weights, *, near: str = "") -> list[str]:
-    """Names of our models that the file fills completely, the best fits only.
+    """Return the names of our models that the file fills completely, the best fits only.
 
     Models are built without memory (on the meta device) and compared by names and shapes.
 
@@ -322,7 +322,7 @@ def models_that_fit(weights: Weights, *, near: str = "") -> list[str]:
 
 
 def _fitting_variants(f: Family, weights: Weights, *, whole: bool) -> Iterator[tuple[tuple[int, int, int], str]]:
-    """Quality and name of the variants that the file fills: of all, or unless `whole` only if the first one's names are like the file's."""
+    """Yield quality and name of the variants that the file fills; unless `whole`, only if the first variant's names resemble the file's."""
     shapes = replace(weights, forms=[{name: tensor.to("meta") for name, tensor in form.items()} for form in weights.forms])
     readings = [state for _, state in _readings(f.dialects, shapes)]
     for i, (variant, name) in enumerate(zip(f.variants, f.model_names(), strict=True)):

@@ -1,4 +1,4 @@
-"""Image models that others wrote: timm's by name, transformers' vision models by repository or folder."""
+"""Image models of other libraries: timm's by name, transformers' vision models by repository or folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TIMM_PICO: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def create_timm(name: str, *, pretrained: bool = False, image_size: int | None = None, **arguments: Any) -> nn.Module:
-    """A model of timm's registry, with `preprocessing` from its own configuration. Extra arguments go to timm unchanged.
+    """Create a model of timm's registry, with `preprocessing` from its own configuration. Extra arguments go to timm unchanged.
 
     Raises:
         UsageError: timm knows no such model or refuses an argument.
@@ -66,7 +66,7 @@ def create_timm(name: str, *, pretrained: bool = False, image_size: int | None =
 
 
 def _timm_create(architecture: str, pretrained: bool, image_size: int | None, arguments: dict[str, Any]) -> nn.Module:
-    """Tell a model with a fixed input its size; one without says that it takes none, and needs none."""
+    """Create the model with `img_size` where its class takes one; other classes accept any size."""
     import timm
 
     if image_size is not None and "img_size" not in arguments:
@@ -96,7 +96,7 @@ def dialects_of_foreign(model: nn.Module) -> dict[str, Renamer]:
 
 
 def _own_names(model: TransformersClassifier, state: State) -> State:
-    """Tensors under the names of any release of transformers -> under those of this model, by transformers' own rules."""
+    """Rename the tensors of any release of transformers to this model's names, by transformers' own rules."""
     bare = model.model.vision_model if isinstance(model.model, VisionTower) else model.model
     place = "model.vision_model." if isinstance(model.model, VisionTower) else "model."
     head = {f"model.{name}": t for name, t in state.items() if name.startswith("classifier.")} if bare is not model.model else {}
@@ -149,7 +149,7 @@ def create_transformers(
 
 
 LOADING: dict[str, Any] = dict(output_loading_info=True, dtype=torch.float32)
-"""How transformers is asked to load: with its report, and in float32 whatever the file holds."""
+"""Options of transformers' loading: with a report, and in float32 whatever the file holds."""
 UNUSED = ("mask_token", "pooler.dense.weight", "pooler.dense.bias")
 """Endings of parameters that no classifier reads."""
 
@@ -177,7 +177,7 @@ def _build(transformers: Any, config: Any) -> nn.Module:
 
 
 def _load(transformers: Any, name: str, config: Any, num_classes: int | None) -> tuple[nn.Module, list[str]]:
-    """As `_build`, with the weights of a repository or folder, and the names of the head's parameters that they lack.
+    """Build as `_build` and load the weights of a repository or folder; also return the head's parameters that they lack.
 
     Raises:
         CheckpointError: they lack more than a head.
@@ -204,7 +204,7 @@ def _load(transformers: Any, name: str, config: Any, num_classes: int | None) ->
 
 
 def _preprocessing(transformers: Any, name: str, config: Any, image_size: int | None) -> Preprocessing:
-    """How the repository's image processor prepares images, or the usual way where it has none."""
+    """Return the preprocessing of a repository's image processor, or the usual one if it has none."""
     try:
         with quiet_transformers():
             processor = transformers.AutoImageProcessor.from_pretrained(name).to_dict()
@@ -233,7 +233,7 @@ def _side(processor: dict[str, Any], key: str) -> int | None:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' reports and progress bars for a while; what matters of them is raised or marked here."""
+    """Silence transformers' reports and progress bars; missing weights raise an error or are marked here."""
     from transformers.utils import logging as theirs
 
     level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
@@ -253,22 +253,22 @@ def is_foreign(name: str) -> bool:
 
 
 def library_of(name: str) -> str:
-    """What builds a model of this name besides us, with its version, such as "timm 1.0.31"; "" for our own."""
+    """Return the library that builds a model of this name, with its version, such as "timm 1.0.31"; "" for our own."""
     library = {"timm": "timm", "hf": "transformers"}.get(name.partition("/")[0], "")
     return f"{library} {importlib.metadata.version(library)}" if library else ""
 
 
 def configuration_of(model: Any) -> dict[str, Any]:
-    """transformers' own configuration of a classifier, in plain values; `rebuild_transformers` makes the model again from it."""
+    """Return transformers' configuration of a classifier in plain values, from which `rebuild_transformers` makes the model again."""
     return json.loads(model.model.config.to_json_string(use_diff=False))
 
 
 def rebuild_transformers(config: dict[str, Any]) -> TransformersClassifier:
-    """The classifier of a saved configuration, with fresh weights; nothing is fetched, and no code but transformers' own runs.
+    """Build the classifier of a saved configuration with fresh weights; nothing is fetched, and only transformers' own code runs.
 
     Raises:
         MissingExtra: transformers is not installed.
-        UsageError: this transformers knows no such configuration.
+        UsageError: the installed transformers does not know the configuration.
     """
     transformers = require("transformers", "transformers")
     try:

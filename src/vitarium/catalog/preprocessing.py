@@ -1,4 +1,4 @@
-"""How a picture or a clip becomes a model's input, as a value that a saved model carries with it."""
+"""Preprocessing of an image or a clip into a model's input, a value that a saved model carries."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 @runtime_checkable
 class Clip(Protocol):
-    """Moving pictures: `len` frames, of which `read_frames` opens those that are asked for (in rising order, some perhaps twice)."""
+    """A video of `len` frames; `read_frames` opens the requested ones (ascending, possibly with repeats)."""
 
     def __len__(self) -> int: ...
     def read_frames(self, indices: Sequence[int]) -> list[Image.Image]: ...
@@ -30,14 +30,14 @@ class Clip(Protocol):
 class Preprocessing:
     """Resize the shorter side to image_size / crop_pct, crop the centre square, scale to 0..1, normalise.
 
-    Of a clip, first take some frames; each is then treated as a picture.
+    From a clip, frames are chosen first; each is then treated as an image.
 
     Args:
-        image_size: side of the square that the model sees, pixels.
+        image_size: side of the square input, pixels.
         mean, std: a value a channel, on the 0..1 scale; their number is the number of channels (1: grey, 3: RGB).
         interpolation: "nearest", "bilinear", "bicubic" or "lanczos".
         crop_pct: share of the shorter side that the crop keeps, in (0, 1].
-        frames: how many frames of a clip the model sees; None: it sees pictures.
+        frames: number of frames of a clip that the model takes; None: it takes images.
         stride: step between them, in frames of the clip, taken from its middle (the last frame is repeated where the clip is too short);
             None: they are spread evenly over the whole clip.
 
@@ -75,23 +75,23 @@ class Preprocessing:
         return len(self.mean)
 
     def __call__(self, image: Image.Image | Clip | Sequence[Image.Image]) -> Tensor:
-        """A picture in any of Pillow's modes -> float32 (channels, image_size, image_size), normalised; a clip, if this has `frames`, a
-        `Clip` or a list of pictures -> (channels, frames, image_size, image_size).
+        """Return an image in any of Pillow's modes as float32 (channels, image_size, image_size), normalised; with `frames`, a `Clip` or a
+        list of images as (channels, frames, image_size, image_size).
 
         Raises:
-            InputError: a clip where a picture is due, or the other way round.
+            InputError: a clip where an image is expected, or the other way round.
         """
         return self.apply(image, self._still)
 
     def apply(self, image: Image.Image | Clip | Sequence[Image.Image], still: Callable[[Any], Tensor], start: int | None = None) -> Tensor:
-        """As a call, with another way to treat a picture (image -> (channels, h, w)) and another first frame than the middle's."""
+        """As a call, with another function for one image (image -> (channels, h, w)) and another first frame than the central one."""
         import torch
 
         given = not hasattr(image, "convert")  # Pillow's images can be converted
         if given and self.frames is None:
-            raise InputError("this model sees single pictures, and the data has clips; take a video model ('vitarium models video')")
+            raise InputError("this model takes single images, and the data has clips; take a video model ('vitarium models video')")
         if not given and self.frames is not None:
-            raise InputError(f"this model sees clips of {self.frames} frames, got a single picture; give it video, or a list of pictures")
+            raise InputError(f"this model takes clips of {self.frames} frames, got a single image; give it video, or a list of images")
         if self.frames is None:
             return still(image)
         indices = self.frame_indices(len(image), start)  # type: ignore[arg-type]
@@ -99,7 +99,7 @@ class Preprocessing:
         return torch.stack([still(frame) for frame in frames], 1)
 
     def frame_indices(self, count: int, start: int | None = None) -> list[int]:
-        """Which of a clip's `count` frames are taken; `start` moves the first one (only with a stride).
+        """Return the indices of the frames taken from a clip of `count`; `start` moves the first one (only with a stride).
 
         Raises:
             InputError: a clip without frames.
@@ -113,14 +113,14 @@ class Preprocessing:
         return [min(first + i * self.stride, count - 1) for i in range(wanted)]
 
     def last_start(self, count: int) -> int:
-        """The last frame of a clip of `count` from which all frames that are taken lie inside; 0 where none does."""
+        """Return the last first frame with which all taken frames lie inside a clip of `count`; 0 if there is none."""
         return max(0, count - 1 - ((self.frames or 1) - 1) * (self.stride or 1))
 
     def _still(self, image: Image.Image) -> Tensor:
         return self.normalised(self.square(to_mode(image, self.channels)))
 
     def square(self, image: Image.Image) -> Image.Image:
-        """The part of a picture (mode "L" or "RGB") that the model sees, image_size x image_size."""
+        """Return the part of an image (mode "L" or "RGB") that the model takes, image_size x image_size."""
         from torchvision.transforms.v2 import functional as T
 
         shorter = math.floor(self.image_size / self.crop_pct)
@@ -128,18 +128,18 @@ class Preprocessing:
         return T.center_crop(T.resize(image, [shorter], interpolation=mode, antialias=True), [self.image_size, self.image_size])
 
     def normalised(self, image: Image.Image) -> Tensor:
-        """A picture (mode "L" for one channel, "RGB" for three) as a tensor (channels, h, w) on the model's scale."""
+        """Return an image (mode "L" for one channel, "RGB" for three) as a normalised tensor (channels, h, w)."""
         from torchvision.transforms.v2 import functional as T
 
         return T.normalize(T.to_dtype(T.to_image(image), scale=True), list(self.mean), list(self.std))
 
     def to_dict(self) -> dict[str, Any]:
-        """For a file's header; `Preprocessing(**d)` gives it back."""
+        """Return the fields as a dict for a file's header; `Preprocessing(**d)` restores them."""
         return asdict(self)
 
 
 def to_mode(image: Image.Image, channels: int) -> Image.Image:
-    """Any of Pillow's modes -> "L" (channels 1) or "RGB" (3). 16-bit grey keeps its relative brightness; alpha is laid over white."""
+    """Convert any of Pillow's modes to "L" (channels 1) or "RGB" (3). 16-bit grey keeps its brightness; alpha is blended over white."""
     import numpy as np
     from PIL import Image
 
@@ -151,5 +151,5 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if image.mode not in ("1", "L", "RGB"):
-        image = image.convert("RGB")  # Pillow knows no direct way from some of its modes (LAB) to grey
+        image = image.convert("RGB")  # Pillow has no direct conversion from some modes (LAB) to grey
     return image.convert("L" if channels == 1 else "RGB")

@@ -1,7 +1,7 @@
-"""Weights in files: read without running anything that they hold, refuse what is damaged in plain words, and find the tensors inside.
+"""Weights files: read without executing their content, checked for damage, with the tensors taken out of their containers.
 
-Two formats: safetensors, and torch's own through `weights_only=True`. Beyond what torch allows by itself, exactly `argparse.Namespace`
-and numpy's scalars and dtypes may be in a file: the authors of many checkpoints left their options in, and these run nothing.
+Three formats: safetensors, torch's own through `weights_only=True`, and numpy's .npz without pickles. Beyond torch's own allow-list, only
+`argparse.Namespace` and numpy's scalars and dtypes are accepted: many authors left their options in the file, and these run no code.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vitarium.errors import CheckpointError, nearest
 State = dict[str, Tensor]
 
 SEAL = "vitarium_sha256"
-"""Key of a safetensors header: the file's own sha256, taken with these 64 digits as zeros. Written by `save`, checked whenever present."""
+"""Key of a safetensors header: the file's sha256, computed with these 64 digits as zeros. Written by `save`, checked if present."""
 RECORD = "vitarium"
 """Key of a safetensors header: how to rebuild the model (see vitarium.catalog.saving)."""
 
@@ -46,28 +46,28 @@ HEADER_LIMIT = 100 * 2**20
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of a file, and how they lay in it."""
+    """A checkpoint's tensors and the wrappers around them."""
 
     path: Path
     forms: list[State]
-    """The names as they are first, then with one wrapper's prefix after another taken off."""
+    """The tensors under their names in the file, then with one wrapper's prefix after another removed."""
     opened: list[str] = field(default_factory=list)
-    """Containers that were opened, such as "model_ema", and prefixes, such as "module."."""
+    """Containers that were opened, such as "model_ema", and removed prefixes, such as "module."."""
     metadata: Mapping[str, str] = field(default_factory=dict)
-    """A safetensors file's own remarks."""
+    """Metadata of a safetensors file."""
 
 
 def read_state(path: str | Path) -> State:
-    """Name -> tensor (on the CPU, in the file's dtypes) of a weights file, without containers and wrappers' prefixes.
+    """Return name -> tensor (on the CPU, in the file's dtypes) of a weights file, without containers and wrappers' prefixes.
 
     Raises:
-        CheckpointError: missing, empty, truncated, changed, unsafe, or no weights at all; the message says which and what to do.
+        CheckpointError: the file is missing, empty, truncated, changed, unsafe, or holds no weights.
     """
     return read_weights(path).forms[-1]
 
 
 def read_weights(path: str | Path) -> Weights:
-    """As `read_state`, with the names in every form that they may be meant in."""
+    """Read a weights file as `read_state` does, with every form that its names may take."""
     path = existing(path)
     metadata: Mapping[str, str] = {}
     if looks_like_safetensors(path):
@@ -85,10 +85,10 @@ def read_weights(path: str | Path) -> Weights:
 
 
 def existing(path: str | Path) -> Path:
-    """The path of a file with something in it that may be weights.
+    """Return the path of an existing file that may hold weights.
 
     Raises:
-        CheckpointError: no such file (near names in its folder are told), a folder, empty, or a page or pointer in the place of weights.
+        CheckpointError: no such file (the message suggests near names), a folder, an empty file, or a web page or git-lfs pointer.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -107,8 +107,8 @@ def existing(path: str | Path) -> Path:
         raise CheckpointError(f"{path} is a web page, not weights: the server sent a login or error page; fetch the file itself")
     if text.startswith(b"version https://git-lfs"):
         size = re.search(rb"size (\d+)", start)
-        told = f" of {int(size[1]):,} bytes" if size else ""
-        raise CheckpointError(f"{path} is a git-lfs pointer to a file{told}, not the file; run `git lfs pull` in its repository")
+        length = f" of {int(size[1]):,} bytes" if size else ""
+        raise CheckpointError(f"{path} is a git-lfs pointer to a file{length}, not the file; run `git lfs pull` in its repository")
     return path
 
 
@@ -121,7 +121,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """sha256 over names, dtypes, shapes and values, in the order of the names: the same wherever the tensors are and lay."""
+    """Return the sha256 of names, dtypes, shapes and values, in the order of the names; independent of device and memory layout."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -134,17 +134,17 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 
 
 def looks_like_safetensors(path: Path) -> bool:
-    """By content (eight bytes of length, then a JSON object), or by name."""
+    """Return whether a file is one by content (eight bytes of length, then a JSON object) or by name."""
     with _reading(path), open(path, "rb") as file:
         start = file.read(9)
     return start[8:] == b"{" or (path.suffix == ".safetensors" and not start.startswith(b"PK"))
 
 
 def read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
-    """The tensors and the header's metadata; a sealed file (see `SEAL`) is checked to the last byte first.
+    """Return the tensors and the header's metadata; a sealed file (see `SEAL`) is verified first.
 
     Raises:
-        CheckpointError: truncated, damaged, changed, or no safetensors file.
+        CheckpointError: the file is truncated, damaged, changed, or not in this format.
     """
     import safetensors
 
@@ -162,7 +162,7 @@ def read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
 
 
 def seal_of(path: Path) -> tuple[str, int]:
-    """What the seal of a safetensors file should be, and the place of its digits in the file (-1 where there is none)."""
+    """Return the expected seal of a safetensors file, and the offset of its digits (-1 if there is none)."""
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         start = struct.pack("<Q", length) + file.read(min(length, HEADER_LIMIT))
@@ -176,7 +176,11 @@ def seal_of(path: Path) -> tuple[str, int]:
 
 
 def check_seal(path: Path, metadata: Mapping[str, str]) -> None:
-    """Raises CheckpointError unless the file is, byte for byte, what `save` wrote."""
+    """Verify that a file is byte for byte what `save` wrote.
+
+    Raises:
+        CheckpointError: it was changed.
+    """
     actual, place = seal_of(path)
     if place < 0 or metadata.get(SEAL) != actual:
         expected = metadata.get(SEAL, "")[:16] if place >= 0 else "none"
@@ -184,7 +188,7 @@ def check_seal(path: Path, metadata: Mapping[str, str]) -> None:
 
 
 def _what_is_wrong(path: Path) -> str:
-    """Plain words for a safetensors file that its reader refuses, from its sizes."""
+    """Describe the damage of a safetensors file that its reader refuses, from its sizes."""
     actual = path.stat().st_size
     if actual < 10:
         return f"no whole safetensors file: expected at least 10 bytes, got {actual}; fetch it again"
@@ -209,10 +213,10 @@ def _what_is_wrong(path: Path) -> str:
 
 
 def _read_npz(path: Path) -> State:
-    """The arrays of an .npz archive, in which Google's JAX code publishes weights; nothing pickled is read.
+    """Read the arrays of an .npz archive, the format of Google's JAX releases; pickled content is not read.
 
     Raises:
-        CheckpointError: damaged, or it holds something else than arrays of numbers.
+        CheckpointError: the archive is damaged, or holds anything but arrays of numbers.
     """
     import numpy as np
 
@@ -230,7 +234,7 @@ def _read_npz(path: Path) -> State:
 
 
 _ALLOWING = threading.Lock()
-"""torch keeps its allow-list in one place for all threads: two that extend and restore it at once would leave it extended."""
+"""torch's allow-list is global: two threads that extend and restore it at once would leave it extended."""
 
 
 def _allowed() -> list[Any]:
@@ -239,12 +243,12 @@ def _allowed() -> list[Any]:
 
     kinds = [getattr(np.dtypes, name) for name in np.dtypes.__all__ if name != "ObjectDType"]
     wanted = [argparse.Namespace, np.dtype, scalar, (scalar, "numpy.core.multiarray.scalar"), *kinds]
-    users = torch.serialization.get_safe_globals()  # torch takes off at the end what we put on: what a user allowed must not be among it
+    users = torch.serialization.get_safe_globals()  # torch removes our entries at the end, so entries of the user must not be among them
     return [entry for entry in wanted if entry not in users]
 
 
 def _read_torch(path: Path) -> Any:
-    """What a torch file holds, through weights_only and nothing else."""
+    """Load the content of a torch file with `weights_only=True`."""
     with _reading(path), _ALLOWING, torch.serialization.safe_globals(_allowed()), open(path, "rb") as file:
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -254,7 +258,7 @@ def _read_torch(path: Path) -> Any:
             raise CheckpointError(_why_unsafe(path, str(error))) from error
         except MemoryError:
             raise
-        except Exception as error:  # a hostile or broken pickle can fail anywhere in torch's reader; it has run nothing
+        except Exception as error:  # a hostile or broken pickle can fail anywhere in torch's reader; no code of it has run
             raise CheckpointError(f"{path} is {_what_is_wrong_with_torch(path, error)}") from error
 
 
@@ -271,7 +275,7 @@ def _why_unsafe(path: Path, message: str) -> str:
 
 
 def _globals_named(path: Path, message: str) -> list[str]:
-    """Functions and classes that a refused pickle asks for, read without running it."""
+    """Return the functions and classes that a refused pickle names, without executing it."""
     if zipfile.is_zipfile(path):
         with contextlib.suppress(Exception):  # a hostile archive may be broken as well
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
@@ -318,7 +322,7 @@ def _first_line(text: str) -> str:
 
 
 def _open_containers(content: Any, path: Path) -> tuple[State, list[str]]:
-    """The mapping of tensors inside what training scripts wrap around it, and the containers on the way."""
+    """Return the mapping of tensors inside the containers of training scripts, and the names of those containers."""
     opened: list[str] = []
     while isinstance(content, Mapping) and len(opened) < DEPTH_LIMIT:  # a hostile file can hold itself
         inner = next((key for key in CONTAINERS if _has_tensors(content.get(key))), None)

@@ -27,7 +27,7 @@ from vitarium.errors import InputError, UsageError
 
 @dataclass(frozen=True)
 class Tower:
-    """Where a vision tower of transformers keeps its parts.
+    """Places of the parts of a vision tower of transformers.
 
     Args:
         blocks: path of the list of blocks, or of stages in a pyramid.
@@ -363,5 +363,5 @@ def wrap(model: Any, preprocessing: Preprocessing) -> TransformersClassifier:
 
 
 def _has(module: nn.Module, path: str) -> bool:
-    """Whether a submodule of this path is there; releases of transformers before 5 keep their parts elsewhere."""
+    """Return whether a submodule of this path exists; releases of transformers before 5 have other paths."""
     return any(name == path for name, _ in module.named_modules())

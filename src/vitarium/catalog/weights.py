@@ -1,6 +1,6 @@
-"""Where published weights lie, and the only function of the house that fetches anything.
+"""Download of published weights; nothing else in the library fetches files.
 
-A file that is in the hub client's or torch's cache is used as it is, without a word over the network.
+A file in the hub client's or torch's cache is used as it is, without a request.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from vitarium.catalog.registry import find_model
 from vitarium.errors import CheckpointError, UsageError, nearest
 
 DEFAULT_FILES = ("model.safetensors", "pytorch_model.bin")
-"""What a repository's weights are called, first choice first."""
+"""Names of a repository's weights file, in order of preference."""
 TOGETHER = " + "
-"""Between the sources of a model whose parts were released in files of their own: "transformer.pth + tokenizer.pth"."""
+"""Separator between the sources of a model that was released in several files: "transformer.pth + tokenizer.pth"."""
 
 
 def fetch_pretrained(name: str, tag: str | None = None) -> Path | str:
-    """The file with a model's published weights, from the first of the family's sources that answers; several are joined by `TOGETHER`.
+    """Return the file with a model's published weights, from the first source that answers; several files are joined by `TOGETHER`.
 
     Args:
         name: one of our models, such as "swin_tiny".
@@ -37,8 +37,8 @@ def fetch_pretrained(name: str, tag: str | None = None) -> Path | str:
     tags = family.weights.get(variant, {})
     if not tags:
         having = [f"{family.name}_{v}" for v, table in family.weights.items() if table]
-        told = f"; those of the family with weights: {', '.join(having)}" if having else ""
-        raise UsageError(f"no published weights of {name} are known{told}; pass checkpoint=PATH to a file you have")
+        others = f"; those of the family with weights: {', '.join(having)}" if having else ""
+        raise UsageError(f"no published weights of {name} are known{others}; pass checkpoint=PATH to a file you have")
     if tag is not None and tag not in tags:
         raise UsageError(f"{name} has no weights {tag!r}{nearest(tag, tags)} (there are {', '.join(tags)})")
     sources = tags[tag] if tag is not None else next(iter(tags.values()))
@@ -53,18 +53,18 @@ def fetch_pretrained(name: str, tag: str | None = None) -> Path | str:
 
 
 def fetch(source: str) -> Path:
-    """The local file of a source, downloaded where it is not in a cache.
+    """Return the local file of a source, downloaded unless it is in a cache.
 
     Args:
         source: a path; "hf:OWNER/NAME[/FILE]"; "timm:NAME.TAG" (looked up in timm's registry); or an http(s) address. All but the path
             may end in "#sha256=HEX" (at least the first 8 digits), which is checked.
 
     Raises:
-        CheckpointError: it cannot be had, or is not the file that the hash names.
-        UsageError: a source of no known form.
+        CheckpointError: it cannot be fetched, or does not have the given hash.
+        UsageError: the source has none of these forms.
     """
     if not source.startswith(("hf:", "timm:", "http://", "https://")):
-        return Path(source)  # whether it exists is for the reader to say
+        return Path(source)  # the reader reports a missing file
     place, digest = _split_digest(source)
     if place.startswith("timm:"):
         return _fetch_timm(place.removeprefix("timm:"), digest)
@@ -102,7 +102,7 @@ def _by_hand(url: str) -> str:
 
 
 def _fetch_timm(name: str, digest: str) -> Path:
-    """Weights that timm knows by NAME.TAG: its hub repository, else the address of the original."""
+    """Fetch weights that timm lists as NAME.TAG, from its hub repository or else from the original address."""
     import timm
 
     cfg = timm.models.get_pretrained_cfg(name)
@@ -120,7 +120,7 @@ def _fetch_timm(name: str, digest: str) -> Path:
 
 
 def _fetch_hub(place: str) -> Path:
-    """OWNER/NAME[/FILE] from the hub client's cache, else from the hub."""
+    """Return OWNER/NAME[/FILE] from the hub client's cache, else from the hub."""
     import huggingface_hub as hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -157,9 +157,9 @@ def _reason(error: BaseException) -> str:
 
 
 def _fetch_url(url: str, digest: str) -> Path:
-    """The file of an address from torch's hub cache, else downloaded into it: whole, checked, or not at all.
+    """Return the file of an address from torch's hub cache, else download it there: complete and checked, or not at all.
 
-    What an interrupted download has left (beside the file, ending in .incomplete) is continued where the server can do that.
+    An interrupted download (beside the file, ending in .incomplete) is continued if the server supports it.
     """
     import torch
     from filelock import FileLock
@@ -192,12 +192,12 @@ def _fetch_url(url: str, digest: str) -> Path:
 
 
 class _Partial(io.FileIO):
-    """A file that a download appends to. A server that breaks off and cannot resume is asked twice, not for ever."""
+    """The file of a download. A server that breaks off and cannot resume gets two more attempts, not endless ones."""
 
     restarts = 0
 
     def truncate(self, size: int | None = None) -> int:
-        """Drop the content, because the server begins at its first byte again."""
+        """Discard the content because the server restarts at the first byte."""
         self.restarts += 1
         if self.restarts > 2:
             raise OSError("the server breaks off and cannot continue a download; try again")
@@ -205,16 +205,16 @@ class _Partial(io.FileIO):
 
 
 def _download(url: str, path: Path, name: str) -> None:
-    """Download an address to a path, continuing what is there, by the hub client's own function (progress, retries, length check)."""
+    """Download an address to a path, resuming a partial file, with the hub client's function (progress, retries, length check)."""
     import huggingface_hub as hub
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.file_download import http_get
 
     size = None
-    with contextlib.suppress(HfHubHTTPError):  # a server that knows no HEAD; the download itself says what is wrong
+    with contextlib.suppress(HfHubHTTPError):  # the server does not support HEAD; the download reports other errors
         size = hub.get_hf_file_metadata(url).size  # fails at once without a network, where the download would try again for a while
     have = path.stat().st_size if path.exists() else 0
-    if size is not None and have >= size:  # of another file, or whole and unchecked
+    if size is not None and have >= size:  # of another file, or complete but unchecked
         path.unlink(missing_ok=True)
         have = 0
     with _Partial(path, "ab") as file:
