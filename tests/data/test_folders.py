@@ -133,7 +133,7 @@ def test_names_what_is_near_a_path_that_does_not_exist(tmp_path):
         open_data(tmp_path / "flower")
     with pytest.raises(DataError, match=r"did you mean digits(.|\n)*accepted: digits, photos, scenes"):
         open_data("digit")
-    with pytest.raises(DataError, match="no data was named"):
+    with pytest.raises(DataError, match="no data was given"):
         open_data("")
 
 

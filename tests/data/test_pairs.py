@@ -76,7 +76,7 @@ def test_the_layout_of_div2k(tmp_path):
         put(tmp_path / f"DIV2K_{part}_HR", [f"{n}.png" for n in names], (64, 48))
         for scale in (2, 4):
             put(tmp_path / f"DIV2K_{part}_LR_bicubic" / f"X{scale}", [f"{n}x{scale}.png" for n in names], (64 // scale, 48 // scale))
-    with pytest.raises(DataError, match=r"holds X2, X4; say which, as in .*:x2"):
+    with pytest.raises(DataError, match=r"holds X2, X4; name one, as in .*:x2"):
         opened(tmp_path)
     data = opened(f"{tmp_path}:x4")
     assert scale_of(data.train) == 4
@@ -88,7 +88,7 @@ def test_the_layout_of_div2k(tmp_path):
 def test_missing_partners_are_named(tmp_path):
     put(tmp_path / "HR", ["1.png", "2.png", "4.png"], (32, 24))
     put(tmp_path / "LR", ["1.png", "3.png", "4.png"])
-    with pytest.raises(DataError, match=r"2 pictures have no partner.*HR/2, LR/3"):
+    with pytest.raises(DataError, match=r"2 images have no partner.*HR/2, LR/3"):
         opened(tmp_path)
 
 
@@ -117,10 +117,10 @@ def test_a_broken_file_is_left_to_the_loader(tmp_path):
 def test_mistakes_are_told(tmp_path):
     with pytest.raises(DataError, match="no folder 'nowhere'"):
         opened("nowhere")
-    with pytest.raises(DataError, match="holds no pictures"):
+    with pytest.raises(DataError, match="holds no images"):
         opened(tmp_path)
     put(tmp_path, ["1.png"])
-    with pytest.raises(DataError, match="holds one picture"):
+    with pytest.raises(DataError, match="holds one image"):
         opened(tmp_path)
     put(tmp_path / "train" / "HR", ["1.png"], (32, 24))
     put(tmp_path / "train" / "LR", ["1.png"])

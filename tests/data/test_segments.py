@@ -177,7 +177,7 @@ FAULTS = [
     (panoptic, set_in("images", 1, "id", value=0), "listed twice"),
     (panoptic, set_in("images", 1, value={"file_name": "x"}), "lacks file_name, id, height or width"),
     (instances, set_in("annotations", 4, "segmentation", "size", value=[5, 5]), r"run lengths are for \[5, 5\]"),
-    (instances, set_in("annotations", 4, "segmentation", "counts", value=[3, 4]), "cover 7 pixels, the picture has 120"),
+    (instances, set_in("annotations", 4, "segmentation", "counts", value=[3, 4]), "cover 7 pixels, the image has 120"),
     (instances, set_in("annotations", 0, "segmentation", value=[[1, 1, 2, 2]]), "fewer than three corners"),
     (instances, set_in("annotations", 0, "segmentation", value=[]), "has no polygon"),
     (instances, set_in("annotations", 0, "bbox", value="wide"), r"annotations\[0\] is incomplete"),
@@ -226,7 +226,7 @@ def test_parts_that_do_not_go_together_are_refused(tmp_path):
 def test_pictures_of_another_size_than_the_json_says_are_broken(tmp_path):
     data = open_data(panoptic(tmp_path, "train2017", change=set_in("images", 0, "height", value=11)), task="panoptic")
     parts = [part for part in (data.train, data.val) for i in range(len(part)) if part.describe(i).endswith("000.jpg")]
-    with pytest.raises(BrokenImage, match="the json says 11 x 12"):
+    with pytest.raises(BrokenImage, match="the json file says 11 x 12"):
         [parts[0][i] for i in range(len(parts[0]))]
 
 
@@ -253,7 +253,7 @@ def test_masks_that_lack_or_do_not_fit(tmp_path):
     with pytest.raises(DataError, match=r"needs a file classes\.txt"):
         open_data(tmp_path, task="semantic")
     (tmp_path / "classes.txt").write_text("one\ntwo\n")
-    with pytest.raises(DataError, match="1 of 3 pictures have no mask"):
+    with pytest.raises(DataError, match="1 of 3 images have no mask"):
         open_data(tmp_path, task="semantic")
     data = open_data(f"masks:{tmp_path},broken=drop", task="semantic", val_fraction=0.5)
     reasons = []
@@ -261,7 +261,7 @@ def test_masks_that_lack_or_do_not_fit(tmp_path):
         with pytest.raises(BrokenImage) as caught:
             part[0]
         reasons.append(str(caught.value))
-    assert any("values that are no class: 9" in reason for reason in reasons)
+    assert any("values that are not classes: 9" in reason for reason in reasons)
     assert any("grey or palette" in reason for reason in reasons)
 
 

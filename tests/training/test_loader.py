@@ -164,7 +164,7 @@ def test_a_worker_that_hangs_is_told_with_the_sample_it_is_at():
 def test_too_little_data_is_refused():
     with pytest.raises(DataError, match="no samples"):
         loader(Quadrants(0))
-    with pytest.raises(DataError, match=r"30 training pictures are fewer than one batch .*use batch_size=15"):
+    with pytest.raises(DataError, match=r"30 training images are fewer than one batch .*use batch_size=15"):
         loader(batch_size=31, world_size=2)
 
 

@@ -1,4 +1,4 @@
-"""COCO's json: panoptic (with PNGs whose colours are segments' numbers) and instances (with polygons and run lengths)."""
+"""COCO json: panoptic (with PNGs whose colours are segment numbers) and instances (with polygons and run lengths)."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ TOLD = 10
 
 @dataclass
 class Sample:
-    """A picture with what the json says of its segments.
+    """An image with its segments from the json file.
 
     Args:
-        file: the picture.
-        png: of its segments, for panoptic data; "" else.
-        size: height and width, as the json says.
+        file: path of the image.
+        png: path of its segment map, for panoptic data; else "".
+        size: (height, width) in the json file.
         segments: {"label", "crowd"} and "id" (panoptic) or "segmentation" (instances).
     """
 
@@ -45,7 +45,7 @@ class Sample:
 
 @dataclass
 class Annotations:
-    """A json file, checked."""
+    """A checked json file."""
 
     classes: list[str]
     things: tuple[int, ...]
@@ -53,7 +53,7 @@ class Annotations:
 
 
 def find_annotations(path: Path) -> list[Path]:
-    """The json files of a folder in COCO's layout; [] where it is none."""
+    """List the json files of a folder in COCO's layout; [] if it has another layout."""
     if not path.is_dir():
         return []
     places = [path / "annotations", path]
@@ -62,16 +62,16 @@ def find_annotations(path: Path) -> list[Path]:
 
 
 def open_coco(path: Path, kind: Kind, *, broken: str = "refuse", seed: int = 0, val_fraction: float = 0.2) -> SegmentedData:
-    """A json file, or a folder with annotations/panoptic_*.json or annotations/instances_*.json (of train and val, or of one part).
+    """Open a json file, or a folder with annotations/panoptic_*.json or annotations/instances_*.json (of train and val, or of one part).
 
-    Panoptic files are preferred unless instances are wanted. Pictures are looked for in folders named as the json's part beside it or
+    Panoptic files are preferred unless instances are requested. Images are looked up in folders named as the json's part, beside it or
     beside its folder: `val2017/` for `panoptic_val2017.json`, also below `images/`.
 
     Args:
-        broken: "refuse" what is wrong in a file, or "drop" it.
+        broken: "refuse" a file with invalid entries, or "drop" these.
 
     Raises:
-        DataError: not COCO's json, or wrong in places; the first ten are told.
+        DataError: not a COCO json file, or one with invalid entries; the message lists the first ten.
     """
     files = [path] if path.is_file() else find_annotations(path)
     if not files:
@@ -95,7 +95,7 @@ def open_coco(path: Path, kind: Kind, *, broken: str = "refuse", seed: int = 0, 
         parts = split_samples(train.samples, val_fraction, seed, name)
     images = [Samples(part, read=read_sample, name=_file_of) for part in parts]
     if not all(map(len, images)):
-        raise DataError(f"{name} holds {len(images[0])} pictures for training and {len(images[1])} held out; both need some")
+        raise DataError(f"{name} holds {len(images[0])} images for training and {len(images[1])} held out; both must not be empty")
     return SegmentedData(name, images[0], images[1], train.classes, things=train.things)
 
 
@@ -104,17 +104,17 @@ def _file_of(sample: Sample) -> str:
 
 
 def _part(file: Path) -> str:
-    """ "train" of panoptic_train2017.json; "" where the name does not say."""
+    """Return "train" for panoptic_train2017.json; "" if the name contains no part."""
     words = file.stem.lower().replace("-", "_").split("_")
     return next((part for word in words for part in ("train", "val", "test") if word.startswith(part)), "")
 
 
 def read_annotations(path: Path, broken: str = "refuse") -> Annotations:
-    """A json file's categories and pictures. No picture is opened.
+    """Read a json file's categories and images. No image is opened.
 
     Raises:
-        DataError: not COCO's json; or something in it is wrong and `broken` is "refuse": missing pictures, annotations of pictures or
-            categories that there are not, empty and inverted boxes, segments of another size than the picture's.
+        DataError: not a COCO json file; or, with `broken` "refuse", invalid entries: missing images, annotations of unknown images or
+            categories, empty and inverted boxes, segments of another size than the image's.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -142,7 +142,7 @@ def read_annotations(path: Path, broken: str = "refuse") -> Annotations:
 
 
 class _Checked:
-    """Goes through a json file once, and keeps what is right."""
+    """One pass through a json file, which collects valid entries and problems."""
 
     def __init__(self, path: Path, panoptic: bool, numbers: dict[Any, int]):
         self.path, self.panoptic, self.numbers = path, panoptic, numbers
@@ -178,7 +178,7 @@ class _Checked:
             self.problems.append(f"{name}: there is no image {note['image_id']!r}")
             return
         sample = by_id.get(note["image_id"])
-        if sample is None:  # its picture is missing, which has been told
+        if sample is None:  # its image is missing, which is already reported
             return
         if not self.panoptic:
             self._segment(note, name, sample, {"segmentation": note["segmentation"]})
@@ -219,15 +219,15 @@ def _shape_problem(segmentation: Any, size: tuple[int, int]) -> str | None:
             return "a polygon has fewer than three corners, or half of one"
         return None
     if tuple(segmentation["size"]) != size:
-        return f"its run lengths are for {list(segmentation['size'])}, the picture has {list(size)} (height, width)"
+        return f"its run lengths are for {list(segmentation['size'])}, the image has {list(size)} (height, width)"
     counts = segmentation["counts"]
     if isinstance(counts, list) and sum(counts) != size[0] * size[1]:
-        return f"its run lengths cover {sum(counts)} pixels, the picture has {size[0] * size[1]}"
+        return f"its run lengths cover {sum(counts)} pixels, the image has {size[0] * size[1]}"
     return None
 
 
 def _picture_folder(path: Path, pictures: list[dict[str, Any]]) -> Path:
-    """The folder from which `file_name` counts: the first in which a picture is found."""
+    """Return the folder to which `file_name` is relative: the first in which an image is found."""
     part = path.stem.split("_", 1)[-1]
     above = path.parent.parent
     places = [above / part, above / "images" / part, above / _part(path), above / "images" / _part(path), above / "images", above]
@@ -242,16 +242,16 @@ def _png_folder(path: Path) -> Path:
 
 
 def read_sample(sample: Sample) -> tuple[Image.Image, Segmentation]:
-    """Opens a picture and draws its segments.
+    """Open an image and draw its segments.
 
     Raises:
-        BrokenImage: the picture or its PNG cannot be read, or has another size than the json says.
+        BrokenImage: the image or its PNG cannot be read, or has another size than in the json file.
     """
     picture = open_image(sample.file)
     if (picture.height, picture.width) != sample.size:
         found = f"{picture.height} x {picture.width}"
         raise BrokenImage(
-            sample.file, f"the picture has {found} pixels (height x width), the json says {sample.size[0]} x {sample.size[1]}"
+            sample.file, f"the image has {found} pixels (height x width), the json file says {sample.size[0]} x {sample.size[1]}"
         )
     labels = np.array([segment["label"] for segment in sample.segments], np.int64)
     crowd = np.array([segment["crowd"] for segment in sample.segments], bool)
@@ -264,7 +264,7 @@ def _masks_of_png(sample: Sample) -> NDArray[np.bool_]:
     if colours.shape[:2] != sample.size:
         found = f"{colours.shape[0]} x {colours.shape[1]}"
         raise BrokenImage(
-            sample.png, f"the segments have {found} pixels (height x width), the json says {sample.size[0]} x {sample.size[1]}"
+            sample.png, f"the segments have {found} pixels (height x width), the json file says {sample.size[0]} x {sample.size[1]}"
         )
     numbers = colours @ np.array([1, 256, 65536])
     return numbers == np.array([segment["id"] for segment in sample.segments])[:, None, None]
@@ -286,7 +286,7 @@ def _masks_of_shapes(sample: Sample) -> Iterator[NDArray[np.bool_]]:
 
 
 def encode_panoptic(segment_map: NDArray[np.integer[Any]]) -> Image.Image:
-    """Segment map (H, W) -> the picture whose colours are COCO's numbers: R + 256 G + 65536 B."""
+    """Encode a segment map (H, W) as an image in COCO's colours: R + 256 G + 65536 B."""
     from PIL import Image
 
     numbers = segment_map.astype(np.int64)

@@ -3,12 +3,12 @@
     order        (seed, epoch)               -> a permutation of the samples
     randomness   (seed, epoch, index, copy)  -> the state of Python's, NumPy's and torch's generators while one sample is read
 
-So an epoch can begin at any step without reading what comes before it, and a resumed run sees what an unbroken one sees.
+An epoch can therefore begin at any step without reading the earlier ones, and a resumed run sees the same batches as an unbroken one.
 
-Over W ranks with batches of b, step s of an epoch covers samples s*W*b to (s+1)*W*b of the order, and rank r takes the r-th block of
-b: the union over ranks is the batch that one process would see with W*b. Training (`drop_last`) leaves out the last incomplete global
-batch, so that all ranks make the same number of full steps; evaluation deals the samples out in turn and pads nothing, so that none
-is counted twice (ranks may then differ by one batch).
+With W ranks and batches of b, step s of an epoch covers samples s*W*b to (s+1)*W*b of the order, and rank r takes the r-th block of b: the
+union over ranks is the batch of one process with W*b. Training (`drop_last`) leaves out the last incomplete global batch, so that all ranks
+make the same number of full steps; evaluation distributes the samples in turn without padding, so that each is counted once (ranks may then
+differ by one batch).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _MASK = 2**64 - 1
 
 
 def mix(*values: int) -> int:
-    """One well-stirred 64-bit number from several (splitmix64): near keys give unrelated numbers."""
+    """Mix several numbers into one of 64 bits (splitmix64): similar keys give unrelated numbers."""
     state = 0
     for value in values:
         state = ((state ^ (value & _MASK)) + 0x9E3779B97F4A7C15) & _MASK
@@ -59,7 +59,7 @@ def seed_generators(*key: int) -> None:
 
 @contextlib.contextmanager
 def generators_kept() -> Iterator[None]:
-    """What is drawn inside leaves Python's, NumPy's and torch's CPU generator as they were."""
+    """Restore Python's, NumPy's and torch's CPU generators at the end of the context."""
     numpy_generator = np.random.get_bit_generator()
     states = random.getstate(), numpy_generator.state, torch.default_generator.get_state()
     try:
@@ -72,7 +72,7 @@ def generators_kept() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Plan:
-    """One batch to read: which samples, and which copy of each (see `repeats`)."""
+    """One batch to read: the samples, and the copy of each (see `repeats`)."""
 
     epoch: int
     indices: list[int]
@@ -81,14 +81,14 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Failure:
-    """What went wrong in a worker, as plain text: an exception itself may not survive the way to the main process."""
+    """An error in a worker, as plain text: the exception itself may not be picklable."""
 
     index: int
     reason: str
 
 
 class _Reader:
-    """Reads whole batches, in the main process or in a worker (torch asks a dataset with `__getitems__` for a batch at once)."""
+    """Reading of whole batches, in the main process or in a worker (torch calls `__getitems__` for a batch at once)."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class _Reader:
         self.dataset, self.transform, self.collate, self.seed, self.memory = dataset, transform, collate, seed, memory
         self.joint, self.named = bool(getattr(transform, "joint", False)), bool(getattr(transform, "named", False))
         self.check: Callable[[Any], None] | None = getattr(collate, "check", None)
-        self.reading = torch.full((max(1, workers),), -1).share_memory_()  # the sample each worker is at, for the post-mortem
+        self.reading = torch.full((max(1, workers),), -1).share_memory_()  # the sample that each worker reads, for error messages
 
     def __getitems__(self, plan: _Plan) -> dict[str, Any] | _Failure:
         worker = get_worker_info()
@@ -125,7 +125,7 @@ class _Reader:
         self.reading[place] = -1
         try:
             batch = self.collate(samples)
-        except Exception as error:  # samples that do not go together
+        except Exception as error:  # samples of different shapes, for example
             failure = _Failure(indices[0] if indices else plan.indices[0], f"its batch cannot be put together: {error}")
             if worker:
                 return failure
@@ -169,7 +169,7 @@ def stack(samples: list[tuple[Tensor, Any]]) -> dict[str, Any]:
 
 
 class _Sampler:
-    """The batches of the epoch under way; its content changes while the workers stay."""
+    """The batches of the current epoch, updated in place while the workers live."""
 
     def __init__(self) -> None:
         self.plans: list[_Plan] = []
@@ -187,7 +187,7 @@ class Loader:
     "position" (B,) int64 numbers the samples within the batch, counting those that could not be read.
 
     An image that raises `BrokenImage` is recorded and left out: its batch is smaller by one, nothing takes its place, and the order of
-    the others does not change. A batch of which no image can be read comes out empty (B = 0).
+    A batch without any readable image is empty (B = 0).
 
     Args:
         dataset: gives (image, target), or a `Sample` with named fields (see `vitarium.data.fields`), by index; its length is fixed.
@@ -196,16 +196,16 @@ class Loader:
             (image, target) -> (tensor, target); with `named`: `Sample` -> `Sample`. One without either changes the field "image" of a
             `Sample`.
         collate: list of (tensor, target) or `Sample`, which may be empty -> the batch, without "index". A `Collate` checks each sample.
-        batch_size: samples a batch on this rank.
+        batch_size: samples per batch on this rank.
         seed: of the order and of the augmentation.
         shuffle: a new order each epoch; else the order of the set.
         drop_last: leave out the last incomplete global batch (training); else evaluate every sample once.
         rank, world_size: this process among those that share each epoch.
-        num_workers: processes that read ahead; 0 reads in this process, which is best for small pictures in memory.
-        bad_files: where broken images of this set are recorded; more than it allows stop the epoch.
-        repeats: how many differently augmented copies of a sample lie in an epoch (repeated augmentation; the epoch keeps its length
-            and sees fewer different samples).
-        timeout: seconds without a batch after which the workers count as stuck.
+        num_workers: processes that read ahead; 0 reads in this process, which is best for small images in memory.
+        bad_files: record of unreadable images; more than it allows stop the epoch.
+        repeats: number of differently augmented copies of a sample in an epoch (repeated augmentation; the epoch keeps its length and sees
+            fewer different samples).
+        timeout: seconds without a batch after which the workers are taken as stuck.
 
     Raises:
         DataError: no samples; or with `drop_last` fewer than one global batch.
@@ -232,7 +232,7 @@ class Loader:
             raise DataError("the data holds no samples")
         if drop_last and len(dataset) < batch_size * world_size:
             raise DataError(
-                f"{len(dataset)} training pictures are fewer than one batch ({batch_size} a process, {world_size} process"
+                f"{len(dataset)} training images are fewer than one batch ({batch_size} a process, {world_size} process"
                 f"{'es' if world_size > 1 else ''}); use batch_size={max(1, len(dataset) // world_size)} or less, or more data"
             )
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
@@ -246,14 +246,14 @@ class Loader:
 
     @property
     def steps(self) -> int:
-        """Batches an epoch on this rank."""
+        """Return the number of batches of an epoch on this rank."""
         count = len(self.dataset)
         if self.drop_last:
             return count // (self.batch_size * self.world_size)
         return -(-len(range(self.rank, count, self.world_size)) // self.batch_size)
 
     def plan(self, epoch: int, start_step: int = 0) -> list[_Plan]:
-        """The batches of an epoch on this rank from a step on. Reads nothing."""
+        """Return the batches of an epoch on this rank from a step on, without reading."""
         count = len(self.dataset)
         order = np.random.default_rng([self.seed, epoch]).permutation(count) if self.shuffle else np.arange(count)
         copies = np.tile(np.arange(self.repeats), -(-count // self.repeats))[:count]
@@ -271,7 +271,7 @@ class Loader:
         ]
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[dict[str, Any]]:
-        """The batches of an epoch, from a step on (what comes before is not read).
+        """Yield the batches of an epoch, from a step on (earlier ones are not read).
 
         Raises:
             DataError: a sample cannot be read for a reason other than a broken file, a worker dies or hangs (the message names the
@@ -291,7 +291,7 @@ class Loader:
             yield batch
 
     def close(self) -> None:
-        """Let the workers go; the next epoch starts new ones."""
+        """Stop the workers; the next epoch starts new ones."""
         self._workers = None
 
     def _in_process(self, plans: list[_Plan]) -> Iterator[dict[str, Any] | _Failure]:
@@ -312,7 +312,7 @@ class Loader:
                 timeout=self.timeout,
                 pin_memory=torch.cuda.is_available(),
                 worker_init_fn=_start_worker,
-                generator=torch.Generator(),  # else each epoch would draw a number from the global one
+                generator=torch.Generator(),  # or each epoch would draw a number from the global one
             )
         self._reader.reading.fill_(-1)
         with _without_signals_of_children():
@@ -322,17 +322,17 @@ class Loader:
                 yield next(batches)
             except StopIteration:
                 return
-            except (RuntimeError, EOFError, OSError) as error:  # the reader itself never raises in a worker: one was killed, or hangs
+            except (RuntimeError, EOFError, OSError) as error:  # readers return errors, so a worker was killed or is stuck
                 message = self._post_mortem(batches, error)
                 for process in getattr(batches, "_workers", []):
-                    process.kill()  # one that hangs would hold up the end
+                    process.kill()  # a stuck worker would delay the end
                 self.close()
                 raise DataError(message) from error
 
     def _post_mortem(self, batches: Any, error: Exception) -> str:
         processes = getattr(batches, "_workers", [])
         hangs = "timed out" in str(error)
-        if not hangs:  # a connection breaks a moment before its process is gone
+        if not hangs:  # a connection breaks a moment before its process has ended
             ended = multiprocessing.connection.wait([process.sentinel for process in processes], timeout=5)
             for process in processes:
                 if process.sentinel in ended:
@@ -353,10 +353,9 @@ class Loader:
 
 @contextlib.contextmanager
 def _without_signals_of_children() -> Iterator[None]:
-    """Start workers without the handler of SIGCHLD that torch installs: it raises when a worker dies, wherever
-    the main program happens to be.
+    """Start workers without the handler of SIGCHLD that torch installs, which raises when a worker dies, wherever the main program is.
 
-    Without it the death is noticed where the next batch is asked for, within five seconds.
+    Without it the death is noticed when the next batch is requested, within five seconds.
     """
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
         yield
@@ -372,7 +371,7 @@ def _without_signals_of_children() -> Iterator[None]:
 
 def _start_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which then ends the workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked worker would else inherit the main process's handler
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # or a forked worker would inherit the main process's handler
 
 
 def _unchanged(batch: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Pictures with a PNG mask each, whose values are class numbers: ADE20K, Cityscapes and most data that people paint themselves."""
+"""Images with one PNG mask each, whose values are class numbers: ADE20K, Cityscapes and most custom data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOLD = 10
 
 
 class Pair(NamedTuple):
-    """A picture's path and its mask's."""
+    """Paths of an image and its mask."""
 
     file: str
     mask: str
@@ -34,17 +34,17 @@ class Pair(NamedTuple):
 def open_mask_folder(
     path: Path, *, void: str | None = None, broken: str = "refuse", seed: int = 0, val_fraction: float = 0.2
 ) -> SegmentedData:
-    """A folder with images/ and masks/ (also labels/ or annotations/), each flat or with training and held-out parts of the same names.
+    """Open a folder with images/ and masks/ (or labels/, annotations/), each flat or with training and held-out parts of the same names.
 
-    A mask has its picture's name and the ending .png; its values are class numbers from 0 on, and 255 says nothing of a pixel. In
-    ADE20K, known by its objectInfo150.txt, 0 says nothing and classes count from 1. Names of classes stand in classes.txt, one a line.
+    A mask has its image's name with the extension .png; its values are class numbers from 0 on, and 255 is void. In ADE20K, recognised
+    by its objectInfo150.txt, 0 is void and classes count from 1. Class names are in classes.txt, one per line.
 
     Args:
-        void: "0" for masks in ADE20K's way, "255" for the usual; None: by the files.
-        broken: "refuse" pictures without masks, or "drop" them.
+        void: "0" for ADE20K's convention, "255" for the usual one; None: by the files.
+        broken: "refuse" images without masks, or "drop" them.
 
     Raises:
-        DataError: another layout, no names, pictures without masks.
+        DataError: another layout, no class names, images without masks.
     """
     masks = next((path / name for name in ("masks", "labels", "annotations") if (path / name).is_dir()), None)
     if masks is None or not (path / "images").is_dir():
@@ -59,7 +59,7 @@ def open_mask_folder(
     else:
         parts = split_samples(_pairs(path / "images", masks, broken), val_fraction, seed, name)
     if not all(parts):
-        raise DataError(f"{name} holds {len(parts[0])} pictures for training and {len(parts[1])} held out; both need some")
+        raise DataError(f"{name} holds {len(parts[0])} images for training and {len(parts[1])} held out; both must not be empty")
     read = functools.partial(read_pair, classes=len(classes), zero_is_void=zero_is_void)
     train, val = (Samples(part, read=read, name=lambda pair: pair.file) for part in parts)
     return SegmentedData(name, train, val, classes)
@@ -70,15 +70,15 @@ def _names(file: Path) -> list[str]:
         names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{file.parent} needs a file classes.txt with the name of a class a line, in the order of the mask's values"
+            f"{file.parent} needs a file classes.txt with one class name per line, in the order of the mask's values"
         ) from error
     if not names or len(set(names)) < len(names):
-        raise DataError(f"{file} {'names a class twice' if names else 'is empty'}; it holds the name of a class a line")
+        raise DataError(f"{file} {'names a class twice' if names else 'is empty'}; it must hold one class name per line")
     return names
 
 
 def _ade_names(file: Path) -> list[str]:
-    """The last column of ADE20K's table; of several names of a class the first."""
+    """Read the last column of ADE20K's table; of several names of a class the first."""
     lines = file.read_text(encoding="utf-8").splitlines()[1:]
     return [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
 
@@ -91,28 +91,28 @@ def _pairs(images: Path, masks: Path, broken: str) -> list[Pair]:
         told = "\n".join(f"  {pair.file}: there is no {pair.mask}" for pair in alone[:TOLD])
         more = f"\n  and {len(alone) - TOLD} more" if len(alone) > TOLD else ""
         raise DataError(
-            f"{len(alone)} of {len(pairs)} pictures have no mask:\n{told}{more}\nadd them, or leave these out with masks:PATH,broken=drop"
+            f"{len(alone)} of {len(pairs)} images have no mask:\n{told}{more}\nadd them, or leave these out with masks:PATH,broken=drop"
         )
     return [pair for pair in pairs if pair not in set(alone)]
 
 
 def read_pair(pair: Pair, *, classes: int, zero_is_void: bool) -> tuple[Image.Image, Segmentation]:
-    """Opens a picture and its mask.
+    """Open an image and its mask.
 
     Raises:
-        BrokenImage: one of them cannot be read, they differ in size, or the mask has values that are no class.
+        BrokenImage: one of them cannot be read, they differ in size, or the mask has values that are not classes.
     """
     picture, mask = open_image(pair.file), open_image(pair.mask)
     values = np.asarray(mask)
     if values.ndim != 2:
-        raise BrokenImage(pair.mask, f"a mask has one value a pixel (grey or palette), this is {mask.mode}")
+        raise BrokenImage(pair.mask, f"a mask must have one value per pixel (grey or palette), this one is {mask.mode}")
     if values.shape != (picture.height, picture.width):
-        sizes = f"the mask has {mask.height} x {mask.width} pixels (height x width), the picture {picture.height} x {picture.width}"
+        sizes = f"the mask has {mask.height} x {mask.width} pixels (height x width), the image {picture.height} x {picture.width}"
         raise BrokenImage(pair.mask, sizes)
     values = values.astype(np.int64)
     if zero_is_void:
         values = np.where(values == 0, IGNORE, values - 1)
     labels = np.unique(values[values != IGNORE])
     if wrong := labels[labels >= classes].tolist():
-        raise BrokenImage(pair.mask, f"the mask has values that are no class: {few(wrong)} (classes are 0 to {classes - 1})")
+        raise BrokenImage(pair.mask, f"the mask has values that are not classes: {few(wrong)} (classes are 0 to {classes - 1})")
     return picture, Segmentation(values == labels[:, None, None], labels)

@@ -1,4 +1,4 @@
-"""Open data: a name or a path in, a training and a held-out part out."""
+"""Opening of data: from a name or a path to a training and a held-out part."""
 
 from __future__ import annotations
 
@@ -108,15 +108,15 @@ def open_data(
 
 
 def _recognise(path: Path, spec: str) -> str:
-    """What lies at a path: "folder", "csv", "wds" or "hf"."""
+    """Return the kind of data at a path: "folder", "csv", "wds" or "hf"."""
     if not spec:
-        raise DataError(f"no data was named\n{ACCEPTED}")
+        raise DataError(f"no data was given\n{ACCEPTED}")
     if path.suffix == ".tar":
         return "wds"
     if path.is_file():
         if path.suffix.lower() == ".csv":
             return "csv"
-        raise DataError(f"{spec} is a single file of a kind that is not read as a data set\n{ACCEPTED}")
+        raise DataError(f"{spec} is a single file that cannot be read as a data set\n{ACCEPTED}")
     if not path.is_dir():
         siblings = [p.name for p in path.parent.iterdir() if not p.name.startswith(".")] if path.parent.is_dir() else []
         raise DataError(f"there is no data called {spec!r}{nearest(path.name, [*EMBEDDED, *siblings])}\n{ACCEPTED}")

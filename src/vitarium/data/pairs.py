@@ -1,4 +1,4 @@
-"""Pictures in two qualities, low and high, for restoration; and pictures of high quality alone, of which the low one is to be made."""
+"""Pairs of low- and high-resolution images for restoration, and high-resolution images from which the others are made."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
     from PIL import Image
 
 HIGH_NAMES, LOW_NAMES = ("hr", "high", "gt", "target"), ("lr", "low", "lq", "input")
-"""What the two folders may be called, in any case; also at the end of a longer name, such as DIV2K_train_HR and DIV2K_train_LR_bicubic."""
+"""Accepted names of the two folders, in any case; also as endings, such as DIV2K_train_HR and DIV2K_train_LR_bicubic."""
 
 CROPS = 256
-"""A training part of fewer pictures is gone through several times an epoch: each time another crop is seen."""
+"""A training part with fewer images is repeated within an epoch, each time with other crops."""
 
 PHOTO_SIDE = 256
-"""Side of the squares into which the embedded photographs are cut, pixels."""
+"""Side of the squares cut from the embedded photographs, pixels."""
 
 NOT_SCENERY = ("cells", "galaxies", "moon", "retina", "tissue")
-"""Embedded pictures that were taken through a microscope or a telescope: their detail is of another kind, and mostly noise."""
+"""Embedded images from microscopes or telescopes, which are left out: their detail is mostly noise."""
 
 ACCEPTED = (
-    "accepted: photos; a folder of pictures at any depth (of which the low ones are made); or a folder with HR/ and LR/ (high/ and low/), "
-    "at its top or below train/ and val/, or as DIV2K has them; where LR/ holds X2/, X4/ ..., say which: FOLDER:x2"
+    "accepted: photos; a folder of images at any depth (from which the low-resolution ones are made); or a folder with HR/ and LR/ "
+    "(high/ and low/), at its top or below train/ and val/, or as in DIV2K; if LR/ holds X2/, X4/ ..., name one: FOLDER:x2"
 )
 
 
 class HighPictures(Samples):
-    """Images of high quality alone: (image, None); the low-quality one is made from it.
+    """High-resolution images: (image, None); the low-resolution one is made from it.
 
     Args:
         files: paths.
@@ -49,11 +49,11 @@ class HighPictures(Samples):
 
 
 class PairedPictures(Samples):
-    """Images in two qualities: (low, high).
+    """Pairs of images: (low, high).
 
     Args:
-        pairs: (path of the low, path of the high one).
-        scale: how many times larger the high ones are.
+        pairs: (path of the low-resolution image, path of the high-resolution one).
+        scale: side of the high-resolution images over that of the low-resolution ones.
     """
 
     def __init__(self, pairs: list[tuple[str, str]], scale: int):
@@ -70,7 +70,7 @@ def _read_pair(pair: tuple[str, str]) -> tuple[Image.Image, Image.Image]:
 
 
 def _photo_squares(names: list[str], photos: dict[str, Image.Image]) -> Samples:
-    """Squares of the embedded photographs, whole where those are smaller: (image, None), named after the photograph."""
+    """Squares of the embedded photographs, or whole smaller ones: (image, None), named after the photograph."""
     squares = [(name, photos[name].crop(box)) for name in names for box in _squares(*photos[name].size)]
     return Samples(squares, read=lambda square: (square[1], None), name=operator.itemgetter(0))
 
@@ -81,17 +81,17 @@ def _squares(width: int, height: int) -> list[tuple[int, int, int, int]]:
 
 
 def open_pairs(spec: str, *, seed: int = 0, val_fraction: float = 0.2, image_size: int | None = None) -> ImageData:
-    """Pictures in two qualities.
+    """Open image pairs for restoration.
 
     Args:
-        spec: "photos" (the embedded photographs of ordinary things; whole ones are held out), a folder of pictures at any depth, or a
-            folder of folders of high and of low quality: see `ACCEPTED`. Partners have the same name, but for an x2, x3 ... at the end of
-            the low one's.
-        seed, val_fraction: of the part that is held out, where the data has none.
-        image_size: not used: pictures come as they are.
+        spec: "photos" (the embedded photographs of ordinary objects; whole ones are held out), a folder of images at any depth, or a folder
+            with folders of high and of low resolution: see `ACCEPTED`. Partners have the same name, except for x2, x3 ... at the end of the
+            low-resolution one's.
+        seed, val_fraction: of the held-out part, if the data have none.
+        image_size: ignored: images keep their size.
 
     Raises:
-        DataError: nothing there, partners or whole parts are missing, or the sizes of partners do not fit.
+        DataError: no such data, missing partners or parts, or partners whose sizes do not match.
     """
     if not 0 < val_fraction < 1:
         raise DataError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
@@ -103,7 +103,7 @@ def open_pairs(spec: str, *, seed: int = 0, val_fraction: float = 0.2, image_siz
     assert found is not None
     path, scale = Path(found[1]), found[2]
     if not path.is_dir():
-        raise DataError(f"there is no folder {found[1]!r} of pictures\n{ACCEPTED}")
+        raise DataError(f"there is no folder {found[1]!r} of images\n{ACCEPTED}")
     parts = _paired_parts(path, scale)
     name = path.resolve().name
     if parts:
@@ -130,7 +130,7 @@ def _data(name: str, train: Samples, val: Samples) -> ImageData:
 
 
 def scale_of(images: object) -> int | None:
-    """How many times larger the high pictures of a set are; None where the low ones are made of them."""
+    """Return the scale of the high-resolution images of a set; None if the low-resolution ones are made from them."""
     while isinstance(images, View):
         images = images.images
     return getattr(images, "scale", None)
@@ -139,27 +139,27 @@ def scale_of(images: object) -> int | None:
 def _pictures(folder: Path) -> list[str]:
     files = sorted(find_images(folder), key=natural_order)
     if not files:
-        raise DataError(f"{folder} holds no pictures\n{ACCEPTED}")
+        raise DataError(f"{folder} holds no images\n{ACCEPTED}")
     return files
 
 
 def _split(samples: list, val_fraction: float, seed: int, name: str) -> tuple[list, list]:
-    """(training, held-out), at least one each."""
+    """Split at random into (training, held-out), at least one each."""
     if len(samples) < 2:
-        raise DataError(f"{name} holds one picture; two or more are needed, one to be held out")
+        raise DataError(f"{name} holds one image; at least two are needed, one of them held out")
     count = min(max(1, round(val_fraction * len(samples))), len(samples) - 1)
     held = set(random.Random(f"{seed} pairs").sample(range(len(samples)), count))
     return [s for i, s in enumerate(samples) if i not in held], [s for i, s in enumerate(samples) if i in held]
 
 
 def _paired_parts(path: Path, scale: str | None) -> dict[str, tuple[Path, Path]]:
-    """Part -> (folder of the low pictures, folder of the high ones); "train" and "val" where both are there, else "" alone."""
+    """Return part -> (folder of low resolution, folder of high resolution); "train" and "val" if both exist, else only ""."""
     folders = [entry for entry in sorted(path.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
     inside = part_names(entry.name for entry in folders)
     if all(inside):
         parts = {key: _two_folders(path / str(part), scale) for key, part in zip(("train", "val"), inside, strict=True)}
         if len(lone := [part for part, pair in parts.items() if pair is None]) == 1:
-            raise DataError(f"{path} has folders of high and of low quality in one part, but not below {lone[0]}\n{ACCEPTED}")
+            raise DataError(f"{path} has folders of high and of low resolution in one part, but not below {lone[0]}\n{ACCEPTED}")
         return {part: pair for part, pair in parts.items() if pair is not None}
     prefixes = {m[1].lower() for entry in folders if (m := _named(entry.name, HIGH_NAMES))}
     named = {prefix: _two_folders(path, scale, prefix) for prefix in prefixes}
@@ -172,12 +172,12 @@ def _paired_parts(path: Path, scale: str | None) -> dict[str, tuple[Path, Path]]
 
 
 def _named(name: str, roles: tuple[str, ...]) -> re.Match[str] | None:
-    """Group 1 is what comes before the role: "DIV2K_train_" of DIV2K_train_LR_bicubic."""
+    """Match a folder's name; group 1 is the text before the role: "DIV2K_train_" of DIV2K_train_LR_bicubic."""
     return re.fullmatch(rf"((?:.*[_-])?)(?:{'|'.join(roles)})(?:[_-].*)?", name, re.IGNORECASE)
 
 
 def _two_folders(path: Path, scale: str | None, prefix: str = "") -> tuple[Path, Path] | None:
-    """(low, high) below a folder, or None."""
+    """Return the folders (low, high) below a folder, or None."""
     entries = [entry for entry in sorted(path.iterdir()) if entry.is_dir()]
     fits = lambda entry, roles: (m := _named(entry.name, roles)) is not None and m[1].lower() == prefix
     high = next((entry for entry in entries if fits(entry, HIGH_NAMES)), None)
@@ -186,21 +186,21 @@ def _two_folders(path: Path, scale: str | None, prefix: str = "") -> tuple[Path,
         return None
     scales = {entry.name[1:]: entry for entry in low.iterdir() if entry.is_dir() and re.fullmatch(r"[xX]\d", entry.name)}
     if scales and scale is None and len(scales) > 1:
-        raise DataError(f"{low} holds {few(sorted(e.name for e in scales.values()))}; say which, as in {path}:x{min(scales)}")
+        raise DataError(f"{low} holds {few(sorted(e.name for e in scales.values()))}; name one, as in {path}:x{min(scales)}")
     if scales and scale is not None and scale not in scales:
         raise DataError(f"{low} holds no X{scale}, it holds {few(sorted(e.name for e in scales.values()))}")
     return (scales[scale or next(iter(scales))] if scales else low), high
 
 
 def _pairs(part: str, low_folder: Path, high_folder: Path) -> tuple[list[tuple[str, str]], int]:
-    """(low, high) files, and how many times larger the high ones are."""
+    """Return (low, high) files, and the scale between them."""
     low, high = ({_stem(file, folder): file for file in _pictures(folder)} for folder in (low_folder, high_folder))
     low = {name if name in high else re.sub(r"[_-]?x\d$", "", name, flags=re.IGNORECASE): file for name, file in low.items()}
     alone = [f"{high_folder.name}/{name}" for name in high if name not in low]
     alone += [f"{low_folder.name}/{name}" for name in low if name not in high]
     if alone:
         raise DataError(
-            f"{low_folder.parent}: {len(alone)} pictures have no partner in the other quality: {few(alone)}; add or remove them"
+            f"{low_folder.parent}: {len(alone)} images have no partner of the other resolution: {few(alone)}; add or remove them"
         )
     pairs = [(low[name], high[name]) for name in high]
     return pairs, _common_scale(pairs)
@@ -211,7 +211,7 @@ def _stem(file: str, folder: Path) -> str:
 
 
 def _common_scale(pairs: list[tuple[str, str]]) -> int:
-    """By the files' headers alone; a file that cannot be read is left to the loader, which records it."""
+    """Find the scale from the files' headers; a file that cannot be read is left to the loader, which records it."""
     from PIL import Image
 
     scales: dict[int, list[str]] = {}
@@ -219,14 +219,14 @@ def _common_scale(pairs: list[tuple[str, str]]) -> int:
         try:
             with Image.open(low) as small, Image.open(high) as large:
                 sizes = small.size, large.size
-        except Exception:  # as many kinds as there are ways to be broken
+        except Exception:  # broken files raise all kinds of errors
             continue
         scale = max(1, round(sizes[1][0] / sizes[0][0]))
         fits = all(0 <= b - a * scale < scale for a, b in zip(*sizes, strict=True))
         told = f"{os.path.basename(low)} {sizes[0][0]}x{sizes[0][1]} to {sizes[1][0]}x{sizes[1][1]}"
         scales.setdefault(scale if fits else 0, []).append(told)
     if odd := scales.pop(0, []):
-        raise DataError(f"{len(odd)} pairs do not differ in size by a whole number: {few(odd)}")
+        raise DataError(f"{len(odd)} pairs do not differ in size by a whole factor: {few(odd)}")
     if not scales:
         raise DataError(f"none of {len(pairs)} pairs can be read, such as {pairs[0][0]}")
     if len(scales) > 1:
