@@ -13,7 +13,7 @@ base, 3 task, learner, data and temperature."""
 
 
 class LearnerRecord(BaseModel):
-    """How a model was taught.
+    """The learner that trained a model.
 
     Attributes:
         name: of the learner.
@@ -27,7 +27,7 @@ class LearnerRecord(BaseModel):
 
 
 class DataRecord(BaseModel):
-    """What a model was trained on.
+    """The data that a model was trained on.
 
     Attributes:
         source: as it was given to `open_data`.
@@ -60,7 +60,7 @@ class Base(BaseModel):
 
 
 class Training(BaseModel):
-    """What a model was trained for, how and on what. It is `model.training_record`, and part of a saved file's record.
+    """Task, learner and data of a model's training. It is `model.training_record`, and part of a saved file's record.
 
     Attributes:
         task: name and options of its task (`Task.record`); None: that of its learner or family.

@@ -1,4 +1,4 @@
-"""What commands share beside their verbs: a model without weights, and patterns."""
+"""A model without weights for commands that only describe it, and name patterns."""
 
 from __future__ import annotations
 

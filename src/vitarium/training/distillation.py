@@ -3,10 +3,10 @@
     store = save_logits(teacher, student, data, recipe, "answers", k=3)           # or objective.teacher: `vitarium train` makes it
     vitarium train distillation_pico --set objective.store=answers
 
-The record of one image in one epoch has 4 + 4 K bytes: the seed of its augmentation (int32), and the K most probable classes (int16) with
-their probabilities (float16). The loader seeds the generators of each sample from recipe seed, epoch and image index alone; the record's seed
-is the first number drawn from them, and all augmentation is drawn from that seed. So a student's batch finds its records by (image, seed),
-whatever the order, the workers and the processes, and sees the teacher's pixels.
+The record of one image in one epoch has 4 + 4 K bytes: the seed of its augmentation (int32), and the K most probable classes (int16)
+with their probabilities (float16). The loader seeds the generators of each sample from recipe seed, epoch and image index alone; the
+record's seed is the first number drawn from them, and all augmentation is drawn from that seed. So a student's batch finds its records
+by (image, seed), whatever the order, the workers and the processes, and sees the teacher's pixels.
 
     target = stored probability for the K classes, (1 - their sum) / (classes - K) for each of the others;  loss = cross entropy with it
 
@@ -85,7 +85,7 @@ class LogitStore:
     """A folder of a teacher's answers: store.json, and an array of records for each epoch. A copy or pickle opens the folder again.
 
     Attributes:
-        header: teacher, classes, k, pictures (number of images), epochs, values, and the result of `conditions`.
+        header: teacher, classes, k, `pictures` (number of images), epochs, values, and the result of `conditions`.
 
     Raises:
         DataError: the folder holds no store, or a damaged one.

@@ -59,7 +59,7 @@ class TableData:
 
 
 class Task(Section):
-    """What a model is asked to do with an image.
+    """A task: the question that a model answers about an image.
 
     A task opens labelled data, matches a model's outputs with the data's labels, measures, answers about single images, and draws answers.
     Commands call these methods and never depend on which task it is. The task is recorded in saved files; how the model was taught (the
@@ -81,19 +81,19 @@ class Task(Section):
     """Command to show after training, with {file} for the saved model."""
 
     result_kind: ClassVar[str | None] = None
-    """What `vitarium predict` returns for an image, such as "labels" or "segments"; None: the task has no answer for one image."""
+    """Kind of answer that `vitarium predict` gives for an image, such as "labels" or "segments"; None: the task has no answer for one image."""
 
     no_answer: ClassVar[str] = ""
     """Why there is no answer for one image, and which command to use instead."""
 
     classifies: ClassVar[bool] = False
-    """Whether the output is logits (B, num_classes) of which one class is right: what error rates and class explanations need."""
+    """True if the output is logits (B, num_classes) of which one class is right: what error rates and class explanations need."""
 
     mergeable: ClassVar[bool] = True
-    """Whether metrics that were updated on different images can be merged: what evaluation in several processes needs."""
+    """True if metrics that were updated on different images can be merged: what evaluation in several processes needs."""
 
     conditions: ClassVar[bool] = False
-    """Whether the model takes classes as input."""
+    """True if the model takes classes as input."""
 
     @property
     def primary(self) -> Metric:
