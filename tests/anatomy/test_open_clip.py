@@ -37,3 +37,28 @@ def test_open_clip_towers(spec, alone):
         assert not torch.equal(features(), before)
         assert trace(model, image)[-1].place.shape[1] < 17
         assert torch.equal(vitarium.undo(model) and features(), before)
+
+
+@pytest.mark.parametrize(
+    "pool", [{}, dict(final_ln_after_pool=True), dict(pool_type="avg"), dict(attentional_pool=True, attn_pooler_heads=2)]
+)
+@torch.no_grad()
+def test_features_of_towers_are_open_clips(pool):
+    from vitarium.catalog.features import pooled_features
+    from vitarium.catalog.open_clip_models import OpenClipTower
+
+    vision = dict(image_size=16, layers=3, width=24, patch_size=4, head_width=12, **pool)
+    clip = fill(open_clip.model.CLIP(8, vision, dict(context_length=8, vocab_size=20, width=16, heads=2, layers=1)))
+    model, image = OpenClipTower(clip).eval(), torch.randn(2, 3, 16, 16)
+    want = clip.encode_image(image)
+    torch.testing.assert_close(model(image), want)
+    torch.testing.assert_close(pooled_features(model, image), want)
+    torch.testing.assert_close(pooled_features(clip, image), want)
+    torch.testing.assert_close(pooled_features(clip.visual, image), want)
+    features, maps = model.forward_intermediates(image, [0, 2])
+    torch.testing.assert_close(features[:, 1:].transpose(1, 2).unflatten(2, (4, 4)), maps[1])
+    ((patches, first),) = model.forward_intermediates(image, 1, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True)
+    torch.testing.assert_close(torch.cat([first, patches], 1), features)
+    model.reset_classifier(3)
+    assert model(image).shape == (2, 3)
+    assert anatomy.of(model).depth == 3

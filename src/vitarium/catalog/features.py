@@ -13,8 +13,8 @@ from vitarium.errors import UsageError
 def pooled_features(model: nn.Module, image: Tensor) -> Tensor:
     """Return what the classifier of a model reads of images, (B, C) in the model's dtype.
 
-    By timm's methods (`forward_features`, `forward_head(pre_logits=True)`) where the model has them: ours, timm's, transformers'. Of any
-    other classifier, the input of its head in a whole pass.
+    By timm's methods (`forward_features`, `forward_head(pre_logits=True)`) where the model has them: ours, timm's, transformers'. Of an
+    open_clip model its image features; of any other classifier the input of its head in a whole pass.
 
     Args:
         model: a backbone, an encoder or a classifier, in eval mode.
@@ -27,6 +27,10 @@ def pooled_features(model: nn.Module, image: Tensor) -> Tensor:
         head: Any = model.forward_head
         features: Any = model.forward_features
         return head(features(image), pre_logits=True)
+    if type(model).__module__.startswith("open_clip."):
+        visual: Any = getattr(model, "visual", model)
+        found = visual(image)
+        return found[0] if isinstance(found, tuple) else found  # with the tokens beside it
     return classifier_input(model, image)
 
 
