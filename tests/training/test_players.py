@@ -21,6 +21,7 @@ from vitarium.errors import TrainingStopped, UsageError
 from vitarium.training import fit, load_recipe
 from vitarium.training.checkpoint import load_run
 from vitarium.training.players import Player, checked_players
+from vitarium.training.steppers import Stepper
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals, forks and gloo of POSIX")
 EVERYTHING = ("accumulate=2", "checkpoint_minutes=1e-9")
@@ -329,3 +330,56 @@ def test_sharding_refuses_several_players():
 
     with pytest.raises(UsageError, match="learners of one player"):
         check_shardable(Duel(), tiny_recipe("ema=null"))
+
+
+# ---- extra passes and other steppers
+
+
+class Attacked(Duel):
+    """The discriminator learns on images that a first pass moved against it."""
+
+    def first_pass(self, batch, player):
+        if player == "generator":
+            return batch
+        image = batch["image"].detach().requires_grad_(True)
+        (slope,) = torch.autograd.grad(self.discriminator(image).sum(), image)
+        return {**batch, "image": batch["image"] - 0.1 * slope.sign(), "clean": batch["image"]}
+
+    def loss(self, batch, player):
+        losses = super().loss(batch, player)
+        if player == "discriminator":
+            losses["moved"] = (batch["image"] - batch["clean"]).abs().amax().detach()
+        return losses
+
+
+def test_a_first_pass_changes_the_batch_that_the_loss_sees(tmp_path):
+    duel(tmp_path, "budget.steps=3", learner=Attacked())
+    assert float(lines(tmp_path)[0]["discriminator.moved"]) == pytest.approx(0.1, rel=1e-5)
+    assert "generator.moved" not in lines(tmp_path)[0]
+
+
+class Halving(Stepper):
+    """Two passes, of which the mean gradient counts."""
+
+    passes = 2
+
+    def gradients(self, turn):
+        losses = turn.accumulate()
+        turn.accumulate()
+        for parameter in turn.parameters:
+            parameter.grad.div_(2)
+        return losses
+
+
+@posix
+def test_a_learner_may_choose_a_stepper(tmp_path):
+    """Equal passes: the mean of their gradients is that of one."""
+
+    class Chosen(Duel):
+        def stepper(self, settings, player):
+            return Halving() if player == "generator" else super().stepper(settings, player)
+
+    _, expected, _ = duel(tmp_path / "one", "budget.steps=3", dropout=0.2)
+    _, found, learner = duel(tmp_path / "two", "budget.steps=3", learner=Chosen(dropout=0.2))
+    assert_same_weights(found, expected)
+    assert sum(entry["player"] == "generator" for entry in learner.seen) == 2 * 3

@@ -102,6 +102,8 @@ def event_of(progress: Progress, model: str, task: Task) -> Event:
     p, metric = progress, task.primary
     pace = p.seconds / p.step if p.step else None
     score = f"{metric.name.replace('_', ' ')} {p.metrics[metric.name]:.4g}" if metric.name in p.metrics else ""
+    means = {name: p.metrics[key] for name in p.losses if (key := f"train_{name}.loss") in p.metrics}  # of several players
+    score = ", ".join(filter(None, [score, *(f"{name} {loss:.3f}" for name, loss in means.items())]))
     return Event(
         "step",
         model,
