@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -208,3 +210,36 @@ def test_failed_parts_are_tried_twice(cluster, tmp_path):
         map_images(part, items, shared=(tmp_path / "often", 9), part_size=4, engine=RAY, parts=tmp_path / "parts")
     assert (tmp_path / "often/part/attempts").read_text() == "2"
     assert len(list((tmp_path / "parts").glob("part-*.pt"))) == 2  # the others are kept
+
+
+LISTENING = """
+import ray
+import psutil  # Ray brings it
+from pathlib import Path
+from tests.engine.work import run
+from vitarium.engine import Job, RunEvent, run_all
+
+ours, found = psutil.Process(), set()
+
+def look(event: RunEvent) -> None:
+    for process in [ours, *ours.children(recursive=True)]:
+        found.update(c.laddr.ip for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN)
+
+if __name__ == "__main__":
+    (outcome,) = run_all([Job("run", run, Path({folder!r}), {{"value": 3}})], "ray", progress=look)
+    print("LISTENS", sorted(found), outcome.value["value"], ray.is_initialized(), flush=True)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not show the sockets of child processes")
+def test_ray_on_one_machine_listens_to_this_machine_only(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+    environment.pop("RAY_ADDRESS", None)
+    script = tmp_path / "script.py"
+    script.write_text(LISTENING.format(folder=str(tmp_path / "run")))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=200, env=environment)
+    line = next((line for line in done.stdout.splitlines() if line.startswith("LISTENS")), done.stderr)
+    addresses = set(re.findall(r"'([^']+)'", line))
+    assert addresses
+    assert addresses <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, line
+    assert line.endswith("3 False")  # the run's result; Ray is shut down again

@@ -134,6 +134,8 @@ def _tensors(items: list[int]) -> dict[str, Any]:
 
 def test_no_items_no_parts():
     assert map_images(part, [], part_size=4) == []
+    with pytest.raises(UsageError, match="give engine='ray'"):
+        map_images(part, [1], part_size=1, engine=Engine(jobs=2))
     with pytest.raises(UsageError, match="part_size"):
         map_images(part, [1], part_size=0)
 

@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import os
+import pickle
 import shutil
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -65,12 +66,14 @@ def map_images(
 
     Raises:
         MissingExtra: the engine is "ray" and Ray is not installed.
-        UsageError: another process works in the folder, or the cluster does not see it.
+        UsageError: another process works in the folder, the cluster does not see it, or several jobs without Ray.
         Exception: of a part that failed twice; of user errors the first time.
     """
     if part_size < 1:
         raise UsageError(f"part_size must be at least 1, got {part_size}")
     where = as_engine(engine)
+    if where.kind == "local" and not where.in_process:
+        raise UsageError(f"several processes for images (jobs={where.jobs}) are Ray's: give engine='ray' (--engine ray) with them")
     starts = range(0, len(items), part_size)
     with _Parts.open(parts, items, part_size, identity, keep) as store:
         missing = [i for i in range(len(starts)) if not store.has(i)]
@@ -225,14 +228,10 @@ class _Actor:
 
 
 def _pickle(value: Any) -> bytes:
-    import pickle
-
     return pickle.dumps(value)
 
 
 def _unpickle(value: bytes) -> Any:
-    import pickle
-
     return pickle.loads(value)  # made by this process or its actors, never read from a file
 
 
@@ -284,9 +283,6 @@ def _pipeline(
     """Yield number, payload and pickled error of each part, as Ray Data delivers them."""
     import ray.data
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     rows = [{"number": number, "items": _pickle(items)} for number, items in work.items()]
     most = engine.jobs or max(1, min(len(rows), _room(connection)))
     results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
@@ -296,8 +292,25 @@ def _pipeline(
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(most, len(rows))),
         **connection.options,
     )
-    for row in results.iter_rows():
-        yield int(row["number"]), row["payload"], row["error"]
+    with _quiet_ray_data():
+        for row in results.iter_rows():
+            yield int(row["number"]), row["payload"], row["error"]
+
+
+@contextlib.contextmanager
+def _quiet_ray_data() -> Iterator[None]:
+    """Switch off Ray Data's own progress bars and messages for a while."""
+    import ray.data
+
+    context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
+    before = context.enable_progress_bars, logger.level
+    context.enable_progress_bars = False
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        context.enable_progress_bars = before[0]
+        logger.setLevel(before[1])
 
 
 def _room(connection: Any) -> int:

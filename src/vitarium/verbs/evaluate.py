@@ -111,6 +111,8 @@ def evaluate(
     images = open_for(opened, data, seed=seed, val_fraction=val_fraction)
     apply_methods(opened, apply, images, notify)
     where = as_engine(engine, address=address, jobs=jobs)
+    if where.kind == "local" and not where.in_process:
+        raise UsageError(f"several processes for images (jobs={where.jobs}) are Ray's: give engine='ray' (--engine ray) with them")
     if corruptions and where.kind != "local":
         raise UsageError("corruptions are measured by the local engine only; leave out corruptions or engine")
     if where.kind == "local":

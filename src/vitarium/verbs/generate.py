@@ -123,6 +123,7 @@ def generate(
     from vitarium.engine import as_engine
     from vitarium.generation.labels import parse_classes
     from vitarium.generation.making import make_images
+    from vitarium.perception.retrieval.index import model_fingerprint
 
     path = None if output is None else Path(output)
     if path is not None and path.suffix and path.suffix not in (*SHEETS, ".npz"):
@@ -144,11 +145,20 @@ def generate(
     notify(f"Generating {total} images")
     given |= {"steps": steps, "guidance": guidance, "seed": seed}
     start = time.perf_counter()
+    if path is not None and total > batch_size and "image" not in given:  # so that an interrupted call continues
+        about = {"methods": [repr(method) for method in apply or ()], "batch_size": batch_size, **given}
+        resume: dict[str, Any] = {
+            "parts": path.with_name(f"{path.name}.parts"),
+            "identity": {"weights": model_fingerprint(opened), **about},
+        }
+    else:
+        resume = {}
     images = make_images(
         opened,
         labels,
         batch_size=batch_size,
         engine=where,
+        **resume,
         progress=lambda done, total: notify(f"Generating images: {done} of {total}"),
         **given,
     )
