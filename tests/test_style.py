@@ -17,72 +17,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COVERED = [
-    "CONTRIBUTING.md",
-    "README.md",
-    "docs",
-    "src/vitarium/backbones",
-    "src/vitarium/catalog/applying.py",
-    "src/vitarium/catalog/methods.py",
-    "src/vitarium/catalog/options.py",
-    "src/vitarium/claims",
-    "src/vitarium/cli/board.py",
-    "src/vitarium/cli/claim.py",
-    "src/vitarium/cli/compare.py",
-    "src/vitarium/data",
-    "src/vitarium/efficiency/bench.py",
-    "src/vitarium/efficiency/export.py",
-    "src/vitarium/efficiency/profiler.py",
-    "src/vitarium/efficiency/pruning",
-    "src/vitarium/efficiency/quantization",
-    "src/vitarium/engine",
-    "src/vitarium/explanation/__init__.py",
-    "src/vitarium/explanation/classifier.py",
-    "src/vitarium/explanation/explainers.py",
-    "src/vitarium/explanation/faithfulness.py",
-    "src/vitarium/explanation/from_captum.py",
-    "src/vitarium/explanation/heatmap.py",
-    "src/vitarium/explanation/reading.py",
-    "src/vitarium/explanation/simple.py",
-    "src/vitarium/explanation/t_tame.py",
-    "src/vitarium/explanation/token_tree.py",
-    "src/vitarium/explanation/tree_drawing.py",
-    "src/vitarium/generation",
-    "src/vitarium/nn",
-    "src/vitarium/ops",
-    "src/vitarium/pages",
-    "src/vitarium/perception",
-    "src/vitarium/pretraining",
-    "src/vitarium/reports",
-    "src/vitarium/robustness/__init__.py",
-    "src/vitarium/robustness/benchmark.py",
-    "src/vitarium/robustness/corruptions.py",
-    "src/vitarium/robustness/sam_vit.py",
-    "src/vitarium/robustness/sharpness.py",
-    "src/vitarium/robustness/surface.py",
-    "src/vitarium/training/base.py",
-    "src/vitarium/training/checkpoint.py",
-    "src/vitarium/training/draws.py",
-    "src/vitarium/training/fitting.py",
-    "src/vitarium/training/logs.py",
-    "src/vitarium/training/loop.py",
-    "src/vitarium/training/optim.py",
-    "src/vitarium/training/parts.py",
-    "src/vitarium/training/phases.py",
-    "src/vitarium/training/players.py",
-    "src/vitarium/training/processes.py",
-    "src/vitarium/training/recipe.py",
-    "src/vitarium/training/run.py",
-    "src/vitarium/training/sharding.py",
-    "src/vitarium/training/steppers.py",
-    "src/vitarium/training/turns.py",
-    "src/vitarium/verbs",
-    "tests/claims",
-    "tests/engine",
-    "tests/pages",
-    "tests/reports",
-]
-"""Files and folders that are clean. The list grows until it reads src/vitarium, docs, README.md, CONTRIBUTING.md."""
+COVERED = ["CONTRIBUTING.md", "README.md", "docs", *sorted(f"src/vitarium/{p.name}" for p in (ROOT / "src/vitarium").iterdir())]
+NOT_YET = (
+    "src/vitarium/catalog/__init__.py",
+    "src/vitarium/catalog/evidence.py",
+    "src/vitarium/catalog/registry.py",
+    "src/vitarium/cli/filters.py",
+    "src/vitarium/cli/info.py",
+    "src/vitarium/cli/info_file.py",
+    "src/vitarium/cli/models.py",
+    "src/vitarium/cli/systems.py",
+    "src/vitarium/efficiency/tokens/picture.py",
+    "src/vitarium/efficiency/tokens/reducer.py",
+)
+"""Files under the covered paths that are not clean yet."""
 
 WORDS = {
     r"\b(told|tells?|telling)\b": "say what happens: returns, raises, prints, distinguishes",
@@ -158,7 +106,7 @@ def files_under(paths: list[str]) -> list[Path]:
 
 @pytest.mark.parametrize("path", COVERED)
 def test_plain_english(path: str):
-    found = [fault for file in files_under([path]) for fault in faults(file)]
+    found = [fault for file in files_under([path]) if str(file.relative_to(ROOT)) not in NOT_YET for fault in faults(file)]
     assert not found, "\n".join(found)
 
 

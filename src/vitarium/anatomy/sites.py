@@ -68,7 +68,7 @@ class Site:
     """Action of a method in one block. Override the hooks that are needed; each may change the tokens through the carrier."""
 
     proportional = False
-    """Whether attention weighs a merged token by the number of original tokens that it represents."""
+    """Return whether attention weighs a merged token by the number of original tokens that it represents."""
 
     def before(self, tokens: Tokens) -> None:
         """Before the block."""

@@ -72,7 +72,7 @@ class Tokens:
 
     @property
     def moved(self) -> bool:
-        """Whether a reduction has changed the tokens."""
+        """Return whether a reduction has changed the tokens."""
         return self.source is not None
 
     def move(self, x: Tensor, keep: Tensor, assignment: Tensor, size: Tensor | None = None) -> None:

@@ -1,4 +1,4 @@
-"""How a model is called: example inputs by name, and the call itself.
+"""Calling of models: example inputs by name, and the call itself.
 
     inputs = example_inputs(model, 2)          # {"image": ...} of a classifier; {"x": ..., "t": ..., "labels": ...} of a DiT
     output = call(model, inputs)

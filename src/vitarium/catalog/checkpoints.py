@@ -37,7 +37,7 @@ class LoadReport:
 
     source: str
     dialect: str = OURS
-    """Whose names the file has: "ours", or a key of the family's dialects such as "official"."""
+    """Dialect of the file's names: "ours", or a key of the family's dialects such as "official"."""
     opened: list[str] = field(default_factory=list)
     """Containers and prefixes around the weights in the file."""
     matched: list[str] = field(default_factory=list)
@@ -52,7 +52,7 @@ class LoadReport:
 
     @property
     def complete(self) -> bool:
-        """Whether every tensor of the model (except a head of other classes) was filled and no tensor of the file is left."""
+        """Return whether every tensor of the model (except a head of other classes) was filled and no tensor of the file is left."""
         return not (self.mismatched or self.missing or self.unexpected)
 
     @property

@@ -16,7 +16,7 @@ from vitarium.errors import UsageError, nearest
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What `create_model` was asked for, so that a saved file can ask again: a name and plain arguments."""
+    """Arguments of `create_model` in plain values, from which a saved file rebuilds the model."""
 
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)

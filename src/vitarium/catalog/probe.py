@@ -1,4 +1,4 @@
-"""What one pass of a model costs, and what its weights take in memory.
+"""Cost of one pass of a model, and memory of its weights.
 
 Methods report their costs with these; nothing here changes a model, its mode, or the random state. For the inputs of a pass see
 `vitarium.catalog.calling`.

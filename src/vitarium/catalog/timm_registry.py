@@ -42,7 +42,7 @@ def register_with_timm() -> list[str]:
 
 
 def _description(family: Family, variant: str) -> Any:
-    """What timm knows of a model: its input, and its tags; `url` stands for the first source, which only `_entrypoint` reads."""
+    """Return timm's configuration of a model: input and tags; `url` stands for the first source, which only `_entrypoint` reads."""
     from timm.models import generate_default_cfgs
 
     pre = family.preprocessing(variant)
@@ -74,7 +74,7 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
 
 
 def _weights(name: str, cfg: Any, overlay: dict[str, Any] | None) -> dict[str, Any]:
-    """Where pretrained weights come from: a file or address that the caller's configuration names, else the family's table."""
+    """Return the source of pretrained weights: a file or address from the caller's configuration, else from the family's table."""
     given = {**(cfg if isinstance(cfg, dict) else {}), **(overlay or {})}
     if given.get("hf_hub_id"):
         return dict(checkpoint="/".join(filter(None, (f"hf:{given['hf_hub_id']}", given.get("hf_hub_filename")))))

@@ -205,7 +205,9 @@ def _collate_stacked(name: str, field: Field, values: list[Any]) -> dict[str, An
     tensors = [None if value is None else _tensor(name, value) for value in values]
     known = [t for t in tensors if t is not None]
     if not known:
-        return {name: torch.full((len(values), *(size or 0 for size in field.shape or ())), field.value, dtype=field.dtype or torch.float32)}
+        return {
+            name: torch.full((len(values), *(size or 0 for size in field.shape or ())), field.value, dtype=field.dtype or torch.float32)
+        }
     first = known[0]
     if (other := next((t for t in known if t.shape != first.shape), None)) is not None:
         shapes = f"{_shape(first.shape)} and {_shape(other.shape)}"
