@@ -1,22 +1,22 @@
-"""PiToMe: similar tokens merge in every block, and lonely ones are protected; with ToMe, which protects none, as its baseline.
+"""PiToMe: merging of similar tokens in every block, with protection of isolated ones; ToMe, which protects none, is its baseline.
 
 "Accelerating Transformers with Spectrum-Preserving Token Merging" (Tran et al., NeurIPS 2024) after "Token Merging: Your ViT But Faster"
 (Bolya et al., ICLR 2023). Both merge between attention and MLP; similarity is the cosine of the keys' mean over heads.
 
-ToMe: tokens at even and odd places are matched, the r most similar pairs become their size-weighted means. Attention to a merged token
-counts it by its size s (log s is added to the logits).
+ToMe: tokens at even and odd positions are matched, and the r most similar pairs are replaced by their size-weighted means. Attention
+weights a merged token by its size s (log s is added to the logits).
 
-PiToMe: of the T image tokens, r = floor(T - keep T) are to go. With K the unit-normalised keys and m the block's margin,
+PiToMe: r = floor(T - keep T) of the T image tokens are removed. With K the unit-normalised keys and m the block's margin,
 
-    E_i = mean_j ELU(K_i K_j^T - m)          energy: high in a big cluster of near-duplicates, low for a lonely token
+    E_i = mean_j ELU(K_i K_j^T - m)          energy: high in a large cluster of near-duplicates, low for an isolated token
 
-the 2 r tokens of highest energy are candidates, alternately source and destination in the order of energy; each source goes into its most
-similar destination. The margin falls along the depth, m_i = margin (1 - i / L). In the first half of the blocks nothing is protected yet:
-all tokens are candidates, and the r best of the pairs merge.
+the 2 r tokens of highest energy are candidates, alternately source and destination in the order of energy; each source merges into its
+most similar destination. The margin falls with the depth, m_i = margin (1 - i / L). In the first half of the blocks nothing is protected:
+all tokens are candidates, and the r most similar pairs merge.
 
-Followed: the authors' code (hchautran/PiToMe, its DeiT patch; facebookresearch/ToMe), to rounding: so PiToMe's attention is not
-proportional unless asked for, though the paper's is. Different: registers and the distillation token are protected too. A merged token of
-a rotary model turns with the place of its destination. Cost: PiToMe pays a T x T product of head_dim channels a block, ToMe a quarter.
+Source: the authors' code (hchautran/PiToMe, its DeiT patch; facebookresearch/ToMe), equal to rounding: PiToMe's attention is not
+proportional by default, though the paper's is. Differences: registers and the distillation token are protected too. In a rotary model a
+merged token has the position of its destination. Cost: one T x T product of head_dim channels per block, for ToMe a quarter of that.
 """
 
 from __future__ import annotations
