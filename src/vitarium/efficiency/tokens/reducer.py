@@ -1,8 +1,8 @@
 """Base class of token reductions: attaching to the blocks, and restoring the full sequence for models that read every patch.
 
 A reducer defines `reduce`, which is called between a block's attention and its MLP, and `acts_on`. The rest is here and in
-`vitarium.anatomy`: prefix tokens (class, distillation, registers) are not changed, rotary models rotate each token by its own position, neutral
-options change nothing, and a padded batch is reduced as each of its images alone.
+`vitarium.anatomy`: prefix tokens (class, distillation, registers) are not changed, rotary models rotate each token by its own position,
+neutral options change nothing, and a padded batch is reduced as each of its images alone.
 """
 
 from __future__ import annotations
