@@ -13,10 +13,10 @@ import sys
 import time
 from pathlib import Path
 
+from vitarium.catalog.index import entry_of
 from vitarium.catalog.registry import families, system_module
 from vitarium.catalog.systems import find_system
 from vitarium.errors import VitariumError
-from vitarium.training.learners import learners_of_system
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -48,7 +48,8 @@ def tests_of(slug: str) -> list[str]:
 
 def expression_of(slug: str) -> str:
     """Return a pytest expression for the parameters that name the system's families, learners or slug."""
-    names = {slug, *(family.name for family in families(slug)), *learners_of_system(slug)}
+    entry = entry_of(slug)
+    names = {slug, *(family.name for family in families(slug)), *(entry.learners if entry else ())}
     return " or ".join(sorted(names))
 
 

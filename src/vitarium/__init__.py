@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from vitarium.catalog.applying import apply as apply
     from vitarium.catalog.applying import undo as undo
     from vitarium.catalog.create import create_model as create_model
-    from vitarium.catalog.registry import list_models as list_models
     from vitarium.catalog.saving import load as load
     from vitarium.catalog.saving import save as save
+    from vitarium.catalog.search import list_models as list_models
     from vitarium.catalog.systems import systems as systems
     from vitarium.catalog.timm_registry import register_with_timm as register_with_timm
     from vitarium.data import open_data as open_data
@@ -62,7 +62,7 @@ VERBS = (
 
 _FRONT_DOOR = {
     "create_model": "vitarium.catalog.create",
-    "list_models": "vitarium.catalog.registry",
+    "list_models": "vitarium.catalog.search",
     "apply": "vitarium.catalog.applying",
     "undo": "vitarium.catalog.applying",
     "save": "vitarium.catalog.saving",

@@ -47,7 +47,7 @@ def test_there_are_103_systems():
 
 
 def test_missing_without_a_module(monkeypatch):
-    monkeypatch.setattr(evidence, "system_module", lambda slug: None)
+    monkeypatch.setattr(evidence, "entry_of", lambda slug: None)
     status = system_status("swin")
     assert (status.status, status.evidence.models, status.room) == ("missing", [], "backbones")
 

@@ -13,7 +13,8 @@ from torch import nn
 import vitarium
 from vitarium.catalog import methods as registry
 from vitarium.catalog.applying import methods_on
-from vitarium.catalog.methods import AttachReport, Method, build_method, list_methods, method, methods_of_system, parse_method
+from vitarium.catalog.index import entry_of
+from vitarium.catalog.methods import AttachReport, Method, build_method, list_methods, method, parse_method
 from vitarium.errors import AttachError, UsageError
 
 
@@ -176,8 +177,8 @@ def test_text_and_back():
 
 def test_methods_are_found_by_their_systems():
     assert {"evit", "pitome", "tome"} <= set(list_methods())
-    assert methods_of_system("pitome") == ["pitome", "tome"]
-    assert methods_of_system("swin") == []
+    assert list(entry_of("pitome").methods) == ["pitome", "tome"]
+    assert not entry_of("swin").methods
 
 
 def test_live_options_only(model):

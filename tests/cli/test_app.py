@@ -12,8 +12,8 @@ from vitarium.errors import CheckpointError, DataError, TrainingStopped, UsageEr
 # The names that scripts of users rely on. Change them on purpose, and tell it in the changelog.
 SURFACE = {
     "systems": "--room --status --json",
-    "models": "pattern --room --fits --macs --image-size --json",
-    "info": "model --image-size --json",
+    "models": "pattern --room --fits --macs --image-size --measure --json",
+    "info": "model --image-size --measure --json",
     "compare": "--data --models --pretrained --recipe --steps --epochs --minutes --image-size --batch-size --val-fraction --seed --out "
     "--devices --num-nodes --strategy --accelerator --engine --address --jobs --config --print-config",
     "train": "recipe --data --model --pretrained --checkpoint --set --apply --val-fraction --out --trained-only --precision --devices "

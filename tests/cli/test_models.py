@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import vitarium
+from vitarium.catalog.filters import parse
+from vitarium.catalog.index import read_index
+from vitarium.catalog.search import cost_of
 from vitarium.cli.console import short
-from vitarium.cli.filters import parse
-from vitarium.cli.info import told_arguments
+from vitarium.cli.indexing import documented_arguments
 from vitarium.errors import InputError, UsageError
 
 
@@ -67,14 +69,31 @@ def test_models_that_fit(run):
 
 
 def test_candidates_of_every_family_at_one_size(run):
-    """Each is built and counted without weights; those that take no such image are left out and named."""
-    result = run("models", "*_pico", "--fits", "params<1M", "--fits", "gmacs<1", "--image-size", 36, "--json")
+    """Those that take no such image are left out and named."""
+    result = run("models", "*_pico", "--fits", "params<1M", "--fits", "gmacs<1", "--image-size", 32, "--json")
     assert result.code == 0, result.err
     rows = {row["name"]: row for row in json.loads(result.out)}
     assert {"swin_pico", "vim_pico", "timm/vit_pico", "kmax_deeplab_pico"} <= set(rows)
     assert all(0 < row["macs"] < 1e9 and row["params"] < 1e6 for row in rows.values())
+
+
+def test_what_the_index_does_not_hold_is_shown_and_can_be_measured(run):
+    """36 pixels are in no entry; some models take them, others cannot be built for them."""
+    read = run("models", "[sv]*_pico", "--macs", "--image-size", 36)
+    assert read.code == 0
+    assert "?" in next(line for line in read.out.splitlines() if line.startswith("swin_pico"))
+    assert "vitarium models '[sv]*_pico' --image-size 36 --measure" in read.err
+    result = run("models", "[sv]*_pico", "--macs", "--image-size", 36, "--measure", "--json")
+    rows = {row["name"]: row for row in json.loads(result.out)}
+    assert rows["swin_pico"]["macs"] > cost_of("swin_pico", 32).macs
     assert "cannot be built for 36 pixels" in result.err
     assert "var_pico" in result.err
+
+
+def test_only_known_costs_fit(run):
+    result = run("models", "swin_pico", "--fits", "gmacs<100", "--image-size", 36)
+    assert "0 of 1 models fit" in result.out
+    assert "--measure" in result.err
 
 
 def test_no_model_fits_is_an_answer_and_no_error(run):
@@ -118,15 +137,36 @@ def test_info_of_a_foreign_model_and_another_size(run):
     assert "arguments" not in small
 
 
+def test_info_at_another_size(run):
+    """From the index where it holds the size, from the law where it was fitted, by building the model where asked to."""
+    known, fitted, unknown = (json.loads(run("info", "convnext_tiny", "--image-size", n, "--json").out) for n in (128, 192, 200))
+    assert known["macs"] == cost_of("convnext_tiny", 128).macs == read_index().models["convnext_tiny"][1].sizes[128]
+    assert known["macs"] < fitted["macs"] < 4.5e9
+    assert unknown["macs"] is None
+    assert (unknown["params"], unknown["preprocessing"]["image_size"]) == (28_589_128, 200)
+    shown = run("info", "convnext_tiny", "--image-size", 200).out
+    assert "?  at 200x200 pixels" in shown
+    assert "vitarium info convnext_tiny --image-size 200 --measure" in shown
+    measured = json.loads(run("info", "convnext_tiny", "--image-size", 200, "--measure", "--json").out)
+    assert fitted["macs"] < measured["macs"] < 4.46e9
+    assert measured["peak_memory_mb"] > measured["bytes"] / 1e6
+
+
+def test_reading_equals_measuring(run):
+    read, measured = (json.loads(run("info", "convnext_pico", *more, "--json").out) for more in ([], ["--measure"]))
+    assert read.pop("peak_memory_mb") == pytest.approx(measured.pop("peak_memory_mb"), rel=0.1)
+    assert read == measured
+
+
 def test_a_model_that_takes_no_such_image_has_no_macs(run, monkeypatch):
     def refuse(model, image_size):
         raise InputError("takes clips")
 
     monkeypatch.setattr("vitarium.efficiency.profiler.count_macs", refuse)
-    report = json.loads(run("info", "swin_pico", "--json").out)
+    report = json.loads(run("info", "swin_pico", "--measure", "--json").out)
     assert report["macs"] is report["peak_memory_mb"] is None
-    assert run("info", "swin_pico").code == 0
-    assert json.loads(run("models", "swin_pico", "--macs", "--json").out)[0]["macs"] is None
+    assert run("info", "swin_pico", "--measure").code == 0
+    assert json.loads(run("models", "swin_pico", "--macs", "--measure", "--json").out)[0]["macs"] is None
 
 
 def test_info_of_a_saved_file(run, tmp_path):
@@ -166,8 +206,12 @@ def test_arguments_are_read_from_docstrings():
     Raises:
         ValueError: never.
     """
-    assert told_arguments(doc) == {"depth": "number of blocks, at least one.", "mean": "a value a channel.", "std": "a value a channel."}
-    assert told_arguments(None) == {}
+    assert documented_arguments(doc) == {
+        "depth": "number of blocks, at least one.",
+        "mean": "a value a channel.",
+        "std": "a value a channel.",
+    }
+    assert documented_arguments(None) == {}
 
 
 def test_env(run):

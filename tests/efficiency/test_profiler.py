@@ -1,5 +1,8 @@
 """The profiler counts what runs: checked against sums done by hand, and left no trace on the model."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -107,3 +110,14 @@ def test_refuses_counts_below_one(wrong):
 def test_refuses_to_time_a_model_without_weights():
     with pytest.raises(UsageError, match="meta device"):
         profile(Wide().to("meta"), 4)
+
+
+def test_the_first_count_in_a_process_knows_the_scan():
+    """The scan registers its formula at first use, and a counter copies the formulas when it is made."""
+    code = (
+        "import vitarium; from vitarium.efficiency.profiler import count_macs\n"
+        "model = vitarium.create_model('vim_pico'); print(count_macs(model), count_macs(model))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, second = map(int, done.stdout.split())
+    assert first == second == 1_362_720

@@ -1,4 +1,4 @@
-"""Properties of DRCT."""
+"""What is true of DRCT alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Properties of every masked autoencoder, and of its learner."""
+"""What is true of every masked autoencoder, and of its learner."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How far each of the 103 systems has come, computed from what is there: never from a hand-typed word.
+"""Status of each of the 103 systems, computed from evidence: what it registers, golden vectors, identities, and its claim's verdict.
 
-`pytest --record-evidence` writes test results into `recorded/<slug>.json` beside this file; the claims write their verdicts into
-`claims/ledger/<slug>.json`. Everything else is looked up: whether the module is there, and which models it registers.
+`pytest --record-evidence` writes test results into `recorded/<slug>.json` beside this file, and claims write their verdicts into
+`claims/ledger/<slug>.json`; the index has what each system registers. Nothing is imported or run here.
 """
 
 from __future__ import annotations
@@ -12,27 +12,25 @@ from dataclasses import asdict, dataclass, field
 from importlib import resources
 from typing import Any, Literal
 
-from vitarium.catalog.methods import methods_of_system
-from vitarium.catalog.registry import families, system_module
+from vitarium.catalog.index import entry_of
 from vitarium.catalog.systems import find_system, systems
-from vitarium.training.learners import learners_of_system
 
 Word = Literal["working", "partial", "missing"]
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What speaks for a system."""
+    """Evidence for a system."""
 
     models: list[str]
-    """Names that it registers."""
+    """Names of its models."""
     goldens_passed: int
     goldens_wired: int
-    """Vectors of the original implementation that lie in tests/golden."""
+    """Number of golden vectors of the original implementation in tests/golden."""
     identities: int
-    """Passed tests of exact identities."""
+    """Number of passed tests of exact identities."""
     claim: str | None
-    """Verdict of the paper's main claim: "held", "not held", "inconclusive", or None where it was not run."""
+    """Verdict on the paper's main claim: "held", "not held" or "inconclusive"; None where it was not run."""
     methods: list[str] = field(default_factory=list)
     """Slugs of the methods that it registers."""
     objectives: list[str] = field(default_factory=list)
@@ -50,39 +48,38 @@ class Status:
     evidence: Evidence
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
 def system_status(slug: str) -> Status:
-    """One system's status: "missing" (no module), "working" (all of below), else "partial".
+    """Return the status of one system: "missing" (no module), "working", or else "partial".
 
-    Working means: every golden vector of the original that the project holds passed, at least one exact identity passed, and its claim was
-    run, whichever way it came out.
+    A system is working when all its golden vectors pass, at least one exact identity is tested, and its claim has been run, whatever the
+    verdict.
 
     Raises:
-        UsageError: no system of this slug.
+        UsageError: unknown slug, or the index lacks the system.
     """
-    system = find_system(slug)
-    there = system_module(slug) is not None
+    system, entry = find_system(slug), entry_of(slug)
     row = recorded().get(slug, {})
     goldens = row.get("goldens", {})
     evidence = Evidence(
-        models=[name for f in families(slug) for name in f.model_names()] if there else [],
-        methods=methods_of_system(slug),
-        objectives=learners_of_system(slug),
+        models=entry.models() if entry else [],
+        methods=sorted(entry.methods) if entry else [],
+        objectives=sorted(entry.learners) if entry else [],
         goldens_passed=sum(error is not None for error in goldens.values()),
         goldens_wired=len(goldens),
         identities=sum(row.get("identities", {}).values()),
         claim=_verdict(slug),
     )
     proven = evidence.goldens_passed == evidence.goldens_wired and evidence.identities > 0 and evidence.claim is not None
-    word: Word = "missing" if not there else "working" if proven else "partial"
+    word: Word = "missing" if entry is None else "working" if proven else "partial"
     return Status(system.slug, system.title, system.room, word, evidence)
 
 
 def system_statuses() -> list[Status]:
-    """All 103, in the order of systems.toml. Imports only the modules that are there."""
+    """Return the status of all 103 systems, in the order of systems.toml."""
     return [system_status(system.slug) for system in systems()]
 
 

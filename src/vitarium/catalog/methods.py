@@ -14,7 +14,6 @@ Kinds apply in the order prune, reduce, adapt, quantize, explain: a later kind m
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
@@ -22,17 +21,13 @@ from typing import Any, ClassVar, Literal, TypeVar
 from torch import Tensor, nn
 
 from vitarium.assignments import parse_call
+from vitarium.catalog.index import import_home, known_names, lacking
 from vitarium.catalog.options import check_names
-from vitarium.catalog.registry import import_system, system_module
-from vitarium.catalog.systems import systems
 from vitarium.errors import UsageError, nearest
 
 Kind = Literal["prune", "reduce", "adapt", "quantize", "explain"]
 KINDS: tuple[Kind, ...] = ("prune", "reduce", "adapt", "quantize", "explain")
 MethodClass = TypeVar("MethodClass", bound="type[Method]")
-
-BASELINES = {"lora": "vpt_proxies", "tome": "pitome", "int8": "mptq_vit", "int4w": "mptq_vit"}
-"""Methods that are not systems of their own -> the system whose file defines them."""
 
 
 @dataclass
@@ -164,7 +159,7 @@ _METHODS: dict[str, type[Method]] = {}
 
 
 def method(slug: str, *, kind: Kind) -> Callable[[MethodClass], MethodClass]:
-    """Register a method under the slug of its system (or, for a baseline inside another system's file, a row of `BASELINES`)."""
+    """Register a method under the slug of its system, or under a name of its own (a baseline inside another system's file)."""
 
     def register(cls: MethodClass) -> MethodClass:
         cls.slug, cls.kind = slug, kind
@@ -180,30 +175,17 @@ def find_method(slug: str) -> type[Method]:
     Raises:
         UsageError: unknown method; the message names similar ones.
     """
-    home = BASELINES.get(slug, slug)
-    if any(s.slug == home for s in systems()):
-        import_system(home)
+    if slug not in _METHODS:
+        import_home("methods", slug)
     if slug not in _METHODS:
         known = list_methods()
-        raise UsageError(f"unknown method {slug!r}{nearest(slug, known)} (methods: {', '.join(known)})")
+        raise UsageError(f"unknown method {slug!r}{lacking(slug) or nearest(slug, known)} (methods: {', '.join(known)})")
     return _METHODS[slug]
 
 
 def list_methods() -> list[str]:
-    """Return the slugs of all methods."""
-    for system in systems():
-        if not system.room.startswith("backbones"):
-            import_system(system.slug)
-    return sorted(_METHODS)
-
-
-def methods_of_system(slug: str) -> list[str]:
-    """Return the methods that a system's file registers."""
-    module = system_module(slug)
-    if module is None:
-        return []
-    importlib.import_module(module)
-    return sorted(name for name, cls in _METHODS.items() if cls.__module__ == module)
+    """Return the slugs of all methods. Imports none of them."""
+    return known_names("methods", _METHODS)
 
 
 def build_method(slug: str, options: Mapping[str, Any]) -> Method:

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from vitarium.catalog.calling import call
 from vitarium.nn import evaluating, frozen_parameters
+from vitarium.ops.flops import flop_counter
 
 
 def macs_of(model: nn.Module, *inputs: Any) -> int:
@@ -23,7 +23,7 @@ def macs_of(model: nn.Module, *inputs: Any) -> int:
         model: any module.
         inputs: what it is called with, in order; or one mapping of inputs by name (see `example_inputs`).
     """
-    with frozen_parameters(model), evaluating(model), FlopCounterMode(display=False) as counter:
+    with frozen_parameters(model), evaluating(model), flop_counter() as counter:
         call(model, inputs[0] if len(inputs) == 1 and isinstance(inputs[0], Mapping) else inputs)
     return counter.get_total_flops() // 2
 

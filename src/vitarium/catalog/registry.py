@@ -1,9 +1,8 @@
-"""Which models exist: families of variants, registered by a decorator above the class, imported only when asked for."""
+"""The model registry: families of variants, registered by a decorator above the class; a family's module is imported on first use."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -13,9 +12,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vitarium.catalog.index import INDEX_COMMAND, entry_of, read_index, room_of
 from vitarium.catalog.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from vitarium.catalog.systems import find_system, systems
-from vitarium.errors import UsageError, nearest
+from vitarium.catalog.search import unknown_model
+from vitarium.catalog.systems import systems
+from vitarium.errors import UsageError
 
 State = dict[str, Tensor]
 Renamer = Callable[[State], State]
@@ -23,11 +24,11 @@ ModelClass = TypeVar("ModelClass", bound=type[nn.Module])
 
 
 def rename(*rules: tuple[str, str | None]) -> Renamer:
-    """A function that renames a checkpoint's tensors by regular expressions.
+    """Return a function that renames a checkpoint's tensors by regular expressions.
 
     Args:
-        rules: (pattern, replacement) pairs; the first pattern that is found in a name decides (`re.sub`). A replacement of None drops
-            the tensor (buffers that ours computes). A name that no pattern finds stays as it is.
+        rules: (pattern, replacement) pairs; the first pattern that matches anywhere in a name applies (`re.sub`). A replacement of None
+            drops the tensor (buffers that our model computes). A name that no pattern matches stays as it is.
 
     Returns:
         state -> renamed state. Raises ValueError where two tensors would get one name.
@@ -53,7 +54,7 @@ def rename(*rules: tuple[str, str | None]) -> Renamer:
 
 
 def join(new: str, *parts: str) -> Renamer:
-    """A function that joins tensors along their first axis: join("qkv", "query", "key", "value") makes `*.qkv.weight` of the three.
+    """Return a function that joins tensors along their first axis: join("qkv", "query", "key", "value") makes `*.qkv.weight` of the three.
 
     `parts` are the parts of a dotted name that differ. Raises KeyError where one of them is missing beside the first.
     """
@@ -70,7 +71,7 @@ def join(new: str, *parts: str) -> Renamer:
 
 
 def chain(*renamers: Renamer) -> Renamer:
-    """Renamers one after the other."""
+    """Return a function that applies renamers in order."""
 
     def apply(state: State) -> State:
         for renamer in renamers:
@@ -98,38 +99,31 @@ class Family:
 
     @property
     def room(self) -> str:
-        """Where its system lives, such as "backbones" or "efficiency/tokens"."""
-        return "/".join(BASES[self.slug].split(".")[1:2]) if self.slug in BASES else find_system(self.slug).room
+        """Folder of its system, such as "backbones" or "efficiency/tokens"."""
+        return room_of(self.slug, self.cls.__module__)
 
     def model_names(self) -> list[str]:
-        """Full names, such as "swin_tiny"."""
+        """Return the full names of its models, such as "swin_tiny"."""
         return [f"{self.name}_{variant}" for variant in self.variants]
 
     def arguments(self, variant: str) -> dict[str, Any]:
-        """The constructor's arguments of a variant."""
+        """Return the constructor's arguments of a variant."""
         takes = inspect.signature(self.cls).parameters
         return {k: v for k, v in self.variants[variant].items() if k not in INPUT_KEYS or k in takes}
 
     def preprocessing(
         self, variant: str, *, image_size: int | None = None, in_chans: int = 3, frames: int | None = None, stride: int | None = None
     ) -> Preprocessing:
-        """How the authors (or, for `pico`, the demo) prepare an image or a clip for this variant."""
+        """Return the authors' preprocessing of an image or clip for this variant (for `pico`: the demo's)."""
         row = self.variants[variant]
         size = image_size or row.get("image_size", 224)
         mean, std = (self.mean, self.std) if in_chans == 3 else ((0.5,), (0.5,))
-        crop = 1.0 if size < 128 else self.crop_pct  # small pictures have no border to spare
+        crop = 1.0 if size < 128 else self.crop_pct  # small images have no border to spare
         return Preprocessing(size, mean, std, self.interpolation, crop, frames or row.get("frames"), stride or row.get("stride"))
 
 
 INPUT_KEYS = ("image_size", "frames", "stride")
 """Keys of a variant that describe its input; a constructor gets those that it takes."""
-
-BASES = {
-    "dcgan": "vitarium.generation.adversarial.dcgan",
-    "dit": "vitarium.generation.diffusion",
-    "sit_flow": "vitarium.generation.diffusion",
-}
-"""Families that are no system's own, which several systems build on -> their module. ("sit" is another paper's slug.)"""
 
 _FAMILIES: dict[str, Family] = {}
 
@@ -148,7 +142,7 @@ def family(
     """Register a model class with its variants.
 
     Args:
-        slug: the system, as in systems.toml, or a row of `BASES`; also the name of the file that the class is in.
+        slug: the system, as in systems.toml, which is also the name of its file; or the name of a base that several systems use.
         variants: name of a variant -> the constructor's arguments. The key `image_size` is the side that the variant was made for, in
             pixels (default 224), `frames` and `stride` the clip of a video model; they are passed on only to a constructor that takes them.
         official: renames the authors' checkpoint to our names.
@@ -162,8 +156,8 @@ def family(
     A class without a method `example_inputs` gets the one of models that take one image or clip (`vitarium.catalog.calling.image_inputs`).
     """
     name = name or slug
-    if not name.startswith(slug) and name not in BASES:
-        raise ValueError(f"the family {name!r} must begin with its slug {slug!r}, so that its file is found by name")
+    if not name.startswith(slug) and any(system.slug == slug for system in systems()):
+        raise ValueError(f"the family {name!r} must begin with its slug {slug!r}, so that a reader finds its file by name")
 
     def register(cls: ModelClass) -> ModelClass:
         if not hasattr(cls, "example_inputs"):
@@ -177,18 +171,23 @@ def family(
     return register
 
 
+def registered_families() -> list[Family]:
+    """Return the families that were registered in this process so far."""
+    return list(_FAMILIES.values())
+
+
 def system_module(slug: str) -> str | None:
-    """Dotted name of the module of a system, or None where it is not written yet."""
-    system = find_system(slug)
-    name = f"vitarium.{system.room.replace('/', '.')}.{slug}"
-    try:
-        return name if importlib.util.find_spec(name) else None
-    except ModuleNotFoundError:  # the room itself is not there yet
-        return None
+    """Return the dotted name of a system's module, or None where it is not written yet.
+
+    Raises:
+        UsageError: the module is there and the index lacks it.
+    """
+    entry = entry_of(slug)
+    return entry.module if entry else None
 
 
 def import_system(slug: str) -> bool:
-    """Import the module of a system, so that what it registers is known. False where it is not written yet."""
+    """Import the module of a system, which registers what it holds. Return False where it is not written yet."""
     name = system_module(slug)
     if name is None:
         return False
@@ -197,37 +196,32 @@ def import_system(slug: str) -> bool:
 
 
 def families(slug: str | None = None) -> list[Family]:
-    """The registered families, of one system or of all."""
-    for base, module in BASES.items():
-        if slug in (None, base):
-            importlib.import_module(module)
-    for system in systems():
-        if slug in (None, system.slug):
-            import_system(system.slug)
+    """Return the families of one system or base, or of all. Imports their modules."""
+    for indexed in read_index().families():
+        if slug in (None, indexed.slug):
+            importlib.import_module(indexed.module)
     return [f for f in _FAMILIES.values() if slug in (None, f.slug)]
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """Names of our models that match a shell pattern, such as "*_pico"; family by family, in the order of the variants tables."""
-    import fnmatch
-
-    return [name for f in families() for name in f.model_names() if fnmatch.fnmatch(name, pattern)]
-
-
 def find_model(name: str) -> tuple[Family, str]:
-    """The family and the variant of a full model name. Imports only the file that the name points to.
+    """Return the family and the variant of a full model name. Imports only the file that the name points to.
 
     Raises:
-        UsageError: there is none; the message names near ones.
+        UsageError: there is none; the message names similar ones.
     """
-    for base, module in BASES.items():
-        if name.startswith(base + "_"):
-            importlib.import_module(module)
-    for system in sorted(systems(), key=lambda s: -len(s.slug)):  # "crossformer" before "cross"
-        if name.startswith(system.slug + "_"):
-            import_system(system.slug)
+    if found := _find_registered(name):
+        return found
+    indexed = read_index().models.get(name)
+    if indexed is not None:
+        importlib.import_module(indexed[0].module)
+        if found := _find_registered(name):
+            return found
+        raise UsageError(f"the index has a model {name!r} that {indexed[0].module} no longer registers; update it with: {INDEX_COMMAND}")
+    raise unknown_model(name)
+
+
+def _find_registered(name: str) -> tuple[Family, str] | None:
     for f in sorted(_FAMILIES.values(), key=lambda f: -len(f.name)):
         if name.startswith(f.name + "_") and name[len(f.name) + 1 :] in f.variants:
             return f, name[len(f.name) + 1 :]
-    hint = nearest(name, list_models())
-    raise UsageError(f"unknown model {name!r}{hint} ('vitarium models' lists all; 'timm/NAME' and 'hf/OWNER/NAME' reach others)")
+    return None

@@ -1,4 +1,4 @@
-"""The 103 systems: what each is, where it lives, and how far it has come, computed from what is really there."""
+"""The 103 systems: slug, title, room and authors' code of each, read from systems.toml."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from vitarium.errors import UsageError, nearest
 
 @dataclass(frozen=True)
 class System:
-    """A row of systems.toml."""
+    """One published system.
+
+    Attributes:
+        slug: name of its file, test, claim and docs page.
+        title: of the paper.
+        room: folder of its module, such as "backbones" or "efficiency/tokens".
+        authors_code: repository of the authors ("owner/name"), or "none".
+    """
 
     slug: str
     title: str
@@ -22,16 +29,16 @@ class System:
 
 @functools.cache
 def systems() -> tuple[System, ...]:
-    """The 103 rows, in the order of the file."""
+    """Return the 103 systems, in the order of systems.toml."""
     text = resources.files("vitarium.catalog").joinpath("systems.toml").read_text(encoding="utf-8")
     return tuple(System(**row) for row in tomllib.loads(text)["system"])
 
 
 def find_system(slug: str) -> System:
-    """The row of a slug.
+    """Return the system with this slug.
 
     Raises:
-        UsageError: there is none; the message names near ones.
+        UsageError: there is none; the message names similar slugs.
     """
     for system in systems():
         if system.slug == slug:

@@ -1,4 +1,4 @@
-"""What a weights file holds, for `vitarium info FILE`."""
+"""Describe the contents of a weights file, for `vitarium info FILE`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vitarium.cli.console import out, pairs, short, table
 
 
 def describe_file(path: str) -> dict[str, Any]:
-    """The contents of a file: of ours what it remembers, of anyone else's the models that it fits.
+    """Return the contents of a file: the record of a saved model; of other files, the first tensors and the models that they fit.
 
     Raises:
         CheckpointError: missing, damaged or unsafe.
@@ -34,14 +34,14 @@ def describe_file(path: str) -> dict[str, Any]:
 
 
 def print_file(report: dict[str, Any]) -> None:
-    """The contents of a file as tables."""
+    """Print the contents of a file as tables."""
     console, record = out(), report["model"]
     rows = {
         "size": f"{report['bytes'] / 1e6:.1f} MB",
         "tensors": f"{report['tensors']} with {short(report['values'])} values ({', '.join(report['dtypes'])})",
     }
     if record is None:
-        console.print(f"[bold]{report['file']}[/]  [dim]weights that others wrote[/]\n")
+        console.print(f"[bold]{report['file']}[/]  [dim]weights without a record[/]\n")
         rows |= {"inside": " > ".join(report["inside"])} if report["inside"] else {}
         rows["fits"] = ", ".join(report["fits"]) or "no model of ours"
         console.print(pairs(rows))
@@ -49,7 +49,7 @@ def print_file(report: dict[str, Any]) -> None:
         for name, shape in report["first_tensors"].items():
             first.add_row(name, " x ".join(map(str, shape)) or "scalar")
         return console.print(first)
-    console.print(f"[bold]{report['file']}[/]  [dim]whole, as vitarium {record['vitarium']} saved it[/]\n")
+    console.print(f"[bold]{report['file']}[/]  [dim]saved by vitarium {record['vitarium']}[/]\n")
     labels, pre = record["labels"] or [], record["preprocessing"]
     rows |= {
         "model": record["name"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +18,6 @@ def describe_model(name: str, **options: Any) -> nn.Module:
 
     with torch.device("meta"), quiet():
         return vitarium.create_model(name, **options)
-
-
-def matcher(pattern: str) -> re.Pattern[str]:
-    """A shell pattern as an expression; a word without wildcards is looked for anywhere."""
-    import fnmatch
-
-    return re.compile(fnmatch.translate(pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"), re.IGNORECASE)
 
 
 @contextlib.contextmanager

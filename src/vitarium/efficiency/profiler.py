@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from vitarium.catalog import calling
 from vitarium.catalog.calling import call, example_inputs
 from vitarium.errors import UsageError
 from vitarium.nn.modes import evaluating, frozen_parameters
+from vitarium.ops.flops import flop_counter
 
 WARM_UP = 2  # runs before timing, which fill allocators and caches and choose kernels
 
@@ -112,7 +112,7 @@ def count_macs(model: nn.Module, image_size: int | tuple[int, int] | None = None
     Raises:
         UsageError: the model does not say how it is called, or cannot be called with the size.
     """
-    with _measured(model), FlopCounterMode(display=False) as counter:
+    with _measured(model), flop_counter() as counter:
         call(model, example_inputs(model, 1, image_size))
     return counter.get_total_flops() // 2
 

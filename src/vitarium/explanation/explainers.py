@@ -4,12 +4,11 @@
     maps = explainer(image)                                  # (B, H, W) in [0, 1], for the model's own predictions
     maps = explainer(image, "cat")                           # or for a class by name or number, or one class per image
 
-To add one, derive from `Explainer`, define `relevance`, register it with `@explainer(name)`, and list it in `HOMES` unless it is a system.
+To add one, derive from `Explainer`, define `relevance`, and register it with `@explainer(name)`; `make index` records it.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
@@ -19,10 +18,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vitarium.assignments import parse_call
+from vitarium.catalog.index import import_home, known_names, lacking
 from vitarium.catalog.options import check_names
 from vitarium.catalog.preprocessing import Preprocessing
-from vitarium.catalog.registry import import_system
-from vitarium.catalog.systems import systems
 from vitarium.errors import InputError, UsageError, nearest
 from vitarium.explanation.heatmap import overlay
 from vitarium.explanation.reading import logits_of, to_pixels
@@ -30,20 +28,6 @@ from vitarium.nn.modes import evaluating
 
 Target = int | str | Tensor | None
 ExplainerClass = TypeVar("ExplainerClass", bound="type[Explainer]")
-
-HOMES = {
-    "rollout": "simple",
-    "grad_cam": "simple",
-    "gradient_input": "simple",
-    "rise": "simple",
-    "random": "simple",
-    "integrated_gradients": "from_captum",
-    "occlusion": "from_captum",
-    "smooth_grad": "from_captum",
-    "gradient_shap": "from_captum",
-    "token_tree": "token_tree",
-}
-"""Explainers that are no systems of their own -> the file of this room that they are in."""
 
 
 class Explainer:
@@ -177,7 +161,7 @@ _EXPLAINERS: dict[str, type[Explainer]] = {}
 
 
 def explainer(name: str) -> Callable[[ExplainerClass], ExplainerClass]:
-    """Register an explainer under the slug of its system, or under a name that has a row in `HOMES`."""
+    """Register an explainer under the slug of its system, or under a name of its own."""
 
     def register(cls: ExplainerClass) -> ExplainerClass:
         cls.name = name
@@ -188,11 +172,8 @@ def explainer(name: str) -> Callable[[ExplainerClass], ExplainerClass]:
 
 
 def list_explainers() -> list[str]:
-    """Return the names of all explainers."""
-    for system in systems():
-        if system.room == "explanation":
-            import_system(system.slug)
-    return sorted({*HOMES, *_EXPLAINERS})
+    """Return the names of all explainers. Imports none of them."""
+    return known_names("explainers", _EXPLAINERS)
 
 
 def find_explainer(name: str) -> type[Explainer]:
@@ -201,13 +182,11 @@ def find_explainer(name: str) -> type[Explainer]:
     Raises:
         UsageError: unknown name; the message names similar ones.
     """
-    if name in HOMES:
-        importlib.import_module(f"vitarium.explanation.{HOMES[name]}")
-    elif any(system.slug == name for system in systems()):
-        import_system(name)
+    if name not in _EXPLAINERS:
+        import_home("explainers", name)
     if name not in _EXPLAINERS:
         known = list_explainers()
-        raise UsageError(f"unknown explanation method {name!r}{nearest(name, known)} (methods: {', '.join(known)})")
+        raise UsageError(f"unknown explanation method {name!r}{lacking(name) or nearest(name, known)} (methods: {', '.join(known)})")
     return _EXPLAINERS[name]
 
 

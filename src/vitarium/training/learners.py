@@ -8,39 +8,25 @@ A recipe names its learner and the learner's settings: `objective: {name: repa, 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import nn
 
+from vitarium.catalog.index import import_home, known_names, lacking
 from vitarium.catalog.record import training_of
-from vitarium.catalog.registry import find_model, import_system, system_module
-from vitarium.catalog.systems import systems
+from vitarium.catalog.registry import find_model
 from vitarium.errors import UsageError, nearest
 from vitarium.training.base import Learner
 from vitarium.training.settings import check
 
 LearnerClass = TypeVar("LearnerClass", bound=type[Learner])
 
-HOMES = {
-    "classification": "vitarium.training.classification",
-    "dcgan": "vitarium.generation.adversarial.dcgan",
-    "diffusion": "vitarium.generation.diffusion.learner",
-    "distillation": "vitarium.training.distillation",
-    "linear_probe": "vitarium.pretraining.probes",
-    "mae": "vitarium.pretraining.masked_autoencoder",
-    "multilabel": "vitarium.training.multilabel",
-    "multilabel_probe": "vitarium.pretraining.probes",
-    "restoration": "vitarium.generation.restoration.learner",
-}
-"""Objectives that are no system's own -> their module. A system's lie in the file of the system."""
-
 _LEARNERS: dict[str, type[Learner]] = {}
 
 
 def learner(name: str, *, task: str = "pretrain") -> Callable[[LearnerClass], LearnerClass]:
-    """Register a learner under the slug of its system, or under a name that has a row in `HOMES`.
+    """Register a learner under the slug of its system, or under a name of its own (an objective that is no system's).
 
     Args:
         name: what a recipe's objective calls it.
@@ -62,15 +48,10 @@ def find_learner(name: str) -> type[Learner]:
         UsageError: there is none; the message names near ones.
     """
     if name not in _LEARNERS:
-        if name in HOMES:
-            importlib.import_module(HOMES[name])
-        else:
-            for system in systems():  # a system may have several: "var" and "var_tokenizer"
-                if name == system.slug or name.startswith(system.slug + "_"):
-                    import_system(system.slug)
+        import_home("learners", name)
     if name not in _LEARNERS:
         known = list_learners()
-        raise UsageError(f"unknown objective {name!r}{nearest(name, known)} (objectives: {', '.join(known)})")
+        raise UsageError(f"unknown objective {name!r}{lacking(name) or nearest(name, known)} (objectives: {', '.join(known)})")
     return _LEARNERS[name]
 
 
@@ -94,18 +75,5 @@ def family_learner(model: nn.Module) -> str:
 
 
 def list_learners() -> list[str]:
-    """Names of all objectives."""
-    for module in HOMES.values():
-        importlib.import_module(module)
-    for system in systems():
-        import_system(system.slug)
-    return sorted(_LEARNERS)
-
-
-def learners_of_system(slug: str) -> list[str]:
-    """The objectives that a system's file (or folder) registers."""
-    module = system_module(slug)
-    if module is None:
-        return []
-    importlib.import_module(module)
-    return sorted(name for name, cls in _LEARNERS.items() if cls.__module__ == module or cls.__module__.startswith(module + "."))
+    """Return the names of all learners. Imports none of them."""
+    return known_names("learners", _LEARNERS)

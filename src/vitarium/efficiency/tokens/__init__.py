@@ -1,1 +1,1 @@
-"""Token reduction: methods that drop, fuse or merge image tokens inside any plain vision transformer."""
+"""Fewer tokens: methods that drop, fuse or merge image tokens inside any plain vision transformer."""

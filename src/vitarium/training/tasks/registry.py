@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import nn
 
 from vitarium.assignments import parse_call
+from vitarium.catalog.index import import_home, known_names
 from vitarium.errors import UsageError, nearest
 from vitarium.training.settings import check
 from vitarium.training.tasks.base import Task
 
 TaskClass = TypeVar("TaskClass", bound=type[Task])
-
-HOMES = {
-    "autoencode": "vitarium.generation.tasks",
-    "classify": "vitarium.training.tasks.classify",
-    "encode": "vitarium.training.tasks.encode",
-    "explain": "vitarium.explanation.task",
-    "generate": "vitarium.generation.tasks",
-    "multilabel": "vitarium.training.tasks.multilabel",
-    "pretrain": "vitarium.training.tasks.pretrain",
-    "reconstruct": "vitarium.pretraining.reconstruction",
-    "restore": "vitarium.generation.restoration.task",
-    "retrieve": "vitarium.perception.retrieval.task",
-    "segment": "vitarium.perception.segmentation",
-}
-"""Names of the library's tasks -> their modules. Other packages register theirs by `@task`."""
 
 ALIASES: dict[str, dict[str, Any]] = {
     "class": {"name": "classify"},
@@ -64,8 +49,8 @@ def find_task(name: str) -> type[Task]:
         UsageError: there is none; the message names near ones.
     """
     name = ALIASES.get(name, {}).get("name", name)
-    if name not in _TASKS and name in HOMES:
-        importlib.import_module(HOMES[name])
+    if name not in _TASKS:
+        import_home("tasks", name)
     if name not in _TASKS:
         known = list_tasks()
         raise UsageError(f"unknown task {name!r}{nearest(name, [*known, *ALIASES])} (tasks: {', '.join(known)})")
@@ -89,8 +74,8 @@ def parse_task(text: str | dict[str, Any]) -> Task:
 
 
 def list_tasks() -> list[str]:
-    """Return the names of all tasks."""
-    return sorted({*HOMES, *_TASKS})
+    """Return the names of all tasks. Imports none of them."""
+    return known_names("tasks", _TASKS)
 
 
 def task_of(model: nn.Module) -> Task:

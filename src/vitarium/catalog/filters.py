@@ -1,4 +1,4 @@
-"""Conditions on a model's cost, as one types them: "params<30M", "gmacs<=5", "mb<100"."""
+"""Conditions on a model's cost, written as "params<30M", "gmacs<=5" or "mb<100"."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ FORM = re.compile(r"\s*(params|gmacs|macs|mb)\s*(<=|>=|<|>)\s*(\d+(?:\.\d+)?)\s*
 
 @dataclass(frozen=True)
 class Condition:
-    """A bound on one quantity. `quantity` is "params", "macs" or "mb" (of weights); the bound is in units (parameters, MACs, bytes)."""
+    """A bound on one quantity: "params", "macs" or "mb" (of weights), in parameters, MACs or bytes."""
 
     quantity: str
     compare: Callable[[float, float], bool]
     bound: float
 
     def holds(self, value: float | None) -> bool:
-        """Whether a value of the quantity passes; an unknown one does not."""
+        """Whether a value of the quantity satisfies the condition; an unknown value (None) does not."""
         return value is not None and self.compare(value, self.bound)
 
 
 def parse(text: str) -> Condition:
-    """A condition from its text.
+    """Parse a condition.
 
     Raises:
-        UsageError: not of the form QUANTITY OPERATOR NUMBER[K|M|G].
+        UsageError: the text is not of the form QUANTITY OPERATOR NUMBER[K|M|G].
     """
     match = FORM.fullmatch(text)
     if match is None:

@@ -1,0 +1,45 @@
+"""Shell completion of names, read from the index (`vitarium --install-completion`)."""
+
+from __future__ import annotations
+
+from vitarium.catalog.index import read_index
+from vitarium.catalog.systems import systems
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """Return the names of models, ours and the small foreign ones, that begin with `incomplete`."""
+    index = read_index()
+    return [name for name in (*index.models, *index.foreign) if name.startswith(incomplete)]
+
+
+def complete_weights(incomplete: str) -> list[str]:
+    """Return the names of models and, after a dot, of their published weights ("swin_tiny.in22k")."""
+    name, dot, tag = incomplete.partition(".")
+    found = read_index().models.get(name) if dot else None
+    return [f"{name}.{t}" for t in found[1].weights if t.startswith(tag)] if found else complete_model(incomplete)
+
+
+def complete_system(incomplete: str) -> list[str]:
+    """Return the slugs of systems that begin with `incomplete`."""
+    return [system.slug for system in systems() if system.slug.startswith(incomplete)]
+
+
+def complete_claim(incomplete: str) -> list[str]:
+    """Return the slugs of systems that have a claim."""
+    return [slug for slug, entry in read_index().entries.items() if entry.claim and slug.startswith(incomplete)]
+
+
+def complete_room(incomplete: str) -> list[str]:
+    """Return the rooms that begin with `incomplete`."""
+    rooms = sorted({part for s in systems() for part in (s.room, s.room.split("/")[0])})
+    return [room for room in rooms if room.startswith(incomplete)]
+
+
+def complete_explainer(incomplete: str) -> list[str]:
+    """Return the names of explainers that begin with `incomplete`."""
+    return [name for name in read_index().names("explainers") if name.startswith(incomplete)]
+
+
+def complete_method(incomplete: str) -> list[str]:
+    """Return the slugs of methods that begin with `incomplete`."""
+    return [name for name in read_index().names("methods") if name.startswith(incomplete)]
