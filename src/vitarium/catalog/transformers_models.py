@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from vitarium.catalog.preprocessing import Preprocessing
 from vitarium.errors import InputError, UsageError
+from vitarium.nn.backbone import take_indices
+from vitarium.ops.maps import as_map, as_tokens
 
 
 @dataclass(frozen=True)
@@ -280,18 +282,12 @@ class TransformersBackbone(TransformersClassifier):
                 tokens = getattr(self.tower, self._parts.norm)(tokens)
             map_ = self._as_map(tokens, i, x)
             if output_fmt == "NLC":
-                map_ = map_.flatten(2).transpose(1, 2)
+                map_ = as_tokens(map_)
             found.append((map_, tokens[:, : self.num_prefix_tokens]) if return_prefix_tokens else map_)
         return found if intermediates_only else (features, found)
 
     def _take_indices(self, indices: int | Sequence[int] | None) -> list[int]:
-        count = len(self.feature_info)
-        if indices is None:
-            return list(range(count))
-        wanted = range(count - indices, count) if isinstance(indices, int) else [i + count if i < 0 else i for i in indices]
-        if wrong := [i for i in wanted if not 0 <= i < count]:
-            raise InputError(f"{type(self.model).__name__} has {count} blocks or stages (0 to {count - 1}); {wrong} is not among them")
-        return list(wanted)
+        return take_indices(indices, len(self.feature_info), type(self.model).__name__, "blocks or stages")
 
     @contextmanager
     def _outputs_of(self, chosen: Sequence[int]) -> Iterator[dict[int, Tensor]]:
@@ -328,7 +324,7 @@ class TransformersBackbone(TransformersClassifier):
         patches = x[:, self.num_prefix_tokens :]
         if patches.shape[1] != rows * columns:
             raise InputError(f"{patches.shape[1]} tokens form no map of {rows}x{columns}: a token reduction is at work; undo it first")
-        return patches.transpose(1, 2).unflatten(2, (rows, columns))
+        return as_map(patches, (rows, columns))
 
     # ---- training
 

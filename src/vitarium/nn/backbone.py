@@ -170,13 +170,7 @@ class Backbone(nn.Module):
         Raises:
             InputError: an index out of range.
         """
-        count = len(self.feature_info)
-        if indices is None:
-            return list(range(count))
-        wanted = range(count - indices, count) if isinstance(indices, int) else [i + count if i < 0 else i for i in indices]
-        if wrong := [i for i in wanted if not 0 <= i < count]:
-            raise InputError(f"{type(self).__name__} has {count} stages (0 to {count - 1}); got {wrong}")
-        return list(wanted)
+        return take_indices(indices, len(self.feature_info), type(self).__name__)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
@@ -346,6 +340,25 @@ class VideoBackbone(Backbone):
         if tensor.ndim == 4 and len(shape) == 5 and tensor.shape == (*shape[:2], *shape[3:]):
             return inflate_kernel(tensor, shape[2])
         return None
+
+
+def take_indices(indices: int | Sequence[int] | None, count: int, owner: str, kind: str = "stages") -> list[int]:
+    """Resolve timm's feature indices to a list of non-negative ones.
+
+    Args:
+        indices: an int n for the last n, a list (negative indices count from the end), None for all.
+        count: number of features.
+        owner, kind: name of the model and of its features, for the error message.
+
+    Raises:
+        InputError: an index out of range.
+    """
+    if indices is None:
+        return list(range(count))
+    wanted = range(count - indices, count) if isinstance(indices, int) else [i + count if i < 0 else i for i in indices]
+    if wrong := [i for i in wanted if not 0 <= i < count]:
+        raise InputError(f"{owner} has {count} {kind} (0 to {count - 1}); {wrong} is not among them")
+    return list(wanted)
 
 
 def init_head(head: nn.Linear, std: float = 0.02) -> None:
