@@ -1,6 +1,7 @@
 """Plain English in code, messages and docs: words and openings that read as translated or as riddles are refused.
 
-Checked are comments, docstrings and messages (string literals with a space in them), not identifiers; and the prose of Markdown files.
+Checked are comments, docstrings and messages (string literals with a space in them), not identifiers; the prose of Markdown
+files, and the comments of recipes.
 `python -m tests.test_style PATH...` lists what is wrong in any file or folder, covered or not.
 """
 
@@ -17,7 +18,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COVERED = ["CONTRIBUTING.md", "README.md", "docs", *sorted(f"src/vitarium/{p.name}" for p in (ROOT / "src/vitarium").iterdir())]
+COVERED = [
+    "CONTRIBUTING.md",
+    "README.md",
+    "docs",
+    "tests/backbones",
+    "tests/nn",
+    *sorted(f"src/vitarium/{p.name}" for p in (ROOT / "src/vitarium").iterdir()),
+]
 NOT_YET = (
     "src/vitarium/catalog/__init__.py",
     "src/vitarium/catalog/evidence.py",
@@ -27,8 +35,6 @@ NOT_YET = (
     "src/vitarium/cli/info_file.py",
     "src/vitarium/cli/models.py",
     "src/vitarium/cli/systems.py",
-    "src/vitarium/efficiency/tokens/picture.py",
-    "src/vitarium/efficiency/tokens/reducer.py",
 )
 """Files under the covered paths that are not clean yet."""
 
@@ -76,12 +82,22 @@ def markdown_text(source: str) -> Iterator[tuple[int, str, bool]]:
             yield number, re.sub(r"\]\([^)]*\)|<[^>]*>", "]", line), False
 
 
+def yaml_text(source: str) -> Iterator[tuple[int, str, bool]]:
+    """Yield (line, text, False) of the comments of a YAML file."""
+    for number, line in enumerate(source.splitlines(), 1):
+        if "#" in line:
+            yield number, line.partition("#")[2], False
+
+
+READERS = {".py": python_text, ".md": markdown_text, ".yaml": yaml_text}
+
+
 def faults(path: Path) -> list[str]:
     """Return one line for each fault of a file."""
     source, name = path.read_text(encoding="utf-8"), str(path.relative_to(ROOT))
     found = []
-    for number, text, documents in (python_text if path.suffix == ".py" else markdown_text)(source):
-        prose = re.sub(r"`[^`]*`", "``", text)
+    for number, text, documents in READERS[path.suffix](source):
+        prose = re.sub(r"`[^`]*`|\b[A-Za-z_.]+/[A-Za-z_./]+", "``", text)  # without code and paths
         if documents:
             prose = re.sub(r"(?m)^( *)\w+(, \w+)*:(?= )", r"\1", prose)  # names of arguments and attributes
         if allowed := DRAWINGS.get(name):
@@ -96,11 +112,11 @@ def faults(path: Path) -> list[str]:
 
 
 def files_under(paths: list[str]) -> list[Path]:
-    """Return the Python and Markdown files at and under some paths, relative to the repository."""
+    """Return the Python, Markdown and YAML files at and under some paths, relative to the repository."""
     found = []
     for path in (ROOT / p for p in paths):
         assert path.exists(), f"{path} is in the list of covered paths and does not exist"
-        found += [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".py", ".md"))
+        found += [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in READERS)
     return found
 
 

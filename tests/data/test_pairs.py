@@ -1,4 +1,4 @@
-"""Pictures in two qualities."""
+"""Images in two qualities."""
 
 from __future__ import annotations
 
@@ -106,10 +106,10 @@ def test_sizes_that_do_not_fit_are_named(tmp_path):
 def test_a_broken_file_is_left_to_the_loader(tmp_path):
     put(tmp_path / "HR", ["1.png", "2.png", "3.png"], (32, 24))
     put(tmp_path / "LR", ["1.png", "2.png"])
-    (tmp_path / "LR" / "3.png").write_bytes(b"no picture")
+    (tmp_path / "LR" / "3.png").write_bytes(b"no image")
     assert scale_of(opened(tmp_path).train) == 2
     for name in ("1.png", "2.png"):
-        (tmp_path / "LR" / name).write_bytes(b"no picture")
+        (tmp_path / "LR" / name).write_bytes(b"no image")
     with pytest.raises(DataError, match="none of 3 pairs can be read"):
         opened(tmp_path)
 

@@ -1,4 +1,4 @@
-"""Pictures with segments: scenes, COCO's json, folders of masks; what is wrong in them; pictures and segments changed together."""
+"""Images with segments: scenes, COCO's json, folders of masks; what is wrong in them; images and segments changed together."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RLE = {"size": [HEIGHT, WIDTH], "counts": [0, 20, 100]}  # column by column: the
 
 
 def panoptic(folder, part, count=3, change=lambda doc: None):
-    """A panoptic json with its pictures and PNGs."""
+    """A panoptic json with its images and PNGs."""
     names = [f"{i:03d}" for i in range(count)]
     doc = {
         "images": [{"id": i, "file_name": f"{n}.jpg", "height": HEIGHT, "width": WIDTH} for i, n in enumerate(names)],
@@ -269,7 +269,7 @@ def test_masks_that_lack_or_do_not_fit(tmp_path):
 
 
 def marked():
-    """A picture that is white where its one segment is."""
+    """An image that is white where its one segment is."""
     masks = np.zeros((1, 40, 60), bool)
     masks[0, 5:30, 10:25] = True
     return Image.fromarray(np.repeat(masks[0][..., None] * np.uint8(255), 3, 2)), Segmentation(masks, np.array([2]))

@@ -12,7 +12,7 @@ import torch
 
 from tests.engine.work import part, run
 from vitarium.engine import Engine, Job, RunEvent, as_engine, map_images, run_all
-from vitarium.engine.images import finished_parts
+from vitarium.engine.images import finished_parts, raise_lasting
 from vitarium.engine.worker import portable
 from vitarium.errors import DataError, MissingExtra, TrainingStopped, UsageError
 
@@ -130,6 +130,15 @@ def test_values_of_parts_hold_tensors(tmp_path):
 
 def _tensors(items: list[int]) -> dict[str, Any]:
     return {"x": torch.tensor(items).float(), "y": ("a", [None])}
+
+
+def test_a_part_that_failed_twice_or_for_wrong_input_raises():
+    failures = {3: (RuntimeError("later"), ""), 1: (RuntimeError("first"), "")}
+    raise_lasting(failures, last=False)
+    with pytest.raises(RuntimeError, match="first"):
+        raise_lasting(failures, last=True)
+    with pytest.raises(UsageError, match="never right"):
+        raise_lasting({**failures, 4: (UsageError("never right"), "")}, last=False)
 
 
 def test_no_items_no_parts():

@@ -102,7 +102,7 @@ def test_takes_any_size_that_the_patches_divide(tiny):
     assert tiny(torch.randn(1, 3, 6, 10), torch.rand(1), torch.tensor([0])).shape == (1, 3, 6, 10)
     with pytest.raises(InputError, match=r"sides divisible by 2.*nearest is 8x8"):
         tiny(torch.randn(1, 3, 7, 8), torch.rand(1))
-    with pytest.raises(InputError, match=r"pictures \(B, 3, H, W\)"):
+    with pytest.raises(InputError, match=r"images \(B, 3, H, W\)"):
         tiny(torch.randn(1, 4, 8, 8), torch.rand(1))
     with pytest.raises(InputError, match="one time per sample"):
         tiny(torch.randn(2, 3, 8, 8), torch.rand(1))
@@ -320,7 +320,7 @@ def test_guidance_moves_the_first_channels_inside_the_interval_only(tiny):
     torch.testing.assert_close(first[:, :1], (free + 4 * (cond - free))[:, :1], rtol=1e-4, atol=1e-5)
 
 
-# ---- pictures
+# ---- images
 
 
 def test_generate_is_a_function_of_labels_seed_and_options(tiny):

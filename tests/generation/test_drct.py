@@ -1,4 +1,4 @@
-"""What is true of DRCT alone."""
+"""Properties of DRCT."""
 
 from __future__ import annotations
 

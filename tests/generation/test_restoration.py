@@ -1,4 +1,4 @@
-"""What restorers share: tiles, metrics, samples, the learner."""
+"""Common parts of restoration: tiles, metrics, samples, the learner."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_tiles_of_a_local_model_equal_the_whole(height: int, width: int, tile: i
 
 
 def test_a_model_that_errs_at_borders_shows_no_seam():
-    """What is wrong near a tile's border is faded out, not cut."""
+    """Errors near a tile's border are blended out, not cut."""
 
     class Bordered(Nearest):
         def restore(self, image: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def test_means_are_over_pictures_of_any_size():
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
 def test_a_training_crop_is_a_crop_of_the_whole_pair(scale: int):
-    """Making the crop small gives what making the picture small and cropping gives, also at the picture's border."""
+    """Making the crop small gives what making the image small and cropping gives, also at the image's border."""
     whole = picture(24 * scale, 20 * scale)
     low, high = PairTransform(scale)(whole, None)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What is true of VAR alone: the authors' numbers, the cache, what each scale can see, editing, and its two learners."""
+"""Properties of VAR: the authors' numbers, the cache, what each scale can see, editing, and its two learners."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SMALL = dict(scales=(1, 2, 3, 4), dim=32, code_dim=16, vocab_size=512, image_siz
 
 
 def small(**options: object) -> VAR:
-    """Of the golden's sizes."""
+    """Return a model of the golden's sizes."""
     sizes = dict(
         depth=4, embed_dim=256, num_heads=4, tokenizer="var_tokenizer_256", tokenizer_arguments=SMALL, num_classes=10, image_size=64
     )

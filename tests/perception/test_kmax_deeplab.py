@@ -1,4 +1,4 @@
-"""What is true of kMaX-DeepLab alone."""
+"""Properties of kMaX-DeepLab."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_every_pixel_belongs_to_one_cluster_and_sums_are_those_of_its_pixels():
 
 @pytest.mark.identity
 def test_no_gradient_passes_the_assignment():
-    """What a layer's masks are costs nothing through the update: only through its own prediction."""
+    """A layer's masks get no gradient through the update, only through its own prediction."""
     layer = restless(pico().layers[0]).double()
     queries, x = torch.randn(2, 32, 16, dtype=torch.float64), torch.randn(2, 64, 4, 4, dtype=torch.float64)
     updated, _ = layer(queries, x)

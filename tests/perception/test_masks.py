@@ -14,7 +14,7 @@ from vitarium.perception.segmentation import SegmentationLearner
 
 
 def halves(*labels: int, classes: int = 3, sure: float = 0.9) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries with vertical stripes of a 6 x 12 picture, of given classes."""
+    """Queries with vertical stripes of a 6 x 12 image, of given classes."""
     width = 12 // len(labels)
     masks = torch.full((len(labels), 6, 12), 0.05)
     for i in range(len(labels)):

@@ -13,7 +13,7 @@ from vitarium.perception.set_losses import FocalClasses, Masks, SetCriterion, So
 
 
 def detections(classes: int = 5):
-    """A prediction of 6 queries, and targets of 3 and 1 boxes in pictures of 40 x 50 pixels."""
+    """A prediction of 6 queries, and targets of 3 and 1 boxes in images of 40 x 50 pixels."""
     torch.manual_seed(0)
     middle, size = torch.rand(2, 6, 2) * 0.4 + 0.3, torch.rand(2, 6, 2) * 0.3 + 0.05
     prediction = {"logits": torch.randn(2, 6, classes), "boxes": torch.cat([middle, size], -1)}

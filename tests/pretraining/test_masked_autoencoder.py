@@ -1,4 +1,4 @@
-"""What is true of every masked autoencoder, and of its learner."""
+"""Properties of every masked autoencoder, and of its learner."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class TwoTowers(nn.Module):
 
 
 class Captions(Learner):
-    """Which object is in front, from the image and its caption."""
+    """Classification of the object in front, from the image and its caption."""
 
     collate = Collate(FIELDS)  # type: ignore[assignment]
     breaks_at = -1

@@ -318,6 +318,31 @@ def test_wrong_players_are_refused():
         checked_players(learner, tiny_recipe())
 
 
+def test_a_single_parameter_may_be_a_player(tmp_path):
+    class Patch(Duel):
+        """An adversarial patch against a frozen judge."""
+
+        def __init__(self):
+            super().__init__()
+            self.discriminator.requires_grad_(False)
+            self.model.requires_grad_(False)
+            self.patch = nn.Parameter(torch.zeros(3, 8, 8))
+
+        def players(self):
+            return {"patch": Player([self.patch])}
+
+        def loss(self, batch, player):
+            return {"loss": self.discriminator(batch["image"] + self.patch).mean()}
+
+    _, final, learner = duel(tmp_path, "budget.steps=3", learner=Patch())
+    assert final["patch"].abs().sum() > 0
+    assert_same_weights(weights(learner.discriminator), weights(Duel().discriminator))
+    loose = nn.Parameter(torch.zeros(1))
+    Patch.players = lambda self: {"patch": Player([loose, self.patch])}
+    with pytest.raises(UsageError, match=r"player patch of Patch has parameters that are not the learner's"):
+        checked_players(learner, tiny_recipe())
+
+
 def test_a_recipes_players_are_checked():
     with pytest.raises(UsageError, match=r"players.generator: optimizer.lrr is not a setting; did you mean lr"):
         load_recipe("dcgan", ["players.generator.optimizer.lrr=1"])

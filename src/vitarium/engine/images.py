@@ -259,14 +259,14 @@ def _on_ray(
                 if attempt == ATTEMPTS:
                     raise TrainingStopped(f"the Ray cluster lost {len(rest)} parts twice ({type(error).__name__}: {error})") from error
                 log.warning("Ray lost its work (%s); continuing with the %d parts that are left", type(error).__name__, len(rest))
-            _raise_lasting(failures, last=attempt == ATTEMPTS)
+            raise_lasting(failures, last=attempt == ATTEMPTS)
             if not rest:
                 return
     finally:
         connection.close()
 
 
-def _raise_lasting(failures: dict[int, tuple[Exception, str]], *, last: bool) -> None:
+def raise_lasting(failures: dict[int, tuple[Exception, str]], *, last: bool) -> None:
     """Raise the error of a part that a second try would not mend, or that had its second try."""
     from vitarium.engine.runs import worth_a_retry
 

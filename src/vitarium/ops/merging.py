@@ -1,8 +1,8 @@
-"""Merging tokens: which become one, the merge itself, and its way back. Pure functions on tensors.
+"""Token merging: matching, the merge, and its inverse. Pure functions on tensors.
 
-    merge = bipartite_matching(keys, remove=16, prefix=1)     # Merge: who stays, who goes into whom
+    merge = bipartite_matching(keys, remove=16, prefix=1)     # Merge: kept tokens, sources, targets
     x, size = merge.average(x, size)                          # (B, N, C) -> (B, N - 16, C)
-    x = merge.unmerge(x)                                      # back to (B, N, C), merged tokens equal
+    x = merge.unmerge(x)                                      # (B, N, C) again, merged tokens equal
 
 Source of the matching: Bolya et al., "Token Merging: Your ViT But Faster" (2023).
 """
@@ -19,7 +19,7 @@ from vitarium.ops.sorting import descending_order
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:
-    """Chosen rows of each item: x (B, N, ...), index (B, n) -> (B, n, ...). Whole rows are copied at once."""
+    """Gather rows of each item: x (B, N, ...), index (B, n) -> (B, n, ...). Whole rows are copied at once."""
     batch, count = x.shape[:2]
     flat = index + count * torch.arange(batch, device=x.device)[:, None]
     return x.reshape(batch * count, *x.shape[2:]).index_select(0, flat.reshape(-1)).view(*index.shape, *x.shape[2:])
@@ -27,12 +27,12 @@ def rows(x: Tensor, index: Tensor) -> Tensor:
 
 @dataclass
 class Merge:
-    """A decision about N tokens of each item of a batch.
+    """Assignment of the N tokens of each item of a batch to n merged tokens.
 
     Args:
-        keep: (B, n) int64, the old index of each token that stays, in the new order.
-        source: (B, r) int64, old indices of the tokens that go into another.
-        target: (B, r) int64, new index of the token that each of them goes into.
+        keep: (B, n) int64, old index of each token that is kept, in the new order.
+        source: (B, r) int64, old indices of the tokens that merge into another.
+        target: (B, r) int64, new index of the token into which each of them merges.
     """
 
     keep: Tensor
@@ -40,18 +40,18 @@ class Merge:
     target: Tensor
 
     def gather(self, x: Tensor) -> Tensor:
-        """The tokens that stay, unchanged; the others are dropped. (B, N, ...) -> (B, n, ...)."""
+        """Return the kept tokens, unchanged; the others are dropped. (B, N, ...) -> (B, n, ...)."""
         return rows(x, self.keep)
 
     def average(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Every new token is the mean of all that it stands for, weighted by how many originals each of them stood for.
+        """Return the merged tokens, each the mean of the tokens that it represents, weighted by their sizes.
 
         Args:
             x: (B, N, C).
-            size: (B, N, 1), originals that each token stands for; None: one each.
+            size: (B, N, 1), number of originals that each token represents; None: one each.
 
         Returns:
-            (B, n, C) and the new sizes (B, n, 1). Tokens that nothing is merged into stay as they are, bit by bit.
+            (B, n, C) and the new sizes (B, n, 1). A token into which nothing merges is unchanged, bit by bit.
         """
         batch, count = self.keep.shape
         kept = rows(x, self.keep)
@@ -68,14 +68,14 @@ class Merge:
         return kept, new_size
 
     def assignment(self) -> Tensor:
-        """(B, N): the new index of the token that now stands for each old one."""
+        """Return the new index of the token that represents each old one, (B, N)."""
         batch, count = self.keep.shape
         new = torch.arange(count, device=self.keep.device).expand(batch, count)
         old = self.keep.new_empty(batch, count + self.source.shape[1])
         return old.scatter(1, self.keep, new).scatter(1, self.source, self.target)
 
     def unmerge(self, x: Tensor) -> Tensor:
-        """(B, n, ...) -> (B, N, ...): each old token gets the value of the token that stands for it."""
+        """Give each old token the value of the token that represents it: (B, n, ...) -> (B, N, ...)."""
         return rows(x, self.assignment())
 
 
@@ -83,12 +83,12 @@ def bipartite_matching(metric: Tensor, remove: int, *, prefix: int = 0) -> Merge
     """Bipartite soft matching: tokens at even and odd places; the `remove` most similar pairs are merged.
 
     Args:
-        metric: (B, N, D), what similarity (cosine) is measured on; no gradient flows through the decision.
-        remove: tokens to remove; at most half of the image tokens can be, more is cut to that.
+        metric: (B, N, D), compared by cosine similarity; no gradient flows through the matching.
+        remove: tokens to remove; at most half of the image tokens.
         prefix: tokens at the start that never merge (class, distillation, registers).
 
     Returns:
-        prefix first, then the unmerged tokens of the even places, then all of the odd places; None where nothing is removed.
+        prefix first, then the unmerged tokens of the even places, then all of the odd places; None if nothing is removed.
     """
     image = metric.shape[1] - prefix
     remove = min(remove, image // 2)

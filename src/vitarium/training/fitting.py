@@ -71,7 +71,7 @@ def fit(
     accelerator: str = "auto",
     progress: Callable[[Progress], None] | None = None,
 ) -> FitResult:
-    """Train a learner; afterwards `learner.eval_model()` has the final weights (the moving average where the recipe has one) and its record.
+    """Train a learner; afterwards `learner.eval_model()` has the final weights (the moving average where there is one) and its record.
 
     The folder receives last.ckpt (the state of the run), log.csv, evaluations.jsonl, TensorBoard's events where that is installed, and
     bad_files.txt where images could not be read. Called again after a kill, it resumes from last.ckpt and ends with the weights of an

@@ -317,16 +317,13 @@ class Plan:
 
     def _check_size(self, size: int) -> None:
         model = self.learner.model
-        _resize(model, size)
         try:
             if getattr(model, "preprocessing", None) is not None:  # else nothing says what it is called with
                 with evaluating(model):
-                    call(model, example_inputs(model, 2))
+                    call(model, example_inputs(model, 2, size))
         except (VitariumError, ValueError, RuntimeError, AssertionError, TypeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UsageError(f"phases: the model cannot take images of {size} pixels ({reason})") from error
-        finally:
-            _resize(model, self.usual_size)
 
 
 def _resize(model: nn.Module, size: int) -> None:

@@ -99,8 +99,8 @@ def checked_players(learner: Learner, recipe: Recipe) -> dict[str, Player]:
     """Return a learner's players, checked.
 
     Raises:
-        UsageError: there are none, the recipe sets something for a player that does not exist, or a parameter that requires gradients
-            belongs to none.
+        UsageError: there are none, the recipe sets something for a player that does not exist, a player has parameters that are not the
+            learner's, or a parameter that requires gradients belongs to no player.
     """
     players = dict(learner.players())
     kind = type(learner).__name__
@@ -110,6 +110,10 @@ def checked_players(learner: Learner, recipe: Recipe) -> dict[str, Player]:
         raise UsageError(
             f"players.{unknown[0]}: {kind} has no such player{nearest(unknown[0], list(players))} (its players: {', '.join(players)})"
         )
+    known = {id(p) for p in learner.parameters()}
+    for name, player in players.items():
+        if any(id(p) not in known for p in player.parameters()):
+            raise UsageError(f"the player {name} of {kind} has parameters that are not the learner's, so no checkpoint would hold them")
     owned = {id(p) for player in players.values() for p in player.parameters()}
     for name, parameter in learner.named_parameters():
         if parameter.requires_grad and id(parameter) not in owned:

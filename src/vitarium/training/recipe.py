@@ -300,7 +300,7 @@ class Recipe(Section):
         return check(learner.Settings, given, f"settings of {self.objective['name']}")
 
     def identity(self) -> dict[str, Any]:
-        """Return what determines the outcome of a run, as plain values: all but intervals of logs and checkpoints, and reading processes."""
+        """Return what determines the outcome of a run, as plain values: not intervals of logs and checkpoints, or readers."""
         excluded = {"log_every", "checkpoint_minutes", "num_workers", "model", "model_arguments", "data"}
         excluded |= {
             name for name in ("apply", "players", "phases", "values") if not getattr(self, name)

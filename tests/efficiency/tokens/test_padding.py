@@ -104,7 +104,7 @@ def test_a_mask_that_is_true_everywhere_changes_no_bit(method: Reducer | None):
 @pytest.mark.parametrize("name", ["vit", "layer_scale", "qk_norm", "registers", "distilled", "eva", "dinov3"])
 @pytest.mark.parametrize("method", [None, EViT(keep=0.5, fuse=False, score="mean"), ToMe(r=2)], ids=str)
 def test_whole_models_take_a_mask_of_their_patches(name: str, method: Reducer | None):
-    """What lies in hidden patches does not matter; the model is as it was afterwards."""
+    """The content of hidden patches does not matter; the model is unchanged afterwards."""
     model = timm_model(name, global_pool="token").double()
     if method is not None:
         vitarium.apply(model, method, quiet=True)

@@ -1,1 +1,1 @@
-"""Fewer tokens: methods that drop, fuse or merge image tokens inside any plain vision transformer."""
+"""Token reduction: methods that drop, fuse or merge image tokens inside any plain vision transformer."""

@@ -1,9 +1,9 @@
-"""EViT: image tokens that the class token does not look at are dropped, or fused into one, at three blocks.
+"""EViT: at three blocks, image tokens to which the class token pays little attention are dropped or fused into one.
 
 "Not All Patches are What You Need: Expediting Vision Transformers via Token Reorganizations" (Liang et al., ICLR 2022). In a block with
 keep rate k, between attention and MLP, over the N image tokens x_i (prefix tokens stay):
 
-    a_i = mean over heads of softmax(q_class k_i^T / sqrt(D))        the attention that the block computes anyway
+    a_i = mean over heads of softmax(q_class k_i^T / sqrt(D))        computed by the block's attention
     L   = ceil(k N),   kept = the L largest a_i, in descending order
     f   = sum over the others of a_i x_i                             fused token; the weights are not normalised
     x   = [prefix, x_kept, f]
@@ -12,8 +12,8 @@ No parameters: a DeiT checkpoint runs unchanged. In later layers the fused token
 again: with k = 0.7 at blocks 4, 7 and 10 (3, 6, 9 from 0), 196 image tokens become 139, 99, 71, and DeiT-S needs 3.0 instead of 4.6 GMACs.
 The authors train with the method: the rate falls from 1 to k (`annealed_keep`), `report.tune(keep=...)` sets it from step to step.
 
-Followed: the authors' code (youweiliang/evit), to rounding. Different: the distillation token and registers are protected like the class
-token; equal attentions keep their order; a fused token has no position, so rotary models take fuse=False. Cost: one row of attention.
+Source: the authors' code (youweiliang/evit), equal to rounding. Differences: the distillation token and registers are protected like the
+class token; equal attentions keep their order; a fused token has no position, so rotary models need fuse=False. Cost: one attention row.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from vitarium.ops.sorting import descending_order
 @method("evit", kind="reduce")
 @validated
 class EViT(Reducer):
-    """Keep what the class token attends to.
+    """Token reduction by the class token's attention.
 
     Args:
-        keep: share of the image tokens that each of the blocks keeps, (0, 1]; 1 changes nothing. Live.
+        keep: share of the image tokens that each of these blocks keeps, (0, 1]; 1 changes nothing. Live.
         blocks: numbers of these blocks, from 0; None: depth / 4, depth / 2 and 3 depth / 4 (3, 6, 9 of 12).
-        fuse: whether the others become one token (else they are dropped). Live.
-        tokens: image tokens that each of `blocks` keeps, as numbers, in place of `keep`; None: by `keep`. Live.
-        score: "class": attention of the class token; "mean": attention that a token gets from all image tokens, for models without one.
+        fuse: whether the other tokens are fused into one; False drops them. Live.
+        tokens: number of image tokens that each of `blocks` keeps, instead of `keep`. Live.
+        score: "class": attention of the class token; "mean": mean attention of all image tokens, for models without a class token.
     """
 
     keep: Share = 0.7
@@ -70,7 +70,9 @@ class EViT(Reducer):
 
     def check(self, view: Anatomy) -> None:
         if self.score == "class" and not view.class_token:
-            raise AttachError(f"{view.family} has no class token whose attention could choose; score='mean' uses what all tokens look at")
+            raise AttachError(
+                f"{view.family} has no class token whose attention could choose; score='mean' uses the attention of all image tokens"
+            )
         if self.fuse and view.rotary:
             raise AttachError(f"{view.family} turns tokens by their positions, and a fused token has none; use fuse=False")
         if self.blocks is not None and max(self.blocks, default=0) >= view.depth:
@@ -96,7 +98,7 @@ class EViT(Reducer):
         tokens.move(x, keep, assignment)
 
     def _score(self, tokens: Tokens, attended: Attended) -> torch.Tensor:
-        """(B, image tokens)."""
+        """Return the scores of the image tokens, (B, N - prefix)."""
         start = tokens.prefix
         if self.score == "class":
             return attended.weights(slice(0, 1)).mean(dim=1)[:, 0, start:]
@@ -104,7 +106,7 @@ class EViT(Reducer):
 
 
 def annealed_keep(step: int, *, keep: float, start: int, steps: int) -> float:
-    """The keep rate while training: 1 up to `start`, then along a cosine down to `keep` within `steps`, then `keep`.
+    """Return the keep rate of a training step: 1 up to `start`, then along a cosine down to `keep` within `steps`, then `keep`.
 
     The authors' recipes: 300 epochs from scratch with start after 10 epochs and 100 epochs of descent; fine-tuning with steps=0.
     """

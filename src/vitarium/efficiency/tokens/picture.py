@@ -1,4 +1,4 @@
-"""Pictures of what a token reduction did: which patches were kept, fused, dropped, or merged with which others."""
+"""Drawings of a token reduction: the patches that were kept, fused, dropped, or merged with others."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ GAP, CAPTION = 8, 18  # pixels
 
 
 def picture(model: nn.Module, image: Image.Image, *, blocks: tuple[int, ...] | None = None, side: int = 224) -> Image.Image:
-    """A strip: the image as the model sees it, and the same after chosen blocks.
+    """Draw a strip of panels: the model's input, and its tokens after some blocks.
 
     Args:
-        model: with a token reduction on it.
-        image: any picture.
-        blocks: numbers of the blocks, from 0; None: those that reduced, three of them if there are more.
+        model: with a token reduction.
+        image: of any size and mode.
+        blocks: numbers of the blocks, from 0; None: at most three of those that reduced.
         side: of each panel, pixels.
 
     Returns:
         the strip. A merged region is filled with its mean colour and outlined; fused patches are pale, dropped ones dark.
 
     Raises:
-        UsageError: no token reduction is on the model, or it has no such block.
+        UsageError: the model has no token reduction, or no such block.
     """
     preprocessing = preprocessing_of(model)
     pixels = preprocessing(image)
@@ -51,13 +51,13 @@ def picture(model: nn.Module, image: Image.Image, *, blocks: tuple[int, ...] | N
 
 
 def draw_tokens(image: Image.Image, state: Tokens, grid: tuple[int, int], *, index: int = 0) -> Image.Image:
-    """One panel: an RGB image with the state of its tokens drawn over it.
+    """Draw one panel: an image with the state of its tokens over it.
 
     Args:
-        image: what the model saw, any size.
-        state: of `trace`.
+        image: the model's input, at any size.
+        state: from `trace`.
         grid: rows and columns of patches.
-        index: which item of the batch.
+        index: number of the image in the batch.
     """
     rows, columns = grid
     source = _sources(state, index).reshape(rows, columns)
@@ -102,7 +102,7 @@ def _sources(state: Tokens, index: int) -> np.ndarray:
 
 
 def _fused(state: Tokens, index: int) -> np.ndarray:
-    """Numbers of the tokens that stand nowhere."""
+    """Indices of the tokens without a place."""
     return np.zeros(0, int) if state.place is None else (state.place[index] < 0).nonzero()[:, 0].cpu().numpy()
 
 

@@ -1,22 +1,22 @@
-"""PiToMe: similar tokens merge in every block, and lonely ones are protected; with ToMe, which protects none, as its baseline.
+"""PiToMe: merging of similar tokens in every block, with protection of isolated ones; ToMe, which protects none, is its baseline.
 
 "Accelerating Transformers with Spectrum-Preserving Token Merging" (Tran et al., NeurIPS 2024) after "Token Merging: Your ViT But Faster"
 (Bolya et al., ICLR 2023). Both merge between attention and MLP; similarity is the cosine of the keys' mean over heads.
 
-ToMe: tokens at even and odd places are matched, the r most similar pairs become their size-weighted means. Attention to a merged token
-counts it by its size s (log s is added to the logits).
+ToMe: tokens at even and odd positions are matched, and the r most similar pairs are replaced by their size-weighted means. Attention
+weights a merged token by its size s (log s is added to the logits).
 
-PiToMe: of the T image tokens, r = floor(T - keep T) are to go. With K the unit-normalised keys and m the block's margin,
+PiToMe: r = floor(T - keep T) of the T image tokens are removed. With K the unit-normalised keys and m the block's margin,
 
-    E_i = mean_j ELU(K_i K_j^T - m)          energy: high in a big cluster of near-duplicates, low for a lonely token
+    E_i = mean_j ELU(K_i K_j^T - m)          energy: high in a large cluster of near-duplicates, low for an isolated token
 
-the 2 r tokens of highest energy are candidates, alternately source and destination in the order of energy; each source goes into its most
-similar destination. The margin falls along the depth, m_i = margin (1 - i / L). In the first half of the blocks nothing is protected yet:
-all tokens are candidates, and the r best of the pairs merge.
+the 2 r tokens of highest energy are candidates, alternately source and destination in the order of energy; each source merges into its
+most similar destination. The margin falls with the depth, m_i = margin (1 - i / L). In the first half of the blocks nothing is protected:
+all tokens are candidates, and the r most similar pairs merge.
 
-Followed: the authors' code (hchautran/PiToMe, its DeiT patch; facebookresearch/ToMe), to rounding: so PiToMe's attention is not
-proportional unless asked for, though the paper's is. Different: registers and the distillation token are protected too. A merged token of
-a rotary model turns with the place of its destination. Cost: PiToMe pays a T x T product of head_dim channels a block, ToMe a quarter.
+Source: the authors' code (hchautran/PiToMe, its DeiT patch; facebookresearch/ToMe), equal to rounding: PiToMe's attention is not
+proportional by default, though the paper's is. Differences: registers and the distillation token are protected too. In a rotary model a
+merged token has the position of its destination. Cost: one T x T product of head_dim channels per block, for ToMe a quarter of that.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from vitarium.ops.sorting import descending_order
 @method("tome", kind="reduce")
 @validated
 class ToMe(Reducer):
-    """Merge the r most similar pairs in every block.
+    """Token merging: the r most similar pairs merge in every block.
 
     Args:
-        r: tokens to remove in each block: a number, or one number a block. At most half of the image tokens go at once; 0 changes nothing.
-            Live.
-        inflection: how r changes along the depth, in [-1, 1]: 0 evenly; -1 falls from 2 r to 0; 1 rises from 0 to 2 r. Live.
-        proportional: whether attention counts merged tokens by their sizes; the authors switch it off for MAE models and in training. Live.
+        r: tokens to remove in each block: a number, or one per block. At most half of the image tokens are removed at once; 0 changes
+            nothing. Live.
+        inflection: change of r with the depth, in [-1, 1]: 0 constant; -1 falls from 2 r to 0; 1 rises from 0 to 2 r. Live.
+        proportional: weight merged tokens by their sizes in attention; the authors do not for MAE models and in training. Live.
     """
 
     r: Annotated[int, Field(ge=0)] | Numbers = 8
@@ -60,7 +60,7 @@ class ToMe(Reducer):
         return self.proportional
 
     def amount(self, block: int, depth: int) -> int:
-        """Tokens to remove in a block."""
+        """Return the number of tokens to remove in a block."""
         if isinstance(self.r, tuple):
             return self.r[block] if block < len(self.r) else 0
         least = int(self.r * (1 - self.inflection))
@@ -76,16 +76,16 @@ class ToMe(Reducer):
 @method("pitome", kind="reduce")
 @validated
 class PiToMe(Reducer):
-    """Merge within big clusters, protect lonely tokens.
+    """Token merging within large clusters, with protection of isolated tokens.
 
     Args:
         keep: share of the image tokens that each block keeps, [0.5, 1]; 1 changes nothing. Live.
-        margin: similarity from which tokens count as near, at block 0; it falls to 0 along the depth. The authors: 0.75 for DeiT and MAE,
+        margin: similarity from which tokens count as near, at block 0; it falls to 0 with the depth. The authors: 0.75 for DeiT and MAE,
             0.9 for augreg ViT, BLIP and transformers' CLIP, 0.95 for open_clip. Live.
-        protect: in which blocks lonely tokens are protected: "late" (second half: the authors' DeiT), "early" (first half: their MAE) or
+        protect: blocks in which isolated tokens are protected: "late" (second half: the authors' DeiT), "early" (first half: their MAE) or
             "all".
         prune: drop the sources instead of merging them.
-        proportional: whether attention counts merged tokens by their sizes. Live.
+        proportional: weight merged tokens by their sizes in attention. Live.
     """
 
     keep: Annotated[float, Field(ge=0.5, le=1)] = 0.925
@@ -119,12 +119,12 @@ class PiToMe(Reducer):
 
 
 def energy(similarity: Tensor, margin: float, alpha: float = 1.0) -> Tensor:
-    """Mean over j of ELU(similarity_ij - margin): (B, T, T) -> (B, T)."""
+    """Return the mean over j of ELU(similarity_ij - margin): (B, T, T) -> (B, T)."""
     return F.elu(similarity - margin, alpha=alpha).mean(dim=-1)
 
 
 def gaussian_energy(similarity: Tensor, margin: float) -> Tensor:
-    """The energy for text: mean over j of a normal density of width 1 - margin around similarity 1. (B, T, T) -> (B, T)."""
+    """Return the energy for text, the mean over j of a normal density of width 1 - margin around similarity 1: (B, T, T) -> (B, T)."""
     sigma = 1 - margin
     return (torch.exp(-(((1 - similarity) / sigma) ** 2) / 2) / (sigma * math.sqrt(2 * math.pi))).mean(dim=-1)
 
@@ -132,18 +132,18 @@ def gaussian_energy(similarity: Tensor, margin: float) -> Tensor:
 def energy_matching(
     metric: Tensor, keep: float, margin: float, *, prefix: int = 0, protect: bool = True, text: bool = False
 ) -> Merge | None:
-    """PiToMe's decision.
+    """Choose PiToMe's sources and their destinations.
 
     Args:
         metric: (B, N, D); no gradient flows through the decision.
-        keep: share of the N - prefix image tokens that stay.
+        keep: share of the N - prefix image tokens that remain.
         margin: of the energy.
         prefix: tokens at the start that never merge.
-        protect: whether only the 2 r tokens of highest energy may merge; else all, alternately, and the r best pairs do.
-        text: the variant for text: Gaussian energy; the first half of the candidates goes into the second half.
+        protect: whether only the 2 r tokens of highest energy may merge; if not, the r most similar pairs of all tokens merge.
+        text: the variant for text: Gaussian energy; the first half of the candidates merges into the second half.
 
     Returns:
-        prefix, then (protected tokens or unmerged sources), then destinations; None where nothing is removed.
+        prefix, then (protected tokens or unmerged sources), then destinations; None if nothing is removed.
     """
     count = metric.shape[1] - prefix
     remove = math.floor(count - count * keep)

@@ -1,8 +1,8 @@
-"""What all token reductions share: attaching to the blocks, the books, and the way back for models that read every patch.
+"""Base class of token reductions: attaching to the blocks, and restoring the full sequence for models that read every patch.
 
-A reducer defines `reduce`, which gets the tokens after a block's attention and before its MLP, and `acts_on`. Everything else is here and
-in `vitarium.anatomy`: prefix tokens (class, distillation, registers) are never touched, rotary models rotate each token by its own place,
-and neutral options change nothing.
+A reducer defines `reduce`, which is called between a block's attention and its MLP, and `acts_on`. The rest is here and in
+`vitarium.anatomy`: prefix tokens (class, distillation, registers) are not changed, rotary models rotate each token by its own position,
+neutral options change nothing, and a padded batch is reduced as each of its images alone.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from vitarium.nn.modes import evaluating
 
 @dataclass(frozen=True)
 class Reducer(Method):
-    """Base of token reductions."""
+    """Base class of token reductions."""
 
     def acts_on(self, block: int, depth: int) -> bool:
-        """Whether a block (numbered from 0) may reduce, whatever the live options are."""
+        """Return whether a block (numbered from 0) may reduce, whatever the live options are."""
         return True
 
     def reduce(self, tokens: Tokens, attended: Attended, block: int, depth: int) -> None:
-        """Reduce the tokens of one block through the carrier, or leave them."""
+        """Reduce the tokens of one block in place, or leave them as they are. There is no padding among them."""
         raise NotImplementedError(f"{type(self).__name__} does not define reduce")
 
     def check(self, view: Anatomy) -> None:
@@ -35,12 +35,12 @@ class Reducer(Method):
 
     @property
     def counts_sizes(self) -> bool:
-        """Whether attention weighs a merged token by the number of originals that it stands for (proportional attention)."""
+        """Proportional attention: a merged token is weighted by the number of originals that it represents."""
         return False
 
     @property
     def can_restore(self) -> bool:
-        """Whether every original keeps a token that stands for it, so that the full sequence can be given to a model that reads it."""
+        """True if a token represents every original, so that the full sequence can be restored for a model that reads it."""
         return True
 
     def attach(self, model: nn.Module) -> AttachReport:
@@ -48,7 +48,7 @@ class Reducer(Method):
 
         Raises:
             UnsupportedModel: anatomy does not know the model.
-            AttachError: the model lacks what this reduction needs, or no block is left to work in.
+            AttachError: the model lacks what this reduction needs, or has none of its blocks.
         """
 
         def sites(view: Anatomy) -> list[Site]:
@@ -63,12 +63,12 @@ class Reducer(Method):
 
 
 class ReducerSite(Site):
-    """A reducer's place in one block.
+    """Site of a reducer in one block.
 
     Args:
-        method: the reducer with its options as they are now.
-        block, depth: number of the block, and how many there are.
-        restore: whether the full sequence is wanted after this block.
+        method: the reducer with its current options.
+        block, depth: number of the block, and of blocks.
+        restore: whether to restore the full sequence after this block.
     """
 
     def __init__(self, method: Reducer, block: int, depth: int, restore: bool):
@@ -94,13 +94,14 @@ class ReducerSite(Site):
 
 
 def trace(model: nn.Module, image: Tensor) -> list[Tokens]:
-    """What became of the tokens after each block of a reduced model: counts, sizes, places, and which token stands for which patch.
+    """Return the state of the tokens after each block of a reduced model: counts, sizes, places, and the token of each patch.
 
     Args:
+        model: with a token reduction.
         image: (B, C, H, W).
 
     Returns:
-        one state a block, in order (its `x` is empty).
+        one state per block, in order (its `x` is empty).
 
     Raises:
         UsageError: no token reduction is attached.

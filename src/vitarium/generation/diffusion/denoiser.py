@@ -92,7 +92,7 @@ class Denoiser(nn.Module):
             return
         name = type(self).__name__
         if x.ndim != 4 or x.shape[1] != self.sample_chans:
-            kind = "latents" if self.latent_chans else "pictures"
+            kind = "latents" if self.latent_chans else "images"
             raise InputError(f"{name} takes {kind} (B, {self.sample_chans}, H, W), got {tuple(x.shape)}")
         if any(side % multiple or not side for side in x.shape[-2:]):
             near = [max(multiple, round(side / multiple) * multiple) for side in x.shape[-2:]]
