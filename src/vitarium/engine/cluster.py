@@ -36,6 +36,7 @@ class RayConnection:
 
     def __init__(self, engine: Engine):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else it complains on stderr about Ray Data's own actors
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; else it warns
         self.ray: Any = require("ray", "cluster")
         self.owner = not self.ray.is_initialized()
@@ -121,12 +122,12 @@ class Mailbox:
     """Ray actor on the caller's machine that collects what runs report."""
 
     def __init__(self) -> None:
-        self.values: list[tuple[int, int, Any]] = []
+        self.values: list[tuple[int, int, str, Any]] = []
 
-    def put(self, position: int, attempt: int, value: Any) -> None:
-        self.values.append((position, attempt, value))
+    def put(self, position: int, attempt: int, kind: str, value: Any) -> None:
+        self.values.append((position, attempt, kind, value))
 
-    def take(self) -> list[tuple[int, int, Any]]:
+    def take(self) -> list[tuple[int, int, str, Any]]:
         taken, self.values = self.values, []
         return taken
 
@@ -162,10 +163,12 @@ class RayTasks:
         self.references[reference] = position, attempt
 
     def messages(self) -> Iterator[Message]:
+        if not self.references:
+            return
         done, _ = self.ray.wait(list(self.references), timeout=POLL_SECONDS)
-        for position, attempt, value in self._reports():
+        for position, attempt, kind, value in self._reports():
             if attempt == self.attempts[position]:
-                yield Message("progress", position, value)
+                yield Message(kind, position, value)
         for reference in done:
             position, _ = self.references.pop(reference)
             try:
@@ -174,7 +177,7 @@ class RayTasks:
                 kind, value, text = "failed", lost(error), str(error)
             yield Message(kind, position, value, text)
 
-    def _reports(self) -> list[tuple[int, int, Any]]:
+    def _reports(self) -> list[tuple[int, int, str, Any]]:
         """Return the reports since the last call; nothing where the mailbox does not answer, since the results do not depend on it."""
         try:
             return self.ray.get(self.mailbox.take.remote())
@@ -206,10 +209,11 @@ def _task(job: Job, position: int, attempt: int, mailbox: Any, folder: str, thre
 
     prepare(threads, folder)
 
-    def report(value: Any) -> None:
+    def report(value: Any, kind: str = "progress") -> None:
         with contextlib.suppress(ray.exceptions.RayError):  # a run outlives the mailbox
-            ray.get(mailbox.put.remote(position, attempt, value))
+            ray.get(mailbox.put.remote(position, attempt, kind, value))
 
+    report(None, "started")
     try:
         wait_until_free(job.folder)
         return "done", execute(job, report), ""

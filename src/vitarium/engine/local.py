@@ -34,6 +34,7 @@ class InProcess:
         return not running
 
     def start(self, position: int, job: Job) -> None:
+        self.handle(Message("started", position))
         try:
             value = execute(job, lambda value: self.handle(Message("progress", position, value)))
         except Exception as error:
@@ -48,10 +49,17 @@ class InProcess:
 
 
 class Processes:
-    """Each run in a process of its own, `engine.jobs` at a time."""
+    """Each run in a process of its own, `engine.jobs` at a time.
 
-    def __init__(self, engine: Engine):
+    Args:
+        engine: of kind "local".
+        handle: called when a process is started.
+    """
+
+    def __init__(self, engine: Engine, handle: Callable[[Message], None]):
         import torch
+
+        self.handle = handle
 
         self.jobs = engine.jobs or 1
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -71,6 +79,7 @@ class Processes:
         process.start()
         theirs.close()
         self.running[ours] = position, process, slot
+        self.handle(Message("started", position))
 
     def messages(self) -> Iterator[Message]:
         for connection in wait(list(self.running), POLL_SECONDS):

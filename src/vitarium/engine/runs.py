@@ -79,7 +79,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Message:
-    """Message of a backend about the run at `position`; `kind` is "progress", "done" or "failed"."""
+    """Message of a backend about the run at `position`; `kind` is "started", "progress", "done" or "failed"."""
 
     kind: str
     position: int
@@ -94,7 +94,7 @@ class Backend(Protocol):
         """Return whether another run may start."""
 
     def start(self, position: int, job: Job) -> None:
-        """Start a run."""
+        """Start a run, or queue it; a message "started" follows when it has really begun."""
 
     def messages(self) -> Iterator[Message]:
         """Wait a moment, and yield what came."""
@@ -184,13 +184,14 @@ class _Batch:
             return self.send(RunEvent("finished", job, position, there))
         self.attempts[position] += 1
         self.running.add(position)
-        self.send(RunEvent("started", job, position))
         backend.start(position, job)
 
     def handle(self, message: Message) -> None:
         position, job = message.position, self.jobs[message.position]
         if position not in self.running:  # a late word of a run that is over
             return
+        if message.kind == "started":
+            return self.send(RunEvent("started", job, position))
         if message.kind == "progress":
             return self.send(RunEvent("progress", job, position, message.value))
         self.running.remove(position)
@@ -239,4 +240,4 @@ def _backend(engine: Engine, handle: Callable[[Message], None]) -> Backend:
         return RayTasks(engine)
     from vitarium.engine.local import InProcess, Processes
 
-    return InProcess(handle) if engine.in_process else Processes(engine)
+    return InProcess(handle) if engine.in_process else Processes(engine, handle)
