@@ -1,9 +1,10 @@
-"""Limits on what is imported: by the package, by listing, by one backbone, by everything."""
+"""Limits on what is imported: by the package, by listing, by one backbone, by everything; and no circles between modules."""
 
 import json
 import subprocess
 import sys
 
+import grimp
 import pytest
 
 HEAVY = (
@@ -80,3 +81,16 @@ def test_modules_that_register_something_import_nothing_heavy():
         "for entry in read_index().entries.values():\n    import_module(entry.module)"
     )
     assert not [m for m in HEAVY if m in modules_after(code) and m not in modules_after("import torch")]
+
+
+def test_there_are_no_circles():
+    """Between modules, imports inside functions included; imports for type checkers alone do not count."""
+    graph = grimp.build_graph("vitarium", exclude_type_checking_imports=True, cache_dir=None)
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    assert len(imports) > 300
+    while leaves := [module for module, others in imports.items() if not others & set(imports)]:
+        for module in leaves:
+            del imports[module]
+    while tops := set(imports) - {other for others in imports.values() for other in others}:
+        imports = {module: others for module, others in imports.items() if module not in tops}
+    assert sorted(imports) == [], "these modules import each other in a circle, or lie between two circles"

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from vitarium.errors import UsageError
 from vitarium.ops.scan import causal_conv_silu, choose, scan_doubling, scan_matrix, scan_reference, scan_step, selective_scan
-from vitarium.ops.scan.dispatch import kernels
+from vitarium.ops.scan.implementations import kernels
 
 HERE = ["loop", *(["numba"] if kernels("numba") else [])]
 NAMES = ("x", "delta", "a", "b", "c", "skip", "bias")

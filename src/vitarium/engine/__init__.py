@@ -7,7 +7,8 @@ One training over several devices or machines is left to Lightning Fabric (`trai
 """
 
 from vitarium.engine.images import map_images
-from vitarium.engine.runs import Job, Outcome, RunEvent, run_all
+from vitarium.engine.jobs import Job
+from vitarium.engine.runs import Outcome, RunEvent, run_all
 from vitarium.engine.settings import Engine, as_engine
 
 __all__ = ["Engine", "Job", "Outcome", "RunEvent", "as_engine", "map_images", "run_all"]

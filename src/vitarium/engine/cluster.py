@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vitarium.engine.runs import Job, Message
+from vitarium.engine.jobs import Job, Message
 from vitarium.engine.settings import Engine
 from vitarium.engine.worker import execute, portable, prepare, wait_until_free
 from vitarium.errors import TrainingStopped, UsageError, require

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from vitarium.engine.runs import Job, Message
+from vitarium.engine.jobs import Job, Message
 from vitarium.engine.settings import Engine
 from vitarium.engine.worker import execute, portable, prepare, wait_until_free
 from vitarium.errors import TrainingStopped

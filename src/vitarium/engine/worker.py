@@ -11,11 +11,12 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vitarium.engine.jobs import RESULT
 from vitarium.errors import UsageError
 from vitarium.files import lock_folder, write_json
 
 if TYPE_CHECKING:
-    from vitarium.engine.runs import Job, Report
+    from vitarium.engine.jobs import Job, Report
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 LEAVING_SECONDS = 60.0
@@ -28,8 +29,6 @@ def execute(job: Job, report: Report) -> dict[str, Any] | None:
     Raises:
         whatever the job's function raises.
     """
-    from vitarium.engine.runs import RESULT
-
     value = job.function(job.folder, report, **job.settings)
     if value is not None:
         write_json(job.folder / RESULT, value)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vitarium.catalog.create import preprocessing_of
 from vitarium.training.draws import Draws, positions_of
-from vitarium.training.players import ONLY, Player, has_players
+from vitarium.training.players import ONLY, Player
 from vitarium.training.settings import Section
 from vitarium.training.steppers import SharpnessAware, Stepper
 
@@ -95,7 +95,7 @@ class Learner(nn.Module):
     @classmethod
     def task_for(cls, settings: Any) -> Task:
         """Return the task under these settings. A learner whose settings hold options of its task overrides this."""
-        from vitarium.training.tasks import parse_task
+        from vitarium.training.tasks.registry import parse_task
 
         return parse_task(cls.task_name)
 
@@ -210,3 +210,8 @@ class Learner(nn.Module):
     def pictures(self, model: nn.Module, batch: Batch) -> dict[str, Image.Image]:
         """Return drawings by name of the first held-out batch, made after each evaluation; the task's by default."""
         return self.task.sheets(model, batch)
+
+
+def has_players(learner: Learner) -> bool:
+    """Return whether a learner defines `players`; otherwise it has one, and `loss` takes the batch alone."""
+    return type(learner).players is not Learner.players

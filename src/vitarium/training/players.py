@@ -88,13 +88,6 @@ class Player:
         return tuple(name for name, k in self.lazy.items() if step % k == 0)
 
 
-def has_players(learner: Learner) -> bool:
-    """Return whether a learner defines `players`; otherwise it has one, and `loss` takes the batch alone."""
-    from vitarium.training.base import Learner
-
-    return type(learner).players is not Learner.players
-
-
 def checked_players(learner: Learner, recipe: Recipe) -> dict[str, Player]:
     """Return a learner's players, checked.
 

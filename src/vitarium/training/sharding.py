@@ -13,8 +13,7 @@ from lightning_fabric.strategies import ModelParallelStrategy
 from torch import nn
 
 from vitarium.errors import UsageError
-from vitarium.training.base import Learner
-from vitarium.training.players import has_players
+from vitarium.training.base import Learner, has_players
 from vitarium.training.recipe import Recipe
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitarium.ops.linear import in_plain_inference
-from vitarium.ops.scan.dispatch import choose, kernels
+from vitarium.ops.scan.implementations import choose, kernels
 
 
 def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, *, reverse: bool = False) -> Tensor:

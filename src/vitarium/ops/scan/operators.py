@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vitarium.ops.scan.dispatch import backward, choose, forward
+from vitarium.ops.scan.implementations import backward, choose, forward
 
 choose_once = torch.compiler.assume_constant_result(choose)
 """`choose`, evaluated during tracing, so that its result is a constant of the graph."""

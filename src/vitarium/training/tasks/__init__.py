@@ -7,6 +7,7 @@ task_of(model).match(model, data)
 """
 
 from vitarium.training.tasks.base import Metric, TableData, Task
-from vitarium.training.tasks.registry import find_task, list_tasks, parse_task, task, task_of
+from vitarium.training.tasks.of_model import task_of
+from vitarium.training.tasks.registry import find_task, list_tasks, parse_task, task
 
 __all__ = ["Metric", "TableData", "Task", "find_task", "list_tasks", "parse_task", "task", "task_of"]

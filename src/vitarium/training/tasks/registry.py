@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch import nn
-
 from vitarium.assignments import parse_call
 from vitarium.catalog.index import import_home, known_names
 from vitarium.errors import UsageError, nearest
@@ -76,19 +74,3 @@ def parse_task(text: str | dict[str, Any]) -> Task:
 def list_tasks() -> list[str]:
     """Return the names of all tasks. Imports none of them."""
     return known_names("tasks", _TASKS)
-
-
-def task_of(model: nn.Module) -> Task:
-    """Return the task of a model: as its record says, else that of its learner or family, else classify.
-
-    Raises:
-        UsageError: the record names a task or learner that is not installed.
-    """
-    from vitarium.catalog.record import training_of
-    from vitarium.training.learners import learner_class_of
-
-    recorded = training_of(model).task
-    if recorded is not None:
-        return parse_task(recorded)
-    cls, settings = learner_class_of(model)
-    return cls.task_for(settings)
