@@ -159,3 +159,15 @@ def test_outputs_of_several_tensors_have_names_and_are_all_compared(tmp_path):
     done = export(model, tmp_path / "two.onnx", image_size=8)
     assert [value.name for value in onnx.load(done.path).graph.output] == ["logits", "maps"]
     assert compare(lambda image: [model(image)["logits"], 2 * model(image)["maps"]], model, 8, [1]) == pytest.approx(1)
+
+
+def test_a_named_tuple_of_outputs_keeps_its_names_or_is_refused_with_a_way_out(tmp_path):
+    torch.manual_seed(0)
+    model = vitarium.create_model("thorax_mae_pretrain_pico").eval()
+    done = export(model, tmp_path / "mae.onnx")
+    graph = onnx.load(done.path).graph
+    assert [value.name for value in graph.input] == ["image", "noise"]
+    assert [value.name for value in graph.output] == ["prediction", "hidden", "latent"]
+    with pytest.raises(UsageError, match="choose --format onnx"):
+        export(model, tmp_path / "mae.pt2", format="torch-export")
+    assert [path.name for path in tmp_path.iterdir()] == ["mae.onnx"]

@@ -192,8 +192,11 @@ def _read_onnx(path: Path) -> Runner:
 
 
 def _write_program(program: torch.export.ExportedProgram, path: Path, record: str) -> None:
-    with open(path, "wb") as file:
-        torch.export.save(program, file, extra_files={"vitarium": record})
+    try:
+        with open(path, "wb") as file:
+            torch.export.save(program, file, extra_files={"vitarium": record})
+    except NotImplementedError as error:  # outputs of a type that torch cannot write
+        raise UsageError(f"torch-export cannot write this model's outputs ({error}); choose --format onnx") from error
 
 
 def _read_program(path: Path) -> Runner:
