@@ -62,12 +62,13 @@ def unknown_model(name: str) -> UsageError:
     return UsageError(f"unknown model {name!r}{hint} ('vitarium models' lists all; 'timm/NAME' and 'hf/OWNER/NAME' reach others)")
 
 
-def find_models(pattern: str, room: str | None = None) -> list[dict[str, Any]]:
+def find_models(pattern: str, room: str | None = None, *, timm: bool = False) -> list[dict[str, Any]]:
     """Return name, family, room, learner and frames of the models that match: ours, then the small foreign ones.
 
     Args:
         pattern: shell pattern, or a part of the name.
         room: only models of this room.
+        timm: for a pattern that begins with "timm/", search all of timm's models too; this imports timm.
 
     Raises:
         UsageError: unknown room.
@@ -80,6 +81,10 @@ def find_models(pattern: str, room: str | None = None) -> list[dict[str, Any]]:
         for v in f.variants.values()
     ]
     rows += [foreign_row(name) for name in index.foreign]
+    if timm and pattern.startswith("timm/"):
+        from timm import list_models as list_timm
+
+        rows += [foreign_row(name) for bare in list_timm() if (name := f"timm/{bare}") not in index.foreign]
     return [row for row in rows if wanted.match(row["name"]) and in_room(row["room"], room)]
 
 

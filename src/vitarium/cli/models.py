@@ -9,7 +9,7 @@ import typer
 
 from vitarium.catalog.filters import Condition, parse
 from vitarium.catalog.index import read_index
-from vitarium.catalog.search import cost_of, find_models, foreign_row, holds, matcher
+from vitarium.catalog.search import cost_of, find_models, holds
 from vitarium.cli.completion import complete_model, complete_room
 from vitarium.cli.console import err, out, print_json, short, table
 from vitarium.errors import UsageError, VitariumError, nearest
@@ -41,7 +41,7 @@ def models(
 ) -> None:
     """List models: ours, and the small ones of timm's that comparisons use. Every other model of timm's works by the name timm/NAME."""
     conditions = [parse(text) for text in fits or []]
-    rows = find(pattern, room)
+    rows = find_models(pattern, room, timm=True)
     if not rows:
         raise UsageError(f"no model matches {pattern!r}{nearest(pattern.strip('*'), known_names())}")
     need_macs = macs or any(c.quantity == "macs" for c in conditions)
@@ -59,18 +59,6 @@ def known_names() -> list[str]:
     """Return the names of the models in the index, ours and foreign ones."""
     index = read_index()
     return [*index.models, *index.foreign]
-
-
-def find(pattern: str, room: str | None) -> list[dict[str, Any]]:
-    """Return name, family, room, learner and frames (of a video model's clip) of the models that match, ours first."""
-    rows = find_models(pattern, room)
-    if pattern.startswith("timm/"):
-        import timm
-
-        wanted, known = matcher(pattern), {row["name"] for row in rows}
-        found = [f"timm/{name}" for name in timm.list_models() if wanted.match(f"timm/{name}") and f"timm/{name}" not in known]
-        rows += [foreign_row(name) for name in found if room in (None, "backbones")]
-    return rows
 
 
 def _costs(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -135,18 +133,10 @@ def chosen(models: str | Sequence[str]) -> list[str]:
 
 def classifiers_like(pattern: str) -> list[str]:
     """Return the names of the classifiers that a shell pattern matches: those of images, or else those of clips."""
-    from vitarium.catalog import families
-    from vitarium.catalog.foreign import TIMM_PICO
+    from vitarium.catalog.search import find_models
 
-    ours = {f"{f.name}_{v}": f.variants[v].get("frames") for f in families() if f.learner == "classification" for v in f.variants}
-    frames = ours | dict.fromkeys((f"timm/{name}" for name in TIMM_PICO), None)
-    if pattern.startswith("timm/"):
-        import timm
-
-        frames |= dict.fromkeys((f"timm/{name}" for name in timm.list_models()), None)
-    wanted = re.compile(fnmatch.translate(pattern), re.IGNORECASE)
-    matches = [name for name in frames if wanted.match(name)]
-    return [name for name in matches if frames[name] is None] or matches
+    classifiers = [row for row in find_models(pattern, timm=True) if row["learner"] == "classification"]
+    return [row["name"] for row in classifiers if row["frames"] is None] or [row["name"] for row in classifiers]
 
 
 def cells(row: dict[str, Any]) -> list[str]:
