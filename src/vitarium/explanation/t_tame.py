@@ -265,22 +265,30 @@ class TTAMELearner(Learner):
         taps: tuple[str | int, ...] | None = None
 
     @classmethod
-    def create(cls, name: str, data: Any, recipe: Any, *, pretrained: bool = False, checkpoint: str | None = None) -> TTAMELearner:
-        """Args:
-        name: of the classifier: a file of `vitarium.save`, or a model's name (with `pretrained` or `checkpoint`, or it knows nothing).
-        data, recipe, pretrained, checkpoint: as of every learner. The image's size is the classifier's.
+    def create(
+        cls, name: str | nn.Module, data: Any, recipe: Any, *, pretrained: bool = False, checkpoint: str | None = None
+    ) -> TTAMELearner:
+        """Make the learner over a trained classifier, whose image size it takes.
+
+        Args:
+            name: a classifier; a file of `vitarium.save`; or a model's name with `pretrained` or `checkpoint`.
+            data, recipe, pretrained, checkpoint: see `Learner.create`.
+
+        Raises:
+            UsageError: a name without weights.
         """
         settings = recipe.settings_of(cls)
-        if Path(name).is_file() or name.endswith(".safetensors"):
+        if isinstance(name, nn.Module):
+            model = name
+        elif Path(name).is_file() or name.endswith(".safetensors"):
             model = load(name)
-            model = model if isinstance(model, TTAME) else TTAME.over(model, taps=settings.taps)
-            return cls(model, settings)
-        if not pretrained and checkpoint is None:
+        elif pretrained or checkpoint is not None:
+            model = create_model(name, pretrained=pretrained, checkpoint=checkpoint)
+        else:
             raise UsageError(
                 f"{name} without weights has nothing to explain: give --model a file that 'vitarium train' or vitarium.save wrote, "
                 "or --pretrained, or --checkpoint FILE"
             )
-        model = create_model(name, pretrained=pretrained, checkpoint=checkpoint)
         return cls(model if isinstance(model, TTAME) else TTAME.over(model, taps=settings.taps), settings)
 
     def first_pass(self, batch: dict[str, Any], player: str = ONLY) -> dict[str, Any]:

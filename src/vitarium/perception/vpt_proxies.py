@@ -287,15 +287,24 @@ class VPTProxiesLearner(Learner):
             )
 
     @classmethod
-    def create(cls, name: str, data: Any, recipe: Any, *, pretrained: bool = False, checkpoint: str | None = None) -> VPTProxiesLearner:
-        """Args:
-        name: a file of `vitarium.save`, or a model's name with `pretrained` or `checkpoint`; random weights cannot be adapted.
-        data, recipe, pretrained, checkpoint: as of every learner.
+    def create(
+        cls, name: str | nn.Module, data: Any, recipe: Any, *, pretrained: bool = False, checkpoint: str | None = None
+    ) -> VPTProxiesLearner:
+        """Make the learner over a trained model.
+
+        Args:
+            name: a model; a file of `vitarium.save`; or a model's name with `pretrained` or `checkpoint`.
+            data, recipe, pretrained, checkpoint: see `Learner.create`.
+
+        Raises:
+            UsageError: a name without weights, unless all weights are trained.
         """
         from vitarium.data.loader import generators_kept, seed_generators
 
         settings = recipe.settings_of(cls)
-        if Path(name).is_file() or name.endswith(".safetensors"):
+        if isinstance(name, nn.Module):
+            model = name
+        elif Path(name).is_file() or name.endswith(".safetensors"):
             model = vitarium.load(name)
         elif pretrained or checkpoint is not None or settings.tune == "all":
             model = create_model(name, pretrained=pretrained, checkpoint=checkpoint, image_size=recipe.image_size, **recipe.model_arguments)
