@@ -5,8 +5,8 @@
         --input x=2,3,224,224 --source "microsoft/Swin-Transformer@COMMIT models/swin_transformer.py SwinTransformer"
 
 The module of `--model` must be importable: put a checkout of the authors' repository on PYTHONPATH. Its output may be a tensor, a list or
-tuple of tensors (recorded as output_0, output_1, ...), or a dict of them. `--run MODULE:FUNCTION` names a function (model, **inputs) -> dict
-of tensors for models that are called in another way, or whose intermediate values are wanted.
+tuple of tensors (recorded as output_0, output_1, ...), or a dict of them. `--run MODULE:FUNCTION` names a function (model, **inputs)
+-> dict of tensors for models that are called in another way, or whose intermediate values are wanted.
 """
 
 from __future__ import annotations

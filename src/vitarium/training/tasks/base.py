@@ -81,7 +81,7 @@ class Task(Section):
     """Command to show after training, with {file} for the saved model."""
 
     result_kind: ClassVar[str | None] = None
-    """Kind of answer that `vitarium predict` gives for an image, such as "labels" or "segments"; None: the task has no answer for one image."""
+    """Kind of answer that `vitarium predict` gives for an image, such as "labels" or "segments"; None: there is no answer for one image."""
 
     no_answer: ClassVar[str] = ""
     """Why there is no answer for one image, and which command to use instead."""
