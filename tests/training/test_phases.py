@@ -18,6 +18,7 @@ from vitarium.errors import UsageError
 from vitarium.training import ClassificationLearner, find_learner, fit, load_recipe
 from vitarium.training.phases import Plan, matching, settled, value_at
 from vitarium.training.recipe import Course
+from vitarium.verbs.train import train as train_by_recipe
 
 STILL = ("accumulate=1", "objective={name: classification}", "ema=null", "budget.steps=8", "log_every=1", "eval_every=2 steps")
 FROZEN = "phases=[{until: 0.5, freeze: [model.conv, model.norm]}]"
@@ -303,3 +304,29 @@ def test_a_duel_keeps_its_phases_over_a_resume(tmp_path):
             duel(tmp_path / "parts", *options, learner=learner)
     _, resumed, _ = duel(tmp_path / "parts", *options, learner=Stopped())
     assert_same_weights(resumed, whole)
+
+
+@pytest.mark.identity
+def test_a_file_of_what_phases_trained_leaves_the_rest_out(tmp_path):
+    """`vitarium train --trained-only` with a frozen trunk: the head alone is in the file, and the file is whole again with its base."""
+    torch.manual_seed(0)
+    base = vitarium.create_model("timm/vit_pico", num_classes=10, image_size=16)
+    vitarium.save(base, tmp_path / "base.safetensors")
+    changes = [
+        "budget.steps=3",
+        "ema=null",
+        "phases=[{until: 0.5, freeze: [model], train: [model.head]}, {freeze: [model], train: [model.head, model.norm]}]",
+    ]
+    options = {"model": "timm/vit_pico", "checkpoint": str(tmp_path / "base.safetensors"), "changes": changes, "trained_only": True}
+    done = train_by_recipe("pico", "digits", out=tmp_path / "run", **options)
+    assert done.file.stat().st_size < 0.2 * (tmp_path / "base.safetensors").stat().st_size
+    loaded, before = vitarium.load(done.file).state_dict(), base.state_dict()
+    assert_same_weights(loaded, done.model.state_dict())
+    assert {name for name in loaded if not torch.equal(loaded[name], before[name])} == {
+        "head.weight",
+        "head.bias",
+        "norm.weight",
+        "norm.bias",
+    }
+    with pytest.raises(UsageError, match="every parameter of this timm/vit_pico learns"):
+        train_by_recipe("pico", "digits", out=tmp_path / "other", **{**options, "changes": ["budget.steps=3"]})
