@@ -408,3 +408,32 @@ def test_a_learner_may_choose_a_stepper(tmp_path):
     _, found, learner = duel(tmp_path / "two", "budget.steps=3", learner=Chosen(dropout=0.2))
     assert_same_weights(found, expected)
     assert sum(entry["player"] == "generator" for entry in learner.seen) == 2 * 3
+
+
+def test_a_single_player_may_skip_steps(tmp_path):
+    """`every` of the only player: no turn at odd steps, also where a resumed run logs before its first turn."""
+
+    class Alternate(Broken):
+        def players(self):
+            return {"discriminator": Player(self.discriminator, every=2)}
+
+        def before_step(self, step, total_steps):
+            super().before_step(step, total_steps)
+            if step in self.at:
+                signal.raise_signal(signal.SIGTERM)
+
+        def loss(self, batch, player):
+            return Duel.loss(self, batch, player)
+
+    def made(at=()):
+        learner = Alternate()
+        learner.model.requires_grad_(False)
+        learner.at = at
+        return learner
+
+    _, whole, learner = duel(tmp_path / "whole", "budget.steps=5", "log_every=1", learner=made())
+    assert [entry["step"] for entry in learner.seen] == [0, 2, 4]
+    with pytest.raises(KeyboardInterrupt):
+        duel(tmp_path / "parts", "budget.steps=5", "log_every=1", learner=made([2]))
+    _, resumed, _ = duel(tmp_path / "parts", "budget.steps=5", "log_every=1", learner=made())
+    assert_same_weights(resumed, whole)

@@ -23,14 +23,16 @@ if TYPE_CHECKING:
     from vitarium.training.learners import list_learners as list_learners
     from vitarium.training.opening import list_recipes as list_recipes
     from vitarium.training.opening import load_recipe as load_recipe
+    from vitarium.training.players import Player as Player
+    from vitarium.training.progress import Progress as Progress
     from vitarium.training.recipe import Recipe as Recipe
-    from vitarium.training.run import Progress as Progress
 
 _PLACES = {
     "ClassificationLearner": "classification",
     "FitResult": "fitting",
     "Learner": "base",
-    "Progress": "run",
+    "Player": "players",
+    "Progress": "progress",
     "Recipe": "recipe",
     "evaluate": "evaluation",
     "find_learner": "learners",

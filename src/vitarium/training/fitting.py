@@ -27,9 +27,10 @@ from vitarium.training.loop import take_step, train
 from vitarium.training.optim import Rates
 from vitarium.training.phases import Plan
 from vitarium.training.processes import create_fabric, lost_processes_named, run_in_processes, spawns
+from vitarium.training.progress import Progress
 from vitarium.training.recipe import Recipe
 from vitarium.training.recording import record_training
-from vitarium.training.run import Progress, Run
+from vitarium.training.run import Run
 from vitarium.training.sharding import check_shardable, is_sharded
 
 TINY = 64

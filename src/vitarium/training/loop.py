@@ -22,7 +22,8 @@ from vitarium.errors import TrainingStopped
 from vitarium.files import write_json
 from vitarium.training.base import Batch
 from vitarium.training.checkpoint import LAST
-from vitarium.training.run import Run, same_on_all
+from vitarium.training.processes import same_on_all
+from vitarium.training.run import Run
 from vitarium.training.turns import Outcome, Seat, StepBatches, Turn, kept_buffers, restore_buffers, seed_step
 
 log = logging.getLogger("vitarium")

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 import torch.multiprocessing
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import MPIEnvironment, SLURMEnvironment, TorchElasticEnvironment
@@ -131,6 +132,14 @@ def _work_in_child(fabric: Fabric, *given: Any) -> None:
         kind = next(cls.__name__ for cls in type(error).__mro__ if cls.__module__ == errors.__name__)
         channel.put((kind, str(error)))
         os._exit(error.exit_code)
+
+
+def same_on_all(fabric: Fabric, *flags: bool) -> tuple[bool, ...]:
+    """Return each flag, true if it is true in any process; one small message, none in a single process."""
+    if fabric.world_size == 1:
+        return flags
+    votes = fabric.all_reduce(torch.tensor(flags, dtype=torch.float32, device=fabric.device), reduce_op="max")
+    return tuple(bool(vote) for vote in votes.tolist())  # type: ignore[union-attr]
 
 
 @contextlib.contextmanager

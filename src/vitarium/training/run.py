@@ -27,6 +27,7 @@ from vitarium.training.logs import Logs, Meters
 from vitarium.training.optim import Average, create_optimizer
 from vitarium.training.phases import Plan, hold_norms, require_gradients
 from vitarium.training.players import checked_players
+from vitarium.training.progress import PROGRESS_SECONDS, Progress, line_of, progress_of
 from vitarium.training.recipe import Recipe
 from vitarium.training.sharding import gather_model, restore_whole, whole_states
 from vitarium.training.signals import StopSignals
@@ -34,35 +35,6 @@ from vitarium.training.tasks import Task
 from vitarium.training.turns import Outcome, Seat, foreign_buffers
 
 log = logging.getLogger("vitarium")
-
-PROGRESS_SECONDS = 0.25
-"""Between two calls of the progress callback."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Progress of a run.
-
-    Attributes:
-        step, total_steps: optimizer steps done and in all.
-        epoch: passes over the training part, with fraction.
-        loss: of the last step; with several players, the sum of theirs.
-        lr: the last step's learning rate; with several players, the first one's.
-        images_per_second: over all processes, since the last call.
-        seconds: spent in training steps, over all sessions of the run.
-        metrics: numbers of the last evaluation.
-        losses: the last loss of each player.
-    """
-
-    step: int
-    total_steps: int
-    epoch: float
-    loss: float
-    lr: float
-    images_per_second: float
-    seconds: float
-    metrics: dict[str, float]
-    losses: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -394,38 +366,11 @@ class Run:
             return
         self._shown = now, self.state.step
         speed = (self.state.step - step) * self.images_per_step / (now - before) if before else 0.0
-        last = self.state.history[-1] if self.state.history else {}
-        metrics = {name: value for name, value in last.items() if name not in ("step", "epoch", "seconds", "lr")}
-        if outcomes is None:
-            losses = {seat.name: metrics.get(f"train_{self.named(seat, 'loss')}", math.nan) for seat in self.seats}
-        else:
-            losses = {name: float(outcome.losses["loss"]) for name, outcome in self._last.items()}
-        done, lr = self.state.step, self.lr(self.seats[0], self.state.step - 1)
-        self.progress(
-            Progress(done, self.state.total_steps, self.epoch, sum(losses.values()), lr, speed, self.state.seconds, metrics, losses)
-        )
+        losses = None if outcomes is None else {name: float(outcome.losses["loss"]) for name, outcome in self._last.items()}
+        self.progress(progress_of(self, losses, speed))
 
     def write_line(self) -> None:
-        """Write a line of log.csv: means since the line before, each player's rate and count of skipped steps, and the gradient norm of a
-        single player's last step (of several players: means)."""
-        state = self.state
+        """Write a line of log.csv."""
         means = self.means("line")
-        if not self.logs:
-            return
-        numbers: dict[str, Any] = {}
-        for seat in self.seats:
-            numbers[self.named(seat, "lr")] = self.lr(seat, state.step - 1)
-            if len(self.seats) == 1:
-                numbers["grad_norm"] = float(self._last[seat.name].norm)
-            numbers[self.named(seat, "skipped")] = state.skips.get(seat.name, 0)
-        speed = state.step * self.images_per_step / state.seconds if state.seconds else 0.0
-        numbers |= {"seconds": state.seconds, "images_per_second": speed}
-        self.logs.line({"step": state.step, "epoch": self.epoch, **means, **numbers})
-
-
-def same_on_all(fabric: Fabric, *flags: bool) -> tuple[bool, ...]:
-    """Return each flag, true if it is true in any process; one small message, none in a single process."""
-    if fabric.world_size == 1:
-        return flags
-    votes = fabric.all_reduce(torch.tensor(flags, dtype=torch.float32, device=fabric.device), reduce_op="max")
-    return tuple(bool(vote) for vote in votes.tolist())  # type: ignore[union-attr]
+        if self.logs:
+            self.logs.line(line_of(self, means, {name: float(outcome.norm) for name, outcome in self._last.items()}))

@@ -33,10 +33,9 @@ from vitarium.generation.labels import check_labels
 from vitarium.generation.noise import ImageNoise, numbered
 from vitarium.generation.tasks import Generate
 from vitarium.nn.modes import evaluating
-from vitarium.training import Learner, learner
+from vitarium.training import Learner, Player, learner
 from vitarium.training.base import Batch
 from vitarium.training.building import build_model
-from vitarium.training.players import Player
 from vitarium.training.settings import Section
 
 if TYPE_CHECKING:
