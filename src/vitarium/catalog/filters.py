@@ -24,7 +24,7 @@ class Condition:
     bound: float
 
     def holds(self, value: float | None) -> bool:
-        """Whether a value of the quantity satisfies the condition; an unknown value (None) does not."""
+        """Return whether a value of the quantity satisfies the condition; an unknown value (None) does not."""
         return value is not None and self.compare(value, self.bound)
 
 

@@ -63,7 +63,7 @@ class Law:
     weights: bool = True
 
     def holds(self, image_size: int) -> bool:
-        """Whether the law was checked for images of this size."""
+        """Return whether the law was checked for images of this size."""
         return image_size % self.step == 0 and self.anchors[0] <= image_size <= self.anchors[-1]
 
 
@@ -182,7 +182,7 @@ class IndexedFamily:
 
 @dataclass(frozen=True)
 class Entry:
-    """What one system, or one module that is no system's own, registers.
+    """Entries that one system, or one module of no system, registers.
 
     Attributes:
         slug: the system, or the module's dotted name.
@@ -308,7 +308,7 @@ def room_of(slug: str, module: str) -> str:
 
 
 def is_written(system: System) -> bool:
-    """Whether the module of a system is there. Imports nothing."""
+    """Return whether the module of a system is there. Imports nothing."""
     folder = resources.files("vitarium").joinpath(*system.room.split("/"))
     return folder.joinpath(f"{system.slug}.py").is_file() or folder.joinpath(system.slug, "__init__.py").is_file()
 

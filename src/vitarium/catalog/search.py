@@ -105,7 +105,7 @@ def cost_of(name: str, image_size: int | None = None) -> Cost | None:
 
 
 def holds(cost: Cost, conditions: Sequence[Condition]) -> bool:
-    """Whether a cost satisfies all conditions."""
+    """Return whether a cost satisfies all conditions."""
     return all(c.holds(getattr(cost, "bytes" if c.quantity == "mb" else c.quantity)) for c in conditions)
 
 
@@ -115,7 +115,7 @@ def matcher(pattern: str) -> re.Pattern[str]:
 
 
 def in_room(room: str, wanted: str | None) -> bool:
-    """Whether a room is `wanted` or lies inside it; always true for None."""
+    """Return whether a room is `wanted` or lies inside it; always true for None."""
     return wanted is None or room == wanted or room.startswith(f"{wanted}/")
 
 

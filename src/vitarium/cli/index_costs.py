@@ -1,4 +1,4 @@
-"""What a model is and costs, for the index: counted on the meta device, which does no arithmetic, at a few image sizes."""
+"""Description and costs of a model for the index: counted on the meta device, which does no arithmetic, at a few image sizes."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ class _Counter(TorchDispatchMode):
 
 @functools.cache
 def _is_fresh(function: Any) -> bool:
-    """Whether an operation returns new tensors: no views of its arguments, and nothing is changed in place."""
+    """Return whether an operation returns new tensors: no views of its arguments, and nothing is changed in place."""
     schema = function._schema
     return not schema.is_mutable and bool(schema.returns) and all(returned.alias_info is None for returned in schema.returns)
 
