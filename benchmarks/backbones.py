@@ -41,9 +41,9 @@ import vitarium  # noqa: E402
 from vitarium.catalog import Family, families, find_model  # noqa: E402
 from vitarium.efficiency.bench import KINDS, Contest, OutputsDiffer, measure, paired, prepare  # noqa: E402
 from vitarium.efficiency.profiler import count_params, example_image, peak_memory, weight_bytes  # noqa: E402
+from vitarium.engine.machine import describe_machine  # noqa: E402
 from vitarium.files import write_json  # noqa: E402
 from vitarium.nn import Backbone  # noqa: E402
-from vitarium.reports.machine import describe_machine  # noqa: E402
 
 OUTPUT = ROOT / "docs" / "examples" / "backbones.json"
 YARDSTICK = "timm/vit_small_patch16_224"

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-import vitarium
+from vitarium.catalog import create_model
 from vitarium.claims import Comparison, Measured, claim
 from vitarium.data.image_set import ImageData, Samples
 from vitarium.data.scenes.render import around, to_uint8
@@ -84,7 +84,7 @@ def trained(model: Any, objective: str, seed: int, data: ImageData) -> tuple[Any
 def routed(seed: int) -> Any:
     """Return an untrained grid."""
     torch.manual_seed(seed)
-    return vitarium.create_model("dit_routing_pico", num_classes=len(KINDS), image_size=SIDE, budget=BUDGET, **GRID)
+    return create_model("dit_routing_pico", num_classes=len(KINDS), image_size=SIDE, budget=BUDGET, **GRID)
 
 
 def random_like(model: Any, images: Tensor, seed: int) -> Any:
@@ -102,7 +102,7 @@ def static_of(macs: float, seed: int) -> nn.Module:
     def build(width: int) -> nn.Module:
         dims = tuple(dim * width // 16 for dim in DIMS)
         sizes: dict[str, Any] = dict(embed_dims=dims, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 6), mlp_ratios=(2, 2, 2, 2))
-        return vitarium.create_model("timm/pvt_v2_b0", num_classes=len(KINDS), image_size=SIDE, **sizes)
+        return create_model("timm/pvt_v2_b0", num_classes=len(KINDS), image_size=SIDE, **sizes)
 
     with torch.device("meta"):
         costs = {width: count_macs(build(width), SIDE) for width in range(8, 41, 2)}

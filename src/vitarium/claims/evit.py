@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-import vitarium
 from vitarium.anatomy import Attended, Tokens
+from vitarium.catalog import create_model
+from vitarium.catalog.applying import apply
 from vitarium.catalog.probe import macs_of
 from vitarium.claims import Comparison, Measured, claim
 from vitarium.claims.small_vit import accuracy, small_vit, trained
@@ -55,12 +56,12 @@ def compare() -> list[Comparison]:
 
 
 def _with(model: nn.Module, method: EViT) -> nn.Module:
-    return vitarium.apply(copy.deepcopy(model), method, quiet=True)
+    return apply(copy.deepcopy(model), method, quiet=True)
 
 
 def _saved() -> float:
     with torch.device("meta"):
-        model = vitarium.create_model("timm/deit_small_patch16_224")
+        model = create_model("timm/deit_small_patch16_224")
         image = torch.empty(1, 3, 224, 224)
     whole = macs_of(model, image)
-    return whole / macs_of(vitarium.apply(model, "evit:keep=0.7", example=image, quiet=True), image)
+    return whole / macs_of(apply(model, "evit:keep=0.7", example=image, quiet=True), image)

@@ -29,9 +29,9 @@ def _speed(rounds: int) -> list[float]:
     """Return the time before over the time after folding, as medians of five rounds each, which ignore single interruptions."""
     import torch
 
-    import vitarium
+    from vitarium.catalog import create_model
 
-    plain: Any = vitarium.create_model("fmvit_t").eval()
+    plain: Any = create_model("fmvit_t").eval()
     models = plain, copy.deepcopy(plain).fuse()
     image = torch.randn(1, 3, 224, 224)
     ratios = []

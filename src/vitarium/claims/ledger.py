@@ -21,7 +21,7 @@ class Entry:
     Attributes:
         comparisons: a dict each: says, method and baseline (label, values, mean, unit), gain, error (standard), at_least, verdict.
         seconds: wall time of the run.
-        machine: as reports.machine describes it.
+        machine: as engine.machine describes it.
         commit: of the code, with "+" if files were changed since; "" outside a checkout.
     """
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-import vitarium
 from vitarium.anatomy import Attended, Tokens
+from vitarium.catalog.applying import apply
 from vitarium.claims import Comparison, Measured, claim
 from vitarium.claims.small_vit import accuracy, small_vit
 from vitarium.efficiency.tokens.pitome import PiToMe, energy_matching
@@ -61,7 +61,7 @@ def compare() -> list[Comparison]:
 
 
 def _with(model: nn.Module, method: Reducer) -> nn.Module:
-    return vitarium.apply(copy.deepcopy(model), method, quiet=True)
+    return apply(copy.deepcopy(model), method, quiet=True)
 
 
 def _spectra(clusters: tuple[int, ...], *, protect: bool) -> Measured:

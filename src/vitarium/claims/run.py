@@ -57,7 +57,7 @@ def measure_claim(slug: str, file: Path | None = None, progress: Progress = sile
         file: where the value of each trained arm is kept; None keeps nothing.
         progress: called with a line for each arm and seed.
     """
-    from vitarium.reports.machine import describe_machine
+    from vitarium.engine.machine import describe_machine
 
     claim, start = find_claim(slug), time.perf_counter()
     trainer = _Trainer(slug, file, progress)

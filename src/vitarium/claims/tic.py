@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-import vitarium
+from vitarium.catalog import create_model
 from vitarium.claims import Comparison, Measured, claim
 from vitarium.data import ImageData, open_data
 from vitarium.training import ClassificationLearner, evaluate, fit, load_recipe
@@ -28,7 +28,7 @@ def trained(arm: str, seed: int, data: ImageData) -> Any:
     recipe = load_recipe("pico", [f"seed={seed}", f"budget.steps={STEPS}", "eval_every=1.0", "mixing.mixup=0", f"image_size={SIDE}"])
     name, options = ARMS[arm]
     torch.manual_seed(seed)
-    model = vitarium.create_model(name, num_classes=len(data.classes), image_size=SIDE, **options)
+    model = create_model(name, num_classes=len(data.classes), image_size=SIDE, **options)
     with tempfile.TemporaryDirectory() as folder:
         learner = ClassificationLearner.create(model, data, recipe)
         fit(learner, data, recipe, folder)

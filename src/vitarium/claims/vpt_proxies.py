@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-import vitarium
+from vitarium.catalog import create_model
+from vitarium.catalog.saving import load, save
 from vitarium.claims import Comparison, Measured, claim
 from vitarium.data.image_set import ImageData, Samples
 from vitarium.data.retrieval import Groups
@@ -73,13 +74,13 @@ def handwriting() -> tuple[NDArray[Any], NDArray[Any]]:
 def pretrained(seed: int, folder: Path) -> Path:
     """Train a small ViT to classify 50 numbers, and write it to a file."""
     torch.manual_seed(seed)
-    model = vitarium.create_model("timm/vit_pico", num_classes=len(KNOWN), image_size=SIDE)
+    model = create_model("timm/vit_pico", num_classes=len(KNOWN), image_size=SIDE)
     train, val = (Numbers(KNOWN, count, start + seed) for count, start in ((40, 100), (3, 200)))
     data = ImageData("numbers", train, val, list(map(str, KNOWN)), SIDE)
     changes = [f"seed={seed}", f"budget.steps={PRETRAINING}", "batch_size=64", "eval_every=1.0"]
     recipe = load_recipe("pico", changes)
     fit(ClassificationLearner.create(model, data, recipe), data, recipe, folder / "pretraining")
-    vitarium.save(model, folder / "base.safetensors")
+    save(model, folder / "base.safetensors")
     return folder / "base.safetensors"
 
 
@@ -123,7 +124,7 @@ def compare() -> list[Comparison]:
             searched = Numbers(SEARCHED, 20, 400 + seed, part=1)
             learned = Groups(Numbers(LEARNED, 30, 300 + seed))  # type: ignore[arg-type]
             data = ImageData("numbers", learned, searched, list(map(str, LEARNED)), SIDE)  # type: ignore[arg-type]
-            found["frozen features"].append(recall(vitarium.load(base), searched))
+            found["frozen features"].append(recall(load(base), searched))
             for arm in ARMS:
                 tries = [rates[arm]] if arm in rates else [3e-3, 1e-2]
                 learners = {lr: tuned(base, arm, data, seed, folder, lr) for lr in tries}

@@ -33,12 +33,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import vitarium
 from vitarium.anatomy import Anatomy, Site, install, of
+from vitarium.catalog.applying import apply
 from vitarium.catalog.create import create_model
 from vitarium.catalog.methods import AttachReport, Method, method
 from vitarium.catalog.options import validated
 from vitarium.catalog.registry import State, family, rename
+from vitarium.catalog.saving import load
 from vitarium.errors import AttachError, UsageError
 from vitarium.perception.retrieval.lora import LoRA as LoRA
 from vitarium.perception.retrieval.prompts import EmbeddingHead, PromptSite, VisualPrompts, freeze, head_width
@@ -215,7 +216,7 @@ class VPTProxies(nn.Module):
         self.model = create_model(backbone, image_size=image_size, **(backbone_arguments or {}))
         self.preprocessing: Any = self.model.preprocessing
         self.labels: list[str] | None = None
-        vitarium.apply(self.model, VisualPromptTuning(prompts, depth, embed_dim), quiet=True)
+        apply(self.model, VisualPromptTuning(prompts, depth, embed_dim), quiet=True)
         self.proxies = make_proxies(self.model, num_classes, prompts=class_prompts, depth=class_depth) if num_classes else None
 
     def forward(self, image: Tensor) -> Tensor:
@@ -305,7 +306,7 @@ class VPTProxiesLearner(Learner):
         if isinstance(name, nn.Module):
             model = name
         elif Path(name).is_file() or name.endswith(".safetensors"):
-            model = vitarium.load(name)
+            model = load(name)
         elif pretrained or checkpoint is not None or settings.tune == "all":
             model = create_model(name, pretrained=pretrained, checkpoint=checkpoint, image_size=recipe.image_size, **recipe.model_arguments)
         else:
@@ -344,5 +345,5 @@ def adapted(model: nn.Module, settings: VPTProxiesLearner.Settings) -> nn.Module
     if isinstance(model, VPTProxies):
         model = model.model
     if not any(isinstance(module, EmbeddingHead) for module in model.modules()):
-        vitarium.apply(model, VisualPromptTuning(settings.prompts, settings.depth, settings.embed_dim), quiet=True)
+        apply(model, VisualPromptTuning(settings.prompts, settings.depth, settings.embed_dim), quiet=True)
     return model

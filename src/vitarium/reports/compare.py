@@ -27,11 +27,11 @@ from vitarium.catalog import find_model
 from vitarium.data import ImageData, open_data
 from vitarium.data.clips import holds_clips, still_of
 from vitarium.engine import Engine, Job, Outcome, RunEvent, as_engine, run_all
+from vitarium.engine.machine import describe_machine
 from vitarium.errors import DataError, InputError, TrainingStopped, UsageError, VitariumError, nearest
 from vitarium.files import atomic_path, lock_folder, write_text
 from vitarium.reports.events import Event, Listener
 from vitarium.reports.folder import claim, default_folder, plan_of, slug
-from vitarium.reports.machine import describe_machine
 from vitarium.reports.page import write_report
 from vitarium.reports.results import Comparison, Failure, Trial
 from vitarium.reports.trial import MEASURING_BATCH, MODEL, DataSource, Devices, is_main_process, run_trial, started_together

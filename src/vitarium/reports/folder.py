@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import vitarium
 from vitarium.data import ImageData
 from vitarium.errors import UsageError
 from vitarium.files import write_json
 from vitarium.training import Recipe
 from vitarium.training.checkpoint import check_same_run, fingerprint
+from vitarium.version import __version__
 
 PLAN = "comparison.json"
 
@@ -23,7 +23,7 @@ PLAN = "comparison.json"
 def plan_of(images: ImageData, names: Sequence[str], recipe: Recipe, pretrained: bool, *, processes: int) -> dict[str, Any]:
     """Return everything that decides the outcome as plain values; two comparisons are the same if these are equal."""
     return {
-        "vitarium": vitarium.__version__,
+        "vitarium": __version__,
         "data": fingerprint(images),
         "models": ", ".join(names),
         "recipe": recipe.identity(),

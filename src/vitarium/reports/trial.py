@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import vitarium
 from vitarium.catalog import preprocessing_of
+from vitarium.catalog.saving import save
 from vitarium.data import ImageData, ImageSet, open_data
 from vitarium.efficiency.profiler import Profile, count_macs, profile
+from vitarium.engine.machine import describe_device
 from vitarium.errors import DataError
-from vitarium.reports.machine import describe_device
 from vitarium.reports.results import Mistake, Trial
 from vitarium.training import ClassificationLearner, Progress, Recipe, fit, predict_logits
 from vitarium.training.building import build_model
@@ -134,7 +134,7 @@ def run_trial(
         model = learner.eval_model()
         logits, targets, indices = predict_logits(model, data.val, batch_size=recipe.batch_size)
         cost, threads = measure(model, size), torch.get_num_threads()
-    vitarium.save(model, folder / MODEL)
+    save(model, folder / MODEL)
     return Trial(
         name=name,
         accuracy=(logits.argmax(1) == targets).double().mean().item(),

@@ -31,8 +31,7 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
-import vitarium
-from vitarium.catalog.applying import cost_of
+from vitarium.catalog.applying import apply, cost_of, undo
 from vitarium.catalog.methods import AttachReport, Method, method
 from vitarium.catalog.options import Patterns, validated
 from vitarium.catalog.probe import bytes_of
@@ -270,11 +269,11 @@ def pruning_curve(
     """
     found = {}
     for amount in amounts:
-        vitarium.apply(model, SparsePrune(amount=amount, **options), quiet=True)
+        apply(model, SparsePrune(amount=amount, **options), quiet=True)
         try:
             found[amount] = measure(model)
         finally:
-            vitarium.undo(model)
+            undo(model)
     return found
 
 

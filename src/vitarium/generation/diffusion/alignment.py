@@ -141,11 +141,12 @@ def open_encoder(source: str) -> Encoder:
     Raises:
         UsageError, CheckpointError: unknown encoder, or its weights cannot be downloaded.
     """
-    import vitarium
+    from vitarium.catalog import create_model
+    from vitarium.catalog.saving import load
 
     if source.endswith(".safetensors"):
-        return Encoder(source, vitarium.load(source))
-    return Encoder(source, vitarium.create_model(source, pretrained=True, num_classes=0))
+        return Encoder(source, load(source))
+    return Encoder(source, create_model(source, pretrained=True, num_classes=0))
 
 
 def projector(dim: int, out_dim: int, hidden_dim: int = 2048) -> nn.Sequential:

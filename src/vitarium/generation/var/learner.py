@@ -188,9 +188,9 @@ class VARLearner(Learner):
 
 
 def _tokenizer(file: str) -> Any:
-    import vitarium
+    from vitarium.catalog.saving import load
 
-    model: Any = vitarium.load(file)
+    model: Any = load(file)
     if isinstance(model, VAR):
         model = model.tokenizer
     if not hasattr(model, "scales") or not hasattr(model, "encode"):

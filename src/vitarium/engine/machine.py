@@ -7,13 +7,13 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from vitarium.version import __version__
+
 
 def describe_machine() -> dict[str, Any]:
     """Return processor, cores, threads, accelerator, system and versions, as plain values."""
     import timm
     import torch
-
-    import vitarium
 
     return {
         "processor": _processor(),
@@ -24,7 +24,7 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": timm.__version__,
-        "vitarium": vitarium.__version__,
+        "vitarium": __version__,
     }
 
 
