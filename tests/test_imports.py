@@ -1,6 +1,7 @@
 """Limits on what is imported: by the package, by listing, by one backbone, by everything; and no circles between modules."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -94,3 +95,26 @@ def test_there_are_no_circles():
     while tops := set(imports) - {other for others in imports.values() for other in others}:
         imports = {module: others for module, others in imports.items() if module not in tops}
     assert sorted(imports) == [], "these modules import each other in a circle, or lie between two circles"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("vitarium info swin_ti", "swin_tiny_c24"),
+        ("vitarium info swin_tiny.in", "swin_tiny.in1k"),
+        ("vitarium claim swi", "swin"),
+        ("vitarium systems --room effi", "efficiency/tokens"),
+        ("vitarium predict x.jpg --apply pit", "pitome"),
+        ("vitarium train pico --model convnext_p", "convnext_pico"),
+    ],
+)
+def test_the_shell_completes_names_without_torch(words, expected):
+    """What a shell runs at each press of the tab key."""
+    code = (
+        "import sys; from vitarium.cli import main\ntry:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print('torch' if 'torch' in sys.modules else 'light')"
+    )
+    environment = {"_VITARIUM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=True)
+    assert expected in done.stdout.split()
+    assert done.stdout.split()[-1] == "light"

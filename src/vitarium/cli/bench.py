@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from vitarium.cli.completion import complete_model
 from vitarium.cli.config import configurable
 from vitarium.cli.console import err, out, print_json, table
 from vitarium.cli.opening import quiet
@@ -36,7 +37,10 @@ class Dtype(StrEnum):
 
 @configurable
 def bench(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Models' names: ours, timm/NAME, hf/OWNER/NAME, hf/./folder.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL", help="Models' names: ours, timm/NAME, hf/OWNER/NAME, hf/./folder.", autocompletion=complete_model),
+    ],
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Time the peer too, on the same weights.")] = True,
     kind: Annotated[list[Kind], typer.Option(help="Forward, forward and backward, or forward under torch.compile. Repeatable.")] = [  # noqa: B006
         Kind.INFERENCE,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from vitarium.cli.completion import complete_claim
 from vitarium.cli.console import err, out, pairs, print_json, print_tables, table
 from vitarium.cli.options import Address, EngineKind, Jobs
 
@@ -19,7 +20,10 @@ STYLES = {"held": "green", "not held": "red", "inconclusive": "yellow"}
 
 
 def claim(
-    slugs: Annotated[list[str] | None, typer.Argument(metavar="SLUG", help="The systems. Without any the ledger is shown.")] = None,
+    slugs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="SLUG", help="The systems. Without any the ledger is shown.", autocompletion=complete_claim),
+    ] = None,
     every: Annotated[bool, typer.Option("--all", help="Run all claims.")] = False,
     engine: EngineKind = "local",
     address: Address = None,

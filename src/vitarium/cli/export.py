@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from vitarium.cli.completion import complete_weights
 from vitarium.cli.console import out, pairs, status
 from vitarium.cli.options import Checkpoint
 
@@ -20,7 +21,10 @@ class Format(StrEnum):
 
 
 def export(
-    model: Annotated[str, typer.Argument(metavar="MODEL|FILE", help="A file that `vitarium.save` wrote, or a model's name.")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL|FILE", help="A file that `vitarium.save` wrote, or a model's name.", autocompletion=complete_weights),
+    ],
     checkpoint: Checkpoint = None,
     format: Annotated[Format, typer.Option(help="Format of the graph.")] = Format.ONNX,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write.", show_default="MODEL.onnx or MODEL.pt2")] = None,

@@ -6,13 +6,20 @@ from typing import Annotated
 
 import typer
 
+from vitarium.cli.completion import complete_method
+
 MACHINE = "Machine"
 
 DATA_HELP = "Images: digits, photos, scenes, a folder of class folders, WebDataset shards, or a saved Hugging Face dataset."
 DataSpec = Annotated[str, typer.Option(help=DATA_HELP)]
 Apply = Annotated[
     list[str] | None,
-    typer.Option("--apply", metavar="METHOD:KEY=VALUE,...", help="A method for the model, as evit:keep=0.7. Repeatable, in order."),
+    typer.Option(
+        "--apply",
+        metavar="METHOD:KEY=VALUE,...",
+        help="A method for the model, as evit:keep=0.7. Repeatable, in order.",
+        autocompletion=complete_method,
+    ),
 ]
 ImageSize = Annotated[int | None, typer.Option(min=1, help="Side of the model's input, pixels.", show_default="the images' or model's own")]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps; auto takes an accelerator if there is one.")]

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from vitarium.cli.completion import complete_weights
 from vitarium.cli.config import configurable
 from vitarium.cli.console import out, pairs, print_json, print_tables, status
 from vitarium.cli.options import DATA_HELP, BatchSize, Checkpoint, Device
@@ -22,7 +23,12 @@ class Task(StrEnum):
 
 @configurable
 def probe(
-    model: Annotated[str, typer.Argument(metavar="MODEL|FILE", help="A file that `vitarium train` wrote, or a model's name.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|FILE", help="A file that `vitarium train` wrote, or a model's name.", autocompletion=complete_weights
+        ),
+    ],
     data: Annotated[str, typer.Option(help=DATA_HELP)] = "digits",
     task: Annotated[Task, typer.Option(help="One class per image, or several labels.")] = Task.CLASS,
     checkpoint: Checkpoint = None,
