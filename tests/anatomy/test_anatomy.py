@@ -152,7 +152,7 @@ def test_lost_history_is_told(image):
     model = timm_model("vit")
     install(model, blank)
     model.blocks[1].register_forward_hook(lambda m, i, out: out * 1)
-    with pytest.raises(InputError, match=r"blocks\.2 got tokens whose history was lost"):
+    with pytest.raises(InputError, match=r"blocks\.2 got tokens without the state"):
         model(image)
     model = timm_model("vit")
     install(model, blank)

@@ -52,5 +52,5 @@ def test_streams_are_keyed_by_seed_and_number():
 
 def test_one_number_an_image():
     model = vitarium.create_model("sit_flow_pico", **SMALL)
-    with pytest.raises(UsageError, match="one number an image"):
+    with pytest.raises(UsageError, match="one number per image"):
         model.generate(torch.tensor([0, 1]), indices=torch.tensor([0]), steps=2)

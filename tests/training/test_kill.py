@@ -124,7 +124,7 @@ def test_a_save_that_fails_once_is_tried_again(tmp_path, unbroken, monkeypatch, 
     monkeypatch.setattr(torch, "save", save)
     train(tmp_path, EAGER)
     assert "No space left on device" in caplog.text
-    assert "training goes on" in caplog.text
+    assert "training continues" in caplog.text
     assert load_run(tmp_path / "last.ckpt")[0].finished
 
 

@@ -1,4 +1,4 @@
-"""Search for the vision tower inside a model, and for the family that reads it."""
+"""Search for the vision tower inside a model, and for its family."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def of(model: nn.Module) -> Anatomy:
     classifier, a learner, or a pair of towers).
 
     Raises:
-        UnsupportedModel: the model has no such tower, several, or one with an unknown part. The message says which.
+        UnsupportedModel: the model has no such tower, several, or one with an unknown part. The message gives the reason.
     """
     if callable(own := getattr(model, "anatomy", None)):
         return own()
@@ -45,7 +45,7 @@ def _lack(model: nn.Module) -> str:
     info = getattr(model, "feature_info", None)
     rows = getattr(info, "info", info) or []
     strides = sorted({row["reduction"] for row in rows if isinstance(row, dict) and "reduction" in row})
-    depths = getattr(getattr(model, "config", None), "depths", None)  # of a bare pyramid of transformers
+    depths = getattr(getattr(model, "config", None), "depths", None)  # a bare pyramid of transformers
     if len(strides) > 1:
         reasons.append(f"it is a pyramid with strides {', '.join(map(str, strides))} and no single sequence of tokens")
     elif isinstance(depths, list | tuple) and len(depths) > 1:

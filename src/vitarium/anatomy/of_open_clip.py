@@ -1,4 +1,4 @@
-"""open_clip's vision towers (VisionTransformer with plain residual blocks), bare or beside a text tower."""
+"""open_clip's vision towers (VisionTransformer with plain residual blocks), alone or in a model with a text tower."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def read(model: nn.Module, path: str, tower: Any) -> Anatomy:
     """Return the anatomy of a tower at `path` in the model.
 
     Raises:
-        UnsupportedModel: blocks of another kind, or sequences laid out as (N, B, C).
+        UnsupportedModel: the blocks are of another kind, or take sequences of the layout (N, B, C).
     """
     start = f"{path}." if path else ""
     blocks = tuple(read_block(f"{start}transformer.resblocks.{i}", b, BLOCKS) for i, b in enumerate(tower.transformer.resblocks))

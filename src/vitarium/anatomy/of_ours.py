@@ -1,4 +1,4 @@
-"""The plain vision transformer of nn/vit.py, which several systems train, probe and prune."""
+"""Anatomy of the plain vision transformer of nn/vit.py, which several systems use."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BLOCKS = {
 
 
 def is_tower(module: nn.Module) -> bool:
-    """Return whether a module is one of these."""
+    """Return whether a module is such a model."""
     return isinstance(module, VisionTransformer)
 
 

@@ -1,4 +1,4 @@
-"""transformers' vision towers: ViT, DeiT, BEiT, DINOv2 (with registers), CLIP, SigLIP; bare, in a classifier, or beside a text tower."""
+"""transformers' vision towers: ViT, DeiT, BEiT, DINOv2 (with registers), CLIP, SigLIP; alone, in a classifier, or with a text tower."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ BLOCKS = {
     "SiglipEncoderLayer": _clip("SiglipAttention"),
 }
 
-# class of the tower -> (where its blocks are, its final norm, tokens before the image: class and distillation)
+# class of the tower -> (path of its blocks, its final norm, number of class and distillation tokens)
 TOWERS: dict[str, tuple[str, str, int]] = {
     "BeitModel": ("layers", "layernorm", 1),
     "ViTModel": ("layers", "layernorm", 1),

@@ -1,4 +1,4 @@
-"""The parts of a plain vision transformer of any library, under one set of names.
+"""The parts of a plain vision transformer from any library, under common names.
 
 A layout lists the attribute names of a family's parts; the views below read them from the live modules at every use, so that a replacement
 by a later method (a quantized linear layer) takes effect.
@@ -32,7 +32,7 @@ class AttentionLayout:
         heads, head_dim, scale: numbers (scale "": head_dim ** -0.5); dropout: rate on the attention weights, a number or a module with `p`.
         kv_groups: number of query heads that share one key head.
         rotate_half: whether rotary halves are contiguous.
-        other: known names that the computation here does not use.
+        other: names that the family may have and that the computation here does not use.
     """
 
     qkv: tuple[str, ...]
@@ -63,7 +63,7 @@ class BlockLayout:
 
     Args:
         branch1, branch2: what a branch's output goes through, in order: layer scales (modules, or parameters that multiply), drop path.
-        arguments: the names of what the block is called with after the tokens, in order.
+        arguments: names of the arguments of the block's call after the tokens, in order.
         attention_layouts: class name of an attention module -> its layout.
     """
 
@@ -89,22 +89,22 @@ class AttentionView:
 
     @property
     def num_heads(self) -> int:
-        """Heads of the queries."""
+        """Number of query heads."""
         return getattr(self.module, self.layout.heads)
 
     @property
     def head_dim(self) -> int:
-        """Channels of a head."""
+        """Number of channels of a head."""
         return getattr(self.module, self.layout.head_dim)
 
     @property
     def scale(self) -> float:
-        """Factor on the logits."""
+        """Factor that multiplies the logits."""
         return float(getattr(self.module, self.layout.scale)) if self.layout.scale else self.head_dim**-0.5
 
     @property
     def dropout(self) -> float:
-        """Rate on the attention weights now: 0 in eval mode."""
+        """Current dropout rate on the attention weights: 0 in eval mode."""
         rate = getattr(self.module, self.layout.dropout)
         return (rate.p if isinstance(rate, nn.Dropout) else float(rate)) if self.module.training else 0.0
 
@@ -225,8 +225,8 @@ class Anatomy:
         patch_size: pixels, (height, width).
         norm: after the blocks (identity where the family norms after pooling).
         head: the classifier, None for a bare tower.
-        reads_patches: whether the layers after the blocks read image tokens, and so expect all of them.
-        rotary: whether blocks turn queries and keys by positions.
+        reads_patches: whether the layers after the blocks read image tokens, and so need all of them.
+        rotary: whether blocks apply rotary position embedding to queries and keys.
     """
 
     family: str
@@ -265,7 +265,7 @@ def read_block(name: str, module: nn.Module, layouts: Mapping[str, BlockLayout])
     Raises:
         UnsupportedModel: the class of the block or its attention has no layout, or a part is not in the layout.
     """
-    own_layout = getattr(module, "layout", None)  # of a block that is wrapped already (sites.py)
+    own_layout = getattr(module, "layout", None)  # the block is already wrapped (sites.py)
     layout = own_layout if isinstance(own_layout, BlockLayout) else layouts.get(type(module).__name__)
     if layout is None:
         known = ", ".join(layouts)

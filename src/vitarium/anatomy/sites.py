@@ -1,4 +1,4 @@
-"""Transformer blocks with sites: declared places at which methods may act.
+"""Transformer blocks with sites: hooks at fixed places of a block, at which methods act.
 
 A wrapped block shares the original's dictionaries of modules and parameters (so names, weights and later replacements are the same in
 both), computes the same function, and calls its sites in between:
@@ -7,7 +7,7 @@ both), computes the same function, and calls its sites in between:
     x = x + branch1(attention(norm1(x)))    site.between(tokens, attended)
     x = x + branch2(mlp(norm2(x)))          site.after(tokens)
 
-`install` proves it: on a probe input every block's output, and the model's, must be those of the original, before any site is set.
+`install` checks this: on a probe input the outputs of every block and of the model must equal the original's before any site is set.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Attended:
     """Inputs of a block's attention.
 
     Args:
-        q, k, v: (B, H, N, D) as they were used, rotated where the model rotates; not scaled.
+        q, k, v: (B, H, N, D) as used in the product: with rotary embedding if the model has one, not scaled.
         scale: factor on the logits.
         bias: (B, 1, 1, N) added to the logits, or None.
     """
@@ -71,17 +71,18 @@ class Site:
     """Return whether attention weighs a merged token by the number of original tokens that it represents."""
 
     def before(self, tokens: Tokens) -> None:
-        """Before the block."""
+        """Called before the block."""
 
     def attend(self, attended: Attended) -> Tensor | None:
-        """The heads' output (B, H, N, D) in place of the fused kernel's, which computes softmax(q k^T scale + bias) v; None leaves it."""
+        """Return the heads' output (B, H, N, D), which replaces that of the fused kernel, softmax(q k^T scale + bias) v; None: keep the
+        kernel's."""
         return None
 
     def between(self, tokens: Tokens, attended: Attended) -> None:
-        """After the attention's residual sum, before the MLP's norm."""
+        """Called after the attention's residual sum, before the MLP's norm."""
 
     def after(self, tokens: Tokens) -> None:
-        """After the block."""
+        """Called after the block."""
 
 
 class SitedBlock(nn.Module):
@@ -115,7 +116,7 @@ class SitedBlock(nn.Module):
 
     @property
     def view(self) -> BlockView:
-        """The block's parts as they are now."""
+        """The current parts of the block."""
         return BlockView(self.name, self, self.layout)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -135,13 +136,13 @@ class SitedBlock(nn.Module):
 
     def _receive(self, x: Tensor) -> Tokens:
         if self.index == 0:
-            mask = _MASKS.get().get(id(self)) if self.users else None  # a graph is traced without
+            mask = _MASKS.get().get(id(self)) if self.users else None  # not traced into a graph
             return Tokens.begin(x, self.prefix, mask)
         state = carried(x)
         if state is None:
             raise InputError(
-                f"{self.name} got tokens whose history was lost on the way: a hook, or code between the blocks, makes new tensors of them; "
-                "switch that off, or undo the method"
+                f"{self.name} got tokens without the state of the previous block: a hook, or code between the blocks, makes new tensors of "
+                "them; switch that off, or undo the method"
             )
         return dataclasses.replace(state, x=x)
 
@@ -170,7 +171,7 @@ class SitedBlock(nn.Module):
 
 
 _MASKS: ContextVar[dict[int, Tensor]] = ContextVar("masks", default={})  # noqa: B039 - it is replaced, never changed
-"""id of a first block -> mask of its tokens in the passes of this context."""
+"""id of a first block -> mask of its tokens in forward passes inside this context."""
 
 
 @contextlib.contextmanager
@@ -181,17 +182,17 @@ def masked(model: nn.Module, mask: Tensor) -> Iterator[None]:
     mask that is True everywhere changes nothing, bit for bit.
 
     Args:
-        model: anything that `anatomy.of` knows, with or without methods on its blocks.
+        model: any model that `anatomy.of` supports, with or without methods on its blocks.
         mask: bool, True for real tokens: (B, N), or (B, number of image tokens).
 
     Raises:
-        UnsupportedModel: anatomy does not know the model, or its head pools image tokens, padding among them.
-        InputError: in the pass, a mask that does not fit the tokens.
+        UnsupportedModel: anatomy does not support the model, or its head pools all image tokens, including padding.
+        InputError: in the forward pass, if the mask does not fit the tokens.
     """
     view = of(model)
     if view.reads_patches:
         raise UnsupportedModel(
-            f"the head of this {view.family} reads all image tokens, padding among them; create it with the class token's pooling "
+            f"the head of this {view.family} pools all image tokens, including padding; create it with the class token's pooling "
             "(global_pool='token'), or pool the result of anatomy.run with Tokens.mean"
         )
     with _sited(model, view) as blocks, _masking(blocks[0], mask):
@@ -224,7 +225,7 @@ def run(model: nn.Module, x: Tensor, mask: Tensor | None = None, **arguments: An
 
 @contextlib.contextmanager
 def _masking(block: SitedBlock, mask: Tensor) -> Iterator[None]:
-    """Give a first block its mask in the passes of this thread."""
+    """Register the mask of a first block for the forward passes of this thread."""
     token = _MASKS.set({**_MASKS.get(), id(block): mask})
     block.users += 1
     try:
@@ -236,7 +237,7 @@ def _masking(block: SitedBlock, mask: Tensor) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _sited(model: nn.Module, view: Anatomy) -> Iterator[list[SitedBlock]]:
-    """The model's blocks as wrapped ones; blocks without sites are wrapped for the time of the context."""
+    """Yield the model's blocks, wrapped; blocks without sites are unwrapped again on exit."""
     replaced: dict[str, nn.Module] = {}
     if not all(isinstance(block.module, SitedBlock) for block in view.blocks):
         replaced, _ = install(model, lambda view: [Site()] * view.depth)
@@ -249,18 +250,18 @@ def _sited(model: nn.Module, view: Anatomy) -> Iterator[list[SitedBlock]]:
 
 
 def install(model: nn.Module, make: Callable[[Anatomy], Sequence[Site]]) -> tuple[dict[str, nn.Module], list[Site]]:
-    """Wrap every block of a model, prove the wrapped model equal to the original, then set the sites.
+    """Wrap every block of a model, check that the wrapped model equals the original, then set the sites.
 
     Args:
         model: anything that `anatomy.of` knows.
         make: returns one site per block; it may raise AttachError.
 
     Returns:
-        name of a block -> the block that was there (for `AttachReport.replaced`), and the sites.
+        name of a block -> the original block (for `AttachReport.replaced`), and the sites.
 
     Raises:
         UnsupportedModel: anatomy does not know the model.
-        AttachError: the wrapped model computes something else than the original; the model is unchanged.
+        AttachError: the outputs of the wrapped model differ from the original's; the model is unchanged.
     """
     view = of(model)
     sites = list(make(view))

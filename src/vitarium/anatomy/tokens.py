@@ -1,10 +1,10 @@
-"""State of a sequence of tokens on its way through the blocks of a model, shared by all token reductions.
+"""State of a token sequence as it passes through the blocks of a model, shared by all token reductions.
 
-Blocks of foreign models pass nothing but a tensor to each other. The state is an attribute of that tensor, so it belongs to one pass:
-concurrent and nested passes do not interfere.
+Blocks of other libraries' models pass only a tensor to each other. The state is an attribute of that tensor, so that it belongs to one
+forward pass: concurrent and nested passes do not interfere.
 
-Images of different token counts in one batch have a mask. A reduction sees only real tokens (`packed`): images of one count are reduced
-together, and the results are padded again, so that a padded batch gives what each image gives alone.
+Images of different token counts in one batch have a mask. A reduction gets only real tokens (`packed`): images of equal count are reduced
+together, and the results are padded again, so that the output for an image does not depend on padding.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ class Tokens:
         prefix: number of class, distillation and register tokens at the start; reductions do not change them.
         originals: number of tokens before the first block, prefix and image.
         size: (B, N, 1) number of originals that each token represents, 0 for padding; None: one each.
-        place: (B, N) position of the original whose place each token has (for rotary positions); -1 for none (a fused token, padding).
+        place: (B, N) index of the original token whose position each token has (for rotary embedding); -1 for none (a fused token,
+            padding).
             None: no token was moved.
-        source: (B, originals) index of the token that represents each original, -1 if it was dropped or is padding; None: each itself.
+        source: (B, originals) index of the token that represents each original, -1 if it was dropped or is padding; None: identity.
         mask: (B, N) bool, True for real tokens where images have different numbers of them; None: all are real.
     """
 
@@ -80,7 +81,7 @@ class Tokens:
 
         Args:
             x: (B, n, C) the new tokens.
-            keep: (B, n) old index of the token whose place each new one takes, -1 for none.
+            keep: (B, n) old index of the token whose position each new one takes, -1 for none.
             assignment: (B, N) new index of the token that represents each old one, -1 for dropped ones.
             size: (B, n, 1) the new sizes, None: one each.
         """
@@ -180,7 +181,7 @@ class Tokens:
         if table.ndim > 3:
             raise AttachError("a rotary table that differs from image to image (patch dropout) does not go together with token reduction")
         index = self.place[:, self.prefix :] - self.prefix
-        index = index if self.mask is None else index.clamp(min=0)  # padding has no place
+        index = index if self.mask is None else index.clamp(min=0)  # padding has no position
         return table[index][:, None] if table.ndim == 2 else table[:, index].transpose(0, 1)
 
 
@@ -192,7 +193,7 @@ def carried(x: Tensor) -> Tokens | None:
 def carry(tokens: Tokens) -> Tensor:
     """Return the tokens as a tensor with their state attached."""
     x = tokens.x
-    tokens.x = x.new_empty(0)  # a tensor that holds itself would live until the garbage collector comes round
+    tokens.x = x.new_empty(0)  # a tensor that references itself would live until the next garbage collection
     setattr(x, _ATTRIBUTE, tokens)
     return x
 

@@ -4,8 +4,8 @@
     output = call(model, inputs)
 
 Every model that `@family` registers has `example_inputs(n, image_size=None, *, seed=0)`; a model that takes more than one image defines its
-own. Models of timm, transformers and open_clip are known by their configurations. Whatever has to run a model without knowing it (probes,
-MACs, benchmarks, export, calibration, explanation) asks here instead of assuming an image.
+own. Models of timm, transformers and open_clip are supported through their configurations. Code that runs arbitrary models (probes, MACs,
+benchmarks, export, calibration, explanation) uses this module instead of assuming an image.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ Inputs = dict[str, Any]
 
 ImageSize = int | tuple[int, int]
 TEXT_LENGTH = 16
-"""Tokens of an example text, where the model takes as many."""
+"""Number of tokens of an example text, if the model takes as many."""
 
 
 def example_inputs(model: nn.Module, n: int = 1, image_size: ImageSize | None = None, *, seed: int = 0) -> Inputs:
     """Return inputs that a model accepts; the same ones for the same arguments.
 
     Args:
-        model: any module. Its own method `example_inputs` is asked first; then its `preprocessing`, and what timm, transformers and
-            open_clip record about their models.
+        model: any module. Its own method `example_inputs` is used first; then its `preprocessing`, and the configurations of timm,
+            transformers and open_clip.
         n: batch size, at least 1.
-        image_size: side of the image, or (height, width), in pixels; by default what the model was made for.
+        image_size: side of the image, or (height, width), in pixels; by default the model's native size.
         seed: of the values.
 
     Returns:
@@ -42,7 +42,7 @@ def example_inputs(model: nn.Module, n: int = 1, image_size: ImageSize | None = 
         model's weights; labels, times and token numbers lie in the model's range.
 
     Raises:
-        UsageError: n below 1, a size that the model cannot take, or a model that records nothing about its input.
+        UsageError: n below 1, a size that the model does not support, or a model without information about its input.
     """
     if n < 1:
         raise UsageError(f"n must be at least 1, got {n}")
@@ -126,7 +126,7 @@ def arguments(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[tuple[Any, .
 
 
 def inputs_of(model: nn.Module, batch: Mapping[str, Any]) -> Inputs:
-    """Choose the fields of a batch that a model is called with: those that its forward names, or the batch's "image" where it takes one.
+    """Choose the fields of a batch that a model is called with: the arguments of its forward, or the batch's "image" for a model of images.
 
     Raises:
         InputError: the batch lacks a required input; the message names the model's inputs and the batch's fields.
@@ -143,13 +143,13 @@ def inputs_of(model: nn.Module, batch: Mapping[str, Any]) -> Inputs:
 
 
 def required_arguments(model: nn.Module) -> list[str]:
-    """Names of the arguments without a default of a model's forward."""
+    """Return the names of the arguments of a model's forward that have no default."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [p.name for p in _parameters(model) if p.default is p.empty and p.kind in kinds]
 
 
 def first_argument(model: nn.Module) -> str:
-    """Name of the first argument of a model's forward, "image" where it has no name."""
+    """Return the name of the first argument of a model's forward; "image" if it has no name."""
     for p in _parameters(model):
         if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD):
             return p.name
@@ -185,14 +185,14 @@ def _for(model: nn.Module, values: Tensor) -> Tensor:
 
 
 def _weight(model: nn.Module) -> Tensor:
-    """The first floating-point parameter, or buffer where all parameters are integers."""
+    """Return the first floating-point parameter, or buffer if all parameters are integers."""
     for values in (model.parameters(), model.buffers()):
         if (found := next((w for w in values if w.is_floating_point()), None)) is not None:
             return found
     return torch.empty(0)
 
 
-# ---- shapes that models record
+# ---- input shapes from models' configurations
 
 
 def _sides(image_size: ImageSize | None, own: Sequence[int]) -> tuple[int, int]:
@@ -202,14 +202,14 @@ def _sides(image_size: ImageSize | None, own: Sequence[int]) -> tuple[int, int]:
 
 
 def _image_shape(model: nn.Module) -> tuple[int, ...]:
-    """(C, H, W), or of clips (C, T, H, W), from a model's preprocessing or timm's configuration; () where there is neither."""
+    """Return (C, H, W), or (C, T, H, W) for clips, from a model's preprocessing or timm's configuration; () if it has neither."""
     preprocessing = getattr(model, "preprocessing", None)
     if preprocessing is not None:
         frames = (preprocessing.frames,) if getattr(preprocessing, "frames", None) else ()
         return (preprocessing.channels, *frames, preprocessing.image_size, preprocessing.image_size)
-    if isinstance(patch_embed := getattr(model, "patch_embed", None), nn.Module):  # timm records here the size that the model was built for
+    if isinstance(patch_embed := getattr(model, "patch_embed", None), nn.Module):  # timm records here the image size of the constructor
         size, proj = getattr(patch_embed, "img_size", None), getattr(patch_embed, "proj", None)
-        if size is not None and hasattr(proj, "in_channels"):  # a convolution, or what a quantizer put in its place
+        if size is not None and hasattr(proj, "in_channels"):  # a convolution, or its quantized replacement
             return (proj.in_channels, *size)
     cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     if isinstance(cfg, dict) and cfg.get("input_size"):
@@ -218,7 +218,7 @@ def _image_shape(model: nn.Module) -> tuple[int, ...]:
 
 
 def _foreign_inputs(model: nn.Module, n: int, image_size: ImageSize | None, seed: int) -> Inputs:
-    """Inputs of open_clip's and transformers' models; empty for any other."""
+    """Return inputs of open_clip's and transformers' models; empty for any other."""
     tower: Any = getattr(model, "visual", model)  # open_clip's
     if isinstance(size := getattr(tower, "image_size", None), tuple) and isinstance(conv := getattr(tower, "conv1", None), nn.Conv2d):
         inputs = {first_argument(model): random_normal(model, (n, conv.in_channels, *_sides(image_size, size)), seed=seed)}
@@ -231,7 +231,7 @@ def _foreign_inputs(model: nn.Module, n: int, image_size: ImageSize | None, seed
 
 
 def _transformers_inputs(model: nn.Module, config: Any, n: int, image_size: ImageSize | None, seed: int) -> Inputs:
-    """Pixels where the configuration has an image size, token numbers where it has a vocabulary; CLIP and SigLIP have both."""
+    """Return pixels if the configuration has an image size, and token numbers if it has a vocabulary; CLIP and SigLIP have both."""
     takes = [p.name for p in _parameters(model)]
     vision, text = getattr(config, "vision_config", None) or config, getattr(config, "text_config", None) or config
     found: Inputs = {}
@@ -246,7 +246,7 @@ def _transformers_inputs(model: nn.Module, config: Any, n: int, image_size: Imag
         ids = random_integers(model, (n, length), vocab, seed=seed)
         end = getattr(text, "eos_token_id", None)
         if isinstance(end, int) and 0 <= end < vocab:
-            ids[:, -1] = end  # CLIP's text tower reads its features there
+            ids[:, -1] = end  # CLIP's text tower takes its features at this token
         found["input_ids"] = ids
         if "attention_mask" in takes:
             found["attention_mask"] = torch.ones_like(ids)

@@ -1,4 +1,4 @@
-"""Loading of weights under the names of several codebases, with a report; the model is unchanged unless everything fits.
+"""Loading of weights with the tensor names of several codebases, with a report; the model is unchanged unless everything fits.
 
 report = load_checkpoint(model, "swin_tiny_patch4_window7_224.pth")
 print(report)
@@ -28,7 +28,7 @@ log = logging.getLogger("vitarium")
 OURS = "ours"
 """The dialect of files that use our names."""
 TOLD = 5
-"""Names listed per kind in a report."""
+"""Number of names listed per kind in a report."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class LoadReport:
 
     @property
     def known(self) -> int:
-        """Number of the model's tensors whose names the file has."""
+        """Number of the model's tensor names that the file has."""
         return self.filled + len(self.mismatched)
 
     def __str__(self) -> str:
@@ -81,33 +81,34 @@ class LoadReport:
 
     def _cause(self) -> str:
         if self.known == 0:
-            return "a file of another architecture, or of a code whose names are not known here"
+            return "a file of another architecture, or of a codebase whose names are not supported"
         if self.mismatched:
             return "the same architecture in another size or with other arguments"
         if self.missing and self.unexpected:
-            return "a relative of this architecture, or one made with other arguments"
+            return "a related architecture, or one created with other arguments"
         return "the file holds only a part of the model" if self.missing else "the file holds more than this model"
 
 
 def load_checkpoint(
     model: nn.Module, source: str | Path, *, strict: bool = True, follow_head: bool = False, quiet: bool = False
 ) -> LoadReport:
-    """Fill a model from a file, by our names or by those of the authors, timm, torchvision or transformers where its family knows them.
+    """Load weights into a model from a file with our names or those of the authors, timm, torchvision or transformers.
 
-    Of the ways to read the names, the one that fits most tensors is taken. A head of other classes stays as it is; tables of positions are
-    resized where the model knows how (`Backbone.resize_tensor`); a first convolution for other channels is summed or repeated. The
-    model keeps its dtype and device, and is unchanged if anything fails.
+    All renamers of the model's family are tried, and the one that fits most tensors is used. A head with another number of classes is not
+    loaded; position tables are resized if the model supports it (`Backbone.resize_tensor`); a first convolution for other channels is
+    summed or repeated. The model keeps its dtype and device, and is unchanged if anything fails.
 
     Args:
-        model: one that `create_model` made, or any module whose names the file has.
-        source: a path, "hf:owner/name[/file]", or an http(s) address, optionally with "#sha256=HEX"; several joined by " + " where the
-            model's parts were released in files of their own.
-        strict: refuse a file that does not fill every tensor, or holds others (but for the head).
-        follow_head: give the model the file's number of classes first, where it has another.
+        model: a model from `create_model`, or any module with the file's tensor names.
+        source: a path, "hf:owner/name[/file]", or an http(s) address, optionally with "#sha256=HEX"; several joined by " + " if the model's
+            parts were released in separate files.
+        strict: raise for a file that lacks tensors or has unexpected ones (except the head's).
+        follow_head: first set the model's number of classes to the file's.
         quiet: do not log the report.
 
     Raises:
-        CheckpointError: unreadable, unsafe or unreachable; or of another model, then with the report and the models that it would fit.
+        CheckpointError: the file is unreadable, unsafe or unreachable; or it is of another model: then the message has the report and the
+            models that it fits.
     """
     weights = _read_together(str(source))
     fits = [
@@ -151,7 +152,7 @@ def _refusal(model: nn.Module, report: LoadReport, weights: Weights) -> str:
     return f"the weights do not fit {name}; {advice}{partly}\n{report}"
 
 
-# ---- how the names may be meant
+# ---- readings of the names
 
 
 def _readings(dialects: Mapping[str, Renamer], weights: Weights) -> Iterator[tuple[str, State]]:
@@ -172,11 +173,11 @@ def dialects_of(model: nn.Module) -> Mapping[str, Renamer]:
         return dialects_of_foreign(model)
     try:
         return find_model(name)[0].dialects
-    except UsageError:  # a module of the user's own
+    except UsageError:  # a user's module
         return {}
 
 
-# ---- what fits
+# ---- comparison with the model
 
 
 @dataclass
@@ -206,7 +207,7 @@ def _fit(model: nn.Module, state: State, blank: LoadReport) -> _Fit:
         if name in fresh:
             continue
         if name not in state:
-            if not name.endswith("num_batches_tracked"):  # older files lack them, and nothing depends on them
+            if not name.endswith("num_batches_tracked"):  # older files lack these tensors, which are not needed
                 report.missing.append(name)
             continue
         tensor = state[name]
@@ -229,13 +230,13 @@ def _fit(model: nn.Module, state: State, blank: LoadReport) -> _Fit:
 
 
 def _resized(model: nn.Module, name: str, tensor: Tensor, shape: torch.Size, *, is_first: bool) -> Tensor | None:
-    """Return a tensor resized to the model's shape, or None if there is no sound way."""
-    if tensor.is_meta:  # only the shapes are asked for; interpolation is a thousand times slower on the meta device than on numbers
+    """Return a tensor resized to the model's shape, or None if that is not possible."""
+    if tensor.is_meta:  # only the shape is needed, and interpolation is a thousand times slower on the meta device than on real tensors
         tensor = torch.zeros((), dtype=tensor.dtype, device="cpu").expand(tensor.shape)
     if is_first and tensor.ndim == len(shape) and tensor.shape[:1] + tensor.shape[2:] == shape[:1] + shape[2:]:
         return adapt_channels(tensor, shape[1])
     fitted = None
-    with contextlib.suppress(ValueError):  # a hook may refuse a size
+    with contextlib.suppress(ValueError):  # a hook may reject a size
         fitted = model.resize_tensor(name, tensor, shape) if hasattr(model, "resize_tensor") else None  # type: ignore[operator]
     return fitted if fitted is not None and fitted.shape == shape else None
 
@@ -254,7 +255,7 @@ def adapt_channels(weight: Tensor, channels: int) -> Tensor:
 
 
 def _first_convolution(model: nn.Module) -> str:
-    """Return the name of the weight that reads the image's channels, "" if the model does not begin with a convolution."""
+    """Return the name of the weight of the image's first convolution, "" if the model does not begin with a convolution."""
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     first = next(((name, part) for name, part in model.named_modules() if isinstance(part, kinds)), None)
     return f"{first[0]}.weight" if first and first[1].groups == 1 else ""
@@ -300,7 +301,7 @@ def _head_remark(fresh: set[str], heads: list[str], classes: int | None, wanted:
     return f"the file's, of {classes} classes, was dropped; the model has none" if dropped else ""
 
 
-# ---- which model it would fit
+# ---- models that the file fits
 
 
 def models_that_fit(weights: Weights, *, near: str = "") -> list[str]:
@@ -329,12 +330,12 @@ def _fitting_variants(f: Family, weights: Weights, *, whole: bool) -> Iterator[t
         try:
             with torch.device("meta"):
                 model = f.cls(**f.arguments(variant))
-        except (TypeError, ValueError, RuntimeError):  # a model that cannot be built is no suggestion, and must not hide the report
+        except (TypeError, ValueError, RuntimeError):  # a model that cannot be built is not suggested, and must not hide the report
             continue
         fits = [_fit(model, state, LoadReport("")) for state in readings]
         if good := [fit.quality() for fit in fits if fit.report.complete and fit.report.filled]:
             yield max(good), name
-        if i == 0 and not whole:  # a reading that knows less than half of the smallest variant's names is of another architecture
+        if i == 0 and not whole:  # a reading with less than half of the smallest variant's names is of another architecture
             readings = [fit.state for fit in fits if fit.report.known >= len(fit.report.missing)]
             if not readings:
                 return

@@ -1,4 +1,4 @@
-"""create_model: one call for ours, timm's and transformers' image models."""
+"""`create_model`, which builds image models of this library, timm and transformers by name."""
 
 from __future__ import annotations
 
@@ -38,11 +38,12 @@ def create_model(
     Args:
         name: ours ("swin_tiny", or with the tag of its weights "swin_tiny.in22k"), "timm/NAME", or "hf/OWNER/NAME" (a local folder in
             transformers' layout also works: "hf/./folder").
-        num_classes: classes of the head, 0 for none; by default what the variant or the checkpoint has, else 1000.
-        checkpoint: weights to load: a path, "hf:owner/name[/file]", or an http(s) address. The authors' and timm's names are recognised.
-        pretrained: whether to find published weights by the variant's table; a tag in the name asks for it too.
+        num_classes: classes of the head, 0 for none; by default that of the variant or the checkpoint, else 1000.
+        checkpoint: weights to load: a path, "hf:owner/name[/file]", or an http(s) address. Tensor names of the authors and of timm are
+            recognised.
+        pretrained: whether to find published weights by the variant's table; a tag in the name implies it.
         image_size: side of the square input, pixels, for the preprocessing (and for architectures that fix it).
-        strict: refuse a checkpoint that does not fill every parameter (a head of other classes is always allowed).
+        strict: raise for a checkpoint that lacks parameters (a head of other classes is always allowed).
         frames: length of a video model's clip; `stride` beside it is the step between its frames (see `Preprocessing`).
         arguments: any of the constructor's.
 
@@ -99,26 +100,26 @@ def _create_ours(name: str, **given: Any) -> nn.Module:
         raise UsageError(f"{name} takes no argument {wrong[0]!r}{hint} (it takes {', '.join(parameters)})")
     try:
         model = family.cls(**{**family.arguments(variant), **given})
-    except (ValueError, TypeError, RuntimeError) as error:  # the constructor's own checks, or torch's of a size or a kind
+    except (ValueError, TypeError, RuntimeError) as error:  # from the constructor's checks, or torch's checks of a size or type
         raise UsageError(f"{name} cannot be built with {given}: {error}") from error
-    if getattr(model, "preprocessing", None) is None:  # else it is built around a model that brings its own
+    if getattr(model, "preprocessing", None) is None:  # else it wraps a model with its own preprocessing
         model.preprocessing = family.preprocessing(variant, in_chans=getattr(model, "in_chans", 3), **about_input)  # type: ignore[assignment]
     return model
 
 
 def preprocessing_of(model: nn.Module) -> Preprocessing:
-    """The preprocessing that a model carries, or the usual one of ImageNet at 224 pixels."""
+    """Return a model's preprocessing, or the usual one of ImageNet at 224 pixels."""
     return getattr(model, "preprocessing", None) or Preprocessing()
 
 
 def set_image_size(model: nn.Module, image_size: int) -> None:
-    """Let a model see images of another size: its preprocessing, and in timm's models with a fixed input the position tables.
+    """Set the image size of a model: its preprocessing, and the position tables of timm's models with a fixed input.
 
     Args:
         image_size: side of the square image, pixels.
 
     Raises:
-        UsageError: a size that the model cannot take.
+        UsageError: the model does not support the size.
     """
     if not isinstance(image_size, int) or image_size < 1:
         raise UsageError(f"image_size must be a whole number of at least 1, got {image_size!r}")

@@ -1,7 +1,7 @@
-"""Other codes' names of the plain vision transformer's tensors -> timm's names, which the models of nn/vit.py share.
+"""Renaming of plain vision transformers' tensors in other libraries' checkpoints to timm's names, which nn/vit.py shares.
 
-Each is a pure function from name -> tensor to name -> tensor, and works on tensors without memory, too. A file in another dialect comes out
-half renamed; the loader compares all readings and takes the one that fits most tensors.
+Each renamer is a pure function from state dict to state dict, and also works on meta tensors. A file in another dialect is renamed only in
+part; the loader tries all renamers and takes the one that fits most tensors.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ _TRANSFORMERS = chain(
     join("qkv", "query", "key", "value"),
     join("fc1", "gate_proj", "up_proj"),
 )
-"""Names alone; `from_transformers` mends the shapes."""
+"""Covers names only; `from_transformers` corrects the shapes."""
 
 
 def from_transformers(state: State) -> State:
     """Rename transformers' ViT, DeiT, DINOv2 (with registers), CLIP, SigLIP or ViTMAE, in the names of release 5 or of those before it.
 
-    A text tower and MAE's decoder are left out. So are heads that read something else than timm's: those of DINOv2, CLIP and SigLIP
-    classifiers, which average patches.
+    A text tower and MAE's decoder are left out. So are heads whose input differs from timm's: those of DINOv2, CLIP and SigLIP classifiers,
+    which average patches.
     """
     contrastive = any(name.endswith("post_layernorm.weight") for name in state)
     state = mae_from_transformers({name: tensor for name, tensor in state.items() if not name.startswith("decoder.")})
@@ -76,7 +76,7 @@ def from_transformers(state: State) -> State:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
     if (projection := state.pop("projection.weight", None)) is not None:
         state |= {"head.weight": projection, "head.bias": torch.zeros_like(projection[:, 0])}
-    if "reg_token" in state:  # timm's models with registers add positions to the patches alone
+    if "reg_token" in state:  # timm's models with registers add positions to the patches only
         state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
         state["pos_embed"] = state["pos_embed"][:, 1:]
     for kind in ("weight", "bias"):
@@ -138,4 +138,4 @@ VIT_DIALECTS: dict[str, Renamer] = {
     "google": from_google,
     "mae": rename((r"^decoder[._]|^mask_token$", None)),
 }
-"""Name of a dialect -> its renamer to timm's names. The authors of DeiT and DINOv2 use timm's own, or those that timm reads by itself."""
+"""Name of a dialect -> renamer to timm's names. DeiT's and DINOv2's authors use timm's names, or names that timm converts itself."""

@@ -1,4 +1,4 @@
-"""Status of each of the 103 systems, computed from evidence: what it registers, golden vectors, identities, and its claim's verdict.
+"""Status of each of the 103 systems, computed from evidence: registered names, golden vectors, identities, and the claim's verdict.
 
 `pytest --record-evidence` writes test results into `recorded/<slug>.json` beside this file, and claims write their verdicts into
 `claims/ledger/<slug>.json`; the index has what each system registers. Nothing is imported or run here.
@@ -30,7 +30,7 @@ class Evidence:
     identities: int
     """Number of passed tests of exact identities."""
     claim: str | None
-    """Verdict on the paper's main claim: "held", "not held" or "inconclusive"; None where it was not run."""
+    """Verdict on the paper's main claim: "held", "not held" or "inconclusive"; None if it was not run."""
     methods: list[str] = field(default_factory=list)
     """Slugs of the methods that it registers."""
     objectives: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Pooled features of any image model: what its classifier reads."""
+"""Pooled features of any image model: the input of its classifier."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from vitarium.errors import UsageError
 
 
 def pooled_features(model: nn.Module, image: Tensor) -> Tensor:
-    """Return what the classifier of a model reads of images, (B, C) in the model's dtype.
+    """Return the input of a model's classifier for images, (B, C) in the model's dtype.
 
-    By timm's methods (`forward_features`, `forward_head(pre_logits=True)`) where the model has them: ours, timm's, transformers'. Of an
-    open_clip model its image features; of any other classifier the input of its head in a whole pass.
+    Calls timm's methods (`forward_features`, `forward_head(pre_logits=True)`) if the model has them, as ours, timm's and wrapped
+    transformers models do. For an open_clip model the result is its image features; for any other classifier, the input of its head in a
+    forward pass.
 
     Args:
         model: a backbone, an encoder or a classifier, in eval mode.
         image: prepared images (B, C, H, W), on the model's device.
 
     Raises:
-        UsageError: a model that has neither.
+        UsageError: the model has neither these methods nor a classifier.
     """
     if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
         head: Any = model.forward_head
@@ -30,18 +31,18 @@ def pooled_features(model: nn.Module, image: Tensor) -> Tensor:
     if type(model).__module__.startswith("open_clip."):
         visual: Any = getattr(model, "visual", model)
         found = visual(image)
-        return found[0] if isinstance(found, tuple) else found  # with the tokens beside it
+        return found[0] if isinstance(found, tuple) else found  # a pair with the tokens
     return classifier_input(model, image)
 
 
 def classifier_input(model: nn.Module, image: Tensor) -> Tensor:
-    """Return what enters the head (the first of two) when a classifier looks at images, (B, C).
+    """Return the input of a classifier's head (of the first of two) in a forward pass, (B, C).
 
     Raises:
         UsageError: it has no head, or does not call it once for all images.
     """
     classifier: Any = getattr(model, "get_classifier", lambda: None)()
-    if isinstance(classifier, tuple | list):  # a class and a distillation token, each with its own
+    if isinstance(classifier, tuple | list):  # the class token and the distillation token have a head each
         classifier = classifier[0]
     if not isinstance(classifier, nn.Module):
         raise UsageError(

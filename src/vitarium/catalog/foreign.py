@@ -21,7 +21,7 @@ from vitarium.catalog.registry import Renamer, State, chain
 from vitarium.catalog.transformers_models import TOWERS, TransformersClassifier, VisionTower, wrap
 from vitarium.errors import CheckpointError, UsageError, nearest, require
 
-# Small forms of timm's classics for 16x16 inputs and 16 tokens: they learn digits in seconds. (architecture, its arguments)
+# Small variants of timm's classics for 16x16 inputs and 16 tokens, which learn digits in seconds: (architecture, its arguments)
 TIMM_PICO: dict[str, tuple[str, dict[str, Any]]] = {
     "vit_pico": ("vit_tiny_patch16_224", dict(img_size=16, patch_size=4, embed_dim=48, depth=3, num_heads=3, mlp_ratio=3)),
     "deit_pico": ("deit_tiny_distilled_patch16_224", dict(img_size=16, patch_size=4, embed_dim=48, depth=3, num_heads=3, mlp_ratio=3)),
@@ -30,10 +30,10 @@ TIMM_PICO: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def create_timm(name: str, *, pretrained: bool = False, image_size: int | None = None, **arguments: Any) -> nn.Module:
-    """Create a model of timm's registry, with `preprocessing` from its own configuration. Extra arguments go to timm unchanged.
+    """Create a model of timm's registry, with `preprocessing` from its pretrained configuration. Extra arguments go to timm unchanged.
 
     Raises:
-        UsageError: timm knows no such model or refuses an argument.
+        UsageError: timm has no such model or rejects an argument.
         CheckpointError: pretrained weights cannot be fetched.
     """
     import timm
@@ -42,7 +42,7 @@ def create_timm(name: str, *, pretrained: bool = False, image_size: int | None =
     if not timm.is_model(architecture):
         raise UsageError(f"timm has no model {name!r}{nearest(name, [*TIMM_PICO, *timm.list_models()])}")
     if pretrained and name in TIMM_PICO:
-        raise UsageError(f"timm/{name} is a small form for demos and has no pretrained weights; timm/{architecture} has")
+        raise UsageError(f"timm/{name} is a small variant for demos and has no pretrained weights; timm/{architecture} has")
     arguments = {**extra, **arguments}
     if image_size is not None and "img_size" in arguments:
         arguments["img_size"] = image_size
@@ -66,7 +66,7 @@ def create_timm(name: str, *, pretrained: bool = False, image_size: int | None =
 
 
 def _timm_create(architecture: str, pretrained: bool, image_size: int | None, arguments: dict[str, Any]) -> nn.Module:
-    """Create the model with `img_size` where its class takes one; other classes accept any size."""
+    """Create the model, with `img_size` if its class takes one; other classes accept any size."""
     import timm
 
     if image_size is not None and "img_size" not in arguments:
@@ -79,14 +79,14 @@ def _timm_create(architecture: str, pretrained: bool, image_size: int | None, ar
 
 
 def dialects_of_foreign(model: nn.Module) -> dict[str, Renamer]:
-    """Return how files of other origins name the tensors of a foreign model: (dialect -> renamer), as a family's table."""
+    """Return the renamers (by dialect) for checkpoints of a foreign model from other sources, in the format of a family's table."""
     if isinstance(model, TransformersClassifier):
         return {"transformers": lambda state: _own_names(model, state)}
     modules = [sys.modules.get(cls.__module__) for cls in type(model).__mro__ if cls.__module__.startswith("timm.models.")]
     convert = next((m.checkpoint_filter_fn for m in modules if hasattr(m, "checkpoint_filter_fn")), None)
     if convert is None:
         return {}
-    # timm's filter knows the authors' names and resizes position tables
+    # timm's filter converts the authors' names and resizes position tables
     read: dict[str, Renamer] = {"timm": lambda state: convert(state, model)}
     if "adapt_layer_scale" in inspect.signature(convert).parameters:
         read["deit3"] = lambda state: convert(state, model, adapt_layer_scale=True)
@@ -113,8 +113,8 @@ def create_transformers(
 ) -> nn.Module:
     """Build an image model of transformers, from its configuration (random weights) or, with `pretrained`, with its weights.
 
-    Of a pair of towers (CLIP, SigLIP) that is no classifier, the vision tower is taken. Weights without a classifier make a model without
-    one, whose `forward` gives pooled features, unless `num_classes` asks for a head; that one is marked as untrained (see `heads`).
+    For a dual encoder (CLIP, SigLIP) that is no classifier, the vision tower is taken. If the weights have no classifier, neither has the
+    model, and `forward` returns pooled features, unless `num_classes` is given; the new head is then marked as untrained (see `heads`).
 
     Args:
         name: "owner/name" on the hub (from the local cache when offline), or a folder beginning with "." or "/".
@@ -132,7 +132,8 @@ def create_transformers(
                 config.num_labels = num_classes
                 config.id2label = {i: f"LABEL_{i}" for i in range(num_classes)}
             if image_size is not None and not pretrained:
-                config.image_size = image_size  # with weights the table keeps its size, and is interpolated where images differ
+                # with pretrained weights the position table keeps its size and is interpolated for images of another size
+                config.image_size = image_size
             module, lacking = _load(transformers, name, config, num_classes) if pretrained else (_build(transformers, config), [])
     except CheckpointError:
         raise
@@ -149,20 +150,20 @@ def create_transformers(
 
 
 LOADING: dict[str, Any] = dict(output_loading_info=True, dtype=torch.float32)
-"""Options of transformers' loading: with a report, and in float32 whatever the file holds."""
+"""Options for loading with transformers: return a report, and convert to float32."""
 UNUSED = ("mask_token", "pooler.dense.weight", "pooler.dense.bias")
-"""Endings of parameters that no classifier reads."""
+"""Endings of the names of parameters that no classifier uses."""
 
 
 def _vision_config(config: Any) -> Any:
-    """The vision tower's configuration of a pair of towers that is no classifier; any other configuration as it is."""
+    """Return the vision tower's configuration of a dual encoder that is no classifier; any other configuration unchanged."""
     vision = getattr(config, "vision_config", None)
     classifier = any(name.endswith("ForImageClassification") for name in getattr(config, "architectures", None) or [])
     return vision if vision is not None and not classifier and hasattr(vision, "model_type") else config
 
 
 def _build(transformers: Any, config: Any) -> nn.Module:
-    """transformers' classifier of a configuration, or its bare tower with a head of ours; fresh weights.
+    """Build transformers' classifier of a configuration, or its bare tower with a head of ours, with random weights.
 
     Raises:
         ValueError: it is neither.
@@ -180,7 +181,7 @@ def _load(transformers: Any, name: str, config: Any, num_classes: int | None) ->
     """Build as `_build` and load the weights of a repository or folder; also return the head's parameters that they lack.
 
     Raises:
-        CheckpointError: they lack more than a head.
+        CheckpointError: the weights lack more than a head.
     """
     whole = type(config) in transformers.AutoModelForImageClassification._model_mapping
     auto = transformers.AutoModelForImageClassification if whole else transformers.AutoModel
@@ -221,11 +222,11 @@ def _preprocessing(transformers: Any, name: str, config: Any, image_size: int | 
 
 
 RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
-"""Pillow's numbers of its filters, as image processors store them."""
+"""Pillow's filter numbers, which image processors store."""
 
 
 def _side(processor: dict[str, Any], key: str) -> int | None:
-    """The shorter side that an image processor's "size" or "crop_size" names; None where it names none."""
+    """Return the shorter side of an image processor's "size" or "crop_size"; None if there is none."""
     value = processor.get(key)
     sides = [value] if isinstance(value, int) else [v for v in value.values() if isinstance(v, int)] if isinstance(value, dict) else []
     return min(sides, default=None)
@@ -259,7 +260,7 @@ def library_of(name: str) -> str:
 
 
 def configuration_of(model: Any) -> dict[str, Any]:
-    """Return transformers' configuration of a classifier in plain values, from which `rebuild_transformers` makes the model again."""
+    """Return transformers' configuration of a classifier as plain values, for `rebuild_transformers`."""
     return json.loads(model.model.config.to_json_string(use_diff=False))
 
 
@@ -268,7 +269,7 @@ def rebuild_transformers(config: dict[str, Any]) -> TransformersClassifier:
 
     Raises:
         MissingExtra: transformers is not installed.
-        UsageError: the installed transformers does not know the configuration.
+        UsageError: the installed transformers does not support the configuration.
     """
     transformers = require("transformers", "transformers")
     try:

@@ -1,4 +1,4 @@
-"""Classifiers that no weights have filled: marked when a model is made, refused where an answer would rest on them."""
+"""Classifier heads without pretrained weights: marked when a model is created, and rejected when a prediction would use them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vitarium.errors import UsageError
 
 @dataclass(frozen=True)
 class FreshHead:
-    """The parameters of a head that were drawn at random because the weights hold none for it.
+    """Parameters of a head that were initialised at random because the weights have no head.
 
     Args:
         values: name of a parameter -> its value when it was drawn, a copy on the CPU.
@@ -26,7 +26,7 @@ class FreshHead:
 
 
 def mark_fresh(model: nn.Module, names: Iterable[str], reason: str) -> None:
-    """Remember that these parameters of a head came from no weights (`model.fresh_head`). Training them removes the mark by itself."""
+    """Record that these parameters of a head are untrained (`model.fresh_head`). The mark becomes void once they are trained."""
     parameters = dict(model.named_parameters())
     values = {
         name: parameters[name].detach().cpu().clone() for name in sorted(names) if name in parameters and not parameters[name].is_meta
@@ -35,7 +35,7 @@ def mark_fresh(model: nn.Module, names: Iterable[str], reason: str) -> None:
 
 
 def head_names(model: nn.Module) -> list[str]:
-    """Names of the parameters of a model's classifier (both of them, in a distilled model)."""
+    """Return the names of the parameters of a model's classifier (of both, in a distilled model)."""
     found: Any = model.get_classifier() if hasattr(model, "get_classifier") else ()  # type: ignore[operator]
     heads = found if isinstance(found, tuple | list) else (found,)
     own = {id(p) for head in heads if isinstance(head, nn.Module) for p in head.parameters()}
@@ -43,7 +43,7 @@ def head_names(model: nn.Module) -> list[str]:
 
 
 def fresh_names(model: nn.Module) -> list[str]:
-    """Parameters of the head that still have the random values of `mark_fresh`; empty once any of them was trained or replaced."""
+    """Return the parameters of the head that still have the random values of `mark_fresh`; empty once any was trained or replaced."""
     mark: FreshHead | None = getattr(model, "fresh_head", None)
     if mark is None:
         return []
@@ -66,12 +66,12 @@ def has_trained_head(model: nn.Module) -> bool:
 
 
 def require_head(model: nn.Module) -> None:
-    """Refuse a model whose answer would come from an untrained classifier, or that has no classifier.
+    """Raise UsageError for a model with an untrained classifier head or without classifier.
 
-    A model that was created without any weights is not refused: all of it is untrained, and its user knows.
+    A model that was created without any weights is accepted, because it is untrained as a whole.
 
     Raises:
-        UsageError: the weights hold no head; the message says what to do.
+        UsageError: the weights have no head; the message has a remedy.
     """
     name = getattr(getattr(model, "spec", None), "name", type(model).__name__)
     start = "--pretrained" if getattr(model, "weights_from", None) in (None, "pretrained:") else "--checkpoint FILE"
@@ -80,4 +80,4 @@ def require_head(model: nn.Module) -> None:
         mark: Any = model.fresh_head
         raise UsageError(f"the classifier of {name} is untrained ({', '.join(names)}: {mark.reason}); {advice}")
     if getattr(model, "num_classes", None) == 0 and hasattr(model, "get_classifier") and not head_names(model):
-        raise UsageError(f"{name} has no classifier: its weights hold none; {advice}")
+        raise UsageError(f"{name} has no classifier, because its weights have none; {advice}")

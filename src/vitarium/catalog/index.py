@@ -1,8 +1,8 @@
 """The index of everything that is registered: generated, committed, and read without importing torch.
 
 `index.json` holds one entry for each system, and one for each further module that registers something (plain training, the diffusion base,
-the simple explainers). It answers which models, methods, learners and explainers exist, which module registers each, and what each model
-costs. The runtime reads nothing else to list, search or find a name. The command `INDEX_COMMAND` writes it from the code.
+the simple explainers). It lists all models, methods, learners and explainers, the module that registers each, and the cost of each model.
+At run time, listing, search and name lookup read only this file. The command `INDEX_COMMAND` writes it from the code.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vitarium.errors import UsageError
 FORMAT = 1
 INDEX_COMMAND = "python -m vitarium.cli.indexing"
 REFUSED = "refused"
-"""Value of a size in the file at which the model cannot be built."""
+"""Value that marks, in the file, a size at which the model cannot be built."""
 
 Registry = Literal["methods", "learners", "explainers", "tasks"]
 
@@ -87,7 +87,7 @@ class Variant:
         name: full name, such as "swin_tiny".
         variant: name within the family, such as "tiny".
         arguments: values that the variant passes to the constructor.
-        image_size, frames, stride: the input that it was made for (`frames` and `stride`: of a clip).
+        image_size, frames, stride: the default input (`frames` and `stride`: of a clip).
         inputs: names of the forward's inputs, as `catalog.calling.example_inputs` makes them.
         params, bytes, macs, peak_memory: see `Cost`, at `image_size`.
         num_classes: outputs of the head; None where it has none.
@@ -117,7 +117,7 @@ class Variant:
     law: Law | None = None
 
     def cost(self, image_size: int | None = None) -> Cost:
-        """Return the cost at an image size; what the index does not hold is None and listed in `unknown`.
+        """Return the cost at an image size; quantities that the index does not hold are None and listed in `unknown`.
 
         Args:
             image_size: side of the square input, pixels; None: the variant's own.
@@ -182,7 +182,7 @@ class IndexedFamily:
 
 @dataclass(frozen=True)
 class Entry:
-    """Entries that one system, or one module of no system, registers.
+    """Entries of one system, or of one module that belongs to no system.
 
     Attributes:
         slug: the system, or the module's dotted name.
@@ -190,7 +190,7 @@ class Entry:
         summary: first paragraph of the module's docstring.
         families: by name.
         methods, learners, explainers, tasks: name -> {"module", and for methods "kind", for learners "task"}.
-        claim: {"says", "minutes"}, or None where the system has none.
+        claim: {"says", "minutes"}, or None if the system has none.
     """
 
     slug: str
@@ -239,7 +239,7 @@ class Index:
 
     @functools.cached_property
     def models(self) -> dict[str, tuple[IndexedFamily, Variant]]:
-        """Full name -> family and variant, of ours."""
+        """Full name -> (family, variant) of the library's own models."""
         return {v.name: (f, v) for f in self.families() for v in f.variants.values()}
 
 
@@ -281,19 +281,19 @@ def _variant(name: str, key: str, row: dict[str, Any]) -> Variant:
     return Variant(name, key, **{**row, "sizes": sizes, "law": law, "stages": stages, "inputs": inputs})  # type: ignore[arg-type]
 
 
-# ---- what the rest of the library asks
+# ---- queries from the rest of the library
 
 
 def entry_of(slug: str) -> Entry | None:
-    """Return the entry of a system, or None where it is not written yet.
+    """Return the entry of a system, or None if the system is not implemented yet.
 
     Raises:
-        UsageError: no such system; or its module is there and the index lacks it: the message names the command that adds it.
+        UsageError: there is no such system, or its module exists and the index lacks it; the message names the command that adds it.
     """
     system = find_system(slug)
     entry = read_index().entries.get(slug)
     if entry is None and is_written(system):
-        raise UsageError(f"the index lacks {slug}, whose module is there; add it with: {INDEX_COMMAND} {slug}")
+        raise UsageError(f"the index lacks {slug}, whose module exists; add it with: {INDEX_COMMAND} {slug}")
     return entry
 
 
@@ -308,13 +308,14 @@ def room_of(slug: str, module: str) -> str:
 
 
 def is_written(system: System) -> bool:
-    """Return whether the module of a system is there. Imports nothing."""
+    """Return whether the module of a system exists. Imports nothing."""
     folder = resources.files("vitarium").joinpath(*system.room.split("/"))
     return folder.joinpath(f"{system.slug}.py").is_file() or folder.joinpath(system.slug, "__init__.py").is_file()
 
 
 def lacking(name: str) -> str:
-    """Return the end of an error about an unknown `name`: the command to run, where it may belong to a system that the index lacks."""
+    """Return the end of an error message for an unknown `name`: the command to run, if the name may belong to a system that the index
+    lacks."""
     for system in systems():
         if (name == system.slug or name.startswith(f"{system.slug}_")) and system.slug not in read_index().entries and is_written(system):
             return f"; the index lacks {system.slug}, whose module is there: add it with {INDEX_COMMAND} {system.slug}"
@@ -327,7 +328,7 @@ def known_names(registry: Registry, registered: Mapping[str, Any]) -> list[str]:
 
 
 def import_home(registry: Registry, name: str) -> bool:
-    """Import the module that registers `name` according to the index. Return whether the index knows it."""
+    """Import the module that registers `name` according to the index. Return whether the index has it."""
     home = read_index().home(registry, name)
     if home is None:
         return False
@@ -336,5 +337,5 @@ def import_home(registry: Registry, name: str) -> bool:
 
 
 def at_size(preprocessing: Mapping[str, Any], image_size: int, crop_pct: float) -> dict[str, Any]:
-    """Return a variant's preprocessing for images of another size, as `Family.preprocessing` makes it."""
+    """Return a variant's preprocessing for images of another size, equal to that of `Family.preprocessing`."""
     return {**preprocessing, "image_size": image_size, "crop_pct": 1.0 if image_size < 128 else crop_pct}

@@ -18,7 +18,7 @@ from vitarium.catalog.preprocessing import Preprocessing
 from vitarium.errors import InputError, UsageError
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""OpenAI's, which open_clip uses unless a model records others."""
+"""OpenAI's normalization, which open_clip uses unless a model records another one."""
 
 
 class OpenClipTower(nn.Module):
@@ -62,7 +62,7 @@ class OpenClipTower(nn.Module):
         return self.visual.transformer(self.visual._embeds(image))
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return the logits of what `forward_features` gave, or with `pre_logits` open_clip's image features, (B, output_dim)."""
+        """Return logits from the output of `forward_features`, or with `pre_logits` open_clip's image features, (B, output_dim)."""
         pooled, _ = self.visual._pool(features)
         if self.visual.proj is not None:
             pooled = pooled @ self.visual.proj
@@ -84,7 +84,7 @@ class OpenClipTower(nn.Module):
             x: image, (B, 3, H, W).
             indices: an int for the last n, a list, None for all.
             return_prefix_tokens: whether to give each as a pair (map, class token (B, 1, C)).
-            norm: whether they go through the final norm.
+            norm: whether to apply the final norm to them.
             stop_early: whether to stop after the last chosen block (only together with `intermediates_only`).
             output_fmt: "NCHW" or "NLC".
             intermediates_only: whether to leave out the final features.
@@ -126,11 +126,12 @@ class OpenClipTower(nn.Module):
         self.num_classes, self.labels = num_classes, None
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters with two or more axes that take no weight decay (those with one axis never do)."""
+        """Return the names of parameters with two or more axes that are excluded from weight decay (one-dimensional ones always are)."""
         return {"visual.positional_embedding", "visual.class_embedding"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return the layers for layer-wise decay in timm's form: embeddings, one a block, what is above."""
+        """Return the parameter groups for layer-wise decay in timm's format: embeddings, one group per block, and the layers after the
+        blocks."""
         blocks = [(r"^visual\.transformer\.resblocks\.(\d+)", None), (r"ln_post|proj|head|attn_pool", (99999,))]
         return dict(stem=r"^visual\.(?:conv1|class_embedding|positional_embedding|ln_pre)", blocks=blocks)
 

@@ -1,4 +1,4 @@
-"""Options of methods: dataclasses whose fields pydantic checks.
+"""Options of methods: dataclasses with fields checked by pydantic.
 
 @method("evit", kind="reduce")
 @validated
@@ -28,7 +28,7 @@ from vitarium.errors import UsageError, VitariumError, nearest
 T = TypeVar("T")
 
 CONFIG = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
-"""Numbers are numbers (no text, no bool for an int, no NaN), and unknown options are errors."""
+"""Strict checking: no text or bool for a number, no NaN, no unknown options."""
 
 # ---- field types
 
@@ -53,7 +53,7 @@ Patterns = Annotated[tuple[str, ...], BeforeValidator(_one_or_more), Field(stric
 def validated(cls: type[T]) -> type[T]:
     """Make a class a frozen dataclass whose fields are checked against their annotations on construction, before `__post_init__`.
 
-    A value or a name that is not accepted raises UsageError with what came, what is accepted and the nearest name.
+    A value or a name that is not accepted raises UsageError with the value, the accepted values and the nearest name.
     """
     checked: Any = dataclass(cls, frozen=True, config=CONFIG)
     construct = checked.__init__
@@ -71,7 +71,7 @@ def validated(cls: type[T]) -> type[T]:
 
 
 def check_names(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse options that do not exist.
+    """Raise UsageError for unknown options.
 
     Raises:
         UsageError: with the nearest names.
@@ -109,11 +109,11 @@ def _refusal(cls: Any, error: ValidationError, given: Mapping[str, Any]) -> Vita
     return UsageError("\n  ".join(problems.values()))
 
 
-# ---- what an annotation accepts, in words
+# ---- descriptions of annotations
 
 
 def describe(annotation: Any, constraints: Iterable[Any] = ()) -> str:
-    """Return what an annotation accepts, such as "a whole number from 3 to 8" or "'class' or 'mean'"."""
+    """Describe the values that an annotation accepts, such as "a whole number from 3 to 8" or "'class' or 'mean'"."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     constraints = [c for one in constraints for c in (one.metadata if isinstance(one, FieldInfo) else [one])]
     if origin is Annotated:

@@ -1,4 +1,4 @@
-"""Preprocessing of an image or a clip into a model's input, a value that a saved model carries."""
+"""Preprocessing of an image or a clip into a model's input; it is part of a saved model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Preprocessing:
 
     Args:
         image_size: side of the square input, pixels.
-        mean, std: a value a channel, on the 0..1 scale; their number is the number of channels (1: grey, 3: RGB).
+        mean, std: one value per channel, on the 0..1 scale; their number is the number of channels (1: grey, 3: RGB).
         interpolation: "nearest", "bilinear", "bicubic" or "lanczos".
         crop_pct: share of the shorter side that the crop keeps, in (0, 1].
         frames: number of frames of a clip that the model takes; None: it takes images.
@@ -71,7 +71,7 @@ class Preprocessing:
 
     @property
     def channels(self) -> int:
-        """1 (grey) or 3 (RGB)."""
+        """Number of channels: 1 (grey) or 3 (RGB)."""
         return len(self.mean)
 
     def __call__(self, image: Image.Image | Clip | Sequence[Image.Image]) -> Tensor:
@@ -84,7 +84,7 @@ class Preprocessing:
         return self.apply(image, self._still)
 
     def apply(self, image: Image.Image | Clip | Sequence[Image.Image], still: Callable[[Any], Tensor], start: int | None = None) -> Tensor:
-        """As a call, with another function for one image (image -> (channels, h, w)) and another first frame than the central one."""
+        """Preprocess like a call, with a given function for one image (image -> (channels, h, w)) and a given first frame."""
         import torch
 
         given = not hasattr(image, "convert")  # Pillow's images can be converted
@@ -113,14 +113,14 @@ class Preprocessing:
         return [min(first + i * self.stride, count - 1) for i in range(wanted)]
 
     def last_start(self, count: int) -> int:
-        """Return the last first frame with which all taken frames lie inside a clip of `count`; 0 if there is none."""
+        """Return the largest index of a first frame for which all frames lie inside a clip of `count`; 0 if there is none."""
         return max(0, count - 1 - ((self.frames or 1) - 1) * (self.stride or 1))
 
     def _still(self, image: Image.Image) -> Tensor:
         return self.normalised(self.square(to_mode(image, self.channels)))
 
     def square(self, image: Image.Image) -> Image.Image:
-        """Return the part of an image (mode "L" or "RGB") that the model takes, image_size x image_size."""
+        """Resize and crop an image (mode "L" or "RGB") to image_size x image_size."""
         from torchvision.transforms.v2 import functional as T
 
         shorter = math.floor(self.image_size / self.crop_pct)

@@ -1,7 +1,7 @@
 """Cost of one pass of a model, and memory of its weights.
 
-Methods report their costs with these; nothing here changes a model, its mode, or the random state. For the inputs of a pass see
-`vitarium.catalog.calling`.
+Methods report their costs with these functions, which change neither the model, nor its mode, nor the random state. For the inputs of a
+pass see `vitarium.catalog.calling`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from vitarium.ops.flops import flop_counter
 
 
 def macs_of(model: nn.Module, *inputs: Any) -> int:
-    """Return the multiply-accumulates of one pass in evaluation mode, as torch counts what really runs. Works on the meta device.
+    """Return the multiply-accumulates of one pass in evaluation mode, counted by torch on the operations that run. Works on the meta
+    device.
 
     Args:
-        model: any module.
-        inputs: what it is called with, in order; or one mapping of inputs by name (see `example_inputs`).
+        model: any module. / inputs: its positional arguments, or one mapping of inputs by name (see `example_inputs`).
     """
     with frozen_parameters(model), evaluating(model), flop_counter() as counter:
         call(model, inputs[0] if len(inputs) == 1 and isinstance(inputs[0], Mapping) else inputs)

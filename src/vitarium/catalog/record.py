@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 FORMAT = 3
-"""Version of the record in a file. It rises when an older vitarium could no longer read the file: 1 whole models, 2 those without their
-base, 3 task, learner, data and temperature."""
+"""Version of the record in a file. Raised when older versions of vitarium cannot read the file: 1 whole models, 2 files without base
+weights, 3 task, learner, data and temperature."""
 
 
 class LearnerRecord(BaseModel):
@@ -86,12 +86,12 @@ class Record(BaseModel):
         name, arguments: what `create_model(name, **arguments)` is called with.
         preprocessing: fields of `Preprocessing`.
         labels: names of the classes.
-        methods: what `vitarium.apply` did, in order: {"slug", "options"}, and "state" where the method found something.
+        methods: the methods applied by `vitarium.apply`, in order: {"slug", "options"}, and "state" if the method computed one.
         tied: name of a tensor that shares its memory -> the name under which it is stored.
-        library: what else built the model, such as "timm 1.0.31"; "" for ours.
+        library: other library that the model comes from, such as "timm 1.0.31"; "" for ours.
         config: transformers' own configuration, for hf/ models.
         untrained: parameters of a head that no weights filled and no training changed (see `heads`).
-        base: what the file leaves out; None: nothing.
+        base: weights that the file leaves out; None: it is complete.
         task, learner, data, temperature: see `Training`.
         objective: formats 1 and 2 only: the learner's name and settings in one table.
     """
@@ -117,7 +117,7 @@ class Record(BaseModel):
     objective: dict[str, Any] | None = None
 
     def training(self) -> Training:
-        """Return what the model was trained for."""
+        """Return the task of the model."""
         learner = self.learner
         if learner is None and self.objective is not None:
             settings = dict(self.objective)
@@ -126,7 +126,7 @@ class Record(BaseModel):
 
 
 def training_of(model: nn.Module) -> Training:
-    """Return the training record of a model: always the same object, which may be changed. An empty one is made where there is none."""
+    """Return the training record of a model: always the same, mutable object. An empty one is created if there is none."""
     found = getattr(model, "training_record", None)
     if not isinstance(found, Training):
         found = Training()

@@ -1,13 +1,13 @@
-"""One file that remembers the whole model: `save` writes it, `load` needs nothing else.
+"""Save a whole model to one file with `save`, and load it from that file alone with `load`.
 
-It is a safetensors file, readable by anything that reads those. Its header's metadata holds
+It is an ordinary safetensors file. Its header's metadata holds
 
     vitarium           JSON: the fields of `Record` below
-    vitarium_sha256    the file's own sha256, taken with these digits as zeros: one changed byte anywhere, and the file is refused
-    format             "pt", which other libraries ask for
+    vitarium_sha256    the file's own sha256, computed with these digits as zeros; a file with any changed byte is rejected
+    format             "pt", which other libraries require
 
-Of a model of which only a part was trained (prompts, low-rank additions, a head), `save(..., trained_only=True)` writes that part; the file
-then remembers where the rest came from, and its hash, and `load` takes the rest from there.
+If only a part of a model was trained (prompts, low-rank adapters, a head), `save(..., trained_only=True)` writes that part; the file then
+records the source and the hash of the other weights, and `load` reads them from there.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from vitarium.version import __version__
 
 
 def save(model: nn.Module, path: str | Path, *, trained_only: bool = False) -> None:
-    """Write a model to one file, whole or not at all.
+    """Write a model to one file, atomically.
 
     Args:
-        model: one that `create_model` or `load` made, in any dtype, on any device, of any number of classes since.
-        path: where; the usual ending is ".safetensors". An older file there is replaced.
-        trained_only: leave out the parameters that do not learn (`requires_grad`). They must still be those of the file or of the published
-            weights that the model began with, which is looked up; `load` then needs these too.
+        model: a model from `create_model` or `load`, in any dtype, on any device; its number of classes may have been changed.
+        path: file to write, usually "*.safetensors". An existing file is replaced.
+        trained_only: leave out the frozen parameters (`requires_grad` False). They must still equal those of the file or of the published
+            weights that the model started from, which is checked; `load` then needs these as well.
 
     Raises:
-        UsageError: the model cannot be rebuilt from its name and arguments (which, is said), or the path is no regular file; with
-            `trained_only`: nothing is frozen, or the frozen weights are nowhere else.
+        UsageError: the model cannot be rebuilt from its name and arguments, or the path is no regular file; with `trained_only`: nothing is
+            frozen, or no file holds the frozen weights.
         OSError: the disk is full or read-only; an older file stays intact.
     """
     from safetensors import SafetensorError
@@ -62,20 +62,20 @@ def save(model: nn.Module, path: str | Path, *, trained_only: bool = False) -> N
     with atomic_path(path) as temporary:
         try:
             save_file(tensors, temporary, metadata)
-        except SafetensorError as error:  # its writer knows no other error than the disk's
+        except SafetensorError as error:  # the writer raises it only for errors of the disk
             raise OSError(f"cannot write {path}: {error}") from error
         _seal(temporary)
 
 
 def load(path: str | Path, *, device: str | torch.device | None = None, base: str | Path | None = None) -> nn.Module:
-    """The model of a file that `save` wrote: same name, arguments, dtypes and outputs, in eval mode. Fetches nothing, but for published
-    weights that the file was saved without and that are in no cache.
+    """Load a model from a file that `save` wrote: same name, arguments, dtypes and outputs, in eval mode. Downloads nothing, except
+    published weights that the file was saved without and that are not in the cache.
 
     Args:
         path: the file.
-        device: where the model goes.
-        base: for a file of what was trained alone: the weights that it leaves out, where they are no longer at their place (a file of the
-            same name beside `path` is found by itself).
+        device: device of the model.
+        base: for a file of the trained part only: the weights that it leaves out, if they were moved (a file of the same name beside `path`
+            is found automatically).
 
     Raises:
         CheckpointError: missing, damaged, changed, written by a newer version, or not written by `save`; or its base is missing or another.
@@ -150,9 +150,9 @@ def _is_plain(value: Any) -> bool:
 
 
 def _check_rebuilds(model: nn.Module, record: Record) -> None:
-    """Refuse to write what `load` could not read: a model whose parts were exchanged since it was made."""
+    """Raise UsageError for a model that `load` could not rebuild because its modules were changed after creation."""
     if record.name.startswith(("timm/", "hf/")):
-        return  # not every foreign model can be built without memory
+        return  # not every model of other libraries can be built on the meta device
     with torch.device("meta"):
         twin = rebuild_methods(_rebuild(record), record.methods).state_dict()
     mine = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -181,10 +181,10 @@ def _parse(path: Path, text: str) -> Record:
 
 
 def _rebuild(record: Record) -> nn.Module:
-    """The model of a record, with fresh weights.
+    """Build the model of a record, with random weights.
 
     Raises:
-        VitariumError: there is no such model here, or the record asks for more than a model (only a forged one does).
+        VitariumError: the model is not available in this installation, or the record has forged arguments.
     """
     if forbidden := {"checkpoint", "checkpoint_path", "pretrained", "strict"} & set(record.arguments):
         raise UsageError(f"a saved model takes no {', '.join(sorted(forbidden))}")
@@ -205,15 +205,15 @@ def _rebuild(record: Record) -> nn.Module:
 
 
 def check_trained_only(model: nn.Module) -> None:
-    """Say before a training, not after it, that `save(model, path, trained_only=True)` would refuse (the same UsageError)."""
+    """Check before a training that `save(model, path, trained_only=True)` will work; raises the same UsageError."""
     _without_base(model, model.state_dict(), _record(model))
 
 
 def _without_base(model: nn.Module, state: Mapping[str, Tensor], record: Record) -> tuple[dict[str, Tensor], Record]:
-    """The tensors that learn (and buffers), and the record that says where the others are.
+    """Return the trainable tensors (and buffers), and a record of the source of the others.
 
     Raises:
-        UsageError: none are frozen, or they are nowhere else.
+        UsageError: none are frozen, or no file holds them.
     """
     frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     kept = {name: tensor for name, tensor in state.items() if name not in frozen}
@@ -234,10 +234,10 @@ def _without_base(model: nn.Module, state: Mapping[str, Tensor], record: Record)
 
 
 def _with_base(model: nn.Module, state: Mapping[str, Tensor], path: Path, record: Record, given: str | Path | None) -> dict[str, Tensor]:
-    """A file's tensors with those that it leaves out, taken from its base.
+    """Return a file's tensors, completed with those of its base.
 
     Raises:
-        CheckpointError: the base is missing, or another than the file was trained on.
+        CheckpointError: the base is missing, or is not the one that the file was trained on.
     """
     assert record.base is not None
     source = str(given) if given is not None else record.base.weights_from
@@ -250,12 +250,12 @@ def _with_base(model: nn.Module, state: Mapping[str, Tensor], path: Path, record
             whole = create_model(f"{record.name}.{tag}" if tag else record.name, pretrained=True, **record.arguments)
             have = rebuild_methods(whole, record.methods).state_dict()
         else:
-            load_checkpoint(model, source, strict=False, quiet=True)  # the report would list what was trained as missing
+            load_checkpoint(model, source, strict=False, quiet=True)  # the report would list the trained tensors as missing
             have = model.state_dict()
     except VitariumError as error:
         raise CheckpointError(
-            f"{path} holds what was trained on top of {record.name}, and its base is missing: the weights from {source} ({error}); put the "
-            "file there or beside it, or name it: vitarium.load(path, base=FILE)"
+            f"{path} holds only the weights trained on top of {record.name}, and its base is missing: the weights from {source} ({error}); "
+            "put the file there or beside it, or name it: vitarium.load(path, base=FILE)"
         ) from error
     dtype = _usual_dtype(state)
     rest = {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in have.items() if name not in state}
@@ -271,7 +271,7 @@ def _with_base(model: nn.Module, state: Mapping[str, Tensor], path: Path, record
 
 
 def _stored(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors as safetensors wants them (contiguous, each once), and for the names of tied ones the name that is stored."""
+    """Return tensors as safetensors requires them (contiguous, without duplicates), and for each tied name the stored name."""
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[Any, str] = {}
@@ -303,7 +303,7 @@ def _seal(path: Path) -> None:
 
 
 def _fill(model: nn.Module, state: Mapping[str, Tensor], path: Path, record: Record) -> None:
-    """The file's tensors into the model, in the file's dtypes."""
+    """Load the file's tensors into the model, in the file's dtypes."""
     own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     wanted = model.state_dict()
     odd = [n for n in wanted if n not in state or state[n].shape != wanted[n].shape] + [n for n in state if n not in wanted]
@@ -311,14 +311,14 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor], path: Path, record: Rec
         maker = " and ".join(filter(None, (f"vitarium {record.vitarium}", record.library)))
         raise CheckpointError(f"{path} does not fit the {record.name} of this installation (at {odd[0]}); it was written with {maker}")
     if dtype := _usual_dtype(state):
-        model.to(dtype)  # tables that no file holds, too
+        model.to(dtype)  # including buffers that no file holds
     for name, tensor in state.items():
         own[name].data = own[name].data.to(tensor.dtype)
     model.load_state_dict(dict(state))
 
 
 def _usual_dtype(state: Mapping[str, Tensor]) -> torch.dtype | None:
-    """That of most floating-point numbers, None where there are none."""
+    """Return the dtype of most floating-point values; None if there are none."""
     sizes = Counter[torch.dtype]()
     for tensor in state.values():
         if tensor.is_floating_point():

@@ -57,13 +57,13 @@ def _registered_here() -> list[str]:
 
 
 def unknown_model(name: str) -> UsageError:
-    """Return the error for a name that is no model of the library, with similar names."""
+    """Return the error for an unknown model name, with similar names."""
     hint = lacking(name) or nearest(name, list_models())
     return UsageError(f"unknown model {name!r}{hint} ('vitarium models' lists all; 'timm/NAME' and 'hf/OWNER/NAME' reach others)")
 
 
 def find_models(pattern: str, room: str | None = None, *, timm: bool = False) -> list[dict[str, Any]]:
-    """Return name, family, room, learner and frames of the models that match: ours, then the small foreign ones.
+    """Return name, family, room, learner and frames of the matching models: the library's own, then small ones of other libraries.
 
     Args:
         pattern: shell pattern, or a part of the name.
@@ -115,7 +115,7 @@ def matcher(pattern: str) -> re.Pattern[str]:
 
 
 def in_room(room: str, wanted: str | None) -> bool:
-    """Return whether a room is `wanted` or lies inside it; always true for None."""
+    """Return whether a room is `wanted` or inside it; always true for None."""
     return wanted is None or room == wanted or room.startswith(f"{wanted}/")
 
 

@@ -1,4 +1,4 @@
-"""Weights files: read without executing their content, checked for damage, with the tensors taken out of their containers.
+"""Reading of weights files: without executing their content, with checks for damage, and with tensors extracted from containers.
 
 Three formats: safetensors, torch's own through `weights_only=True`, and numpy's .npz without pickles. Beyond torch's own allow-list, only
 `argparse.Namespace` and numpy's scalars and dtypes are accepted: many authors left their options in the file, and these run no code.
@@ -33,15 +33,15 @@ SEAL = "vitarium_sha256"
 RECORD = "vitarium"
 """Key of a safetensors header: how to rebuild the model (see vitarium.catalog.saving)."""
 
-# Averaged weights come first: where a file has both, the published numbers are theirs.
+# Averaged weights come first: if a file has both, the published results are those of the averaged ones.
 CONTAINERS = ("state_dict_ema", "model_ema", "params_ema", "ema", "teacher", "model", "state_dict", "params", "module", "student")
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.", "model.")
 NEARLY_ALL = 0.9
-"""Share of the tensors that must carry a prefix for it to be a wrapper's."""
+"""Share of the tensors that must have a prefix for it to be removed as a wrapper's."""
 DEPTH_LIMIT = 4
-"""Containers inside containers that are opened."""
+"""Largest depth of nested containers."""
 HEADER_LIMIT = 100 * 2**20
-"""Bytes; the safetensors format's own limit."""
+"""Largest header of a safetensors file in bytes, the format's own limit."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Weights:
 
     path: Path
     forms: list[State]
-    """The tensors under their names in the file, then with one wrapper's prefix after another removed."""
+    """The tensors under their names in the file, then with wrappers' prefixes removed one after another."""
     opened: list[str] = field(default_factory=list)
     """Containers that were opened, such as "model_ema", and removed prefixes, such as "module."."""
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -67,7 +67,7 @@ def read_state(path: str | Path) -> State:
 
 
 def read_weights(path: str | Path) -> Weights:
-    """Read a weights file as `read_state` does, with every form that its names may take."""
+    """Read a weights file like `read_state`, with all candidate forms of the tensors' names."""
     path = existing(path)
     metadata: Mapping[str, str] = {}
     if looks_like_safetensors(path):
@@ -234,7 +234,7 @@ def _read_npz(path: Path) -> State:
 
 
 _ALLOWING = threading.Lock()
-"""torch's allow-list is global: two threads that extend and restore it at once would leave it extended."""
+"""Lock for torch's global allow-list: two threads that extend and restore it concurrently would leave it extended."""
 
 
 def _allowed() -> list[Any]:

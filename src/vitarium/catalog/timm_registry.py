@@ -1,6 +1,6 @@
-"""Our models under timm's roof: `timm.create_model("vitarium_swin_tiny", num_classes=10)`, `features_only=True` included.
+"""Registration of our models with timm: `timm.create_model("vitarium_swin_tiny", num_classes=10)`, `features_only=True` included.
 
-timm's registry wants one function a model, in a module that lists default configurations; this module is it.
+timm's registry requires one function per model, in a module that lists default configurations; this is that module.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ __all__ = ["register_with_timm"]
 PREFIX = "vitarium_"
 
 default_cfgs: dict[str, Any] = {}
-"""timm's description of each model and of its weights; timm reads this name."""
+"""Default configuration of each model and its weights, under the name that timm expects."""
 
 
 def register_with_timm() -> list[str]:
-    """Put every model of ours into timm's registry as `vitarium_<name>`. Calling it again adds what is new.
+    """Register all of our models with timm as `vitarium_<name>`. A further call adds new models.
 
     Returns:
-        the names that timm now knows, such as "vitarium_swin_tiny".
+        the registered names, such as "vitarium_swin_tiny".
     """
     import timm
 
@@ -42,7 +42,7 @@ def register_with_timm() -> list[str]:
 
 
 def _description(family: Family, variant: str) -> Any:
-    """Return timm's configuration of a model: input and tags; `url` stands for the first source, which only `_entrypoint` reads."""
+    """Return timm's configuration of a model: input and tags; `url` is the first source, which only `_entrypoint` uses."""
     from timm.models import generate_default_cfgs
 
     pre = family.preprocessing(variant)
@@ -54,7 +54,7 @@ def _description(family: Family, variant: str) -> Any:
 
 
 def _entrypoint(name: str) -> Callable[..., nn.Module]:
-    """The function that timm calls for one model."""
+    """Return the function that timm calls for one model."""
 
     def build(pretrained: bool = False, cache_dir: Any = None, **arguments: Any) -> nn.Module:
         from timm.models import build_model_with_cfg
@@ -84,7 +84,7 @@ def _weights(name: str, cfg: Any, overlay: dict[str, Any] | None) -> dict[str, A
 
 
 class _Builder:
-    """create_model, called as timm calls a model class."""
+    """Call create_model with the arguments that timm passes to a model class."""
 
     def __init__(self, name: str, weights: dict[str, Any]):
         self.name = name

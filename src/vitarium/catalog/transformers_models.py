@@ -1,8 +1,8 @@
 """Vision models of transformers behind timm's conventions: logits, features, pooling, intermediate maps, layers.
 
     model = vitarium.create_model("hf/./dinov2", pretrained=True)
-    tokens = model.forward_features(image)                       what the library calls last_hidden_state
-    pooled = model.forward_head(tokens, pre_logits=True)         what its own classifier reads
+    tokens = model.forward_features(image)                       transformers' last_hidden_state
+    pooled = model.forward_head(tokens, pre_logits=True)         the input of its own classifier
     maps = model.forward_intermediates(image, [5, 11], intermediates_only=True)
 
 B batch, N tokens, C channels, H and W sides of the image in pixels, h and w of a map in cells.
@@ -29,13 +29,13 @@ from vitarium.ops.maps import as_map, as_tokens
 
 @dataclass(frozen=True)
 class Tower:
-    """Places of the parts of a vision tower of transformers.
+    """Attribute paths of the parts of a transformers vision tower.
 
     Args:
         blocks: path of the list of blocks, or of stages in a pyramid.
         norm: name of the norm after the blocks.
         prefix: tokens before the patches, without registers; None for a pyramid, whose features are maps.
-        last: inside a stage, path of the list whose last member gives out the stage's map; "" for the stage itself.
+        last: inside a stage, path of the list whose last member returns the stage's map; "" for the stage itself.
         normed: whether last_hidden_state went through `norm`.
     """
 
@@ -79,7 +79,7 @@ POOLS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "CLIPVisionModel": lambda tower, x: tower.post_layernorm(x[:, 0]),
     "SiglipVisionModel": lambda tower, x: tower.head(x) if tower.use_head else x.mean(1),
 }
-"""Class of a classifier (or of a tower that has none of its own) -> what its head reads, of the tower and its last_hidden_state."""
+"""Class of a classifier (or of a tower without one) -> function (tower, last_hidden_state) that returns the input of the head."""
 
 
 class VisionTower(nn.Module):
@@ -105,9 +105,10 @@ class VisionTower(nn.Module):
 
 
 class TransformersClassifier(nn.Module):
-    """An image classifier of transformers behind our convention: image (B, 3, H, W) -> logits (B, num_classes).
+    """An image classifier of transformers with the interface of our models: image (B, 3, H, W) -> logits (B, num_classes).
 
-    Position tables of another size are interpolated as transformers does. `wrap` gives the classes whose parts are known features, too.
+    Position tables of another size are interpolated as transformers does. `wrap` also adds timm's feature methods to classes whose parts
+    are known.
     """
 
     labels: list[str] | None = None
@@ -137,7 +138,7 @@ class TransformersClassifier(nn.Module):
         """Replace the head by a new one for `num_classes` (0: none). The pooling is the architecture's own: `global_pool` must be None.
 
         Raises:
-            UsageError: the head is no linear layer; then `num_classes` must be given when the model is made. Or another pooling.
+            UsageError: the head is no linear layer (then `num_classes` must be given when the model is created), or another pooling.
         """
         if global_pool is not None:
             raise UsageError(f"{type(self.model).__name__} has one pooling, its own; leave global_pool out, got {global_pool!r}")
@@ -203,7 +204,8 @@ class TransformersBackbone(TransformersClassifier):
         size: Any = config.image_size if isinstance(config.image_size, int) else tuple(config.image_size)
         takes_flag = "interpolate_pos_encoding" in inspect.signature(inspect.unwrap(tower.embeddings.forward)).parameters
         self._made_for = ((size, size) if isinstance(size, int) else size) if takes_flag else None
-        """Image size (H, W) that transformers insists on unless it is asked to interpolate; None: it always does, or has no table."""
+        """Image size (H, W) that transformers requires unless interpolation is enabled; None: it always interpolates, or has no position
+        table."""
 
     @property
     def tower(self) -> Any:
@@ -231,7 +233,7 @@ class TransformersBackbone(TransformersClassifier):
         return self._as_map(x, len(self.feature_info) - 1, image) if self._parts.prefix is None else x
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return the logits (B, num_classes) of what `forward_features` gave, or with `pre_logits` what the head reads, (B, C)."""
+        """Return logits (B, num_classes) from the output of `forward_features`, or with `pre_logits` the input of the head, (B, C)."""
         owner = self.tower if isinstance(self.model, VisionTower) else self.model
         pooled = POOLS[type(owner).__name__](self.tower, features)
         if pre_logits:
@@ -257,13 +259,13 @@ class TransformersBackbone(TransformersClassifier):
             x: image, (B, 3, H, W).
             indices: an int for the last n, a list (negative counts from the end), None for all.
             return_prefix_tokens: whether to give each as a pair (map, prefix tokens (B, P, C)); not of a pyramid.
-            norm: whether they go through the final norm (in a pyramid: only the last stage's, where there is such a norm).
+            norm: whether to apply the final norm to them (in a pyramid: only to the last stage's, if there is such a norm).
             stop_early: accepted for timm's sake; all blocks run.
             output_fmt: "NCHW", or for plain vision transformers "NLC": patch tokens (B, h w, C).
             intermediates_only: whether to leave out the final features.
 
         Returns:
-            list of maps (B, C_i, h_i, w_i); without `intermediates_only`, a pair (what `forward_features` gives, maps).
+            list of maps (B, C_i, h_i, w_i); without `intermediates_only`, a pair (output of `forward_features`, maps).
 
         Raises:
             InputError: an index out of range, another output_fmt, or tokens that were merged or dropped, which form no map.
@@ -291,7 +293,7 @@ class TransformersBackbone(TransformersClassifier):
 
     @contextmanager
     def _outputs_of(self, chosen: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-        """Yield a table that a pass in this thread fills: number of a block or stage -> its output."""
+        """Yield a dictionary, number of a block or stage -> its output, that a forward pass in this thread fills."""
         seen: dict[int, Tensor] = {}
         thread = threading.get_ident()
 
@@ -312,7 +314,7 @@ class TransformersBackbone(TransformersClassifier):
                 hook.remove()
 
     def _as_map(self, x: Tensor, index: int, image: Tensor) -> Tensor:
-        """A block's or stage's output as a map (B, C, h, w)."""
+        """Return a block's or stage's output as a map (B, C, h, w)."""
         if x.ndim == 4:
             return x
         height, width = image.shape[-2:]
@@ -329,12 +331,13 @@ class TransformersBackbone(TransformersClassifier):
     # ---- training
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters with two or more axes that take no weight decay (those with one axis never do)."""
+        """Return the names of parameters with two or more axes that are excluded from weight decay (one-dimensional ones always are)."""
         free = ("_token", "_tokens", "_embedding", "_embeddings", "position_embedding.weight", "position_bias_table", "probe")
         return {name for name, _ in self.named_parameters() if name.endswith(free)}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return the layers for layer-wise decay in timm's form: embeddings, one a block (one a stage if `coarse`), what is above."""
+        """Return the parameter groups for layer-wise decay in timm's format: embeddings, one group per block (per stage if `coarse`), the
+        rest."""
         start = self.feature_info[0]["module"].removesuffix(f"{self._parts.blocks}.0").replace(".", r"\.")
         blocks = self._parts.blocks.replace(".", r"\.")
         layers: list[tuple[str, tuple[int, ...] | None]]
@@ -350,7 +353,7 @@ class TransformersBackbone(TransformersClassifier):
 
 
 def wrap(model: Any, preprocessing: Preprocessing) -> TransformersClassifier:
-    """Return transformers' model behind our convention, with features where its parts are known."""
+    """Wrap a transformers model in the interface of our models, with feature methods if its parts are known."""
     name = type(model).__name__
     known = isinstance(model, VisionTower) or name in POOLS
     found = [part for part in model.children() if type(part).__name__ in TOWERS] if known else []

@@ -1,7 +1,7 @@
-"""One small honest experiment per system, and the ledger of the outcomes.
+"""One small experiment per system, and the ledger of the outcomes.
 
-A file `claims/<slug>.py` holds one function under `@claim`; it says what to compare, and the runner keeps the comparison fair: the same
-data, budget and seeds for both arms, trained by the same loop.
+A file `claims/<slug>.py` holds one function under `@claim`; it returns the comparisons, and the runner gives both arms the same data,
+budget, seeds and training loop.
 """
 
 from vitarium.claims.experiment import Arm, Comparison, Measured, claim, claimed_slugs, find_claim

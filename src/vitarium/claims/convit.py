@@ -1,4 +1,4 @@
-"""Claim: beginning as a convolution helps a ViT most where data are few."""
+"""Claim: initialising attention as a convolution helps a ViT most when data are few."""
 
 from dataclasses import replace
 from typing import Any

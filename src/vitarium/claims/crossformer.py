@@ -1,4 +1,4 @@
-"""Claim: tokens of several scales beat tokens of one, and near and far attention in turn beats near alone."""
+"""Claim: tokens of several scales beat tokens of one, and alternating near and far attention beats near attention alone."""
 
 from dataclasses import replace
 from typing import Any

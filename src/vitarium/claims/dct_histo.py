@@ -1,4 +1,4 @@
-"""Claim: attention between the low frequencies alone is about as good as attention between all places."""
+"""Claim: attention between low frequencies is about as good as attention between all positions."""
 
 from dataclasses import replace
 from typing import Any

@@ -24,7 +24,7 @@ from vitarium.training import ClassificationLearner, evaluate, fit, load_recipe
 SEEDS, SIDE, PATCH, TESTED = 3, 64, 8, 200
 RED, BLUE, GREEN, WHITE = (230, 60, 60), (70, 110, 240), (60, 200, 80), (240, 240, 240)
 KINDS = {"red-blue": (RED, BLUE), "blue-red": (BLUE, RED), "red-green": (RED, GREEN), "green-red": (GREEN, RED)}
-"""Kind -> colours of body and limbs: a kind differs from another in the colour of the body, not in the set of colours."""
+"""Kind -> colours of body and limbs. Kinds share one set of colours and differ in which of them the body has."""
 SIZES: dict[str, Any] = dict(patch_size=PATCH, embed_dim=48, depth=4, num_heads=4)
 
 
@@ -33,7 +33,7 @@ class Creatures(Samples):
 
     Args:
         count: how many; image i shows the kind i modulo 4.
-        seed: of everything drawn.
+        seed: random seed of the drawing.
     """
 
     def __init__(self, count: int, seed: int):
@@ -42,7 +42,7 @@ class Creatures(Samples):
         self.seed = seed
 
     def drawn(self, index: int) -> tuple[Image.Image, NDArray[np.uint8]]:
-        """Return an image, and the number of the creature of each pixel, (64, 64), 0 for the background."""
+        """Return an image and a map (64, 64) of creature numbers, 0 for the background."""
         rng = np.random.default_rng((self.seed, index))
         noise = rng.normal(110, 15, (SIDE // 4, SIDE // 4)).clip(0, 255).astype(np.uint8)
         image = Image.fromarray(noise).resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB")
@@ -108,7 +108,7 @@ def purity(mask: Tensor, things: NDArray[np.int64]) -> tuple[float, float]:
 
 
 def by_chance(received: Tensor, messages: Tensor) -> Tensor:
-    """Baseline that prunes as many tokens, at random."""
+    """Baseline that prunes the same number of tokens at random."""
     return torch.rand_like(received)
 
 

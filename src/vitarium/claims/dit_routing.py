@@ -1,4 +1,4 @@
-"""Claim: routes that follow the image beat random ones of the same rates, reach a plain pyramid of the same cost, and find things."""
+"""Claim: learned routes beat random ones of equal rates, are as good as a plain pyramid of equal cost, and follow the objects."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ class Drawn(Samples):
     """64x64 images on a noisy ground, each with one white shape, small or large. Class: its kind.
 
     Args:
-        count: how many.
-        seed: of everything.
+        count: number of images. / seed: random seed of the images.
 
     Attributes:
         masks: (count, 64, 64) bool, where the shapes are.
@@ -59,7 +58,7 @@ class Drawn(Samples):
 
 
 class RandomGate(nn.Module):
-    """Gate by chance: a token takes the edge with a fixed probability, whatever its content."""
+    """Random gate: a token takes the edge with a fixed probability, independent of its content."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -67,7 +66,7 @@ class RandomGate(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         on = torch.rand(y.shape[:2], device=y.device) < self.rate
-        return torch.stack([~on, on], 2).to(y.dtype) * 1e4  # no noise turns it over
+        return torch.stack([~on, on], 2).to(y.dtype) * 1e4  # too large to be changed by noise
 
 
 def trained(model: Any, objective: str, seed: int, data: ImageData) -> tuple[Any, float]:

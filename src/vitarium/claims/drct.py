@@ -1,4 +1,4 @@
-"""Claim: dense residuals keep what a chain of Swin blocks loses, and restore better at equal size."""
+"""Claim: dense residuals preserve features that a chain of Swin blocks loses, and restore better at equal size."""
 
 from __future__ import annotations
 

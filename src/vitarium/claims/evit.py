@@ -1,4 +1,4 @@
-"""Claim: what the class token looks at is what matters."""
+"""Claim: the tokens that the class token attends to are the important ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SEEDS, BLOCKS = 3, (1, 2)
 
 @dataclass(frozen=True)
 class AnyTokens(EViT):
-    """Baseline that keeps as many tokens, chosen at random."""
+    """Baseline that keeps the same number of tokens, chosen at random."""
 
     def _score(self, tokens: Tokens, attended: Attended) -> Tensor:
         return torch.rand(len(tokens.x), tokens.count - tokens.prefix)

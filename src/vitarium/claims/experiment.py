@@ -1,4 +1,4 @@
-"""Parts of a claim: arms that are trained, values that are measured, and comparisons with their verdicts."""
+"""Parts of a claim: arms to train, measured values, and comparisons with their verdicts."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Arm:
             raise ValueError(f"arm {self.label!r} needs at least one seed, got {self.seeds}")
 
     def key(self) -> str:
-        """Return what decides its value, as text; the label does not."""
+        """Return the settings that determine its value, as text; the label is not among them."""
         return json.dumps(asdict(self) | {"label": ""}, sort_keys=True)
 
 
@@ -123,7 +123,7 @@ def together(verdicts: Sequence[Verdict]) -> Verdict:
 
 @dataclass(frozen=True)
 class Claim:
-    """A registered claim: its sentence, its time on two cores, and the function that defines the comparisons."""
+    """A registered claim: its sentence, its expected time on two cores, and the function that defines the comparisons."""
 
     slug: str
     says: str
@@ -149,8 +149,8 @@ def claim(
         says: the sentence that is checked.
         minutes: expected on two CPU cores; at most about three.
 
-    The function returns comparisons, or two arms for the one question whether the first is better. Its docstring says how it is measured
-    and when it would be refuted.
+    The function returns comparisons, or two arms for the one question whether the first is better. Its docstring describes the measurement
+    and the result that would refute the claim.
     """
     find_system(slug)
 

@@ -1,4 +1,4 @@
-"""Ledger of claims: the result of each, whatever it is, with its numbers, spread, machine and commit."""
+"""Ledger of claims: the result of each, confirmed or refuted, with its numbers, spread, machine and commit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Claim: windows and grid together are better than either twice, at the same parameters and MACs."""
+"""Claim: window and grid attention together are better than either twice, at equal parameters and MACs."""
 
 from dataclasses import replace
 from typing import Any

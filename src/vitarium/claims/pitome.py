@@ -1,4 +1,4 @@
-"""Claim: protecting lonely tokens loses less than merging whatever is similar."""
+"""Claim: merging that protects isolated tokens loses less accuracy than merging by similarity alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SEEDS, RATIOS = 3, (0.9, 0.8, 0.7)
 
 @dataclass(frozen=True)
 class Matched(Reducer):
-    """A baseline that removes as many tokens in each block as PiToMe does, by another matching."""
+    """A baseline that removes the same number of tokens in each block as PiToMe, by another matching."""
 
     keep: float = 0.9
     chance: bool = field(default=False)

@@ -1,4 +1,4 @@
-"""Claim: a denoiser whose early block is drawn to a good encoder's features sees more and makes better images after the same steps."""
+"""Claim: aligning a denoiser's early block with a good encoder's features improves its features and its images at equal steps."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _ridge(x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor) -> float:
 
 
 def distance(model: Any, judge: Encoder, seed: int) -> float:
-    """Return the Fréchet distance of samples to the held-out digits in the judge's features."""
+    """Return the Fréchet distance of samples to the held-out digits, in an independent classifier's features."""
     real = next(Loader(digits().val, model.preprocessing, batch_size=SAMPLES).epoch(0))["image"] / 2 + 0.5
     made = model.generate(torch.arange(SAMPLES) % 10, seed=seed)
     return float(frechet_distance(*moments(judge.pooled(made)), *moments(judge.pooled(real))))

@@ -1,4 +1,4 @@
-"""Claim: one to four channels of queries and keys do nearly what all do, and attention and its neighbours each help."""
+"""Claim: one to four channels of queries and keys are nearly as good as all, and attention and the local module each help."""
 
 from dataclasses import replace
 from typing import Any

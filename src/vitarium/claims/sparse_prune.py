@@ -1,4 +1,4 @@
-"""Claim: what was fine-tuned with the penalty on attention survives pruning better."""
+"""Claim: models fine-tuned with the penalty on attention lose less accuracy when pruned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Claim: layers that filter frequencies belong before those that attend."""
+"""Claim: spectral layers work best before attention layers."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Claim: in the first stage, gates on wavelet coefficients do what attention does there."""
+"""Claim: in the first stage, gates on wavelet coefficients are about as good as attention."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Claim: windows that move let neighbours talk, and their cost is linear in image area."""
+"""Claim: shifted windows exchange information between neighbours, at a cost linear in image area."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ def compare() -> list[Comparison]:
     the same model with resting windows, and without bias tables. MACs of Swin-T and of a plain ViT-S at 224 and 448 pixels. Refuted if the
     shift gains less than three points, if the bias loses, or if Swin's MACs grow faster than the area."""
     options = dict(embed_dim=48, depths=(4,), num_heads=(3,))
-    plain = {"mixing.mixup": 0}  # learns sooner
+    plain = {"mixing.mixup": 0}  # learns faster
     swin = Arm("shifted, with bias", "swin_pico", options=options, steps=700, seeds=5, overrides=plain)
     return [
         Comparison(

@@ -1,4 +1,4 @@
-"""Claim: soft splits beat cutting patches, and a deep and narrow transformer beats a shallow and wide one."""
+"""Claim: soft splits beat separate patches, and a deep and narrow transformer beats a shallow and wide one."""
 
 from dataclasses import replace
 from typing import Any

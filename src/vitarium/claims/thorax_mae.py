@@ -1,4 +1,4 @@
-"""Claim: an encoder that has learned to reconstruct hidden patches needs fewer labelled ones."""
+"""Claim: an encoder pretrained by reconstructing masked patches needs fewer labelled images."""
 
 from __future__ import annotations
 

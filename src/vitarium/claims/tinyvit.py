@@ -1,4 +1,4 @@
-"""Claim: a small model learns more from a teacher's three stored answers an image than from few labels with mistakes."""
+"""Claim: a small model learns more from a teacher's three most probable classes per image than from few labels with errors."""
 
 from __future__ import annotations
 

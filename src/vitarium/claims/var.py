@@ -1,4 +1,4 @@
-"""Claim: predicting scale after scale beats predicting code after code, in quality and in time, at equal size and budget."""
+"""Claim: next-scale prediction beats raster next-code prediction in quality and time, at equal size and budget."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ SIZES: dict[str, Any] = dict(embed_dim=64, depth=3, num_heads=4)
 
 @dataclass(frozen=True)
 class Way:
-    """One way to cut an image into steps: a tokenizer, the codes of each step, and the input of a step."""
+    """One order of generation: a tokenizer, the codes of each step, and the input of a step."""
 
     tokenizer: Any
     lengths: Sequence[int]
     raster: bool
 
     def views(self, codes: Sequence[Tensor]) -> Tensor:
-        """Return the transformer's input while it predicts known codes: the image so far, or the code before."""
+        """Return the transformer's input in training: the image up to the previous scale, or the previous code."""
         return self.tokenizer.quantizer.codebook(codes[0][:, :-1]) if self.raster else self.tokenizer.inputs(codes)
 
 
@@ -98,7 +98,7 @@ def _coded(way: Way, images: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _trained(way: Way, seed: int) -> Any:
-    """Train a transformer with the same budget for each way: AdamW, half a cosine, 64 images a step, a tenth of them without class."""
+    """Train a transformer for each order with the same budget: AdamW, half a cosine, 64 images a step, a tenth of them without class."""
     from vitarium.generation.var.transformer import ScaleTransformer
 
     torch.manual_seed(seed)
@@ -170,7 +170,7 @@ def _distance(real: Tensor, made: Tensor) -> float:
 
 
 def _speedups(ways: dict[str, tuple[Way, Any]], batch: int) -> list[float]:
-    """Return the time in raster order over the time scale by scale, one value a round."""
+    """Return the ratio of the sampling time in raster order to that by scales, one value per round."""
     from vitarium.efficiency.bench import paired
 
     calls: dict[str, Callable[[], Any]] = {

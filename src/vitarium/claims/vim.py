@@ -1,4 +1,4 @@
-"""Claim: scans both ways beat scans one way, and a scan's cost is linear in tokens where attention's is quadratic."""
+"""Claim: bidirectional scans beat scans in one direction, and a scan's cost is linear in tokens where attention's is quadratic."""
 
 from collections.abc import Callable
 from typing import Any

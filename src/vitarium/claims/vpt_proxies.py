@@ -25,7 +25,7 @@ from vitarium.training import ClassificationLearner, fit, load_recipe
 
 SEEDS, SIDE = 3, 16
 KNOWN, LEARNED, SEARCHED = range(50), range(50, 75), range(75, 100)
-"""Numbers (after shuffling) for the pretraining, for the tuning, and for the search."""
+"""Classes (after shuffling) for pretraining, tuning and search."""
 PRETRAINING, TUNING = 800, 200
 """Steps."""
 ARMS = {
@@ -40,9 +40,9 @@ class Numbers(Samples):
 
     Args:
         classes: which of the hundred numbers, after shuffling.
-        count: images a class.
-        seed: of the digits that are taken, and of all else.
-        part: 0 or 1, the half of the writing that is used.
+        count: images per class.
+        seed: random seed of the selected digits and of everything else.
+        part: 0 or 1, the half of the handwritten digits that is used.
     """
 
     def __init__(self, classes: range, count: int, seed: int, part: int = 0):

@@ -1,4 +1,4 @@
-"""Unreadable images: each is named, counted and left out; too many of them stop the run."""
+"""Handling of unreadable images: each is recorded and left out; too many of them stop the run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vitarium.files import write_text
 
 
 class BrokenImage(DataError):
-    """An image cannot be read. A loader records it and leaves it out.
+    """An image that cannot be read. A loader records it and leaves it out.
 
     Attributes:
         path: the file, or the name of the sample in its archive.
@@ -26,7 +26,7 @@ class BrokenImage(DataError):
 
 
 class BadFiles:
-    """Record of the unreadable images of a run, each once.
+    """Record of the unreadable images of a run, without duplicates.
 
     Args:
         limit: share of all images that may be unreadable before the run stops.
@@ -42,7 +42,7 @@ class BadFiles:
         return len(self._reasons)
 
     def record(self, path: str, reason: str) -> None:
-        """Record one; the same path counts once."""
+        """Record an image; the same path counts once."""
         self._reasons.setdefault(path, reason)
 
     def items(self) -> list[tuple[str, str]]:

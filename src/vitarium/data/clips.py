@@ -55,7 +55,7 @@ class VideoFile:
             if width * height > MAX_PIXELS:
                 limit = f"at most {MAX_PIXELS / 1e6:.0f} million are read"
                 raise BrokenImage(self.path, f"frames of {width} x {height} pixels; {limit}: make them smaller")
-            # timestamps of all packets, which are read but not decoded: exact for any frame rate
+            # timestamps of all packets, read without decoding: exact for any frame rate
             self.times = sorted({packet.pts for packet in self._guarded(container.demux(stream)) if packet.pts is not None})
         if not self.times:
             raise BrokenImage(self.path, "the video holds no frames")

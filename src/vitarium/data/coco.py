@@ -1,4 +1,4 @@
-"""COCO json: panoptic (with PNGs whose colours are segment numbers) and instances (with polygons and run lengths)."""
+"""Reading of COCO json: panoptic (with PNGs whose colours encode segment numbers) and instances (with polygons and run lengths)."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def read_annotations(path: Path, broken: str = "refuse") -> Annotations:
 
 
 class _Checked:
-    """One pass through a json file, which collects valid entries and problems."""
+    """Check of one json file, which collects valid entries and problems."""
 
     def __init__(self, path: Path, panoptic: bool, numbers: dict[Any, int]):
         self.path, self.panoptic, self.numbers = path, panoptic, numbers
@@ -178,7 +178,7 @@ class _Checked:
             self.problems.append(f"{name}: there is no image {note['image_id']!r}")
             return
         sample = by_id.get(note["image_id"])
-        if sample is None:  # its image is missing, which is already reported
+        if sample is None:  # its image is missing and already reported
             return
         if not self.panoptic:
             self._segment(note, name, sample, {"segmentation": note["segmentation"]})

@@ -1,4 +1,4 @@
-"""Samples with named fields, and how the fields of several samples become one batch.
+"""Samples with named fields, and the collation of their fields into batches.
 
     FIELDS = {
         "image": padded(3, None, None),      # (B, 3, H, W) and "image_mask" (B, H, W), True on real pixels
@@ -46,12 +46,12 @@ KINDS: tuple[Kind, ...] = ("stacked", "padded", "packed", "listed", "default")
 RESERVED = ("index", "position", "broken")
 """Names that the loader adds to a batch."""
 SUFFIXES = {"padded": ("mask",), "packed": ("lengths", "cu_seqlens")}
-"""Kind -> what stands beside such a field in a batch, as NAME_SUFFIX."""
+"""Kind -> suffixes of the entries that such a field adds to a batch, as NAME_SUFFIX."""
 
 
 @dataclass(frozen=True)
 class Field:
-    """Declaration of one field: how its values of several samples are put together.
+    """Declaration of one field: how its values are collated.
 
     Args:
         kind: "stacked" (equal shapes on a new first axis), "padded" (filled up to the largest, with a mask), "packed" (laid end to end
@@ -59,7 +59,7 @@ class Field:
         shape: size of each axis of one value, None where it differs from sample to sample; () for a number. None: not declared. A padded
             field needs it, with at least one None; a packed one has None first.
         dtype: of the batch; None: of the values.
-        optional: whether samples may lack the field. The batch then holds NAME_present (B,), and `value` in the place of a missing one;
+        optional: whether samples may lack the field. The batch then holds NAME_present (B,), and `value` in place of a missing value;
             a stacked field needs its shape for that.
         value: fills padding and missing samples.
         multiple: padded axes are rounded up to one, such as the patch size.
@@ -94,22 +94,22 @@ class Field:
 
 
 def stacked(*shape: int, dtype: torch.dtype | None = None, optional: bool = False, value: float = 0) -> Field:
-    """Return the declaration of a field of one shape; without a shape it is that of the batch's first value."""
+    """Declare a field whose values have one shape; by default that of the batch's first value."""
     return Field("stacked", shape or (() if optional else None), dtype, optional, value)
 
 
 def padded(*shape: int | None, dtype: torch.dtype | None = None, optional: bool = False, value: float = 0, multiple: int = 1) -> Field:
-    """Return the declaration of a field that is filled up to the largest value, on the axes whose size is None."""
+    """Declare a field that is padded to the largest value on the axes whose size is None."""
     return Field("padded", shape, dtype, optional, value, multiple)
 
 
 def packed(*shape: int | None, dtype: torch.dtype | None = None, optional: bool = False) -> Field:
-    """Return the declaration of a field that is laid end to end along its first axis; by default a row of numbers, (None,)."""
+    """Declare a field whose values are concatenated along the first axis; by default sequences of numbers, (None,)."""
     return Field("packed", shape or (None,), dtype, optional)
 
 
 def listed(*, optional: bool = False) -> Field:
-    """Return the declaration of a field whose values stay a list."""
+    """Declare a field whose values are kept in a list."""
     return Field("listed", optional=optional)
 
 
@@ -119,14 +119,14 @@ PAIRS: Fields = {"image": Field("stacked"), "target": Field("default")}
 
 
 class Collate:
-    """Puts samples together field by field. Picklable, so that workers and other processes can use it.
+    """Collate samples field by field. Picklable, so that workers and other processes can use it.
 
     Args:
         fields: name -> declaration.
         ignore: names of further fields of the samples that do not go into the batch.
 
     Raises:
-        UsageError: a name that the loader uses itself, or that stands beside another field.
+        UsageError: a name that is reserved for the loader or for an entry that another field adds.
     """
 
     def __init__(self, fields: Fields, *, ignore: Sequence[str] = ()):
@@ -159,7 +159,7 @@ class Collate:
                 _check_shape(name, field, _tensor(name, sample[name]).shape)
 
     def __call__(self, samples: Sequence[Mapping[str, Any] | tuple[Any, Any]]) -> dict[str, Any]:
-        """Return the batch of these samples, which may be none.
+        """Return the batch of these samples; the list may be empty.
 
         Args:
             samples: mappings of fields, or (image, target) pairs.
@@ -268,7 +268,7 @@ class FieldTransform:
     """
 
     named = True
-    """The loader hands over the whole sample."""
+    """Marks the transform as one of whole samples for the loader."""
 
     def __init__(self, **functions: Callable[[Any], Any]):
         self.functions = functions
@@ -281,7 +281,7 @@ class FieldTransform:
 
 
 def cu_seqlens(lengths: Tensor) -> Tensor:
-    """Return where each sequence begins in a packed field, and where the last one ends: (B,) -> (B + 1,) int32, from 0."""
+    """Return the cumulative lengths of a packed field, beginning with 0: (B,) -> (B + 1,) int32."""
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
 
@@ -289,7 +289,7 @@ def lengths_of(batch: Mapping[str, Any], name: str) -> Tensor:
     """Return the lengths (B,) of a packed field.
 
     Raises:
-        DataError: the batch has no such field, or has it without lengths, so that nobody knows where its sequences end.
+        DataError: the batch has no such field, or has it without lengths, so that the boundaries of its sequences are unknown.
     """
     if name not in batch:
         raise DataError(f"the batch has no field {name!r}{nearest(name, batch)} (it has {', '.join(batch)})")

@@ -38,7 +38,7 @@ class FitScale(v2.Transform):
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         if isinstance(inpt, tv_tensors.Mask):
             values = inpt.as_subclass(Tensor)
-            values = values.view(torch.uint8) if values.dtype is torch.bool else values  # else resized as float32
+            values = values.view(torch.uint8) if values.dtype is torch.bool else values  # otherwise v2 resizes it as float32
             sampled = F.resize_image(values, params["size"], v2.InterpolationMode.NEAREST_EXACT)
             return tv_tensors.wrap(sampled.view(inpt.dtype), like=inpt)
         return self._call_kernel(F.resize, inpt, params["size"], interpolation=self.interpolation, antialias=True)

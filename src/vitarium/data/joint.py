@@ -1,7 +1,7 @@
 """Joint transforms: an image and its masks, boxes and keypoints are scaled, cropped, flipped and padded together.
 
-The geometry is that of torchvision.transforms.v2: a target holds `tv_tensors` (Mask, BoundingBoxes, KeyPoints), which move with the image.
-Random numbers come from torch's global generator, which the loader seeds by (seed, epoch, index): see `vitarium.data.loader`.
+The geometry is that of torchvision.transforms.v2: a target holds `tv_tensors` (Mask, BoundingBoxes, KeyPoints), which are transformed with
+the image. Random numbers come from torch's global generator, which the loader seeds by (seed, epoch, index): see `vitarium.data.loader`.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Segmentation:
 
     @property
     def crowds(self) -> NDArray[np.bool_]:
-        """`crowd`, (n,), all False where it is None."""
+        """Return `crowd`, (n,); all False if it is None."""
         return np.zeros(len(self.labels), bool) if self.crowd is None else self.crowd
 
 
 Target = Segmentation | Mapping[str, Any]
-"""The labels of an image: segments, or tensors by name, of which the `tv_tensors` move with the image. All have one row an object."""
+"""The labels of an image: segments, or tensors by name with one row per object. `tv_tensors` are transformed with the image."""
 
 
 class FitTransform:

@@ -1,4 +1,4 @@
-"""Opening of data: from a name or a path to a training and a held-out part."""
+"""Opening of data sets: from a name or a path to a training and a held-out part."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LABELS_OF_TASKS = {
     "pretrain": "image",
     "reconstruct": "image",
 }
-"""Names of tasks -> their kind of labels, where that is called otherwise. A test compares this with the tasks themselves."""
+"""Name of a task -> its kind of labels, if the two names differ. A test compares this with the tasks themselves."""
 EMBEDDED = ("digits", "photos", "scenes")
 KINDS = ("folder", "csv", "wds", "hf")
 ACCEPTED = (
@@ -54,14 +54,14 @@ def open_data(
             "scenes:length=5000,task=class"); or a path: a folder of class folders, one with train/ and val/ of them, WebDataset shards
             ("shards/", "x-{000..009}.tar"), a Hugging Face data set saved with `save_to_disk`, a CSV file with columns path and label.
             The kind of a path is recognised; a prefix "folder:", "csv:", "wds:" or "hf:" forces it.
-        task: what the labels are for: a kind of labels ("class", "image": none, or another of `KINDS_OF_LABELS`, each documented in its
+        task: a kind of labels ("class", "image": none, or another of `KINDS_OF_LABELS`, each documented in its
             function), or the name of a task ("classify", "segment", "restore", ...).
-        seed: of the split, where the data has none, and of rendered data.
-        val_fraction: share that is held out, where the data has no split.
-        image_size: side of images that are rendered or cropped, pixels; None: their own default. Files come as they are.
+        seed: of the split, if the data has none, and of rendered data.
+        val_fraction: share that is held out, if the data has no split.
+        image_size: side of images that are rendered or cropped, pixels; None: their own default. Images from files keep their size.
 
     Raises:
-        DataError: nothing there, or nothing that can be trained on.
+        DataError: there is no such data, or it cannot be trained on.
         UsageError: an option of "scenes", or a task, that does not exist.
     """
     text = os.fspath(spec)

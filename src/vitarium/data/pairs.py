@@ -1,4 +1,4 @@
-"""Pairs of low- and high-resolution images for restoration, and high-resolution images from which the others are made."""
+"""Pairs of low- and high-resolution images for restoration, and high-resolution images that are downsampled on the fly."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ACCEPTED = (
 
 
 class HighPictures(Samples):
-    """High-resolution images: (image, None); the low-resolution one is made from it.
+    """High-resolution images as (image, None); the low-resolution image is derived from each.
 
     Args:
         files: paths.
@@ -87,7 +87,7 @@ def open_pairs(spec: str, *, seed: int = 0, val_fraction: float = 0.2, image_siz
         spec: "photos" (the embedded photographs of ordinary objects; whole ones are held out), a folder of images at any depth, or a folder
             with folders of high and of low resolution: see `ACCEPTED`. Partners have the same name, except for x2, x3 ... at the end of the
             low-resolution one's.
-        seed, val_fraction: of the held-out part, if the data have none.
+        seed, val_fraction: share of the images held out, if the data have no held-out part.
         image_size: ignored: images keep their size.
 
     Raises:

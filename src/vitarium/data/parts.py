@@ -1,4 +1,4 @@
-"""Training and held-out parts with numbered classes, made from labelled samples. Data that cannot be trained on are refused here."""
+"""Training and held-out parts with numbered classes, made from labelled samples. Data that cannot be trained on raise DataError."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ VAL_NAMES = ("val", "valid", "validation", "dev", "eval", "test", "testing")
 
 
 class Listing(NamedTuple):
-    """Unopened samples: a locator of each (such as its path), and its class name."""
+    """Unopened samples: a locator (such as a path) and a class name each."""
 
     samples: list[Any]
     labels: list[str]
 
 
 def part_names(names: Iterable[str]) -> tuple[str | None, str | None]:
-    """Return the names of the training and of the held-out part, in any case; None for a part that is not there."""
+    """Return the names of the training and of the held-out part, in any case; None for a missing part."""
     by_lower = {name.lower(): name for name in names}
 
     def first(accepted: Sequence[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""Images without labels, for objectives that need none."""
+"""Images without labels, for objectives that need no labels."""
 
 from __future__ import annotations
 

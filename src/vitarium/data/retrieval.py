@@ -1,4 +1,4 @@
-"""Data for image retrieval: the classes of the training part and those of the searched part are disjoint."""
+"""Data for image retrieval: the training part and the searched part have no common classes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ PICTURES_A_GROUP = 4
 class Groups:
     """Image set whose samples are lists of `size` images of one class, drawn from Python's generator (which the loader seeds).
 
-    Each class has as many groups as its images fill; in a class with fewer images than a group some are repeated.
+    The number of groups of a class is its number of images divided by the size; in a class with fewer images than a group some are
+    repeated.
 
     Args:
         images: single images.

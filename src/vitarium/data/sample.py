@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Sample(dict[str, Any]):
-    """One sample as a mapping of named fields: image, target, views, clip, text, mask, pose, ... A missing field is simply absent."""
+    """One sample as a mapping of named fields: image, target, views, clip, text, mask, pose, ... A missing field has no key."""
 
     def map(self, **functions: Callable[[Any], Any]) -> Sample:
         """Return a sample in which each function was applied to the field of its name, where the sample has it."""

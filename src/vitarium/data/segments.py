@@ -30,7 +30,7 @@ def open_panoptic(spec: str, **options: Any) -> SegmentedData:
 
 
 def open_semantic(spec: str, **options: Any) -> SegmentedData:
-    """Open data with one segment a class and no instances. See `open_segments`."""
+    """Open data with one segment per class and no instances. See `open_segments`."""
     return open_segments(spec, "semantic", **options)
 
 
@@ -47,7 +47,7 @@ def open_segments(spec: str, kind: Kind, *, seed: int = 0, val_fraction: float =
             annotations/; a folder with images/ and masks/ of PNGs and classes.txt. A prefix "coco:" or "masks:" selects the format; options
             follow after a comma: "coco:DIR,broken=drop" skips invalid entries, "masks:DIR,void=0" makes 0 the value of unlabelled pixels.
         kind: "panoptic", "semantic" or "instance".
-        seed, val_fraction: of the validation split, where the data has none.
+        seed, val_fraction: of the validation split, if the data has none.
         image_size: side of rendered images, pixels.
 
     Raises:

@@ -1,4 +1,4 @@
-"""WebDataset shards: tar files with random access, so that order and resuming are as exact as with single files.
+"""WebDataset shards: tar files with random access, so that order and resuming are exact, as with single files.
 
 A sample consists of the files of one shard that share a key, the path up to the first dot: `key.jpg` with `key.cls` (a class number or
 name) or `key.json` (with "label" or "cls"). Headers are read once, when the shards are opened; images when they are accessed.
@@ -76,7 +76,7 @@ def find_shards(path: Path) -> list[Path]:
     """List the .tar files of a folder (and of its train/ and val/), or those of a pattern with {000..009}, {a,b} or *, sorted.
 
     Raises:
-        DataError: there are none, or one that a pattern names is missing.
+        DataError: there are none, or one of a pattern is missing.
     """
     if path.is_dir():
         shards = sorted([*path.glob("*.tar"), *path.glob("*/*.tar")])
@@ -153,7 +153,7 @@ def _index(shard: Path) -> tuple[dict[str, Member], dict[str, Any]]:
 
 
 def _check_end(file: BinaryIO, offset: int, shard: Path) -> None:
-    """Refuse a damaged end: tarfile takes it for the end of the archive, which is made of zeros."""
+    """Raise DataError for a damaged end, which tarfile does not report: it treats it like the zeros that end an archive."""
     file.seek(offset)
     rest = file.read(1 << 16)
     if not rest or rest.strip(b"\0"):

@@ -65,9 +65,9 @@ class Augment(BaseModel):
 
 
 class TrainTransform:
-    """Augment an image: -> float32 (channels, image_size, image_size), normalised. Uses Python's, NumPy's and torch's global generators.
+    """Augment an image to float32 (channels, image_size, image_size), normalised. Uses Python's, NumPy's and torch's global generators.
 
-    A clip -> (channels, frames, image_size, image_size): it starts at a random frame, and all its frames are augmented alike.
+    A clip becomes (channels, frames, image_size, image_size): it starts at a random frame, and all frames get the same augmentation.
     """
 
     def __init__(self, preprocessing: Preprocessing, augment: Augment):

@@ -2,8 +2,8 @@
 
 A machine's speed drifts by tens of percent within minutes, so no arm is timed alone: in each round every arm runs once, in changing order,
 and the result is the median of the rounds' ratios. A second copy of our model runs along; if the ratio to the peer lies inside the spread
-of ours against ours, there is no verdict. Outputs are proven equal before anything is timed. Inference runs after `fuse()`; training does
-not fuse.
+of ours against ours, there is no verdict. Outputs are checked to be equal before anything is timed. Inference runs after `fuse()`; training
+does not fuse.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WRITTEN_OUT = "its equations, written out"
 
 
 class OutputsDiffer(RuntimeError):
-    """Our model and the peer are not the same function; nothing is timed."""
+    """Our model and the peer compute different functions; nothing is timed."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def bench(
     rounds: int = 7,
     threads: int = 1,
 ) -> Iterator[Row]:
-    """Time models, each beside its peer. Yields a row as soon as it is measured.
+    """Time models, each beside its peer, and yield each row when it is measured.
 
     Args:
         models: names: ours, "timm/NAME", "hf/OWNER/NAME" or "hf/./folder"; the last three have no peer.
@@ -156,7 +156,7 @@ def peer_of(family: Family, variant: str) -> str:
 
 @dataclass(frozen=True)
 class Contest:
-    """A model and its peer, on equal weights, with outputs proven equal.
+    """A model and its peer, with equal weights and outputs checked to be equal.
 
     Attributes:
         model, peer_name: their names.
@@ -184,15 +184,12 @@ def prepare(
     device: str = "cpu",
     reference: Callable[[nn.Module], nn.Module | Forward] | None = None,
 ) -> Contest:
-    """Create our model and its peer with the same random weights, without stochastic depth, whose defaults differ.
+    """Create our model and its peer with the same random weights, without stochastic depth (its defaults differ).
 
     Args:
         reference: stands in for a public peer: our model -> the same function computed otherwise, either from our model's weights,
             or as a module with its own weights that it loads into the given model.
-        The others as for `bench`.
-
-    Raises:
-        UsageError: the model is not ours.
+        The others as for `bench`. / Raises: / UsageError: the model is not ours.
         OutputsDiffer: the outputs differ beyond rounding.
     """
     if is_foreign(name):
@@ -243,7 +240,7 @@ def _scattered(model: nn.Module) -> nn.Module:
 
 
 def _difference(ours: nn.Module, peer: nn.Module | Forward, size: int) -> float:
-    """Largest difference of any output, in standard deviations of the peer's."""
+    """Return the largest difference of any output, in standard deviations of the peer's."""
     inputs = example_inputs(ours, 2, size)
     with torch.inference_mode():
         wanted, found = floating(peer(*inputs.values())), floating(call(ours, inputs))
@@ -285,7 +282,7 @@ def measure(
         work = macs / count_macs(yardstick, its_size)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    torch.compiler.reset()  # or many models in one process reach the limit of recompilations and run eagerly
+    torch.compiler.reset()  # otherwise many models in one process reach the recompilation limit and run eagerly
     try:
         times = paired({arm: _call(model, given[arm], kind) for arm, model in arms.items()}, rounds=rounds, device=device_of(inputs))
     finally:
@@ -331,7 +328,7 @@ def _spread(name: str, values: list[float]) -> dict[str, Any]:
 
 
 def _call(model: nn.Module | Forward, inputs: Inputs, kind: Kind) -> Callable[[], Any]:
-    """One call of an arm. A peer may name its arguments otherwise, so they are given in order."""
+    """One call of an arm. Arguments are positional, since a peer may use other names."""
     args, named = tuple(inputs.values()), Inputs()
     if isinstance(model, nn.Module):
         with contextlib.suppress(InputError):
@@ -357,7 +354,7 @@ def _call(model: nn.Module | Forward, inputs: Inputs, kind: Kind) -> Callable[[]
 
 
 def _objective(output: Any) -> Tensor:
-    """A loss for timing: cross entropy of logits (B, classes), else the mean square of every output."""
+    """Return a loss for timing: cross entropy of logits (B, classes), else the mean square of all outputs."""
     if isinstance(output, Tensor) and output.ndim == 2:
         return F.cross_entropy(output, output.new_zeros(len(output), dtype=torch.long))
     return torch.stack([t.float().square().mean() for t in floating(output) if t.requires_grad]).sum()

@@ -2,8 +2,7 @@
 
     profile(model, 224).latency_ms
 
-MACs are half of what torch's flop counter counts in the graph that really runs, fused attention included, so skipped work is measured, not
-assumed.
+MACs are half the count of torch's flop counter on the operations that run, fused attention included, so that skipped work is measured.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from vitarium.errors import UsageError
 from vitarium.nn.modes import evaluating, frozen_parameters
 from vitarium.ops.flops import flop_counter
 
-WARM_UP = 2  # runs before timing, which fill allocators and caches and choose kernels
+WARM_UP = 2  # warm-up runs, which fill allocators and caches and select kernels
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,8 @@ class Profile:
         bytes: size of parameters and buffers in memory.
         macs: multiply-accumulates for one sample.
         latency_ms: milliseconds for one sample at batch 1 (median).
-        throughput: samples a second at the batch asked for (median).
-        peak_memory_mb: most memory that is alive at once in a forward pass at that batch: weights, inputs and activations.
+        throughput: samples per second at the given batch (median).
+        peak_memory_mb: peak memory of a forward pass at that batch: weights, inputs and activations.
     """
 
     params: int
@@ -66,14 +65,14 @@ def profile(
     """Measure a model in evaluation mode, without gradients. Its mode and its device are as before afterwards.
 
     Args:
-        model: any that `vitarium.catalog.calling.example_inputs` knows how to call.
-        image_size: side, or (height, width), in pixels; by default what the model was made for.
+        model: any model that `vitarium.catalog.calling.example_inputs` supports.
+        image_size: side, or (height, width), in pixels; by default the model's native size.
         batch: samples at once, for throughput and memory.
         device: where to measure; the model's own by default.
         runs: timed forward passes at batch 1; a third as many (at least three) at `batch`.
 
     Raises:
-        UsageError: batch or runs below 1, a model on the meta device, which has no time, or one that does not say how it is called.
+        UsageError: batch or runs below 1, a model on the meta device, which cannot be timed, or one whose inputs are unknown.
     """
     if batch < 1 or runs < 1:
         raise UsageError(f"batch and runs must be at least 1, got batch={batch} and runs={runs}")
@@ -110,7 +109,7 @@ def count_macs(model: nn.Module, image_size: int | tuple[int, int] | None = None
     """Return the multiply-accumulates of one sample through the model, as torch counts. Works on the meta device, without arithmetic.
 
     Raises:
-        UsageError: the model does not say how it is called, or cannot be called with the size.
+        UsageError: the model's inputs are unknown, or it does not accept the size.
     """
     with _measured(model), flop_counter() as counter:
         call(model, example_inputs(model, 1, image_size))
@@ -118,10 +117,10 @@ def count_macs(model: nn.Module, image_size: int | tuple[int, int] | None = None
 
 
 def peak_memory(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> int:
-    """Return the bytes that are alive at the worst moment of a forward pass: weights, inputs and activations.
+    """Return the peak memory of a forward pass in bytes: weights, inputs and activations.
 
-    On CUDA it is the allocator's own peak. Elsewhere it is the sum of the tensors that operations create, followed while alive:
-    the same on every system, and without the private scratch space of a kernel.
+    On CUDA it is the allocator's own peak. Elsewhere it is the peak sum of live tensors that operations create, which is equal on every
+    system and excludes kernels' private workspace.
 
     Args:
         model: any module.
@@ -176,7 +175,7 @@ def _measured(model: nn.Module, device: str | torch.device | None = None) -> Ite
     try:
         if device is not None:
             model.to(device)
-        # torch's flop counter fails on a module that gets a parameter without a gradient function
+        # torch's flop counter fails on a module that is passed a parameter without a gradient function
         with frozen_parameters(model), evaluating(model, inference=True):
             yield
     finally:
@@ -195,7 +194,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self._watch(tree_leaves((args, result)))  # arguments too: a module's caches are memory as well
+        self._watch(tree_leaves((args, result)))  # arguments too: caches of a module count as well
         return result
 
     def _watch(self, values: list[Any]) -> None:

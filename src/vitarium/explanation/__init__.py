@@ -9,7 +9,7 @@
 | from_captum.py | explainers of the library captum |
 | faithfulness.py | average drop, increase in confidence, insertion, deletion, ROAD, pointing |
 | heatmap.py | drawings of maps |
-| classifier.py | a classifier's description as plain values, saved with what explains it |
+| classifier.py | a classifier's description as plain values, saved with its explainer |
 
-Each other file is a system of its own.
+Each other file is a system.
 """

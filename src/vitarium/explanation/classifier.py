@@ -1,4 +1,4 @@
-"""Description of a classifier as plain values, from which it is rebuilt; a file saves it with what explains the classifier."""
+"""Description of a classifier as plain values, from which it is rebuilt; it is saved with the classifier's explainer."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def rebuild_classifier(values: Mapping[str, Any] | str, **arguments: Any) -> nn.
         model.spec = ModelSpec(values["name"], given)  # type: ignore[assignment]
     else:
         name = str(values["name"])
-        model = create_model(name if name.startswith("timm/") else name.partition(".")[0], **given)  # the name without a tag of weights
+        model = create_model(name if name.startswith("timm/") else name.partition(".")[0], **given)  # the name without the weights' tag
     if values.get("preprocessing"):
         model.preprocessing = Preprocessing(**values["preprocessing"])  # type: ignore[assignment]
     if values.get("labels"):

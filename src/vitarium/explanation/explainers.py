@@ -1,4 +1,4 @@
-"""Explainers: image and class -> a map of the evidence for the class. The contract and the registry.
+"""Explainers: image and class -> a map of the evidence for the class. The base class and the registry.
 
     explainer = create_explainer("grad_cam", model)          # any classifier
     maps = explainer(image)                                  # (B, H, W) in [0, 1], for the model's own predictions
@@ -49,9 +49,8 @@ class Explainer:
 
     def __call__(self, image: Tensor, target: Target = None) -> Tensor:
         """
-        Args:
-            image: (B, C, H, W), normalised as for the model.
-            target: the class to explain: a number, a name among `model.labels`, or numbers (B,); None: the model's prediction.
+        Compute the maps of a batch. / Args: / image: (B, C, H, W), normalised as for the model. / target: the class to explain: a number, a
+        name among `model.labels`, or numbers (B,); None: the model's prediction.
 
         Returns:
             (B, H, W) in [0, 1]: 1 for the strongest evidence, 0 for the weakest; all 0 for a constant map.

@@ -1,4 +1,4 @@
-"""Drawings of maps: colours of evenly rising lightness, laid over the image at its own resolution.
+"""Drawings of maps: colours of uniformly increasing lightness, drawn over the image at its own resolution.
 
 Notation: H and W are the sides of the model's input in pixels; a map is (H, W) in [0, 1].
 """
@@ -21,7 +21,7 @@ MIN_SIDE, MAX_SIDE = 224, 1024
 """Limits on an overlay's shorter and longer side in pixels: small images are enlarged, large ones reduced."""
 GAP, CAPTION = 8, 18
 GREY = 0.75
-"""Share of grey mixed into the image under the colours, so that its own colours are not taken for evidence."""
+"""Share of grey mixed into the image under the colours, so that its own colours are not mistaken for the map's."""
 FAINTEST, STRONGEST = 0.25, 0.7
 """Share of the map's colour over the image at the values 0 and 1."""
 
@@ -44,7 +44,7 @@ def _table() -> NDArray[np.uint8]:
 
 
 def seen_box(size: tuple[int, int], preprocessing: Preprocessing | None) -> tuple[float, float, float, float]:
-    """Return the left, top, right and lower edge, in pixels of an image of this (width, height), of the square that the model sees."""
+    """Return the left, top, right and lower edge, in pixels of an image of this (width, height), of the model's input square."""
     width, height = size
     if preprocessing is None:
         return 0.0, 0.0, float(width), float(height)

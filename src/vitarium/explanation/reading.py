@@ -1,7 +1,7 @@
-"""Reading feature maps of any classifier in the pass that gives its logits: timm's, transformers', torchvision's, ours, or any module.
+"""Reading feature maps of any classifier in the same forward pass as its logits: timm's, transformers', torchvision's, ours, or any module.
 
-A tap is a place to read: the name of a module, whose output a hook takes during one pass, or the number of a stage if the model returns
-maps itself (`forward_intermediates`, timm's contract). Tokens and channels-last maps are converted to maps (B, C, h, w) of the image.
+A tap is either the name of a module, whose output a hook records during one pass, or the number of a stage if the model returns maps itself
+(`forward_intermediates`, timm's contract). Tokens and channels-last maps are converted to maps (B, C, h, w) of the image.
 
 Notation: B batch, N tokens, C channels, H and W sides of the image in pixels, h and w of a map in cells.
 """

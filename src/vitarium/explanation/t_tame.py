@@ -4,20 +4,21 @@
 IEEE Access 2024). From L feature maps f_i of the classifier (of a ViT: tokens after the first norm of its last blocks, class token dropped)
 
     u_i = ReLU(BN_i(W_i f_i) + f_i)                    1x1 convolution, same channels
-    c   = W [u_1 | resize(u_2) | ... | resize(u_L)]    1x1 convolution to a map a class, at the first map's size (at most 56)
+    c   = W [u_1 | resize(u_2) | ... | resize(u_L)]    1x1 convolution to one map per class, at the first map's size (at most 56)
     a   = sigmoid(c)
 
-In training the image is multiplied by the mask a_y of the class y that the classifier itself predicts, and must stay of that class while
-the masks m become small and smooth:
+In training the image is multiplied by the mask a_y of the class y that the classifier itself predicts, and the prediction must remain that
+class while the masks m become small and smooth:
 
     loss = 1.5 CE(classifier(x * up(a_y)), y) + 2 mean((m + 0.0005)^0.3) + 0.01 TV(m) / (2 B)
 
-No label of the data is used, and nothing of the classifier changes: no weight, no statistic. An explanation is c_k (not a_k), stretched to
-[0, 1] and enlarged to the image.
+No label of the data is used, and neither weights nor batch statistics of the classifier change. An explanation is c_k (not a_k), stretched
+to [0, 1] and enlarged to the image.
 
-Followed: the authors' code (IDT-ITI/T-TAME) with its "new" method and plain drop of the class token. As there, m are by default the maps
-of every image for the labels of the whole batch, (B, B, h, w), so that TV grows with the batch; `masks="diagonal"` takes each image's own.
-Different: Nesterov SGD under one cosine with a linear warm-up in place of OneCycle. Cost: 1 forward pass, and for ViT-B
+Follows the authors' code (IDT-ITI/T-TAME) with its "new" method and plain drop of the class token. As there, m are by default the maps
+of every image for the labels of the whole batch, (B, B, h, w), so that TV grows with the batch; `masks="diagonal"` takes only the map of
+each image's own label.
+Difference: Nesterov SGD with a cosine schedule and linear warm-up in place of OneCycle. Cost: 1 forward pass, and for ViT-B
 0.8 of its 17.5 GMACs on top (4.08 M parameters).
 
 B batch, C channels, H and W sides of the image, h and w of a map.
@@ -47,13 +48,13 @@ from vitarium.training.players import ONLY
 from vitarium.training.settings import Section
 
 MAX_SIDE = 56
-"""Cells of a side of the maps."""
+"""Largest side of the maps, cells."""
 FLOOR, POWER = 0.0005, 0.3
-"""Constants of the area term (m + FLOOR)^POWER, which is steep near 0, so that a mask had rather be empty than faint."""
+"""Constants of the area term (m + FLOOR)^POWER, which is steep near 0 and so favours empty masks over faint ones."""
 
 
 class TameAttention(nn.Module):
-    """Feature maps -> a map a class: [(B, C_i, h_i, w_i)] -> (B, num_classes, h, w), before the sigmoid.
+    """Feature maps to one map per class: [(B, C_i, h_i, w_i)] -> (B, num_classes, h, w), before the sigmoid.
 
     Args:
         channels: C_i of each feature map.
@@ -73,7 +74,7 @@ class TameAttention(nn.Module):
 
 
 def official(state: State) -> State:
-    """The authors' Lightning checkpoint: attention module and frozen torchvision classifier (its ViT, VGG or ResNet) -> our names."""
+    """Rename the authors' Lightning checkpoint: attention module and frozen torchvision classifier (ViT, VGG or ResNet)."""
     vit = rename(
         (r"^generic\.attn_mech\.(?:1\.)?", "attention."),
         (r"^generic\.body\.class_token$", "classifier.cls_token"),
@@ -103,7 +104,7 @@ def official(state: State) -> State:
 
 
 def _torchvision(name: str) -> dict[str, Any]:
-    """timm's twin of a torchvision classifier, with torchvision's preparation of images."""
+    """timm's equivalent of a torchvision classifier, with torchvision's preprocessing."""
     return {"name": name, "preprocessing": {"image_size": 224, "interpolation": "bilinear", "crop_pct": 0.875}}
 
 
@@ -118,19 +119,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @family("t_tame", variants=VARIANTS, official=official, learner="t_tame")
 class TTAME(nn.Module):
-    """A frozen classifier with its attention module. As a module it is the classifier: image (B, C, H, W) -> logits (B, num_classes).
+    """A frozen classifier with its attention module. Called as a module it returns the classifier's output: image (B, C, H, W) -> logits
+    (B, num_classes).
 
-    `TTAME.over(model)` puts one on a classifier that is there; `vitarium train t_tame --data D --model FILE_OR_NAME` trains it.
+    `TTAME.over(model)` adds one to an existing classifier; `vitarium train t_tame --data D --model FILE_OR_NAME` trains it.
 
     Args:
         classifier: a model's name, a description (`describe_classifier`), or the classifier itself.
-        taps: where its feature maps are read: modules' names, or numbers of stages; None: `find_taps` finds them.
-        channels: of the maps there, and then no pass is needed to find them; None: by a pass over an example.
+        taps: where feature maps are read: names of modules, or numbers of stages; None: the result of `find_taps`.
+        channels: channels of these maps; None: found by a forward pass of an example.
         num_classes, image_size: of a classifier that is built here.
 
     Raises:
-        UsageError: the classifier has no classes, or has no such taps.
-        UnsupportedModel: nowhere in it is a map.
+        UsageError: the classifier has no classes, or has no such taps. / UnsupportedModel: no module of it returns a map.
     """
 
     def __init__(
@@ -155,7 +156,7 @@ class TTAME(nn.Module):
         self.attention = TameAttention(channels, self.num_classes).to(next(self.classifier.parameters()).dtype)
 
     def _look(self) -> tuple[int, list[int]]:
-        """Classes, and channels of the maps at the taps."""
+        """Return the number of classes, and the channels of the maps at the taps."""
         image = example_image(self.classifier, 2)
         with evaluating(self.classifier):
             logits, maps = read_maps(self.classifier, image, self.taps)
@@ -170,7 +171,8 @@ class TTAME(nn.Module):
 
     @classmethod
     def over(cls, classifier: nn.Module, *, taps: Sequence[Tap] | None = None) -> TTAME:
-        """The same classifier object with a fresh attention module. It can be saved if `create_model` or `load` made the classifier."""
+        """Wrap this classifier object with a new attention module. The result can be saved if the classifier is from `create_model` or
+        `load`."""
         model = cls(classifier, taps=taps).to(next(classifier.parameters()).device)
         if getattr(classifier, "spec", None) is not None:
             channels = [conv.in_channels for conv in model.attention.convs]
@@ -180,11 +182,11 @@ class TTAME(nn.Module):
 
     @property
     def explained(self) -> nn.Module:
-        """The classifier, for explainers that know nothing of the attention module."""
+        """The classifier, for explainers that do not use the attention module."""
         return self.classifier
 
     def train(self, mode: bool = True) -> TTAME:
-        """The attention module learns; the classifier stays in eval mode, its statistics as they are."""
+        """Set the training mode of the attention module; the classifier stays in eval mode."""
         super().train(mode)
         self.classifier.eval()
         return self
@@ -193,28 +195,29 @@ class TTAME(nn.Module):
         return logits_of(self.classifier, self.classifier(image))
 
     def maps(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Image (B, C, H, W) -> the classifier's logits (B, num_classes), and c (B, num_classes, h, w): one pass."""
+        """Return the classifier's logits (B, num_classes) of images (B, C, H, W), and c (B, num_classes, h, w), in one pass."""
         with torch.no_grad():
             logits, features = read_maps(self.classifier, image, self.taps)
         return logits, self.attention(features)
 
     def enlarged(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
-        """Maps (B, h, w) -> (B, H, W), each cell over the pixels that it was computed from."""
+        """Enlarge maps (B, h, w) to (B, H, W), each cell over the pixels that it was computed from."""
         return to_pixels(maps, size, covered(self.classifier, self.taps[0], (maps.shape[1], maps.shape[2]), size))
 
 
 def pick(maps: Tensor, classes: Tensor) -> Tensor:
-    """Maps (B, num_classes, h, w) -> of each image that of its class, (B, h, w)."""
+    """Select from maps (B, num_classes, h, w) that of each image's class, (B, h, w)."""
     return maps[torch.arange(len(maps), device=maps.device), classes]
 
 
 def area(masks: Tensor) -> Tensor:
-    """Mean of (m + 0.0005)^0.3 over masks of any shape, in [0, 1]; a scalar."""
+    """Return the mean of (m + 0.0005)^0.3 over masks of any shape, in [0, 1]; a scalar."""
     return (masks + FLOOR).pow(POWER).mean()
 
 
 def variation(masks: Tensor) -> Tensor:
-    """Squared differences of neighbours, and 0.3 of the squares on the four edges, of masks (B, ..., h, w), over 2 B; a scalar."""
+    """Return the squared differences of neighbours, and 0.3 of the squares on the four edges, of masks (B, ..., h, w), over 2 B; a
+    scalar."""
     inside = masks.diff(dim=-2).square().sum() + masks.diff(dim=-1).square().sum()
     edges = sum(edge.square().sum() for edge in (masks[..., 0, :], masks[..., -1, :], masks[..., :, 0], masks[..., :, -1]))
     return (inside + 0.3 * edges) / (2 * len(masks))
@@ -222,7 +225,7 @@ def variation(masks: Tensor) -> Tensor:
 
 @explainer("t_tame")
 class TTAMEExplainer(Explainer):
-    """The maps of a trained attention module: one forward pass, whatever the class.
+    """Maps of a trained attention module, from one forward pass for any class.
 
     Raises:
         UsageError: the model has no attention module.
@@ -249,14 +252,14 @@ class TTAMEExplainer(Explainer):
 
 @learner("t_tame", task="explain")
 class TTAMELearner(Learner):
-    """Masks that keep a frozen classifier's own predictions. Labels of the data are not looked at.
+    """Learn masks that preserve a frozen classifier's own predictions. Labels of the data are not used.
 
-    Metrics, on held-out images (percent): average drop (lower is better) and increase in confidence of the class where only the largest
-    100, 50 or 15 % of its map are kept.
+    Metrics, on held-out images (percent): average drop (lower is better) and increase in confidence of the class if only the largest 100,
+    50 or 15 % of its map are kept.
     """
 
     class Settings(Section):
-        """Weights of the terms; which masks the area and variation terms look at; where the classifier is read (None: `find_taps`)."""
+        """Settings: weights of the terms, the masks that the area and variation terms use, and the taps (None: `find_taps`)."""
 
         cross_entropy: float = 1.5
         area: float = 2.0
@@ -268,7 +271,7 @@ class TTAMELearner(Learner):
     def create(
         cls, name: str | nn.Module, data: Any, recipe: Any, *, pretrained: bool = False, checkpoint: str | None = None
     ) -> TTAMELearner:
-        """Make the learner over a trained classifier, whose image size it takes.
+        """Create the learner for a trained classifier, with the classifier's image size.
 
         Args:
             name: a classifier; a file of `vitarium.save`; or a model's name with `pretrained` or `checkpoint`.
@@ -292,7 +295,8 @@ class TTAMELearner(Learner):
         return cls(model if isinstance(model, TTAME) else TTAME.over(model, taps=settings.taps), settings)
 
     def first_pass(self, batch: dict[str, Any], player: str = ONLY) -> dict[str, Any]:
-        """Adds the maps a (B, num_classes, h, w) as "maps", and the predicted classes (B,) as "label"; "image" is weighted by its map."""
+        """Return the batch with the maps a (B, num_classes, h, w) as "maps", the predicted classes (B,) as "label", and "image" times its
+        map."""
         image, model = batch["image"], self.model
         logits, c = model.maps(image)  # type: ignore[operator]
         label, a = logits.argmax(dim=1), c.sigmoid()
@@ -300,7 +304,7 @@ class TTAMELearner(Learner):
         return {**batch, "image": image * mask[:, None], "maps": a, "label": label}
 
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The second pass: on the batch of `first_pass`."""
+        """Return the loss terms of the second pass; `batch` is the result of `first_pass`."""
         s, a, label = self.settings, batch["maps"], batch["label"]
         masks = a[:, label] if s.masks == "random" else pick(a, label)[:, None]
         terms = {

@@ -1,4 +1,4 @@
-"""Explanation: a label, and the map of the places that it rests on. For models that explain themselves."""
+"""Explanation: a label and a map of the evidence for it, for models with built-in explanations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @task("explain")
 class Explain(Task):
-    """Show which places of an image a classifier's own prediction rests on. Labels of the data are not used.
+    """Map the evidence in an image for a classifier's own prediction. Labels of the data are not used.
 
     The model has `own_maps`: images (B, C, H, W) -> maps (B, H, W) in [0, 1], predicted classes (B,) and probabilities (B,).
     Metrics, in percent: average drop (lower is better) and increase in confidence of the class when only the largest 100, 50 or 15 % of its
@@ -32,7 +32,7 @@ class Explain(Task):
         return Metric("average_drop_50", "min")
 
     def metrics(self, model: nn.Module) -> Any:
-        """average_drop_V and increase_V, V in 100, 50, 15 % of the map."""
+        """Return average_drop_V and increase_V, V in 100, 50, 15 % of the map."""
         from torchmetrics import MeanMetric
 
         from vitarium.explanation.faithfulness import SHARES
@@ -57,10 +57,10 @@ class Explain(Task):
         """Return maps (B, H, W) in [0, 1] of the predictions, their classes (B,) and probabilities (B,).
 
         Raises:
-            InputError: the model does not explain itself.
+            InputError: the model has no `own_maps`.
         """
         if not hasattr(model, "own_maps"):
-            raise InputError(f"the task explain needs a model that explains itself (a TTAME), got a {type(model).__name__}")
+            raise InputError(f"the task explain needs a model with built-in explanations (a TTAME), got a {type(model).__name__}")
         return model.own_maps(image)
 
     def answers(self, model: Any, batch: Batch, *, limit: int = 5) -> list[dict[str, Any]]:
@@ -77,7 +77,7 @@ class Explain(Task):
         return overlay(image, answer["_map"], answer["_preprocessing"])
 
     def sheets(self, model: Any, batch: Batch) -> dict[str, Image.Image]:
-        """Draw "explained": held-out images under their maps."""
+        """Draw "explained": held-out images overlaid with their maps."""
         from vitarium.explanation.heatmap import grid_of, overlay_on_input
 
         image = batch["image"][:8]

@@ -21,9 +21,9 @@ from vitarium.ops.token_tree import TokenTree, grow_tree
 class TreeOfTokens(Explainer):
     """Map of the weakest edge between each patch and the root of the dependency tree.
 
-    A model with `dependency_trees` (DependencyViT, whose tokens depend on those they send to) supplies the trees. For any other plain
-    vision transformer they are grown from attention averaged over heads and blocks: a token depends on the tokens it attends to. Trees do
-    not depend on a class. `vitarium explain` draws the tree over the image, with the largest branches in colours.
+    A model with `dependency_trees` (DependencyViT, in which a token depends on the tokens that it sends to) supplies the trees. For any
+    other plain vision transformer they are built from attention averaged over heads and blocks: a token depends on the tokens it attends
+    to. Trees do not depend on a class. `vitarium explain` draws the tree over the image, with the largest branches in colours.
 
     Args:
         model: a plain vision transformer that keeps all its tokens, or a model with `dependency_trees`.

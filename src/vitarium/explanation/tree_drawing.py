@@ -13,7 +13,7 @@ from vitarium.ops.token_tree import Ints, TokenTree
 COLOURS = ((255, 170, 40), (60, 190, 255), (90, 215, 120), (255, 105, 150), (190, 140, 255), (245, 230, 80), (60, 220, 200), (255, 130, 90))
 """Colours of the largest parts; all further parts are grey."""
 SMALLEST_PART = 3
-"""Number of patches from which a part has a colour of its own."""
+"""Least number of patches of a part with its own colour."""
 OTHERS = (190, 190, 190)
 SHADE = (20, 20, 24)
 """Colour of the outlines of lines and dots."""
@@ -29,7 +29,7 @@ def draw_tree(tree: TokenTree, image: Image.Image, box: tuple[float, float, floa
     Args:
         tree: over the patches of the model's input.
         image: any size and mode.
-        box: left, top, right and lower edge, in pixels, of the part of the image that the model saw; None: all of it. The rest is dark.
+        box: left, top, right and lower edge, in pixels, of the model's input in the image; None: the whole image. The rest is dark.
 
     Returns:
         an RGB image of the same aspect ratio, its shorter side 672 pixels unless the longer side would exceed 1600.

@@ -1,7 +1,7 @@
 """Image generation: denoisers and their samplers, next-scale prediction, restoration.
 
-All models that generate images by class keep one contract, `Generator`, on which `vitarium generate`, the grids drawn during training, and
-the Fréchet distance rely.
+All models that generate images by class implement one interface, `Generator`, which `vitarium generate`, the grids drawn during training,
+and the Fréchet distance use.
 """
 
 from __future__ import annotations

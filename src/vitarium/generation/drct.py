@@ -1,6 +1,6 @@
 """DRCT: dense residuals for super-resolution (Hsu et al., "Saving Image Super-resolution away from Information Bottleneck", 2024).
 
-In chains of Swin blocks the features lose information towards the end of the network. Here each block of a group reads all features that
+In chains of Swin blocks the features lose information towards the end of the network. Here each block of a group takes all features that
 the group has computed, and adds only a few channels to them; the group ends in a residual.
 
     x_i = lrelu(A_i swin_i([x, x_1, ..., x_{i-1}]))     i = 1 .. 4, growth g channels each; blocks 2 and 4 on the shifted grid of windows
@@ -172,7 +172,7 @@ class DenseBlock(nn.Module):
 
 
 class DenseGroup(nn.Module):
-    """Five dense blocks around a residual: (B N, C) in the order of the unshifted grid -> the same shape."""
+    """Five dense blocks with a residual connection: (B N, C) in the order of the unshifted grid -> the same shape."""
 
     def __init__(self, dim: int, growth: int, num_heads: int, window_size: int, mlp_ratio: float, qkv_bias: bool, drop_path: float):
         super().__init__()
@@ -249,8 +249,8 @@ class DRCT(Restorer):
         scale: 2, 4, 8 ... or 3.
         embed_dim: number of channels C between the groups.
         growth: number of channels that a block adds inside a group.
-        depths: one number per group; as in the authors' code it only sets stochastic depth (group k has the rate of block sum(depths[:k])
-            of a linear rise).
+        depths: one number per group; as in the authors' code it affects only stochastic depth (group k has the rate of block
+            sum(depths[:k]) of a linear rise).
         num_heads: requested number of heads; a block of width c has num_heads - c mod num_heads of them.
         window_size: side M of a window, tokens; even, because the grid is shifted by half of it.
         mlp_ratio: hidden channels of the first three MLPs of a group over their width.
@@ -353,11 +353,11 @@ class DRCT(Restorer):
 
     @torch.no_grad()
     def start_as_interpolation(self) -> None:
-        """Set some weights in place so that the model begins as quadratic interpolation of its input, which a short training then need not
-        learn. Not in the authors' code.
+        """Set some weights in place so that the initial model is a quadratic interpolation of its input, so that a short training need not
+        learn it. Not in the authors' code.
 
-        The first channels carry the image past the groups, once with either sign so that the leaky ReLU passes it; the last convolution
-        reads only those. All weights remain trainable.
+        The first channels pass the image around the groups, with both signs so that it survives the leaky ReLU; the last convolution
+        initially uses only those. All weights remain trainable.
         """
         chans = self.in_chans
         for conv in (self.conv_first, self.conv_after_body, self.conv_before_upsample, self.conv_last):

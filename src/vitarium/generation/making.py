@@ -1,4 +1,4 @@
-"""Make many images with a generator, in batches, on one process or several."""
+"""Generation of many images in batches, in one process or several."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def make_images(
     progress: Callable[[int, int], Any] = lambda done, total: None,
     **options: Any,
 ) -> Tensor:
-    """Return an image of each class, (N, C, H, W) float32 in [0, 1], on the CPU.
+    """Return one image for each label, (N, C, H, W) float32 in [0, 1], on the CPU.
 
     Image i depends on the seed and i alone: neither batch_size nor the engine changes it (by more than 1e-5).
 
     Args:
         model: a `Generator`; with `image` and `mask` among the options an `Editor`.
-        labels: class numbers, one an image.
-        seed: of all randomness.
+        labels: class numbers, one per image.
+        seed: of all random numbers.
         batch_size: images at once.
         engine, parts, identity, progress: as for `engine.map_images`.
         options: of the model's `generate` (or `edit`).
 
     Raises:
-        UsageError: an option that the model does not have, or a value that it cannot take.
+        UsageError: an option that the model does not have, or a value that it does not accept.
     """
     items = list(enumerate(labels))
     values = map_images(

@@ -1,4 +1,4 @@
-"""Random numbers of images: each image has a stream of its own, so that it does not depend on the batch that it is made in."""
+"""Random numbers of generated images: each image has its own stream, so that it does not depend on its batch."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ WORD = 2**64
 
 
 class ImageNoise:
-    """Streams of random numbers, one an image, keyed by (seed, number of the image).
+    """Streams of random numbers, one per image, keyed by (seed, image number).
 
-    They are drawn on the CPU with the counter-based generator Philox (Salmon et al. 2011), whose key holds both numbers whole: the same
-    image gets the same numbers in every batch, on every device and in every process.
+    They are drawn on the CPU with the counter-based generator Philox (Salmon et al. 2011), whose key contains both numbers in full: the
+    same image gets the same numbers in every batch, on every device and in every process.
 
     Args:
         seed: of all images, 0 or more.
-        indices: numbers of the images (B,) in a longer list, 0 or more; those of one image are the same wherever it is made.
+        indices: numbers of the images (B,) in a longer list, 0 or more; an image number always gets the same stream.
 
     Raises:
         UsageError: a negative seed or number.
@@ -41,19 +41,19 @@ class ImageNoise:
         return len(self.streams)
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normal numbers (B, *shape), float32."""
+        """Return standard normal numbers (B, *shape), float32."""
         return self._drawn(lambda stream: stream.standard_normal(shape, dtype=np.float32))
 
     def uniform(self, *shape: int) -> Tensor:
-        """Uniform numbers (B, *shape) in [0, 1), float64."""
+        """Return uniform numbers (B, *shape) in [0, 1), float64."""
         return self._drawn(lambda stream: stream.random(shape))
 
     def exponential(self, *shape: int) -> Tensor:
-        """Standard exponential numbers (B, *shape), float32."""
+        """Return standard exponential numbers (B, *shape), float32."""
         return self._drawn(lambda stream: stream.standard_exponential(shape, dtype=np.float32))
 
     def torch_generators(self) -> list[torch.Generator]:
-        """Generators of PyTorch, one an image, as diffusers' schedulers take them; they start from the streams' next numbers."""
+        """Return PyTorch generators, one per image, for diffusers' schedulers; they are seeded from the streams' next numbers."""
         return [torch.Generator().manual_seed(int(stream.integers(2**63))) for stream in self.streams]
 
     def _drawn(self, draw: Callable[[np.random.Generator], Any]) -> Tensor:
@@ -61,13 +61,13 @@ class ImageNoise:
 
 
 def numbered(labels: Tensor, indices: Tensor | None) -> Tensor:
-    """Return the numbers (B,) of the images of a batch: `indices`, or 0, 1, ... where they are not given.
+    """Return the numbers (B,) of the images of a batch: `indices`, or by default 0, 1, ....
 
     Raises:
-        UsageError: not one number a label.
+        UsageError: the count of indices differs from that of labels.
     """
     if indices is None:
         return torch.arange(len(labels))
     if indices.shape != labels.shape:
-        raise UsageError(f"indices must hold one number an image, {tuple(labels.shape)}; got {tuple(indices.shape)}")
+        raise UsageError(f"indices must hold one number per image, {tuple(labels.shape)}; got {tuple(indices.shape)}")
     return indices

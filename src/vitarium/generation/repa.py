@@ -1,12 +1,12 @@
 """REPA: representation alignment of a denoiser's early block with a frozen encoder, for faster training (Yu et al., "Representation
 Alignment for Generation: Training Diffusion Transformers Is Easier Than You Think", 2025).
 
-The idea: SiT is trained by a flow (t is the amount of noise: 0 data, 1 noise) with one more term. After block k, an MLP maps each noisy
+SiT is trained by a flow (t is the amount of noise: 0 data, 1 noise) with one more term. After block k, an MLP maps each noisy
 token to the features of a frozen self-supervised encoder at the same position of the clean image:
 
     loss = |v(x_t, t) - (noise - x)|^2 - coefficient * mean over tokens of cos(MLP(h_k), encoder(x))
 
-Sampling costs nothing more: the MLP is a side branch, stored in the checkpoint only.
+Sampling has no extra cost: the MLP is a side branch, stored in the checkpoint only.
 
 Follows the authors' code (sihyun-yu/REPA), whose checkpoints load by name. `Alignment` adds the same term to any denoiser with any frozen
 encoder; the learner uses it for models without projectors.
@@ -140,12 +140,12 @@ class REPALearner(DiffusionLearner):
 
     Args:
         model: a `REPA`, or another `Denoiser`, whose projectors belong to the learner and are not saved with the model.
-        settings: see there.
+        settings: see `Settings`.
         encoders: the frozen encoders; None: opened by the names in the settings at the first loss.
     """
 
     class Settings(DiffusionLearner.Settings):
-        """Settings of the learner "diffusion", and
+        """Settings of the learner "diffusion", and of alignment.
 
         Args:
             encoders: targets of alignment: names of models with published weights, files of `vitarium.save`, or "recipe:NAME": a
@@ -220,7 +220,7 @@ def default_block(model: nn.Module) -> str:
 
 
 def train_encoder(recipe_name: str, data: ImageData, seed: int, *, model: str | None = None) -> Encoder:
-    """Train a classifier by a recipe on the same images, as an encoder. The same seed gives the same one.
+    """Train a classifier by a recipe on the same images, as an encoder. The result is determined by the seed.
 
     Raises:
         UsageError: unknown recipe, or one without a model if none is given.

@@ -1,4 +1,4 @@
-"""Tasks of generators: make images of classes, and encode images into codes and back."""
+"""Tasks of generators: generate images of classes, and encode images into codes and back."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ COLUMNS, ROWS = 10, 4
 
 @task("generate")
 class Generate(Task):
-    """Make images of given classes. Target: int64 (), the class of a real image. The model is a `vitarium.generation.Generator`.
+    """Generate images of given classes. Target: int64 (), the class of a real image. The model is a `vitarium.generation.Generator`.
 
     Args:
         judge: feature extractor of the Fréchet distance: "pixels" (8x8 grey levels), a model's name, or a file.
-        samples: images that are generated for the Fréchet distance at an evaluation, in each process; 0: it is left out.
+        samples: images that are generated for the Fréchet distance at an evaluation, in each process; 0: no distance.
     """
 
     judge: str = "pixels"
@@ -35,7 +35,7 @@ class Generate(Task):
     usage = "vitarium generate {file}"
     no_answer = "'vitarium generate FILE' makes images with it"
     conditions = True
-    mergeable = False  # a part would not know how many images the others have generated
+    mergeable = False  # a part has no count of the images that the other parts generate
 
     @property
     def primary(self) -> Metric:
@@ -45,12 +45,12 @@ class Generate(Task):
         """Renumber the data's classes by their names, for a model that takes classes.
 
         Raises:
-            DataError: a class that the model does not know.
+            DataError: a class that the model does not have.
         """
         return match_classes(model, data, lambda numbers: numbers.__getitem__) if getattr(model, "num_classes", 0) else data
 
     def metrics(self, model: nn.Module) -> Any:
-        """frechet: the Fréchet distance of generated images to held-out ones of the same classes, in features of `judge`."""
+        """Return frechet, the Fréchet distance of generated images to held-out ones of the same classes, in features of `judge`."""
         if not self.samples:
             return nn.ModuleDict()
         from vitarium.generation.frechet import FrechetDistance, extractor
@@ -66,7 +66,7 @@ class Generate(Task):
         return {name: metric.compute().item() for name, metric in metrics.items()}
 
     def sheets(self, model: Any, batch: Batch) -> dict[str, Image.Image]:
-        """Draw "samples": a column a class (the first ten), four images each, always from the same noise."""
+        """Draw "samples", one column per class (the first ten) of four images, always from the same noise."""
         from vitarium.generation.pictures import grid
 
         columns = max(1, min(int(model.num_classes), COLUMNS))
@@ -85,7 +85,7 @@ class Autoencode(Task):
         return Metric("psnr", "max", "dB")
 
     def metrics(self, model: Any) -> Any:
-        """psnr (decibels), and usage: the share of the codes that at least one image uses."""
+        """Return psnr (decibels) and usage, the share of the codes that at least one image uses."""
         from torchmetrics import Metric as Accumulator
         from torchmetrics.image import PeakSignalNoiseRatio
 
@@ -113,7 +113,7 @@ class Autoencode(Task):
         return {name: metric.compute().tolist() for name, metric in metrics.items()}
 
     def answers(self, model: Any, batch: Batch, *, limit: int = 5) -> list[dict[str, Any]]:
-        """Return the codes of each image, a list a scale, and the psnr (decibels) of the decoded image."""
+        """Return the codes of each image, one list per scale, and the psnr (decibels) of the decoded image."""
         codes = model.encode(batch["image"])
         made = model.decode(codes)
         psnr = -10 * ((made - batch["image"]) / 2).square().mean((1, 2, 3)).log10()

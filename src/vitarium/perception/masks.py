@@ -187,7 +187,7 @@ def boxes_of(masks: Tensor) -> Tensor:
 class Segmenter(nn.Module):
     """Base of segmentation networks: image (B, in_chans, H, W) -> {"logits" (B, L, K + 1), "masks" (B, L, h, w), ...}.
 
-    Subclasses define `probabilities` and `panoptic`, on which the predictions for images rest.
+    Subclasses define `probabilities` and `panoptic`, which the predictions for images use.
 
     Args:
         num_classes: K.
@@ -212,7 +212,7 @@ class Segmenter(nn.Module):
             raise UsageError(f"things are numbers of the {num_classes} classes (0 to {num_classes - 1}), got {wrong[:5]}")
 
     def check_image(self, image: Tensor) -> None:
-        """Refuse invalid input; see `Backbone.check_image`."""
+        """Raise for invalid input; see `Backbone.check_image`."""
         Backbone.check_image(self, image)  # type: ignore[arg-type]
 
     def fuse(self) -> Segmenter:

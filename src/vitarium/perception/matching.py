@@ -46,7 +46,8 @@ def softmax_class_cost(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def focal_class_cost(logits: Tensor, labels: Tensor, *, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """Return the focal loss of the target's class as positive minus as negative: (L, K) logits, (n,) -> (L, n). Source: Deformable DETR."""
+    """Return the focal loss with the target's class as a positive minus that as a negative: (L, K) logits, (n,) -> (L, n). Source:
+    Deformable DETR."""
     p = logits.sigmoid()[:, labels]
     yes = alpha * (1 - p) ** gamma * -(p + 1e-8).log()
     no = (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()

@@ -58,7 +58,7 @@ def feature_maps(backbone: nn.Module, image: Tensor, levels: int = 4) -> list[Te
 
 
 def same_batch_norm(module: nn.Module, *, eps: float, momentum: float) -> None:
-    """Set momentum and epsilon of all batch norms below `module`, in place; segmentation codes change those of their backbones."""
+    """Set momentum and epsilon of all batch norms in `module`, in place; segmentation codebases change those of their backbones."""
     for part in module.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
             part.eps, part.momentum = eps, momentum

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vitarium.training.recipe import Recipe
 
 SHOWN = 4
-"""Images of a sheet."""
+"""Number of images on a sheet."""
 
 PRIMARY = {"panoptic": "pq", "semantic": "miou", "instance": "ap50"}
 
@@ -42,7 +42,7 @@ class Segment(Task):
     have the image's own size. The model is a `Segmenter`.
 
     Args:
-        kind: "panoptic": things one by one, stuff by class; "semantic": one segment a class; "instance": things only.
+        kind: "panoptic": one segment per thing and per class of stuff; "semantic": one segment per class; "instance": things only.
     """
 
     kind: Literal["panoptic", "semantic", "instance"] = "panoptic"
@@ -63,7 +63,7 @@ class Segment(Task):
         """Renumber the segments' classes by their names.
 
         Raises:
-            DataError: a class that the model does not know.
+            DataError: a class that the model does not have.
         """
 
         def renumber(numbers: list[int]) -> Callable[[Any], Any]:
@@ -77,7 +77,7 @@ class Segment(Task):
         return replace(matched, things=tuple(i for i, name in enumerate(matched.classes) if name in things))  # type: ignore[call-arg]
 
     def transform(self, model: nn.Module) -> Callable[..., Any]:
-        """Whole images in a square; segments at the image's own size."""
+        """Return the transform of evaluation: whole images in a square, segments at the image's own size."""
         return FitTransform(preprocessing_of(model), square=True)
 
     @staticmethod
@@ -95,7 +95,7 @@ class Segment(Task):
     # ---- metrics
 
     def metrics(self, model: Any) -> Any:
-        """See `SegmentationMetrics`."""
+        """Return `SegmentationMetrics`."""
         from vitarium.perception.metrics import SegmentationMetrics
 
         return SegmentationMetrics(model.num_classes, model.things)
@@ -114,7 +114,7 @@ class Segment(Task):
             )
 
     def summary(self, metrics: Any, model: Any) -> dict[str, Any]:
-        """Return the metrics with the names of the classes."""
+        """Return the metrics, with class names."""
         found = metrics.compute()
         labels = model.labels or [str(c) for c in range(model.num_classes)]
         found["pq_of_class"] = {labels[int(c)]: value for c, value in found["pq_of_class"].items()}
@@ -140,7 +140,7 @@ class Segment(Task):
         return overlay(image, answer["_map"], names)
 
     def sheets(self, model: Any, batch: Batch) -> dict[str, Image.Image]:
-        """Draw "segments": a row an image: the image, its true segments, and the model's."""
+        """Draw "segments", one row per image: the image, its true segments, and the model's."""
         some = first_of(batch, SHOWN)
         rows = []
         for target, tensor, (classes, masks) in zip(some["target"], some["image"], segment_probabilities(model, some), strict=True):
@@ -152,7 +152,7 @@ class Segment(Task):
 
 
 def segment_probabilities(model: Any, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-    """Return probabilities of classes (L, K) and masks (L, H, W) of each image of a batch, at its own size."""
+    """Return class probabilities (L, K) and masks (L, H, W) for each image of a batch, at its own size."""
     found = model(batch["image"])
     pairs = []
     for target, logits, masks in zip(batch["target"], found["logits"].float(), found["masks"].float(), strict=True):
@@ -199,7 +199,7 @@ def image_of(model: nn.Module, tensor: Tensor, target: dict[str, Tensor]) -> Ima
 
 
 class SegmentationLearner(Learner):
-    """Base of the learners of a `Segmenter`; targets as of `Segment`, in training at the input's size."""
+    """Base of the learners of a `Segmenter`; targets are those of `Segment`, in training at the input's size."""
 
     class Settings(Section):
         """Settings of every segmenter.
@@ -229,7 +229,7 @@ class SegmentationLearner(Learner):
         super().__init__(model, settings)
 
     def transform(self, augment: Augment | None) -> Callable[..., Any]:
-        """Whole images in a square; in training scaled and flipped.
+        """Return the transform: whole images in a square; in training scaled and flipped.
 
         Raises:
             UsageError: an augmentation that would move the image away from its segments.

@@ -114,7 +114,7 @@ def frost(x: Array, s: int, rng: np.random.Generator, k: float) -> Array:
     photographs = frost_photographs()
     if not photographs:
         raise MissingExtra("frost needs the photographs of the package imagecorruptions: pip install 'vitarium[corruptions]'")
-    layer = _frost(photographs[rng.integers(5)], k)  # the benchmark never uses the sixth
+    layer = _frost(photographs[rng.integers(5)], k)  # the benchmark does not use the sixth photograph
     height, width = x.shape[:2]
     if layer.shape[0] <= height or layer.shape[1] <= width:
         grow = 1.1 * max(height / layer.shape[0], width / layer.shape[1])
@@ -133,7 +133,7 @@ def fog(x: Array, s: int, rng: np.random.Generator, k: float) -> Array:
 
 
 def brightness(x: Array, s: int, rng: np.random.Generator, k: float) -> Array:
-    """Brightness: HSV's value is raised, hue and saturation stay."""
+    """Brightness: the value channel of HSV is raised; hue and saturation are unchanged."""
     value = x.max(-1, keepdims=True)
     brighter = (value + (0.1, 0.2, 0.3, 0.4, 0.5)[s]).clip(0, 1)
     return np.where(value > 0, x * (brighter / np.where(value > 0, value, 1)), brighter)

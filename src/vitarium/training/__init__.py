@@ -1,4 +1,4 @@
-"""Training: the loop, the learners' contract, recipes and the state of a run.
+"""Training: the loop, the base class of learners, recipes and the state of a run.
 
 recipe = load_recipe("pico", ["budget.steps=500"])
 data = open_data("digits")

@@ -21,9 +21,9 @@ def build_model(
     """Build a model for the data's classes; its random weights depend on the recipe's seed alone.
 
     Args:
-        name: of the model; a model that exists already is returned as it is, after `checkpoint` was loaded.
-        data: for the number and the names of the classes, where it has any.
-        recipe: for the seed, the image size and the model's arguments.
+        name: name of the model, or a model, which is returned after `checkpoint` was loaded into it.
+        data: gives the number and the names of the classes, if it has any.
+        recipe: gives the seed, the image size and the model's arguments.
         pretrained, checkpoint: initial weights.
         arguments: further constructor arguments; the recipe's take precedence.
 

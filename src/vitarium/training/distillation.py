@@ -5,12 +5,12 @@
 
 The record of one image in one epoch has 4 + 4 K bytes: the seed of its augmentation (int32), and the K most probable classes (int16)
 with their probabilities (float16). The loader seeds the generators of each sample from recipe seed, epoch and image index alone; the
-record's seed is the first number drawn from them, and all augmentation is drawn from that seed. So a student's batch finds its records
-by (image, seed), whatever the order, the workers and the processes, and sees the teacher's pixels.
+record's seed is the first number drawn from them, and all augmentation is drawn from that seed. So the records of a student's batch are
+found by (image, seed), for any order and any number of workers and processes, and student and teacher get the same pixels.
 
     target = stored probability for the K classes, (1 - their sum) / (classes - K) for each of the others;  loss = cross entropy with it
 
-No true label is used, and no temperature. Mixing of images is refused: its pairs depend on batches, which a store does not record.
+No true label is used, and no temperature. Mixing of images is not supported: its pairs depend on batches, which a store does not record.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def replayed_batch(samples: list[tuple[Tensor, Any]]) -> Batch:
 
 
 class LogitStore:
-    """A folder of a teacher's answers: store.json, and an array of records for each epoch. A copy or pickle opens the folder again.
+    """A folder of a teacher's probabilities: store.json, and an array of records for each epoch. A copy or pickle opens the folder again.
 
     Attributes:
         header: teacher, classes, k, `pictures` (number of images), epochs, values, and the result of `conditions`.
@@ -101,7 +101,7 @@ class LogitStore:
         self._latest = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_epochs": {}}  # pickled, a memory map would be its whole content
+        return {**self.__dict__, "_epochs": {}}  # a pickled memory map would contain the whole array
 
     @property
     def bytes_per_record(self) -> int:
@@ -158,7 +158,7 @@ def spread(classes: Tensor, values: Tensor, num_classes: int) -> Tensor:
 
 
 def conditions(student: nn.Module, data: ImageData, recipe: Recipe) -> dict[str, Any]:
-    """Return what determines the pixels of a training, as plain values; a store and its students must agree in it."""
+    """Return the settings that determine the pixels in training, as plain values; they must be equal for a store and its students."""
     made = {
         "seed": recipe.seed,
         "augment": recipe.augment.model_dump(mode="json"),
@@ -169,7 +169,7 @@ def conditions(student: nn.Module, data: ImageData, recipe: Recipe) -> dict[str,
 
 
 def refuse_mixing(recipe: Recipe) -> None:
-    """Raise UsageError for a recipe that changes images in ways that a store does not record."""
+    """Raise UsageError if the recipe changes images in ways that a store does not record."""
     mixing = ClassificationLearner.Settings.model_validate(
         {key: value for key, value in recipe.objective.items() if key in ("loss", "mixing")}
     ).mixing
@@ -200,10 +200,10 @@ def save_logits(
     epochs: int | None = None,
     values: Values = "float16",
 ) -> LogitStore:
-    """Store a teacher's answers about the training images as a student will see them. An interrupted call resumes when repeated.
+    """Store a teacher's predictions for the training images with a student's augmentation. A repeated call resumes an interrupted one.
 
     Args:
-        teacher: image -> logits; it sees the student's pixels, at the student's size, in its own normalisation.
+        teacher: image -> logits; it gets the student's augmented images at the student's size, in its own normalisation.
         student: only its preprocessing is used.
         recipe: of the student; its seed and augmentation are used.
         folder: of the store.
@@ -247,7 +247,7 @@ def save_logits(
 
 
 def _check_same(folder: Path, header: dict[str, Any]) -> None:
-    """Refuse a folder whose answers were stored under other conditions. The number of epochs may differ."""
+    """Raise UsageError if the folder's records were stored under other conditions. The number of epochs may differ."""
     path = folder / "conditions.json"
     fixed = {name: value for name, value in header.items() if name != "epochs"}
     if not path.exists():
@@ -338,7 +338,7 @@ class DistillationLearner(ClassificationLearner):
         return made
 
     def prepare(self, data: ImageData, recipe: Recipe) -> None:
-        """Make the store if there is none and a teacher is named, and check that a training by this recipe sees the same pixels."""
+        """Make the store if there is none and a teacher is given, and check that this recipe produces the same pixels."""
         refuse_mixing(recipe)
         if self.settings.teacher is not None and self.settings.store is not None and not (Path(self.settings.store) / HEADER).exists():
             teacher = open_teacher(self.settings.teacher)
@@ -350,7 +350,7 @@ class DistillationLearner(ClassificationLearner):
 
     @property
     def store(self) -> LogitStore:
-        """The teacher's answers."""
+        """The store of the teacher's predictions."""
         if self._store is None:
             if self.settings.store is None:
                 raise UsageError("distillation learns from stored answers: set objective.store to their folder (see save_logits)")

@@ -123,7 +123,7 @@ class Logs:
         try:
             yield
         except OSError as error:
-            log.warning("cannot write %s (%s); training goes on", path, error)
+            log.warning("cannot write %s (%s); training continues", path, error)
             if path == self._board_folder:  # its writer does not recover
                 self._board_folder = self._board = None
 

@@ -1,7 +1,7 @@
-"""Several processes: choice of Fabric's strategy, and transport of errors, progress and signals between them.
+"""Training in several processes: choice of Fabric's strategy, and transport of errors, progress and signals between them.
 
-A single command with `devices=2` spawns its processes itself. Under torchrun, SLURM or MPI the processes are there already, and Fabric
-takes their rank and address from the environment. With strategy="fsdp" a single command is run again for each device, as Fabric does.
+A single command with `devices=2` spawns its processes itself. Under torchrun, SLURM or MPI the processes already exist, and Fabric takes
+their rank and address from the environment. With strategy="fsdp" Fabric runs the command again for each device.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from vitarium import errors
 from vitarium.errors import TrainingStopped, UsageError, VitariumError
 from vitarium.training.sharding import sharded_strategy
 
-logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces every process, before any code of ours runs there
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it logs every process, before our code runs in it
 
 LOST = ("connection closed", "connection reset", "connection refused", "nccl", "gloo", "broken pipe", "timed out", "process group")
-"""Words in a RuntimeError of torch.distributed that mean that another process is gone."""
+"""Words in a RuntimeError of torch.distributed that indicate that another process has ended."""
 
 
 def create_fabric(devices: int, num_nodes: int, strategy: str, accelerator: str, precision: str) -> Fabric:
-    """Fabric for these processes.
+    """Create a Fabric for these processes.
 
     Raises:
-        UsageError: a count below one, or what Fabric refuses (more devices than there are, unknown strategy).
+        UsageError: a count below one, or a setting that Fabric rejects (more devices than available, unknown strategy).
     """
     if devices < 1 or num_nodes < 1:
         raise UsageError(f"devices and num_nodes must be at least 1, got {devices} and {num_nodes}")
@@ -63,16 +63,16 @@ def spawns(fabric: Fabric) -> bool:
 
 
 def run_in_processes(fabric: Fabric, work: Callable[..., Any], arguments: tuple[Any, ...], progress: Callable[[Any], None] | None) -> None:
-    """Run `work(fabric, *arguments, progress)` in the processes of a spawning Fabric; errors and interrupts come out as if from here.
+    """Run `work(fabric, *arguments, progress)` in the processes of a spawning Fabric; errors and interrupts are raised here.
 
     Raises:
-        VitariumError: what `work` raised first in any of them.
+        VitariumError: the first error raised by `work` in any of them.
         TrainingStopped: one of them was killed.
-        KeyboardInterrupt: they were asked to stop, and have saved.
+        KeyboardInterrupt: they were interrupted, and have saved a checkpoint.
     """
     try:
         task = pickle.dumps((work, arguments))
-    except Exception as error:  # whatever an object's own pickling raises
+    except Exception as error:  # pickling can raise anything
         raise UsageError(
             f"the learner or the data cannot be sent to other processes ({error}); start the processes with torchrun instead"
         ) from error
@@ -101,13 +101,13 @@ def run_in_processes(fabric: Fabric, work: Callable[..., Any], arguments: tuple[
             channel.put(None)
             listener.join()
             if port is None:
-                os.environ.pop("MASTER_PORT", None)  # Fabric leaves it, and the next run would take a port that may be in use by then
+                os.environ.pop("MASTER_PORT", None)  # Fabric leaves it set, and the next run would use a port that may be taken
     if endings:
         kind, message = endings[0]
         raise KeyboardInterrupt(message) if kind == "KeyboardInterrupt" else getattr(errors, kind)(message)
     if isinstance(failure, torch.multiprocessing.ProcessExitedException):
         raise TrainingStopped(
-            f"{str(failure).splitlines()[0]} (out of memory is a common cause); the others were ended; run again: training goes on "
+            f"{str(failure).splitlines()[0]} (out of memory is a common cause); the others were ended; run again: training continues "
             "from the last checkpoint"
         ) from failure
     if failure:
@@ -115,9 +115,9 @@ def run_in_processes(fabric: Fabric, work: Callable[..., Any], arguments: tuple[
 
 
 def _work_in_child(fabric: Fabric, *given: Any) -> None:
-    """In a spawned process: do the work, and send how it ended.
+    """Run the work in a spawned process, and send its result or error to the parent.
 
-    After an error it leaves at once, with an exit code by which the parent ends the others: Python's orderly way out would wait for
+    After an error the process exits at once, with an exit code on which the parent ends the others: Python's normal exit would wait for
     threads of torch.distributed, which wait for the other processes.
     """
     task, channel, wants_progress = given
@@ -144,21 +144,21 @@ def same_on_all(fabric: Fabric, *flags: bool) -> tuple[bool, ...]:
 
 @contextlib.contextmanager
 def lost_processes_named() -> Iterator[None]:
-    """Turns torch.distributed's complaint about a vanished peer into `TrainingStopped`."""
+    """Convert torch.distributed's error about a lost peer to `TrainingStopped`."""
     try:
         yield
     except RuntimeError as error:
         lost = torch.distributed.is_initialized() and any(word in str(error).lower() for word in LOST)
         if isinstance(error, VitariumError) or not lost:
             raise
-        what = re.sub(r"^\[[^]]*\]\s*", "", str(error).splitlines()[0]).split(". ")[0]  # without gloo's line of source, and its advice
+        what = re.sub(r"^\[[^]]*\]\s*", "", str(error).splitlines()[0]).split(". ")[0]  # without gloo's source line and advice
         raise TrainingStopped(
-            f"another process of this run is gone ({what}); run again: training goes on from the last checkpoint"
+            f"another process of this run has ended ({what}); run again: training continues from the last checkpoint"
         ) from error
 
 
 class _ForwardedSignals:
-    """While entered, SIGINT and SIGTERM to this process reach its children as SIGTERM; they save and end, and this process after them."""
+    """Forward SIGINT and SIGTERM to the children as SIGTERM while entered; they save a checkpoint and end, then this process ends."""
 
     def __enter__(self) -> None:
         self.previous: dict[int, Any] = {}

@@ -1,4 +1,4 @@
-"""A recipe: every number of a training run, checked before anything starts. `load_recipe` reads one from a YAML file."""
+"""A recipe: all settings of a training run, checked before it starts. `load_recipe` reads one from a YAML file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Span(Section):
     unit: Literal["epochs", "steps", "share"]
 
     def steps(self, total: int, per_epoch: int) -> int:
-        """Its length in optimizer steps, when the whole has `total`."""
+        """Return its length in optimizer steps, for a training of `total` steps."""
         return round(self.amount * {"epochs": per_epoch, "steps": 1, "share": total}[self.unit])
 
 
@@ -47,7 +47,7 @@ Stretch = Annotated[Span, BeforeValidator(_span)]
 class Budget(Section):
     """Length of a training: exactly one of optimizer steps, passes over the data, or minutes of training (evaluation comes on top).
 
-    Minutes are turned into steps once, by the speed of the first steps; so a run that is resumed ends at the same step.
+    Minutes are converted to steps once, from the speed of the first steps, so that a resumed run ends at the same step.
     """
 
     steps: Count | None = None
@@ -66,15 +66,16 @@ KNOWN_OPTIMIZERS = ("adamw", "sgd", "lamb", "lars", "lion", "muon", "adan")
 
 
 class Sam(Section):
-    """Sharpness-aware minimisation: each step takes the gradient at the weights moved a little uphill, so that flat minima win.
+    """Sharpness-aware minimisation: each step takes the gradient at weights perturbed uphill, which favours flat minima.
 
-    Two passes a step over the same batches, with the same random numbers; the base optimizer, weight decay and clipping see the second
-    gradient alone, batch norms' statistics the first pass alone. Over several processes the move is that of the whole batch, so that
-    their number changes nothing (the authors let each device move by its own share of the batch).
+    Each step has two passes over the same batches with the same random numbers. The base optimizer, weight decay and clipping use only the
+    second gradient; batch norms update their statistics only in the first pass. With several processes the perturbation is that of the
+    whole batch, so that the result does not depend on their number (in the authors' code each device perturbs by its own share of the
+    batch).
 
     Args:
-        rho: length of the move, over all weights together; 0: none. 0.05 to 0.2 for ViTs, up to 0.6 for MLP-Mixers.
-        adaptive: measure it relative to each weight's size (ASAM); rho is then about ten times larger.
+        rho: length of the perturbation, over all weights together; 0: none. 0.05 to 0.2 for ViTs, up to 0.6 for MLP-Mixers.
+        adaptive: measure it relative to each weight's magnitude (ASAM); rho is then about ten times larger.
     """
 
     rho: Annotated[float, Field(ge=0)] = 0.05
@@ -82,17 +83,17 @@ class Sam(Section):
 
 
 class Optimizer(Section):
-    """An optimizer of timm's registry and its numbers.
+    """An optimizer of timm's registry and its hyperparameters.
 
     Args:
         name: "adamw", "sgd", "lamb", "lars", "lion", "muon", or any other of timm's.
         lr: peak learning rate, at a total batch of `reference_batch`.
         reference_batch: the total batch (over accumulation and processes) that `lr` and the schedule's rates are meant for: they
-            are scaled in proportion to the real one. None: taken as they are.
-        weight_decay: on tensors with two or more axes, but for those that the model exempts.
+            are scaled linearly to the actual one. None: not scaled.
+        weight_decay: of tensors with two or more axes, except those in the model's `no_weight_decay`.
         layer_decay: each layer's rate is this times the rate of the layer above it; None: one rate for all.
-        betas, eps, momentum: where the optimizer has them; None: its own defaults.
-        sam: take its steps from gradients uphill (see `Sam`); None: plain.
+        betas, eps, momentum: for optimizers that have them; None: the optimizer's defaults.
+        sam: settings of sharpness-aware minimisation (see `Sam`); None: off.
     """
 
     name: str = "adamw"
@@ -127,11 +128,11 @@ class Schedule(Section):
 
 
 class Ema(Section):
-    """A moving average of the weights, which is what is evaluated and saved.
+    """An exponential moving average of the weights, which is evaluated and saved in their place.
 
     Args:
         decay: share of the old average that a step keeps.
-        warmup: let the decay rise from 0 with the steps, for short trainings.
+        warmup: increase the decay from 0 with the steps, for short trainings.
     """
 
     decay: Annotated[float, Field(ge=0, lt=1)]
@@ -153,7 +154,7 @@ class Clip(Section):
 
 
 class PlayerRecipe(Section):
-    """Settings of one player, under `players.NAME` of a recipe; a key that is not set there has the value of the recipe's root."""
+    """Settings of one player, under `players.NAME` of a recipe; keys that are not set default to the recipe's root."""
 
     optimizer: Optimizer
     schedule: Schedule = Schedule()
@@ -162,13 +163,13 @@ class PlayerRecipe(Section):
 
 
 class Phase(Section):
-    """A part of a training that differs from the rest of it.
+    """A phase of a training with its own settings.
 
     Args:
         until: where it ends, counted from the beginning of the training; None (in the last phase only): at the end.
-        freeze: patterns of parameters that do not learn, such as "model.stages.0" or "model.*.bias". A pattern stands for the parameters
+        freeze: patterns of parameters that are frozen, such as "model.stages.0" or "model.*.bias". A pattern stands for the parameters
             whose names it matches, and for all parameters of modules whose names it matches.
-        train: patterns of parameters that learn all the same, whether `freeze` names them or the learner had frozen them.
+        train: patterns of parameters that are trained, even if `freeze` matches them or the learner froze them.
         image_size: side of the square input, pixels; None: the recipe's.
         values: numbers by path, such as "objective.coefficient": 0.1; see `Course`.
     """
@@ -200,41 +201,41 @@ class Course(Section):
 
 
 EARLIER_KEYS = ("loss", "mixing")
-"""Keys at the root of recipes of version 0.1.0 that are settings of the objective now."""
+"""Keys at the root of recipes of version 0.1.0 that are now settings of the objective."""
 
 
 def earlier_keys_moved(values: Any) -> Any:
-    """Return nested settings with the keys of earlier recipes in their present place."""
+    """Return nested settings with the keys of earlier recipes moved to their present place."""
     moved = [key for key in EARLIER_KEYS if isinstance(values, dict) and key in values]
     objective = values.get("objective", {}) if moved else None
     if not isinstance(objective, dict):
-        return values  # nothing to move, or an objective that its own check refuses
+        return values  # nothing to move, or an invalid objective, which its own check reports
     kept = {key: value for key, value in values.items() if key not in moved}
     return {**kept, "objective": {**objective, **{key: values[key] for key in moved}}}
 
 
 class Recipe(Section):
-    """Every number of a training run.
+    """All settings of a training run.
 
     Args:
-        objective: what is learned: the name of a learner, and its settings ({name: repa, coefficient: 0.5}).
-        model: what `vitarium train` builds when no model is named.
-        data: what `vitarium train` opens when no data are named.
+        objective: name of a learner, and its settings ({name: repa, coefficient: 0.5}).
+        model: model that `vitarium train` builds by default.
+        data: data that `vitarium train` opens by default.
         model_arguments: arguments of `create_model` that belong to the recipe, such as drop_path_rate.
         apply: methods that `vitarium train` applies to the model before training, as "evit:keep=0.7".
         image_size: side of the square input, pixels; None: the model's own.
         batch_size: images that one process holds in memory per batch.
-        accumulate: such batches per optimizer step; the total batch is batch_size x accumulate x processes.
+        accumulate: number of batches per optimizer step; the total batch is batch_size x accumulate x processes.
         repeats: augmented copies of an image in an epoch (repeated augmentation).
-        players: of a learner with several players, by their names: what differs from the root (see `PlayerRecipe`), key by key.
-        phases: parts of the training that follow one another; what comes after the last one is as without phases.
+        players: for a learner with several players: name -> settings that differ from the root's (see `PlayerRecipe`).
+        phases: consecutive parts of the training with their own settings; after the last one the root's settings apply.
         values: numbers that change with the step, by path (see `Course`).
         precision: "32-true", "bf16-mixed" or "64-true".
-        eval_every: between evaluations; the end is always evaluated.
+        eval_every: interval between evaluations; the final model is always evaluated.
         log_every: optimizer steps between lines of log.csv.
-        checkpoint_minutes: between checkpoints of the run.
-        num_workers: processes that read images; None: none for small images in memory, otherwise by the number of cores.
-        seed: of the order, the augmentation and everything else that is random.
+        checkpoint_minutes: minutes between checkpoints of the run.
+        num_workers: number of processes that read images; None: 0 for small images in memory, else by the number of cores.
+        seed: random seed of the sample order, the augmentation and everything else.
     """
 
     version: Literal[1] = 1
@@ -287,24 +288,25 @@ class Recipe(Section):
         return self
 
     def player(self, name: str) -> PlayerRecipe:
-        """Return the settings of one player; those of the recipe's root for a player that it does not name."""
+        """Return the settings of one player; those of the recipe's root for a player without an entry."""
         root = {key: getattr(self, key).model_dump() if getattr(self, key) else None for key in PlayerRecipe.model_fields}
         given = self.players.get(name, {})
         if "clip" in given:
-            root["clip"] = {}  # its keys exclude each other
+            root["clip"] = {}  # these keys are mutually exclusive
         return check(PlayerRecipe, merged(root, given), f"players.{name}")
 
     def settings_of(self, learner: Any) -> Any:
-        """The objective's settings, as the learner's class checks them."""
+        """Return the objective's settings, checked by the learner's class."""
         given = {key: value for key, value in self.objective.items() if key != "name"}
         return check(learner.Settings, given, f"settings of {self.objective['name']}")
 
     def identity(self) -> dict[str, Any]:
-        """Return what determines the outcome of a run, as plain values: not intervals of logs and checkpoints, or readers."""
+        """Return the settings that determine the result of a run, as plain values: not logging and checkpoint intervals, nor
+        num_workers."""
         excluded = {"log_every", "checkpoint_minutes", "num_workers", "model", "model_arguments", "data"}
         excluded |= {
             name for name in ("apply", "players", "phases", "values") if not getattr(self, name)
-        }  # recipes without them are as they were
+        }  # so that recipes without them keep their digest
         return self.model_dump(mode="json", by_alias=True, exclude=excluded)
 
     def digest(self) -> str:

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def record_training(learner: Learner, data: ImageData, *, source: str | None = None, seed: int = 0, val_fraction: float = 0.2) -> Training:
-    """Record in `learner.eval_model()` its task, its learner and its data, so that a saved file knows them.
+    """Record in `learner.eval_model()` its task, its learner and its data, so that a saved file contains them.
 
     Args:
         learner: after training.
-        data: what it was trained on.
+        data: its training data.
         source: as it was given to `open_data`; None: the data's name.
         seed, val_fraction: of the split.
     """

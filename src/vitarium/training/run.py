@@ -231,7 +231,7 @@ class Run:
                 with atomic_path(self.folder / "pictures" / f"{name}-{self.state.step:06d}.png") as temporary:
                     drawing.save(temporary, format="png")
         except OSError as error:
-            log.warning("cannot write the drawings of step %d (%s); training goes on", self.state.step, error)
+            log.warning("cannot write the drawings of step %d (%s); training continues", self.state.step, error)
 
     def model_to_evaluate(self) -> nn.Module:
         """Return the moving average, the gathered weights, or the model itself; called in all processes."""
@@ -271,7 +271,7 @@ class Run:
         return self.fabric.is_global_zero and time.monotonic() - self.last_saved > 60 * self.recipe.checkpoint_minutes
 
     def save(self) -> None:
-        """Write last.ckpt from the first process. Where that fails the old one stays, and training goes on to the next interval."""
+        """Write last.ckpt from the first process. Where that fails the old one stays, and training continues to the next interval."""
         self.last_saved = time.monotonic()
         tensors = self.tensors()
         if not self.fabric.is_global_zero:
@@ -283,7 +283,7 @@ class Run:
             self.save_error = None
         except OSError as error:
             self.save_error = str(error)
-            log.warning("cannot write %s (%s); training goes on with the old checkpoint intact", self.folder / LAST, error)
+            log.warning("cannot write %s (%s); training continues with the old checkpoint intact", self.folder / LAST, error)
 
     def tensors(self) -> dict[str, Any]:
         """Return the state dicts of the learner and, by player, of moving averages and (until the end) optimizers."""
@@ -335,7 +335,7 @@ class Run:
         if self.save_error:
             raise TrainingStopped(
                 f"the last checkpoint could not be written: {self.folder / LAST}: {self.save_error}; make room, then run again: "
-                "training goes on from the checkpoint before"
+                "training continues from the checkpoint before"
             )
 
     # ---- logs and progress

@@ -29,8 +29,7 @@ def is_sharded(fabric: Fabric) -> bool:
 
 def check_shardable(learner: Learner, recipe: Recipe) -> None:
     """
-    Raises:
-        UsageError: the recipe or the learner needs whole weights at every step.
+    Check that the recipe and the learner work on sharded weights. / Raises: / UsageError: one of them needs whole weights at every step.
     """
     if has_players(learner) or len(recipe.phases) > 1 or any(phase.until for phase in recipe.phases):
         raise UsageError("strategy=fsdp serves learners of one player, and recipes of one phase; use strategy=ddp")
@@ -54,7 +53,7 @@ def _shard(learner: nn.Module, mesh: Any) -> nn.Module:
 
 
 def whole_states(learner: nn.Module, optimizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the state dicts of learner and optimizer as those of a single device, in the first process; called in all of them."""
+    """Return the full state dicts of learner and optimizer in the first process, as on a single device; must be called in all processes."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -75,7 +74,7 @@ def restore_whole(learner: nn.Module, optimizer: Any, learner_state: dict[str, A
 
 
 def gather_model(learner: Learner, whole: nn.Module) -> None:
-    """Copy the present weights of `learner.model` into `whole`, an unsharded model of the same kind; called in all processes."""
+    """Copy the current weights of `learner.model` into `whole`, an unsharded model of the same kind; must be called in all processes."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     state = get_model_state_dict(learner, options=StateDictOptions(full_state_dict=True))

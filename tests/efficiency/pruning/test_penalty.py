@@ -74,7 +74,7 @@ def test_mistakes_are_refused():
         AttentionPenalty("l2")
     with pytest.raises(UsageError, match="'last' or 'all'"):
         AttentionPenalty(blocks="first")
-    with AttentionPenalty().watch(timm_model("vit")) as term, pytest.raises(UsageError, match="has seen no pass"):
+    with AttentionPenalty().watch(timm_model("vit")) as term, pytest.raises(UsageError, match="has recorded no forward pass"):
         term()
     for model, message in ((timm_model("dinov3"), "by position"), (nn.Linear(2, 2), "no plain vision transformer")):
         with pytest.raises(UnsupportedModel, match=message), AttentionPenalty().watch(model):

@@ -131,7 +131,7 @@ def test_transformers_models_and_ours_take_a_mask():
         mask[1, 8:] = False
         view = anatomy.of(model)
         if view.reads_patches:
-            with pytest.raises(UnsupportedModel, match=r"reads all image tokens.*Tokens\.mean"), anatomy.masked(model, mask):
+            with pytest.raises(UnsupportedModel, match=r"pools all image tokens.*Tokens\.mean"), anatomy.masked(model, mask):
                 pass
             continue
         with torch.no_grad(), anatomy.masked(model, mask):

@@ -89,7 +89,7 @@ def test_dropping_equals_hiding(name, image):
 
 def test_a_fused_token_has_no_position(image):
     for name in ROTARY:
-        with pytest.raises(AttachError, match="a fused token has none; use fuse=False"):
+        with pytest.raises(AttachError, match="a fused token has no position; use fuse=False"):
             vitarium.apply(timm_model(name), EViT(), quiet=True)
 
 

@@ -64,7 +64,7 @@ class Thing:
 
     @property
     def y(self) -> float:
-        """Centre, from the top edge."""
+        """Height of the centre, from the top edge."""
         return self.base - self.lift - FEET[self.kind] * self.size / 2
 
     @property
@@ -79,7 +79,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Layout:
-    """Content of a scene; `things` are ordered from the nearest, which is the scene's subject, to the furthest."""
+    """Content of a scene. `things` are ordered from near to far; the first is the scene's subject."""
 
     ground: str
     sky: str

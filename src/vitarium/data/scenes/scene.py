@@ -40,7 +40,7 @@ class Scene:
 
     @property
     def label(self) -> int:
-        """Class of the image: the kind of its nearest object, which no other hides. Index into THINGS."""
+        """Class of the image: the kind of its nearest object, which is never occluded. Index into THINGS."""
         return self.things[0].category
 
     @functools.cached_property

@@ -17,7 +17,7 @@ Field = NDArray[np.floating[Any]]
 
 
 def circle(u: Field, v: Field) -> Field:
-    """Distance to a disc."""
+    """Return the distance to a disc."""
     return np.sqrt(u * u + v * v) - 0.92
 
 
@@ -75,7 +75,7 @@ def _box(u: Field, v: Field, half_width: float, half_height: float) -> Field:
 
 def _star(u: Field, v: Field, points: int, outer: float, inner: float) -> Field:
     sector = math.pi / points
-    angle = np.abs((np.arctan2(u, -v) + sector) % (2 * sector) - sector)  # folded onto half a point
+    angle = np.abs((np.arctan2(u, -v) + sector) % (2 * sector) - sector)  # folded onto half of one point of the star
     radius = np.sqrt(u * u + v * v)
     along, across = radius * np.cos(angle), radius * np.sin(angle)
     edge_along, edge_across = inner * math.cos(sector) - outer, inner * math.sin(sector)

@@ -47,7 +47,7 @@ class Task:
 
 TASKS = {
     "class": Task(THINGS, Scenes().label, lambda index, seed, size: Scenes(size, seed)[index].image),
-    "same_shape": Task(CLASSES, same_shape_label, draw_same_shape, length=10_000),  # fewer would be memorised
+    "same_shape": Task(CLASSES, same_shape_label, draw_same_shape, length=10_000),  # fewer images would be memorised
     "action": Task(ACTIONS, action_label, draw_action),
     "thorax": Task(THORAX_CLASSES, thorax_label, draw_thorax),
 }

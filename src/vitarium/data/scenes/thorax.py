@@ -1,6 +1,6 @@
 """Rendered chest X-rays: the same organs in nearly the same places, and four small findings that occur independently.
 
-Like real ones they are grey, look alike, and differ in small details. They carry no knowledge about patients.
+Like real ones they are grey, look alike, and differ in small details. They contain no medical information.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from vitarium.data.scenes.shapes import Field
 FINDINGS = ("Cardiomegaly", "Effusion", "Infiltration", "Nodule")
 CLASSES = ("no nodule", "nodule")
 PREVALENCE = 0.3
-"""Probability of each finding except Nodule, which every second image has."""
+"""Probability of each finding except Nodule, which occurs in every second image."""
 LUNGS = (-0.38, 0.38)
 """Centres of the lungs, from the left, in half image sides from the centre."""
 

@@ -1,4 +1,4 @@
-"""Masks of single weights: which weights can be pruned, where the zeros go, and how they survive training.
+"""Masks of single weights: selection of prunable weights, computation of masks, and preservation of zeros in training.
 
 A pruned weight is exactly zero, and the zero is its mask: nothing else is stored, so that a file, a moving average or a resumed run
 recovers the mask from the weights. (A weight that was zero before counts as pruned.)
@@ -66,7 +66,7 @@ def _counts(place: str, module: nn.Module, name: str, norms: bool) -> bool:
     return norms and in_block and name == "weight" and isinstance(module, NORMS)
 
 
-# ---- scores -> masks, True where a weight stays
+# ---- scores -> masks, True for kept weights
 
 
 def keep_largest(scores: Mapping[str, Tensor], amount: float, *, together: bool) -> dict[str, Tensor]:
@@ -110,7 +110,7 @@ def set_zeros(tensors: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None
 
 
 class Masks:
-    """Zeros that survive an optimizer: entries that are zero when a step begins are set to zero when it ends.
+    """Preservation of zeros in training: entries that are zero before an optimizer step are set to zero after it.
 
     Masks.of(model).hold(optimizer)              # for a custom loop; the learner "sparse_prune" does the same
 

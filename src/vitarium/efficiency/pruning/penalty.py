@@ -73,13 +73,13 @@ class AttentionPenalty:
 
     @contextlib.contextmanager
     def watch(self, model: nn.Module) -> Iterator[Callable[[], Tensor]]:
-        """Record the model's next pass, and give a function that then returns `weight` times the penalty, with gradients.
+        """Record the model's next forward pass, and yield a function that then returns `weight` times the penalty, with gradients.
 
         The attention of the watched blocks is computed once more in plain operators (the model's own may be a fused kernel): for "last"
         that is one block's queries, keys and N x N weights.
 
         Raises:
-            UnsupportedModel: anatomy does not support the model, or the model rotates queries and keys by position.
+            UnsupportedModel: anatomy does not support the model, or the model uses rotary position embedding.
         """
         watched = self.watched(model)
         seen: dict[int, Tensor] = {}
@@ -87,7 +87,7 @@ class AttentionPenalty:
 
         def term() -> Tensor:
             if len(seen) < len(watched):
-                raise UsageError("the penalty has seen no pass of the model: call the model inside 'with penalty.watch(model)'")
+                raise UsageError("the penalty has recorded no forward pass of the model: call the model inside 'with penalty.watch(model)'")
             values = []
             for i, block in enumerate(watched):
                 q, k, _ = block.attention.qkv(seen[i])
@@ -102,7 +102,7 @@ class AttentionPenalty:
                 hook.remove()
 
     def watched(self, model: nn.Module) -> list[anatomy.BlockView]:
-        """Return the blocks whose attention counts. Raises UnsupportedModel, see `watch`."""
+        """Return the watched blocks. Raises UnsupportedModel, see `watch`."""
         view = anatomy.of(model)
         if view.rotary:
             raise UnsupportedModel(f"{view.family} rotates queries and keys by position; the penalty supports models with added positions")

@@ -156,7 +156,7 @@ class SparsePrune(Method):
         return input_sizes(model, layers, batches(self.calibration, 256, next(model.parameters()), model=model))
 
     def kept_units(self, model: nn.Module, groups: Sequence[Group], amount: float) -> dict[str, Tensor]:
-        """Return, for each group, the indices of the units that stay."""
+        """Return, for each group, the indices of the kept units."""
         inputs = self.inputs(model, [group.out for group in groups])
         kept: dict[str, Tensor] = {}
         for kind in UNITS[self.structure]:
@@ -165,7 +165,7 @@ class SparsePrune(Method):
         return kept
 
     def masks(self, model: nn.Module, amount: float) -> dict[str, Tensor]:
-        """Return masks, True where a weight stays, at a share between 0 and `amount` (N:M patterns are applied whole)."""
+        """Return masks, True for kept weights, at a share between 0 and `amount` (N:M patterns are applied whole)."""
         if self.structure in UNITS:
             groups = self.groups(model)
             kept = self.kept_units(model, groups, amount)
@@ -259,7 +259,7 @@ def _alive(model: nn.Module, group: Group) -> Tensor:
 def pruning_curve(
     model: nn.Module, measure: Callable[[nn.Module], float], amounts: Iterable[float] = (0.3, 0.5, 0.6, 0.7), **options: Any
 ) -> dict[float, float]:
-    """Return `measure` of the model, pruned by each of the amounts in turn; the model is unchanged afterwards.
+    """Return `measure` of the model, pruned by each of the amounts; the model is unchanged afterwards.
 
     Args:
         model: without methods.
@@ -294,7 +294,7 @@ class SparsePruneLearner(ClassificationLearner):
     """
 
     class Settings(ClassificationLearner.Settings):
-        """Those of classification, and
+        """Settings of classification, and of pruning.
 
         Args:
         penalty, weight, blocks: see `AttentionPenalty`; weight 0 switches it off.
@@ -340,7 +340,7 @@ class SparsePruneLearner(ClassificationLearner):
         return {"loss": losses["loss"] + penalty, "penalty": penalty}
 
     def amount_at(self, step: int, total_steps: int) -> float | None:
-        """Return the share of zeros that is due at a step; None if nothing is pruned there."""
+        """Return the share of zeros at a step; None if nothing is pruned at it."""
         s, every = self.settings, max(1, total_steps // 100)
         begin, end = round(s.begin * (total_steps - 1)), round(max(s.begin, s.end) * (total_steps - 1))
         if not s.amount or not begin <= step <= end or (step % every and step != end):

@@ -36,7 +36,7 @@ MLPS: tuple[tuple[tuple[str, ...], str], ...] = (
 
 
 FIXED_WIDTH = ("EvaAttention", "AttentionRope")
-"""Attentions that take the width of their output from their input; with fewer heads, anatomy's blocks run their parts."""
+"""Attention classes that assume equal input and output widths; with fewer heads, anatomy's blocks run their parts."""
 
 
 @dataclass(frozen=True)
@@ -146,13 +146,13 @@ def _weight(model: nn.Module, name: str) -> Tensor:
 
 
 def units_kept(scores: Mapping[str, Tensor], amount: float, *, together: bool, step: int = 1) -> dict[str, Tensor]:
-    """Return the ascending indices of the units that stay, for each group of one kind: at least `step` of each.
+    """Return the ascending indices of the kept units for each group of one kind, at least `step` of each.
 
     Args:
         scores: group -> (units,).
         amount: share to remove.
         together: whether to rank the units of all groups together, each score over its group's mean; else the same share of each group.
-        step: the number of units that stay is a multiple of this if the group is that large, for efficient kernels.
+        step: the number of kept units is a multiple of this if the group is that large, for efficient kernels.
     """
     counts = {name: (1 - amount) * len(score) for name, score in scores.items()}
     if together and scores:
@@ -186,7 +186,7 @@ def taken_out(model: nn.Module, groups: Sequence[Group], kept: Mapping[str, Tens
     try:
         inputs = example_inputs(model, 2)
     except UsageError as error:
-        raise AttachError(f"smaller layers cannot be proven: {error}") from error
+        raise AttachError(f"the smaller layers cannot be checked: {error}") from error
     own = dict(model.named_parameters(remove_duplicate=False))
     masks = dict(columns_of(model, group, kept[group.name]) for group in changed)
     saved = {name: own[name].detach().clone() for name in masks}
@@ -207,7 +207,7 @@ def taken_out(model: nn.Module, groups: Sequence[Group], kept: Mapping[str, Tens
     except BaseException as error:
         for name, original in replaced.items():
             model.set_submodule(name, original)
-        if isinstance(error, RuntimeError):  # of a shape, deep inside
+        if isinstance(error, RuntimeError):  # a shape error, deep inside
             message = f"this {type(model).__name__} does not run with smaller layers ({error}); the model is unchanged"
             raise AttachError(f"{message}; structure=weights works on any, structure=channels on most") from error
         raise
@@ -215,7 +215,8 @@ def taken_out(model: nn.Module, groups: Sequence[Group], kept: Mapping[str, Tens
 
 
 def widened(model: nn.Module, groups: Sequence[Group]) -> dict[str, nn.Module]:
-    """Let anatomy's blocks run attentions that support one width only. Returns the replaced blocks by name; none if not needed."""
+    """Replace blocks whose attention supports one width only by anatomy's blocks. Returns the replaced blocks by name; none if not
+    needed."""
     heads = [model.get_submodule(group.name) for group in groups if group.kind == "heads"]
     if not any(type(module).__name__ in FIXED_WIDTH for module in heads):
         return {}
@@ -239,7 +240,7 @@ def _prove(want: list[Tensor], got: list[Tensor]) -> None:
 
 
 def columns_of(model: nn.Module, group: Group, kept: Tensor) -> tuple[str, Tensor]:
-    """Return the name of the weight that reads the units, and its mask: True in the columns of those that stay."""
+    """Return the name of the weight that reads the units, and its mask: True in the columns of kept units."""
     weight: Any = model.get_submodule(group.out).weight
     mask = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
     mask[group.rows(kept.to(weight.device))] = True

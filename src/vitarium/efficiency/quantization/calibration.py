@@ -29,19 +29,19 @@ def batches(calibration: Any, count: int, like: Tensor, batch: int = BATCH, *, m
     """Return at most `count` calibration samples as small batches, on the device of `like` and floating-point values in its dtype.
 
     Args:
-        calibration: a tensor (n, C, H, W), or an iterable of tensors, of mappings, or of (tensor, ...), such as a loader. Of a tensor, list
-            or tuple the samples are taken evenly from all over it, of anything else the first ones.
+        calibration: a tensor (n, C, H, W), or an iterable of tensors, of mappings, or of (tensor, ...), such as a loader. Samples of a
+            tensor, list or tuple are evenly spaced over it; of any other iterable they are the first ones.
         count: samples.
         like: a weight of the model.
-        batch: samples a batch.
-        model: what will be called; a mapping is then reduced to the inputs that it takes (see `vitarium.catalog.calling.inputs_of`), and
+        batch: samples per batch.
+        model: the model to call; mappings are then reduced to its inputs (see `vitarium.catalog.calling.inputs_of`), and
             calibration of a model with several inputs is given as such mappings.
 
     Returns:
-        images (B, C, H, W), or of a model with several inputs mappings of them by name.
+        images (B, C, H, W), or mappings of inputs by name for a model with several inputs.
 
     Raises:
-        UsageError: None, empty, none of these, or not the inputs that the model takes.
+        UsageError: None, empty, another type, or inputs that the model does not take.
     """
     if calibration is None:
         raise UsageError(
@@ -66,7 +66,7 @@ def batches(calibration: Any, count: int, like: Tensor, batch: int = BATCH, *, m
 
 
 def _samples(item: Any, model: nn.Module | None) -> list[dict[str, Tensor]]:
-    """One entry of calibration data as single samples, each its inputs by name; a lone image is called "image"."""
+    """Split one entry of calibration data into samples, each a mapping of inputs by name; a single image is named "image"."""
     if isinstance(item, Mapping) and model is not None:
         try:
             inputs = inputs_of(model, item)

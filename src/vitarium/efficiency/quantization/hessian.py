@@ -61,7 +61,7 @@ def fit_layer(
 
     def error(out: Tensor) -> Tensor:
         lost = y - out if g is None else g * (y - out)
-        return lost.square().movedim(1, 0).reshape(groups, -1).sum(1)  # axis 1 holds the outputs, of rows and of maps
+        return lost.square().movedim(1, 0).reshape(groups, -1).sum(1)  # axis 1 is the output axis of both rows and maps
 
     def rounded(step: Tensor | None) -> Tensor:
         return x if step is None or round_input is None else round_input(x, step)

@@ -104,7 +104,7 @@ class Activation(nn.Module):
 
     @property
     def integer(self) -> bool:
-        """Return whether `terms` is defined."""
+        """Return whether the input can be split into integer terms."""
         return False
 
     def terms(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -9,7 +9,7 @@ become integers, code = round(x / D), with D searched as in PTQ4ViT (`hessian`).
                    fine    D1 round(x / D1),  codes -2^(b-2) .. 2^(b-2) - 1, all negatives and the smallest positives
                    coarse  D2 round(x / D2),  codes 0 .. 2^(b-1) - 1, the rest;   D2 = 2^m D1
                with m of least squared error on the layer's data
-    Greedy MP  bits per layer: lower the layer with the least loss per saving next, until the mean is reached (`allocation`)
+    Greedy MP  bits per layer: repeatedly lower the layer with the least loss per saving, until the mean is reached (`allocation`)
 
 Linear layers between integers run on int8 matrix products, fine and coarse codes as two; attention and convolutions are simulated, which
 is slower than float32. There is no public code: the paper's outline is followed; base quantizer, search and softmax split are PTQ4ViT's
@@ -44,7 +44,8 @@ from vitarium.errors import AttachError, UsageError
 from vitarium.ops.number_formats import Integer
 
 LOWEST_ACTIVATION = -0.2785
-"""Minimum of SiLU (GELU's is -0.16997). Inputs above it that reach several times as far above zero come from such a function."""
+"""Minimum of SiLU (GELU's is -0.16997). An input range above it whose maximum is several times larger is taken for the output of such a
+function."""
 
 
 # ---- OPT-m
@@ -134,7 +135,7 @@ class MPTQ(Quantizer):
         search: criterion for steps: "hessian" (weighted error of the output), "mse" (error of the layer's own values) or "minmax".
         skip: shell patterns of layers to leave out, such as ["head"].
         images: largest number of calibration images.
-        calibration: tensor (n, C, H, W) or loader of training images, for a model with several inputs batches of them by name; not saved.
+        calibration: tensor (n, C, H, W) or loader of training images, or batches of inputs by name; not saved.
     """
 
     bits: InputBits = 8
@@ -281,7 +282,7 @@ _FOLD_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 
 
 class _Fit:
-    """A layer with its statistics; returns its quantized counterpart at any width, searched once."""
+    """A layer with its statistics, which returns its quantized counterpart at any width, searched once."""
 
     def __init__(self, options: MPTQ, name: str, layer: Any, record: Record):
         self.options, self.layer_, self.record = options, layer, record

@@ -28,7 +28,7 @@ class Quantizer(Method):
     keeps_weights: ClassVar[bool] = False
 
     def rebuild(self, model: nn.Module, state: Mapping[str, Any]) -> AttachReport:
-        """Create layers of the saved kinds; their values come from the file.
+        """Create layers of the saved kinds; their values are loaded from the file afterwards.
 
         Raises:
             UsageError: the model lacks such a layer.

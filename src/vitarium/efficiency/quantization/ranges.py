@@ -66,7 +66,7 @@ class Observer:
 
     def _seen(self) -> tuple[Tensor, Tensor]:
         if self._range is None:
-            raise UsageError("this observer has seen nothing yet")
+            raise UsageError("this observer has not observed any values")
         return self._range
 
 

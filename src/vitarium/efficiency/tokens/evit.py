@@ -1,7 +1,7 @@
 """EViT: at three blocks, image tokens to which the class token pays little attention are dropped or fused into one.
 
 "Not All Patches are What You Need: Expediting Vision Transformers via Token Reorganizations" (Liang et al., ICLR 2022). In a block with
-keep rate k, between attention and MLP, over the N image tokens x_i (prefix tokens stay):
+keep rate k, between attention and MLP, over the N image tokens x_i (prefix tokens are kept):
 
     a_i = mean over heads of softmax(q_class k_i^T / sqrt(D))        computed by the block's attention
     L   = ceil(k N),   kept = the L largest a_i, in descending order
@@ -10,7 +10,7 @@ keep rate k, between attention and MLP, over the N image tokens x_i (prefix toke
 
 No parameters: a DeiT checkpoint runs unchanged. In later layers the fused token is an ordinary image token, and may be dropped or fused
 again: with k = 0.7 at blocks 4, 7 and 10 (3, 6, 9 from 0), 196 image tokens become 139, 99, 71, and DeiT-S needs 3.0 instead of 4.6 GMACs.
-The authors train with the method: the rate falls from 1 to k (`annealed_keep`), `report.tune(keep=...)` sets it from step to step.
+The authors train with the method: the rate falls from 1 to k (`annealed_keep`); `report.tune(keep=...)` sets it at each step.
 
 Source: the authors' code (youweiliang/evit), equal to rounding. Differences: the distillation token and registers are protected like the
 class token; equal attentions keep their order; a fused token has no position, so rotary models need fuse=False. Cost: one attention row.
@@ -66,15 +66,13 @@ class EViT(Reducer):
 
     @property
     def can_restore(self) -> bool:
-        return False  # a dropped patch has no stand-in, and a fused one is no mean: a pooling head pools what is left
+        return False  # dropped patches have no representative and a fused token is no mean, so pooling heads pool the remaining tokens
 
     def check(self, view: Anatomy) -> None:
         if self.score == "class" and not view.class_token:
-            raise AttachError(
-                f"{view.family} has no class token whose attention could choose; score='mean' uses the attention of all image tokens"
-            )
+            raise AttachError(f"{view.family} has no class token for the scores; score='mean' uses the attention of all image tokens")
         if self.fuse and view.rotary:
-            raise AttachError(f"{view.family} turns tokens by their positions, and a fused token has none; use fuse=False")
+            raise AttachError(f"{view.family} uses rotary position embedding, and a fused token has no position; use fuse=False")
         if self.blocks is not None and max(self.blocks, default=0) >= view.depth:
             raise AttachError(f"the model has blocks 0 to {view.depth - 1}; blocks={list(self.blocks)} names others")
 

@@ -21,7 +21,7 @@ def picture(model: nn.Module, image: Image.Image, *, blocks: tuple[int, ...] | N
     Args:
         model: with a token reduction.
         image: of any size and mode.
-        blocks: numbers of the blocks, from 0; None: at most three of those that reduced.
+        blocks: numbers of the blocks, from 0; None: at most three of the reducing blocks.
         side: of each panel, pixels.
 
     Returns:
@@ -102,7 +102,7 @@ def _sources(state: Tokens, index: int) -> np.ndarray:
 
 
 def _fused(state: Tokens, index: int) -> np.ndarray:
-    """Indices of the tokens without a place."""
+    """Return the indices of the tokens without a position."""
     return np.zeros(0, int) if state.place is None else (state.place[index] < 0).nonzero()[:, 0].cpu().numpy()
 
 

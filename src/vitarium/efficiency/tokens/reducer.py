@@ -1,8 +1,8 @@
-"""Base class of token reductions: attaching to the blocks, and restoring the full sequence for models that read every patch.
+"""Base class of token reductions: attaching to the blocks, and restoring the full sequence for models that need every patch.
 
-A reducer defines `reduce`, which is called between a block's attention and its MLP, and `acts_on`. The rest is here and in
-`vitarium.anatomy`: prefix tokens (class, distillation, registers) are not changed, rotary models rotate each token by its own position,
-neutral options change nothing, and a padded batch is reduced as each of its images alone.
+A reducer defines `reduce`, which is called between a block's attention and its MLP, and `acts_on`. The base class and `vitarium.anatomy` do
+the rest: prefix tokens (class, distillation, registers) are unchanged, rotary embedding uses each token's own position, neutral options
+change nothing, and padding does not affect the reduction of an image.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Reducer(Method):
         return True
 
     def reduce(self, tokens: Tokens, attended: Attended, block: int, depth: int) -> None:
-        """Reduce the tokens of one block in place, or leave them as they are. There is no padding among them."""
+        """Reduce the tokens of one block in place, or leave them unchanged. The tokens contain no padding."""
         raise NotImplementedError(f"{type(self).__name__} does not define reduce")
 
     def check(self, view: Anatomy) -> None:
-        """Refuse a model that this reduction cannot work on, with an AttachError."""
+        """Raise AttachError for a model that this reduction does not support."""
 
     @property
     def counts_sizes(self) -> bool:
@@ -40,14 +40,14 @@ class Reducer(Method):
 
     @property
     def can_restore(self) -> bool:
-        """True if a token represents every original, so that the full sequence can be restored for a model that reads it."""
+        """True if every original token has a representative, so that the full sequence can be restored for models that need it."""
         return True
 
     def attach(self, model: nn.Module) -> AttachReport:
         """Wrap the blocks of a plain vision transformer and set a site in each.
 
         Raises:
-            UnsupportedModel: anatomy does not know the model.
+            UnsupportedModel: anatomy does not support the model.
             AttachError: the model lacks what this reduction needs, or has none of its blocks.
         """
 
@@ -94,7 +94,7 @@ class ReducerSite(Site):
 
 
 def trace(model: nn.Module, image: Tensor) -> list[Tokens]:
-    """Return the state of the tokens after each block of a reduced model: counts, sizes, places, and the token of each patch.
+    """Return the state of the tokens after each block of a reduced model: counts, sizes, positions, and the token of each patch.
 
     Args:
         model: with a token reduction.

@@ -1,4 +1,4 @@
-"""DCGAN: a convolutional generator of classes, trained against a discriminator; the baseline of adversarial generation.
+"""DCGAN: a class-conditional convolutional generator trained against a discriminator; the baseline of adversarial generation.
 
 Radford, Metz and Chintala, "Unsupervised Representation Learning with Deep Convolutional Generative Adversarial Networks", ICLR 2016. A
 generator G makes an image of noise z and a class y, a discriminator D scores how real an image of that class looks:
@@ -6,9 +6,9 @@ generator G makes an image of noise z and a class y, a discriminator D scores ho
     loss of D = softplus(-D(x, y)) + softplus(D(G(z, y), y)) + gamma / 2 |dD(x, y)/dx|^2       the last term at every k-th step, times k
     loss of G = softplus(-D(G(z, y), y))
 
-Different from the paper: classes (G adds an embedding of y to z; D adds <embedding of y, features>, Miyato and Koyama 2018), group norm
-instead of batch norm, so that the number of processes changes nothing, nearest-neighbour upsampling and convolution instead of transposed
-convolution, and R1 (Mescheder, Geiger and Nowozin 2018), computed lazily (Karras et al. 2020). No released weights.
+Differences from the paper: classes (G adds an embedding of y to z; D adds <embedding of y, features>, Miyato and Koyama 2018), group norm
+instead of batch norm, so that the result does not depend on the number of processes, nearest-neighbour upsampling and convolution instead
+of transposed convolution, and R1 (Mescheder, Geiger and Nowozin 2018), computed lazily (Karras et al. 2020). No released weights.
 
     vitarium train dcgan --data digits
     vitarium generate runs/dcgan-dcgan_pico-digits/model.safetensors --output digits.png
@@ -43,14 +43,14 @@ if TYPE_CHECKING:
     from vitarium.training.recipe import Recipe
 
 LARGEST_MAP = 7
-"""Cells of a side of the map that the generator begins with, at most."""
+"""Largest side of the generator's first map, cells."""
 
 
 def halvings(image_size: int) -> int:
     """Return the number of halvings until a side has at most `LARGEST_MAP` cells.
 
     Raises:
-        UsageError: it becomes odd before that.
+        UsageError: the side becomes odd before that.
     """
     side, count = image_size, 0
     while side > LARGEST_MAP:
@@ -61,19 +61,16 @@ def halvings(image_size: int) -> int:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Group norm with eight channels a group."""
+    """Return a group norm with eight channels per group."""
     return nn.GroupNorm(max(1, channels // 8), channels)
 
 
 class Generator(nn.Module):
-    """Noise (B, Z) and classes (B,) -> images (B, C, H, W) in [-1, 1].
-
-    Args:
-        num_classes: K.
-        image_size: H = W, pixels; halves to at most 7 without a remainder.
-        in_chans: C.
-        latent_dim: Z.
-        width: channels of the largest map; a map of half its side has twice as many.
+    """Generator: noise (B, Z) and classes (B,) -> images (B, C, H, W) in [-1, 1]. / Args: / num_classes: K.
+    image_size: H = W, pixels; halves to at most 7 without a remainder.
+    in_chans: C.
+    latent_dim: Z.
+    width: channels of the largest map; a map of half its side has twice as many.
     """
 
     def __init__(self, *, num_classes: int, image_size: int, in_chans: int, latent_dim: int, width: int):
@@ -94,7 +91,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images (B, C, H, W) in [-1, 1] and classes (B,) -> scores (B,), high for real ones. Arguments as of `Generator`."""
+    """Discriminator: images (B, C, H, W) in [-1, 1] and classes (B,) -> scores (B,), high for real ones. Arguments as for `Generator`."""
 
     def __init__(self, *, num_classes: int, image_size: int, in_chans: int, width: int):
         super().__init__()
@@ -121,7 +118,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @family("dcgan", variants=VARIANTS, learner="dcgan", mean=(0.5,) * 3, std=(0.5,) * 3)
 class DCGAN(Generator):
-    """Noise (B, Z) and classes (B,) -> images (B, C, H, W) in [-1, 1]; `generate` makes images of classes.
+    """Generator as a model: noise (B, Z) and classes (B,) -> images (B, C, H, W) in [-1, 1]; `generate` takes classes only.
 
     Args:
         num_classes, image_size, in_chans, latent_dim, width: see `Generator`.
@@ -171,7 +168,7 @@ class DCGANLearner(Learner):
 
     Args:
         model: the generator.
-        settings: see there.
+        settings: see `Settings`.
     """
 
     class Settings(Section):
@@ -181,7 +178,7 @@ class DCGANLearner(Learner):
             gamma: weight of R1, the discriminator's squared gradient at real images; 0: none.
             r1_every: steps between two computations of it.
             judge: feature extractor of the Fréchet distance: "pixels" (8x8 grey levels), a model's name, or a file.
-            samples: images that are generated for it at an evaluation, in each process; 0: it is left out.
+            samples: images that are generated for it at an evaluation, in each process; 0: no distance.
         """
 
         gamma: Annotated[float, Field(ge=0)] = 0.1

@@ -1,7 +1,7 @@
 """Alignment of a denoiser's hidden tokens with those of a frozen encoder, position by position (REPA's side branch).
 
-A block is found by its name and read by a hook; the encoder gets the clean image. Both return tokens on a grid; if the grids differ, the
-encoder's is interpolated.
+The output of a block, given by name, is read by a hook; the encoder gets the clean image. Both return tokens on a grid; if the grids
+differ, the encoder's is interpolated.
 
 Notation: B batch, N tokens, D channels of the block, Z channels of the encoder.
 """
@@ -174,7 +174,7 @@ class Alignment(nn.Module):
         block: name of the block, such as "blocks.7".
         encoders: the targets of alignment.
         hidden_dim: hidden channels of the projectors.
-        projectors: the denoiser's own, one per encoder; None: new ones.
+        projectors: existing ones of the denoiser, one per encoder; None: new ones.
 
     Raises:
         UsageError: no such block, or projectors for other encoders.
@@ -195,9 +195,7 @@ class Alignment(nn.Module):
             dims = [p[-1].out_features for p in projectors]  # type: ignore[index]
             if dims != [e.dim for e in encoders]:
                 wanted = [e.dim for e in encoders]
-                raise UsageError(
-                    f"the model's projectors lead to {dims} channels, the encoders have {wanted}; create it with z_dims={wanted}"
-                )
+                raise UsageError(f"the model's projectors have {dims} channels, the encoders have {wanted}; create it with z_dims={wanted}")
             self.projectors = projectors
         else:
             width = block_width(denoiser, block)

@@ -38,7 +38,7 @@ class Pixels:
 class Latents:
     """A frozen `AutoencoderKL` of diffusers: images (B, 3, H, W) <-> latents (B, C, H / 8, W / 8) of about unit variance.
 
-    It is shared by all copies of a model, and moves to the device of what it gets.
+    It is shared by all copies of a model, and moves to the device of its input.
 
     Args:
         autoencoder: the module, with `encode(image).latent_dist` and `decode(latent).sample`.

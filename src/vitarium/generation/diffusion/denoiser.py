@@ -11,7 +11,7 @@ from vitarium.catalog.calling import random_integers, random_normal, random_unif
 from vitarium.errors import InputError, UsageError
 
 GAUSSIAN_STEPS = 1000
-"""Times of a process in steps, where a model's line names no other number."""
+"""Default number of steps of a discrete process."""
 
 
 class Denoiser(nn.Module):
@@ -76,17 +76,17 @@ class Denoiser(nn.Module):
             raise UsageError(f"{type(self).__name__} takes image sizes that {self.latent_stride} divides, got {height}x{width}")
         shape = (n, self.sample_chans, height // self.latent_stride, width // self.latent_stride)
         if self.process.startswith("gaussian"):
-            times = random_integers(self, (n,), GAUSSIAN_STEPS, seed=seed).float()  # exact, whatever the dtype of the weights
+            times = random_integers(self, (n,), GAUSSIAN_STEPS, seed=seed).float()  # exact in any dtype of the weights
         else:
             times = random_uniform(self, (n,), seed=seed)
         labels = random_integers(self, (n,), max(1, self.num_classes), seed=seed)
         return {"x": random_normal(self, shape, seed=seed), "t": times, "labels": labels}
 
     def check_input(self, x: Tensor, t: Tensor, multiple: int) -> None:
-        """Refuse invalid input.
+        """Check the input.
 
         Raises:
-            InputError: wrong rank, channels or size of x, or a number of times that is not that of the samples.
+            InputError: wrong rank, channels or size of x, or the number of times differs from that of samples.
         """
         if torch.compiler.is_compiling():
             return

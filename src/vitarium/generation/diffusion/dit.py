@@ -7,9 +7,9 @@ Flow and Diffusion-based Generative Models with Scalable Interpolant Transformer
     x <- x + gate1 * Attention(LN(x) (1 + scale1) + shift1)
     x <- x + gate2 * MLP(LN(x) (1 + scale2) + shift2)
 
-The last linear layer of every condition is initialised to 0, so that each block begins as the identity and the output as 0.
+The last linear layer of every condition is initialised to 0, so that each block is initially the identity and the output is 0.
 Follows the authors' code (facebookresearch/DiT, willisma/SiT), whose checkpoints load by name, as do diffusers'.
-Cost: quadratic in tokens. A third of DiT's parameters are the conditions' layers.
+Cost: quadratic in tokens. A third of DiT's parameters are in the layers of the conditions.
 
 Notation: B batch, C channels of x, H W its sides (latent cells, or pixels), N tokens, D embed_dim.
 """

@@ -30,7 +30,7 @@ def guided(
         labels: (B,) int64.
         null: number of the null class.
         scale: s; 1 calls the model once per step, other values with the batch doubled.
-        interval: times low <= t / length <= high, in the model's own time, at which guidance acts; elsewhere the labels alone condition.
+        interval: times low <= t / length <= high, in the model's own time, at which guidance acts; elsewhere there is no guidance.
         channels: guide only the first channels (3 in DiT's and SiT's released samplers); None: all channels of x. Output beyond x's
             channels (a variance) is never guided.
         length: largest time, 1 for flows.

@@ -1,4 +1,4 @@
-"""Training of denoisers: predict the noise, velocity or data of noised images or latents; measured by the images they generate."""
+"""Training of denoisers that predict the noise, velocity or data of noised images or latents; evaluated on generated images."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class DiffusionLearner(Learner):
 
     Args:
         model: a `Denoiser`, or any module called as (x, t, labels) with the same attributes.
-        settings: see there.
+        settings: see `Settings`.
     """
 
     class Settings(Section):
-        """Process of training, and defaults of sampling.
+        """Settings: the process of training, and defaults of sampling.
 
         Args:
             process: "flow:data_at=1" and the like (`parse_process`); None: the one that the model was published with.
-            autoencoder: of a model of latents: folder or Hugging Face name; None: Stable Diffusion's.
+            autoencoder: for a model of latents: folder or Hugging Face name; None: Stable Diffusion's.
             steps, sampler, guidance: defaults of sampling, in training and later.
             judge: feature extractor of the Fréchet distance: "pixels" (8x8 grey levels), a model's name, or a file.
             samples: images generated for the Fréchet distance at an evaluation, in each process; 0: none, and no distance.
@@ -76,7 +76,7 @@ class DiffusionLearner(Learner):
         return total(losses)
 
     def metrics(self) -> Any:
-        """As of the task, and loss (denoising, at fixed times and noise)."""
+        """Return the task's metrics and loss (denoising, at fixed times and noise)."""
         from torchmetrics import MeanMetric
 
         return nn.ModuleDict({"loss": MeanMetric(nan_strategy="disable"), **super().metrics()})

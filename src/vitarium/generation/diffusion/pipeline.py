@@ -18,7 +18,7 @@ from vitarium.nn.modes import evaluating
 
 DEFAULT_STEPS = 50
 ADAPTIVE = ("dopri5",)
-"""Samplers with adaptive steps, chosen by the error of the whole batch."""
+"""Samplers with adaptive steps, which depend on the error of the whole batch."""
 
 
 def process_of(model: Any) -> Process:
@@ -71,7 +71,7 @@ def generate(
     process, settings = process_of(model), dict(learner.settings if learner else {})
     weight = next(model.parameters())
     numbers = numbered(labels, indices)
-    if (sampler or settings.get("sampler")) in ADAPTIVE and len(labels) > 1:  # or its steps would depend on the whole batch
+    if (sampler or settings.get("sampler")) in ADAPTIVE and len(labels) > 1:  # image by image, because its steps depend on the whole batch
         given: dict[str, Any] = dict(seed=seed, guidance=guidance, steps=steps, sampler=sampler, interval=interval)
         given |= dict(guided_channels=guided_channels, image_size=image_size, autoencoder=autoencoder, **options)
         return torch.cat([generate(model, one, indices=at, **given) for one, at in zip(labels.split(1), numbers.split(1), strict=True)])

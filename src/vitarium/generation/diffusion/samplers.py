@@ -1,8 +1,8 @@
 """Samplers: functions from a prediction, noise and a grid of times to data.
 
-A prediction is called as predict(x, t, decided_at=None): x (B, C, H, W), t one time; `decided_at` is the time that decides about guidance
-if it is not t (`guided` makes a prediction from a model and labels). Integration runs in x's dtype, preferably float64; the model may
-compute in another.
+A prediction is called as predict(x, t, decided_at=None): x (B, C, H, W), t one time; `decided_at` is the time that guidance intervals are
+compared with, if it is not t (`guided` makes a prediction from a model and labels). Integration runs in x's dtype, preferably float64; the
+model may compute in another.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Noise = torch.Generator | ImageNoise
 
 
 class Predict(Protocol):
-    """Prediction of a model at (B, C, H, W) and a time."""
+    """Prediction of a model for (B, C, H, W) and a time."""
 
     def __call__(self, x: Tensor, t: float, decided_at: float | None = None) -> Tensor: ...
 

@@ -1,4 +1,4 @@
-"""Training of restoration: reconstruction loss on the true image, measured by PSNR and SSIM on luma beside bicubic enlargement."""
+"""Training of restoration: reconstruction loss, and PSNR and SSIM on luma, compared with bicubic enlargement."""
 
 from __future__ import annotations
 
@@ -38,10 +38,9 @@ class RestorationLearner(Learner):
 
     class Settings(Section):
         """
-        Args:
-            loss: mean absolute error, mean square error, or Charbonnier's sqrt(x^2 + 1e-6).
+        Settings of restoration. / Args: / loss: mean absolute error, mean square error, or Charbonnier's sqrt(x^2 + 1e-6).
             start: "interpolation" initialises a model without weights as an interpolation of its input (see its `start_as_interpolation`);
-                a short training then improves on bicubic enlargement from its first steps on.
+                the first steps of training then already improve on bicubic enlargement.
             tile, overlap: for large images in evaluation, pixels of the low-resolution image (see `tiling`).
         """
 

@@ -9,7 +9,7 @@ from vitarium.catalog.calling import random_uniform
 from vitarium.errors import InputError
 
 DEFAULT_SIZE = 64
-"""Side of an example image where nothing names one, pixels."""
+"""Side of an example image if the variant has no size, pixels."""
 
 
 class Restorer(nn.Module):
@@ -19,7 +19,7 @@ class Restorer(nn.Module):
     cropped.
 
     Args:
-        scale: factor of enlargement on each axis (1: a denoiser, say).
+        scale: factor of enlargement on each axis (1 for a denoiser).
         in_chans: number of channels of input and output.
         multiple: both sides of the input of `restore` are multiples of this, pixels.
         reach: radius of the receptive field in pixels of the input. If a tile's overlap exceeds it, an image restored in tiles equals one
@@ -41,16 +41,16 @@ class Restorer(nn.Module):
         return restored[..., : height * self.scale, : width * self.scale]
 
     def example_inputs(self, n: int = 1, image_size: int | tuple[int, int] | None = None, *, seed: int = 0) -> dict[str, Tensor]:
-        """Return image (n, in_chans, H, W) in 0..1; by default of the size that the variant names."""
+        """Return image (n, in_chans, H, W) in 0..1; by default of the variant's size."""
         own = getattr(getattr(self, "preprocessing", None), "image_size", DEFAULT_SIZE)
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size or (own, own)
         return {"image": random_uniform(self, (n, self.in_chans, height, width), seed=seed)}
 
     def check_image(self, image: Tensor) -> None:
-        """Refuse invalid input, before any work.
+        """Check the input.
 
         Raises:
-            InputError: wrong rank, channels, layout, dtype or device, or an empty image; the message says what came and what is accepted.
+            InputError: wrong rank, channels, layout, dtype or device, or an empty image; the message has the actual and the accepted value.
         """
         if torch.compiler.is_compiling():
             return

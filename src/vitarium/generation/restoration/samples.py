@@ -20,8 +20,8 @@ class PairTransform:
     and transposed at random; smaller images are mirrored up to the crop. For evaluation both are whole and uint8, the high-resolution
     image cropped to `scale` times the other.
 
-    If the partner is None, the image is the high-resolution one, and the other is made from it. If it is not an image (a class number), the
-    image is a low-resolution one without ground truth, which is then an empty tensor.
+    If the partner is None, the image is the high-resolution one, and the low-resolution one is computed from it. If it is not an image (a
+    class number), the image is a low-resolution one without ground truth, which is then an empty tensor.
 
     Args:
         scale: side of the high-resolution image over that of the low-resolution one.
@@ -61,11 +61,11 @@ class PairTransform:
         return low, high[:, top * scale :, left * scale :][:, : crop * scale, : crop * scale]
 
     def _cropped_high(self, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Crop, then shrink with the context that the kernel reaches: equals shrinking the whole image and cropping it."""
+        """Crop with a margin of the kernel's size, then shrink: the result equals that of shrinking the whole image and cropping it."""
         crop, scale = self.crop or 0, self.scale
         high = mirrored(high, crop * scale)
         top, left = (random.randint(0, side // scale - crop) for side in high.shape[1:])
-        above, before = min(top, 2), min(left, 2)  # the kernel reaches two pixels of the low-resolution image
+        above, before = min(top, 2), min(left, 2)  # the kernel extends over two pixels of the low-resolution image
         around = high[:, (top - above) * scale : (top + crop + 2) * scale, (left - before) * scale : (left + crop + 2) * scale]
         low = shrunk(around, scale)[:, above : above + crop, before : before + crop]
         return low, high[:, top * scale : (top + crop) * scale, left * scale : (left + crop) * scale]
@@ -79,12 +79,12 @@ class PairTransform:
 
 
 def shrunk(high: Tensor, scale: int) -> Tensor:
-    """Shrink as the benchmarks do, bicubic in 8 bits: (C, H, W) uint8 -> (C, ceil(H / scale), ceil(W / scale)) uint8."""
+    """Shrink by bicubic interpolation in 8 bits, as the benchmarks do: (C, H, W) uint8 -> (C, ceil(H / scale), ceil(W / scale)) uint8."""
     return to_bytes(resize_bicubic(high.float() / 255, 1 / scale))
 
 
 def enlarged(low: Tensor, scale: int) -> Tensor:
-    """Enlarge by the baseline of restoration, bicubic in 8 bits: (C, H, W) uint8 -> (C, scale H, scale W) uint8."""
+    """Enlarge by bicubic interpolation in 8 bits, the baseline of restoration: (C, H, W) uint8 -> (C, scale H, scale W) uint8."""
     return to_bytes(resize_bicubic(low.float() / 255, scale))
 
 

@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SHOWN, SHOWN_SIDE = 3, 192
-"""Images of a sheet, and the side of the part of each, pixels of the result."""
+"""Number of images on a sheet, and the side of the crop of each, pixels of the result."""
 
 
 @task("restore")
 class Restore(Task):
-    """Restore an image. Whole images are measured, in tiles where they are large.
+    """Restore an image. Metrics are computed on whole images, restored in tiles if they are large.
 
     Target: the true image, uint8 (C, scale H, scale W). The model is a `Restorer`.
 
     Args:
-        tile, overlap: of large images, pixels of the low image (see `tiling`); tile 0: none.
+        tile, overlap: for large images, pixels of the low-resolution image (see `tiling`); tile 0: no tiling.
     """
 
     tile: Annotated[int, Field(ge=0)] = 256
@@ -57,15 +57,14 @@ class Restore(Task):
         return {"image": torch.empty(len(samples), 0), "low": [low for low, _ in samples], "target": [high for _, high in samples]}
 
     def metrics(self, model: Any) -> nn.ModuleDict:
-        """PSNR and SSIM on luma without `scale` pixels of the border, of the model and of bicubic enlargement."""
+        """Return PSNR and SSIM on luma without `scale` pixels of the border, for the model and for bicubic enlargement."""
         from vitarium.generation.restoration.metrics import LumaQuality
 
         return nn.ModuleDict({name: LumaQuality(model.scale) for name in ("restored", "bicubic")})
 
     def update(self, metrics: Any, model: Any, batch: Batch) -> None:
         """
-        Raises:
-            DataError: true images of another scale.
+        Add a batch. / Raises: / DataError: the true images have another scale.
         """
         scale = model.scale
         for low, high in zip(batch["low"], batch["target"], strict=True):
@@ -81,7 +80,7 @@ class Restore(Task):
         return metrics["restored"].compute() | {f"bicubic_{name}": value for name, value in metrics["bicubic"].compute().items()}
 
     def restored(self, model: Any, low: Tensor) -> Tensor:
-        """Return the restored image of a low one, uint8 (C, H, W) -> (C, scale H, scale W)."""
+        """Restore a low-resolution image, uint8 (C, H, W) -> (C, scale H, scale W)."""
         return restore_tensor(model, low, tile=self.tile, overlap=self.overlap)
 
     def answers(self, model: nn.Module, batch: Batch, *, limit: int = 5) -> list[dict[str, Any]]:
@@ -94,7 +93,7 @@ class Restore(Task):
         return answer["_restored"]
 
     def sheets(self, model: Any, batch: Batch) -> dict[str, Image.Image]:
-        """Draw "restored": the middle of each image as bicubic enlargement, as the model's, and as it is."""
+        """Draw "restored": the centre of each image enlarged bicubically, restored by the model, and the true one."""
         rows, scale = [], model.scale
         for low, high in list(zip(batch["low"], batch["target"], strict=True))[:SHOWN]:
             side = SHOWN_SIDE // scale

@@ -1,7 +1,7 @@
 """Restoring large images in tiles, without seams.
 
-Tiles overlap, and begin on the model's window grid. Near its border a tile lacks context: there only its neighbour counts, and in the
-middle of the overlap the result is blended from one to the other over `FADE` pixels.
+Tiles overlap, and begin on the model's window grid. Near its border a tile lacks context: there only the neighbour is used, and in the
+middle of the overlap the two are blended over `FADE` pixels.
 
 If the overlap is at least twice `Restorer.reach` plus the fade, the result equals that of the whole image.
 """
@@ -26,7 +26,7 @@ FADE = 16
 """Pixels of the input over which neighbouring tiles are blended."""
 
 MAX_PIXELS = 512_000_000
-"""Largest result; it is held in memory at 3 bytes per pixel."""
+"""Largest number of pixels of a result, which is held in memory at 3 bytes per pixel."""
 
 
 def strips(model: Restorer, image: Tensor, *, tile: int = 256, overlap: int = 32) -> Iterator[Tensor]:

@@ -38,8 +38,7 @@ class VARTokenizerLearner(Learner):
 
     class Settings(Section):
         """
-        Args:
-            quantizer: weight of the quantizer's loss.
+        Settings of the tokenizer's training. / Args: / quantizer: weight of the quantizer's loss.
             perceptual: model with published weights whose features of both images are compared, such as "timm/vgg16.tv_in1k";
                 None: none.
             perceptual_weight: weight of the distance of features.
@@ -58,7 +57,7 @@ class VARTokenizerLearner(Learner):
         self.judge: nn.Module | None = None
         self.register_buffer("idle", torch.zeros(model.vocab_size, dtype=torch.int64))
         self._wanted: Tensor | None = None
-        """Feature vectors of this step's images that were coded, (N, C)."""
+        """Quantized feature vectors of this step's images, (N, C)."""
 
     @classmethod
     def create(
@@ -91,7 +90,7 @@ class VARTokenizerLearner(Learner):
 
     @torch.no_grad()
     def after_step(self, step: int, total_steps: int) -> None:
-        """Replace idle codes by this step's feature vectors; in the last fifth of the training the codes stay as they are."""
+        """Replace unused codes by this step's feature vectors; not in the last fifth of the training."""
         if self._wanted is None or step > 0.8 * total_steps:
             return
         codes, idle = self.model.quantizer.codebook.weight, self.idle > self.settings.revive
@@ -99,21 +98,21 @@ class VARTokenizerLearner(Learner):
         codes.copy_(torch.where(idle[:, None], self._wanted[chosen].to(codes), codes))
         self.idle.masked_fill_(idle, 0)
         self._wanted = None
-        if dist.is_available() and dist.is_initialized():  # each process has other images
+        if dist.is_available() and dist.is_initialized():  # the images differ between processes
             dist.broadcast(codes, 0)
             dist.broadcast(self.idle, 0)
 
 
 @learner("var", task="generate")
 class VARLearner(Learner):
-    """Cross entropy of every code of every scale, given the class and the image that earlier scales add up to."""
+    """Cross entropy of every code of every scale, given the class and the sum of the earlier scales."""
 
     model: Any
 
     class Settings(Section):
         """
-        Args:
-            tokenizer: file of a trained tokenizer (`vitarium train var_tokenizer`), which becomes part of the trained model. None: that of
+        Settings of VAR's training. / Args: / tokenizer: file of a trained tokenizer (`vitarium train var_tokenizer`), which becomes part of
+        the trained model. None: that of
                 the checkpoint from which training starts.
             label_drop: share of images trained on without their class, for guidance.
             judge: feature extractor of the Fréchet distance: "pixels" (8x8 grey levels), a model's name, or a file.
@@ -170,7 +169,7 @@ class VARLearner(Learner):
         return F.cross_entropy(model.transformer(views, labels).transpose(1, 2), torch.cat(codes, 1), reduction="none")
 
     def metrics(self) -> Any:
-        """As of the task, and loss (mean over all codes) and scale_losses (the same of each scale; ln V is chance)."""
+        """Return the task's metrics, loss (mean over all codes) and scale_losses (the mean of each scale; ln V is chance)."""
         from torchmetrics import MeanMetric
 
         losses = [MeanMetric(nan_strategy="disable") for _ in range(1 + len(self.model.scales))]
@@ -199,7 +198,7 @@ def _tokenizer(file: str) -> Any:
 
 
 def _sized(name: str | nn.Module, data: ImageData, recipe: Recipe, codec: Any = None) -> Recipe:
-    """Return the recipe without the size of the data's images: they are resized to that of the model, which its scales fix.
+    """Return the recipe without the size of the data's images: they are resized to the model's size, which its scales determine.
 
     Raises:
         UsageError: the recipe asks for another size.

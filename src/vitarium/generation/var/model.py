@@ -21,7 +21,7 @@ from vitarium.generation.var.transformer import ScaleTransformer, Steps
 from vitarium.nn.modes import evaluating
 
 GUIDANCE = 2.5
-"""Guidance at the last scale; the authors write it as cfg = 1.5, the amount above 1."""
+"""Guidance at the last scale; the authors' cfg = 1.5 is this minus 1."""
 
 _TRANSFORMER = rename(
     (r"lvl_1L$|attn_bias_for_masking$", None),
@@ -79,7 +79,7 @@ class VAR(nn.Module):
 
     Args:
         depth, embed_dim, num_heads, mlp_ratio, drop_path_rate, shared_modulation: see `ScaleTransformer`.
-        tokenizer: name of the model that encodes images into maps of codes; it is part of this model, and is not trained with it.
+        tokenizer: name of the model that encodes images into maps of codes; it becomes a frozen submodule.
         tokenizer_arguments: arguments of its constructor that differ from its variant's.
         num_classes: number of classes.
         image_size: side of the images, pixels; fixed by the tokenizer, and checked against it.
@@ -141,7 +141,7 @@ class VAR(nn.Module):
         }
 
     def no_weight_decay(self) -> set[str]:
-        """Return the authors' list: embeddings, positions, scales of attention, tables of modulation."""
+        """Return the authors' list of parameters without weight decay: embeddings, positions, scales of attention, tables of modulation."""
         tables = ("start", "positions", "class_embed.weight", "level_embed.weight")
         return {f"transformer.{name}" for name in (*tables, "blocks.*.attn.log_scale", "blocks.*.ada_table")}
 
@@ -165,7 +165,7 @@ class VAR(nn.Module):
                 None: 2.5 (the authors' cfg = 1.5).
             steps: one per scale; no other number is accepted.
             options: top_k (900), number of likeliest codes from which one is drawn; 0: all; 1: always the likeliest. top_p (0.96), smallest
-                set of codes with this probability; 0 or 1: all. smooth (false), mix codes by Gumbel-softmax instead of drawing one,
+                set of codes with this probability; 0 or 1: all. smooth (false), mix codes by Gumbel-softmax instead of sampling one,
                 which gives smoother images, not better numbers (an option of the authors). cache (true), keep keys and values of
                 earlier scales; without it the same images take longer.
 

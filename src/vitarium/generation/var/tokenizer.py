@@ -220,7 +220,7 @@ def phi_of_scales(scales: int, count: int) -> list[int]:
 
 
 OFFICIAL = rename(
-    (r"ema_vocab_hit_SV$", None),  # usage of codes; of another shape for other scales
+    (r"ema_vocab_hit_SV$", None),  # usage of codes; its shape depends on the scales
     (r"^quantize\.embedding\.", "quantizer.codebook."),
     (r"^quantize\.quant_resi\.qresi_ls\.(\d+)\.", r"quantizer.phis.\1."),
     (r"^quantize\.quant_resi\.qresi\.", "quantizer.phis.0."),
@@ -338,7 +338,7 @@ class VARTokenizer(nn.Module):
     def decode(self, indices: Sequence[Tensor]) -> Tensor:
         """Decode codes, (B, p_k^2) for the first scales or all, into an image (B, in_chans, H, W) in [-1, 1].
 
-        From the first scales alone, the result is the image as coded by them.
+        With only the first scales, the result is the image as coded by them.
         """
         return self.to_image(self.totals(indices)[-1])
 

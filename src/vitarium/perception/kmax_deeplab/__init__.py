@@ -1,6 +1,6 @@
 """kMaX-DeepLab: queries are cluster centres, and cross attention is a step of k-means (Yu et al., "k-means Mask Transformer", 2022).
 
-The idea: a mask transformer's queries represent the image's segments, and its masks assign pixels to queries. A query therefore need not
+A mask transformer's queries represent the image's segments, and its masks assign pixels to queries. A query therefore need not
 attend to all pixels by a softmax over them: each pixel is assigned to the query whose mask is largest there (a softmax over the few
 queries, made hard), and a query receives the sum of its pixels.
 
@@ -9,7 +9,7 @@ queries, made hard), and a query receives the sum of its pixels.
 
 The logits of the assignment are the prediction itself, so that supervision at every layer trains the clustering. Axial attention computes
 the maps from coarse to fine; two layers cluster each of them at strides 32, 16 and 8, and the last prediction is made at stride 4. Masks
-divide each pixel among the queries, so they do not overlap; queries without a matching segment learn to be void.
+divide each pixel among the queries, so they do not overlap; queries without a matching segment are trained to be void.
 
     matching: argmax of sum of p(class) * dice, once, on the last prediction, for all layers
 

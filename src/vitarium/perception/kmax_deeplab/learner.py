@@ -25,7 +25,7 @@ class KMaXLearner(SegmentationLearner):
     """Train by the authors' five losses with their weights, at every layer, on panoptic or other segments."""
 
     class Settings(SegmentationLearner.Settings):
-        """Settings of every segmenter, and
+        """Settings of every segmenter, and of these losses.
 
         Args:
             samples: number of pixels per image whose similarities are compared.
@@ -71,12 +71,12 @@ class KMaXLearner(SegmentationLearner):
 
 @learner("kmax_deeplab_semantic", task="semantic")
 class KMaXSemanticLearner(KMaXLearner):
-    """Semantic segmentation: one segment a class."""
+    """Semantic segmentation: one segment per class."""
 
 
 @learner("kmax_deeplab_instance", task="instance")
 class KMaXInstanceLearner(KMaXLearner):
-    """Instance segmentation: one segment a thing; the rest of the image is void."""
+    """Instance segmentation: one segment per thing; the rest of the image is void."""
 
 
 def _exact(value: Any) -> Any:

@@ -20,7 +20,7 @@ from vitarium.perception.set_losses import Prediction, SetCriterion, Targets, ma
 
 LEAST_WEIGHT = 1e-5
 CLASS_SHARE = 0.75
-"""Weight of queries with a class; queries of void have the rest to 1."""
+"""Weight of the loss of queries with a class; void queries have 1 minus it."""
 PIXEL_TEMPERATURE = 0.3
 WEIGHTS = {"class": 3.0, "mask": 0.3, "dice": 3.0, "pixels": 1.0, "semantic": 1.0}
 

@@ -19,7 +19,7 @@ from vitarium.perception.pyramid import create_pyramid, feature_dims, feature_ma
 
 CROSS_ATTENTIONS = ("kmeans", "softmax")
 COCO_THINGS = 80
-"""Number of things among COCO's 133 panoptic categories; they are the first."""
+"""Number of thing classes among COCO's 133 panoptic categories; they come first."""
 
 
 def _coco(backbone: str, **arguments: Any) -> dict[str, Any]:
@@ -164,11 +164,11 @@ class KMaXDeepLab(Segmenter):
     # ---- heads, groups, checks
 
     def get_classifier(self) -> list[nn.Module]:
-        """Return the layers that are new in a model for other classes."""
+        """Return the layers that depend on the number of classes."""
         return [part.classes for part in self.modules() if isinstance(part, ClassHead)]
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the class layers of all predictors. `things` keeps the numbers that are still classes."""
+        """Replace the class layers of all predictors. Numbers in `things` that are no longer classes are removed."""
         for part in self.modules():
             if isinstance(part, ClassHead):
                 part.reset(num_classes)
@@ -176,7 +176,7 @@ class KMaXDeepLab(Segmenter):
         self.things = tuple(c for c in self.things if c < num_classes)
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of queries and tables of distances."""
+        """Return the names of the parameters without weight decay: queries and tables of distances."""
         return {"queries", "*_position.table"}
 
     def group_matcher(self, coarse: bool = False) -> Any:

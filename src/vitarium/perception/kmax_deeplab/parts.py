@@ -20,7 +20,7 @@ class ConvNorm(BaseConvNorm):
         axes: 2 for maps, 1 for queries.
         kernel_size: odd side of the kernel.
         depthwise: whether each channel has its own kernel.
-        dilation: step between the kernel's cells.
+        dilation: step between the kernel's taps.
         act: whether a GELU follows.
         bias: whether the convolution has a bias.
         momentum: of the batch norm's running statistics.

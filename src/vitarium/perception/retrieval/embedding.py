@@ -1,4 +1,4 @@
-"""Unit vectors of images from any model: the output of its embedding head, or else the features that its classifier reads."""
+"""Unit vectors of images from any model: the output of its embedding head, or else the input of its classifier."""
 
 from __future__ import annotations
 

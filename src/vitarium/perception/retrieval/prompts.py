@@ -5,8 +5,8 @@ and values of the attention,
 
     heads = softmax(q [k_p | k]^T scale) [v_p | v],      k_p, v_p = keys and values of norm1(prompts)
 
-which is computed here directly: no queries and no MLP for the prompts, and token reductions never see them. Prompts have no position, and
-rotary models do not rotate them.
+which is computed here directly: there are no queries and no MLP for the prompts, and token reductions do not process them. Prompts have no
+position, and rotary models do not rotate them.
 
 Notation: B batch, P prompts per block, N tokens, C channels, E length of an embedding.
 """
@@ -120,6 +120,6 @@ def freeze(model: nn.Module, head: nn.Module | None) -> tuple[str, ...]:
 
 
 def head_width(view: Anatomy) -> int:
-    """Return the number of features that a model's head reads."""
+    """Return the number of input features of a model's head."""
     width = getattr(view.head, "in_features", None) or getattr(view.tower, "num_features", None)
     return int(width or view.blocks[0].norm1.weight.shape[0])  # type: ignore[union-attr, arg-type, index]

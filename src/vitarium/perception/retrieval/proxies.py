@@ -4,7 +4,7 @@ ProxyAnchor (Kim et al. 2020), with s = cos(x_i, p_c), alpha = 32, delta = 0.1:
 
     mean_c log(1 + sum_{i in c} exp(-alpha (s - delta))) + mean_c log(1 + sum_{i not in c} exp(alpha (s + delta)))
 
-Semantic proxies (Ren et al. 2024) are in part made from the images themselves: a GRU-like cell reads one image's p after another, over the
+Semantic proxies (Ren et al. 2024) are in part made from the images themselves: a GRU-like cell is updated with each image's p over the
 whole training, so that a class's proxy summarises its images.
 
 Notation: B batch, K classes, E length of an embedding, C channels of the backbone, P prompts of a class.
@@ -47,7 +47,7 @@ def proxy_loss(
 
 
 class SemanticCell(nn.Module):
-    """A GRU cell whose candidate passes ReLU ("gru_relu") or tanh ("gru"); state (K, E) and input (K, E) -> state (K, E).
+    """A GRU cell whose candidate goes through ReLU ("gru_relu") or tanh ("gru"); state (K, E) and input (K, E) -> state (K, E).
 
     z = sig(x W_iz + h W_hz + b_iz), r likewise, n = act(x W_in + r (h W_hn) + b_in), h' = (1 - z) n + z h.
     """
@@ -81,7 +81,7 @@ def accumulate(container: Tensor, p: Tensor, labels: Tensor, cell: nn.Module) ->
     turn = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[place[order]]
     h = container[classes]
     for j in range(int(counts.max())):
-        images = order[turn == j]  # the j-th image of each class that has as many
+        images = order[turn == j]  # the j-th image of each class with more than j images
         rows = place[images]
         h = h.index_copy(0, rows, cell(p[images], h[rows]).to(h.dtype))
     return classes, h, F.normalize(container.index_copy(0, classes, h), dim=1)

@@ -1,4 +1,4 @@
-"""Drawings of queries with their results: a row per query, nearest first."""
+"""Drawings of queries with their results: one row per query, nearest first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GREEN, RED, BLACK, GREY = "#2e7d32", "#c62828", "#212121", "#90a4ae"
 
 
 class Found(NamedTuple):
-    """A result: the image, None if its file is no longer readable; its caption; whether it is right (None: unknown)."""
+    """A result: the image (None if its file cannot be read), its caption, and whether it is right (None: unknown)."""
 
     picture: Image.Image | None
     caption: str

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from vitarium.perception.retrieval.sheet import Found
 
 SHOWN = 6
-"""Queries of a sheet, and neighbours of each."""
+"""Number of queries on a sheet, and of neighbours of each."""
 
 
 @task("retrieve")
 class Retrieve(Task):
     """Embed images so that those of one class are nearest to each other.
 
-    Target: int64 (), a class that training has not seen. Output: unit vectors (B, E).
+    Target: int64 (), a class that does not occur in training. Output: unit vectors (B, E).
     """
 
     data_kind = "retrieval"
@@ -41,11 +41,11 @@ class Retrieve(Task):
 
     @staticmethod
     def collate(samples: list[tuple[Tensor, Any]]) -> Batch:
-        """Stack single images, and groups (G, C, H, W) of one class one behind the other."""
+        """Stack single images, or concatenate groups (G, C, H, W) of one class."""
         return Task.collate([(one, target) for tensor, target in samples for one in (tensor if tensor.ndim == 4 else tensor[None])])
 
     def metrics(self, model: nn.Module) -> Any:
-        """recall_at_1, _2, _4, _8 and map_at_r."""
+        """Return recall_at_1, _2, _4, _8 and map_at_r."""
         from vitarium.perception.retrieval.metrics import RetrievalMetric
 
         return RetrievalMetric()
@@ -68,7 +68,7 @@ class Retrieve(Task):
         return {f"embedding_{i}": value for i, value in enumerate(answer["embedding"])}
 
     def sheets(self, model: nn.Module, batch: Batch) -> dict[str, Image.Image]:
-        """Draw "nearest": the batch's first images, each with its nearest ones of the batch; those of its class are marked."""
+        """Draw "nearest": the batch's first images, each with its nearest neighbours in the batch; those of its class are marked."""
         from vitarium.perception.retrieval.sheet import Found, sheet
 
         vectors, labels = embeddings_of(model, batch["image"]), batch["target"].tolist()

@@ -1,4 +1,5 @@
-"""Tasks: what a model is asked to do. Each owns its data, its metrics and its answers; commands ask the task and nothing else.
+"""Tasks, such as classification or segmentation. A task defines its data, its metrics and the format of its answers; commands use only this
+interface.
 
 task = find_task("segment:kind=semantic")
 data = task.open("scenes", image_size=64)

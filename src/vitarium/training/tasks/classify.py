@@ -1,4 +1,4 @@
-"""Classification: one label an image."""
+"""Classification: one label per image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vitarium.data import ImageData
 
 WEAKEST = 5
-"""Classes in the table of the lowest accuracies."""
+"""Number of classes in the table of the lowest accuracies."""
 
 TEXTS = {"accuracy": "accuracy", "top5": "accuracy, first five", "loss": "cross entropy", "calibration_error": "calibration error"}
 
@@ -38,12 +38,12 @@ class Classify(Task):
         """Renumber the data's classes by their names.
 
         Raises:
-            DataError: a class that the model does not know.
+            DataError: a class that the model does not have.
         """
         return match_classes(model, data, lambda numbers: numbers.__getitem__)
 
     def metrics(self, model: nn.Module) -> Any:
-        """accuracy and top5 (shares of 1), loss (cross entropy), calibration_error (15 bins), confusion_matrix (truth, prediction)."""
+        """Return accuracy and top5 (in [0, 1]), loss (cross entropy), calibration_error (15 bins), confusion_matrix (truth, prediction)."""
         from torchmetrics import MeanMetric, MetricCollection
         from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassConfusionMatrix
 
@@ -67,7 +67,7 @@ class Classify(Task):
         return {name: value.tolist() for name, value in values.items()}
 
     def report(self, values: dict[str, Any], data: ImageData) -> dict[str, Any]:
-        """Add one row a class: name, images, accuracy (None without images)."""
+        """Add one row per class: name, images, accuracy (None without images)."""
         confusion = values["confusion_matrix"]
         rows = [
             {"name": name, "images": sum(row), "accuracy": row[i] / sum(row) if sum(row) else None}
@@ -90,7 +90,7 @@ class Classify(Task):
         return [TableData("Weakest classes", ["class", ">images", ">accuracy"], rows)] if len(known) > 1 else []
 
     def baseline(self, data: ImageData) -> dict[str, float]:
-        """Accuracy of always answering the most frequent training class."""
+        """Return the accuracy of a constant prediction, the most frequent training class."""
         most = Counter(data.train.targets).most_common(1)[0][0]
         return {"accuracy": sum(target == most for target in data.val.targets) / max(1, len(data.val))}
 
@@ -117,5 +117,5 @@ def ranked(logits: Tensor, names: list[str], limit: int) -> dict[str, Any]:
 
 
 def class_names(model: Any, count: int) -> list[str]:
-    """Return the model's labels, or "class 0", "class 1", ... where it has none."""
+    """Return the model's labels, or "class 0", "class 1", ... if it has none."""
     return list(getattr(model, "labels", None) or [f"class {i}" for i in range(count)])

@@ -9,7 +9,7 @@ from vitarium.training.tasks.registry import parse_task
 
 
 def task_of(model: nn.Module) -> Task:
-    """Return the task of a model: as its record says, else that of its learner or family, else classify.
+    """Return the task of a model: from its record, else from its learner or family, else classify.
 
     Raises:
         UsageError: the record names a task or learner that is not installed.

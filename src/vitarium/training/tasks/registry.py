@@ -1,4 +1,4 @@
-"""Tasks by name. A file is imported only when its task is asked for."""
+"""Registry of tasks by name. A file is imported only when its task is used."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ALIASES: dict[str, dict[str, Any]] = {
     "retrieval": {"name": "retrieve"},
     "features": {"name": "encode"},
 }
-"""Other spellings that are accepted, such as those of earlier versions."""
+"""Accepted aliases, such as names in earlier versions."""
 
 _TASKS: dict[str, type[Task]] = {}
 
@@ -56,7 +56,7 @@ def find_task(name: str) -> type[Task]:
 
 
 def parse_task(text: str | dict[str, Any]) -> Task:
-    """Make a task from text ("segment:kind=semantic"), from an alias ("semantic"), or from the record of a saved file.
+    """Create a task from text ("segment:kind=semantic"), from an alias ("semantic"), or from the record of a saved file.
 
     Raises:
         UsageError: no such task or option.
