@@ -80,4 +80,4 @@ def require_head(model: nn.Module) -> None:
         mark: Any = model.fresh_head
         raise UsageError(f"the classifier of {name} is untrained ({', '.join(names)}: {mark.reason}); {advice}")
     if getattr(model, "num_classes", None) == 0 and hasattr(model, "get_classifier") and not head_names(model):
-        raise UsageError(f"{name} has no classifier, because its weights have none; {advice}")
+        raise UsageError(f"{name} has no classifier: its weights hold none; {advice}")

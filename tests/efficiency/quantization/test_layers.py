@@ -84,7 +84,7 @@ def test_observers():
         want = want + 0.1 * (x.max() - want)
     torch.testing.assert_close(average.high, want[None])
     assert share.high < torch.cat(batches).max()
-    with pytest.raises(UsageError, match="has seen nothing"):
+    with pytest.raises(UsageError, match="has not observed any"):
         _ = Observer().low
 
 
