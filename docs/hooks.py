@@ -127,7 +127,7 @@ def combinations_page() -> str:
 def gallery_pages() -> dict[str, str]:
     """Return gallery.md and its report: `vitarium compare --models '*_pico'`, drawn again from its results.json."""
     from vitarium.data import open_data
-    from vitarium.reports.compare import mistaken_images
+    from vitarium.reports.compare import gallery_images
     from vitarium.reports.page import render
     from vitarium.reports.results import Comparison
 
@@ -135,9 +135,9 @@ def gallery_pages() -> dict[str, str]:
     found = Comparison.from_dict(values, Path("runs", "gallery"))
     digits = open_data(found.data, seed=values["settings"]["seed"])
     rows = [
-        f"| `{t.name}` | {100 * t.accuracy:.1f} % | {t.latency_ms:.2f} ms | {t.throughput:,.0f} | {t.params / 1e3:.0f} K "
+        f"| `{t.name}` | {100 * t.score:.1f} % | {t.latency_ms:.2f} ms | {t.throughput:,.0f} | {t.params / 1e3:.0f} K "
         f"| {t.macs / 1e6:.2f} M | {t.seconds:.0f} s |"
-        for t in sorted(found.trials, key=lambda t: (-t.accuracy, t.latency_ms))
+        for t in sorted(found.trials, key=lambda t: (-t.score, t.latency_ms))
     ]
     minutes = sum(t.seconds for t in found.trials) / 60
     page = [
@@ -163,7 +163,7 @@ def gallery_pages() -> dict[str, str]:
         "|---|---|---|---|---|---|---|",
         *rows,
     ]
-    return {"gallery/index.md": "\n".join(page), "gallery/report.html": render(found, mistaken_images(found, digits))}
+    return {"gallery/index.md": "\n".join(page), "gallery/report.html": render(found, gallery_images(found, digits))}
 
 
 def ledger_page() -> str:

@@ -14,9 +14,9 @@ from vitarium.reports.results import Comparison, Failure, Trial
 from vitarium.verbs.compare import chosen
 
 NUMBERS = dict(
-    loss=0.1, evaluated=360, throughput=2000.0, peak_memory_mb=3.5, params=123_456, macs=2_000_000, bytes=500_000, image_size=16, steps=100
+    evaluated=360, throughput=2000.0, peak_memory_mb=3.5, params=123_456, macs=2_000_000, bytes=500_000, image_size=16, steps=100
 )
-LISTS = dict(history=[], confusion=[[1]], mistakes=[], bad_files=[{"path": "x/[b].png", "reason": "cut off"}], file="m")
+LISTS = dict(history=[], bad_files=[{"path": "x/[b].png", "reason": "cut off"}], file="m")
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def asked(monkeypatch, tmp_path):
         for kind in ("started", "step", "measuring", "finished"):
             progress(Event(kind, "swin_pico", 0, 2, step=50, steps=100, fraction=0.5, seconds_left=3.0, loss=0.5, accuracy=0.97))
         progress(Event("failed", "timm/vit_pico", 1, 2, message="out of memory"))
-        trials = [Trial("swin_pico", accuracy=0.98, latency_ms=1.5, seconds=12.0, **NUMBERS, **LISTS)]
+        trials = [Trial("swin_pico", score=0.98, metrics={"accuracy": 0.98}, latency_ms=1.5, seconds=12.0, **NUMBERS, **LISTS)]
         return Comparison(
             tmp_path / "runs", "digits", {"train": 1, "val": 1}, ["a"], {}, {}, {}, "", trials, [Failure("timm/vit_pico", "out of memory")]
         )

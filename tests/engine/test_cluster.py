@@ -107,13 +107,12 @@ def test_comparison_survives_a_node_and_a_change_of_engine(cluster, tmp_path):
     unbroken = compare(**given, out=tmp_path / "unbroken")
     assert found.settings["engine"] == "ray"
     for a, b in zip(found.trials, unbroken.trials, strict=True):
-        assert (a.name, a.accuracy, a.loss, a.steps, a.confusion, a.mistakes) == (
+        assert (a.name, a.score, a.metrics, a.steps, a.extras) == (
             b.name,
-            b.accuracy,
-            b.loss,
+            b.score,
+            b.metrics,
             b.steps,
-            b.confusion,
-            b.mistakes,
+            b.extras,
         )
         one, two = (vitarium.load(c.folder / t.file).state_dict() for c, t in ((found, a), (unbroken, b)))
         assert all(torch.equal(one[name], two[name]) for name in two)

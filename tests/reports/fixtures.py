@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from vitarium.reports.results import Comparison, Failure, Mistake, Trial
+from vitarium.reports.results import Comparison, Failure, Trial
 
 NUMBERS = {  # accuracy, latency ms, throughput, memory MB, parameters, MACs
     "swin_pico": (0.978, 1.92, 4100.0, 9.4, 116_000, 3_600_000),
@@ -35,15 +35,17 @@ def make_trial(name: str, place: int = 0, classes: int = 10) -> Trial:
         predicted = (true + draw.choice([1, 3, 7])) % classes if wrong else true
         confusion[true][predicted] += 1
         if wrong:
-            mistakes.append(Mistake(index, f"digits #{index}", true, predicted, draw.uniform(0.35, 0.99)))
+            shown = {"true": true, "predicted": predicted, "confidence": draw.uniform(0.35, 0.99)}
+            mistakes.append({"index": index, "image": f"digits #{index}", **shown})
     history: list[dict[str, Any]] = [
         {"step": step, "train_loss": 2.3 * math.exp(-step / 180) + 0.55 + draw.uniform(0, 0.1)} for step in range(20, 601, 20)
     ]
     history += [{"step": step, "accuracy": accuracy - 0.9 * math.exp(-step / 90)} for step in range(60, 601, 60)]
     return Trial(
-        name, accuracy, 0.09, HELD_OUT, latency, throughput, memory, params, macs, 4 * params, 16, 600, 17.4 + place,
-        sorted(history, key=lambda point: point["step"]), confusion, sorted(mistakes, key=lambda m: -m.confidence), [],
+        name, accuracy, {"accuracy": accuracy, "loss": 0.09}, HELD_OUT, latency, throughput, memory, params, macs,
+        4 * params, 16, 600, 17.4 + place, sorted(history, key=lambda point: point["step"]), [],
         f"models/{name.replace('/', '-')}/model.safetensors",
+        extras={"confusion": confusion, "mistakes": sorted(mistakes, key=lambda m: -m["confidence"])},
     )  # fmt: skip
 
 
@@ -69,9 +71,10 @@ def make_comparison(folder: Path, **changes: Any) -> Comparison:
     return Comparison(**{**values, **changes})
 
 
-def make_images(comparison: Comparison, side: int = 16) -> list[Image.Image]:
+def make_images(comparison: Comparison, side: int = 16) -> dict[int, Image.Image | None]:
     """One for each mistake of the best."""
-    return [Image.linear_gradient("L").resize((side, side)).rotate(20 * i) for i in range(len(comparison.best.mistakes))]
+    mistakes = comparison.best.extras["mistakes"]
+    return {m["index"]: Image.linear_gradient("L").resize((side, side)).rotate(20 * i) for i, m in enumerate(mistakes)}
 
 
 def make_troubled(folder: Path) -> Comparison:

@@ -52,7 +52,7 @@ def test_draws_switches_sorts_and_fits(browser, tmp_path, width):
     page.get_by_text("Memory", exact=True).first.click()
     assert "Peak memory" in page.evaluate(TICKS)
 
-    first = "document.querySelector('tbody th').dataset.value"
+    first = "document.querySelector('tbody.sorted th').dataset.value"
     assert page.evaluate(first) == "convnext_pico"
     page.get_by_role("button", name="Latency").click()
     assert page.evaluate(first) == "timm/resnet_pico"

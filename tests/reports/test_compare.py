@@ -243,7 +243,7 @@ def test_killed_twice_it_ends_as_if_never_killed(tmp_path, recipe):
     for a, b in zip(resumed.trials, unbroken.trials, strict=True):
         one, two = (vitarium.load(c.folder / t.file).state_dict() for c, t in ((resumed, a), (unbroken, b)))
         assert all(torch.equal(one[name], two[name]) for name in two)
-        assert (a.accuracy, a.loss, a.steps, a.confusion, a.mistakes) == (b.accuracy, b.loss, b.steps, b.confusion, b.mistakes)
+        assert (a.score, a.metrics, a.steps, a.extras) == (b.score, b.metrics, b.steps, b.extras)
         curves = [[{k: v for k, v in point.items() if k != "seconds"} for point in t.history] for t in (a, b)]
         assert curves[0] == curves[1]
 

@@ -95,9 +95,9 @@ def test_without_mistakes_and_with_one_model(tmp_path):
     comparison = make_comparison(tmp_path)
     best = comparison.best
     perfect = type(best)(
-        **{**vars(best), "accuracy": 1.0, "mistakes": [], "confusion": [[36 * (i == j) for j in range(10)] for i in range(10)]}
+        **{**vars(best), "score": 1.0, "extras": {"mistakes": [], "confusion": [[36 * (i == j) for j in range(10)] for i in range(10)]}}
     )
-    text = Elements(render(make_comparison(tmp_path, trials=[perfect]), [])).text
+    text = Elements(render(make_comparison(tmp_path, trials=[perfect]), {})).text
     assert "every held-out image was classified correctly" in text
     assert "convnext_pico on digits" in text
 

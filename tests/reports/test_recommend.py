@@ -13,7 +13,7 @@ from vitarium.reports.recommend import pareto_front, recommend, standard_error
 @dataclass
 class Model:
     name: str
-    accuracy: float
+    score: float
     latency_ms: float
     evaluated: int = 400
 

@@ -9,7 +9,7 @@ import typer
 
 from vitarium.cli.config import configurable
 from vitarium.cli.console import out, pairs, table
-from vitarium.cli.options import Accelerator, Address, DataSpec, Devices, EngineKind, ImageSize, Jobs, NumNodes, Strategy
+from vitarium.cli.options import DATA_HELP, Accelerator, Address, Devices, EngineKind, ImageSize, Jobs, NumNodes, Strategy
 
 if TYPE_CHECKING:
     from vitarium.reports.results import Comparison
@@ -19,10 +19,10 @@ BUDGET, OUTPUT = "Budget of each model (one of them)", "Output"
 
 @configurable
 def compare(
-    data: DataSpec = "digits",
+    data: Annotated[str | None, typer.Option(help=DATA_HELP, show_default="the recipe's, else digits")] = None,
     models: Annotated[
         str | None,
-        typer.Option(help="Names and patterns such as '*_pico', with commas.", show_default="six small ones of different families"),
+        typer.Option(help="Names and patterns such as '*_pico', with commas.", show_default="six small classifiers, or the recipe's"),
     ] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from published weights.")] = False,
     recipe: Annotated[str, typer.Option(help="How to train: a recipe's name, or a YAML file.")] = "pico",
@@ -49,12 +49,13 @@ def compare(
     Interrupted or killed, the same command continues, on either engine.
     """
     from vitarium.cli.board import Board
-    from vitarium.reports.compare import DEFAULT_MODELS
+    from vitarium.reports.compare import default_models
+    from vitarium.training import load_recipe
     from vitarium.verbs.compare import chosen
     from vitarium.verbs.compare import compare as run
 
-    names = chosen(models) if models is not None else None
-    with Board(names or list(DEFAULT_MODELS)) as board:
+    names = chosen(models, recipe) if models is not None else None
+    with Board(names or default_models(load_recipe(recipe))) as board:
         comparison = run(
             data,
             names,
@@ -82,13 +83,15 @@ def compare(
 
 def show(comparison: Comparison) -> None:
     """Print the table of a comparison, the failures, and the recommendation."""
-    from vitarium.verbs.compare import cells
+    from vitarium.verbs.compare import cells, constant, headers
 
     console = out()
     winner = comparison.recommendation.model
-    rows = table("~model", ">accuracy", ">latency", ">images/s", ">memory", ">params", ">MACs")
+    rows = table(*headers(comparison))
+    for texts in constant(comparison):
+        rows.add_row(*texts, style="dim")
     for row in comparison.table():
-        rows.add_row(*cells(row), style="bold green" if row["name"] == winner else None)
+        rows.add_row(*cells(row, comparison.metric), style="bold green" if row["name"] == winner else None)
     console.print()
     console.print(rows)
     for failure in comparison.failures:
@@ -99,4 +102,4 @@ def show(comparison: Comparison) -> None:
         console.print(f"{bad[0]['path']} ({bad[0]['reason']})", markup=False)
     console.print(f"\n[bold]{comparison.recommendation}[/]\n")
     file = next(comparison.folder / trial.file for trial in comparison.trials if trial.name == winner)
-    console.print(pairs({"report": comparison.report, "model": file, "use it": f"vitarium predict IMAGE --model {file}"}))
+    console.print(pairs({"report": comparison.report, "model": file, "use it": comparison.parsed_task().usage.format(file=file)}))

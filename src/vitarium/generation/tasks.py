@@ -39,7 +39,7 @@ class Generate(Task):
 
     @property
     def primary(self) -> Metric:
-        return Metric("frechet", "min")
+        return Metric("frechet", "min", title="Fréchet distance")
 
     def match(self, model: Any, data: ImageData) -> ImageData:
         """Renumber the data's classes by their names, for a model that takes classes.
@@ -82,7 +82,7 @@ class Autoencode(Task):
 
     @property
     def primary(self) -> Metric:
-        return Metric("psnr", "max", "dB")
+        return Metric("psnr", "max", "dB", title="PSNR")
 
     def metrics(self, model: Any) -> Any:
         """Return psnr (decibels) and usage, the share of the codes that at least one image uses."""

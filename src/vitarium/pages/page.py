@@ -134,13 +134,13 @@ def script_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
 
 
-def embed_image(image: Image.Image | None) -> dict[str, Any]:
+def embed_image(image: Image.Image | None, *, side: int = IMAGE_SIDE) -> dict[str, Any]:
     """Return an image as a PNG inside the page: source, width, height, and whether its pixels are shown unsmoothed; "" for none."""
     if image is None:
         return dict(source="")
     image = image.convert("RGB")
     small = max(image.size) < IMAGE_SIDE // 2
-    image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
+    image.thumbnail((side, side))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode()

@@ -31,7 +31,11 @@ if TYPE_CHECKING:
 SHOWN = 4
 """Number of images on a sheet."""
 
-PRIMARY = {"panoptic": "pq", "semantic": "miou", "instance": "ap50"}
+PRIMARY = {
+    "panoptic": Metric("pq", title="PQ"),
+    "semantic": Metric("miou", title="mIoU"),
+    "instance": Metric("ap50", title="AP50"),
+}
 
 
 @task("segment")
@@ -57,7 +61,7 @@ class Segment(Task):
 
     @property
     def primary(self) -> Metric:
-        return Metric(PRIMARY[self.kind], "max")
+        return PRIMARY[self.kind]
 
     def match(self, model: nn.Module, data: ImageData) -> ImageData:
         """Renumber the segments' classes by their names.

@@ -1,5 +1,7 @@
 """Train several models on the same images under the same budget, measure them, and recommend one.
 
+What they are trained for is the recipe's task: it opens the data, measures, and names the primary metric.
+
     comparison = compare("photos/", ["swin_tiny", "convnext_tiny"], steps=2000, image_size=224)
     print(comparison.recommendation)
 
@@ -7,7 +9,7 @@ In the output folder:
 
     results.json, results.csv   the numbers
     report.html                 one page with all of it, opens offline
-    best.safetensors            the most accurate model; `vitarium.load` needs nothing else
+    best.safetensors            the model with the best score; `vitarium.load` needs nothing else
     comparison.json             what was asked, by which an interrupted comparison is recognised
     models/NAME/                a folder a model: checkpoints, logs, model.safetensors, and result.json once it is finished
 """
@@ -32,10 +34,11 @@ from vitarium.errors import DataError, InputError, TrainingStopped, UsageError, 
 from vitarium.files import atomic_path, lock_folder, write_text
 from vitarium.reports.events import Event, Listener
 from vitarium.reports.folder import claim, default_folder, plan_of, slug
-from vitarium.reports.page import write_report
+from vitarium.reports.page import sections_of, write_report
 from vitarium.reports.results import Comparison, Failure, Trial
 from vitarium.reports.trial import MEASURING_BATCH, MODEL, DataSource, Devices, is_main_process, run_trial, started_together
-from vitarium.training import Progress, Recipe, load_recipe
+from vitarium.training import Progress, Recipe, find_learner, load_recipe
+from vitarium.training.tasks import GalleryData, Metric, Task, parse_task
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -49,7 +52,7 @@ PICO_SIZE = 32
 
 
 def compare(
-    data: str | Path = "digits",
+    data: str | Path | None = None,
     models: Sequence[str] | None = None,
     *,
     steps: int | None = None,
@@ -78,11 +81,12 @@ def compare(
     more and then named in the report. Models that failed are tried again by the next call.
 
     Args:
-        data: "digits", "photos", "scenes", or a path, see `vitarium.open_data`.
-        models: names as `create_model` takes them; six small ones of different families by default.
+        data: "digits", "photos", "scenes", or a path, see `vitarium.open_data`; by default the recipe's, else the default of its task.
+        models: names as `create_model` takes them; by default six small classifiers of different families, or the recipe's model where
+            the recipe's task is another one.
         steps, epochs, minutes: the training of each model, at most one of them; the recipe's own budget by default.
         image_size: side of the input, pixels; by default the images' own, else each model's own.
-        recipe: name or YAML file of everything else about training.
+        recipe: name or YAML file of everything else about training; it also decides the task.
         batch_size: images a step; the recipe's by default.
         val_fraction: share held out of data that is not split yet.
         pretrained: start from published weights.
@@ -104,19 +108,23 @@ def compare(
         TrainingStopped: every model failed.
         MissingExtra: engine="ray" without Ray.
     """
-    names = list(models) if models is not None else list(DEFAULT_MODELS)
+    settings = _recipe(recipe, pixels=image_size, seed=seed, steps=steps, epochs=epochs, minutes=minutes, batch_size=batch_size)
+    names = list(models) if models is not None else default_models(settings)
     check_names(names)
     where = as_engine(engine, address=address, jobs=jobs)
     _check_engine(where, devices, num_nodes)
     if out is None and where.in_process and started_together():
         raise UsageError("several processes were started, and all need the same folder: name it with out (--out), on a shared disk")
-    settings = _recipe(recipe, pixels=image_size, seed=seed, steps=steps, epochs=epochs, minutes=minutes, batch_size=batch_size)
-    images = open_data(data, seed=seed, val_fraction=val_fraction, image_size=image_size)
+    task = task_of_recipe(settings)
+    spec = data if data is not None else settings.data or task.default_data
+    side = settings.image_size if task.data_kind != "class" else image_size  # classes: images that keep their size, unless asked for
+    opening: dict[str, Any] = dict(seed=seed, val_fraction=val_fraction, image_size=side)
+    images = open_data(spec, task=task.data_kind, **opening)
     _check_kind(names, images)
     if settings.image_size is None:
-        size = images.image_size or (PICO_SIZE if models is None else None)
+        size = images.image_size or (PICO_SIZE if models is None and names == list(DEFAULT_MODELS) else None)
         settings = settings.model_copy(update=dict(image_size=size))
-    source = DataSource.of(images, data, seed=seed, val_fraction=val_fraction, image_size=image_size)
+    source = DataSource.of(images, spec, labels=task.data_kind, **opening)
     main = is_main_process() or not where.in_process
     plan = plan_of(images, names, settings, pretrained, processes=devices * num_nodes)
     folder = Path(out) if out is not None else default_folder(Path("runs"), images.name, plan)
@@ -148,6 +156,8 @@ def compare(
             created=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
             trials=trials,
             failures=failures,
+            task=task.record(),
+            baseline=task.baseline(images),
         )
         finish(comparison, images)
     return comparison
@@ -174,12 +184,13 @@ def finish(comparison: Comparison, images: ImageData) -> None:
     best = comparison.best
     with atomic_path(comparison.folder / "best.safetensors") as temporary:
         shutil.copyfile(comparison.folder / best.file, temporary)
-    write_report(comparison, mistaken_images(comparison, images))
+    write_report(comparison, gallery_images(comparison, images))
 
 
-def mistaken_images(comparison: Comparison, images: ImageData) -> list[Image.Image | None]:
-    """Return the images of the best model's mistakes; None where one cannot be read any more."""
-    return [_image(images, mistake.index) for mistake in comparison.best.mistakes]
+def gallery_images(comparison: Comparison, images: ImageData) -> dict[int, Image.Image | None]:
+    """Return the held-out images that the report shows, by their place; None where one cannot be read any more."""
+    galleries = [section for section in sections_of(comparison) if isinstance(section, GalleryData)]
+    return {shown.index: _image(images, shown.index) for gallery in galleries for shown in gallery.images}
 
 
 def _image(images: ImageData, index: int) -> Image.Image | None:
@@ -187,6 +198,30 @@ def _image(images: ImageData, index: int) -> Image.Image | None:
         return still_of(images.val[index][0])
     except DataError:  # it could be read before
         return None
+
+
+def task_of_recipe(recipe: Recipe) -> Task:
+    """Return the task of a recipe's learner."""
+    learner = find_learner(recipe.objective["name"])
+    return learner.task_for(recipe.settings_of(learner))
+
+
+def default_models(recipe: Recipe) -> list[str]:
+    """Return the models that are compared where none are named: those of `DEFAULT_MODELS`, or the recipe's for another task than theirs.
+
+    Raises:
+        UsageError: the recipe names no model.
+    """
+    if trains_like(recipe, "classification"):
+        return list(DEFAULT_MODELS)
+    if recipe.model is None:
+        raise UsageError(f"name the models to compare (--models); the recipe names none, and is for the task {task_of_recipe(recipe).name}")
+    return [recipe.model]
+
+
+def trains_like(recipe: Recipe, learner: str) -> bool:
+    """Return whether a learner trains models for the task of a recipe."""
+    return parse_task(find_learner(learner).task_name).name == task_of_recipe(recipe).name
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -302,10 +337,10 @@ def train_and_measure(
     """
     last: dict[str, Any] = {}
 
-    def hear(progress: Progress) -> None:
+    def hear(progress: Progress, metric: Metric) -> None:
         left = progress.seconds / progress.step * (progress.total_steps - progress.step) if progress.step else None
         last.update(step=progress.step, steps=progress.total_steps, fraction=progress.step / max(1, progress.total_steps))
-        last.update(loss=progress.loss, accuracy=progress.metrics.get("accuracy"))
+        last.update(loss=progress.loss, **_scored(metric, progress.metrics.get(metric.name)))
         report({"kind": "step", **last, "seconds_left": left})
 
     trial = run_trial(
@@ -319,6 +354,13 @@ def train_and_measure(
         measuring=lambda: report({"kind": "measuring", **last}),
     )
     return None if trial is None else trial.to_dict()
+
+
+def _scored(metric: Metric, score: float | None) -> dict[str, Any]:
+    """Return a score as the fields of an `Event`."""
+    if metric.share_of_images:
+        return {"accuracy": score}
+    return {} if score is None else {"score": f"{metric.label} {metric.short(score)}"}
 
 
 def stops_all(error: Exception) -> bool:
@@ -342,7 +384,8 @@ class _Translator:
             kind = values.pop("kind")
             self.latest[name] = {key: value for key, value in values.items() if key != "seconds_left"}
         elif event.kind in ("kept", "finished") and event.value is not None:
-            done = dict(step=event.value["steps"], steps=event.value["steps"], fraction=1.0, accuracy=event.value["accuracy"])
+            trial = Trial.from_dict(event.value)
+            done = dict(step=trial.steps, steps=trial.steps, fraction=1.0, **_scored(trial.metric, trial.score))
             values = {**self.latest.get(name, {}), **done}
         elif event.error is not None:
             values = {"message": _reason(event.error)}

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitarium.files import write_text
-from vitarium.pages import Cell, Column, Row, counted, embed_image, lasting, percent, render_page, three
+from vitarium.pages import Cell, Column, Row, counted, embed_image, lasting, render_page, three
 from vitarium.pages.page import HUES
 from vitarium.reports.recommend import pareto_front
 from vitarium.reports.results import Comparison, Trial
+from vitarium.training.tasks import ConfusionData, GalleryData, Metric, ReportSection, TableData
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,7 +26,6 @@ COSTS = (
 )
 """Key, label of the switch, title of the axis, format of its ticks."""
 COLUMNS = (
-    ("accuracy", "Accuracy", "%", "descending"),
     ("latency_ms", "Latency", "ms", "ascending"),
     ("throughput", "Throughput", "images/s", "descending"),
     ("peak_memory_mb", "Memory", "MB", "ascending"),
@@ -31,23 +33,32 @@ COLUMNS = (
     ("macs", "MACs", "", "ascending"),
     ("seconds", "Training", "s", "ascending"),
 )
-"""Key, label, unit, and which order puts the best first."""
+"""Key, label, unit, and which order puts the best first; the primary metric stands before them."""
+DRAWING_SIDE = 1040
+"""Longest side of a drawing, pixels."""
+CONSTANT = "constant answer"
 
 
-def write_report(comparison: Comparison, images: Sequence[Image.Image | None]) -> None:
+def write_report(comparison: Comparison, images: Mapping[int, Image.Image | None]) -> None:
     """Write `comparison.report`.
 
     Args:
-        images: of the best model's mistakes, in their order; None where one cannot be read any more.
+        images: held-out images of the task's galleries (see `sections_of`), by their place; None where one cannot be read any more.
     """
     write_text(comparison.report, render(comparison, images))
 
 
-def render(comparison: Comparison, images: Sequence[Image.Image | None]) -> str:
+def sections_of(comparison: Comparison) -> list[ReportSection]:
+    """Return what the task shows of the best model."""
+    best = comparison.best
+    return comparison.parsed_task().sections(best.name, best.extras, comparison.classes)
+
+
+def render(comparison: Comparison, images: Mapping[int, Image.Image | None]) -> str:
     """Return the page as HTML. All values are escaped."""
     assets = resources.files("vitarium.reports") / "assets"
     template, css, js = ((assets / name).read_text(encoding="utf-8") for name in ("report.html.jinja", "report.css", "report.js"))
-    values = {**_words(comparison), **_gallery(comparison, images)}
+    values = {**_words(comparison), "sections": _sections(comparison, images), "drawings": _drawings(comparison)}
     return render_page(template, kind="comparison", created=comparison.created, data=_data(comparison), css=css, js=js, **values)
 
 
@@ -56,21 +67,23 @@ def render(comparison: Comparison, images: Sequence[Image.Image | None]) -> str:
 
 def _data(comparison: Comparison) -> dict[str, Any]:
     trials = comparison.trials
-    accuracies = [t.accuracy for t in trials]
+    metric, scores = comparison.metric, [t.score for t in trials]
+    confusions = [section.counts for section in sections_of(comparison) if isinstance(section, ConfusionData)]
     return {
         "classes": comparison.classes,
-        "confusion": comparison.best.confusion,
+        "confusion": confusions[0] if confusions else None,
+        "metric": dict(key=metric.name, percent=metric.unit == "%", unit=metric.unit),
         "costs": [
-            dict(key=key, title=title, format=form, front=pareto_front([getattr(t, key) for t in trials], accuracies))
+            dict(key=key, title=title, format=form, front=pareto_front([getattr(t, key) for t in trials], scores, metric))
             for key, _, title, form in COSTS
         ],
         "models": [
             dict(
                 name=t.name,
                 colour=i % HUES,
-                accuracy=t.accuracy,
-                error=t.standard_error,
-                history=t.history,
+                score=t.score,
+                error=t.standard_error or 0,
+                history=[{name: v for name, v in point.items() if math.isfinite(v)} for point in t.history],
                 hover=_hover(t),
                 **{key: getattr(t, key) for key, *_ in COSTS},
             )
@@ -81,7 +94,7 @@ def _data(comparison: Comparison) -> dict[str, Any]:
 
 def _hover(trial: Trial) -> list[str]:
     return [
-        f"accuracy {percent(trial.accuracy)}",
+        f"{trial.metric.label} {trial.metric.short(trial.score)}",
         f"latency {three(trial.latency_ms)} ms",
         f"throughput {counted(trial.throughput)} images/s",
         f"memory {three(trial.peak_memory_mb)} MB",
@@ -93,7 +106,7 @@ def _hover(trial: Trial) -> list[str]:
 
 
 def _words(comparison: Comparison) -> dict[str, Any]:
-    best, recommendation = comparison.best, comparison.recommendation
+    best, recommendation, metric = comparison.best, comparison.recommendation, comparison.metric
     chosen = next(t for t in comparison.trials if t.name == recommendation.model)
     count = len(comparison.trials) + len(comparison.failures)
     rows = _rows(comparison)
@@ -103,14 +116,18 @@ def _words(comparison: Comparison) -> dict[str, Any]:
         facts=[
             f"{comparison.images['train']:,} training images",
             f"{comparison.images['val']:,} held out",
-            f"{len(comparison.classes)} classes",
+            *([f"{len(comparison.classes)} classes"] if comparison.classes else []),
             f"{_budget(comparison)} each",
         ],
         recommendation=recommendation,
         recommended_file=(comparison.folder / chosen.file).as_posix(),
         recommended_is_not_best=chosen is not best,
         figures=[
-            dict(name="Accuracy", value=f"{100 * chosen.accuracy:.1f}", unit=f"% ± {100 * chosen.standard_error:.1f}"),
+            dict(
+                name=_title(metric),
+                value=metric.number(chosen.score),
+                unit=" ± ".join(filter(None, [metric.unit, _error(chosen)])),
+            ),
             dict(name="Latency", value=three(chosen.latency_ms), unit="ms"),
             dict(name="Throughput", value=counted(chosen.throughput), unit="images/s"),
             dict(name="Peak memory", value=three(chosen.peak_memory_mb), unit="MB"),
@@ -118,16 +135,20 @@ def _words(comparison: Comparison) -> dict[str, Any]:
             dict(name="MACs", value=three(chosen.macs), unit=""),
         ],
         best=best,
+        metric=dict(label=metric.label, title=_title(metric), max=metric.best == "max", spread=metric.share_of_images),
+        most=_most(metric),
+        training_loss=any("train_loss" in point for t in comparison.trials for point in t.history),
         failures=comparison.failures,
         bad_files=comparison.bad_files,
         costs=[dict(key=key, label=label) for key, label, *_ in COSTS],
         columns=[
             Column("Model", numeric=False),
-            *(Column(label, unit, first, sorted="descending" if key == "accuracy" else "") for key, label, unit, first in COLUMNS),
+            Column(_title(metric), metric.unit, _first(metric), sorted=_first(metric)),
+            *(Column(label, unit, first) for key, label, unit, first in COLUMNS),
         ],
         rows=sorted(rows, key=lambda row: order[row.name]),
         in_order=rows,
-        confusion_words=_confusion_words(comparison),
+        constant=_constant(comparison),
         method=_method(comparison),
     )
 
@@ -135,38 +156,55 @@ def _words(comparison: Comparison) -> dict[str, Any]:
 def _rows(comparison: Comparison) -> list[Row]:
     """Return a row a finished model, in the order asked for, which decides the colours."""
     trials, best = comparison.trials, comparison.best
-    tops = {key: (min if first == "ascending" else max)(getattr(t, key) for t in trials) for key, _, _, first in COLUMNS}
+    metric, columns = comparison.metric, [("score", _first(comparison.metric)), *((key, first) for key, _, _, first in COLUMNS)]
+    tops = {key: (min if first == "ascending" else max)(getattr(t, key) for t in trials) for key, first in columns}
     rows = []
     for place, trial in enumerate(trials):
         recommended = trial.name == comparison.recommendation.model
-        notes = {"accuracy": f"± {100 * trial.standard_error:.1f}"}
+        notes = {"score": f"± {_error(trial)}"} if _error(trial) else {}
         cells = [
             Cell(getattr(trial, key), _cell(trial, key), notes.get(key, ""), len(trials) > 1 and getattr(trial, key) == tops[key])
-            for key, *_ in COLUMNS
+            for key, _ in columns
         ]
-        badges = [word for word, holds in (("recommended", recommended), ("most accurate", trial is best)) if holds]
+        badges = [word for word, holds in (("recommended", recommended), (_most(metric), trial is best)) if holds]
         rows.append(Row(trial.name, cells, place % HUES, badges, recommended))
     return rows
 
 
 def _cell(trial: Trial, key: str) -> str:
     value = getattr(trial, key)
-    if key == "accuracy":
-        return f"{100 * value:.1f}"
+    if key == "score":
+        return trial.metric.number(value)
     return f"{value:.0f}" if key == "seconds" else counted(value) if key == "throughput" else three(value)
 
 
-def _confusion_words(comparison: Comparison) -> str:
-    """Return the number of errors and the most frequent confusion as a sentence."""
-    matrix, classes = comparison.best.confusion, comparison.classes
-    wrong = [(n, t, p) for t, row in enumerate(matrix) for p, n in enumerate(row) if t != p and n]
-    if not wrong:
-        return "Nothing: every held-out image was classified correctly."
-    n, true, predicted = max(wrong, key=lambda entry: entry[0])
-    total = sum(entry[0] for entry in wrong)
-    seen = sum(map(sum, matrix))
-    most = f"; most often {classes[true]} was taken for {classes[predicted]} ({n} of {sum(matrix[true])})" if n > 1 else ""
-    return f"{total} of {seen} held-out images were classified wrongly{most}."
+def _constant(comparison: Comparison) -> list[Row]:
+    """Return the row of the best constant answer, where the task has one; its costs are empty."""
+    metric = comparison.metric
+    if metric.name not in comparison.baseline:
+        return []
+    value = comparison.baseline[metric.name]
+    return [Row(CONSTANT, [Cell(value, metric.number(value)), *(Cell("", "") for _ in COLUMNS)])]
+
+
+def _title(metric: Metric) -> str:
+    """Return the metric's label with a capital first letter, unless a capital follows, as in "mIoU"."""
+    label = metric.label
+    return label if any(c.isupper() for c in label) else label[:1].upper() + label[1:]
+
+
+def _most(metric: Metric) -> str:
+    """Return the words for the model with the best score."""
+    return "most accurate" if metric.share_of_images else f"best {metric.label}"
+
+
+def _first(metric: Metric) -> str:
+    return "descending" if metric.best == "max" else "ascending"
+
+
+def _error(trial: Trial) -> str:
+    """Return the standard error in points; "" where it is not known."""
+    return "" if trial.standard_error is None else f"{100 * trial.standard_error:.1f}"
 
 
 def _method(comparison: Comparison) -> list[dict[str, str]]:
@@ -174,23 +212,27 @@ def _method(comparison: Comparison) -> list[dict[str, str]]:
     counts = sorted({t.threads for t in comparison.trials})
     threads = f"{' or '.join(map(str, counts))} {'thread' if counts == [1] else 'threads'}"
     sizes = sorted({t.image_size for t in comparison.trials})
-    total = sum(t.seconds for t in comparison.trials)
+    total, metric = sum(t.seconds for t in comparison.trials), comparison.metric
+    calls = sorted({", ".join(t.inputs) for t in comparison.trials if len(t.inputs) > 1})
+    one_call = f" Of one call of the model ({'; '.join(calls)})." if calls else ""
+    chance = "differences below a standard error or two may be chance" if metric.share_of_images else "small differences may be chance"
     device = machine["accelerator"] if settings["accelerator"] != "cpu" and machine["accelerator"] else machine["processor"]
     together = " Several models ran at a time, and slowed each other down." if settings.get("at_a_time", 1) != 1 else ""
     several = f" {settings['devices']} processes." if settings["devices"] != 1 else ""
     values = {
         "Training": f"{_budget(comparison)} for each model, recipe {settings['recipe']}, batches of {settings['batch_size']}, "
         f"{'from published weights' if settings['pretrained'] else 'from random weights'}.{several} {lasting(total)} in all.",
-        "Data": f"{comparison.data}: {comparison.images['train']:,} training images; accuracy is measured on {comparison.images['val']:,} "
-        f"held-out ones. Input of {' or '.join(f'{s}x{s}' for s in sizes)} pixels.",
-        "Seed": f"{settings['seed']}, of the split, the initial weights and the order of the images. One run a model: differences below a "
-        "standard error or two may be chance.",
-        "Latency": "time of one image at batch 1 in evaluation mode, after a warm-up: the best of several medians." + together,
+        "Data": f"{comparison.data}: {comparison.images['train']:,} training images; {metric.label} is measured on "
+        f"{comparison.images['val']:,} held-out ones. Input of {' or '.join(f'{s}x{s}' for s in sizes)} pixels.",
+        "Seed": f"{settings['seed']}, of the split, the initial weights and the order of the images. One run a model: {chance}.",
+        "Latency": "time of one image at batch 1 in evaluation mode, after a warm-up: the best of several medians." + one_call + together,
         "Throughput and memory": f"at {settings['measuring_batch']} images a batch; throughput is the best of several medians, memory is "
         "weights, images and activations alive at once in a forward pass.",
         "MACs": "multiply-accumulates for one image, counted in the operations that really run.",
         "Recommendation": "of the models within one standard error of the most accurate, the one with the lowest latency, "
-        "if it is clearly faster; else the most accurate.",
+        "if it is clearly faster; else the most accurate."
+        if metric.share_of_images
+        else f"the model with the best {metric.label}; of equals the one with the lowest latency.",
         "Machine": _machines(comparison) or f"{device}, {machine['cores']} cores, {threads} for PyTorch; {machine['system']}.",
         "Versions": f"Vitarium {machine['vitarium']}, PyTorch {machine['torch']}, timm {machine['timm']}, Python {machine['python']}.",
     }
@@ -211,21 +253,43 @@ def _budget(comparison: Comparison) -> str:
     return f"{amount:,} {unit if amount != 1 else unit.rstrip('s')}"
 
 
-# ---- the mistakes
+# ---- what the task shows of the best model
 
 
-def _gallery(comparison: Comparison, images: Sequence[Image.Image | None]) -> dict[str, Any]:
-    best, classes = comparison.best, comparison.classes
-    mistakes = [
-        dict(
-            true=classes[m.true],
-            predicted=classes[m.predicted],
-            confidence=f"{100 * m.confidence:.0f} %",
-            image=m.image,
-            **embed_image(image),
-        )
-        for m, image in zip(best.mistakes, images, strict=True)
-    ]
-    total = sum(n for t, row in enumerate(best.confusion) for p, n in enumerate(row) if t != p)
-    which = f"The {len(mistakes)} most confident of {total}" if total > len(mistakes) else "All of them, the most confident first"
-    return dict(mistakes=mistakes, mistakes_words=f"{which}: prediction with its probability, and the true class.")
+def _sections(comparison: Comparison, images: Mapping[int, Image.Image | None]) -> list[dict[str, Any]]:
+    """Return the task's sections with their images, each with its kind: "confusion", "gallery" or "table"."""
+    found: list[dict[str, Any]] = []
+    for section in sections_of(comparison):
+        entry: dict[str, Any] = dict(title=section.title)
+        match section:
+            case ConfusionData():
+                entry |= dict(kind="confusion", words=section.words)
+            case GalleryData():
+                shown = [dict(vars(one), image=embed_image(images.get(one.index))) for one in section.images]
+                entry |= dict(kind="gallery", words=section.words, images=shown)
+            case TableData():
+                entry |= dict(
+                    kind="table", columns=[(name.lstrip("~>"), name.startswith(">")) for name in section.columns], rows=section.rows
+                )
+        found.append(entry)
+    return found
+
+
+def _drawings(comparison: Comparison) -> list[dict[str, Any]]:
+    """Return the drawings of the best model's last evaluation (`pictures/NAME-STEP.png` in its folder); none where they are gone."""
+    from PIL import Image
+
+    latest = {path.stem.rpartition("-")[0]: path for path in sorted(_folder(comparison).glob("pictures/*.png"))}
+    found = []
+    for name, path in latest.items():
+        try:
+            with Image.open(path) as drawing:
+                found.append(dict(name=name.replace("_", " "), **embed_image(drawing, side=DRAWING_SIDE)))
+        except OSError:
+            continue
+    return found
+
+
+def _folder(comparison: Comparison) -> Path:
+    """Return the folder of the best model."""
+    return (comparison.folder / comparison.best.file).parent

@@ -1,7 +1,7 @@
-"""Recommend a model by the one-standard-error rule of model selection.
+"""Recommend a model; by the one-standard-error rule of model selection where the standard error is known.
 
 Accuracies on a few hundred images are noisy: every model within one standard error of the most accurate counts as equally good, and the
-fastest of those is recommended if it is clearly faster.
+fastest of those is recommended if it is clearly faster. Of other metrics one run gives no spread: the best model is recommended.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from vitarium.training.tasks import Metric
+from vitarium.training.tasks.classify import ACCURACY
 
 CLEARLY_FASTER = 1.25
 """Ratio of latencies from which a difference is worth an accuracy that is lower within the noise; timings vary by less than this."""
@@ -21,7 +24,7 @@ class Measured(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def accuracy(self) -> float: ...
+    def score(self) -> float: ...
     @property
     def evaluated(self) -> int: ...
     @property
@@ -46,36 +49,51 @@ def standard_error(accuracy: float, count: int) -> float:
     return math.sqrt(accuracy * (1 - accuracy) / count + 1 / (4 * count**2)) / (1 + 1 / count)
 
 
-def pareto_front(costs: Sequence[float], accuracies: Sequence[float]) -> list[int]:
-    """Return the positions of the Pareto-optimal models: no other is at least as good in cost and accuracy, and better in one of them."""
-    pairs = list(zip(costs, accuracies, strict=True))
+def pareto_front(costs: Sequence[float], scores: Sequence[float], metric: Metric = ACCURACY) -> list[int]:
+    """Return the positions of the Pareto-optimal models: no other is at least as good in cost and score, and better in one of them."""
+    pairs = [(cost, metric.rank(score)) for cost, score in zip(costs, scores, strict=True)]
 
     def dominated(i: int) -> bool:
-        cost, accuracy = pairs[i]
-        return any(c <= cost and a >= accuracy and (c, a) != (cost, accuracy) for c, a in pairs)
+        cost, rank = pairs[i]
+        return any(c <= cost and r <= rank and (c, r) != (cost, rank) for c, r in pairs)
 
     return [i for i in range(len(pairs)) if not dominated(i)]
 
 
-def recommend(models: Sequence[Measured]) -> Recommendation:
+def recommend(models: Sequence[Measured], metric: Metric = ACCURACY) -> Recommendation:
     """Return the recommended model.
 
     Args:
         models: at least one, evaluated on the same images.
+        metric: of their scores.
     """
-    best = min(models, key=lambda m: (-m.accuracy, m.latency_ms))
-    error = standard_error(best.accuracy, best.evaluated)
-    as_good = [m for m in models if m.accuracy >= best.accuracy - error]
-    fastest = min(as_good, key=lambda m: (m.latency_ms, -m.accuracy))
-    noise = f"one standard error, {100 * error:.1f} points on {best.evaluated} held-out images"
+    best = min(models, key=lambda m: (metric.rank(m.score), m.latency_ms))
     if len(models) == 1:
-        return Recommendation(best.name, f"{best.name} reaches {_percent(best)}; there is no other model to compare it with.")
+        reached = metric.short(best.score) if metric.share_of_images else f"{metric.label} {metric.short(best.score)}"
+        return Recommendation(best.name, f"{best.name} reaches {reached}; there is no other model to compare it with.")
+    if metric.share_of_images:
+        return _within_noise(models, best, metric)
+    second = min((m for m in models if m is not best), key=lambda m: metric.rank(m.score))
+    return Recommendation(
+        best.name,
+        f"Use {best.name}: it has the best {metric.label}, {metric.short(best.score)}, before {second.name} with "
+        f"{metric.short(second.score)}. The spread between runs is not known: one run a model cannot tell a small difference from chance.",
+    )
+
+
+def _within_noise(models: Sequence[Measured], best: Measured, metric: Metric) -> Recommendation:
+    """Apply the one-standard-error rule to shares of the held-out images."""
+    error = standard_error(best.score, best.evaluated)
+    as_good = [m for m in models if metric.rank(m.score) <= metric.rank(best.score) + error]
+    fastest = min(as_good, key=lambda m: (m.latency_ms, metric.rank(m.score)))
+    noise = f"one standard error, {100 * error:.1f} points on {best.evaluated} held-out images"
     if fastest is not best and best.latency_ms >= CLEARLY_FASTER * fastest.latency_ms:
         ratio = best.latency_ms / fastest.latency_ms
         return Recommendation(
             fastest.name,
-            f"Use {fastest.name}: at {_percent(fastest)} it is within the noise of the most accurate, {best.name} at {_percent(best)} "
-            f"({noise}), and answers {ratio:.1f} times faster ({fastest.latency_ms:.2g} instead of {best.latency_ms:.2g} ms an image).",
+            f"Use {fastest.name}: at {metric.short(fastest.score)} it is within the noise of the most accurate, {best.name} at "
+            f"{metric.short(best.score)} ({noise}), and answers {ratio:.1f} times faster "
+            f"({fastest.latency_ms:.2g} instead of {best.latency_ms:.2g} ms an image).",
         )
     others = [m for m in as_good if m is not best]
     reason = (
@@ -86,8 +104,4 @@ def recommend(models: Sequence[Measured]) -> Recommendation:
         else ""
     )
     rest = f"; {reason} ({noise}), but none is clearly faster" if others else f", ahead of all others by more than the noise ({noise})"
-    return Recommendation(best.name, f"Use {best.name}: at {_percent(best)} it is the most accurate{rest}.")
-
-
-def _percent(model: Measured) -> str:
-    return f"{100 * model.accuracy:.1f} %"
+    return Recommendation(best.name, f"Use {best.name}: at {metric.short(best.score)} it is the most accurate{rest}.")

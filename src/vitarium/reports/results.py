@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from vitarium.files import write_json, write_text
 from vitarium.reports.recommend import Recommendation, recommend, standard_error
+from vitarium.training.tasks import Metric, Task, parse_task
+from vitarium.training.tasks.classify import ACCURACY
 
-COLUMNS = ("name", "accuracy", "latency_ms", "throughput", "peak_memory_mb", "params", "macs", "image_size", "steps", "seconds")
-"""Columns of a table of the results."""
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """A held-out image that the model classified wrongly."""
-
-    index: int
-    """Place in the held-out part."""
-    image: str
-    """Path or identifier."""
-    true: int
-    predicted: int
-    confidence: float
-    """Softmax probability of the predicted class, 0 to 1."""
+COSTS = ("latency_ms", "throughput", "peak_memory_mb", "params", "macs", "image_size", "steps", "seconds")
+"""Columns of a table of the results, behind the name and the primary metric."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +23,8 @@ class Trial:
 
     Args:
         name: as given to `create_model`.
-        accuracy: share of the held-out images that it classifies correctly, 0 to 1.
-        loss: mean cross-entropy on the held-out images.
+        score: value of `metric` on the held-out images.
+        metrics: all numbers that its task measures on the held-out images; those that are not finite are left out.
         evaluated: number of held-out images that could be read.
         latency_ms: milliseconds for one image at batch 1.
         throughput: images a second at the comparison's batch for measuring.
@@ -48,17 +36,18 @@ class Trial:
         steps: optimizer steps.
         seconds: time of training, of all attempts together.
         history: the learning curves, a dictionary of numbers a point, each with "step".
-        confusion: rows true, columns predicted, counts.
-        mistakes: the most confident ones, most confident first.
         bad_files: {"path", "reason"} of each image that could not be read.
         file: the trained model's file, relative to the comparison's folder.
         threads: of PyTorch, while it was trained and timed.
         device: name of the processor or accelerator that it was trained and timed on.
+        metric: the primary metric.
+        inputs: names of the arguments of the call that was timed; one, if the model is called with an image.
+        extras: what its task keeps beside the metrics, plain values (see `Task.extras`).
     """
 
     name: str
-    accuracy: float
-    loss: float
+    score: float
+    metrics: dict[str, float] = field(repr=False)
     evaluated: int
     latency_ms: float
     throughput: float
@@ -70,26 +59,34 @@ class Trial:
     steps: int
     seconds: float
     history: list[dict[str, float]] = field(repr=False)
-    confusion: list[list[int]] = field(repr=False)
-    mistakes: list[Mistake] = field(repr=False)
     bad_files: list[dict[str, str]] = field(repr=False)
     file: str
     threads: int = 1
     device: str = ""
+    metric: Metric = ACCURACY
+    inputs: list[str] = field(default_factory=list, repr=False)
+    extras: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
-    def standard_error(self) -> float:
-        """Standard error of the accuracy, from the number of held-out images."""
-        return standard_error(self.accuracy, self.evaluated)
+    def standard_error(self) -> float | None:
+        """Standard error of the score, from the number of held-out images; None where it is not known."""
+        return standard_error(self.score, self.evaluated) if self.metric.share_of_images else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values."""
-        return asdict(self)
+        """Return JSON values; metrics and extras stand under their own names too, beside the fields."""
+        own = {name: value for name, value in asdict(self).items() if name != "extras"}
+        return {**self.metrics, **self.extras, **own}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Trial:
-        """Make a trial from the values of `to_dict`."""
-        return cls(**{**values, "mistakes": [Mistake(**m) for m in values["mistakes"]]})
+        """Make a trial from the values of `to_dict`, or from those of a version that compared classifiers only."""
+        known = {field.name for field in fields(cls)}
+        own = {name: value for name, value in values.items() if name in known}
+        rest = {name: value for name, value in values.items() if name not in known}
+        if "score" not in own:
+            own |= {"score": rest["accuracy"], "metrics": {name: rest[name] for name in ("accuracy", "loss")}}
+        own["metric"] = Metric(**own["metric"]) if "metric" in own else ACCURACY
+        return cls(**own, extras={name: value for name, value in rest.items() if name not in own["metrics"]})
 
 
 @dataclass(frozen=True)
@@ -108,13 +105,15 @@ class Comparison:
         folder: where everything was written.
         data: name of the data.
         images: number of images, {"train": ..., "val": ...}.
-        classes: names of the classes, in the order of the logits.
+        classes: names of the data's classes or labels; none where it has none.
         budget: of each model, such as {"steps": 300}.
         settings: what else was the same for all: recipe, batch size, seed, engine, ...
         machine: where `compare` was called.
         created: ISO 8601 time.
         trials: the finished models, in the order asked for; at least one.
         failures: the others.
+        task: record of the task, see `Task.record`.
+        baseline: scores of the best constant answer on the held-out images; {} where there is none.
     """
 
     folder: Path
@@ -127,16 +126,39 @@ class Comparison:
     created: str
     trials: list[Trial]
     failures: list[Failure]
+    task: dict[str, Any] = field(default_factory=lambda: {"name": "classify"})
+    baseline: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def metric(self) -> Metric:
+        """Primary metric, by which the models are compared."""
+        return self.trials[0].metric
 
     @property
     def best(self) -> Trial:
-        """Most accurate model; among equals the one with the lowest latency."""
-        return min(self.trials, key=lambda t: (-t.accuracy, t.latency_ms))
+        """Model with the best score; among equals the one with the lowest latency."""
+        return min(self.trials, key=self._order)
+
+    def _order(self, trial: Trial) -> tuple[float, float]:
+        return self.metric.rank(trial.score), trial.latency_ms
 
     @property
     def recommendation(self) -> Recommendation:
         """Model to use, and why."""
-        return recommend(self.trials)
+        return recommend(self.trials, self.metric)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of `table`: name, primary metric, costs."""
+        return ("name", self.metric.name, *COSTS)
+
+    def parsed_task(self) -> Task:
+        """Return the task.
+
+        Raises:
+            UsageError: it belongs to a package that is not installed.
+        """
+        return parse_task(self.task)
 
     @property
     def report(self) -> Path:
@@ -149,9 +171,11 @@ class Comparison:
         return list({bad["path"]: bad for trial in self.trials for bad in trial.bad_files}.values())
 
     def table(self) -> list[dict[str, Any]]:
-        """Return a row a finished model, most accurate first; keys are `COLUMNS`, values plain numbers."""
-        rows = sorted(self.trials, key=lambda t: (-t.accuracy, t.latency_ms))
-        return [{column: getattr(trial, column) for column in COLUMNS} for trial in rows]
+        """Return a row a finished model, the best first; keys are `columns`, values plain numbers."""
+        rows = sorted(self.trials, key=self._order)
+        return [
+            {"name": trial.name, self.metric.name: trial.score, **{column: getattr(trial, column) for column in COSTS}} for trial in rows
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of results.json: `models` holds the finished ones, `failed` the others."""
@@ -163,6 +187,9 @@ class Comparison:
             "settings": self.settings,
             "machine": self.machine,
             "created": self.created,
+            "task": self.task,
+            "metric": asdict(self.metric),
+            "baseline": self.baseline,
             "best": self.best.name,
             "recommended": self.recommendation.model,
             "recommendation": self.recommendation.sentence,
@@ -176,13 +203,14 @@ class Comparison:
         """Make a comparison from the content of a results.json of `folder`."""
         rest = {key: values[key] for key in ("data", "images", "classes", "budget", "settings", "machine", "created")}
         trials, failures = [Trial.from_dict(row) for row in values["models"]], [Failure(**row) for row in values["failed"]]
-        return cls(folder=folder, **rest, trials=trials, failures=failures)
+        later = {key: values[key] for key in ("task", "baseline") if key in values}
+        return cls(folder=folder, **rest, trials=trials, failures=failures, **later)
 
     def write(self) -> None:
         """Write results.json and results.csv atomically."""
         write_json(self.folder / "results.json", self.to_dict())
         text = io.StringIO()
-        writer = csv.DictWriter(text, [*COLUMNS, "error"], lineterminator="\n")
+        writer = csv.DictWriter(text, [*self.columns, "error"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.table())
         writer.writerows({"name": failure.name, "error": failure.error} for failure in self.failures)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -11,21 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vitarium.catalog import preprocessing_of
+from vitarium.catalog.calling import example_inputs
 from vitarium.catalog.saving import save
-from vitarium.data import ImageData, ImageSet, open_data
+from vitarium.data import BadFiles, ImageData, open_data
 from vitarium.efficiency.profiler import Profile, count_macs, profile
 from vitarium.engine.machine import describe_device
-from vitarium.errors import DataError
-from vitarium.reports.results import Mistake, Trial
-from vitarium.training import ClassificationLearner, Progress, Recipe, fit, predict_logits
-from vitarium.training.building import build_model
+from vitarium.errors import DataError, TrainingStopped, UsageError
+from vitarium.reports.results import Trial
+from vitarium.training import Learner, Progress, Recipe, evaluate, find_learner, fit
 from vitarium.training.checkpoint import fingerprint
+from vitarium.training.tasks import Metric
 
-MISTAKES = 12
-"""Number of the most confident mistakes that are kept."""
 MEASURING_BATCH = 32
 """Images at once for throughput and peak memory, the same for every model."""
 MEASURING_SECONDS = 1.5
@@ -40,20 +40,21 @@ class DataSource:
     """Data by the arguments that open it, so that any process or machine can; small enough to travel with each run.
 
     Args:
-        spec, seed, val_fraction, image_size: as `open_data` takes them.
+        spec, labels, seed, val_fraction, image_size: as `open_data` takes them; labels is its `task`.
         fingerprint: of the data as they were when the comparison began.
     """
 
     spec: str
+    labels: str
     seed: int
     val_fraction: float
     image_size: int | None
     fingerprint: dict[str, Any] = field(hash=False)
 
     @classmethod
-    def of(cls, images: ImageData, spec: str | Path, *, seed: int, val_fraction: float, image_size: int | None) -> DataSource:
+    def of(cls, images: ImageData, spec: str | Path, *, labels: str, seed: int, val_fraction: float, image_size: int | None) -> DataSource:
         """Return the source of opened data, which this process then need not open again."""
-        source = cls(str(spec), seed, val_fraction, image_size, fingerprint(images))
+        source = cls(str(spec), labels, seed, val_fraction, image_size, fingerprint(images))
         _OPENED.clear()
         _OPENED[source] = images
         return source
@@ -65,7 +66,8 @@ class DataSource:
             DataError: they are not there, or not what they were.
         """
         if self not in _OPENED:
-            images = open_data(self.spec, seed=self.seed, val_fraction=self.val_fraction, image_size=self.image_size)
+            given: dict[str, Any] = dict(seed=self.seed, val_fraction=self.val_fraction, image_size=self.image_size)
+            images = open_data(self.spec, task=self.labels, **given)
             if (now := fingerprint(images)) != self.fingerprint:
                 raise DataError(f"{self.spec} differs here from what the comparison began with ({now}, not {self.fingerprint})")
             _OPENED.clear()
@@ -107,56 +109,86 @@ def run_trial(
     *,
     pretrained: bool,
     devices: Devices,
-    progress: Callable[[Progress], None] | None,
+    progress: Callable[[Progress, Metric], None] | None,
     measuring: Callable[[], None],
 ) -> Trial | None:
     """Train a model (or resume its training), then evaluate and measure it. The model's file is written last.
 
     Args:
         folder: of this model alone.
-        progress: called as training proceeds.
+        progress: called as training proceeds, with the primary metric.
         measuring: called when training is over.
 
     Returns:
         the result; None in the helper processes of data-parallel training.
 
     Raises:
+        UsageError: the learner measures nothing on held-out images.
+        TrainingStopped: the primary metric of the trained model is missing or not finite.
         whatever `create_model`, `fit` and the model itself raise.
     """
-    model = build_model(name, data, recipe, pretrained=pretrained)
-    size = preprocessing_of(model).image_size
-    learner = ClassificationLearner.create(model, data, recipe)
-    with suitable_threads(count_macs(model, size)):
-        fitted = fit(learner, data, recipe, folder, **asdict(devices), progress=progress)
+    learner = find_learner(recipe.objective["name"]).create(name, data, recipe, pretrained=pretrained)
+    metric = metric_of(learner)
+    report = None if progress is None else lambda at: progress(at, metric)
+    with suitable_threads(count_macs(learner.eval_model())):
+        fitted = fit(learner, data, recipe, folder, **asdict(devices), progress=report)
         if not is_main_process():
             return None
         measuring()
         model = learner.eval_model()
-        logits, targets, indices = predict_logits(model, data.val, batch_size=recipe.batch_size)
-        cost, threads = measure(model, size), torch.get_num_threads()
+        numbers, extras, evaluated = held_out(learner, data, recipe.batch_size)
+        if metric.name not in numbers:
+            raise TrainingStopped(f"its {metric.label} on the {evaluated} held-out images is missing or not finite")
+        cost, threads = measure(model), torch.get_num_threads()
     save(model, folder / MODEL)
     return Trial(
         name=name,
-        accuracy=(logits.argmax(1) == targets).double().mean().item(),
-        loss=nn.functional.cross_entropy(logits, targets).item(),
-        evaluated=len(targets),
+        score=numbers[metric.name],
+        metrics=numbers,
+        evaluated=evaluated,
         latency_ms=cost.latency_ms,
         throughput=cost.throughput,
         peak_memory_mb=cost.peak_memory_mb,
         params=cost.params,
         macs=cost.macs,
         bytes=cost.bytes,
-        image_size=size,
+        image_size=preprocessing_of(model).image_size,
         steps=fitted.steps,
         seconds=fitted.seconds,
         history=fitted.history,
-        confusion=confusion_matrix(logits, targets),
-        mistakes=confident_mistakes(logits, targets, indices, data.val),
         bad_files=[{"path": str(path), "reason": str(reason)} for path, reason in fitted.bad_files],
         file=f"models/{folder.name}/{MODEL}",
         threads=threads,
         device=describe_device(accelerator=devices.accelerator),
+        metric=metric,
+        inputs=list(example_inputs(model)),
+        extras=extras,
     )
+
+
+def metric_of(learner: Learner) -> Metric:
+    """Return the primary metric: the task's, or the learner's where it names another one.
+
+    Raises:
+        UsageError: the learner measures nothing on held-out images.
+    """
+    if learner.metrics() is None:
+        raise UsageError(
+            f"the learner {learner.objective} measures nothing on held-out images, so its models cannot be compared; "
+            f"{learner.task.no_answer or 'vitarium train trains one'}"
+        )
+    (name, best), primary = learner.primary_metric, learner.task.primary
+    return primary if (primary.name, primary.best) == (name, best) else Metric(name, "min" if best == "min" else "max")
+
+
+def held_out(learner: Learner, data: ImageData, batch_size: int) -> tuple[dict[str, float], dict[str, Any], int]:
+    """Return the finite metrics on the held-out part, what the task keeps beside them, and the number of images that could be read."""
+    bad_files, task = BadFiles(), learner.task
+    values = evaluate(learner, data.val, batch_size=batch_size, bad_files=bad_files)
+    extras = task.extras(learner.eval_model(), data, values, batch_size=batch_size)
+    numbers = {name: float(v) for name, v in {**values, **extras}.items() if isinstance(v, int | float) and math.isfinite(v)}
+    rest = {name: value for name, value in extras.items() if not isinstance(value, int | float)}
+    return numbers, rest, len(data.val) - len(bad_files.items())
 
 
 @contextlib.contextmanager
@@ -171,26 +203,11 @@ def suitable_threads(macs: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def measure(model: nn.Module, image_size: int) -> Profile:
+def measure(model: nn.Module) -> Profile:
     """Profile a model repeatedly; keep the shortest latency and the highest throughput, since other load only makes them worse."""
     end = time.perf_counter() + MEASURING_SECONDS
     profiles: list[Profile] = []
     while len(profiles) < 3 or time.perf_counter() < end:
-        profiles.append(profile(model, image_size, batch=MEASURING_BATCH, runs=3))
+        profiles.append(profile(model, batch=MEASURING_BATCH, runs=3))
     latency, throughput = min(p.latency_ms for p in profiles), max(p.throughput for p in profiles)
     return replace(profiles[0], latency_ms=latency, throughput=throughput)
-
-
-def confusion_matrix(logits: Tensor, targets: Tensor) -> list[list[int]]:
-    """Return counts (C, C), rows true, columns predicted. Logits (N, C), targets (N,)."""
-    classes = logits.shape[1]
-    return torch.bincount(targets * classes + logits.argmax(1), minlength=classes**2).view(classes, classes).tolist()
-
-
-def confident_mistakes(logits: Tensor, targets: Tensor, indices: Tensor, images: ImageSet) -> list[Mistake]:
-    """Return the wrong answers of highest probability, at most `MISTAKES`. Logits (N, C), targets and indices into `images` (N,)."""
-    confidence, predicted = logits.double().softmax(1).max(1)
-    wrong = (predicted != targets).nonzero().flatten()
-    chosen = wrong[confidence[wrong].argsort(descending=True, stable=True)][:MISTAKES]
-    columns: list[list[Any]] = [t[chosen].tolist() for t in (indices, targets, predicted, confidence)]
-    return [Mistake(i, images.describe(i), true, answer, share) for i, true, answer, share in zip(*columns, strict=True)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vitarium.errors import UsageError
 from vitarium.numbers import short
 from vitarium.reports.results import Comparison
-from vitarium.training.tasks.base import TableData
+from vitarium.training.tasks.base import Metric, TableData
 from vitarium.verbs.result import Result
 
 if TYPE_CHECKING:
@@ -26,15 +26,14 @@ class Compared(Result, Comparison):
         return rows | ({"failed": ", ".join(failure.name for failure in self.failures)} if self.failures else {})
 
     def tables(self) -> list[TableData]:
-        columns = ["~model", ">accuracy", ">latency", ">images/s", ">memory", ">params", ">MACs"]
-        return [TableData("", columns, [cells(row) for row in self.table()])]
+        return [TableData("", headers(self), all_cells(self))]
 
     def to_dict(self) -> dict[str, Any]:
         return Comparison.to_dict(self)
 
 
 def compare(
-    data: str | os.PathLike[str] = "digits",
+    data: str | os.PathLike[str] | None = None,
     models: str | Sequence[str] | None = None,
     *,
     steps: int | None = None,
@@ -58,11 +57,13 @@ def compare(
 ) -> Compared:
     """Train models on your images under the same budget, measure them, and recommend one; results and an HTML report go to a folder.
 
-    An interrupted comparison continues when the same call is made again, on either engine.
+    The recipe's task decides what is learned and by which metric the models are compared: accuracy, PQ, PSNR, AUROC, ... An interrupted
+    comparison continues when the same call is made again, on either engine.
 
     Args:
-        data: as for `vitarium.open_data`.
-        models: names and patterns, as "swin_pico,*_pico" or ["swin_pico", "timm/vit_pico"]; None: six small ones of different families.
+        data: as for `vitarium.open_data`; None: the recipe's, else the default of its task, "digits" for classification.
+        models: names and patterns, as "swin_pico,*_pico" or ["swin_pico", "timm/vit_pico"]; a pattern stands for the models of the
+            recipe's task. None: six small classifiers of different families, or the recipe's model for another task.
         steps, epochs, minutes: of training each model, at most one of them; None: the recipe's budget.
         image_size: side of the input, pixels; None: the images' own, else each model's own.
         recipe: a recipe's name or a YAML file.
@@ -86,8 +87,8 @@ def compare(
     from vitarium.reports.compare import compare as run
 
     found = run(
-        os.fspath(data),
-        None if models is None else chosen(models),
+        None if data is None else os.fspath(data),
+        None if models is None else chosen(models, os.fspath(recipe)),
         steps=steps,
         epochs=epochs,
         minutes=minutes,
@@ -110,40 +111,61 @@ def compare(
     return Compared(**{field.name: getattr(found, field.name) for field in fields(Comparison)})
 
 
-def chosen(models: str | Sequence[str]) -> list[str]:
-    """Return the names of a list, each once. A pattern stands for the image classifiers that it matches; where it matches none, for
-    those of clips.
+def chosen(models: str | Sequence[str], recipe: str = "pico") -> list[str]:
+    """Return the names of a list, each once. A pattern stands for the models of the recipe's task that it matches; of clips, if no model
+    of images matches.
 
     Args:
         models: names and patterns, in a sequence or with commas.
+        recipe: name or YAML file.
 
     Raises:
         UsageError: an empty list, or a pattern that nothing matches.
     """
     names: list[str] = []
     for part in filter(None, map(str.strip, models.split(",") if isinstance(models, str) else models)):
-        matches = classifiers_like(part) if any(c in part for c in "*?[") else [part]
+        matches = models_like(part, recipe) if any(c in part for c in "*?[") else [part]
         if not matches:
-            raise UsageError(f"no model matches {part!r} ('vitarium models' lists all)")
+            raise UsageError(f"no model of the task of the recipe {recipe} matches {part!r} ('vitarium models' lists all)")
         names += [name for name in matches if name not in names]
     if not names:
         raise UsageError("--models names no model; write names with commas, such as swin_pico,timm/vit_pico")
     return names
 
 
-def classifiers_like(pattern: str) -> list[str]:
-    """Return the names of the classifiers that a shell pattern matches: those of images, or else those of clips."""
+def models_like(pattern: str, recipe: str) -> list[str]:
+    """Return the names of the models of a recipe's task that a shell pattern matches: those of images, or else those of clips."""
     from vitarium.catalog.search import find_models
+    from vitarium.reports.compare import trains_like
+    from vitarium.training import load_recipe
 
-    classifiers = [row for row in find_models(pattern, timm=True) if row["learner"] == "classification"]
-    return [row["name"] for row in classifiers if row["frames"] is None] or [row["name"] for row in classifiers]
+    found, settings = find_models(pattern, timm=True), load_recipe(recipe)
+    fitting = {name for name in {row["learner"] for row in found} if trains_like(settings, name)}
+    rows = [row for row in found if row["learner"] in fitting]
+    return [row["name"] for row in rows if row["frames"] is None] or [row["name"] for row in rows]
 
 
-def cells(row: dict[str, Any]) -> list[str]:
+def headers(comparison: Comparison) -> list[str]:
+    """Return the headers of a table of the models; ">" aligns to the right, "~" marks names that may be cut."""
+    return ["~model", f">{comparison.metric.label}", ">latency", ">images/s", ">memory", ">params", ">MACs"]
+
+
+def all_cells(comparison: Comparison) -> list[list[str]]:
+    """Return the rows of a table of the models: the constant answer, where the task has one, then the models, the best first."""
+    return constant(comparison) + [cells(row, comparison.metric) for row in comparison.table()]
+
+
+def constant(comparison: Comparison) -> list[list[str]]:
+    """Return the row of the best constant answer; no row where the task has none."""
+    metric, baseline = comparison.metric, comparison.baseline
+    return [["constant answer", metric.short(baseline[metric.name]), *[""] * 5]] if metric.name in baseline else []
+
+
+def cells(row: dict[str, Any], metric: Metric) -> list[str]:
     """Return a row of `Comparison.table` as text with units."""
     return [
         row["name"],
-        f"{100 * row['accuracy']:.1f} %",
+        metric.short(row[metric.name]),
         f"{row['latency_ms']:.2f} ms",
         short(row["throughput"]),
         f"{row['peak_memory_mb']:.1f} MB",

@@ -43,7 +43,7 @@ class Restore(Task):
 
     @property
     def primary(self) -> Metric:
-        return Metric("psnr", "max", "dB")
+        return Metric("psnr", "max", "dB", title="PSNR")
 
     def transform(self, model: Any) -> Callable[..., Any]:
         return PairTransform(model.scale, int(model.in_chans))

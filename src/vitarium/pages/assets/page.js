@@ -23,7 +23,7 @@ function layout(extra) {
 
 function sortBy(header) {
   const table = header.closest("table");
-  const body = table.tBodies[0];
+  const body = table.querySelector("tbody.sorted"); // other bodies keep their place
   const headers = [...table.tHead.rows[0].cells];
   const column = headers.indexOf(header);
   const first = header.querySelector("button").dataset.first;

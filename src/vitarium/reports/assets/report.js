@@ -1,7 +1,9 @@
 "use strict";
-const { models, costs, classes, confusion } = results;
+const { models, costs, classes, confusion, metric } = results;
+const axisFormat = metric.percent ? ".0%" : ""; // of the metric's values
+const unit = metric.percent || !metric.unit ? "" : ` ${metric.unit}`;
 
-// ---- accuracy against cost
+// ---- metric against cost
 
 const scatter = document.getElementById("scatter");
 const chosenCost = () => costs.find((cost) => cost.key === document.querySelector("input[name=cost]:checked").value);
@@ -25,9 +27,9 @@ function horizontal(values) { // a logarithmic axis where the costs differ by mu
 }
 
 function vertical() {
-  const low = Math.min(...models.map((m) => m.accuracy - m.error)), high = Math.max(...models.map((m) => m.accuracy + m.error));
-  const pad = 0.12 * (high - low || 0.1);
-  return [Math.max(-0.01, low - pad), Math.min(1.01, high + pad)];
+  const low = Math.min(...models.map((m) => m.score - m.error)), high = Math.max(...models.map((m) => m.score + m.error));
+  const pad = 0.12 * (high - low || Math.abs(high) || 0.1);
+  return metric.percent ? [Math.max(-0.01, low - pad), Math.min(1.01, high + pad)] : [low - pad, high + pad];
 }
 
 const MOST_NAMES = 12; // beside the points; more cover one another
@@ -73,35 +75,35 @@ function drawScatter() {
   const points = models.map((m, i) => ({
     name: named(i) ? m.name : "",
     x: ((at(m[cost.key]) - xaxis.range[0]) / (xaxis.range[1] - xaxis.range[0])) * width,
-    y: ((y[1] - m.accuracy) / (y[1] - y[0])) * height,
+    y: ((y[1] - m.score) / (y[1] - y[0])) * height,
     bar: (m.error / (y[1] - y[0])) * height,
   }));
   const front = cost.front.slice().sort((a, b) => values[a] - values[b]);
   const edge = xaxis.type === "log" ? 10 ** xaxis.range[1] : xaxis.range[1];
   const line = {
-    x: [...front.map((i) => values[i]), edge], y: [...front.map((i) => models[i].accuracy), models[front.at(-1)].accuracy],
+    x: [...front.map((i) => values[i]), edge], y: [...front.map((i) => models[i].score), models[front.at(-1)].score],
     mode: "lines", line: { shape: "hv", color: css("--accent"), width: 1.5, dash: "dot" }, hoverinfo: "skip",
   };
   const marks = {
-    x: values, y: models.map((m) => m.accuracy), mode: "markers+text",
+    x: values, y: models.map((m) => m.score), mode: "markers+text",
     text: points.map((p) => escapeHtml(p.name)), textposition: placeNames(points, front, width, height), cliponaxis: false,
     textfont: { size: 13, color: css("--ink") },
     marker: {
       size: 12, color: models.map(hue), opacity: 1,
       line: { width: models.map((_, i) => (front.includes(i) ? 2.5 : 0)), color: css("--card") },
     },
-    error_y: { array: models.map((m) => m.error), color: css("--soft"), thickness: 1, width: 3 },
+    error_y: { array: models.map((m) => m.error), visible: models.some((m) => m.error > 0), color: css("--soft"), thickness: 1, width: 3 },
     customdata: models.map((m) => `<b>${escapeHtml(m.name)}</b><br>${m.hover.map(escapeHtml).join("<br>")}`),
     hovertemplate: "%{customdata}<extra></extra>",
   };
   const rings = {
-    x: front.map((i) => values[i]), y: front.map((i) => models[i].accuracy), mode: "markers", hoverinfo: "skip",
+    x: front.map((i) => values[i]), y: front.map((i) => models[i].score), mode: "markers", hoverinfo: "skip",
     marker: { size: 16, color: css("--accent") },
   };
   Plotly.react(scatter, [line, rings, marks], layout({
     margin: { l: 56, r: 16, t: 10, b: 52 },
     xaxis: { ...xaxis, title: { text: cost.title, standoff: 12 }, tickformat: cost.format, fixedrange: true, automargin: false },
-    yaxis: { range: y, tickformat: ".0%", fixedrange: true, nticks: 7, automargin: false },
+    yaxis: { range: y, tickformat: axisFormat, ticksuffix: unit, fixedrange: true, nticks: 7, automargin: false },
   }), config);
 }
 
@@ -121,13 +123,13 @@ function drawCurves(id, key, format) {
   Plotly.react(id, traces, layout({
     hovermode: "x unified", margin: { l: 48, r: 10, t: 8, b: 42 },
     xaxis: { title: { text: "step", standoff: 8 }, fixedrange: true, rangemode: "tozero", nticks: 6 },
-    yaxis: { tickformat: key === "accuracy" ? ".0%" : "", fixedrange: true, nticks: 6, ...(key === "accuracy" ? {} : { rangemode: "tozero" }) },
+    yaxis: { tickformat: key === metric.key ? axisFormat : "", fixedrange: true, nticks: 6, ...(key === metric.key ? {} : { rangemode: "tozero" }) },
   }), config);
 }
 
 function drawAllCurves() {
-  drawCurves("accuracy", "accuracy", ".1%");
-  drawCurves("loss", "train_loss", ".3f");
+  drawCurves("score", metric.key, metric.percent ? ".1%" : ".4~g");
+  if (document.getElementById("loss")) drawCurves("loss", "train_loss", ".3f");
 }
 
 // ---- confusion matrix
@@ -171,4 +173,4 @@ document.querySelectorAll(".chip").forEach((chip) => chip.addEventListener("clic
 }));
 onDraw(drawScatter);
 onDraw(drawAllCurves);
-onDraw(drawConfusion);
+if (confusion) onDraw(drawConfusion);

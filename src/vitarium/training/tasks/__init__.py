@@ -7,8 +7,21 @@ model = vitarium.load("model.safetensors")
 task_of(model).match(model, data)
 """
 
-from vitarium.training.tasks.base import Metric, TableData, Task
+from vitarium.training.tasks.base import ConfusionData, GalleryData, GalleryImage, Metric, ReportSection, TableData, Task
 from vitarium.training.tasks.of_model import task_of
 from vitarium.training.tasks.registry import find_task, list_tasks, parse_task, task
 
-__all__ = ["Metric", "TableData", "Task", "find_task", "list_tasks", "parse_task", "task", "task_of"]
+__all__ = [
+    "ConfusionData",
+    "GalleryData",
+    "GalleryImage",
+    "Metric",
+    "ReportSection",
+    "TableData",
+    "Task",
+    "find_task",
+    "list_tasks",
+    "parse_task",
+    "task",
+    "task_of",
+]

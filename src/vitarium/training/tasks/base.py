@@ -28,11 +28,32 @@ class Metric:
         name: key in the task's metrics.
         best: whether larger or smaller values are better.
         unit: "%" for a share of 1 that is shown in percent, "dB", ...; "" for a plain number.
+        title: name in tables and reports, such as "PSNR"; "": the name.
+        share_of_images: whether the value is the share of the images for which something holds, whose standard error is known.
     """
 
     name: str
     best: Literal["max", "min"] = "max"
     unit: str = ""
+    title: str = ""
+    share_of_images: bool = False
+
+    @property
+    def label(self) -> str:
+        """Name in tables and reports."""
+        return self.title or self.name.replace("_", " ")
+
+    def rank(self, value: float) -> float:
+        """Return a number that is smaller the better the value is."""
+        return -value if self.best == "max" else value
+
+    def number(self, value: float) -> str:
+        """Return the value without its unit, as tables show it: percent with one decimal, else four significant digits."""
+        return f"{100 * value:.1f}" if self.unit == "%" else f"{value:.4g}"
+
+    def short(self, value: float) -> str:
+        """Return `number` with the unit."""
+        return f"{self.number(value)} {self.unit}".rstrip()
 
     def text(self, value: float) -> str:
         """Return the value with its unit."""
@@ -56,6 +77,58 @@ class TableData:
     title: str
     columns: list[str]
     rows: list[list[str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ConfusionData:
+    """A confusion matrix of a report.
+
+    Attributes:
+        title, words: heading, and one sentence on what it shows.
+        names: of the classes.
+        counts: rows true, columns predicted.
+    """
+
+    title: str
+    words: str
+    names: list[str]
+    counts: list[list[int]]
+
+
+@dataclass(frozen=True)
+class GalleryImage:
+    """A held-out image in a report, with a caption.
+
+    Attributes:
+        index: place in the held-out part.
+        source: path or identifier.
+        answer, note, truth: the model's answer, a short remark on it, and the true answer.
+        description: text for readers who do not see the image.
+    """
+
+    index: int
+    source: str
+    answer: str
+    note: str
+    truth: str
+    description: str
+
+
+@dataclass(frozen=True)
+class GalleryData:
+    """Held-out images of a report.
+
+    Attributes:
+        title, words: heading, and one sentence on what is shown.
+        images: none where `words` gives the reason.
+    """
+
+    title: str
+    words: str
+    images: list[GalleryImage] = field(default_factory=list)
+
+
+ReportSection = TableData | ConfusionData | GalleryData
 
 
 class Task(Section):
@@ -175,6 +248,32 @@ class Task(Section):
     def tables(self, report: dict[str, Any]) -> list[TableData]:
         """Return further tables of a report."""
         return []
+
+    def extras(self, model: Any, data: ImageData, values: dict[str, Any], *, batch_size: int = 64) -> dict[str, Any]:
+        """Return what a comparison keeps of a model beside its metrics, as plain values for `sections`; by default the tables.
+
+        Args:
+            model: trained, in eval mode.
+            data: what it was trained and evaluated on.
+            values: metrics on the held-out part.
+            batch_size: images a forward pass.
+
+        Returns:
+            values by name; a number replaces the metric of its name.
+        """
+        from dataclasses import asdict
+
+        return {"tables": [asdict(table) for table in self.tables(self.report(values, data))]}
+
+    def sections(self, model: str, extras: dict[str, Any], classes: list[str]) -> list[ReportSection]:
+        """Return the sections of a report on a model.
+
+        Args:
+            model: its name.
+            extras: see `extras`.
+            classes: names of the data's classes.
+        """
+        return [TableData(f"{table['title']}, {model}", table["columns"], table["rows"]) for table in extras.get("tables", [])]
 
     def baseline(self, data: ImageData) -> dict[str, float]:
         """Return the scores of the best constant answer on the held-out part; {} where there is none."""

@@ -5,19 +5,35 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitarium.training.tasks.base import Batch, Metric, TableData, Task, match_classes
+from vitarium.training.tasks.base import (
+    Batch,
+    ConfusionData,
+    GalleryData,
+    GalleryImage,
+    Metric,
+    ReportSection,
+    TableData,
+    Task,
+    match_classes,
+)
 from vitarium.training.tasks.registry import task
 
 if TYPE_CHECKING:
-    from vitarium.data import ImageData
+    from vitarium.data import ImageData, ImageSet
 
 WEAKEST = 5
 """Number of classes in the table of the lowest accuracies."""
 
 TEXTS = {"accuracy": "accuracy", "top5": "accuracy, first five", "loss": "cross entropy", "calibration_error": "calibration error"}
+
+
+ACCURACY = Metric("accuracy", "max", "%", share_of_images=True)
+MISTAKES = 12
+"""Number of the most confident mistakes that a comparison keeps."""
 
 
 @task("classify")
@@ -32,7 +48,7 @@ class Classify(Task):
 
     @property
     def primary(self) -> Metric:
-        return Metric("accuracy", "max", "%")
+        return ACCURACY
 
     def match(self, model: nn.Module, data: ImageData) -> ImageData:
         """Renumber the data's classes by their names.
@@ -89,6 +105,43 @@ class Classify(Task):
         rows = [[row["name"], str(row["images"]), f"{100 * row['accuracy']:.1f} %"] for row in known[:WEAKEST]]
         return [TableData("Weakest classes", ["class", ">images", ">accuracy"], rows)] if len(known) > 1 else []
 
+    def extras(self, model: Any, data: ImageData, values: dict[str, Any], *, batch_size: int = 64) -> dict[str, Any]:
+        """Return accuracy and loss in double and full precision, `confusion` (rows true, columns predicted), and the most confident
+        `mistakes`: index, image, true and predicted class, confidence."""
+        from vitarium.training.evaluation import predict_logits
+
+        logits, targets, indices = predict_logits(model, data.val, batch_size=batch_size)
+        return {
+            "accuracy": (logits.argmax(1) == targets).double().mean().item(),
+            "loss": F.cross_entropy(logits, targets).item(),
+            "confusion": confusion_matrix(logits, targets),
+            "mistakes": confident_mistakes(logits, targets, indices, data.val),
+        }
+
+    def sections(self, model: str, extras: dict[str, Any], classes: list[str]) -> list[ReportSection]:
+        """The confusion matrix and the most confident mistakes."""
+        matrix, mistakes = extras["confusion"], extras["mistakes"]
+        total = sum(n for t, row in enumerate(matrix) for p, n in enumerate(row) if t != p)
+        which = f"The {len(mistakes)} most confident of {total}" if total > len(mistakes) else "All of them, the most confident first"
+        words = f"{which}: prediction with its probability, and the true class."
+        images = [
+            GalleryImage(
+                index=m["index"],
+                source=m["image"],
+                answer=classes[m["predicted"]],
+                note=f"{100 * m['confidence']:.0f} %",
+                truth=f"is {classes[m['true']]}",
+                description=f"An image of {classes[m['true']]} that was classified as {classes[m['predicted']]}",
+            )
+            for m in mistakes
+        ]
+        return [
+            ConfusionData(f"What {model} confuses", confusion_words(matrix, classes), classes, matrix),
+            GalleryData(
+                "Its most confident mistakes", words if images else "There are none: every held-out image was classified correctly.", images
+            ),
+        ]
+
     def baseline(self, data: ImageData) -> dict[str, float]:
         """Return the accuracy of a constant prediction, the most frequent training class."""
         most = Counter(data.train.targets).most_common(1)[0][0]
@@ -119,3 +172,33 @@ def ranked(logits: Tensor, names: list[str], limit: int) -> dict[str, Any]:
 def class_names(model: Any, count: int) -> list[str]:
     """Return the model's labels, or "class 0", "class 1", ... if it has none."""
     return list(getattr(model, "labels", None) or [f"class {i}" for i in range(count)])
+
+
+def confusion_matrix(logits: Tensor, targets: Tensor) -> list[list[int]]:
+    """Return counts (C, C), rows true, columns predicted. Logits (N, C), targets (N,)."""
+    classes = logits.shape[1]
+    return torch.bincount(targets * classes + logits.argmax(1), minlength=classes**2).view(classes, classes).tolist()
+
+
+def confident_mistakes(logits: Tensor, targets: Tensor, indices: Tensor, images: ImageSet) -> list[dict[str, Any]]:
+    """Return the wrong answers of highest probability, at most `MISTAKES`. Logits (N, C), targets and indices into `images` (N,)."""
+    confidence, predicted = logits.double().softmax(1).max(1)
+    wrong = (predicted != targets).nonzero().flatten()
+    chosen = wrong[confidence[wrong].argsort(descending=True, stable=True)][:MISTAKES]
+    columns: list[list[Any]] = [t[chosen].tolist() for t in (indices, targets, predicted, confidence)]
+    return [
+        {"index": i, "image": images.describe(i), "true": true, "predicted": answer, "confidence": share}
+        for i, true, answer, share in zip(*columns, strict=True)
+    ]
+
+
+def confusion_words(matrix: list[list[int]], classes: list[str]) -> str:
+    """Return the number of errors and the most frequent confusion as a sentence."""
+    wrong = [(n, t, p) for t, row in enumerate(matrix) for p, n in enumerate(row) if t != p and n]
+    if not wrong:
+        return "Nothing: every held-out image was classified correctly."
+    n, true, predicted = max(wrong, key=lambda entry: entry[0])
+    total = sum(entry[0] for entry in wrong)
+    seen = sum(map(sum, matrix))
+    most = f"; most often {classes[true]} was taken for {classes[predicted]} ({n} of {sum(matrix[true])})" if n > 1 else ""
+    return f"{total} of {seen} held-out images were classified wrongly{most}."

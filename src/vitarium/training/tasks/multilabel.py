@@ -33,7 +33,7 @@ class Multilabel(Task):
 
     @property
     def primary(self) -> Metric:
-        return Metric("auroc", "max")
+        return Metric("auroc", "max", title="AUROC")
 
     def match(self, model: Any, data: ImageData) -> ImageData:
         """Reorder the data's labels by their names. Labels of the model that the data lacks become unknown.
