@@ -248,7 +248,7 @@ def _check_kind(names: Sequence[str], images: ImageData) -> None:
     Raises:
         UsageError: with the names of those.
     """
-    clips = holds_clips(images.train)
+    clips = holds_clips(images.val)  # training samples may be groups of images
     if wrong := [name for name in names if sees_clips(name) != clips]:
         held, seen = ("clips", "single images") if clips else ("single images", "clips")
         raise UsageError(
