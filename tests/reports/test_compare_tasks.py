@@ -126,7 +126,7 @@ def test_patterns_stand_for_models_of_the_recipes_task():
     assert "swin_pico" not in chosen("*_pico", "kmax_deeplab_pico")
     assert {"sit_flow_pico", "dit_pico"} <= set(chosen("*_pico", "sit_flow_pico"))
     assert "timm/vit_pico" in chosen("*_pico", "distillation_pico")
-    with pytest.raises(UsageError, match=r"no model of the task of the recipe drct_pico matches 'swin_\*'"):
+    with pytest.raises(UsageError, match=r"no model matches 'swin_\*' for the task of the recipe drct_pico"):
         chosen("swin_*", "drct_pico")
 
 

@@ -77,7 +77,7 @@ def recommend(models: Sequence[Measured], metric: Metric = ACCURACY) -> Recommen
     return Recommendation(
         best.name,
         f"Use {best.name}: it has the best {metric.label}, {metric.short(best.score)}, before {second.name} with "
-        f"{metric.short(second.score)}. The spread between runs is not known: one run a model cannot tell a small difference from chance.",
+        f"{metric.short(second.score)}. The spread between runs is not known: with one run a model, a small difference may be chance.",
     )
 
 

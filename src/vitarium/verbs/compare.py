@@ -126,7 +126,7 @@ def chosen(models: str | Sequence[str], recipe: str = "pico") -> list[str]:
     for part in filter(None, map(str.strip, models.split(",") if isinstance(models, str) else models)):
         matches = models_like(part, recipe) if any(c in part for c in "*?[") else [part]
         if not matches:
-            raise UsageError(f"no model of the task of the recipe {recipe} matches {part!r} ('vitarium models' lists all)")
+            raise UsageError(f"no model matches {part!r} for the task of the recipe {recipe} ('vitarium models' lists all)")
         names += [name for name in matches if name not in names]
     if not names:
         raise UsageError("--models names no model; write names with commas, such as swin_pico,timm/vit_pico")
