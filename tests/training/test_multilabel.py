@@ -80,5 +80,5 @@ def test_refuses():
     data = open_data("scenes:task=thorax,length=64", task="multilabel", image_size=16)
     with pytest.raises(UsageError, match=r"mixing is not a setting"):
         MultilabelLearner.create("vim_pico", data, tiny_recipe("objective={name: multilabel, mixing: {mixup: 0.8}}"))
-    with pytest.raises(DataError, match="the data has 3 labels an image, the model has 4: class 0"):
+    with pytest.raises(DataError, match="the data has 3 labels per image, the model has 4: class 0"):
         measured(torch.zeros(4, 4), torch.zeros(4, 3), 1)

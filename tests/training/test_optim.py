@@ -122,7 +122,7 @@ def test_layer_decay_takes_a_models_own_numbers_even_with_gaps():
 
 
 def test_layer_decay_needs_layers():
-    with pytest.raises(UsageError, match="does not say its layers"):
+    with pytest.raises(UsageError, match="has no group_matcher"):
         layer_scales(tiny_net(), 0.5)
 
 

@@ -143,7 +143,7 @@ def test_an_image_size_that_the_model_cannot_take_is_refused_at_once(tmp_path):
     with pytest.raises(UsageError, match=r"phases: the model cannot take images of 12 pixels"):
         train(tmp_path, "phases=[{until: 0.5}, {image_size: 12}]")
     assert not (tmp_path / "last.ckpt").exists()
-    with pytest.raises(UsageError, match=r"a budget in minutes cannot foresee"):
+    with pytest.raises(UsageError, match=r"a budget in minutes does not support"):
         train(tmp_path, "phases=[{until: 0.5, image_size: 12}]", "budget={minutes: 1}", net=Pooled())
 
 

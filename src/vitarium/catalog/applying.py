@@ -1,4 +1,4 @@
-"""Applying methods to a model and undoing them, in a fixed order, all or none."""
+"""Applying of methods to a model, in a fixed order and atomically, and undoing them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def apply(
     keep_original: bool = True,
     quiet: bool = False,
 ) -> nn.Module:
-    """Apply methods to a model, in place. All of them are applied, or none.
+    """Apply methods to a model, in place. If one fails, none is applied.
 
     Args:
         model: any nn.Module; some methods require a plain vision transformer.
@@ -86,10 +86,10 @@ def methods_on(model: nn.Module) -> list[AttachReport]:
 
 
 def rebuild_methods(model: nn.Module, saved: Sequence[Mapping[str, Any]]) -> nn.Module:
-    """Give a fresh model the methods that a file lists (`AttachReport.saved`); its weights are loaded afterwards.
+    """Rebuild on a new model the methods that a file lists (`AttachReport.saved`); its weights are loaded afterwards.
 
     Raises:
-        UsageError: unknown method or option, or a model that they do not fit.
+        UsageError: unknown method or option, or a model that they do not support.
     """
     methods = [build_method(row["slug"], row.get("options", {})) for row in saved]
     _check_order([], methods)
@@ -150,20 +150,20 @@ def _forget(report: AttachReport) -> None:
 
 
 def _inputs(model: nn.Module, example: Tensor | Sequence[Any] | Mapping[str, Any] | None) -> Inputs | tuple[Any, ...] | None:
-    """Inputs of a call; None where no example is given and the model records nothing about its input."""
+    """Return the inputs of a call; None if no example is given and the model's input is unknown."""
     if example is None:
         try:
             return example_inputs(model)
         except UsageError:
             return None
     if isinstance(example, Mapping):
-        arguments(model, example)  # raises for a name that the model does not take
+        arguments(model, example)  # raises for an unknown input name
         return dict(example)
     return (example,) if isinstance(example, Tensor) else tuple(example)
 
 
 def cost_of(model: nn.Module) -> tuple[int | None, int]:
-    """Return the multiply-accumulates of one example (None where the model records nothing about its input) and the bytes of weights."""
+    """Return the multiply-accumulates of one example (None if the model's input is unknown) and the bytes of weights."""
     return _cost(model, _inputs(model, None))
 
 

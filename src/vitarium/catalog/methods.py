@@ -120,7 +120,7 @@ class Method:
         raise NotImplementedError(f"{type(self).__name__} does not define attach")
 
     def rebuild(self, model: nn.Module, state: Mapping[str, Any]) -> AttachReport:
-        """Give a fresh model the structure that `attach` gave it, from saved options and `state`; weights are loaded afterwards.
+        """Rebuild on a new model the structure that `attach` creates, from saved options and `state`; weights are loaded afterwards.
 
         May run on the meta device. By default it attaches.
         """
@@ -159,7 +159,7 @@ _METHODS: dict[str, type[Method]] = {}
 
 
 def method(slug: str, *, kind: Kind) -> Callable[[MethodClass], MethodClass]:
-    """Register a method under the slug of its system, or under a name of its own (a baseline inside another system's file)."""
+    """Register a method under the slug of its system, or under another name (a baseline inside another system's file)."""
 
     def register(cls: MethodClass) -> MethodClass:
         cls.slug, cls.kind = slug, kind
@@ -206,7 +206,7 @@ def parse_method(text: str) -> Method:
     """Return a method from its text on the command line: "pitome", "pitome:keep=0.925", "evit:keep=0.7,blocks=[3,6,9]".
 
     Raises:
-        UsageError: the text has another form, or `build_method` refuses it.
+        UsageError: the text has another form, or `build_method` raises for it.
     """
     slug, options = parse_call(text)
     return build_method(slug, options)

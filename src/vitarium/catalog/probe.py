@@ -21,7 +21,8 @@ def macs_of(model: nn.Module, *inputs: Any) -> int:
     device.
 
     Args:
-        model: any module. / inputs: its positional arguments, or one mapping of inputs by name (see `example_inputs`).
+        model: any module.
+        inputs: its positional arguments, or one mapping of inputs by name (see `example_inputs`).
     """
     with frozen_parameters(model), evaluating(model), flop_counter() as counter:
         call(model, inputs[0] if len(inputs) == 1 and isinstance(inputs[0], Mapping) else inputs)

@@ -1,4 +1,4 @@
-"""The model registry: families of variants, registered by a decorator above the class; a family's module is imported on first use."""
+"""The model registry: families of variants, registered by a class decorator; a family's module is imported on first use."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def rename(*rules: tuple[str, str | None]) -> Renamer:
 
     Args:
         rules: (pattern, replacement) pairs; the first pattern that matches anywhere in a name applies (`re.sub`). A replacement of None
-            drops the tensor (buffers that our model computes). A name that no pattern matches stays as it is.
+            drops the tensor (buffers that our model computes). A name that no pattern matches is unchanged.
 
     Returns:
-        state -> renamed state. Raises ValueError where two tensors would get one name.
+        state -> renamed state. Raises ValueError if two tensors would get the same name.
     """
     compiled = [(re.compile(pattern), replacement) for pattern, replacement in rules]
 
@@ -56,7 +56,7 @@ def rename(*rules: tuple[str, str | None]) -> Renamer:
 def join(new: str, *parts: str) -> Renamer:
     """Return a function that joins tensors along their first axis: join("qkv", "query", "key", "value") makes `*.qkv.weight` of the three.
 
-    `parts` are the parts of a dotted name that differ. Raises KeyError where one of them is missing beside the first.
+    `parts` are the parts of a dotted name that differ. Raises KeyError if the first is present and another is missing.
     """
 
     def apply(state: State) -> State:
@@ -83,7 +83,7 @@ def chain(*renamers: Renamer) -> Renamer:
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture with its variants. Made by the decorator `family`."""
+    """One architecture with its variants. Created by the decorator `family`."""
 
     name: str
     slug: str
@@ -118,12 +118,12 @@ class Family:
         row = self.variants[variant]
         size = image_size or row.get("image_size", 224)
         mean, std = (self.mean, self.std) if in_chans == 3 else ((0.5,), (0.5,))
-        crop = 1.0 if size < 128 else self.crop_pct  # small images have no border to spare
+        crop = 1.0 if size < 128 else self.crop_pct  # small images are not cropped
         return Preprocessing(size, mean, std, self.interpolation, crop, frames or row.get("frames"), stride or row.get("stride"))
 
 
 INPUT_KEYS = ("image_size", "frames", "stride")
-"""Keys of a variant that describe its input; a constructor gets those that it takes."""
+"""Keys of a variant that describe its input; a constructor gets those that it accepts."""
 
 _FAMILIES: dict[str, Family] = {}
 
@@ -143,21 +143,21 @@ def family(
 
     Args:
         slug: the system, as in systems.toml, which is also the name of its file; or the name of a base that several systems use.
-        variants: name of a variant -> the constructor's arguments. The key `image_size` is the side that the variant was made for, in
-            pixels (default 224), `frames` and `stride` the clip of a video model; they are passed on only to a constructor that takes them.
+        variants: name of a variant -> the constructor's arguments. The key `image_size` is the native side in pixels (default 224),
+            `frames` and `stride` define the clip of a video model; they are passed on only to constructors that accept them.
         official: renames the authors' checkpoint to our names.
-        name: prefix of the models' names where it is not the slug ("swin_mlp" in swin.py); it must begin with the slug.
-        dialects: further renamers by the code that wrote such files: "timm", "torchvision", "transformers".
-        weights: variant -> tag -> where such weights lie, first choice first: "timm:NAME.TAG" (looked up in timm's own registry),
-            "hf:OWNER/NAME[/FILE]", or the authors' release address. The first tag is what `pretrained=True` means.
-        learner: name of the objective by which its models are evaluated, where it is not classification.
-        preparation: mean, std, interpolation, crop_pct where they are not ImageNet's usual ones.
+        name: prefix of the models' names if it is not the slug ("swin_mlp" in swin.py); it must begin with the slug.
+        dialects: further renamers by the codebase of the files: "timm", "torchvision", "transformers".
+        weights: variant -> tag -> sources of the weights, in order of preference: "timm:NAME.TAG" (looked up in timm's own registry),
+            "hf:OWNER/NAME[/FILE]", or the authors' release address. `pretrained=True` selects the first tag.
+        learner: name of the learner that evaluates its models, if it is not classification.
+        preparation: mean, std, interpolation, crop_pct if they differ from the usual ones of ImageNet.
 
     A class without a method `example_inputs` gets the one of models that take one image or clip (`vitarium.catalog.calling.image_inputs`).
     """
     name = name or slug
     if not name.startswith(slug) and any(system.slug == slug for system in systems()):
-        raise ValueError(f"the family {name!r} must begin with its slug {slug!r}, so that a reader finds its file by name")
+        raise ValueError(f"the family {name!r} must begin with its slug {slug!r}, so that its file can be found by name")
 
     def register(cls: ModelClass) -> ModelClass:
         if not hasattr(cls, "example_inputs"):
@@ -177,17 +177,17 @@ def registered_families() -> list[Family]:
 
 
 def system_module(slug: str) -> str | None:
-    """Return the dotted name of a system's module, or None where it is not written yet.
+    """Return the dotted name of a system's module, or None if it is not implemented yet.
 
     Raises:
-        UsageError: the module is there and the index lacks it.
+        UsageError: the module exists and the index lacks it.
     """
     entry = entry_of(slug)
     return entry.module if entry else None
 
 
 def import_system(slug: str) -> bool:
-    """Import the module of a system, which registers what it holds. Return False where it is not written yet."""
+    """Import the module of a system, which registers its contents. Return False if it is not implemented yet."""
     name = system_module(slug)
     if name is None:
         return False
@@ -204,7 +204,7 @@ def families(slug: str | None = None) -> list[Family]:
 
 
 def find_model(name: str) -> tuple[Family, str]:
-    """Return the family and the variant of a full model name. Imports only the file that the name points to.
+    """Return the family and the variant of a full model name. Imports only the file of the family.
 
     Raises:
         UsageError: there is none; the message names similar ones.

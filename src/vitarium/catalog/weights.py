@@ -1,6 +1,6 @@
 """Download of published weights; nothing else in the library fetches files.
 
-A file in the hub client's or torch's cache is used as it is, without a request.
+A file in the hub client's or torch's cache is used without a request.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ TOGETHER = " + "
 
 
 def fetch_pretrained(name: str, tag: str | None = None) -> Path | str:
-    """Return the file with a model's published weights, from the first source that answers; several files are joined by `TOGETHER`.
+    """Return the file with a model's published weights, from the first reachable source; several files are joined by `TOGETHER`.
 
     Args:
         name: one of our models, such as "swin_tiny".
-        tag: which weights, a key of the variant's table such as "in22k"; None for the first.
+        tag: key of the variant's table of weights, such as "in22k"; None for the first.
 
     Raises:
         UsageError: the model has no published weights, or none of this tag.
-        CheckpointError: no source answers; the message says which file to fetch and how to pass it.
+        CheckpointError: no source is reachable; the message names the file to fetch and the option that takes it.
     """
     family, variant = find_model(name)
     tags = family.weights.get(variant, {})
@@ -79,7 +79,7 @@ def _split_digest(source: str) -> tuple[str, str]:
     place, _, fragment = source.partition("#")
     if fragment and not re.fullmatch(r"sha256=[0-9a-f]{8,64}", fragment):
         raise UsageError(f"after # a source takes sha256= and 8 to 64 hex digits, got {fragment!r} in {source!r}")
-    if place.startswith("https://download.pytorch.org/") and not fragment:  # there, file names end in their hash
+    if place.startswith("https://download.pytorch.org/") and not fragment:  # file names there end in their hash
         found = re.search(r"-([0-9a-f]{8,64})\.\w+$", place)
         return place, found[1] if found else ""
     return place, fragment.removeprefix("sha256=")
@@ -136,7 +136,7 @@ def _fetch_hub(place: str) -> Path:
     for file in files:
         url = hub.hf_hub_url(repository, file)
         try:
-            hub.get_hf_file_metadata(url)  # fails at once without a network, where the download would try again for half a minute
+            hub.get_hf_file_metadata(url)  # fails at once without a network, whereas the download would retry for half a minute
             return Path(hub.hf_hub_download(repository, file))
         except RepositoryNotFoundError as error:
             raise CheckpointError(
@@ -144,7 +144,7 @@ def _fetch_hub(place: str) -> Path:
             ) from error
         except Exception as error:  # whatever the client's HTTP library of the day raises
             if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-                continue  # the hub answers that there is no such file
+                continue  # the hub has no such file
             raise CheckpointError(f"cannot reach the hub for {repository} ({_reason(error)}): {_by_hand(url)}") from error
     raise CheckpointError(f"the hub's {repository} holds no {' or '.join(files)}; name its file: hf:{repository}/FILE")
 
@@ -157,7 +157,8 @@ def _reason(error: BaseException) -> str:
 
 
 def _fetch_url(url: str, digest: str) -> Path:
-    """Return the file of an address from torch's hub cache, else download it there: complete and checked, or not at all.
+    """Return the file of an address from torch's hub cache, else download it there: the file is verified and moved there only when
+    complete.
 
     An interrupted download (beside the file, ending in .incomplete) is continued if the server supports it.
     """
@@ -177,7 +178,7 @@ def _fetch_url(url: str, digest: str) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{name}.lock")):
-            if path.exists():  # another process has fetched it meanwhile
+            if path.exists():  # another process has fetched it in the meantime
                 _check_digest(path, digest, url)
                 return path
             _download(url, partial, name)
@@ -186,13 +187,13 @@ def _fetch_url(url: str, digest: str) -> Path:
     except CheckpointError:
         partial.unlink(missing_ok=True)
         raise
-    except Exception as error:  # whatever the client's HTTP library of the day raises, and the disk
+    except Exception as error:  # any error of the client's HTTP library or the disk
         raise CheckpointError(f"cannot download {name} ({_reason(error)}): {_by_hand(url)}") from error
     return path
 
 
 class _Partial(io.FileIO):
-    """The file of a download. A server that breaks off and cannot resume gets two more attempts, not endless ones."""
+    """File of a download that limits restarts: a server that breaks off and cannot resume gets two more attempts."""
 
     restarts = 0
 
@@ -212,9 +213,9 @@ def _download(url: str, path: Path, name: str) -> None:
 
     size = None
     with contextlib.suppress(HfHubHTTPError):  # the server does not support HEAD; the download reports other errors
-        size = hub.get_hf_file_metadata(url).size  # fails at once without a network, where the download would try again for a while
+        size = hub.get_hf_file_metadata(url).size  # fails at once without a network, whereas the download would retry for a while
     have = path.stat().st_size if path.exists() else 0
-    if size is not None and have >= size:  # of another file, or complete but unchecked
+    if size is not None and have >= size:  # a partial file of another download, or a complete but unverified one
         path.unlink(missing_ok=True)
         have = 0
     with _Partial(path, "ab") as file:

@@ -1,4 +1,4 @@
-"""Claim: letting class tokens visit the other branch beats two ViTs whose answers are averaged."""
+"""Claim: cross-attention of class tokens to the other branch beats two ViTs with averaged predictions."""
 
 from dataclasses import replace
 from typing import Any

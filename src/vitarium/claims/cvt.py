@@ -1,4 +1,4 @@
-"""Claim: tokens and projections by convolutions beat a plain ViT of the same size, and do without positions."""
+"""Claim: convolutional tokens and projections beat a plain ViT of the same size, without position encodings."""
 
 from dataclasses import replace
 from typing import Any

@@ -31,7 +31,8 @@ class Drawn(Samples):
     """64x64 images on a noisy ground, each with one white shape, small or large. Class: its kind.
 
     Args:
-        count: number of images. / seed: random seed of the images.
+        count: number of images.
+        seed: random seed of the images.
 
     Attributes:
         masks: (count, 64, 64) bool, where the shapes are.

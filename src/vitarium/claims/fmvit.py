@@ -1,4 +1,4 @@
-"""Claim: both frequencies together are as good as either alone, and one convolution is faster than the sum that it was trained as."""
+"""Claim: both frequencies together are as good as either alone, and folding into one convolution makes inference faster."""
 
 import copy
 import statistics

@@ -1,4 +1,4 @@
-"""Run claims: train the arms, judge, write the ledger. An interrupted run continues, claim by claim and arm by arm."""
+"""Running of claims: train the arms, compute the verdict, write the ledger. An interrupted run resumes, claim by claim and arm by arm."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run_claim(slug: str, *, out: Path | None = None, cache: Path | None = None, 
     Args:
         slug: the system.
         out: folder of the ledger; the package's own by default.
-        cache: folder in which the value of each trained arm is kept, so that an interrupted run continues; None keeps nothing.
+        cache: folder for the value of each trained arm, so that an interrupted run resumes; None: no cache.
         progress: called with a line for each arm and seed.
 
     Returns:
@@ -50,11 +50,11 @@ def run_claim(slug: str, *, out: Path | None = None, cache: Path | None = None, 
 
 
 def measure_claim(slug: str, file: Path | None = None, progress: Progress = silent) -> Entry:
-    """Run the experiment of a claim and judge it; the ledger is left alone.
+    """Run the experiment of a claim and return its entry with the verdict; the ledger is not changed.
 
     Args:
         slug: the system.
-        file: where the value of each trained arm is kept; None keeps nothing.
+        file: file for the value of each trained arm; None: no file.
         progress: called with a line for each arm and seed.
     """
     from vitarium.engine.machine import describe_machine
@@ -92,11 +92,11 @@ def run_claims(
     Args:
         slugs: the systems.
         out: folder of the ledger; the package's own by default.
-        cache: folder that records what is done, so that the same call continues on any engine after an interruption; on a cluster it must
-            be on a shared disk. None keeps nothing.
+        cache: folder that records finished claims, so that the same call resumes on any engine after an interruption; on a cluster it must
+            be on a shared disk. None: no record.
         engine: "local", "ray", or an `engine.Engine`.
         address: of a running Ray cluster.
-        jobs: claims at a time, see `engine.Engine`.
+        jobs: claims run in parallel, see `engine.Engine`.
         progress: called in this process with a line for each arm and seed.
 
     Returns:
@@ -124,12 +124,12 @@ def run_claims(
 
 
 def _measure(folder: Path, report: Callable[[Any], None], *, slug: str) -> dict[str, Any]:
-    """Measure one claim: a run of an engine."""
+    """Run one claim as a task of an engine."""
     return measure_claim(slug, folder / ARMS, report).to_dict()
 
 
 class _Recorder:
-    """Writes finished claims into the ledger, and turns the engine's events into lines."""
+    """Write finished claims into the ledger, and convert the engine's events to lines."""
 
     def __init__(self, count: int, out: Path | None, progress: Progress):
         self.count, self.out, self.progress = count, out, progress
@@ -170,7 +170,7 @@ def _compare(comparison: Comparison, trainer: _Trainer) -> dict[str, Any]:
 
 
 class _Trainer:
-    """Trains arms; equal arms of one claim are trained once, and their values are kept in a file while the claim runs."""
+    """Train arms; equal arms of one claim are trained once, and their values are kept in a file while the claim runs."""
 
     def __init__(self, slug: str, file: Path | None, progress: Progress):
         self.slug, self.file, self.progress = slug, file, progress
@@ -226,7 +226,7 @@ def train_arm(arm: Arm, seed: int) -> float:
 
 
 def _commit() -> str:
-    """Return the short hash of the checkout that this code runs from; "" where there is none."""
+    """Return the short hash of the checkout that this code runs from; "" if there is none."""
     here = Path(__file__).parent
     try:
         found = subprocess.run(

@@ -1,4 +1,4 @@
-"""Claim: one pass of a trained attention module says where the evidence is."""
+"""Claim: one pass of a trained attention module locates the evidence."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class OneMark(Samples):
     """64x64 images of coarse and fine grey noise with one of five marks at a random place, which `box(i)` returns.
 
     Args:
-        count: how many; image i shows the mark i modulo 5.
-        seed: of everything drawn.
+        count: number of images; image i shows the mark i modulo 5.
+        seed: random seed of the drawing.
     """
 
     def __init__(self, count: int, seed: int):

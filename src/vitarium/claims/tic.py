@@ -1,4 +1,4 @@
-"""Claim: windows that slide need no positions, so other image sizes do little harm; shifts and means add accuracy."""
+"""Claim: sliding windows need no position encodings, so that other image sizes do little harm; shifts and means add accuracy."""
 
 from __future__ import annotations
 

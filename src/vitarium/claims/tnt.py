@@ -1,4 +1,4 @@
-"""Claim: attention among the words inside a patch beats a ViT of the same cost."""
+"""Claim: attention between sub-patches ("words") inside a patch beats a ViT of the same cost."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Claim: each part of the large kernel attention helps: the dilated convolution and the multiplication."""
+"""Claim: both parts of the large kernel attention help: the dilated convolution and the multiplication."""
 
 from dataclasses import replace
 from typing import Any

@@ -38,7 +38,7 @@ def open_folder(path: Path, *, seed: int = 0, val_fraction: float = 0.2) -> Imag
     folders are ignored.
 
     Raises:
-        DataError: it cannot be trained on; the message says what was found and what is accepted.
+        DataError: it cannot be trained on; the message has the contents and the accepted layouts.
     """
     folders = _subfolders(path)
     train, val = part_names(folders)
@@ -84,7 +84,7 @@ def find_images(path: Path) -> Iterator[str]:
 
 
 def find_videos(path: Path) -> Iterator[str]:
-    """Yield the paths of videos, as `find_images`."""
+    """Yield the paths of videos, like `find_images`."""
     return (file for file in _walk(path) if is_video_file(file))
 
 
@@ -148,7 +148,7 @@ def _walk(path: Path) -> Iterator[str]:
 
 
 def _nothing(path: Path) -> str:
-    """Say why a folder without images in class folders cannot be used, and what to do."""
+    """Return an error for a folder without images in class folders, with its contents and the accepted layouts."""
     wanted = "accepted: one folder per class with its images, at the top or below train/ and val/"
     loose = sum(is_image_file(file) for file in os.listdir(path))
     if loose:

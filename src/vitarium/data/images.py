@@ -1,4 +1,4 @@
-"""Opening of image files: each image is decoded whole and upright, or refused with a reason in plain words."""
+"""Opening of image files: each is decoded completely and upright, or raises an error with the reason."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXTENSIONS = frozenset(["jpg", "jpeg", "jfif", "png", "webp", "bmp", "gif", "tif
 """File extensions of images, in lower case."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")  # JPEG includes MPO, pairs of stereo cameras
-"""Formats that Pillow may decode, whatever the file's name: EPS, for one, would start another program."""
+"""Formats that Pillow may decode, whatever the file's name: EPS, for example, would start another program."""
 
 SIGNATURES = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 

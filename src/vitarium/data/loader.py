@@ -1,9 +1,9 @@
-"""Batches whose order and augmentation are pure functions of seed, epoch and index, however many workers read them.
+"""Batches whose order and augmentation are pure functions of seed, epoch and index, for any number of workers.
 
     order        (seed, epoch)               -> a permutation of the samples
     randomness   (seed, epoch, index, copy)  -> the state of Python's, NumPy's and torch's generators while one sample is read
 
-An epoch can therefore begin at any step without reading the earlier ones, and a resumed run sees the same batches as an unbroken one.
+An epoch can therefore begin at any step without reading the earlier ones, and a resumed run gets the same batches as an uninterrupted one.
 
 With W ranks and batches of b, step s of an epoch covers samples s*W*b to (s+1)*W*b of the order, and rank r takes the r-th block of b: the
 union over ranks is the batch of one process with W*b. Training (`drop_last`) leaves out the last incomplete global batch, so that all ranks
@@ -33,13 +33,13 @@ from vitarium.data.fields import PAIRS, Collate, Sample
 from vitarium.errors import DataError
 
 MEMORY_BYTES = 256 * 2**20
-"""Up to this size, samples whose preparation is not random are kept in memory after their first reading (in-process only)."""
+"""Largest size in bytes of the in-process cache of samples without random transforms."""
 
 _MASK = 2**64 - 1
 
 
 def mix(*values: int) -> int:
-    """Mix several numbers into one of 64 bits (splitmix64): similar keys give unrelated numbers."""
+    """Hash several numbers to one of 64 bits (splitmix64); similar keys give unrelated numbers."""
     state = 0
     for value in values:
         state = ((state ^ (value & _MASK)) + 0x9E3779B97F4A7C15) & _MASK
@@ -81,14 +81,14 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Failure:
-    """An error in a worker, as plain text: the exception itself may not be picklable."""
+    """An error in a worker as text, because the exception may not be picklable."""
 
     index: int
     reason: str
 
 
 class _Reader:
-    """Reading of whole batches, in the main process or in a worker (torch calls `__getitems__` for a batch at once)."""
+    """Reader of whole batches, in the main process or in a worker (torch calls `__getitems__` for a batch at once)."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class _Reader:
         try:
             batch = self.collate(samples)
         except Exception as error:  # samples of different shapes, for example
-            failure = _Failure(indices[0] if indices else plan.indices[0], f"its batch cannot be put together: {error}")
+            failure = _Failure(indices[0] if indices else plan.indices[0], f"its batch cannot be collated: {error}")
             if worker:
                 return failure
             raise _data_error(self.dataset, failure) from error
@@ -147,7 +147,7 @@ class _Reader:
         return self.transform(image, target) if self.joint else (self.transform(image), target)
 
     def _fields(self, sample: Sample) -> Sample:
-        """Transform a sample with named fields: as a whole by a transform with `named`, else its image (and target) as a pair's."""
+        """Transform a sample with named fields: as a whole by a transform with `named`, else its image (and target) like a pair's."""
         if self.named:
             made = self.transform(sample)
         elif self.joint:
@@ -164,7 +164,7 @@ _PAIRS = Collate(PAIRS)
 
 
 def stack(samples: list[tuple[Tensor, Any]]) -> dict[str, Any]:
-    """Return samples of one size as {"image": (B, C, H, W), "target": (B, ...)}, both empty where there are none."""
+    """Stack samples of one size: {"image": (B, C, H, W), "target": (B, ...)}, both empty if there are none."""
     return _PAIRS(samples)
 
 
@@ -186,12 +186,12 @@ class Loader:
 
     "position" (B,) int64 numbers the samples within the batch, counting those that could not be read.
 
-    An image that raises `BrokenImage` is recorded and left out: its batch is smaller by one, nothing takes its place, and the order of
+    An image that raises `BrokenImage` is recorded and left out: its batch is smaller by one, it is not replaced, and the order of
     A batch without any readable image is empty (B = 0).
 
     Args:
         dataset: gives (image, target), or a `Sample` with named fields (see `vitarium.data.fields`), by index; its length is fixed.
-            `describe(index)`, where it has it, names a sample in messages.
+            An optional `describe(index)` returns the name of a sample for messages.
         transform: image -> (C, H, W); may draw from Python's, NumPy's and torch's global generators. With a true attribute `joint`:
             (image, target) -> (tensor, target); with `named`: `Sample` -> `Sample`. One without either changes the field "image" of a
             `Sample`.
@@ -200,12 +200,12 @@ class Loader:
         seed: of the order and of the augmentation.
         shuffle: a new order each epoch; else the order of the set.
         drop_last: leave out the last incomplete global batch (training); else evaluate every sample once.
-        rank, world_size: this process among those that share each epoch.
+        rank, world_size: this process among those that divide each epoch.
         num_workers: processes that read ahead; 0 reads in this process, which is best for small images in memory.
         bad_files: record of unreadable images; more than it allows stop the epoch.
         repeats: number of differently augmented copies of a sample in an epoch (repeated augmentation; the epoch keeps its length and sees
             fewer different samples).
-        timeout: seconds without a batch after which the workers are taken as stuck.
+        timeout: seconds without a batch after which the workers are considered stuck.
 
     Raises:
         DataError: no samples; or with `drop_last` fewer than one global batch.
@@ -312,7 +312,7 @@ class Loader:
                 timeout=self.timeout,
                 pin_memory=torch.cuda.is_available(),
                 worker_init_fn=_start_worker,
-                generator=torch.Generator(),  # or each epoch would draw a number from the global one
+                generator=torch.Generator(),  # otherwise each epoch would draw a number from the global generator
             )
         self._reader.reading.fill_(-1)
         with _without_signals_of_children():
@@ -325,7 +325,7 @@ class Loader:
             except (RuntimeError, EOFError, OSError) as error:  # readers return errors, so a worker was killed or is stuck
                 message = self._post_mortem(batches, error)
                 for process in getattr(batches, "_workers", []):
-                    process.kill()  # a stuck worker would delay the end
+                    process.kill()  # do not wait for a stuck worker
                 self.close()
                 raise DataError(message) from error
 
@@ -353,9 +353,9 @@ class Loader:
 
 @contextlib.contextmanager
 def _without_signals_of_children() -> Iterator[None]:
-    """Start workers without the handler of SIGCHLD that torch installs, which raises when a worker dies, wherever the main program is.
+    """Start workers without torch's SIGCHLD handler, which raises at an arbitrary point of the main program when a worker dies.
 
-    Without it the death is noticed when the next batch is requested, within five seconds.
+    Without it the death of a worker is detected within five seconds, when the next batch is requested.
     """
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
         yield
@@ -371,7 +371,7 @@ def _without_signals_of_children() -> Iterator[None]:
 
 def _start_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which then ends the workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # or a forked worker would inherit the main process's handler
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # otherwise a forked worker would inherit the main process's handler
 
 
 def _unchanged(batch: Any) -> Any:

@@ -40,7 +40,7 @@ def open_mask_folder(
     by its objectInfo150.txt, 0 is void and classes count from 1. Class names are in classes.txt, one per line.
 
     Args:
-        void: "0" for ADE20K's convention, "255" for the usual one; None: by the files.
+        void: "0" for ADE20K's convention, "255" for the usual one; None: detected from the files.
         broken: "refuse" images without masks, or "drop" them.
 
     Raises:

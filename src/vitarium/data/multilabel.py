@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Labels = NDArray[np.float32]
-"""Labels of an image, (classes,): 1 yes, 0 no, NaN unknown."""
+"""Labels of an image, (classes,): 1 present, 0 absent, NaN unknown."""
 
 log = logging.getLogger("vitarium")
 
@@ -235,7 +235,8 @@ def _parts(path: Path, rows: Rows, seed: int, val_fraction: float) -> tuple[list
 
 
 def _check(path: Path, rows: Rows, train: Sequence[int], val: Sequence[int]) -> None:
-    """
+    """Check the two parts.
+
     Raises:
         DataError: an empty part, no labels at all, or a patient in both parts.
     """

@@ -1,4 +1,4 @@
-"""Images with segments, as every source of them yields: the data set, and functions that transform its targets."""
+"""Images with segments: the data set common to all sources, and functions that transform its targets."""
 
 from __future__ import annotations
 

@@ -189,7 +189,10 @@ def prepare(
     Args:
         reference: stands in for a public peer: our model -> the same function computed otherwise, either from our model's weights,
             or as a module with its own weights that it loads into the given model.
-        The others as for `bench`. / Raises: / UsageError: the model is not ours.
+        The others as for `bench`.
+
+    Raises:
+        UsageError: the model is not ours.
         OutputsDiffer: the outputs differ beyond rounding.
     """
     if is_foreign(name):

@@ -1,4 +1,4 @@
-"""Export of a model as a graph that runs without this library: ONNX, or torch.export's program. The graph is checked before it is kept.
+"""Export of a model as a graph that runs without this library: ONNX, or torch.export's program. The graph is verified before it is written.
 
     export(model, "swin.onnx").error        # root mean square of the difference over that of the logits
 
@@ -29,9 +29,9 @@ from vitarium.efficiency.profiler import weight_bytes
 from vitarium.errors import CheckpointError, UsageError, nearest, require
 from vitarium.files import atomic_path
 
-ONNX_LIMIT = 2 * 10**9  # bytes; a protobuf file cannot hold more
+ONNX_LIMIT = 2 * 10**9  # bytes; the largest protobuf file
 Runner = Callable[..., Any]
-"""A graph that was read back: takes the inputs in order, returns its outputs."""
+"""A graph read from a file: function from the inputs, in order, to the outputs."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Exported:
         image_size: side of the square input in pixels.
         batch: number of images that the graph takes; None for any number.
         bytes: size of the file.
-        error: root mean square of (graph - model) over that of the model's outputs, the largest over the batches tried.
+        error: root mean square of (graph - model) over that of the model's outputs, the largest over the tested batches.
     """
 
     path: Path
@@ -64,19 +64,20 @@ def export(
     batch: int | None = None,
     tolerance: float = 1e-3,
 ) -> Exported:
-    """Write a model's graph, read it back, run it beside the model, and keep it only if the outputs agree.
+    """Write a model's graph, read it back, compare its outputs with the model's, and keep it only if they agree.
 
     Args:
         model: float32, on the CPU; left as it is.
-        path: where to write; an older file stays intact unless the new one is right.
-        format: "onnx" (named inputs; output "logits", or for other outputs than a matrix "output", or their names) or "torch-export".
+        path: file to write; an existing file is replaced only by a verified one.
+        format: "onnx" (named inputs; the output is "logits" if it is a matrix, "output" if another tensor, else several with their names)
+            or "torch-export".
         image_size: side of the square input, pixels; the model's own by default.
         batch: samples at once; None lets it vary.
         tolerance: largest error that is accepted (see `Exported`).
 
     Raises:
-        UsageError: an unknown format, a model that cannot be traced or does not say how it is called, or one too large for the format.
-        CheckpointError: the graph computes something else; nothing is written.
+        UsageError: an unknown format, a model that cannot be traced or has unknown inputs, or one too large for the format.
+        CheckpointError: the outputs of the graph differ; nothing is written.
         MissingExtra: onnx is not installed.
     """
     if format not in FORMATS:
@@ -151,7 +152,7 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, record: str) 
     if weight_bytes(program.module()) > ONNX_LIMIT:
         raise UsageError("the weights exceed the 2 GB that one ONNX file can hold; choose --format torch-export")
     names = _input_names(program)
-    axes = tuple({0: "batch"} for _ in names) if program.range_constraints else None  # the name that readers of the file see
+    axes = tuple({0: "batch"} for _ in names) if program.range_constraints else None  # the name in the file
     graph = torch.onnx.export(program, input_names=names, output_names=_output_names(program), dynamic_shapes=axes, verbose=False)
     assert graph is not None  # it is None only when a path is given
     graph.model.metadata_props["vitarium"] = record
@@ -159,13 +160,14 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, record: str) 
 
 
 def _input_names(program: torch.export.ExportedProgram) -> list[str]:
-    """The inputs' names; a lone one is called "image", whatever the model's author called it."""
+    """Return the inputs' names; a single input is named "image"."""
     names = list(program.graph_signature.user_inputs)
     return ["image"] if len(names) == 1 else [str(name) for name in names]
 
 
 def _output_names(program: torch.export.ExportedProgram) -> list[str]:
-    """ "logits" of a lone matrix, "output" of another lone tensor; of several the path of each in the model's output."""
+    """Return the outputs' names: "logits" for a single matrix, "output" for another single tensor, else the path of each in the model's
+    output."""
     values = next(node.args[0] for node in program.graph.nodes if node.op == "output")
     count = len(values)  # type: ignore[arg-type]
     if count == 1:

@@ -48,9 +48,12 @@ class Explainer:
         self.model = model
 
     def __call__(self, image: Tensor, target: Target = None) -> Tensor:
-        """
-        Compute the maps of a batch. / Args: / image: (B, C, H, W), normalised as for the model. / target: the class to explain: a number, a
-        name among `model.labels`, or numbers (B,); None: the model's prediction.
+        """Compute the maps of a batch.
+
+        Args:
+            image: (B, C, H, W), normalised as for the model.
+            target: the class to explain: a number, a name among `model.labels`, or numbers (B,); None: the model's
+                prediction.
 
         Returns:
             (B, H, W) in [0, 1]: 1 for the strongest evidence, 0 for the weakest; all 0 for a constant map.
@@ -160,7 +163,7 @@ _EXPLAINERS: dict[str, type[Explainer]] = {}
 
 
 def explainer(name: str) -> Callable[[ExplainerClass], ExplainerClass]:
-    """Register an explainer under the slug of its system, or under a name of its own."""
+    """Register an explainer under the slug of its system, or under another name."""
 
     def register(cls: ExplainerClass) -> ExplainerClass:
         cls.name = name

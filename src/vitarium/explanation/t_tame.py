@@ -131,7 +131,8 @@ class TTAME(nn.Module):
         num_classes, image_size: of a classifier that is built here.
 
     Raises:
-        UsageError: the classifier has no classes, or has no such taps. / UnsupportedModel: no module of it returns a map.
+        UsageError: the classifier has no classes, or has no such taps.
+        UnsupportedModel: no module of it returns a map.
     """
 
     def __init__(

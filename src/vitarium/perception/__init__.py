@@ -10,5 +10,5 @@
 | overlay.py | maps drawn over images |
 | retrieval/ | image retrieval: prompts and adapters, proxies, metrics, the index |
 
-Each other file or folder is a system of its own.
+Each other file or folder is a system.
 """

@@ -8,17 +8,17 @@
     h_c <- GRU(p_i, h_c) for each image i of class c           the semantic part of the proxy, kept throughout training
     proxy_c = normalise(bias_c / 2 + h_c / 2)                  bias_c: an ordinary learned proxy
 
-and ProxyAnchor moves the x of a class towards its proxy and away from others. After training the proxies are dropped; prompts and head,
-195 thousand numbers for ViT-S, are all that is saved beside the ViT (`vitarium.save(model, FILE, trained_only=True)`).
+and the ProxyAnchor loss attracts each x to the proxy of its class and repels it from others. After training the proxies are dropped;
+prompts and head, 195 thousand numbers for ViT-S, are all that is saved beside the ViT (`vitarium.save(model, FILE, trained_only=True)`).
 
     vitarium.apply(model, "vpt_proxies:prompts=10,embed_dim=384")           any plain ViT: ours, timm's, transformers'
     vitarium train vpt_proxies --data cub/ --model timm/vit_small_patch16_224.augreg_in21k --pretrained
     vitarium index images/ --model FILE --output images.index; vitarium search images.index query.jpg
 
-Followed: the authors' code (Noahsark/ParameterEfficient-DML). Different: prompts are additional keys and values of the attention, which is
-the same function for less work (retrieval/prompts.py); the container of the h_c is a buffer, so that a training can be resumed (the
-authors' is lost); images of a class need not be adjacent. Cost: two forward passes per step, without weight gradients of the ViT; at test
-time 10 more keys per block.
+Follows the authors' code (Noahsark/ParameterEfficient-DML). Differences: prompts are additional keys and values of the attention, which is
+the same function for less work (retrieval/prompts.py); the container of the h_c is a buffer, so that a training can be resumed (in the
+authors' code it is not saved); images of a class need not be adjacent. Cost: two forward passes per step, without weight gradients of the
+ViT; at test time 10 more keys per block.
 
 Notation: B batch, C channels, E length of an embedding, K classes.
 """
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     pass
 
 PROMPTS = "visual_prompts"
-"""Name of the module of prompts in an adapted model."""
+"""Name of the prompts' module in an adapted model."""
 
 
 # ---- the method
@@ -62,12 +62,12 @@ PROMPTS = "visual_prompts"
 @method("vpt_proxies", kind="adapt")
 @validated
 class VisualPromptTuning(Method):
-    """Add deep visual prompts to a plain ViT, and optionally replace its classifier by an embedding. All else but the head is frozen.
+    """Add deep visual prompts to a plain ViT, and optionally replace its classifier by an embedding. Everything except the head is frozen.
 
     Args:
         prompts: number of prompts in each block; 0: none, and the blocks are unchanged.
         depth: number of first blocks with prompts; None: all.
-        embed_dim: length E of the unit vectors that replace the logits; 0: the classifier stays, and is trained.
+        embed_dim: length E of the unit vectors that replace the logits; 0: the classifier is kept, and is trained.
     """
 
     prompts: Annotated[int, Field(ge=0)] = 10
@@ -115,7 +115,7 @@ class VisualPromptTuning(Method):
         return report
 
     def rebuild(self, model: nn.Module, state: Any) -> AttachReport:
-        """Attach as `attach` does. The classifier that an embedding replaced is not saved, so that such a model cannot be undone."""
+        """Attach like `attach`. The classifier that an embedding replaced is not saved, so that such a model cannot be undone."""
         report = self.attach(model)
         report.can_undo = not self.embed_dim
         return report
@@ -245,17 +245,19 @@ class VPTProxiesLearner(Learner):
     """
 
     class Settings(Section):
-        """Args:
-        tune: trained parameters besides the head: "prompts", "all" weights (with prompts as well), "head": none.
-        proxies: "semantic", or "plain" ProxyAnchor.
-        prompts, depth: number of shared prompts, and of first blocks with them (None: all).
-        embed_dim: length of an embedding.
-        class_prompts, class_depth: number of prompts of a class, and of first blocks with them.
-        ratio: share of the learned proxies in the mix.
-        cell: update of a proxy from its images.
-        over, mode: see `PlainProxies.loss`.
-        alpha, delta: see `proxy_loss`.
-        proxy_rate: the learned proxies' learning rate over everything else's.
+        """Settings of the training.
+
+        Args:
+            tune: trained parameters besides the head: "prompts", "all" weights (with prompts as well), "head": none.
+            proxies: "semantic", or "plain" ProxyAnchor.
+            prompts, depth: number of shared prompts, and of first blocks with them (None: all).
+            embed_dim: length of an embedding.
+            class_prompts, class_depth: number of prompts of a class, and of first blocks with them.
+            ratio: share of the learned proxies in the mix.
+            cell: update of a proxy from its images.
+            over, mode: see `PlainProxies.loss`.
+            alpha, delta: see `proxy_loss`.
+            proxy_rate: the learned proxies' learning rate over everything else's.
         """
 
         tune: Literal["prompts", "all", "head"] = "prompts"
@@ -291,7 +293,7 @@ class VPTProxiesLearner(Learner):
     def create(
         cls, name: str | nn.Module, data: Any, recipe: Any, *, pretrained: bool = False, checkpoint: str | None = None
     ) -> VPTProxiesLearner:
-        """Make the learner over a trained model.
+        """Create the learner for a trained model.
 
         Args:
             name: a model; a file of `vitarium.save`; or a model's name with `pretrained` or `checkpoint`.
@@ -319,7 +321,7 @@ class VPTProxiesLearner(Learner):
             return cls(adapted(model, settings), settings, len(data.classes))
 
     def phases(self) -> Sequence[Phase]:
-        """The trunk is frozen for the whole training, unless the settings or the recipe say otherwise."""
+        """Return phases that freeze the trunk for the whole training, unless the settings or the recipe override them."""
         if self.settings.tune == "all":
             return (Phase(train=("model",)),)
         kinds: Any = EmbeddingHead if self.settings.tune == "head" else EmbeddingHead | VisualPrompts
@@ -341,7 +343,7 @@ class VPTProxiesLearner(Learner):
 
 
 def adapted(model: nn.Module, settings: VPTProxiesLearner.Settings) -> nn.Module:
-    """Return the model with prompts and an embedding head: those that it has, or new ones."""
+    """Return the model with prompts and an embedding head, which are added if it has none."""
     if isinstance(model, VPTProxies):
         model = model.model
     if not any(isinstance(module, EmbeddingHead) for module in model.modules()):

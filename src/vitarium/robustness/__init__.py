@@ -7,5 +7,5 @@
 | corruptions.py | ImageNet-C's fifteen kinds of corruption |
 | benchmark.py | the error of a classifier under them |
 
-Each other file is a system of its own. SAM itself is a setting of every recipe: `optimizer.sam: {rho: 0.1}`.
+Each other file is a system. SAM itself is a setting of every recipe: `optimizer.sam: {rho: 0.1}`.
 """

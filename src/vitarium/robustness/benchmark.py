@@ -4,8 +4,8 @@
     found.mean                         # mean corruption error, 0 to 1: over severities, then over kinds
     found.errors["fog"]                # at severities 1 to 5
 
-Each image is resized to the model's input, corrupted, and normalised. Randomness depends only on (seed, image, kind, severity), so that two
-models of one input size see the same images.
+Each image is resized to the model's input, corrupted, and normalised. Random numbers depend only on (seed, image, kind, severity), so that
+two models of one input size get the same images.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def corruption_errors(
     Args:
         model: image (B, C, H, W) -> logits (B, classes), on its device.
         images: an ImageSet with the model's class numbers.
-        kinds: names of `corruptions.KINDS`; None: all that can run here (`available_kinds`).
+        kinds: names of `corruptions.KINDS`; None: all available ones (`available_kinds`).
         severities: a selection of 1 to 5.
         batch_size: images per forward pass.
         num_workers: processes that read and corrupt images.

@@ -1,16 +1,16 @@
 """Sharpness-aware training of vision transformers (Chen, Hsieh and Gong, "When Vision Transformers Outperform ResNets without Pre-training
 or Strong Data Augmentations", ICLR 2022; the optimizer: Foret et al., "Sharpness-Aware Minimization", ICLR 2021).
 
-The idea: ViTs and MLP-Mixers that are trained without strong augmentation end in sharp minima. SAM minimises the worst loss in a ball,
+ViTs and MLP-Mixers that are trained without strong augmentation converge to sharp minima. SAM minimises the worst loss in a ball,
 
     min over w of  max over |e| <= rho of  loss(w + e),      e = rho * g / |g|,   g = gradient at w,   the norm over the whole model
 
 so a step takes the gradient at w + e and applies it at w. The paper reports 79.9 % instead of 74.6 % for ViT-B/16 on ImageNet-1k, and 77.4
 instead of 66.4 % for Mixer-B/16, and that the loss around the weights is flatter and first layers are sparser.
 
-In the house's loop SAM is a setting of the optimizer, for every learner: `optimizer.sam: {rho: 0.1}` (recipe `sam_vit`; see
-`vitarium.training.recipe.Sam`). Here are `SAM` for a loop of one's own, the rho of each model, and the paper's two measures that are about
-more than curvature; the Hessian's are in `sharpness.py`, drawings of the loss in `surface.py`, corruptions in `corruptions.py`.
+In the training loop SAM is a setting of the optimizer, for every learner: `optimizer.sam: {rho: 0.1}` (recipe `sam_vit`; see
+`vitarium.training.recipe.Sam`). This module has `SAM` for custom loops, the rho of each model, and two of the paper's measures; those of
+the Hessian are in `sharpness.py`, drawings of the loss in `surface.py`, corruptions in `corruptions.py`.
 
 Follows the SAM of davda54/sam and the paper. The released models (pretrained with SAM) are timm's `vit_base_patch16_224.sam_in1k` and
 `vit_base_patch32_224.sam_in1k`.
@@ -43,30 +43,30 @@ RHO = {
     "timm/mixer_b32_224": 0.35,
     "timm/mixer_b16_224": 0.6,
 }
-"""The length of the move that suits each of the paper's models when trained from scratch: larger models and Mixers want larger ones."""
+"""Best rho for each of the paper's models trained from scratch; larger models and Mixers need larger values."""
 
 
 class SAM:
-    """Sharpness-aware steps with any optimizer, for a loop of one's own.
+    """Sharpness-aware steps with any optimizer, for custom training loops.
 
         sam = SAM(torch.optim.AdamW(model.parameters(), lr=1e-3), rho=0.1)
         loss = sam.step(lambda: criterion(model(image), target))
 
-    or, where the two passes are to be seen:
+    or, with explicit passes:
 
         criterion(model(image), target).backward()
-        sam.first_step()                               # uphill
+        sam.first_step()                               # perturb the weights
         with frozen_statistics(model):
             criterion(model(image), target).backward()
-        sam.second_step()                              # back, and the optimizer's step with the gradient from uphill
+        sam.second_step()                              # restore the weights, step with the second gradient
 
     Weight decay, momentum and clipping (between the second backward and `second_step`) act on the second gradient. With a gradient scaler,
-    unscale before each of the two steps. State dicts are the optimizer's own: between two steps SAM remembers nothing.
+    unscale before each of the two steps. SAM has no state between two steps; state dicts are those of the optimizer.
 
     Args:
         optimizer: takes the step.
-        rho: length of the move uphill, over all parameters of all groups together; 0: none.
-        adaptive: measure it relative to each weight's size (ASAM).
+        rho: length of the perturbation, over all parameters of all groups together; 0: none.
+        adaptive: measure it relative to each weight's magnitude (ASAM).
 
     Raises:
         UsageError: rho is negative or not finite.
@@ -84,18 +84,18 @@ class SAM:
         """Move the weights uphill along their gradients, and clear these.
 
         Raises:
-            UsageError: the weights are uphill already.
+            UsageError: the weights are already perturbed.
         """
         if self._before is not None:
-            raise UsageError("first_step was called twice; second_step puts the weights back in between")
+            raise UsageError("first_step was called twice; call second_step in between, which restores the weights")
         self._before = move_uphill(self._parameters(), self.settings)
         self.optimizer.zero_grad()
 
     def second_step(self) -> None:
-        """Put the weights back, take the optimizer's step with the present gradients, and clear these.
+        """Restore the weights, take the optimizer's step with the current gradients, and clear these.
 
         Raises:
-            UsageError: the weights are not uphill.
+            UsageError: the weights are not perturbed.
         """
         if self._before is None:
             raise UsageError("second_step comes after first_step and a second backward pass")
@@ -111,7 +111,7 @@ class SAM:
             closure: computes the loss, a scalar, of the same batch each time (this calls backward).
 
         Raises:
-            UsageError: the weights are uphill.
+            UsageError: the weights are perturbed.
         """
         if self._before is not None:
             raise UsageError("step makes both passes; second_step comes after first_step")
@@ -140,7 +140,7 @@ class _Closure:
 
 @contextlib.contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Inside, a model's batch norms normalise by the batch as in training; their running statistics are put back afterwards."""
+    """Keep the running statistics of a model's batch norms within the context; they normalise by the batch, as in training."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
     kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
     try:
@@ -151,11 +151,11 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def noise_sharpness(model: nn.Module, loss: Callable[[], Tensor], *, sigma: float = 0.01, draws: int = 10, seed: int = 0) -> float:
-    """By how much the loss rises, in mean, when every weight is moved by Gaussian noise of this standard deviation.
+    """Return the mean increase of the loss when Gaussian noise of this standard deviation is added to every weight.
 
     Args:
-        model: its parameters are moved, and put back bit for bit.
-        loss: the loss of the present weights, a scalar; without dropout, or the noise of that is measured too.
+        model: its parameters are changed, and restored bit for bit.
+        loss: returns the loss of the current weights, a scalar; without dropout, whose noise would be measured as well.
     """
     parameters = list(model.parameters())
     before = [(p, p.detach().clone()) for p in parameters]
@@ -173,19 +173,19 @@ def noise_sharpness(model: nn.Module, loss: Callable[[], Tensor], *, sigma: floa
 
 @torch.no_grad()
 def active_neurons(model: nn.Module, images: Iterable[Tensor] | Tensor) -> dict[str, float]:
-    """Share of an MLP's hidden units with a positive input to their activation, by the activation's name, in the order of the model.
+    """Return the share of hidden units with a positive input to their activation, by the activation's name, in the model's order.
 
     Args:
-        model: whose activations are modules (GELU, ReLU and the like), as in timm's and the house's models; put into eval mode.
+        model: a model with activation modules (GELU, ReLU and the like), such as timm's and ours; set to eval mode.
         images: batches (B, C, H, W), or one.
 
     Raises:
-        InputError: it has no such modules.
+        InputError: the model has no such modules.
     """
     kinds = (nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.ELU)
     sites = {name: m for name, m in model.named_modules() if isinstance(m, kinds) or type(m).__name__ in ("GELU", "QuickGELU", "GELUTanh")}
     if not sites:
-        raise InputError(f"{type(model).__name__} has no activations that are modules of their own (GELU, ReLU, SiLU, ...)")
+        raise InputError(f"{type(model).__name__} has no activation modules (GELU, ReLU, SiLU, ...)")
     positive, total = dict.fromkeys(sites, 0.0), dict.fromkeys(sites, 0)
 
     def counter(name: str) -> Callable[..., None]:

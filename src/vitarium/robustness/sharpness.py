@@ -89,7 +89,7 @@ class Hessian:
             w = self.product(basis[-1])
             diagonal.append(w @ basis[-1])
             scale = w.norm()
-            for _ in range(2):  # a single pass is not exact enough in floating point
+            for _ in range(2):  # one pass of orthogonalisation is not exact enough in floating point
                 for q in basis:
                     w = w - (w @ q) * q
             if len(diagonal) == min(steps, self.size) or w.norm() <= 100 * torch.finfo(w.dtype).eps * scale:

@@ -4,7 +4,7 @@
     draw_surfaces({"AdamW": surface, "SAM": other}).save("surfaces.png")
 
 The plane through the weights is spanned by two random directions that are filter-normalised (Li et al., "Visualizing the Loss Landscape of
-Neural Nets", 2018): each output row of a direction has the norm of that row of the weight, and tensors with one axis do not move. A
+Neural Nets", 2018): each output row of a direction has the norm of that row of the weight, and tensors with one axis are not changed. A
 distance of 1 is therefore as large as the weights, and surfaces of different models can be compared.
 Cost: one forward pass over the batches per point.
 """
@@ -65,7 +65,7 @@ def loss_surface(
     """Evaluate the mean loss at points around the weights, which are restored bit for bit. The model is in eval mode meanwhile.
 
     Args:
-        loss: a batch -> mean loss of the present weights, a scalar.
+        loss: a batch -> mean loss of the current weights, a scalar.
         batches: all have equal weight.
         reach: distance of the border from the weights.
         side: points per axis; odd.

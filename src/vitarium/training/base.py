@@ -1,4 +1,4 @@
-"""The contract between a learner and the loop that drives it."""
+"""The interface between a learner and the training loop."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Batch = dict[str, Any]
 
 
 class Learner(nn.Module):
-    """A way to teach a model: holds the model (and whatever else it needs), and turns a batch into a loss.
+    """Base class of learners: holds the model and everything else that its training needs, and computes the loss of a batch.
 
-    The loop owns devices, precision, optimizer, rates, accumulation, clipping, moving average, evaluation, logs and checkpoints. A new
+    The loop handles devices, precision, optimizer, rates, accumulation, clipping, moving average, evaluation, logs and checkpoints. A new
     learner is a subclass with a `loss`, registered for a task:
 
         @learner("brightness", task="encode")
@@ -35,57 +35,56 @@ class Learner(nn.Module):
             def loss(self, batch):
                 return {"loss": (self.model(batch["image"]).mean(1) - batch["image"].mean((1, 2, 3))).square().mean()}
 
-    What a subclass may rely on:
-    - `loss` runs under the recipe's precision, data-parallel where there are several processes, and after all generators were seeded from
-      (seed, step, rank): what it draws from them is the same when a run is resumed. State that must survive is in parameters and buffers.
-    - `before_step(step, total)` is called ahead of each step and `after_step(step, total)` once the weights have changed: the place
-      for schedules of momentum or temperature and for teachers that follow their student.
-    - Every parameter with `requires_grad` is trained: the model's by layers, others (a projector, a decoder) at the full rate, or at
-      another: an attribute `rates` maps a parameter's name to its share of the rate.
-    - `eval_model()` is what is averaged (EMA), evaluated and saved: the model, unless a subclass says otherwise (a teacher, a generator).
+    Guarantees for subclasses:
+    - `loss` runs under the recipe's precision, data-parallel if there are several processes, and after all generators were seeded from
+    (seed, step, rank), so that a resumed run draws the same numbers. Persistent state must be in parameters and buffers. -
+    `before_step(step, total)` is called before each step and `after_step(step, total)` after the weights have changed, for schedules of
+    momentum or temperature and for teachers that are averages of their student. - Every parameter with `requires_grad` is trained: the
+    model's with layer-wise rates, others (a projector, a decoder) at the full rate, unless the attribute `rates` maps a parameter's name to
+    a share of the rate. - `eval_model()` returns the module that is averaged (EMA), evaluated and saved: the model, unless a subclass
+    overrides it (a teacher, a generator).
 
-    An adversarial learner trains several players, each with its optimizer: `players` names them, and `loss(batch, player)` and
+    An adversarial learner trains several players, each with its optimizer: `players` returns them, and `loss(batch, player)` and
     `first_pass(batch, player)` then take the player's name as a second argument (see `vitarium.training.players`).
 
     Args:
-        model: the model that training is about.
-        settings: its settings; None: their defaults. A learner must be constructible from a loaded model alone, because `vitarium
-            evaluate` does that.
+        model: the model to train.
+        settings: its settings; None: their defaults. A learner must be constructible from a loaded model alone, for `vitarium evaluate`.
     """
 
     objective: ClassVar[str] = ""
     """Name under which `@learner` registered it."""
 
     task_name: ClassVar[str] = "pretrain"
-    """Task of the models that it trains, as `parse_task` reads it; set by `@learner(NAME, task=...)`."""
+    """Task of the models that it trains, in the format of `parse_task`; set by `@learner(NAME, task=...)`."""
 
     usage: ClassVar[str | None] = None
     """Command to show after training, with {file} for the saved model; None: the task's."""
 
     class Settings(Section):
-        """Settings of the learner: a recipe's `objective` without its name. A key that is not here is an error."""
+        """Settings of the learner: a recipe's `objective` without its name. Unknown keys are an error."""
 
     def __init__(self, model: nn.Module, settings: Any = None):
         super().__init__()
         self.model = model
         self.settings = settings if settings is not None else self.Settings()
-        self.draws = Draws(0, 0, ONLY)  # the loop sets those of each step
+        self.draws = Draws(0, 0, ONLY)  # the loop sets one for each step
 
     @classmethod
     def create(
         cls, name: str | nn.Module, data: ImageData, recipe: Recipe, *, pretrained: bool = False, checkpoint: str | None = None
     ) -> Learner:
-        """Make the learner with its model. Commands, claims and tests all come through here.
+        """Create the learner with its model. Commands, claims and tests all use this method.
 
         Args:
-            name: name of the model, or a model that exists already.
-            data: what it will be trained on.
-            recipe: for sizes, arguments and the learner's settings.
+            name: name of the model, or a model.
+            data: its training data.
+            recipe: gives sizes, arguments and the learner's settings.
             pretrained: start from published weights.
             checkpoint: start from these weights: file, "hf:OWNER/NAME", or address.
 
         Raises:
-            UsageError, CheckpointError: no such model, arguments or settings that it does not take, weights that do not fit.
+            UsageError, CheckpointError: unknown model, invalid arguments or settings, or weights that do not fit.
         """
         from vitarium.training.building import build_model
 
@@ -106,21 +105,22 @@ class Learner(nn.Module):
 
     @property
     def primary_metric(self) -> tuple[str, str]:
-        """Name of the metric that decides which evaluation is best, and "max" or "min"; the task's unless a subclass says otherwise."""
+        """Name of the metric that selects the best evaluation, and "max" or "min"; by default the task's."""
         primary = self.task.primary
         return primary.name, primary.best
 
     def players(self) -> Mapping[str, Player]:
-        """Return what takes optimizer steps of its own, by name, in the order of the steps; by default the learner as one player."""
+        """Return the players, each with its own optimizer steps, by name in the order of the steps; by default the learner as one
+        player."""
         return {ONLY: Player(self, ema=self.eval_model())}
 
     def phases(self) -> Sequence[Phase]:
-        """Return the learner's own phases, for recipes without any: what it keeps frozen, for instance (see `vitarium.training.phases`)."""
+        """Return the learner's own phases, for recipes without any, such as one with frozen parameters (see `vitarium.training.phases`)."""
         return ()
 
     def first_pass(self, batch: Batch, player: str = ONLY) -> Batch:
-        """Make an extra pass ahead of `loss`, and return the batch that `loss` receives: masked or attacked images, for instance, and
-        whatever else `loss` needs of the pass. Gradients flow through what it adds."""
+        """Make an extra pass before `loss`, and return the batch for `loss`, for instance with masked or attacked images and other results
+        of the pass. Gradients flow through the added values."""
         return batch
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
@@ -129,7 +129,7 @@ class Learner(nn.Module):
         With several players it takes the player's name as well.
 
         Args:
-            batch: "image" (B, C, H, W), "target" (B, ...), "index" (B,), on the learner's device; what `collate` makes of samples.
+            batch: "image" (B, C, H, W), "target" (B, ...), "index" (B,), on the learner's device; the result of `collate`.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define loss")
 
@@ -138,11 +138,11 @@ class Learner(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not define regularize")
 
     def stepper(self, settings: PlayerRecipe, player: str) -> Stepper:
-        """Return what computes the gradients of a player's steps: one pass, or those that `optimizer.sam` of the recipe asks for."""
+        """Return the stepper that computes the gradients of a player's steps: one pass, or two if the recipe sets `optimizer.sam`."""
         return Stepper() if settings.optimizer.sam is None else SharpnessAware(settings.optimizer.sam)
 
     def forward(self, batch: Batch, player: str = ONLY, lazy: tuple[str, ...] = ()) -> dict[str, Tensor]:
-        """Make all passes of a player's loss, and add the regularizers that `lazy` names; wrappers for several devices call it."""
+        """Make all passes of a player's loss, and add the regularizers in `lazy`; wrappers for several devices call this method."""
         who = (player,) if has_players(self) else ()
         self.draws.restart()
         seen = self.first_pass(batch, *who)
@@ -154,7 +154,7 @@ class Learner(nn.Module):
         return {**losses, **{name: term.detach() for name, term in terms.items()}, "loss": total}
 
     def noise(self, batch: Batch, *shape: int) -> Tensor:
-        """Return standard normal numbers (B, *shape), one row a sample, which neither the number of processes nor other players change."""
+        """Return standard normal numbers (B, *shape), one row per sample, independent of the number of processes and of other players."""
         return self.draws.normal(positions_of(batch), *shape).to(batch["image"])
 
     def uniform(self, batch: Batch, *shape: int) -> Tensor:
@@ -162,19 +162,19 @@ class Learner(nn.Module):
         return self.draws.uniform(positions_of(batch), *shape).to(batch["image"])
 
     def eval_model(self) -> nn.Module:
-        """The module that is averaged, evaluated and kept."""
+        """Return the module that is averaged, evaluated and saved."""
         return self.model
 
     def before_step(self, step: int, total_steps: int) -> None:
-        """Called ahead of optimizer step `step` (0, 1, ...)."""
+        """Called before optimizer step `step` (0, 1, ...)."""
 
     def after_step(self, step: int, total_steps: int) -> None:
         """Called after optimizer step `step` has changed the weights."""
 
-    # ---- evaluation: the task's, unless a learner measures more
+    # ---- evaluation: by default the task's
 
     def metrics(self) -> Any:
-        """Return a fresh collection of metrics for `evaluate_batch`; None: none."""
+        """Return a new collection of metrics for `evaluate_batch`, or None."""
         return self.task.metrics(self.model)
 
     def evaluate_batch(self, model: nn.Module, batch: Batch, metrics: Any) -> None:
@@ -188,7 +188,7 @@ class Learner(nn.Module):
         self.task.update(metrics, model, batch)
 
     def summary(self, metrics: Any) -> dict[str, Any]:
-        """Return the metrics' values as plain numbers, and lists for what is more than a number."""
+        """Return the metrics' values as plain numbers or lists."""
         return self.task.summary(metrics, self.model)
 
     # ---- samples
@@ -204,7 +204,8 @@ class Learner(nn.Module):
 
     @property
     def collate(self) -> Callable[[list[tuple[Tensor, Any]]], Batch]:
-        """Function of samples (tensor, target) to a batch with "image" and "target"; of no samples: both empty. The task's by default."""
+        """Function from samples (tensor, target) to a batch with "image" and "target" (both empty without samples); by default the
+        task's."""
         return self.task.collate
 
     def pictures(self, model: nn.Module, batch: Batch) -> dict[str, Image.Image]:

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: one file, written whole or not at all, that detects changes and names the run it belongs to.
+"""Checkpoints of a run: one file, written atomically, with a hash and the identity of its run.
 
 `last.ckpt` is a plain torch file (readable with `torch.load(..., weights_only=True)`) followed by one line with its SHA-256. The old file
-stays until the new one is complete; a kill at any instant leaves one of them.
+stays until the new one is complete; one of them survives a kill at any time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _TRAILER_BYTES = len(_MARK) + 64 + 1
 
 @dataclass
 class RunState:
-    """Everything of a run that is not a tensor of the model or the optimizer, as plain values.
+    """State of a run as plain values, without the tensors of the model and the optimizer.
 
     Args:
         identity: recipe, data, model and number of processes (see `identity_of`).
@@ -39,8 +39,8 @@ class RunState:
         evaluated: the step that was evaluated last, -1 for none.
         seconds: spent in training steps so far, over all sessions.
         best: the best value of the learner's primary metric so far.
-        history: one entry an evaluation.
-        skips: by player, turns left out because a loss or gradient was not finite; `in_a_row` of them directly before now.
+        history: one entry per evaluation.
+        skips: turns skipped because a loss or gradient was not finite, by player; the last `in_a_row` of them are consecutive.
         bad_files: (path, reason) of images that could not be read.
         finished: whether all steps are done and evaluated.
     """
@@ -60,12 +60,12 @@ class RunState:
 
     @property
     def skipped(self) -> int:
-        """Turns left out, of all players."""
+        """Number of skipped turns of all players."""
         return sum(self.skips.values())
 
 
 def identity_of(recipe: Any, data: Any, learner: nn.Module, processes: int) -> dict[str, Any]:
-    """Return what two runs must share for one to resume from the other's checkpoint: recipe, data, model, number of processes."""
+    """Return the values that a run and a checkpoint must have in common for resuming: recipe, data, model, number of processes."""
     model = getattr(learner, "model", learner)
     spec = getattr(model, "spec", None)
     shapes = [(name, list(tensor.shape)) for name, tensor in learner.state_dict().items()]
@@ -92,7 +92,7 @@ def whole_objective(objective: dict[str, Any], learner: nn.Module) -> dict[str, 
     try:
         return {"name": objective["name"], **check(settings, read, "the objective").model_dump(mode="json")}
     except UsageError:
-        return objective  # it differs from every other, and the error lists how
+        return objective  # differs from all others; the error lists the differences
 
 
 def fingerprint(data: Any) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def save_run(path: Path, state: RunState, tensors: dict[str, Any]) -> None:
         tensors: "learner" -> a state dict; "optimizers", "averages" -> state dicts by player.
 
     Raises:
-        OSError: no space, no permission, read-only disk; the old file is intact and nothing else is left behind.
+        OSError: no space, no permission, read-only disk; the old file is intact and no temporary file remains.
     """
     with atomic_path(path) as temporary:
         try:
@@ -137,7 +137,7 @@ def load_run(path: Path) -> tuple[RunState, dict[str, Any]]:
         CheckpointError: truncated, changed, or not such a file.
     """
     size = path.stat().st_size
-    advice = "delete it to start again, or put back a copy"
+    advice = "delete it to start again, or restore a copy"
     with open(path, "rb") as file:
         file.seek(max(0, size - _TRAILER_BYTES))
         trailer = file.read()
@@ -169,7 +169,7 @@ def _converted(content: dict[str, Any]) -> dict[str, Any]:
         content["averages"] = {ONLY: content.pop("ema")} if "ema" in content else {}
         if "optimizer" in content:
             content["optimizers"] = {ONLY: content.pop("optimizer")}
-        with contextlib.suppress(UsageError):  # one that cannot be read differs from every other, and the error lists how
+        with contextlib.suppress(UsageError):  # an unreadable one differs from all others; the error lists the differences
             run["identity"]["recipe"] = check(Recipe, run["identity"]["recipe"], "the recipe of the checkpoint").identity()
     return content
 
@@ -184,10 +184,10 @@ def _digest_of_first(file: Any, count: int) -> str:
 
 
 def check_same_run(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    """Refuse to resume from another run's checkpoint.
+    """Check that a checkpoint belongs to this run.
 
     Raises:
-        UsageError: says what differs.
+        UsageError: it is another run's; the message lists the differences.
     """
     differences = [f"{name}: {a} there, {b} now" for name, a, b in _differences("", there, here)]
     if differences:

@@ -1,4 +1,4 @@
-"""Learn classes: cross entropy on hard, smoothed, mixed or given soft targets, or binary cross entropy, a yes or no a class."""
+"""Classification: cross entropy on hard, smoothed, mixed or given soft targets, or binary cross entropy per class."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from vitarium.training.settings import Section, Share
 
 
 class Loss(Section):
-    """Cross entropy on hard or soft targets; or binary cross entropy, each class a yes or no (DeiT-III)."""
+    """Settings of the loss: cross entropy on hard or soft targets, or binary cross entropy per class (DeiT-III)."""
 
     name: Literal["cross_entropy", "binary"] = "cross_entropy"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 class Mixing(Section):
-    """Mixup and CutMix (timm's): Beta parameters (0: off), how often a batch is mixed, how often by CutMix where both are on."""
+    """Settings of Mixup and CutMix (timm's): Beta parameters (0: off), probability of mixing a batch, and of CutMix if both are on."""
 
     mixup: Annotated[float, Field(ge=0)] = 0.0
     cutmix: Annotated[float, Field(ge=0)] = 0.0
@@ -33,15 +33,16 @@ class Mixing(Section):
 
     @property
     def on(self) -> bool:
-        """True if any batch is mixed."""
+        """Return whether any batch is mixed."""
         return (self.mixup > 0 or self.cutmix > 0) and self.probability > 0
 
 
 @learner("classification", task="classify")
 class ClassificationLearner(Learner):
-    """Image -> class.
+    """Train a classifier.
 
-    A model that returns a pair of logits in training (a class token and a distillation token) is trained on the mean of both losses.
+    A model that returns a pair of logits in training (a class token and a distillation token) is trained on the
+    mean of both losses.
 
     Args:
         model: image (B, C, H, W) -> logits (B, num_classes); `num_classes` is its attribute.
@@ -72,16 +73,16 @@ class ClassificationLearner(Learner):
 
     @property
     def criterion_settings(self) -> Loss:
-        """The loss of the settings; the default for a learner without one."""
+        """Return the loss of the settings; the default for a learner without one."""
         return getattr(self.settings, "loss", None) or Loss()
 
     @property
     def mixing(self) -> Mixing:
-        """The mixing of the settings; the default for a learner without one."""
+        """Return the mixing of the settings; the default for a learner without one."""
         return getattr(self.settings, "mixing", None) or Mixing()
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Target: class numbers (B,) or soft targets (B, num_classes)."""
+        """Compute the loss. Target: class numbers (B,) or soft targets (B, num_classes)."""
         image, target = batch["image"], batch["target"]
         if self.mixing.on and target.ndim == 1:
             image, target = self.mixed(image, target)
@@ -92,7 +93,8 @@ class ClassificationLearner(Learner):
         return {"loss": self.criterion(logits, target)}
 
     def criterion(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Mean loss of logits (B, num_classes) against classes (B,) or shares (B, num_classes); mixed targets are smoothed already."""
+        """Return the mean loss of logits (B, num_classes) for classes (B,) or shares (B, num_classes); mixed targets are already
+        smoothed."""
         smoothing = self.criterion_settings.label_smoothing if target.ndim == 1 else 0.0
         if self.criterion_settings.name == "cross_entropy":
             return F.cross_entropy(logits, target, label_smoothing=smoothing)
@@ -102,16 +104,16 @@ class ClassificationLearner(Learner):
         return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))
 
     def mixed(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix images (B, C, H, W) and classes (B,) into images and shares (B, num_classes). An odd last image stays as it is.
+        """Mix images (B, C, H, W) and classes (B,) into images and shares (B, num_classes). An odd last image is unchanged.
 
-        The shares sum to 1; under the binary loss every class with a share is a yes instead, unsmoothed (DeiT-III).
+        The shares sum to 1; for the binary loss every class with a share has the target 1, unsmoothed (DeiT-III).
         """
         from timm.data import Mixup
         from timm.data.mixup import mixup_target
 
         binary = self.criterion_settings.name == "binary"
         smoothing = 0.0 if binary else self.criterion_settings.label_smoothing
-        if self._mix is None or self._mix_settings is not self.settings:  # values by step exchange the settings
+        if self._mix is None or self._mix_settings is not self.settings:  # values by step replace the settings
             self._mix_settings, m = self.settings, self.mixing
             self._mix = Mixup(
                 m.mixup,
@@ -127,5 +129,5 @@ class ClassificationLearner(Learner):
         shares = mixup_target(target, self.num_classes, smoothing=smoothing)
         if even:
             image = image.clone()  # timm mixes in place
-            shares[:even] = self._mix(image[:even].flatten(1, -3), target[:even])[1]  # a clip's frames are mixed alike
+            shares[:even] = self._mix(image[:even].flatten(1, -3), target[:even])[1]  # all frames of a clip are mixed in the same way
         return image, shares.gt(0).to(shares.dtype) if binary else shares

@@ -4,7 +4,7 @@
 
 The position of a sample counts over accumulated batches and processes, so that one process with a batch of 16, two processes with 8 each
 and two accumulated batches of 8 draw the same numbers for the same sample. torch's global generators do not have this property: the loop
-seeds them by process, and they serve draws that concern no single sample, such as dropout.
+seeds them by process, and they are for random numbers that belong to no single sample, such as dropout.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vitarium.data.loader import mix
 
 
 def player_key(player: str) -> int:
-    """Return a number that depends on the player's name alone, so that adding a player does not change another's draws."""
+    """Return a number that depends only on the player's name, so that adding a player does not change another's random numbers."""
     return zlib.crc32(player.encode())
 
 
@@ -28,7 +28,7 @@ class Draws:
     """Random generators of one player's step.
 
     Successive calls within one forward pass give different numbers; `restart` begins at the first call again, so that a second pass over
-    the same batch draws what the first one drew.
+    the same batch draws the same numbers as the first.
 
     Args:
         seed: of the recipe.
@@ -68,6 +68,6 @@ class Draws:
 
 
 def positions_of(batch: dict[str, Any]) -> Tensor:
-    """Return the positions (B,) int64 of a batch's samples in the whole batch; outside of the loop, their numbers in this batch."""
+    """Return the positions (B,) int64 of a batch's samples in the whole batch; outside the loop, their indices in this batch."""
     known = batch.get("position")
     return known if known is not None else torch.arange(len(batch["image"]))

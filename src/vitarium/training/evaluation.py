@@ -26,7 +26,7 @@ def run_evaluation(
     autocast: Callable[[], Any] = contextlib.nullcontext,
     between: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Return the learner's metrics of a model over batches; over several processes, of all their batches together.
+    """Return the learner's metrics of a model over batches; with several processes, over the batches of all of them.
 
     Args:
         model: `learner.eval_model()` or its moving average, on `device`.
@@ -90,9 +90,9 @@ def evaluate(
     Args:
         learner_or_model: a learner, or a model (see `learner_of`).
         images: an `ImageSet`.
-        batch_size: images a forward pass.
+        batch_size: images per forward pass.
         num_workers: processes that read ahead.
-        bad_files: records images that cannot be read; they are not measured.
+        bad_files: record of images that cannot be read, which are left out.
 
     Returns:
         numbers by name, such as accuracy (0 to 1), and under "confusion_matrix" a list of rows (truth) of counts (prediction).

@@ -1,4 +1,4 @@
-"""Train a learner on data by a recipe in a folder (`fit`), resuming where the folder holds a part of the same run."""
+"""Training of a learner by a recipe in a folder (`fit`), which resumes a run that the folder holds in part."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from vitarium.training.run import Run
 from vitarium.training.sharding import check_shardable, is_sharded
 
 TINY = 64
-"""Images up to this side, in pixels, are read in the main process: workers would cost more than they save."""
+"""Images up to this side, in pixels, are read in the main process: workers would take longer to start than they save."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class FitResult:
 
     Attributes:
         metrics: numbers of the last evaluation.
-        history: one entry an evaluation: step, epoch, seconds, lr, train_loss and the metrics.
+        history: one entry per evaluation: step, epoch, seconds, lr, train_loss and the metrics.
         steps: optimizer steps in total.
         seconds: time of these steps, over all sessions.
         bad_files: (path, reason) of images that could not be read.
-        skipped: steps skipped because a loss or gradient was not finite, of all players together.
+        skipped: number of steps skipped because a loss or gradient was not finite, over all players.
         skips: the same by player.
     """
 
@@ -72,29 +72,29 @@ def fit(
     accelerator: str = "auto",
     progress: Callable[[Progress], None] | None = None,
 ) -> FitResult:
-    """Train a learner; afterwards `learner.eval_model()` has the final weights (the moving average where there is one) and its record.
+    """Train a learner; afterwards `learner.eval_model()` has the final weights (or their moving average) and its record.
 
-    The folder receives last.ckpt (the state of the run), log.csv, evaluations.jsonl, TensorBoard's events where that is installed, and
-    bad_files.txt where images could not be read. Called again after a kill, it resumes from last.ckpt and ends with the weights of an
+    The folder receives last.ckpt (the state of the run), log.csv, evaluations.jsonl, TensorBoard's events if it is installed, and
+    bad_files.txt if images could not be read. Called again after a kill, it resumes from last.ckpt and ends with the weights of an
     uninterrupted run, bit for bit (same machine, same number of threads); called again after the end, it returns the result.
 
     Args:
-        learner: on the CPU; its model's `preprocessing` says how images are prepared.
-        data: images to learn from and held-out ones.
+        learner: on the CPU; images are prepared by its model's `preprocessing`.
+        data: training and held-out images.
         recipe: see `load_recipe`.
-        folder: of this run alone.
-        devices: processes on this machine, one a device.
+        folder: of this run only.
+        devices: processes on this machine, one per device.
         num_nodes: machines; with several, start the same command on each under torchrun or SLURM. The folder must be shared.
         strategy: "auto", "ddp", "fsdp", or another of Lightning Fabric's.
         accelerator: "auto", "cpu", "cuda", "mps".
-        progress: called some times a second in this process.
+        progress: called several times per second in this process.
 
     Raises:
-        UsageError: the folder holds another run (the message says what differs) or is in use.
+        UsageError: the folder holds another run (the message names the differences) or is in use.
         DataError: no data, fewer images than a batch, or too many that cannot be read.
         CheckpointError: last.ckpt is damaged.
-        TrainingStopped: losses not finite, out of memory, a process lost, or the last checkpoint could not be written.
-        KeyboardInterrupt: SIGINT or SIGTERM came; the state is saved.
+        TrainingStopped: losses were not finite, memory ran out, a process was lost, or the last checkpoint could not be written.
+        KeyboardInterrupt: SIGINT or SIGTERM was received; the state is saved.
     """
     folder = Path(folder)
     try:
@@ -132,7 +132,7 @@ def _fit_here(
 
 @contextlib.contextmanager
 def _undone_on_error(run: Run) -> Iterator[None]:
-    """Undo phases and turns of the learner when the training ends with an error, so that `fit` can resume with it."""
+    """Undo the effects of phases and turns on the learner if the training ends with an error, so that `fit` can resume with it."""
     try:
         yield
     except BaseException:
@@ -179,7 +179,7 @@ def _prepare(
         check_shardable(learner, recipe)
     plan = Plan(learner, recipe)
     if recipe.precision == "64-true":
-        learner.double()  # as Fabric would, but before the average is taken
+        learner.double()  # as Fabric would, but before the moving average is copied
     fabric.to_device(learner)
     whole = copy.deepcopy(learner.model) if is_sharded(fabric) else None
     shown = progress if fabric.is_global_zero else None
@@ -229,12 +229,13 @@ def _total_steps(run: Run) -> int:
         return max(1, round(budget.epochs * run.steps_per_epoch))
     assert budget.minutes is not None
     if any(phase.image_size for phase in run.plan.phases):
-        raise UsageError("phases of several image sizes differ in speed, which a budget in minutes cannot foresee; use steps or epochs")
+        raise UsageError("phases of several image sizes differ in speed, which a budget in minutes does not support; use steps or epochs")
     return _steps_in(run, 60 * budget.minutes)
 
 
 def _steps_in(run: Run, seconds: float) -> int:
-    """Return the number of steps that fit into a time, by the speed of the first ones, which take at most a tenth of it and are undone."""
+    """Return the number of steps that fit into a time, from the speed of the first ones, which take at most a tenth of the time and are
+    undone."""
     before = {name: tensor.clone() for name, tensor in run.learner.state_dict().items()}
     run.state.total_steps = 1
     _place(run)
@@ -258,7 +259,7 @@ def _steps_in(run: Run, seconds: float) -> int:
 
 
 def _finish(run: Run) -> FitResult:
-    """Put the final weights into the learner, and return the result."""
+    """Load the final weights into the learner, and return the result."""
     run.loader.close()
     run.val_loader.close()
     if run.logs:

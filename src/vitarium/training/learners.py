@@ -1,4 +1,4 @@
-"""Learners by name. A file is imported only when its learner is asked for.
+"""Registry of learners by name. A file is imported only when its learner is used.
 
     @learner("repa", task="generate")
     class REPALearner(Learner): ...
@@ -26,11 +26,11 @@ _LEARNERS: dict[str, type[Learner]] = {}
 
 
 def learner(name: str, *, task: str = "pretrain") -> Callable[[LearnerClass], LearnerClass]:
-    """Register a learner under the slug of its system, or under a name of its own (an objective that is no system's).
+    """Register a learner under the slug of its system, or under another name if it belongs to no system.
 
     Args:
-        name: what a recipe's objective calls it.
-        task: of the models that it trains, with options, as "classify" or "segment:kind=semantic".
+        name: its name in a recipe's objective.
+        task: task of the models that it trains, with options, such as "classify" or "segment:kind=semantic".
     """
 
     def register(cls: LearnerClass) -> LearnerClass:
@@ -42,7 +42,7 @@ def learner(name: str, *, task: str = "pretrain") -> Callable[[LearnerClass], Le
 
 
 def find_learner(name: str) -> type[Learner]:
-    """The learner of an objective. Imports only the file that the name points to.
+    """Return the class of a learner. Imports only its file.
 
     Raises:
         UsageError: there is none; the message names near ones.
@@ -56,20 +56,20 @@ def find_learner(name: str) -> type[Learner]:
 
 
 def learner_class_of(model: nn.Module) -> tuple[type[Learner], Any]:
-    """Return the learner's class and settings of a model: those that it was trained by, else its family's, else classification."""
+    """Return the learner's class and settings for a model: those of its training, else of its family, else classification."""
     trained = training_of(model).learner
     cls = find_learner(trained.name if trained else family_learner(model))
     return cls, check(cls.Settings, trained.settings if trained else {}, f"settings of {cls.objective}")
 
 
 def learner_of(model: nn.Module) -> Learner:
-    """Return the learner that measures a model (see `learner_class_of`)."""
+    """Return the learner that evaluates a model (see `learner_class_of`)."""
     cls, settings = learner_class_of(model)
     return cls(model, settings)
 
 
 def family_learner(model: nn.Module) -> str:
-    """The objective of the family that a model is of."""
+    """Return the learner's name of a model's family."""
     name = getattr(getattr(model, "spec", None), "name", "")
     return "classification" if not name or name.startswith(("timm/", "hf/")) else find_model(name)[0].learner
 

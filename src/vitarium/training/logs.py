@@ -1,4 +1,4 @@
-"""Log files of a run: log.csv, evaluations.jsonl and, where TensorBoard is installed, its events."""
+"""Log files of a run: log.csv, evaluations.jsonl and, if TensorBoard is installed, its events."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Meters:
 
     def __init__(self, saved: dict[str, Any], device: torch.device):
         self.sums: dict[str, Tensor] = {name: total.to(device) for name, total in saved.get("sums", {}).items()}
-        # checkpoints written before there were several players have one count for all
+        # checkpoints from before there were several players have one count for all
         self.counts: dict[str, int] = saved.get("counts") or dict.fromkeys(self.sums, saved.get("count", 0))
 
     def add(self, values: dict[str, Tensor]) -> None:
@@ -82,7 +82,7 @@ class Logs:
             return [row for row in reader if None not in row.values() and (row.get("step") or "").isdigit() and int(row["step"]) <= step]
 
     def line(self, row: dict[str, Any]) -> None:
-        """Append a line to log.csv. A name that no line had before gets a new column."""
+        """Append a line to log.csv. A new name gets a new column."""
         header = not self.columns
         new = [] if header else [name for name in row if name not in self.columns]
         with self._forgiven(self.path):
@@ -124,7 +124,7 @@ class Logs:
             yield
         except OSError as error:
             log.warning("cannot write %s (%s); training continues", path, error)
-            if path == self._board_folder:  # its writer does not recover
+            if path == self._board_folder:  # its writer does not recover from errors
                 self._board_folder = self._board = None
 
     def close(self) -> None:

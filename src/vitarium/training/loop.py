@@ -1,11 +1,11 @@
-"""The loop: one explicit sequence trains every learner.
+"""The training loop, one sequence of operations for all learners.
 
     a step:   phase and values of the step -> batches -> for each player that is due, in their order:
     a turn:   generators from (seed, step, rank, player) -> rates of the step -> gradients by the player's stepper, accumulated over the
               batches -> clip -> finite in all processes? -> optimizer;   then the learner's hook and the moving averages
 
-Nothing of a step depends on how the loop got there: the data are a function of (seed, epoch, step), rates, phases and values of the step,
-random numbers of (seed, step, rank, player). A run that goes on from a checkpoint therefore ends with the weights of an unbroken one, bit
+A step does not depend on the loop's history: the data are a function of (seed, epoch, step), rates, phases and values of the step,
+random numbers of (seed, step, rank, player). A run resumed from a checkpoint therefore ends with the weights of an uninterrupted one, bit
 for bit.
 """
 
@@ -29,7 +29,7 @@ from vitarium.training.turns import Outcome, Seat, StepBatches, Turn, kept_buffe
 log = logging.getLogger("vitarium")
 
 PATIENCE = 3
-"""Turns of one player in a row without a finite loss and gradient before training stops."""
+"""Number of consecutive turns of a player without finite loss and gradient after which training stops."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Step:
 
 
 def train(run: Run) -> None:
-    """Take the steps that remain; evaluate, log and save on the way, and at the end.
+    """Take the remaining steps; evaluate, log and save at intervals and at the end.
 
     Raises:
-        TrainingStopped: losses or gradients stay not finite, or the last checkpoint could not be written.
-        KeyboardInterrupt: after SIGINT or SIGTERM, when the state is saved.
+        TrainingStopped: losses or gradients were not finite repeatedly, or the last checkpoint could not be written.
+        KeyboardInterrupt: after SIGINT or SIGTERM; the state is saved.
         DataError: samples cannot be read (see `Loader.epoch`).
     """
     state = run.state
@@ -97,7 +97,7 @@ def take_step(run: Run, batches: Iterator[Batch]) -> Step:
         outcomes.append(outcome)
         stop, save = stop or stop_now, save or save_now
     for _ in step_batches if not due else ():
-        pass  # no player used these batches, and the next step starts after them
+        pass  # no player used these batches; the next step starts after them
     if any(outcome.finite for outcome in outcomes):
         learner.after_step(state.step, state.total_steps)
     for outcome in outcomes:
@@ -107,9 +107,9 @@ def take_step(run: Run, batches: Iterator[Batch]) -> Step:
 
 
 def take_turn(run: Run, seat: Seat, batches: StepBatches) -> tuple[Outcome, bool, bool]:
-    """Take one player's turn; it changes nothing if a loss or gradient is not finite. Returns also whether to stop, and whether to save.
+    """Take one player's turn; it changes nothing if a loss or gradient is not finite. Also return whether to stop and whether to save.
 
-    During the turn the other players' parameters do not require gradients; after it their buffers are as they were.
+    During the turn the other players' parameters do not require gradients; after it their buffers are restored.
     """
     run.listen_to(seat)
     kept = [statistic.clone() for statistic in run.statistics]  # of batch norms, which the forward pass changes
@@ -130,7 +130,7 @@ def judge(run: Run, outcome: Outcome, step: Step, suspects: list[dict[str, Any]]
     """Count a skipped turn.
 
     Raises:
-        TrainingStopped: it was the player's third in a row.
+        TrainingStopped: it was the player's third consecutive one.
     """
     state, name = run.state, outcome.seat.name
     if outcome.finite:

@@ -1,4 +1,4 @@
-"""Learn several labels an image, each a yes or a no, by binary cross entropy."""
+"""Multi-label classification by binary cross entropy."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from vitarium.training.tasks.multilabel import binary_loss
 
 @learner("multilabel", task="multilabel")
 class MultilabelLearner(Learner):
-    """Image -> a yes or a no for each label.
+    """Train a classifier with an independent binary decision for each label.
 
-    Targets are (B, labels) of 1, 0 and NaN; unknown ones (NaN) contribute nothing.
+    Targets are (B, labels) of 1, 0 and NaN; unknown ones (NaN) are left out of the loss.
 
     Args:
         model: image (B, C, H, W) -> logits (B, num_classes); `num_classes` is its attribute.

@@ -1,4 +1,4 @@
-"""Reading recipes.
+"""Reading of recipes.
 
     recipe = load_recipe("deit", ["optimizer.lr=5e-4", "budget.epochs=100"])
 
@@ -34,7 +34,7 @@ def load_recipe(name_or_path: str | Path, overrides: list[str] | None = None) ->
             "objective.loss." and "objective.mixing.".
 
     Raises:
-        UsageError: no such recipe or file, or settings that are unknown, that the objective does not read, or that are out of range; the
+        UsageError: no such recipe or file, or settings that are unknown, not used by the objective, or out of range; the
             message names key, bounds and near names.
     """
     name = str(name_or_path)

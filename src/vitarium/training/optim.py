@@ -1,4 +1,4 @@
-"""Parameter groups, learning rates as pure functions of the step, moves uphill (SAM), clipping, moving averages."""
+"""Parameter groups, learning rates as pure functions of the step, perturbations (SAM), clipping, moving averages."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from vitarium.training.recipe import Clip, Ema, Optimizer, Sam, Schedule
 def cosine(
     step: float, *, base: float, final: float, total: float, warmup: float = 0, start: float = 0.0, inclusive: bool = False
 ) -> float:
-    """A linear rise from `start` to `base`, then half a cosine to `final`: the schedule of DeiT, MAE, Swin, ConvNeXt and DINO.
+    """Return a value that rises linearly from `start` to `base`, then falls along half a cosine to `final`: the schedule of DeiT, MAE,
+    Swin, ConvNeXt and DINO.
 
-    Rates, weight decays, teacher momenta and temperatures all follow it. `step`, `total` and `warmup` share any unit (steps, or
+    It is used for rates, weight decays, teacher momenta and temperatures. `step`, `total` and `warmup` share any unit (steps, or
     fractional epochs as in MAE).
 
     Args:
@@ -35,12 +36,12 @@ def cosine(
 
 
 class Rates:
-    """Learning rate as a pure function of the step, so that a checkpoint need not hold it.
+    """Learning rate as a pure function of the step, which checkpoints therefore do not contain.
 
     Args:
         schedule, optimizer: from the recipe.
         total_steps: optimizer steps of the whole training.
-        steps_per_epoch: to place a warm-up given in epochs.
+        steps_per_epoch: for a warm-up given in epochs.
         total_batch: images per step over accumulation and processes, for the linear scaling rule.
     """
 
@@ -53,7 +54,7 @@ class Rates:
         self.final = self.base if schedule.name == "constant" else schedule.min_lr * factor
 
     def at(self, step: int) -> float:
-        """The rate of step 0, 1, ... (of a group whose lr_scale is 1)."""
+        """Return the rate of step 0, 1, ... (of a group with lr_scale 1)."""
         return cosine(step, base=self.base, final=self.final, total=self.total, warmup=self.warmup, start=self.start)
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
@@ -65,18 +66,18 @@ class Rates:
 
 
 def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
-    """Return the share of the rate that each parameter takes under layer-wise decay: decay^(last - layer).
+    """Return the share of the rate of each parameter under layer-wise decay: decay^(last - layer).
 
-    Layers come from the model's `group_matcher` (timm's contract): a dict of patterns, or a function from a parameter's name to its
-    layer, whose numbers are then taken as they are (the authors of ConvNeXt skip numbers in their smaller models).
+    Layers come from the model's `group_matcher` (timm's convention): a dict of patterns, or a function from a parameter's name to its
+    layer, whose numbers are then used unchanged (the authors of ConvNeXt skip numbers in their smaller models).
 
     Raises:
-        UsageError: the model does not name its layers.
+        UsageError: the model has no `group_matcher`.
     """
     from timm.models import group_parameters
 
     if not hasattr(model, "group_matcher"):
-        raise UsageError(f"{type(model).__name__} does not say its layers (group_matcher); set optimizer.layer_decay=null")
+        raise UsageError(f"{type(model).__name__} has no group_matcher, which layer-wise decay needs; set optimizer.layer_decay=null")
     group_matcher: Any = model.group_matcher
     matcher = group_matcher(coarse=False)
     names = [name for name, _ in model.named_parameters()]
@@ -89,11 +90,11 @@ def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
 def parameter_groups(learner: nn.Module, settings: Optimizer, parameters: Iterable[Tensor] | None = None) -> list[dict[str, Any]]:
     """Return groups of a learner's trainable parameters, each parameter once, by layer and by whether weight decay applies.
 
-    No decay on tensors with fewer than two axes and on what `model.no_weight_decay()` names (shell patterns allowed). Layer-wise decay
-    concerns `learner.model`; whatever else a learner trains takes the full rate, or its share of it in `learner.rates`.
+    Tensors with fewer than two axes and those in `model.no_weight_decay()` (shell patterns allowed) have no decay. Layer-wise decay applies
+    to `learner.model`; other parameters have the full rate, or their share of it in `learner.rates`.
 
     Args:
-        parameters: those of the learner's that are meant; None: all.
+        parameters: a subset of the learner's parameters; None: all.
 
     Raises:
         UsageError: none of them requires gradients, or the model has no layers for `layer_decay`.
@@ -122,7 +123,7 @@ def parameter_groups(learner: nn.Module, settings: Optimizer, parameters: Iterab
 
 
 def create_optimizer(learner: nn.Module, settings: Optimizer, parameters: Iterable[Tensor] | None = None) -> torch.optim.Optimizer:
-    """Create the recipe's optimizer over a learner's parameters, or some of them; one fused kernel where torch has it."""
+    """Create the recipe's optimizer over a learner's parameters, or some of them; fused if torch supports it."""
     from timm.optim import create_optimizer_v2
 
     given: dict[str, Any] = {name: getattr(settings, name) for name in ("betas", "eps", "momentum") if getattr(settings, name) is not None}
@@ -131,7 +132,7 @@ def create_optimizer(learner: nn.Module, settings: Optimizer, parameters: Iterab
     groups = parameter_groups(learner, settings, parameters)
     try:
         optimizer = create_optimizer_v2(groups, settings.name, lr=settings.lr, weight_decay=settings.weight_decay, **given)
-    except (TypeError, ValueError, IndexError, AssertionError, ImportError) as error:  # each optimizer has its own way
+    except (TypeError, ValueError, IndexError, AssertionError, ImportError) as error:  # each optimizer raises its own error type
         raise UsageError(f"optimizer {settings.name!r} refuses its settings: {error} (try without betas, eps, momentum)") from error
     for group in optimizer.param_groups:
         group.setdefault("lr_scale", 1.0)
@@ -139,17 +140,17 @@ def create_optimizer(learner: nn.Module, settings: Optimizer, parameters: Iterab
 
 
 def norms_of(tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the norm of each tensor, (N,), and of all together, a scalar."""
+    """Return the norm of each tensor, (N,), and the total norm, a scalar."""
     norms = torch.stack(torch._foreach_norm(tensors))
     total = norms.norm()
-    if hasattr(total, "full_tensor"):  # of tensors spread over processes
+    if hasattr(total, "full_tensor"):  # of tensors sharded over processes
         norms, total = norms.full_tensor(), total.full_tensor()
     return norms, total
 
 
 @torch.no_grad()
 def move_uphill(parameters: Iterable[Tensor], sam: Sam) -> list[tuple[Tensor, Tensor]]:
-    """Add to the weights a move of length rho along their gradients; returns (parameter, its values before) of those that have one.
+    """Perturb the weights by a vector of length rho along their gradients; return (parameter, previous values) of those with a gradient.
 
     The move is rho * g / |g|, or with `adaptive` rho * w^2 * g / | |w| g |; norms are over all parameters together.
     """
@@ -166,14 +167,14 @@ def move_uphill(parameters: Iterable[Tensor], sam: Sam) -> list[tuple[Tensor, Te
 
 @torch.no_grad()
 def move_back(before: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Restore the weights of before `move_uphill`, bit for bit."""
+    """Restore the weights from before `move_uphill`, bit for bit."""
     for parameter, values in before:
         parameter.copy_(values)
 
 
 @contextlib.contextmanager
 def uphill(parameters: Iterable[Tensor], buffers: Iterable[Tensor], sam: Sam) -> Iterator[None]:
-    """Move the weights uphill; on leaving, restore weights and buffers (the statistics of batch norms)."""
+    """Perturb the weights within the context; on exit, restore weights and buffers (the statistics of batch norms)."""
     kept = [(buffer, buffer.clone()) for buffer in buffers]
     before = move_uphill(parameters, sam)
     try:
@@ -183,7 +184,7 @@ def uphill(parameters: Iterable[Tensor], buffers: Iterable[Tensor], sam: Sam) ->
 
 
 def clip_gradients(parameters: Iterable[Tensor], clip: Clip) -> Tensor:
-    """Limit the gradients in place; returns their norm over all tensors before that, a scalar (not finite if any value is not)."""
+    """Clip the gradients in place; return their previous total norm, a scalar (not finite if any value is not)."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms, total = norms_of(gradients)
     if clip.norm is not None:
@@ -197,9 +198,10 @@ def clip_gradients(parameters: Iterable[Tensor], clip: Clip) -> Tensor:
 
 
 class Average:
-    """A moving average of a model, in eval mode, under `module`: of parameters and batch norms' statistics; other buffers are copied.
+    """Moving average of a model's parameters and batch norm statistics; other buffers are copied. `module` is the average, in eval mode.
 
-    With warm-up the share kept is 1 - (1 + step)^(-2/3), up to the decay, as in timm's ModelEmaV3: short trainings forget their beginning.
+    With warm-up the decay is 1 - (1 + step)^(-2/3), up to `decay`, as in timm's ModelEmaV3, so that the initial weights do not dominate in
+    short trainings.
     """
 
     def __init__(self, model: nn.Module, settings: Ema):
@@ -212,7 +214,7 @@ class Average:
         statistics = {id(b) for norm, _ in norms for b in norm.buffers(recurse=False) if b.is_floating_point()}
         pairs += [(a, b) for a, b in buffers if id(a) in statistics]
         self._copied = [(a, b) for a, b in buffers if id(a) not in statistics]
-        # listed once, because walking a model costs more than the update
+        # listed once, because traversing a model costs more than the update
         self._averages, self._sources = [a for a, _ in pairs], [b for _, b in pairs]
 
     @torch.no_grad()
@@ -225,6 +227,6 @@ class Average:
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Start again from the model's present weights."""
+        """Restart from the model's current weights."""
         for average, source in [*zip(self._averages, self._sources, strict=True), *self._copied]:
             average.copy_(source)

@@ -1,4 +1,4 @@
-"""Evaluate on parts of an image set, on one process or several, and merge the metrics' states."""
+"""Evaluation on parts of an image set, in one process or several, with merging of the metrics' states."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vitarium.training.base import Learner
 from vitarium.training.evaluation import update_metrics
 
 States = list[dict[str, Any]]
-"""For each metric, in the order of `metrics_of`: its states by name, and the number of its updates under "updates"."""
+"""Metrics' states, in the order of `metrics_of`: states by name, and the number of updates under "updates"."""
 
 
 def evaluate_in_parts(
@@ -34,13 +34,13 @@ def evaluate_in_parts(
     identity: Any = None,
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Return what `training.evaluate` returns, computed part by part on an engine.
+    """Evaluate like `training.evaluate`, part by part on an engine.
 
     Args:
         learner: with a model in eval mode; it and the images must be picklable for Ray.
         images: an ImageSet.
-        batch_size: images a forward pass.
-        bad_files: where images that cannot be read are recorded.
+        batch_size: images per forward pass.
+        bad_files: record of images that cannot be read.
         engine, parts, identity, progress: see `vitarium.engine.map_images`.
 
     Raises:
@@ -74,12 +74,12 @@ def evaluate_in_parts(
 
 
 def _evaluate_part(items: Sequence[int], learner: Learner, images: Any, batch_size: int) -> dict[str, Any]:
-    """States of the metrics after the images of a part."""
+    """Return the states of the metrics after the images of a part."""
     bad_files, metrics = BadFiles(1.0), learner.metrics()
     loader = Loader(Subset(images, items), learner.transform(None), collate=learner.collate, batch_size=batch_size, bad_files=bad_files)
     model = learner.eval_model()
     place = next(model.parameters(), torch.empty(0))
-    batches = ({**batch, "index": batch["index"] + items[0]} for batch in loader.epoch(0))  # as in the whole set
+    batches = ({**batch, "index": batch["index"] + items[0]} for batch in loader.epoch(0))  # indices as in the whole set
     update_metrics(learner, model, batches, metrics, device=place.device)
     return {"states": states_of(metrics), "broken": bad_files.items()}
 
@@ -103,7 +103,7 @@ def states_of(metrics: Any) -> States:
 
 
 def merge_states(metrics: Any, states: States) -> None:
-    """Add the states of another part to metrics, each by the reduction that it was declared with.
+    """Add the states of another part to metrics, each with its declared reduction.
 
     Raises:
         UsageError: a state whose parts cannot be merged.
@@ -128,7 +128,7 @@ def _merged(mine: Any, other: Any, reduction: Any, before: int, after: int) -> A
     if not isinstance(mine, Tensor):
         return None
     other = other.to(mine)
-    if before == 0 or after == 0:  # one of them is the default, which need not be neutral
+    if before == 0 or after == 0:  # one of them is the default state, which need not be neutral
         return other if before == 0 else mine
     if reduction is dim_zero_sum:
         return mine + other
@@ -140,7 +140,7 @@ def _merged(mine: Any, other: Any, reduction: Any, before: int, after: int) -> A
 
 
 def _plain(value: Any) -> Any:
-    """A state without its device: tensors, and lists and tuples of them or of plain values."""
+    """Return a state on the CPU: tensors, and lists and tuples of them or of plain values."""
     if isinstance(value, list | tuple):
         return type(value)(map(_plain, value))
     return value.detach().cpu() if isinstance(value, Tensor) else value

@@ -1,4 +1,4 @@
-"""Phases and values by step of a recipe: which parameters learn, at which resolution, and with which numbers.
+"""Phases and values by step of a recipe: trained parameters, resolution and scheduled numbers.
 
     phases:
       - {until: 0.3, freeze: [model.stages.0, model.stages.1], image_size: 224}
@@ -6,7 +6,7 @@
     values:
       method.evit.keep: {from: 1.0, to: 0.7, until: 0.5, shape: cosine}
 
-All of it is a function of the step alone, so that a run that resumes on either side of a boundary equals an uninterrupted one.
+They are functions of the step only, so that a run resumed on either side of a boundary equals an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ PLAIN = Phase()
 
 
 def phases_of(learner: Learner, recipe: Recipe) -> tuple[Phase, ...]:
-    """Return the recipe's phases, or the learner's own where the recipe has none."""
+    """Return the recipe's phases, or the learner's own if the recipe has none."""
     return recipe.phases or tuple(learner.phases())
 
 
-# ---- which parameters learn
+# ---- trained parameters
 
 
 def matching(module: nn.Module, patterns: Iterable[str], where: str) -> set[str]:
@@ -64,10 +64,10 @@ def matching(module: nn.Module, patterns: Iterable[str], where: str) -> set[str]
 
 
 def learning_by_phase(learner: Learner, recipe: Recipe) -> list[set[str]]:
-    """Return the names of the parameters that learn, for each phase and for the steps after the last one.
+    """Return the names of the trained parameters for each phase and for the steps after the last one.
 
     Raises:
-        UsageError: a pattern matches nothing, or a phase leaves nothing to learn.
+        UsageError: a pattern matches nothing, or a phase freezes all parameters.
     """
     usual = {name for name, p in learner.named_parameters() if p.requires_grad}
     sets = []
@@ -83,7 +83,7 @@ def learning_by_phase(learner: Learner, recipe: Recipe) -> list[set[str]]:
 
 @contextlib.contextmanager
 def settled(learner: Learner, recipe: Recipe) -> Iterator[None]:
-    """Set `requires_grad` of the parameters that learn in some phase, as after the training; restore it on leaving.
+    """Set `requires_grad` of the parameters that are trained in any phase, as after the training; restore it on exit.
 
     Raises:
         UsageError: see `learning_by_phase`.
@@ -105,11 +105,11 @@ def require_gradients(learner: nn.Module, learns: set[str]) -> None:
 
 
 def hold_norms(learner: nn.Module, managed: set[str], learns: set[str]) -> None:
-    """Put frozen batch norms into eval mode, so that they keep their statistics, and those that learn into training mode.
+    """Put frozen batch norms into eval mode, so that they keep their statistics, and trained ones into training mode.
 
     Args:
-        managed: names of the parameters that phases freeze and thaw.
-        learns: those that learn now.
+        managed: names of the parameters that phases freeze and unfreeze.
+        learns: those that are trained now.
     """
     for name, module in learner.named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):
@@ -140,7 +140,7 @@ class Target:
         learner: that has the setting, or whose model has the method.
 
     Raises:
-        UsageError: there is nothing at the path, or it is not a number that may change.
+        UsageError: there is nothing at the path, or not a number that can change.
     """
 
     def __init__(self, path: str, learner: Learner):
@@ -221,7 +221,7 @@ class Target:
                     report.tune(**{self.option: value})
 
 
-# ---- all together
+# ---- phases and values of a run
 
 
 class Plan:
@@ -232,7 +232,7 @@ class Plan:
         recipe: with the phases and values.
 
     Raises:
-        UsageError: a pattern or path that names nothing, a value out of range, or an image size that the model cannot take.
+        UsageError: a pattern or path without match, a value out of range, or an image size that the model does not support.
     """
 
     def __init__(self, learner: Learner, recipe: Recipe):
@@ -293,14 +293,14 @@ class Plan:
             _resize(model, self.image_size(number))
 
     def leave(self, models: Sequence[nn.Module]) -> None:
-        """Set the final state: what learned in some phase requires gradients, values and image size are those of the last step."""
+        """Set the final state: parameters trained in any phase require gradients; values and image size are those of the last step."""
         last = self.phase_at(max(0, self.total - 1))
         require_gradients(self.learner, self.ever)
         self.set_values(self.total, last, models)
         self.set_image_size(last, models)
 
     def undo(self, models: Sequence[nn.Module]) -> None:
-        """Restore `requires_grad`, values and image size of before the training."""
+        """Restore the `requires_grad`, values and image size from before the training."""
         for name, parameter in self.learner.named_parameters():
             parameter.requires_grad_(self.before[name])
         for target in self.targets:
@@ -318,7 +318,7 @@ class Plan:
     def _check_size(self, size: int) -> None:
         model = self.learner.model
         try:
-            if getattr(model, "preprocessing", None) is not None:  # else nothing says what it is called with
+            if getattr(model, "preprocessing", None) is not None:  # otherwise its inputs are unknown
                 with evaluating(model):
                     call(model, example_inputs(model, 2, size))
         except (VitariumError, ValueError, RuntimeError, AssertionError, TypeError) as error:

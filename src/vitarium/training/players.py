@@ -1,4 +1,4 @@
-"""Players: the parts of a learner that take optimizer steps of their own.
+"""Players: parts of a learner with their own optimizer steps.
 
     def players(self):
         return {
@@ -6,9 +6,9 @@
             "generator": Player(self.generator, every=2, ema=True),
         }
 
-A learner with one player, as nearly all are, does not define it. With several, every step of the run gives each player a *turn* in the
-order of the dict: its loss, its gradients, its clipping, its optimizer, on the same batches. A recipe may set `players: {generator:
-{optimizer: {lr: 1e-4}}}`; what it does not set is taken from the recipe's root.
+Learners with one player, which most are, do not define this method. With several, every step of the run gives each player a *turn* in the
+order of the dict: loss, gradients, clipping and optimizer step, on the same batches. A recipe may set `players: {generator:
+{optimizer: {lr: 1e-4}}}`; other values are those of the recipe's root.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from vitarium.training.recipe import Recipe
 
 ONLY = "model"
-"""Name of the player of a learner that does not define `players`."""
+"""Name of the only player of a learner that does not define `players`."""
 
 
 @dataclass(frozen=True)
 class Player:
-    """A part of a learner that takes optimizer steps of its own.
+    """A part of a learner with its own optimizer steps.
 
     Args:
         parts: the module whose parameters it trains, or several modules and parameters.
         every: it takes a turn at steps 0, every, 2 every, ...
         lazy: name of a regularizer -> k: `Learner.regularize(batch, player, name)` is added to the loss at steps 0, k, 2 k, ..., times k.
-        ema: the module of which a moving average is kept, where the recipe has one; True: `parts`; False: none.
+        ema: the module to average, if the recipe has a moving average; True: `parts`; False: none.
         buffers: modules of other players whose buffers may change during its turns.
 
     Raises:
@@ -55,7 +55,7 @@ class Player:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"a player's {name} must be a whole number of at least 1, got {value!r}")
         if self.ema is True and not isinstance(self.parts, nn.Module):
-            raise UsageError("a player of several parts names the module that is averaged: ema=MODULE")
+            raise UsageError("a player of several parts must set the module to average: ema=MODULE")
 
     @property
     def _parts(self) -> Sequence[nn.Module | nn.Parameter]:
@@ -63,7 +63,7 @@ class Player:
 
     @property
     def averaged(self) -> nn.Module | None:
-        """The module of which a moving average is kept."""
+        """The module to average."""
         if self.ema is True:
             assert isinstance(self.parts, nn.Module)
             return self.parts
@@ -75,7 +75,7 @@ class Player:
         return list({id(p): p for p in found}.values())
 
     def own_buffers(self) -> Iterable[Tensor]:
-        """Return the buffers of its modules, and of those that it may change too."""
+        """Return the buffers of its modules, and of those in `buffers`."""
         modules = [part for part in self._parts if isinstance(part, nn.Module)]
         return (buffer for module in [*modules, *self.buffers] for buffer in module.buffers())
 
@@ -92,7 +92,7 @@ def checked_players(learner: Learner, recipe: Recipe) -> dict[str, Player]:
     """Return a learner's players, checked.
 
     Raises:
-        UsageError: there are none, the recipe sets something for a player that does not exist, a player has parameters that are not the
+        UsageError: there are none, the recipe has settings of a player that does not exist, a player has parameters that are not the
             learner's, or a parameter that requires gradients belongs to no player.
     """
     players = dict(learner.players())

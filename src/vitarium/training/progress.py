@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from vitarium.training.run import Run
 
 PROGRESS_SECONDS = 0.25
-"""Between two calls of the progress callback."""
+"""Seconds between two calls of the progress callback."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Progress:
     """Progress of a run.
 
     Attributes:
-        step, total_steps: optimizer steps done and in all.
+        step, total_steps: optimizer steps done, and total.
         epoch: passes over the training part, with fraction.
         loss: of the last step; with several players, the sum of theirs.
         lr: the last step's learning rate; with several players, the first one's.

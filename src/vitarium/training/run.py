@@ -1,4 +1,4 @@
-"""State of one training process, and its work between two steps: phases, evaluation, checkpoints, progress."""
+"""State of one training process, and its operations between steps: phases, evaluation, checkpoints, progress."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ log = logging.getLogger("vitarium")
 
 @dataclass
 class Run:
-    """Everything of one training in this process; `fit` sets it up, `train` drives it."""
+    """State of a training in this process; `fit` creates it, and `train` runs the steps."""
 
     fabric: Fabric
     learner: Learner
@@ -47,8 +47,8 @@ class Run:
     state: RunState
     folder: Path
     plan: Plan
-    make_loaders: Callable[[], tuple[Loader, Loader]]  # for training and evaluation, at the model's present image size
-    whole: nn.Module | None = None  # where weights are spread over processes: a model to gather them in
+    make_loaders: Callable[[], tuple[Loader, Loader]]  # for training and evaluation, at the model's current image size
+    whole: nn.Module | None = None  # if weights are sharded: a model to gather them in
     progress: Callable[[Progress], None] | None = None
     stop: StopSignals = field(default_factory=StopSignals)
 
@@ -76,7 +76,7 @@ class Run:
         self.loader, self.val_loader = self.make_loaders()
 
     def set_up(self) -> None:
-        """Wrap the learner for the devices, and make the players' optimizers, over what learns in any phase."""
+        """Wrap the learner for the devices, and create the players' optimizers for all parameters that are trained in any phase."""
         require_gradients(self.learner, self.plan.ever)
         if len(self.seats) == 1:  # sharding has to come before the optimizer
             self.seats[0].module = self.fabric.setup_module(self.learner)
@@ -86,14 +86,15 @@ class Run:
         self._phase = -1
 
     def wrap(self) -> None:
-        """Let Fabric wrap the learner once a player: the wrapper of several processes averages the gradients of what learns now."""
+        """Wrap the learner by Fabric once per player: the wrapper of several processes averages the gradients of the player's trained
+        parameters."""
         for seat in self.seats:
             if seat.parameters:
                 self.listen_to(seat)
                 seat.module = self.fabric.setup_module(self.learner)
 
     def listen_to(self, seat: Seat) -> None:
-        """Let the parameters of one player require gradients, and no others, where there are several players."""
+        """Enable gradients for the parameters of one player only, if there are several."""
         if len(self.seats) > 1:
             self.learner.requires_grad_(False)
             for parameter in seat.parameters:
@@ -102,14 +103,15 @@ class Run:
     # ---- phases
 
     def averages(self) -> list[nn.Module]:
-        """Return the players' moving averages and the model that is evaluated: the modules that phases change beside `learner.model`."""
+        """Return the players' moving averages and the model that is evaluated: the modules that phases change in addition to
+        `learner.model`."""
         return [*(seat.average.module for seat in self.seats if seat.average), self.learner.eval_model()]
 
     def enter(self, step: int, value_step: int | None = None) -> None:
         """Set the phase and the values of a step.
 
         Args:
-            value_step: the step of the values, if another.
+            value_step: the step of the values, if it differs.
         """
         number = self.plan.phase_at(step)
         if number != self._phase:
@@ -149,28 +151,28 @@ class Run:
         return position + first
 
     def stream(self) -> Iterator[Batch]:
-        """Return the iterator over the batches of the present phase, from the present step on."""
+        """Return the iterator over the batches of the current phase, from the current step on."""
         if self._batches is None:
             self._batches = self.batches()
         return self._batches
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps per epoch."""
+        """Number of optimizer steps per epoch."""
         return self.loader.steps // self.recipe.accumulate
 
     @property
     def images_per_step(self) -> int:
-        """Images per step, over accumulation and processes."""
+        """Number of images per step, over accumulation and processes."""
         return self.recipe.batch_size * self.recipe.accumulate * self.fabric.world_size
 
     @property
     def epoch(self) -> float:
-        """Passes over the training part so far."""
+        """Number of passes over the training part so far."""
         return round(self.state.step / self.steps_per_epoch, 4)
 
     def batches(self) -> Iterator[Batch]:
-        """Yield the batches from the present step on, epoch after epoch, without end."""
+        """Yield the batches from the current step on, epoch after epoch, without end."""
         count, per_epoch = self.recipe.accumulate, self.steps_per_epoch
         epoch, done = divmod(self.state.step, per_epoch)
         while True:
@@ -183,13 +185,13 @@ class Run:
 
     @property
     def evaluation_due(self) -> bool:
-        """True if the present step is to be evaluated and was not yet."""
+        """Return whether the current step is due for evaluation and was not evaluated yet."""
         state = self.state
         every = max(1, self.recipe.eval_every.steps(state.total_steps, self.steps_per_epoch))
         return state.evaluated != state.step and (state.step == state.total_steps or (state.step > 0 and state.step % every == 0))
 
     def evaluate(self) -> None:
-        """Evaluate the moving average, or the model where there is none, in the phase of the step before, and record the metrics."""
+        """Evaluate the moving average, or the model if there is none, in the phase of the previous step, and record the metrics."""
         state = self.state
         self.enter(max(0, state.step - 1), state.step)
         values = run_evaluation(
@@ -217,7 +219,7 @@ class Run:
     def draw(self) -> None:
         """Write the learner's drawings of the first held-out batch to `pictures/NAME-STEP.png`."""
         if type(self.learner).pictures is Learner.pictures and type(self.learner.task).sheets is Task.sheets:
-            return  # neither learner nor task draws
+            return  # neither learner nor task has drawings
         batch = next(self.val_loader.epoch(0))
         if not len(batch["index"]):
             return
@@ -267,11 +269,11 @@ class Run:
 
     @property
     def save_due(self) -> bool:
-        """True in the first process when a checkpoint is due."""
+        """Return whether a checkpoint is due; only in the first process."""
         return self.fabric.is_global_zero and time.monotonic() - self.last_saved > 60 * self.recipe.checkpoint_minutes
 
     def save(self) -> None:
-        """Write last.ckpt from the first process. Where that fails the old one stays, and training continues to the next interval."""
+        """Write last.ckpt from the first process. If that fails, the old one is kept, and training continues to the next interval."""
         self.last_saved = time.monotonic()
         tensors = self.tensors()
         if not self.fabric.is_global_zero:
@@ -311,42 +313,43 @@ class Run:
                 seat.optimizer.load_state_dict(tensors["optimizers"][seat.name])
 
     def stop_if_asked(self) -> None:
-        """Save and leave if a signal came; called between two batches of an evaluation."""
+        """Save and end after a signal; called between two batches of an evaluation."""
         if self.stop.requested:
             self.leave()
 
     def leave(self) -> None:
-        """Save, and end as an interrupt does.
+        """Save, and end like an interrupt.
 
         Raises:
             KeyboardInterrupt: always, unless
             TrainingStopped: the state could not be saved.
         """
         self.save()
-        self.fabric.barrier()  # the others wait, so that none that ends first takes the writer with it
+        self.fabric.barrier()  # the others wait, because the first process to end would end the writing one
         self.check_saved()
-        raise KeyboardInterrupt(f"interrupted at step {self.state.step} of {self.state.total_steps}; the same command goes on from there")
+        raise KeyboardInterrupt(f"interrupted at step {self.state.step} of {self.state.total_steps}; the same command resumes from there")
 
     def check_saved(self) -> None:
-        """
+        """Check the result of the last checkpoint.
+
         Raises:
-            TrainingStopped: the last checkpoint could not be written.
+            TrainingStopped: it could not be written.
         """
         if self.save_error:
             raise TrainingStopped(
                 f"the last checkpoint could not be written: {self.folder / LAST}: {self.save_error}; make room, then run again: "
-                "training continues from the checkpoint before"
+                "training continues from the previous checkpoint"
             )
 
     # ---- logs and progress
 
     def named(self, seat: Seat, name: str) -> str:
-        """Return the name under which a player's number is logged: after the player's name where there are several."""
+        """Return the name under which a player's number is logged, prefixed by the player's name if there are several."""
         return name if len(self.seats) == 1 else f"{seat.name}.{name}"
 
     @staticmethod
     def lr(seat: Seat, step: int) -> float:
-        """Return a player's learning rate at a step; 0 in a run that was finished before."""
+        """Return a player's learning rate at a step; 0 in a run that was already finished."""
         return seat.rates.at(max(0, step)) if seat.rates else 0.0
 
     def note(self, outcomes: list[Outcome]) -> None:

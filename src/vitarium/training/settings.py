@@ -1,4 +1,4 @@
-"""Reading settings that people write: YAML that cannot hurt, and errors that name the key, what is accepted and what is near."""
+"""Reading of settings from YAML without executable content, with errors that name the key, the accepted values and near names."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
-    """A group of settings: frozen, unknown keys and values that are not finite refused."""
+    """Base of settings: frozen, without unknown keys, infinities or NaN."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 def read_settings(path: str | Path) -> Any:
-    """The values of a YAML file.
+    """Return the values of a YAML file.
 
     Raises:
         UsageError: it cannot be read, is too large or is not plain YAML.
@@ -42,10 +42,10 @@ def read_settings(path: str | Path) -> Any:
 
 
 def check(model: type[Model], values: Any, source: str) -> Model:
-    """Values -> a checked settings object.
+    """Convert values to a checked settings object.
 
     Raises:
-        UsageError: up to five problems, each with the path to its key, what is accepted and near names.
+        UsageError: up to five problems, each with the path to its key, the accepted values and near names.
     """
     if not isinstance(values, dict):
         raise UsageError(f"{source} must be a table of settings ({', '.join(model.model_fields)}), got {_short(values)}")
@@ -73,7 +73,7 @@ def _problem(model: type[BaseModel], error: Any) -> str:
 
 
 def keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    """The keys that the section at a path takes; those of `model` itself for an empty path."""
+    """Return the keys that the section at a path accepts; for an empty path those of `model`."""
     parts = iter(path)
     for part in parts:
         field = model.model_fields.get(part)
@@ -88,7 +88,7 @@ def keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
 
 
 def _sections(annotation: Any) -> list[Any]:
-    """The settings classes inside an annotation such as `Ema | None`."""
+    """Return the settings classes inside an annotation such as `Ema | None`."""
     if isinstance(annotation, type) and (issubclass(annotation, BaseModel) or hasattr(annotation, "__dataclass_fields__")):
         return [annotation]
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated, dict, list, tuple):
@@ -102,7 +102,7 @@ def _short(value: Any) -> str:
 
 
 def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
-    """A copy of nested settings with `PATH=VALUE` assignments applied, such as "optimizer.lr=1e-4"; the value is read as YAML.
+    """Return a copy of nested settings with `PATH=VALUE` assignments applied, such as "optimizer.lr=1e-4"; values are read as YAML.
 
     Raises:
         UsageError: an assignment of another form.
@@ -121,7 +121,7 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
 
 
 def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A copy of nested settings in which `changes` replaces single keys; a section that was None becomes that of `changes`."""
+    """Return a copy of nested settings in which `changes` replaces single keys; a section that was None becomes that of `changes`."""
     result = dict(values)
     for key, value in changes.items():
         here = result.get(key)

@@ -28,8 +28,10 @@ def is_sharded(fabric: Fabric) -> bool:
 
 
 def check_shardable(learner: Learner, recipe: Recipe) -> None:
-    """
-    Check that the recipe and the learner work on sharded weights. / Raises: / UsageError: one of them needs whole weights at every step.
+    """Check that the recipe and the learner work on sharded weights.
+
+    Raises:
+        UsageError: one of them needs whole weights at every step.
     """
     if has_players(learner) or len(recipe.phases) > 1 or any(phase.until for phase in recipe.phases):
         raise UsageError("strategy=fsdp serves learners of one player, and recipes of one phase; use strategy=ddp")

@@ -1,4 +1,4 @@
-"""A request to stop (Ctrl-C, or SIGTERM from a scheduler) is noted and honoured between two steps."""
+"""Requests to stop (Ctrl-C, or SIGTERM from a scheduler), which are recorded and take effect between two steps."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 
 class StopSignals:
-    """While entered, the first SIGINT or SIGTERM sets `requested`; a second Ctrl-C interrupts at once."""
+    """Context in which the first SIGINT or SIGTERM sets `requested`; a second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
         self.requested = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
+        if threading.current_thread() is threading.main_thread():  # Python allows signal handlers only in the main thread
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._note)
         return self

@@ -1,7 +1,7 @@
 """Steppers: computation of the gradients of one player's step from its batches.
 
-The loop clips and applies the gradients that a stepper leaves in `.grad`; it knows nothing of the passes that made them. `Stepper` makes
-one pass, `SharpnessAware` (`optimizer.sam` of a recipe) two. A learner chooses another through `Learner.stepper`. A pass that only changes
+The loop clips and applies the gradients that a stepper leaves in `.grad`, independent of the number of passes. `Stepper` makes
+one pass, `SharpnessAware` (`optimizer.sam` of a recipe) two. A learner can return another from `Learner.stepper`. A pass that only changes
 the batch (a masked image, an attacked one) needs no stepper: see `Learner.first_pass`.
 """
 
@@ -20,7 +20,7 @@ class Passes(Protocol):
     """Interface of a turn to a stepper."""
 
     parameters: list[Tensor]
-    """The player's parameters that learn at this step."""
+    """The player's parameters that are trained at this step."""
 
     def buffers(self) -> Iterable[Tensor]:
         """All buffers of the learner."""
@@ -28,7 +28,7 @@ class Passes(Protocol):
     def accumulate(self) -> dict[str, Tensor]:
         """One forward and backward pass over the step's batches: add to `.grad`, return the mean losses (empty: no image could be read).
 
-        Every call sees the same batches and draws the same random numbers.
+        Every call uses the same batches and the same random numbers.
         """
 
     def zero_grad(self) -> None:
@@ -36,7 +36,7 @@ class Passes(Protocol):
 
 
 class Stepper:
-    """One pass at the present weights."""
+    """One pass at the current weights."""
 
     passes = 1
     """Number of passes over the batches of a step."""
@@ -51,10 +51,10 @@ class Stepper:
 
 
 class SharpnessAware(Stepper):
-    """Gradients of the weights moved uphill (SAM); losses and buffers are those of the first pass.
+    """Gradients at the perturbed weights (SAM); losses and buffers are those of the first pass.
 
     Args:
-        sam: length of the move.
+        sam: settings of the perturbation.
     """
 
     passes = 2

@@ -1,4 +1,4 @@
-"""A player within a run, and one turn of it: its losses, gradients, clipping and optimizer step."""
+"""State of a player in a run, and its turns: losses, gradients, clipping and optimizer step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Seat:
 
     Attributes:
         module: the learner as Fabric wrapped it for this player's gradients; calling it gives the losses.
-        parameters: the player's parameters that learn in the present phase.
+        parameters: the player's parameters that are trained in the current phase.
         guarded: (module, name) of the buffers that belong to other players.
     """
 
@@ -46,12 +46,12 @@ class Seat:
     guarded: list[tuple[nn.Module, str]] = field(default_factory=list)
 
     def due(self, step: int) -> bool:
-        """Return whether the player takes a turn at a step; a player that a phase froze completely takes none."""
+        """Return whether the player takes a turn at a step; a player whose parameters are all frozen takes none."""
         return self.player.due(step) and bool(self.parameters)
 
 
 class StepBatches:
-    """The batches of one step, read once, and kept if they are needed again.
+    """The batches of one step, read once, and kept if they are iterated again.
 
     Args:
         source: iterator over the batches of the run.
@@ -93,7 +93,7 @@ class Outcome:
 
 
 class Turn:
-    """One player's share of a step; implements `vitarium.training.steppers.Passes`."""
+    """One player's part of a step; implements `vitarium.training.steppers.Passes`."""
 
     def __init__(self, run: Run, seat: Seat, batches: StepBatches):
         self.run, self.seat, self.batches = run, seat, batches
@@ -112,7 +112,7 @@ class Turn:
         """Add the gradients of the step's batches to `.grad`; return their mean losses, or {} if no image could be read."""
         run, fabric = self.run, self.run.fabric
         count, seen = run.recipe.accumulate, 0
-        seed_step(run, self.seat.name)  # a second pass draws what the first one drew
+        seed_step(run, self.seat.name)  # a second pass draws the same numbers as the first
         run.learner.draws = Draws(run.recipe.seed, run.state.step, self.seat.name)
         means: dict[str, Tensor] = {}
         for number, batch in enumerate(self.batches):
@@ -141,7 +141,7 @@ class Turn:
 
 
 def seed_step(run: Run, player: str) -> None:
-    """Set all global generators from (seed, step, rank, player), so that nothing random of a step depends on the steps before it."""
+    """Set all global generators from (seed, step, rank, player), so that the random numbers of a step do not depend on earlier steps."""
     key: tuple[int, ...] = run.recipe.seed, run.state.step, run.fabric.global_rank
     if player != ONLY:
         key += (player_key(player),)
@@ -164,7 +164,7 @@ def restore_buffers(kept: Iterable[tuple[nn.Module, str, Tensor, Tensor]]) -> No
 
 
 def foreign_buffers(learner: nn.Module, player: Player, others: Iterable[Player]) -> list[tuple[nn.Module, str]]:
-    """Return (module, name) of the buffers that belong to other players alone."""
+    """Return (module, name) of the buffers that belong only to other players."""
     own = {id(buffer) for buffer in player.own_buffers()}
     theirs = {id(buffer) for other in others for buffer in other.own_buffers()} - own
     return [(module, name) for module in learner.modules() for name, buffer in module._buffers.items() if id(buffer) in theirs]

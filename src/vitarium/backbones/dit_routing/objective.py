@@ -27,13 +27,13 @@ class RoutingLearner(ClassificationLearner):
     """
 
     class Settings(ClassificationLearner.Settings):
-        """Those of classification, and
+        """Settings of classification, and of the budget term.
 
         Args:
-        weight: of the budget term.
-        hinge: penalise only a cost above the target.
-        warmup: share of the training in which the target falls from 1 to the model's `budget`.
-        temperatures: of the Gumbel-softmax at the start and at the end, with geometric interpolation.
+            weight: of the budget term.
+            hinge: penalise only a cost above the target.
+            warmup: share of the training in which the target falls from 1 to the model's `budget`.
+            temperatures: of the Gumbel-softmax at the start and at the end, with geometric interpolation.
         """
 
         weight: Annotated[float, Field(ge=0)] = 1.0

@@ -72,7 +72,7 @@ def draw(layout: Layout, rng: np.random.Generator, size: int) -> Drawing:
     instances = np.zeros((size, size), np.int32)
     free = np.ones((size, size), bool)
     seen: list[tuple[Thing, _Patch]] = []
-    for thing in layout.things:  # from the nearest: pixels that are still free belong to what is behind
+    for thing in layout.things:  # from the nearest: free pixels belong to objects behind
         patch = _place(thing, size)
         solid = patch.cover >= 0.5
         visible = int(np.count_nonzero(solid & free[patch.window]))
@@ -83,7 +83,7 @@ def draw(layout: Layout, rng: np.random.Generator, size: int) -> Drawing:
         _shade_ground(image, thing, layout, size)
     haze = SKY_COLOURS[layout.sky][1]
     for number, (thing, patch) in reversed(list(enumerate(seen, start=1))):
-        colour = _paint(thing, patch) * (0.5 + 0.5 * DAYLIGHT[layout.sky])  # colour names stay valid at night
+        colour = _paint(thing, patch) * (0.5 + 0.5 * DAYLIGHT[layout.sky])  # weak enough that colour names remain valid
         colour += (haze - colour) * _haze(thing.depth)
         part, cover = image[patch.window], patch.cover[..., None]
         part += (colour - part) * cover

@@ -297,9 +297,9 @@ class SparsePruneLearner(ClassificationLearner):
         """Settings of classification, and of pruning.
 
         Args:
-        penalty, weight, blocks: see `AttentionPenalty`; weight 0 switches it off.
-        amount, structure, scope: see `SparsePrune`; amount 0 prunes nothing.
-        begin, end: shares of the training between which pruning takes place.
+            penalty, weight, blocks: see `AttentionPenalty`; weight 0 switches it off.
+            amount, structure, scope: see `SparsePrune`; amount 0 prunes nothing.
+            begin, end: shares of the training between which pruning takes place.
         """
 
         penalty: Literal["log1p_sq", "l1", "entropy", "hoyer"] = "log1p_sq"

@@ -1,4 +1,4 @@
-"""Folding of a scale and a shift per channel from a layer norm into the linear layers that read it.
+"""Folding of a scale and a shift per channel from a layer norm into the linear layers that follow it.
 
     x = norm(z),  y = x W^T + c           becomes           x' = (x - b) / s,  y = x' (W s)^T + (c + W b)
 
@@ -22,7 +22,7 @@ from vitarium.nn.modes import eval_mode, frozen_parameters
 
 CARRIES = {"view", "reshape", "permute", "transpose", "movedim", "flatten", "unflatten", "contiguous", "clone", "roll", "__getitem__",
            "select", "chunk", "split", "unbind", "squeeze", "unsqueeze", "expand", "dropout", "to"}  # fmt: skip
-"""Functions of torch that do not mix channels and commute with a scale and a shift of each."""
+"""Torch functions that do not mix channels and commute with a scale and a shift per channel."""
 
 
 def sqb(low: Tensor, high: Tensor, weights: Tensor, *, alpha: float = 0.5, shift: bool = True) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,7 @@ def sqb(low: Tensor, high: Tensor, weights: Tensor, *, alpha: float = 0.5, shift
 
     Args:
         low, high: extremes of each channel, (N,).
-        weights: (M, N), stacked if several layers read the channels.
+        weights: (M, N), stacked if several layers take the channels.
         alpha: share of the difficulty that moves from the input into the weight, in [0, 1].
         shift: False gives SmoothQuant (b = 0).
 
@@ -43,7 +43,7 @@ def sqb(low: Tensor, high: Tensor, weights: Tensor, *, alpha: float = 0.5, shift
     reach = torch.maximum((low - b).abs(), (high - b).abs())
     column = weights.abs().amax(0)
     s = (reach**alpha / column.clamp(min=1e-12) ** (1 - alpha)).clamp(min=1e-5)
-    return b, torch.where((reach == 0) | (column == 0), torch.ones_like(s), s)  # a constant or unread channel needs no balancing
+    return b, torch.where((reach == 0) | (column == 0), torch.ones_like(s), s)  # a constant or unused channel needs no balancing
 
 
 @torch.no_grad()
@@ -91,7 +91,7 @@ class _Trace(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.norm_of: dict[int, str] = {}
-        self.alive: list[Tensor] = []  # keeps tensors alive, so that no id is used twice
+        self.alive: list[Tensor] = []  # keeps tensors alive, so that ids stay unique
         self.readers: dict[str, set[str]] = {}
         self.sources: dict[str, set[str | None]] = {}
         self.spoiled: set[str] = set()
@@ -110,7 +110,7 @@ class _Trace(TorchFunctionMode):
 
     @staticmethod
     def _carries(func: Any, args: Any, kwargs: Any, result: Any) -> bool:
-        """Return whether an operation keeps channels apart: no mean over the last axis, no zeros padded beside the tokens."""
+        """Return whether an operation keeps channels separate: no mean over the last axis, no zeros padded beside the tokens."""
         name = getattr(func, "__name__", "")
         if name == "pad":
             return result.shape == args[0].shape
@@ -127,7 +127,7 @@ class _Trace(TorchFunctionMode):
                 self.alive.append(leaf)
 
     def spoil(self, value: Any) -> None:
-        """Mark tensors that a non-linear consumer reads; they cannot be folded."""
+        """Mark tensors that a non-linear consumer uses; they cannot be folded."""
         self.spoiled |= {self.norm_of[id(leaf)] for leaf in tree_leaves(value) if id(leaf) in self.norm_of}
 
     def follow_norm(self, name: str, module: nn.Module) -> list[Any]:
@@ -161,6 +161,6 @@ class _Trace(TorchFunctionMode):
         return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
 
     def pairs(self) -> dict[str, tuple[str, ...]]:
-        """Return the foldable pairs: each reader of the norm reads nothing else, and the norm has no other consumers."""
+        """Return the foldable pairs: all consumers of the norm are linear layers, and each has no other input."""
         alone = {norm: readers for norm, readers in self.readers.items() if readers and norm not in self.spoiled}
         return {norm: tuple(sorted(readers)) for norm, readers in alone.items() if all(self.sources[r] == {norm} for r in readers)}

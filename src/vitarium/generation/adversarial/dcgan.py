@@ -66,11 +66,14 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class Generator(nn.Module):
-    """Generator: noise (B, Z) and classes (B,) -> images (B, C, H, W) in [-1, 1]. / Args: / num_classes: K.
-    image_size: H = W, pixels; halves to at most 7 without a remainder.
-    in_chans: C.
-    latent_dim: Z.
-    width: channels of the largest map; a map of half its side has twice as many.
+    """Generator: noise (B, Z) and classes (B,) -> images (B, C, H, W) in [-1, 1].
+
+    Args:
+        num_classes: K.
+        image_size: H = W, pixels; halves to at most 7 without a remainder.
+        in_chans: C.
+        latent_dim: Z.
+        width: channels of the largest map; a map of half its side has twice as many.
     """
 
     def __init__(self, *, num_classes: int, image_size: int, in_chans: int, latent_dim: int, width: int):

@@ -37,8 +37,10 @@ class RestorationLearner(Learner):
     """
 
     class Settings(Section):
-        """
-        Settings of restoration. / Args: / loss: mean absolute error, mean square error, or Charbonnier's sqrt(x^2 + 1e-6).
+        """Settings of restoration.
+
+        Args:
+            loss: mean absolute error, mean square error, or Charbonnier's sqrt(x^2 + 1e-6).
             start: "interpolation" initialises a model without weights as an interpolation of its input (see its `start_as_interpolation`);
                 the first steps of training then already improve on bicubic enlargement.
             tile, overlap: for large images in evaluation, pixels of the low-resolution image (see `tiling`).

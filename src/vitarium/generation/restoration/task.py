@@ -63,8 +63,10 @@ class Restore(Task):
         return nn.ModuleDict({name: LumaQuality(model.scale) for name in ("restored", "bicubic")})
 
     def update(self, metrics: Any, model: Any, batch: Batch) -> None:
-        """
-        Add a batch. / Raises: / DataError: the true images have another scale.
+        """Add a batch.
+
+        Raises:
+            DataError: the true images have another scale.
         """
         scale = model.scale
         for low, high in zip(batch["low"], batch["target"], strict=True):

@@ -1,12 +1,12 @@
 """VAR: autoregression over resolutions (Tian et al., "Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale
 Prediction", 2024).
 
-The idea: an image is encoded as K maps of codes of growing size (1 x 1 ... 16 x 16), each coding the residual of the coarser ones, and a
+An image is encoded as K maps of codes of growing size (1 x 1 ... 16 x 16), each coding the residual of the coarser ones, and a
 transformer predicts a whole map at once from the maps before it: 10 steps per image instead of 256.
 
     p(maps) = prod_k p(map_k | map_1 ... map_{k-1}, class)
 
-The transformer's input at scale k is not the codes but the image that they add up to, at that resolution.
+The transformer's input at scale k is not the codes but the image as their sum, at that resolution.
 
 Follows the authors' code (github FoundationVision/VAR), whose checkpoints load by name: the transformer's and the tokenizer's file are one
 model here, `create_model("var_d16", checkpoint="var_d16.pth + vae_ch160v4096z32.pth")`. Left out: attention without normalised queries

@@ -37,8 +37,10 @@ class VARTokenizerLearner(Learner):
     """Number of steps since each code was used, (V,)."""
 
     class Settings(Section):
-        """
-        Settings of the tokenizer's training. / Args: / quantizer: weight of the quantizer's loss.
+        """Settings of the tokenizer's training.
+
+        Args:
+            quantizer: weight of the quantizer's loss.
             perceptual: model with published weights whose features of both images are compared, such as "timm/vgg16.tv_in1k";
                 None: none.
             perceptual_weight: weight of the distance of features.
@@ -110,10 +112,11 @@ class VARLearner(Learner):
     model: Any
 
     class Settings(Section):
-        """
-        Settings of VAR's training. / Args: / tokenizer: file of a trained tokenizer (`vitarium train var_tokenizer`), which becomes part of
-        the trained model. None: that of
-                the checkpoint from which training starts.
+        """Settings of VAR's training.
+
+        Args:
+            tokenizer: file of a trained tokenizer (`vitarium train var_tokenizer`), which becomes part of the trained model.
+                None: that of the checkpoint from which training starts.
             label_drop: share of images trained on without their class, for guidance.
             judge: feature extractor of the Fréchet distance: "pixels" (8x8 grey levels), a model's name, or a file.
             samples: images generated for the distance at an evaluation, in each process; 0: none, and no distance.

@@ -1,4 +1,4 @@
-"""VAR's transformer: predicts all codes of the next scale at once, from the image that the earlier scales add up to.
+"""VAR's transformer: predicts all codes of the next scale at once, from the sum of the earlier scales.
 
     x  <- x + g1 Attn(LN(x) (1 + s1) + b1)        q and k of length 1, logits scaled by a learned exp(s) per head
     x  <- x + g2 MLP(LN(x) (1 + s2) + b2)         (g1, g2, s1, s2, b1, b2) from the class
@@ -68,7 +68,8 @@ class CosineAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Block modulated by (B, 1, 6, D): (B, n, D) -> the same shape. With `shared` the class layer is the model's, and a table is here."""
+    """Block modulated by (B, 1, 6, D): (B, n, D) -> the same shape. With `shared` the model has the class layer, and the block only a
+    table."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float, shared: bool):
         super().__init__()
@@ -186,7 +187,7 @@ class ScaleTransformer(nn.Module):
         return [block.modulation(given) for block in blocks]
 
     def run(self, x: Tensor, modulations: Sequence[Tensor], mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """Apply the blocks to tokens (B, n, D); with a cache they also attend to its tokens, and are appended to it."""
+        """Apply the blocks to tokens (B, n, D); with a cache the tokens also attend to cached ones, and are appended to it."""
         for i, block in enumerate(self.blocks):
             x = block(x, modulations[i], mask, cache, i)
         if cache is not None:
@@ -214,7 +215,7 @@ class Steps:
         self.modulations = transformer.modulations(self.condition)
         self.places = transformer.places()
         self.seen = self.condition.new_empty(len(labels), 0, self.condition.shape[1])
-        """Without a cache: the tokens of all scales so far, (B, n, D)."""
+        """Tokens of all scales so far if there is no cache, (B, n, D)."""
         self.cache = None
         if cached:
             heads, dim = transformer.num_heads, self.condition.shape[1]

@@ -16,16 +16,17 @@ from vitarium.ops.precision import without_autocast
 from vitarium.perception.kmax_deeplab.parts import ConvNorm, batch_norm, resize, truncated_normal
 
 Prediction = dict[str, Any]
-"""logits (B, L, K + 1), the last of them void; masks (B, L, h, w), logits over the queries; pixels (B, D, h, w) of length 1."""
+"""Layout of a prediction: logits (B, L, K + 1), the last of them void; masks (B, L, h, w), logits over the queries; pixels (B, D, h, w) of
+length 1."""
 
 VOID_PRIOR = 0.9
 """Initial share of queries with class void."""
 
 
 class ClassHead(nn.Module):
-    """Class logits with one for void: (B, dim, *) -> (B, num_classes + 1, *).
+    """Class logits with void as the last: (B, dim, *) -> (B, num_classes + 1, *).
 
-    Void has a layer of its own, which is kept when a checkpoint is fine-tuned on other classes.
+    Void has a separate layer, which is kept when a checkpoint is fine-tuned on other classes.
     """
 
     def __init__(self, dim: int, num_classes: int, axes: int):
@@ -41,7 +42,7 @@ class ClassHead(nn.Module):
         nn.init.zeros_(conv.bias)
 
     def reset(self, num_classes: int) -> None:
-        """Replace the layer for other classes; void stays."""
+        """Replace the layer for other classes; that of void is kept."""
         old = self.classes
         self.classes = type(old)(old.in_channels, num_classes, 1).to(old.weight)
         self._start(self.classes)

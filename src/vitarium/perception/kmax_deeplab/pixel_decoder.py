@@ -1,4 +1,5 @@
-"""Pixel decoder: from a backbone's maps to those that are clustered, by axial attention at coarse and bottlenecks at fine resolution."""
+"""Pixel decoder: computes the maps for clustering from a backbone's maps, by axial attention at coarse and bottlenecks at fine
+resolution."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from vitarium.perception.retrieval.embedding import embeddings_of
 
 KEY, FORMAT = "vitarium_index", 1
 SPARE = 32
-"""Extra candidates, so that equal cosines at the end of the list are ordered alike by every engine."""
+"""Number of extra candidates, so that every engine orders equal cosines at the end of the list in the same way."""
 
 
 @dataclass
@@ -39,9 +39,9 @@ class Index:
     """Images with their vectors.
 
     Args:
-        model: file or name of the model that made the vectors.
+        model: file or name of the model that computed the vectors.
         fingerprint: hash of its weights.
-        files: paths of the images, relative to where the index was made.
+        files: paths of the images, relative to the folder in which the index was made.
         stamps: (bytes, modification time in ns) of each file.
         embeddings: unit vectors (N, E), float32, on the CPU.
         broken: (path, reason) of files that could not be read.
@@ -58,7 +58,7 @@ class Index:
         return len(self.files)
 
     def save(self, path: str | Path) -> None:
-        """Write the file, completely or not at all."""
+        """Write the file atomically."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
@@ -71,7 +71,8 @@ class Index:
 
     @classmethod
     def load(cls, path: str | Path) -> Index:
-        """
+        """Read an index.
+
         Raises:
             CheckpointError: missing, damaged, not an index, or of a newer version.
         """
@@ -134,7 +135,7 @@ def _faiss(embeddings: Tensor, queries: Tensor, count: int) -> Tensor:
 
 
 def stamp_of(file: str) -> tuple[int, int]:
-    """Return bytes and modification time of a file, (0, 0) if it is gone."""
+    """Return bytes and modification time of a file, (0, 0) if it does not exist."""
     try:
         found = os.stat(file)
     except OSError:
@@ -157,11 +158,11 @@ def update(
     parts: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> tuple[int, int]:
-    """Update an index so that it holds `files` and no others, in their order; unchanged files are not read again.
+    """Update an index to hold exactly `files`, in their order; unchanged files are not read again.
 
     Args:
         index: of the same model; changed in place.
-        model: in eval mode; any that `embeddings_of` takes.
+        model: in eval mode; any model that `embeddings_of` supports.
         files: paths of images.
         batch_size: images at once.
         engine: where the images are embedded, see `vitarium.engine.map_images`.

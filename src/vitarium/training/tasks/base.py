@@ -1,4 +1,4 @@
-"""The contract of a task: what a model is asked to do, and everything that a command needs to know about the answer."""
+"""Base class of tasks: data, metrics, and predictions with their presentation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that a task measures.
+    """A metric of a task.
 
     Attributes:
         name: key in the task's metrics.
@@ -71,7 +71,7 @@ class TableData:
     Attributes:
         title: caption.
         columns: headers; ">" in front aligns to the right.
-        rows: cells as text, one list a row.
+        rows: cells as text, one list per row.
     """
 
     title: str
@@ -132,11 +132,11 @@ ReportSection = TableData | ConfusionData | GalleryData
 
 
 class Task(Section):
-    """A task: the question that a model answers about an image.
+    """Base class of tasks, such as classification or segmentation.
 
-    A task opens labelled data, matches a model's outputs with the data's labels, measures, answers about single images, and draws answers.
-    Commands call these methods and never depend on which task it is. The task is recorded in saved files; how the model was taught (the
-    learner) does not matter here.
+    A task opens labelled data, matches a model's outputs with the data's labels, computes metrics, and returns and draws answers
+    (predictions) for single images. Commands call these methods and do not depend on the kind of task. The task is recorded in saved files
+    and is independent of the learner.
 
     A subclass is registered by `@task(NAME)`. Its fields are its options: plain values that a saved file records.
     """
@@ -148,7 +148,7 @@ class Task(Section):
     """Kind of labels: the `task` of `open_data`."""
 
     default_data: ClassVar[str] = "digits"
-    """Data to evaluate on when the user names none."""
+    """Default data for evaluation."""
 
     usage: ClassVar[str] = "vitarium predict IMAGE --model {file}"
     """Command to show after training, with {file} for the saved model."""
@@ -157,24 +157,24 @@ class Task(Section):
     """Kind of answer that `vitarium predict` gives for an image, such as "labels" or "segments"; None: there is no answer for one image."""
 
     no_answer: ClassVar[str] = ""
-    """Why there is no answer for one image, and which command to use instead."""
+    """Reason why there is no answer for one image, and the command to use instead."""
 
     classifies: ClassVar[bool] = False
-    """True if the output is logits (B, num_classes) of which one class is right: what error rates and class explanations need."""
+    """True if the output is logits (B, num_classes) of exclusive classes, which error rates and class explanations need."""
 
     mergeable: ClassVar[bool] = True
-    """True if metrics that were updated on different images can be merged: what evaluation in several processes needs."""
+    """True if metrics of different images can be merged, which evaluation in several processes needs."""
 
     conditions: ClassVar[bool] = False
     """True if the model takes classes as input."""
 
     @property
     def primary(self) -> Metric:
-        """The metric that decides which evaluation is best."""
+        """The metric that selects the best evaluation."""
         return Metric("loss", "min")
 
     def record(self) -> dict[str, Any]:
-        """Return name and options as plain values, from which `parse_task` makes an equal task."""
+        """Return name and options as plain values, from which `parse_task` creates an equal task."""
         return {"name": self.name, **self.model_dump(mode="json")}
 
     # ---- data
@@ -184,7 +184,7 @@ class Task(Section):
 
         Args:
             source: name or path (see `open_data`); None: `default_data`.
-            seed, val_fraction: of the split, where the data has none.
+            seed, val_fraction: of the split, if the data has none.
             image_size: side of images that are rendered, pixels. Class-labelled data ignores it and keeps its own size.
 
         Raises:
@@ -199,7 +199,7 @@ class Task(Section):
         """Return the data with its targets in the model's numbering of the labels. The default changes nothing.
 
         Raises:
-            DataError: the data has labels that the model does not know.
+            DataError: the data has labels that the model does not have.
         """
         return data
 
@@ -219,7 +219,7 @@ class Task(Section):
     # ---- metrics
 
     def metrics(self, model: nn.Module) -> Any:
-        """Return a fresh torchmetrics collection (or a ModuleDict of metrics) for `update`; None: the task has no metrics."""
+        """Return a new torchmetrics collection (or a ModuleDict of metrics) for `update`; None: the task has no metrics."""
         return None
 
     def update(self, metrics: Any, model: nn.Module, batch: Batch) -> None:
@@ -228,15 +228,15 @@ class Task(Section):
         Args:
             metrics: from `metrics`.
             model: on the device of the batch.
-            batch: "image" (B, C, H, W), "target", "index" (B,), and more where `collate` adds it.
+            batch: "image" (B, C, H, W), "target", "index" (B,), and further entries of `collate`.
         """
 
     def summary(self, metrics: Any, model: nn.Module) -> dict[str, Any]:
-        """Return the metrics' values as plain numbers, and lists or tables for what is more than a number."""
+        """Return the metrics' values as plain numbers, lists or tables."""
         return {} if metrics is None else {name: value.tolist() for name, value in metrics.compute().items()}
 
     def report(self, values: dict[str, Any], data: ImageData) -> dict[str, Any]:
-        """Return the values of an evaluation arranged for a report, for example with one row a class."""
+        """Return the values of an evaluation arranged for a report, for example with one row per class."""
         return values
 
     def texts(self, values: dict[str, Any]) -> dict[str, str]:
@@ -276,13 +276,13 @@ class Task(Section):
         return [TableData(f"{table['title']}, {model}", table["columns"], table["rows"]) for table in extras.get("tables", [])]
 
     def baseline(self, data: ImageData) -> dict[str, float]:
-        """Return the scores of the best constant answer on the held-out part; {} where there is none."""
+        """Return the scores of the best constant prediction on the held-out part; {} if there is none."""
         return {}
 
     # ---- answers
 
     def answers(self, model: nn.Module, batch: Batch, *, limit: int = 5) -> list[dict[str, Any]]:
-        """Return one answer an image as plain values; entries whose names begin with "_" are for `draw` only.
+        """Return one answer per image as plain values; entries whose names begin with "_" are for `draw` only.
 
         Args:
             model: in eval mode, on the device of the batch; gradients are off.
@@ -295,7 +295,7 @@ class Task(Section):
         raise UsageError(self.refusal())
 
     def refusal(self) -> str:
-        """Return the message of a command that needs an answer for one image where there is none."""
+        """Return the error message of a command that needs an answer for one image, for tasks without one."""
         return f"a model trained to {self.name} has no answer for a single image; {self.no_answer or 'vitarium evaluate measures it'}"
 
     def cells(self, answer: dict[str, Any]) -> dict[str, str]:
@@ -311,7 +311,7 @@ class Task(Section):
         return {name: v if isinstance(v, str | int | float | bool) else json.dumps(v) for name, v in plain.items()}
 
     def draw(self, image: Image.Image, answer: dict[str, Any]) -> Image.Image | None:
-        """Draw an answer over its image. None: there is nothing to draw."""
+        """Draw an answer over its image; return None if there is nothing to draw."""
         return None
 
     def sheets(self, model: nn.Module, batch: Batch) -> dict[str, Image.Image]:
@@ -323,16 +323,16 @@ def match_classes(model: Any, data: ImageData, renumber: Callable[[list[int]], C
     """Match the data's class names with the model's labels.
 
     Args:
-        model: with `labels` (or None where the names are unknown) and `num_classes`.
+        model: with `labels` (or None if the names are unknown) and `num_classes`.
         data: with `classes`.
-        renumber: makes, of the model's number of each of the data's classes, the function that maps one target.
-        listed: whether the targets are in `data.train.targets`; else those are placeholders, and targets are mapped as they are read.
+        renumber: returns the function that maps one target, given the model's number of each of the data's classes.
+        listed: whether the targets are in `data.train.targets`; else these are placeholders, and targets are mapped on access.
 
     Returns:
-        the data with the model's labels as `classes`; the same object where nothing has to change.
+        the data with the model's labels as `classes`; the same object if nothing has to change.
 
     Raises:
-        DataError: a class that the model does not know, or another number of classes where the model has no names.
+        DataError: a class that the model does not have, or another number of classes if the model has no names.
     """
     labels, classes = getattr(model, "labels", None), list(data.classes)
     if labels is None:
@@ -354,7 +354,7 @@ def numbers_of(classes: list[str], labels: list[str]) -> list[int]:
     """Return the model's number of each class of the data.
 
     Raises:
-        DataError: a class that the model does not know.
+        DataError: a class that the model does not have.
     """
     if unknown := [name for name in classes if name not in labels]:
         known = ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")

@@ -1,4 +1,4 @@
-"""Encoding: an image becomes a feature vector."""
+"""Encoding: the prediction for an image is a feature vector."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vitarium.training.tasks.registry import task
 
 @task("encode")
 class Encode(Task):
-    """Return pooled features (C,) of an image: what probes, indices and teachers use. There is nothing to measure without labels."""
+    """Compute pooled features (C,) of an image, for probes, indices and teachers. There are no metrics without labels."""
 
     data_kind = "image"
     usage = "vitarium index FOLDER --model {file} --output images.index"

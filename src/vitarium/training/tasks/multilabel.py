@@ -1,4 +1,4 @@
-"""Multi-label classification: an independent yes or no for each label."""
+"""Multi-label classification: an independent binary decision for each label."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Multilabel(Task):
         return Metric("auroc", "max", title="AUROC")
 
     def match(self, model: Any, data: ImageData) -> ImageData:
-        """Reorder the data's labels by their names. Labels of the model that the data lacks become unknown.
+        """Reorder the data's labels by their names. Labels that the data lacks become unknown.
 
         Raises:
-            DataError: a label that the model does not know.
+            DataError: a label that the model does not have.
         """
 
         def renumber(numbers: list[int]) -> Callable[[Any], Any]:
@@ -53,7 +53,7 @@ class Multilabel(Task):
         return match_classes(model, data, renumber)
 
     def metrics(self, model: Any) -> Any:
-        """See `summary`."""
+        """Return the metrics of `summary`."""
         from torchmetrics import MeanMetric, MetricCollection
         from torchmetrics.classification import MultilabelAUROC, MultilabelAveragePrecision, MultilabelStatScores
 
@@ -66,7 +66,7 @@ class Multilabel(Task):
         )
 
     def update(self, metrics: Any, model: nn.Module, batch: Batch) -> None:
-        """Targets: (B, num_classes).
+        """Add a batch. Targets: (B, num_classes).
 
         Raises:
             DataError: the data has another number of labels than the model.
@@ -74,7 +74,7 @@ class Multilabel(Task):
         logits, target = model(batch["image"]).float(), batch["target"]
         if logits.shape != target.shape:
             known = ", ".join(class_names(model, logits.shape[1])[:8])
-            raise DataError(f"the data has {target.shape[-1]} labels an image, the model has {logits.shape[1]}: {known}")
+            raise DataError(f"the data has {target.shape[-1]} labels per image, the model has {logits.shape[1]}: {known}")
         known_or_not = target.nan_to_num(nan=-1).long()
         metrics["ranked"].update(logits.sigmoid(), known_or_not)
         metrics["counts"].update(logits.sigmoid(), known_or_not)
@@ -82,7 +82,7 @@ class Multilabel(Task):
 
     def summary(self, metrics: Any, model: Any) -> dict[str, Any]:
         """Return auroc and mean_average_precision (0 to 1; means over labels with positive and negative held-out images), loss,
-        auroc_NAME for each such label, and `findings`: a row a label."""
+        auroc_NAME for each such label, and `findings`, one row per label."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchmetrics warns of labels without positives; they are left out here
             counts, values = metrics["counts"].compute().reshape(-1, 5).tolist(), metrics["ranked"].compute()
@@ -97,7 +97,7 @@ class Multilabel(Task):
         return {**means, **{f"auroc_{row['name']}": row["auroc"] for row in judged}, "findings": rows}
 
     def texts(self, values: dict[str, Any]) -> dict[str, str]:
-        """The means alone: the numbers of each label are in the table."""
+        """Return the means only; the values of each label are in the table."""
         single = {f"auroc_{row['name']}" for row in values.get("findings", [])}
         return super().texts({name: value for name, value in values.items() if name not in single})
 
@@ -107,7 +107,7 @@ class Multilabel(Task):
         return [TableData("Labels", ["label", ">yes", ">no", ">AUROC", ">average precision"], rows)]
 
     def baseline(self, data: ImageData) -> dict[str, float]:
-        """Area under the ROC curve of a constant answer."""
+        """Return the area under the ROC curve of a constant prediction."""
         return {"auroc": 0.5}
 
     def answers(self, model: Any, batch: Batch, *, limit: int = 5) -> list[dict[str, Any]]:
@@ -118,7 +118,7 @@ class Multilabel(Task):
 
 
 def binary_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean binary cross entropy of logits (B, n) against targets (B, n) of 1 and 0; NaN targets are left out."""
+    """Return the mean binary cross entropy of logits (B, n) against targets (B, n) of 1 and 0; NaN targets are left out."""
     known = target.isfinite()
     losses = F.binary_cross_entropy_with_logits(logits, target.nan_to_num().to(logits.dtype), reduction="none")
     return torch.where(known, losses, 0).sum() / known.sum().clamp(min=1)

@@ -1,4 +1,4 @@
-"""Pretraining: the model learns features, and has no answer for one image."""
+"""Pretraining of features; there is no prediction for a single image."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vitarium.training.tasks.registry import task
 
 @task("pretrain")
 class Pretrain(Task):
-    """Learn features without labels. The loss is the only metric; a probe measures the features."""
+    """Learn features without labels. The loss is the only metric; features are evaluated by a probe."""
 
     data_kind = "image"
     usage = "vitarium probe {file} --data DATA"
