@@ -58,7 +58,7 @@ VERBS = (
     "search",
     "train",
 )
-"""Functions of `vitarium.verbs`, one a command."""
+"""Functions of `vitarium.verbs`, one per command."""
 
 _FRONT_DOOR = {
     "create_model": "vitarium.catalog.create",

@@ -1,4 +1,4 @@
-"""`python -m vitarium`: the command line, where the `vitarium` script is not on the path."""
+"""`python -m vitarium`: the command line without the `vitarium` script."""
 
 from vitarium.cli import main
 

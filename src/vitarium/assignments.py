@@ -51,7 +51,7 @@ def split_options(text: str) -> list[str]:
 
 
 def parse_call(text: str) -> tuple[str, dict[str, Any]]:
-    """Parse a name with options, as commands take methods and explainers: "pitome" or "evit:keep=0.7,blocks=[3,6,9]".
+    """Parse a name with options, the form of methods and explainers in commands: "pitome" or "evit:keep=0.7,blocks=[3,6,9]".
 
     Returns:
         name, and the options by name, values parsed as YAML.

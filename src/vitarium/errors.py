@@ -1,4 +1,4 @@
-"""Every error that a user can cause: what was wrong, what is accepted, what to do. One class per kind, each with its exit code.
+"""Errors that a user can cause, one class per kind with its exit code. Messages state the fault, the accepted values and a remedy.
 
 | exit code | kind |
 |---|---|
@@ -18,7 +18,7 @@ from types import ModuleType
 
 
 class VitariumError(Exception):
-    """Base of all; the command line prints the message without a traceback and leaves with `exit_code`."""
+    """Base of all errors; the command line prints the message without a traceback and exits with `exit_code`."""
 
     exit_code = 1
 
@@ -30,21 +30,21 @@ class UsageError(VitariumError, ValueError):
 
 
 class InputError(VitariumError, ValueError):
-    """A tensor that a model cannot take: wrong rank, channels, dtype, layout or size."""
+    """A tensor that a model does not accept: wrong rank, channels, dtype, layout or size."""
 
     exit_code = 2
 
 
 class UnsupportedModel(UsageError, TypeError):
-    """A model that a method cannot look into: it is of a kind, or has a part, that `anatomy` does not know; the message says which."""
+    """A model that `anatomy` does not support because of its class or one of its parts, which the message names."""
 
 
 class AttachError(UsageError):
-    """A method found no place in a model, or could not prove that it leaves the model unchanged when switched off; nothing was changed."""
+    """A method found no module to change, or its neutral form changed the model's outputs; the model is unchanged."""
 
 
 class MissingExtra(VitariumError, ImportError):
-    """An optional package is not installed; the message holds the line that installs it."""
+    """An optional package is not installed; the message has the command that installs it."""
 
     exit_code = 2
 
@@ -62,13 +62,13 @@ class CheckpointError(VitariumError, ValueError):
 
 
 class TrainingStopped(VitariumError, RuntimeError):
-    """Training ended for cause: losses that are not finite, a full disk at the last save."""
+    """Training stopped because of an error, such as losses that are not finite or a full disk at the last save."""
 
     exit_code = 5
 
 
 def nearest(name: str, names: Iterable[str], *, count: int = 3) -> str:
-    """'; did you mean a, b?' for a misspelt name, or '' when nothing is near. For the end of an error message."""
+    """Return '; did you mean a, b?' for a misspelt name, or '' if no name is similar, as the end of an error message."""
     names = list(names)
     near = difflib.get_close_matches(name, names, n=count, cutoff=0.5) or [n for n in names if name and name.lower() in n.lower()][:count]
     return f"; did you mean {', '.join(near)}?" if near else ""

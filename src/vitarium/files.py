@@ -1,4 +1,4 @@
-"""File writing without loss: whole or not at all, readable by others, one run per folder."""
+"""Atomic writing of files with normal permissions, and locks of run folders."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from vitarium.errors import UsageError
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; on success it replaces `path`, on any error it is removed and `path` stays unchanged.
+    """Yield a temporary path in the same folder; on success it replaces `path`, on any error it is removed and `path` is unchanged.
 
-    A missing folder is created. The file gets the permissions that the umask allows (some writers choose 0600, which locks out
-    colleagues on a cluster).
+    A missing folder is created. The file gets the permissions of the umask (some writers choose 0600, which other users of a cluster cannot
+    read).
 
     Raises:
         UsageError: `path` exists and is not a regular file (replacing a device or a folder by rename would destroy it).
@@ -69,16 +69,16 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """Hex digest of a file's content."""
+    """Return the hex digest of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def lock_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold a folder for one run; a second run that asks for it is refused with the holder's process and host.
+    """Lock a folder for one run; a second run gets an error with the process and host of the first.
 
-    The lock is the operating system's (filelock), so that a killed run leaves none behind; the file beside it names the holder.
+    The lock is the operating system's (filelock), so that it is released when a run is killed; a file beside it names the holder.
 
     Raises:
         UsageError: another process holds the folder.

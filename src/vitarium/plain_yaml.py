@@ -21,7 +21,7 @@ def parse_yaml(text: str, source: str) -> Any:
         source: its name in error messages.
 
     Raises:
-        UsageError: too long, not YAML, anchors (they can blow up to any size), a key given twice, or nested too deeply.
+        UsageError: too long, not YAML, with anchors (which can expand to any size) or duplicate keys, or nested too deeply.
     """
     if len(text) > MAX_BYTES:
         raise UsageError(f"{source} has {len(text):,} characters; settings have at most {MAX_BYTES:,}")
@@ -34,7 +34,7 @@ def parse_yaml(text: str, source: str) -> Any:
         raise UsageError(f"{source} is not plain YAML{where}: {problem}") from error
     except RecursionError as error:
         raise UsageError(f"{source} is not plain YAML: nested too deeply") from error
-    except ValueError as error:  # a date that does not exist, and the like
+    except ValueError as error:  # such as a date that does not exist
         raise UsageError(f"{source} is not plain YAML: {error}") from error
 
 
@@ -59,6 +59,6 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_PlainLoader.add_implicit_resolver(  # YAML 1.1 takes 1e-4 for text: it asks for a point, 1.0e-4
+_PlainLoader.add_implicit_resolver(  # YAML 1.1 reads 1e-4 as text: a float needs a point, 1.0e-4
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )

@@ -52,7 +52,7 @@ def test_a_folder_and_an_array_for_evaluators(model, tmp_path):
         (["-o", "x.bmp"], "must end in .png"),
         (["--set", "smapler=heun"], "has no option 'smapler'"),
         (["--set", "sampler=ddpm"], "sampler of a flow must be euler"),
-        (["--set", "steps=3"], "option of its own"),
+        (["--set", "steps=3"], "is a separate option"),
         (["--set", "heun"], "KEY=VALUE"),
     ],
 )

@@ -222,7 +222,7 @@ def test_claim(measured: None, tmp_path: Path):
         ),
         (lambda f: vitarium.generate(f / "classifier.safetensors"), UsageError, "generates no images"),
         (lambda f: vitarium.generate(f / "generator.safetensors", count=0), UsageError, "count must be at least 1"),
-        (lambda f: vitarium.generate(f / "generator.safetensors", options={"seed": 3}), UsageError, "option of its own"),
+        (lambda f: vitarium.generate(f / "generator.safetensors", options={"seed": 3}), UsageError, "is a separate option"),
         (lambda f: vitarium.generate(f / "generator.safetensors", engine="rya"), UsageError, "did you mean ray"),
         (lambda f: vitarium.restore(f / "images", f / "classifier.safetensors", f / "o"), UsageError, "does not restore images"),
         (lambda f: vitarium.index(f / "images", f / "classifier.safetensors", f / "o", address="auto"), UsageError, "engine='ray'"),

@@ -98,7 +98,7 @@ def _coded(way: Way, images: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _trained(way: Way, seed: int) -> Any:
-    """Train a transformer for each order with the same budget: AdamW, half a cosine, 64 images a step, a tenth of them without class."""
+    """Train a transformer for each order with the same budget: AdamW, half a cosine, 64 images per step, a tenth of them without class."""
     from vitarium.generation.var.transformer import ScaleTransformer
 
     torch.manual_seed(seed)

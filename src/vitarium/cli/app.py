@@ -38,7 +38,7 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt as interrupt:  # the message of a training says at which step it stopped and how to continue
+        except KeyboardInterrupt as interrupt:  # the message of a training has the step at which it stopped and the command to continue
             err().print(f"[yellow]{str(interrupt) or 'interrupted'}[/]", soft_wrap=True)
             raise typer.Exit(130) from None
         except Exception as error:

@@ -46,7 +46,7 @@ def bench(
         Kind.INFERENCE,
         Kind.TRAINING,
     ],
-    batch: Annotated[list[int], typer.Option(min=1, help="Images a call; training takes the largest. Repeatable.")] = [1, 8],  # noqa: B006
+    batch: Annotated[list[int], typer.Option(min=1, help="Images per call; training takes the largest. Repeatable.")] = [1, 8],  # noqa: B006
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Side of the image, pixels.", show_default="what each model was made for")
     ] = None,
@@ -56,7 +56,7 @@ def bench(
     threads: Annotated[int, typer.Option(min=1, help="Of PyTorch on a CPU; more than there are free cores slow everything down.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Time models beside their peers: equal weights, outputs proven equal first, turns interleaved, no verdict inside the noise."""
+    """Time models beside their peers: equal weights, outputs checked to be equal, turns interleaved, no verdict within the noise."""
     from vitarium.verbs.bench import bench as run
 
     with quiet(), Growing(live=not as_json) as growing:
@@ -78,7 +78,7 @@ def bench(
 
 
 class Growing:
-    """A table on the terminal that grows as rows are measured; elsewhere it is printed at the end.
+    """A table that grows on the terminal as rows are measured; otherwise it is printed at the end.
 
     Args:
         live: show it.
@@ -115,7 +115,7 @@ class Growing:
             self.live.refresh()
 
     def finish(self, row: Row) -> None:
-        """Print the table where it was not live, and how to read it."""
+        """Print the table if it was not live, and its legend."""
         if self.live is None:
             self.console.print(self.table)
         time = "processor time" if row.device == "cpu" else "time"

@@ -1,4 +1,4 @@
-"""`vitarium claim`: does a paper's main claim hold in a small honest experiment?"""
+"""`vitarium claim`: test a paper's main claim in a small experiment."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def claim(
     out_folder: Annotated[Path | None, typer.Option("--out", help="Folder of the ledger.", show_default="the package's own")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Run the experiments of systems' main claims and write the outcomes into the ledger, whichever way they come out."""
+    """Run the experiments of systems' main claims and write the outcomes into the ledger, confirmed or refuted."""
     from vitarium.verbs.claim import claim as run
 
     found = run(slugs, every=every, engine=engine, address=address, jobs=jobs, out=out_folder, notify=say)
@@ -67,7 +67,7 @@ def styled(verdict: str) -> str:
 
 
 def summary(found: Claims) -> None:
-    """Print the ledger, or the claims that were run, a line a claim; and the claims that are in no ledger yet."""
+    """Print the ledger, or the claims that were run, a line per claim; and the claims that are not in the ledger yet."""
     rows = table("system", "verdict", "~claim", ">time", "date")
     entries: list[Entry] = found.entries
     for e in entries:

@@ -28,7 +28,7 @@ def compress(
     val_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share held out of data that has no val/ part.")] = 0.2,
     seed: Annotated[int, typer.Option(min=0, help="Of the split.")] = 0,
     batch_size: BatchSize = 64,
-    batch: Annotated[int, typer.Option(min=1, help="Images a call when time is measured.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Images per call when time is measured.")] = 1,
     compiled: Annotated[bool, typer.Option("--compile", help="Time both under torch.compile too (takes a minute or two).")] = False,
     device: Device = "cpu",
     report: Annotated[Path | None, typer.Option(help="JSON file for the table.", show_default="none")] = None,

@@ -19,7 +19,7 @@ OWN = ("config", "print_config", "help")
 
 
 def configurable(command: Command) -> Command:
-    """Give a command `--config FILE` (options from YAML; the command line wins) and `--print-config` (print them and stop)."""
+    """Add `--config FILE` (options from YAML; the command line has priority) and `--print-config` (print them and stop) to a command."""
 
     @functools.wraps(command)
     def wrapper(ctx: typer.Context, config: Path | None, print_config: bool, **options: Any) -> Any:
@@ -50,7 +50,7 @@ def configurable(command: Command) -> Command:
 
 
 def _read(ctx: typer.Context, path: Path | None) -> Path | None:
-    """Read --config: the file's values become the command's defaults, so that each is typed and checked like any option."""
+    """Read --config: the file's values become the command's defaults, so that they are converted and checked like options."""
     if path is not None:
         from vitarium.training.settings import read_settings
 

@@ -20,7 +20,7 @@ from vitarium.numbers import short as short
 if TYPE_CHECKING:
     from vitarium.training.tasks import TableData
 
-PIPED_WIDTH = 160  # columns; a pipe has no width, and tables cut at 80 would lose text
+PIPED_WIDTH = 160  # columns; a pipe has no width, and tables of 80 columns would lose text
 
 
 def _console(*, stderr: bool) -> Console:
@@ -73,7 +73,7 @@ def note(text: str) -> None:
 
 @contextlib.contextmanager
 def status() -> Iterator[Callable[[str], None]]:
-    """Show the latest message of a verb while it runs; messages that end with a line break (reports of methods) are printed and stay."""
+    """Show the latest message of a verb while it runs; messages that end with a line break (reports of methods) are printed permanently."""
     console = err()
     with console.status("") as shown:
 

@@ -41,7 +41,7 @@ def evaluate(
     jobs: Jobs = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Measure a trained model on labelled images by the metrics of its task, such as accuracy, panoptic quality or PSNR."""
+    """Evaluate a trained model on labelled images by the metrics of its task, such as accuracy, panoptic quality or PSNR."""
     from vitarium.verbs.evaluate import evaluate as run
 
     with status() as notify:

@@ -1,4 +1,4 @@
-"""`vitarium explain`: where in an image a classifier sees the evidence for a class."""
+"""`vitarium explain`: maps of the evidence in an image for a class."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def explain(
     device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Draw where in images a classifier sees the evidence for its prediction, or for a class of yours.
+    """Draw where in images a classifier sees the evidence for its prediction, or for a given class.
 
     Methods: t_tame (for a model of 'vitarium train t_tame'), grad_cam, rollout, gradient_input, rise, integrated_gradients, occlusion,
-    smooth_grad, gradient_shap, token_tree (draws which patches depend on each other), and random as a baseline. An image that cannot be
-    read is named and counted, and the others go on.
+    smooth_grad, gradient_shap, token_tree (draws which patches depend on each other), and random as a baseline. Unreadable images are
+    listed and skipped.
     """
     from vitarium.verbs.explain import REPORT
     from vitarium.verbs.explain import explain as run

@@ -34,7 +34,7 @@ def export(
         float, typer.Option(min=0.0, help="Largest error accepted: root mean square of the difference over that of the model's outputs.")
     ] = 1e-3,
 ) -> None:
-    """Write a model's graph, run it beside the model, and keep it only if the outputs agree."""
+    """Write a model's graph, compare its outputs with the model's, and keep it only if they agree."""
     from vitarium.verbs.export import export as run
 
     with status() as notify:

@@ -25,10 +25,10 @@ def index(
     jobs: Jobs = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Make an index of images, to be searched with `vitarium search`. Any image model will do; one of 'train vpt_proxies' is best.
+    """Make an index of images, to be searched with `vitarium search`. Any image model works; one from 'train vpt_proxies' is best.
 
-    Called again, it reads only what is new or changed, and drops what is gone; interrupted, it continues. An image that cannot be read is
-    named and skipped (exit code 3 if none can be read).
+    A second call reads only new and changed images and drops deleted ones; an interrupted call resumes. Unreadable images are listed and
+    skipped (exit code 3 if none can be read).
     """
     from vitarium.verbs.index import index as run
 

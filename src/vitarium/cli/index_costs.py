@@ -1,4 +1,4 @@
-"""Description and costs of a model for the index: counted on the meta device, which does no arithmetic, at a few image sizes."""
+"""Description and costs of a model for the index, counted on the meta device at a few image sizes."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from vitarium.efficiency.profiler import count_params, peak_memory, weight_bytes
 from vitarium.errors import VitariumError
 
 SIZES = (32, 64, 128, 256, 384)
-"""Image sizes at which every model is measured, beside its own, pixels."""
+"""Image sizes in pixels at which every model is measured, in addition to its own."""
 SMALL_SIZES = (16, 32, 48, 64, 96, 128, 224)
 """The same for models made for images of up to `SMALL` pixels."""
 SMALL = 64
 LAW_ERROR = 0.005
 """Largest relative error of a law at the sizes that do not determine it."""
 REAL_MACS = 5e8
-"""Models below this many MACs run for real to measure their memory, because a kernel may be chosen by the device."""
+"""Models with fewer MACs run on real tensors for the measurement of memory, because kernels may depend on the device."""
 FAILURES = (VitariumError, ValueError, TypeError, RuntimeError, AssertionError)
-"""Errors by which models, ours and those that they are built around, refuse an input size or a kind of input."""
+"""Errors that models raise for an unsupported input size or type."""
 
 
 def variant_sizes(image_size: int) -> tuple[int, ...]:
@@ -37,17 +37,17 @@ def variant_sizes(image_size: int) -> tuple[int, ...]:
 
 
 COUNTED = ("macs", "peak_memory", "sizes", "law")
-"""Values of a row that a forward pass is needed for."""
+"""Values of a row that need a forward pass."""
 
 
 def described(name: str, sizes: Iterable[int], *, rebuild: bool, known: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return what a model is and costs.
+    """Return the description and the costs of a model.
 
     Args:
         name: of the model.
         sizes: further image sizes, pixels.
         rebuild: whether the model is built for its image size, so that another size needs another model.
-        known: an earlier row, whose counted costs are kept if the model has as many parameters and bytes as then; None: count.
+        known: an earlier row, whose counted costs are kept if the numbers of parameters and bytes are unchanged; None: count.
     """
     model = on_meta(name)
     preprocessing = preprocessing_of(model)
@@ -100,8 +100,8 @@ def at_size(name: str, model: Any, size: int, rebuild: bool, own: dict[str, Any]
 def fitted(measured: dict[int, Any]) -> Law | None:
     """Return the law that measured MACs obey, or None.
 
-    Three sizes determine it; the others must agree to `LAW_ERROR`. It is claimed for multiples of 16 where sizes that are no multiples of
-    32 agree too, and of 64 where a multiple of 32 was refused. The smallest sizes are left out where windows or kernels are cut to them.
+    Three sizes determine it; the others must agree to `LAW_ERROR`. It holds for multiples of 16 if sizes that are no multiples of 32 agree
+    too, and of 64 if a multiple of 32 is not supported. The smallest sizes are left out if windows or kernels are limited by them.
 
     Args:
         measured: image size -> (MACs or None, parameters, bytes), or `REFUSED`.
@@ -140,7 +140,7 @@ def on_meta(name: str, **options: Any) -> Any:
 
 
 def measured(name: str, model: Any, size: int) -> tuple[int | None, int | None]:
-    """Return MACs and peak memory at a model's own size; (None, None) where it cannot be run on such an input."""
+    """Return MACs and peak memory at a model's own size; (None, None) if it does not run on such an input."""
     macs = macs_at(model, size)
     if macs is None:
         return None, None
@@ -162,8 +162,8 @@ def macs_at(model: Any, size: int) -> int | None:
 
 
 class _Counter(TorchDispatchMode):
-    """Counts FLOPs on the meta device. The result of an operation on tensors of the same layout is remembered: computing it takes most of
-    the time, and the blocks of a network repeat."""
+    """Count FLOPs on the meta device. The result of an operation is cached by the layouts of its arguments: computing it takes most of the
+    time, and the blocks of a network repeat."""
 
     _known: dict[Any, tuple[Any, int]] = {}  # noqa: RUF012 - shared by all counters of the process
 
@@ -189,13 +189,13 @@ class _Counter(TorchDispatchMode):
 
 @functools.cache
 def _is_fresh(function: Any) -> bool:
-    """Return whether an operation returns new tensors: no views of its arguments, and nothing is changed in place."""
+    """Return whether an operation returns only new tensors, without views of its arguments or changes in place."""
     schema = function._schema
     return not schema.is_mutable and bool(schema.returns) and all(returned.alias_info is None for returned in schema.returns)
 
 
 def _layout(value: Any) -> Any:
-    """Return a value as something hashable: a tensor by shape, strides, dtype and device."""
+    """Return a hashable form of a value: a tensor by shape, strides, dtype and device."""
     if isinstance(value, Tensor):
         return Tensor, value.shape, value.stride(), value.dtype, value.device
     if isinstance(value, dict):
@@ -210,7 +210,7 @@ def _all_meta(value: Any) -> bool:
 
 
 def _remade(made: Any) -> Any:
-    """Return fresh meta tensors of remembered layouts."""
+    """Return new meta tensors of cached layouts."""
     if made[0] is Tensor:
         return torch.empty_strided(made[1], made[2], dtype=made[3], device=made[4])
     return tuple(_remade(m) for m in made[1])
@@ -224,7 +224,7 @@ def stages_of(model: Any) -> list[dict[str, Any]]:
 
 
 def plain(value: Any) -> Any:
-    """Return a value that JSON can hold; a class by its name."""
+    """Return a value as JSON; a class by its name."""
     if isinstance(value, type):
         return value.__name__
     if isinstance(value, dict):

@@ -1,8 +1,8 @@
 """Write the index (`catalog/index.json`) from the code: `python -m vitarium.cli.indexing [SLUG ...]`, or `make index`.
 
 Every module is imported, so that everything registers itself; every model is built without weights and run once at a few image sizes on the
-meta device, which does no arithmetic. With slugs, only their entries are written again. `--quick` keeps the counted costs of models with
-unchanged arguments and numbers of parameters. `--check` writes nothing and fails on differences.
+meta device. With slugs, only their entries are written again. `--quick` keeps the counted costs of models with unchanged arguments and
+numbers of parameters. `--check` writes nothing and fails on differences.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def path() -> Path:
 
 
 def stored() -> dict[str, Any]:
-    """Return the contents of index.json as plain values; empty where there is no such file.
+    """Return the contents of index.json as plain values; empty if there is no such file.
 
     Raises:
         UsageError: the file is no JSON (as after a merge with conflicts).
@@ -121,7 +121,7 @@ def _lines(value: Any, indent: str, key: str, parent: str = "") -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-# ---- which modules register something
+# ---- modules that register something
 
 
 def rows_of(index: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def rows_of(index: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(slugs: Iterable[str] = (), jobs: int = 1, known: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return fresh entries (of some slugs, or all), and foreign models where all are asked for.
+    """Build entries (of some slugs, or all), and foreign models if all are built.
 
     Args:
         slugs: keys of entries; none: all.
@@ -167,7 +167,7 @@ def _timed_entry(slug: str, module: str, known: dict[str, Any]) -> dict[str, Any
 
 
 def modules_by_entry() -> dict[str, str]:
-    """Import everything and return what gets an entry: slug of each written system, and name of each other module that registers
+    """Import everything and return the modules with an entry: slug of each implemented system, or name of each other module that registers
     something -> module."""
     for room in ROOMS:
         package = importlib.import_module(f"vitarium.{room}")
@@ -214,7 +214,7 @@ def _within(module: str, home: str) -> bool:
 
 
 def entry_of_module(slug: str, module: str, known: dict[str, Any]) -> dict[str, Any]:
-    """Return the entry of one system or module: what it registers, and what its models cost (see `build` for `known`)."""
+    """Return the entry of one system or module: its registered names, and the costs of its models (see `build` for `known`)."""
     entry = registered_by(slug, module)
     families = [f for f in _registry("vitarium.catalog.registry", "_FAMILIES").values() if _within(f.cls.__module__, module)]
     entry["families"] = {f.name: family_row(f, {v: variant_row(f, v, known) for v in f.variants}) for f in families}
@@ -265,11 +265,11 @@ def family_row(family: Any, variants: dict[str, Any]) -> dict[str, Any]:
 
 
 EVERYWHERE = {"in_chans": "channels of the image.", "num_classes": "classes of the head; 0 for none."}
-"""Help for arguments that every family has and no docstring repeats."""
+"""Help for arguments that every family has and docstrings omit."""
 
 
 def variant_row(family: Any, variant: str, known: dict[str, Any]) -> dict[str, Any]:
-    """Return a variant's values: what it is, and what it costs at its own and at other sizes."""
+    """Return a variant's values: its description, and its costs at its own and at other sizes."""
     name = f"{family.name}_{variant}"
     takes_size = "image_size" in inspect.signature(family.cls).parameters
     values = {k: plain(v) for k, v in family.arguments(variant).items()}
@@ -290,7 +290,7 @@ def foreign_models(known: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# ---- what a class says of itself
+# ---- docstrings
 
 
 def first_paragraph(doc: str | None) -> str:

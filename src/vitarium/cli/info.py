@@ -44,7 +44,7 @@ def info(
 
 
 def describe(name: str, image_size: int | None = None, *, measure: bool = False) -> dict[str, Any]:
-    """Return everything that `info` prints, as plain values.
+    """Return the values that `info` prints.
 
     Args:
         name: of a model of the library, or of another's ("timm/NAME", "hf/OWNER/NAME").
@@ -125,7 +125,7 @@ def _described_by_building(name: str, image_size: int | None) -> dict[str, Any]:
 
 
 def _system(family: IndexedFamily, entry: Entry) -> dict[str, str]:
-    """Return the family's system; of a base that several systems use, its module."""
+    """Return the family's system; for a base that several systems use, its module."""
     if entry.slug == entry.module:
         return {"slug": family.slug, "title": entry.summary, "room": entry.module.split(".")[1], "authors_code": "none"}
     system = find_system(entry.slug)

@@ -9,7 +9,7 @@ from vitarium.cli.console import out, pairs, short, table
 
 
 def describe_file(path: str) -> dict[str, Any]:
-    """Return the contents of a file: the record of a saved model; of other files, the first tensors and the models that they fit.
+    """Return the contents of a file: the record of a saved model; for other files, the first tensors and the models that they fit.
 
     Raises:
         CheckpointError: missing, damaged or unsafe.

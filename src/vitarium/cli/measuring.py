@@ -1,4 +1,4 @@
-"""Measure what the index does not hold: build a model without weights and count."""
+"""Measurement of costs that the index does not hold, on a model without weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def measure_cost(name: str, image_size: int | None = None, *, memory: bool = Fal
         return cost
     try:
         macs = count_macs(model, size)
-    except (InputError, TypeError):  # it takes no such image (another size, clips), or more than an image (a time step, a class)
+    except (InputError, TypeError):  # unsupported size, a model of clips, or one with further inputs (a time step, a class)
         return cost
     peak = peak_memory(model, example_inputs(model, 1, size)) if memory else None
     return Cost(size, cost.params, cost.bytes, macs, peak)

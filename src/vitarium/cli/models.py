@@ -113,5 +113,5 @@ def _print(rows: list[tuple[dict[str, Any], Cost]], searched: int, macs: bool) -
 
 
 def shown(cost: Cost, quantity: str) -> str:
-    """Return a quantity of a cost as text: three digits, "-" where it does not exist, "?" where the index does not hold it."""
+    """Return a quantity of a cost as text: three digits, "-" if it does not exist, "?" if the index does not hold it."""
     return "?" if quantity in cost.unknown else short(getattr(cost, quantity))

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def describe_model(name: str, **options: Any) -> nn.Module:
-    """A model without weights, on the meta device: for its shapes and its cost."""
+    """Create a model on the meta device, for its shapes and its cost."""
     import torch
 
     import vitarium
@@ -22,7 +22,7 @@ def describe_model(name: str, **options: Any) -> nn.Module:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Other libraries' warnings are not a user's business."""
+    """Suppress warnings of other libraries."""
     import warnings
 
     with warnings.catch_warnings():

@@ -27,7 +27,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Images at once.")]
 Checkpoint = Annotated[
     str | None, typer.Option(help="Weights for a model's name: file, hf:OWNER/NAME, or address.", show_default="the published ones")
 ]
-Devices = Annotated[int, typer.Option(min=1, help="Processes on this machine, one a device, data-parallel.", rich_help_panel=MACHINE)]
+Devices = Annotated[int, typer.Option(min=1, help="Processes on this machine, one per device, data-parallel.", rich_help_panel=MACHINE)]
 NumNodes = Annotated[int, typer.Option(min=1, help="Machines (started by torchrun or SLURM).", rich_help_panel=MACHINE)]
 Strategy = Annotated[str, typer.Option(help="How processes share the work: auto, ddp or fsdp.", rich_help_panel=MACHINE)]
 Accelerator = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.", rich_help_panel=MACHINE)]

@@ -1,4 +1,4 @@
-"""`vitarium predict`: the answers of a model about images."""
+"""`vitarium predict`: predictions of a model for images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def predict(
     jobs: Jobs = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Answer about images: labels, segments, ... One that cannot be read is named and counted (exit code 3 if none can be read)."""
+    """Predict for images: labels, segments, ... Unreadable ones are listed and counted (exit code 3 if none can be read)."""
     from vitarium.verbs.predict import answer_table
     from vitarium.verbs.predict import predict as run
 

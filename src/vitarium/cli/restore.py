@@ -23,7 +23,7 @@ def restore(
     device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Restore images of any size, tile by tile. One that cannot be read is named and skipped (exit code 3 if none can be read)."""
+    """Restore images of any size, tile by tile. Unreadable ones are listed and skipped (exit code 3 if none can be read)."""
     from vitarium.verbs.restore import restore as run
 
     with status() as notify:

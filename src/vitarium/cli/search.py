@@ -31,7 +31,7 @@ def search(
 ) -> None:
     """Find the images of an index that are most similar to given ones, by the cosine of their vectors (1: equal).
 
-    An image that cannot be read is named and skipped (exit code 3 if none can be read).
+    Unreadable images are listed and skipped (exit code 3 if none can be read).
     """
     from vitarium.verbs.search import search as run
 

@@ -42,7 +42,7 @@ def systems(
     if as_json:
         return print_json([s.to_dict() for s in found])
     rows = table("system", "room", "status", "~evidence", "title")
-    rows.expand, rows.columns[-1].ratio, rows.columns[-1].overflow = True, 1, "ellipsis"  # a long title gives way
+    rows.expand, rows.columns[-1].ratio, rows.columns[-1].overflow = True, 1, "ellipsis"  # a long title is shortened
     for s in sorted(found, key=lambda s: (s.room, list(Word).index(Word(s.status)), s.slug)):
         rows.add_row(s.slug, s.room, f"[{STYLES[Word(s.status)]}]{s.status}[/]", summary(s.evidence), s.title)
     console = out()
@@ -54,7 +54,7 @@ def systems(
 
 
 def summary(evidence: Evidence) -> str:
-    """Return the evidence in a few words; "" for none."""
+    """Return a short text of the evidence; "" for none."""
     parts = [counted(len(evidence.models), "model"), counted(len(evidence.methods), "method")]
     parts.append(counted(len(evidence.objectives), "objective"))
     if evidence.goldens_wired:

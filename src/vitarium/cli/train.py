@@ -55,7 +55,7 @@ def train(
 ) -> None:
     """Train a model by a recipe and save it as one file with its labels, preprocessing, task and learner.
 
-    Interrupted or killed, the same command goes on where it was.
+    After an interruption the same command resumes the run.
     """
     from vitarium.cli.board import Board
     from vitarium.verbs.train import train as run
@@ -97,13 +97,13 @@ def train(
 
 
 def event_of(progress: Progress, model: str, task: Task) -> Event:
-    """Return what the board shows of a run."""
+    """Return the board's row for a run."""
     from vitarium.reports.events import Event
 
     p, metric = progress, task.primary
     pace = p.seconds / p.step if p.step else None
     score = f"{metric.name.replace('_', ' ')} {p.metrics[metric.name]:.4g}" if metric.name in p.metrics else ""
-    means = {name: p.metrics[key] for name in p.losses if (key := f"train_{name}.loss") in p.metrics}  # of several players
+    means = {name: p.metrics[key] for name in p.losses if (key := f"train_{name}.loss") in p.metrics}  # for several players
     score = ", ".join(filter(None, [score, *(f"{name} {loss:.3f}" for name, loss in means.items())]))
     return Event(
         "step",

@@ -1,7 +1,7 @@
-"""Many independent runs, or many images, on this machine or on a Ray cluster.
+"""Execution of many independent runs, or processing of many images, on this machine or on a Ray cluster.
 
-`run_all` works on runs (a model of a comparison, a claim), `map_images` on parts of a long list of images. Both know nothing of models:
-they call picklable functions, write atomically, skip what is finished whichever engine did it, and give the same results on every engine.
+`run_all` works on runs (a model of a comparison, a claim), `map_images` on parts of a long list of images. Both are independent of models:
+they call picklable functions, write atomically, skip work that any engine has finished, and return the same results on every engine.
 
 One training over several devices or machines is left to Lightning Fabric (`training.fit`).
 """

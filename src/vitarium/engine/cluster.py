@@ -1,4 +1,4 @@
-"""Runs as Ray tasks: the connection to a cluster, and the backend of `run_all`."""
+"""Execution of runs as Ray tasks: the connection to a cluster, and the backend of `run_all`."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ LOCALHOST = "127.0.0.1"
 
 
 class RayConnection:
-    """A connection to a Ray cluster; Ray is started on this machine where no address is given and none is connected yet.
+    """A connection to a Ray cluster; Ray is started on this machine if there is no address and no connection yet.
 
-    Started here, Ray listens on 127.0.0.1 alone, without dashboard and usage statistics, and ends with `close`.
+    A local Ray listens only on 127.0.0.1, without dashboard and usage statistics, and ends with `close`.
 
     Args:
         engine: of kind "ray".
 
     Raises:
         MissingExtra: Ray is not installed.
-        UsageError: no cluster at the address, or no machine that has what one run needs.
+        UsageError: no cluster at the address, or no machine with the resources of one run.
     """
 
     def __init__(self, engine: Engine):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else it complains on stderr about Ray Data's own actors
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; else it warns
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # otherwise it warns on stderr about Ray Data's own actors
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default; otherwise it warns
         self.ray: Any = require("ray", "cluster")
         self.owner = not self.ray.is_initialized()
         if self.owner:
@@ -68,7 +68,7 @@ class RayConnection:
             ) from error
 
     def _check_resources(self) -> None:
-        """Warn, or refuse on a single machine, where no machine could ever take a run."""
+        """Warn, or raise on a single machine, if no machine has enough resources for a run."""
         nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
         if any(node.get("CPU", 0) >= self.cpus and node.get("GPU", 0) >= self.gpus for node in nodes):
             return
@@ -79,23 +79,24 @@ class RayConnection:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Resources of one task or actor."""
+        """Return the resources of one task or actor."""
         return {"num_cpus": self.cpus, "num_gpus": self.gpus}
 
     @property
     def threads(self) -> int:
-        """PyTorch's threads in one task or actor."""
+        """Return the number of PyTorch's threads in one task or actor."""
         return max(1, int(self.cpus))
 
     def close(self) -> None:
-        """Leave the cluster, and end it where it was started here."""
+        """Disconnect from the cluster, and end it if it was started here."""
         if self.owner and self.ray.is_initialized():
             self.ray.shutdown()
 
 
 @contextlib.contextmanager
 def on_localhost() -> Iterator[None]:
-    """Let Ray keep 127.0.0.1 while it starts or connects. It would replace that by this machine's outer address, and listen on all."""
+    """Make Ray use 127.0.0.1 while it starts or connects; otherwise it uses this machine's external address and listens on all
+    interfaces."""
     constants: Any = require("ray._private.ray_constants", "cluster")
     before, variable = constants.ENABLE_RAY_CLUSTER, constants.ENABLE_RAY_CLUSTERS_ENV_VAR
     inherited = os.environ.get(variable)
@@ -111,7 +112,7 @@ def on_localhost() -> Iterator[None]:
 
 
 def runtime_env() -> dict[str, Any]:
-    """Return Ray's description of the workers: this package importable from where it lies here, and quiet libraries."""
+    """Return Ray's runtime environment of the workers: this package importable from its path here, and quiet libraries."""
     source = str(Path(__file__).resolve().parents[2])
     paths = [source, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     variables = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "RAY_USAGE_STATS_ENABLED": "0"}
@@ -119,7 +120,7 @@ def runtime_env() -> dict[str, Any]:
 
 
 class Mailbox:
-    """Ray actor on the caller's machine that collects what runs report."""
+    """Ray actor on the caller's machine that collects the reports of runs."""
 
     def __init__(self) -> None:
         self.values: list[tuple[int, int, str, Any]] = []
@@ -133,7 +134,7 @@ class Mailbox:
 
 
 class RayTasks:
-    """Each run as a Ray task with its CPUs and GPUs; as many at a time as the cluster takes, or `engine.jobs`."""
+    """Execution of each run as a Ray task with its CPUs and GPUs; as many at a time as the cluster allows, or `engine.jobs`."""
 
     def __init__(self, engine: Engine):
         self.connection = RayConnection(engine)
@@ -158,7 +159,7 @@ class RayTasks:
 
     def start(self, position: int, job: Job) -> None:
         attempt = self.attempts[position] = self.attempts.get(position, 0) + 1
-        job = replace(job, folder=job.folder.absolute())  # a machine without this working folder must not write elsewhere
+        job = replace(job, folder=job.folder.absolute())  # on a machine without this working folder relative paths would be wrong
         reference = self.task.options(name=job.name).remote(job, position, attempt, self.mailbox, os.getcwd(), self.connection.threads)
         self.references[reference] = position, attempt
 
@@ -178,7 +179,7 @@ class RayTasks:
             yield Message(kind, position, value, text)
 
     def _reports(self) -> list[tuple[int, int, str, Any]]:
-        """Return the reports since the last call; nothing where the mailbox does not answer, since the results do not depend on it."""
+        """Return the reports since the last call; none if the mailbox does not respond, because the results do not depend on it."""
         try:
             return self.ray.get(self.mailbox.take.remote())
         except self.ray.exceptions.RayError:
@@ -198,7 +199,7 @@ class RayTasks:
 
 
 def lost(error: Exception) -> TrainingStopped:
-    """Return the error of a run whose process or machine is gone, with Ray's reason in one line."""
+    """Return the error of a run that lost its process or machine, with Ray's reason in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return TrainingStopped(f"its process or machine was lost ({type(error).__name__}: {' '.join(lines)[:300]})")
 
@@ -210,7 +211,7 @@ def _task(job: Job, position: int, attempt: int, mailbox: Any, folder: str, thre
     prepare(threads, folder)
 
     def report(value: Any, kind: str = "progress") -> None:
-        with contextlib.suppress(ray.exceptions.RayError):  # a run outlives the mailbox
+        with contextlib.suppress(ray.exceptions.RayError):  # the run continues without the mailbox
             ray.get(mailbox.put.remote(position, attempt, kind, value))
 
     report(None, "started")

@@ -1,8 +1,7 @@
-"""Many images: a long list cut into parts, each worked on by a process that holds the model.
+"""Processing of many images: a long list is divided into parts, each computed by a process that holds the model.
 
-A part is a run of consecutive items. Its value is the same wherever it is computed, so that the engine, the number of processes and a
-machine lost on the way change nothing. With a folder, each part is a file there, written whole or not at all, and a later call continues
-with the rest.
+A part is a run of consecutive items. Its value does not depend on where it is computed, so that the engine, the number of processes and the
+loss of a machine do not change results. With a folder, each part is a file in it, written atomically, and a later call computes the rest.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ log = logging.getLogger("vitarium")
 
 IDENTITY = "parts.json"
 ATTEMPTS = 2
-"""Attempts at a part that fails, or whose process or machine is lost."""
+"""Number of attempts at a part that fails or loses its process or machine."""
 PART_BATCHES = 8
-"""Batches in a part, where the caller does not say otherwise: large enough to hide the cost of a part, small enough to lose little."""
+"""Default number of batches in a part: large enough to hide the overhead of a part, small enough to lose little."""
 
 Part = Callable[..., Any]
 
@@ -51,23 +50,23 @@ def map_images(
     """Return function(items[i : i + part_size], *shared) for each part, in order.
 
     Args:
-        function: a function of a module. Its value holds tensors, numbers, strings, and lists, tuples and dictionaries of them.
+        function: a function of a module. Its result may consist of tensors, numbers, strings, and lists, tuples and dictionaries of them.
         items: paths, indices, labels; small picklable values.
-        shared: what every part needs (models, image sets): sent to each process once. Modules are moved to the device that the
-            process was given (under Ray, a GPU where it has one); locally they stay where they are.
-        part_size: items a part. A multiple of the batch size that `function` uses, so that batches are the same however the list is cut.
+        shared: objects that every part needs (models, image sets), sent to each process once. Under Ray modules are moved to the device of
+            the process (a GPU if it has one); locally they are not moved.
+        part_size: items per part. A multiple of the batch size that `function` uses, so that batches do not depend on the division.
         engine: "local", one process, this one; "ray", a pool of Ray Data's actors; or an `Engine` with all settings.
         parts: folder for the parts, removed when all are done; on a cluster it must be on a disk that all machines share. None: values
             stay in memory, and an interrupted call begins again.
-        identity: JSON value of everything besides items and part_size that decides the values, such as a model's fingerprint and
+        identity: JSON value of everything besides items and part_size that determines the results, such as a model's fingerprint and
             options. A folder of parts of another identity is emptied, and so is one of another list.
-        keep: values of `finished_parts` that belong to another list and are still wanted: they stay in the folder until all is done.
-        progress: called with the number of items that are done and of all.
+        keep: values of `finished_parts` of another list that are still needed; they stay in the folder until all parts are done.
+        progress: called with the number of finished items and of all items.
 
     Raises:
         MissingExtra: the engine is "ray" and Ray is not installed.
-        UsageError: another process works in the folder, the cluster does not see it, or several jobs without Ray.
-        Exception: of a part that failed twice; of user errors the first time.
+        UsageError: another process uses the folder, the cluster cannot access it, or several jobs without Ray.
+        Exception: the error of a part that failed twice, or a user error at once.
     """
     if part_size < 1:
         raise UsageError(f"part_size must be at least 1, got {part_size}")
@@ -115,7 +114,7 @@ class _Parts:
         return self.folder is not None and file_of(self.folder, number).exists()
 
     def take(self, number: int, payload: bytes | None) -> None:
-        """Keep a part's value; None stands for one that was written to the folder."""
+        """Store a part's value; None stands for one that was written to the folder."""
         if payload is not None:
             self.values[number] = unpack(payload)
         elif not self.has(number):
@@ -131,7 +130,7 @@ class _Parts:
 
 
 def finished_parts(folder: str | os.PathLike[str], identity: Any) -> list[Any]:
-    """Return the values of all parts that an interrupted `map_images` left in a folder, of whatever list, if they are of this identity."""
+    """Return the values of all parts of this identity that an interrupted `map_images` left in a folder, for any list."""
     path = Path(folder)
     found = _read_json(path / IDENTITY)
     if not isinstance(found, dict) or found.get("identity") != json.loads(json.dumps(identity)):
@@ -140,7 +139,7 @@ def finished_parts(folder: str | os.PathLike[str], identity: Any) -> list[Any]:
 
 
 def _replace_parts(folder: Path, keep: Sequence[Any]) -> None:
-    """Delete the parts of another list, once what is kept of them is written."""
+    """Delete the parts of another list after the values to keep were written."""
     old = {*folder.glob("part-*.pt"), *folder.glob("kept-*.pt")}
     for value in keep:
         payload = pack(value)
@@ -181,7 +180,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _compute(function: Part, items: Any, shared: Sequence[Any], number: int, folder: Path | None) -> bytes | None:
-    """Compute a part; return its value as bytes, or None where it was written to the folder."""
+    """Compute a part; return its value as bytes, or None if it was written to the folder."""
     payload = pack(function(items, *shared))
     if folder is None:
         return payload
@@ -219,7 +218,7 @@ class _Actor:
             payload, failure = b"", b""
             try:
                 payload = _compute(self.function, _unpickle(packed), self.shared, int(number), self.folder) or b""
-            except Exception as error:  # an exception here would end the whole pipeline
+            except Exception as error:  # an exception would end the whole pipeline
                 failure = _pickle(portable(error))
             numbers.append(int(number))
             payloads.append(payload)
@@ -232,7 +231,7 @@ def _pickle(value: Any) -> bytes:
 
 
 def _unpickle(value: bytes) -> Any:
-    return pickle.loads(value)  # made by this process or its actors, never read from a file
+    return pickle.loads(value)  # created by this process or its actors, never read from a file
 
 
 def _on_ray(
@@ -267,7 +266,7 @@ def _on_ray(
 
 
 def raise_lasting(failures: dict[int, tuple[Exception, str]], *, last: bool) -> None:
-    """Raise the error of a part that a second try would not mend, or that had its second try."""
+    """Raise the error of a part if a second attempt would not help or has failed."""
     from vitarium.engine.runs import worth_a_retry
 
     for number, (error, text) in sorted(failures.items()):
@@ -280,7 +279,7 @@ def raise_lasting(failures: dict[int, tuple[Exception, str]], *, last: bool) -> 
 def _pipeline(
     connection: Any, function: Part, work: dict[int, Any], shared: Any, engine: Engine, folder: Path | None
 ) -> Iterator[tuple[int, bytes, bytes]]:
-    """Yield number, payload and pickled error of each part, as Ray Data delivers them."""
+    """Yield number, payload and pickled error of each part in the order in which Ray Data returns them."""
     import ray.data
 
     rows = [{"number": number, "items": _pickle(items)} for number, items in work.items()]
@@ -299,7 +298,7 @@ def _pipeline(
 
 @contextlib.contextmanager
 def _quiet_ray_data() -> Iterator[None]:
-    """Switch off Ray Data's own progress bars and messages for a while."""
+    """Switch off Ray Data's progress bars and messages within the context."""
     import ray.data
 
     context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
@@ -322,7 +321,7 @@ def _room(connection: Any) -> int:
 
 @contextlib.contextmanager
 def _on_cpu(shared: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """Yield the shared objects with their modules on the CPU, so that any machine can take them; move them back afterwards."""
+    """Yield the shared objects with their modules on the CPU, so that any machine can load them; move them back afterwards."""
     from torch import nn
 
     places = [(m, p.device) for m in shared if isinstance(m, nn.Module) and (p := next(m.parameters(), None)) is not None]

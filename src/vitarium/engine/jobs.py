@@ -1,4 +1,4 @@
-"""Jobs, the messages about them, and what starts them: shared by the runner and its backends."""
+"""Jobs, messages about them, and the interface of backends: shared by the runner and its backends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RESULT = "result.json"
 """File of a finished run's result, in its folder."""
 
 Report = Callable[[Any], None]
-"""Sends a picklable value to the process that called `run_all`."""
+"""Function that sends a picklable value to the process that called `run_all`."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,11 @@ class Job:
 
     Args:
         name: unique among the jobs; names the run in events and errors.
-        function: a function of a module, called as function(folder, report, **settings). It returns the result as JSON values, or None
-            in a helper process of data-parallel training, which has nothing to write.
-        folder: of this run alone; on a cluster it must be on a disk that all machines share.
-        settings: picklable keyword arguments: everything that decides the result.
-        files: names of files in the folder without which a result does not count as finished.
+        function: a function of a module, called as function(folder, report, **settings). It returns the result as JSON values, or None in a
+            further process of data-parallel training, which writes nothing.
+        folder: of this run only; on a cluster it must be on a disk that all machines share.
+        settings: picklable keyword arguments that determine the result.
+        files: names of files in the folder that a finished result must have.
     """
 
     name: str
@@ -45,16 +45,16 @@ class Message:
 
 
 class Backend(Protocol):
-    """Starts runs somewhere."""
+    """Interface of backends, which start runs."""
 
     def has_room(self, running: int) -> bool:
         """Return whether another run may start."""
 
     def start(self, position: int, job: Job) -> None:
-        """Start a run, or queue it; a message "started" follows when it has really begun."""
+        """Start a run, or queue it; a message "started" follows when it begins."""
 
     def messages(self) -> Iterator[Message]:
-        """Wait a moment, and yield what came."""
+        """Wait briefly, and yield new messages."""
 
     def close(self, *, cancel: bool) -> None:
-        """Release everything; `cancel` interrupts runs that are still under way, so that they save and leave."""
+        """Release all resources; `cancel` interrupts unfinished runs, so that they save and end."""

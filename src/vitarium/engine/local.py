@@ -1,4 +1,4 @@
-"""Runs on this machine: in the calling process, or several at a time in processes of their own."""
+"""Execution on this machine: in the calling process, or several runs at a time in separate processes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from vitarium.errors import TrainingStopped
 
 POLL_SECONDS = 0.2
 STOPPING_SECONDS = 30.0
-"""Time for processes that are asked to stop to save their state."""
+"""Seconds in which stopped processes can save their state."""
 
 
 class InProcess:
-    """One run after the other in the calling process.
+    """Execution of one run after the other in the calling process.
 
     Args:
-        handle: called with each message at once, since nobody polls while a run is under way.
+        handle: called with each message at once, because there is no polling during a run.
     """
 
     def __init__(self, handle: Callable[[Message], None]):
@@ -49,7 +49,7 @@ class InProcess:
 
 
 class Processes:
-    """Each run in a process of its own, `engine.jobs` at a time.
+    """Execution of each run in its own process, `engine.jobs` at a time.
 
     Args:
         engine: of kind "local".
@@ -114,7 +114,7 @@ def _why(code: int | None) -> str:
 
 
 def _child(connection: Connection, job: Job, threads: int, device: int | None) -> None:
-    """Main function of a run's process. `device` is the number of its GPU, where this machine has several."""
+    """Main function of a run's process. `device` is the number of its GPU, if this machine has several."""
     prepare(threads)
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(device)
@@ -122,7 +122,7 @@ def _child(connection: Connection, job: Job, threads: int, device: int | None) -
     def report(value: Any) -> None:
         connection.send(("progress", value, ""))
 
-    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):  # asked to stop, or nobody listens any more; the run has saved
+    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):  # stopped, or the parent has ended; the run has saved its state
         try:
             wait_until_free(job.folder)
             value = execute(job, report)

@@ -1,7 +1,7 @@
-"""Many runs: skip the finished ones, start the others, retry a failure once, report what happens.
+"""Execution of many runs: skip the finished ones, start the others, retry a failure once, report events.
 
-A run is a picklable function of plain settings that writes into one folder of its own. The engine writes `result.json` there last, so that
-a folder either has the whole result or none; from what the function leaves before that (checkpoints) it resumes.
+A run is a picklable function of plain settings that writes into its own folder. The engine writes `result.json` there last, so that a
+folder has either the whole result or none; the function resumes from its own checkpoints.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from vitarium.engine.settings import Engine, as_engine
 from vitarium.errors import TrainingStopped, UsageError, VitariumError
 
 RETRIES = 1
-"""Further attempts at a run that failed, or whose process or machine was lost."""
+"""Number of further attempts at a run that failed or lost its process or machine."""
 
 Kind = Literal["kept", "started", "progress", "retried", "finished", "failed"]
 
 
 @dataclass(frozen=True)
 class RunEvent:
-    """One moment of one run.
+    """An event of one run.
 
     Args:
-        kind: kept: finished by an earlier call; started: now, or resumed; progress: the function reported `value`; retried: the run
-            failed or was lost and starts again; finished: `value` is its result; failed: given up, the others continue.
+        kind: "kept": finished by an earlier call; "started": started or resumed; "progress": the function reported `value`; "retried": the
+            run failed or was lost and starts again; "finished": `value` is its result; "failed": no further attempt, the others continue.
         job: the run.
         position: its place among the jobs, from 0.
         value: see `kind`.
-        error: why it failed, of "retried" and "failed".
-        traceback: where, as text.
+        error: reason of "retried" and "failed".
+        traceback: its traceback, as text.
     """
 
     kind: Kind
@@ -46,7 +46,7 @@ class RunEvent:
 
 @dataclass(frozen=True)
 class Outcome:
-    """End of a run: a result (None of a helper process) or an error."""
+    """Outcome of a run: a result (None in a further process of data-parallel training) or an error."""
 
     job: Job
     value: dict[str, Any] | None = None
@@ -66,8 +66,8 @@ def run_all(
 ) -> list[Outcome]:
     """Run every job that has no result yet, and return all outcomes in the order of the jobs.
 
-    A run that fails, or loses its process or machine, is started again once (it resumes from what it left in its folder); then it is given
-    up and the others continue. Errors that a second try cannot mend (`UsageError`, `DataError` ...) are not retried.
+    A run that fails, or loses its process or machine, is started again once (it resumes from the state in its folder); after a second
+    failure the others continue. Errors for which a second attempt cannot help (`UsageError`, `DataError` ...) are not retried.
 
     Args:
         jobs: with distinct names and folders.
@@ -75,13 +75,13 @@ def run_all(
         address: of a Ray cluster, see `Engine`.
         workers: runs at a time, see `Engine.jobs`.
         progress: called in this process with every event.
-        fatal: whether an error would stop every other run as well; it is then raised at once.
+        fatal: whether an error would occur in every other run as well; it is then raised at once.
         retries: of each run; 0 under launchers such as torchrun, whose processes must stay in step.
 
     Raises:
         UsageError: two jobs share a name or folder, or the folders are not on a disk that the cluster shares.
         MissingExtra: the engine is "ray" and Ray is not installed.
-        KeyboardInterrupt: runs under way have been asked to save and leave.
+        KeyboardInterrupt: unfinished runs were asked to save and end.
     """
     _check(jobs)
     where = as_engine(engine, address=address, jobs=workers)
@@ -130,7 +130,7 @@ class _Batch:
 
     def start(self, backend: Backend, position: int) -> None:
         job = self.jobs[position]
-        if self.attempts[position] and (there := result_of(job)) is not None:  # it was lost after it had finished
+        if self.attempts[position] and (there := result_of(job)) is not None:  # it finished before its process was lost
             self.outcomes[position] = Outcome(job, there)
             return self.send(RunEvent("finished", job, position, there))
         self.attempts[position] += 1
@@ -139,7 +139,7 @@ class _Batch:
 
     def handle(self, message: Message) -> None:
         position, job = message.position, self.jobs[message.position]
-        if position not in self.running:  # a late word of a run that is over
+        if position not in self.running:  # a late message of a finished run
             return
         if message.kind == "started":
             return self.send(RunEvent("started", job, position))
@@ -165,12 +165,12 @@ class _Batch:
 
 
 def worth_a_retry(error: Exception) -> bool:
-    """Return whether a second try may end differently: not where the input, the data or the installation is wrong."""
+    """Return whether a second attempt may succeed: not if the input, the data or the installation is wrong."""
     return not isinstance(error, VitariumError) or isinstance(error, TrainingStopped)
 
 
 def result_of(job: Job) -> dict[str, Any] | None:
-    """Return the result of a finished run, or None where there is none or one of its files is missing."""
+    """Return the result of a finished run, or None if there is none or one of its files is missing."""
     try:
         found = json.loads((job.folder / RESULT).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -15,12 +15,12 @@ class Engine:
 
     Args:
         kind: "local", processes of this machine; or "ray", tasks and actors of a Ray cluster.
-        address: of a running Ray cluster: "auto", or "HOST:PORT". None starts Ray on this machine for as long as the work lasts.
+        address: of a running Ray cluster: "auto", or "HOST:PORT". None starts Ray on this machine for the duration of the work.
         jobs: runs (or processes that hold a model) at a time. None: one at a time locally, in the calling process; as many as the
             cluster's CPUs and GPUs allow under Ray.
         cpus: of each of them: its share of the scheduler's CPUs, and PyTorch's threads. None: 1 under Ray, an equal share of the cores
             locally.
-        gpus: of each of them; fractions share a device. None: 1 under Ray where the cluster has any, else 0.
+        gpus: of each of them; fractions share a device. None: 1 under Ray if the cluster has any, else 0.
 
     Raises:
         UsageError: an unknown engine, an address without Ray, or a number out of range.
@@ -58,7 +58,7 @@ def as_engine(
     cpus: float | None = None,
     gpus: float | None = None,
 ) -> Engine:
-    """Return the engine that a caller's arguments describe; those that are None leave an `Engine` as it is.
+    """Return the engine that a caller's arguments describe; arguments that are None do not change an `Engine`.
 
     Raises:
         UsageError: see `Engine`.

@@ -1,4 +1,4 @@
-"""Functions for the process that does the work, whichever engine started it."""
+"""Functions for worker processes of any engine."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 LEAVING_SECONDS = 60.0
-"""Time that a run waits for an earlier attempt on a lost machine to release its folder."""
+"""Seconds that a run waits until an earlier attempt on a lost machine releases its folder."""
 
 
 def execute(job: Job, report: Report) -> dict[str, Any] | None:
     """Run a job in this process; its result is written last.
 
     Raises:
-        whatever the job's function raises.
+        any error of the job's function.
     """
     value = job.function(job.folder, report, **job.settings)
     if value is not None:
@@ -36,25 +36,25 @@ def execute(job: Job, report: Report) -> dict[str, Any] | None:
 
 
 def prepare(threads: int | None, folder: str | None = None) -> None:
-    """Set up a new worker process like the calling one: its folder, its threads, and no variables of a launcher.
+    """Set up a new worker process like the calling one: working folder, threads, and no variables of a launcher.
 
     Args:
-        threads: of PyTorch; None leaves them.
-        folder: working folder of the caller, by which relative paths are meant; skipped where this machine does not have it.
+        threads: of PyTorch; None: unchanged.
+        folder: working folder of the caller, for relative paths; skipped if this machine does not have it.
     """
     for name in [n for n in os.environ if n in LAUNCHERS or n.startswith("SLURM_")]:
-        del os.environ[name]  # a cluster started by srun passes these on, and training would take the run for one of several processes
+        del os.environ[name]  # a cluster started by srun passes these on, and training would treat the run as one of several processes
     if folder is not None:
         with contextlib.suppress(OSError):
             os.chdir(folder)
     if threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(max(1, threads))  # read when torch is imported; a run may not need it
+        os.environ["OMP_NUM_THREADS"] = str(max(1, threads))  # torch reads it at import; a run may not need torch
         if torch := sys.modules.get("torch"):
             torch.set_num_threads(max(1, threads))
 
 
 def wait_until_free(folder: Path) -> None:
-    """Wait until no other process holds a run's folder: one that lost its machine needs a moment to end.
+    """Wait until no other process holds a run's folder; one that lost its connection needs some time to end.
 
     Raises:
         UsageError: it is still held after `LEAVING_SECONDS`.
@@ -71,18 +71,18 @@ def wait_until_free(folder: Path) -> None:
 
 
 def portable(error: Exception) -> tuple[Exception, str]:
-    """Return an error that survives pickling, and its traceback as text."""
+    """Return a picklable form of an error, and its traceback as text."""
     text = "".join(traceback.format_exception(error))
     try:
         if type(pickle.loads(pickle.dumps(error))) is type(error):
             return error, text
-    except Exception:  # an exception may refuse in any way
+    except Exception:  # pickling an exception can raise anything
         pass
     return nearest_kind(error), text
 
 
 def nearest_kind(error: Exception) -> Exception:
-    """Return an error with the same message, of the nearest kind that is made from a message alone."""
+    """Return an error with the same message, of the nearest base class that takes only a message."""
     message = str(error)
     for kind in type(error).__mro__:
         with contextlib.suppress(Exception):

@@ -1,6 +1,6 @@
 """Self-contained HTML pages: one file that opens offline, with sortable tables, plots and embedded images.
 
-A room that reports something brings a template that extends "page", the style and script that only its page needs, and plain values.
+A package that writes a report provides a template that extends "page", the style and script of its page, and plain values.
 """
 
 from vitarium.pages.page import Cell, Column, Row, embed_image, render_page

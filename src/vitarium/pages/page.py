@@ -1,4 +1,4 @@
-"""The skeleton of a page, and the values that its tables and images take."""
+"""The template of a page, and the data types of its tables and images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers, dates and durations as people read them."""
+"""Readable forms of numbers, dates and durations."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@
 Follows the authors' code (github facebookresearch/mae), whose pretrained files load by name. With `norm_targets` a patch's pixels are
 normalised first, (x - mean) / sqrt(variance + 1e-6), with the unbiased variance. Position tables are fixed sines.
 
-Speed: only visible patches are embedded, from the patches that the loss needs anyway.
+Speed: only visible patches are embedded, from the patches that are computed for the loss.
 
 Notation: B images, L patches, K of them visible, C = embed_dim, p = patch_size, c = in_chans.
 """
@@ -120,7 +120,7 @@ class MaskedAutoencoder(nn.Module):
         self.in_chans, self.patch_size = in_chans, patch_size
         shape: dict[str, Any] = dict(patch_size=patch_size, image_size=image_size, mlp_ratio=mlp_ratio, in_chans=in_chans)
         self.encoder = VisionTransformer(embed_dim=embed_dim, depth=depth, num_heads=num_heads, global_pool="token", num_classes=0, **shape)
-        self.encoder.reset_classifier(0, "avg")  # probes read the mean of its patches, not its class token
+        self.encoder.reset_classifier(0, "avg")  # probes use the mean of its patches, not its class token
         self.encoder.pos_embed.requires_grad_(False)
         self.grid = self.encoder.table_grid
         width = (decoder_embed_dim, decoder_depth, decoder_num_heads)
@@ -152,7 +152,7 @@ class MaskedAutoencoder(nn.Module):
         return Reconstruction(self.decoder(latent, mask.restore, positions), mask.hidden, latent)
 
     def example_inputs(self, n: int = 1, image_size: int | tuple[int, int] | None = None, *, seed: int = 0) -> dict[str, Tensor]:
-        """Return image (n, in_chans, H, W) and noise (n, L), which decides what is hidden: so that two calls give the same output."""
+        """Return image (n, in_chans, H, W) and noise (n, L), which determines the mask, so that two calls have the same output."""
         own = self.grid[0] * self.patch_size, self.grid[1] * self.patch_size
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size or own
         image = random_normal(self, (n, self.in_chans, height, width), seed=seed)
@@ -205,9 +205,11 @@ class MaskedAutoencoderLearner(Learner):
     """Pretrain an encoder by reconstructing hidden patches. Training draws new masks at each step; see `Reconstruct` for evaluation."""
 
     class Settings(Section):
-        """Args:
-        mask_ratio: share of patches that are hidden.
-        norm_targets: whether each patch's pixels are normalised before comparison (Meta's models: yes, thorax_mae: no).
+        """Settings of pretraining.
+
+        Args:
+            mask_ratio: share of patches that are hidden.
+            norm_targets: whether each patch's pixels are normalised before comparison (Meta's models: yes, thorax_mae: no).
         """
 
         mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75

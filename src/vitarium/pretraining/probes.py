@@ -34,7 +34,7 @@ def features_of(model: nn.Module, images: Any, *, batch_size: int = 64, bad_file
     """Return pooled features (N, C) of every readable image, float32, and the targets (N, ...), both on the CPU.
 
     Raises:
-        UsageError: the model returns no features apart from its logits.
+        UsageError: the model returns no features besides its logits.
     """
     place = next(model.parameters())
     loader = Loader(images, preprocessing_of(model), batch_size=batch_size, bad_files=bad_files)
@@ -93,7 +93,7 @@ def linear_scores(known: Tensor, targets: Tensor, asked: Tensor, *, strength: fl
     columns = targets.T if several else targets[None]
     scores: list[Tensor] = []
     for column in columns:
-        if len(column.unique()) < 2:  # a label that all images have, or none
+        if len(column.unique()) < 2:  # a label of all images, or of none
             scores.append(torch.zeros(len(asked)))
             continue
         found = LogisticRegression(C=1 / strength, max_iter=1000).fit(x, column.numpy()).predict_proba(asked_x)
@@ -147,7 +147,7 @@ def _judge(scores: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 class HeadOnly:
-    """Mixin for learners: all of a model but its head is frozen and in eval mode.
+    """Mixin for learners: a model except its head is frozen and in eval mode.
 
     A norm without weights before the head (`probe_norm`) still updates its statistics.
     """
@@ -160,7 +160,7 @@ class HeadOnly:
         self.model.get_classifier().requires_grad_(True)
 
     def train(self, mode: bool = True) -> Any:
-        """Set training mode, except for what is frozen."""
+        """Set training mode, except for frozen modules."""
         super().train(mode)  # type: ignore[misc]
         self.model.eval()
         for part in (self.model.get_classifier(), getattr(self.model, "head_norm", None)):

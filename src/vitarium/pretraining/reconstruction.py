@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SHOWN = 8
-"""Images of a sheet."""
+"""Number of images on a sheet."""
 
 
 @task("reconstruct")
 class Reconstruct(Task):
-    """Reconstruct the hidden patches of an image. The mask of a held-out image depends on its index alone, so that evaluations compare.
+    """Reconstruct the hidden patches of an image. The mask of a held-out image depends only on its index, so that evaluations are
+    comparable.
 
     The model maps (image, noise, mask_ratio) to a `Reconstruction` and has `patch_size`.
 
@@ -44,7 +45,7 @@ class Reconstruct(Task):
         return Metric("loss", "min")
 
     def targets(self, model: Any, image: Tensor) -> Tensor:
-        """Return what the prediction is compared with, (B, L, p p c), float32 at least."""
+        """Return the target of the prediction, (B, L, p p c), float32 at least."""
         patches = patchify(image, model.patch_size)
         return normalised(patches)[0] if self.norm_targets else patches
 
@@ -56,7 +57,7 @@ class Reconstruct(Task):
         return model(image, torch.stack(rows).to(image.device), mask_ratio=self.mask_ratio)
 
     def metrics(self, model: nn.Module) -> Any:
-        """loss (of hidden patches), and explained: 1 - loss over that of each image's visible mean colour."""
+        """Return loss (of hidden patches) and explained, 1 - loss / loss of each image's visible mean colour."""
         from torchmetrics import MeanMetric
 
         return nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in ("loss", "plain")})
@@ -122,13 +123,13 @@ def normalised(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def patch_errors(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each patch, (B, L, n), (B, L, n) -> (B, L); at least in float32."""
+    """Return the mean squared error of each patch, (B, L, n), (B, L, n) -> (B, L); at least in float32."""
     exact = torch.float64 if target.dtype is torch.float64 else torch.float32
     return (prediction.to(exact) - target.to(exact)).square().mean(2)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of values where mask is 1, over the whole batch."""
+    """Return the mean of the values at which mask is 1, over the whole batch."""
     return (values * mask).sum() / mask.sum()
 
 

@@ -1,8 +1,8 @@
 """Masked autoencoders for chest X-rays: hide 90 %, then classify 14 findings (Xiao et al., "Delving into Masked Autoencoders for
 Multi-Label Thorax Disease Classification", 2023).
 
-The idea: a recipe, not a new network. X-rays of one view look alike, so that MAE's usual mask of 75 % is too easy: 90 % of the patches are
-hidden; crops are mild (half the area at least), since a finding may be small; targets are pixels, not normalised by patch; two decoder
+The method is a recipe, not a new network. X-rays of one view look alike, so that MAE's usual mask of 75 % is too easy: 90 % of the patches
+are hidden; crops are mild (half the area at least), since a finding may be small; targets are pixels, not normalised by patch; two decoder
 blocks are enough. Fine-tuning decays the rates by 0.55 per layer, augments lightly, and computes
 
     logits = W LN(mean of patch tokens)          14 binary labels, measured by the mean area under the ROC curve

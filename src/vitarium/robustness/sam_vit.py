@@ -14,7 +14,7 @@ the Hessian are in `sharpness.py`, drawings of the loss in `surface.py`, corrupt
 
 Follows the SAM of davda54/sam and the paper. The released models (pretrained with SAM) are timm's `vit_base_patch16_224.sam_in1k` and
 `vit_base_patch32_224.sam_in1k`.
-Cost: two forward and backward passes a step, and one more copy of the weights.
+Cost: two forward and backward passes per step, and one more copy of the weights.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One function a command, with typed arguments and a result object: `vitarium.verbs.evaluate.evaluate` is `vitarium.evaluate`.
+"""One function per command, with typed arguments and a result object: `vitarium.verbs.evaluate.evaluate` is `vitarium.evaluate`.
 
-The commands are thin skins over these functions: options, progress, tables.
+The commands add only options, progress and tables to these functions.
 """

@@ -26,7 +26,7 @@ class Benchmark(Result):
     """Times of models and their peers.
 
     Attributes:
-        rows: one a model, kind and batch size; see `vitarium.efficiency.bench.Row`.
+        rows: one per model, kind and batch size; see `vitarium.efficiency.bench.Row`.
     """
 
     rows: list[Row]
@@ -54,19 +54,19 @@ def bench(
     threads: int = 1,
     progress: Callable[[Row], Any] = lambda row: None,
 ) -> Benchmark:
-    """Time models beside their peers: equal weights, outputs proven equal first, turns interleaved, no verdict inside the noise.
+    """Time models beside their peers: equal weights, outputs checked to be equal, turns interleaved, no verdict within the noise.
 
     Args:
         models: names: ours, "timm/NAME", "hf/OWNER/NAME" or "hf/./folder"; the last three have no peer.
         peers: time the peers too.
         kind: what to time: "inference" (forward), "training" (forward and backward), "compiled" (forward under torch.compile).
-        batch: images a call, one number or several; training takes the largest.
-        image_size: side of the image, pixels; None: what each model was made for.
+        batch: images per call, one number or several; training takes the largest.
+        image_size: side of the image, pixels; None: each model's native size.
         dtype: of weights and image: float32, bfloat16 or float16.
         device: "auto", "cpu", "cuda", ...
         rounds: turns of each arm, at least 3; 7 resolve about 5 % on a noisy machine.
         threads: of PyTorch on a CPU; more than there are free cores slow everything down.
-        progress: called with each row as soon as it is measured.
+        progress: called with each row when it is measured.
 
     Raises:
         UsageError: unknown model, kind, dtype or device, or an option out of range.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vitarium.engine import Engine
 
 CACHE = Path("runs", "claims")
-"""Folder of trained arms, from which an interrupted run continues."""
+"""Folder of trained arms, from which an interrupted run resumes."""
 
 
 @dataclass(repr=False)
@@ -26,8 +26,8 @@ class Claims(Result):
     """Outcomes of claims.
 
     Attributes:
-        entries: one a claim, see `vitarium.claims.Entry`: verdict, measured arms, comparisons, seconds, date, machine, commit.
-        missing: systems whose claim is not in the ledger yet; listed only where the ledger was read or several claims were run.
+        entries: one per claim, see `vitarium.claims.Entry`: verdict, measured arms, comparisons, seconds, date, machine, commit.
+        missing: systems whose claim is not in the ledger yet; listed only if the ledger was read or several claims were run.
     """
 
     entries: list[Entry]
@@ -63,7 +63,7 @@ def claim(
 ) -> Claims:
     """Run the experiments of systems' main claims and write the outcomes into the ledger; without systems, read the ledger.
 
-    An interrupted run continues when the same call is made again.
+    The same call resumes an interrupted run.
 
     Args:
         slugs: systems, one or several; None with `every` unset: read the ledger.
@@ -72,7 +72,7 @@ def claim(
         address: of a running Ray cluster, "auto" or "HOST:PORT".
         jobs: claims at a time; None: 1 locally, as many as the cluster allows under Ray.
         out: folder of the ledger; None: the package's own.
-        cache: folder of trained arms while claims run; None: nothing is kept of an interrupted run.
+        cache: folder of trained arms while claims run; None: an interrupted run is not resumed.
         notify: called with a line for each arm and seed.
 
     Raises:

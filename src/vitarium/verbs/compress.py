@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 ENDING = ".safetensors"
 ROUNDS, SECONDS = 7, 0.2
-"""Interleaved timings of the model before and after, and the least duration of each, seconds."""
+"""Number of interleaved timings of the model before and after, and the least duration of each in seconds."""
 
 
 @dataclass(repr=False)
@@ -33,11 +33,11 @@ class Compression(Result):
 
     Attributes:
         model: file or name of the original.
-        methods: what was applied, as text.
+        methods: the applied methods, as text.
         file: of the compressed model.
-        data: name of the data that accuracy was measured on; None: none.
+        data: name of the data for the metric; None: none.
         before, after: disk_bytes, memory_bytes, macs, and the primary metric of the task.
-        batch: images a call when time was measured.
+        batch: images per call when time was measured.
         times: "eager" and "compiled": before_ms, after_ms, speedup, least, most.
         quantized: numbers of quantized layers, of simulated ones, and of those that unpack at each call; None without any.
         metric: the primary metric.
@@ -89,17 +89,17 @@ def compress(
         output: .safetensors file to write.
         data: for calibration and the metric; None: neither.
         checkpoint: weights for a name.
-        val_fraction, seed: of the split, where the data has none.
-        batch_size: images a forward pass when the metric is measured.
-        batch: images a call when time is measured.
+        val_fraction, seed: of the split, if the data has none.
+        batch_size: images per forward pass when the metric is measured.
+        batch: images per call when time is measured.
         compiled: time both under torch.compile too.
         device: "auto", "cpu", "cuda", ...
         notify: called with messages about progress.
 
     Raises:
-        UsageError: unknown methods, a wrong order, an output of another ending, or a method that needs data where there is none.
-        DataError: labels that the model does not know.
-        CheckpointError: weights that cannot be had, or a saved file that gives other outputs (it is deleted).
+        UsageError: unknown methods, a wrong order, an output of another ending, or a method that needs data without any.
+        DataError: labels that the model does not have.
+        CheckpointError: weights that are not available, or a saved file with different outputs (it is deleted).
     """
     import vitarium
     from vitarium.catalog.heads import has_trained_head
@@ -111,9 +111,9 @@ def compress(
         raise UsageError(f"--output must end in {ENDING}, got {output}")
     for method in apply:
         if isinstance(method, str):
-            parse_method(method)  # an error before anything is opened
+            parse_method(method)  # raises before anything is opened
     original = open_model(model, checkpoint)
-    answers = has_trained_head(original)  # data of a model without one is for calibration alone
+    answers = has_trained_head(original)  # data for a model without a metric is only for calibration
     images = None if data is None else (open_for if answers else open_unlabelled)(original, data, seed=seed, val_fraction=val_fraction)
     changed = copy.deepcopy(original)
     texts = [method if isinstance(method, str) else repr(method) for method in apply]
@@ -159,7 +159,7 @@ def costs(model: nn.Module, path: Path | None) -> dict[str, Any]:
 
 
 def check_equal(model: nn.Module, loaded: nn.Module, path: Path) -> None:
-    """Delete a file whose model gives other outputs than the one that was saved.
+    """Delete a file if its model's outputs differ from those of the saved model.
 
     Raises:
         CheckpointError: outputs differ.
@@ -175,11 +175,11 @@ def check_equal(model: nn.Module, loaded: nn.Module, path: Path) -> None:
         same = all(torch.equal(a, b) for a, b in pairs if isinstance(a, torch.Tensor))
     if not same:
         path.unlink()
-        raise CheckpointError(f"the model loaded from {path} gives other outputs than the one that was saved; the file was deleted")
+        raise CheckpointError(f"the model loaded from {path} has different outputs from the one that was saved; the file was deleted")
 
 
 def timed(original: nn.Module, loaded: nn.Module, batch: int, compiled: bool) -> dict[str, Any]:
-    """Return for "eager" (and "compiled") the milliseconds a call before and after, and the ratio by round: median, least, most."""
+    """Return for "eager" (and "compiled") the milliseconds per call before and after, and the ratio by round: median, least, most."""
     import torch
 
     from vitarium.catalog.calling import arguments, example_inputs

@@ -1,4 +1,4 @@
-"""Measure a trained model on labelled images."""
+"""Evaluate a trained model on labelled images."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Evaluation(Result):
         model: file or name.
         data: name of the data.
         split: "val" or "train".
-        images: how many were measured.
-        metrics: by name: numbers, and lists for what is more than a number. Rates are shares of 1.
+        images: number of evaluated images.
+        metrics: metrics by name: numbers or lists. Rates are in [0, 1].
         broken: {"path", "reason"} of images that could not be read.
-        corruptions: errors under corruptions, where they were asked for.
-        task: what the model was asked to do.
+        corruptions: errors under corruptions, if requested.
+        task: the model's task.
     """
 
     model: str
@@ -75,7 +75,7 @@ def evaluate(
     jobs: int | None = None,
     notify: Notify = quiet,
 ) -> Evaluation:
-    """Measure a model on labelled data by the metrics of its task. Labels are matched by their names where the model knows them.
+    """Evaluate a model on labelled data by the metrics of its task. Labels are matched by name if the model has names.
 
     Args:
         model: a file of `vitarium.save`, a model's name, or a model. A model with `apply` is changed.
@@ -84,19 +84,19 @@ def evaluate(
         apply: methods to apply first, as "evit:keep=0.7".
         corruptions: also measure a classifier's error under ImageNet-C's corruptions, at five severities each.
         split: part of the data.
-        val_fraction, seed: of the split, where the data has none.
-        batch_size: images a forward pass.
+        val_fraction, seed: of the split, if the data has none.
+        batch_size: images per forward pass.
         device: "auto", "cpu", "cuda", ...
         output: JSON file for all metrics.
-        engine: where the model runs: "local"; "ray", a Ray cluster, which decides about the device; or a `vitarium.engine.Engine`.
+        engine: where the model runs: "local"; "ray", a Ray cluster, which chooses the device; or a `vitarium.engine.Engine`.
         address: of a running Ray cluster, "auto" or "HOST:PORT".
         jobs: processes that hold the model.
         notify: called with messages about progress.
 
     Raises:
         UsageError: unknown name or method, a head that was never trained, or corruptions for a model that is no classifier.
-        DataError: no such data, labels that the model does not know, or too many images that cannot be read.
-        CheckpointError: weights that cannot be had.
+        DataError: no such data, labels that the model does not have, or too many images that cannot be read.
+        CheckpointError: weights that are not available.
         MissingExtra: engine="ray" without Ray.
     """
     from vitarium.catalog.heads import require_head
@@ -137,7 +137,7 @@ def measure(
     parts: str | None = None,
     notify: Notify = quiet,
 ) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    """Return the metrics of a model's task (and what its learner measures beside them) and the images that could not be read.
+    """Return the metrics of a model's task and learner, and the images that could not be read.
 
     Raises:
         UsageError: the task has no metrics.

@@ -1,4 +1,4 @@
-"""Explain where in an image a classifier sees the evidence for a class."""
+"""Map the evidence in an image for a class of a classifier."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Explanations(Result):
     Attributes:
         model: file or name.
         folder: holds the overlays and explanations.json.
-        rows: one an image, in the order of the files: {"image", "prediction", "target", "explanations"}, or {"image", "error"}. An
-            explanation holds "method", "overlay" (name of the file in the folder), "peak" ([x, y] in pixels of the image) and, where they
-            were measured, "measures".
-        measures: method -> measure -> mean over the images; None where nothing was measured.
+        rows: one per image, in the order of the files: {"image", "prediction", "target", "explanations"}, or {"image", "error"}. An
+            explanation holds "method", "overlay" (name of the file in the folder), "peak" ([x, y] in pixels of the image) and, if they were
+            measured, "measures".
+        measures: method -> measure -> mean over the images; None if nothing was measured.
     """
 
     model: str
@@ -82,7 +82,7 @@ def explain(
 ) -> Explanations:
     """Draw where in images a classifier sees the evidence for its prediction, or for a given class.
 
-    An image that cannot be read gets a row with its error, and the others go on.
+    An unreadable image has a row with its error.
 
     Args:
         images: files and folders; folders are searched at any depth.
@@ -93,7 +93,7 @@ def explain(
         measure: measure how faithful each method is on these images (see `vitarium.explanation.faithfulness`).
         checkpoint: weights for a name.
         apply: methods to apply first, as "evit:keep=0.7".
-        batch_size: images a forward pass.
+        batch_size: images per forward pass.
         device: "auto", "cpu", "cuda", ...
         notify: called with messages about progress.
 
@@ -101,7 +101,7 @@ def explain(
         UsageError: unknown method, option or class, a model that is no classifier, a head that was never trained, or an output that is a
             file.
         DataError: a folder without images, or no image could be explained.
-        CheckpointError: weights that cannot be had.
+        CheckpointError: weights that are not available.
     """
     from vitarium.catalog.heads import require_head
     from vitarium.explanation.explainers import class_number, create_explainer, target_numbers
@@ -144,11 +144,11 @@ def explain_files(
 
     Args:
         model: a classifier in eval mode, on its device.
-        explainers: by the text that names them.
+        explainers: by their text.
         files: images.
         number: class to explain; None: the predicted one.
         output: folder for overlays.
-        batch_size: images a forward pass.
+        batch_size: images per forward pass.
         measure: measure faithfulness too.
     """
     import torch
@@ -210,7 +210,7 @@ def classes_of(model: nn.Module, probabilities: Tensor, wanted: int) -> dict[str
 
 
 def overlay_names(files: list[str], methods: list[str]) -> list[dict[str, str]]:
-    """Return for each file a dictionary method -> name of its overlay; all names differ, whatever folders the images come from."""
+    """Return for each file a dictionary method -> name of its overlay; names are unique even for images from several folders."""
     stems = [Path(file).stem for file in files]
     unique = [stem if stems.count(stem) == 1 else f"{i:04d}-{stem}" for i, stem in enumerate(stems)]
     return [{m: f"{stem}-{re.sub(r'[^A-Za-z0-9_.=-]+', '-', m)}.png" for m in methods} for stem in unique]
@@ -239,7 +239,7 @@ def overlay_table(rows: list[dict[str, Any]]) -> TableData:
 
 
 def measure_table(measures: dict[str, dict[str, float]]) -> TableData:
-    """Return a table with a row for each measure and a column for each method; where there are several, the best of a row has a star."""
+    """Return a table with a row for each measure and a column for each method; if there are several, the best of a row has a star."""
     result = TableData("Faithfulness", ["measure", *(f">{method}" for method in measures), "better"])
     for name in next(iter(measures.values()), {}):
         better = next(word for kind, word in BETTER.items() if name.startswith(kind))

@@ -25,7 +25,7 @@ class Exported(Result):
         model: file or name.
         file: that was written.
         format: "onnx" or "torch-export".
-        image: sides of the input (B, C, H, W), B "any" for a variable batch; float32, prepared as the model's preprocessing does.
+        image: sides of the input (B, C, H, W), B "any" for a variable batch; float32, prepared by the model's preprocessing.
         bytes: size of the file.
         error: root mean square of (graph - model) over that of the model's outputs, the largest over the batches tried.
         tolerance: largest accepted error.
@@ -63,7 +63,7 @@ def export(
     tolerance: float = 1e-3,
     notify: Notify = quiet,
 ) -> Exported:
-    """Write a model's graph, run it beside the model, and keep it only if the outputs agree.
+    """Write a model's graph, compare its outputs with the model's, and keep it only if they agree.
 
     Args:
         model: a file of `vitarium.save`, a model's name, or a model, which is not changed.
@@ -71,13 +71,13 @@ def export(
         checkpoint: weights for a name.
         format: "onnx" (input "image", output "logits") or "torch-export".
         image_size: side of the square input, pixels; None: the model's own.
-        batch: images a call of the graph; "dynamic": any number.
+        batch: images per call of the graph; "dynamic": any number.
         tolerance: largest accepted relative error (root mean square).
         notify: called with messages about progress.
 
     Raises:
         UsageError: unknown model or format, a model that cannot be traced, or one that is too large for the format.
-        CheckpointError: weights that cannot be had, or a graph whose outputs differ from the model's; nothing is written.
+        CheckpointError: weights that are not available, or a graph with outputs that differ from the model's; nothing is written.
         MissingExtra: onnx is not installed.
     """
     from vitarium.catalog import preprocessing_of

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SHEETS = (".png", ".jpg", ".webp")
 MOST_CLASSES = 10
-"""Classes that are taken where none are named."""
+"""Default number of classes."""
 OWN = ("steps", "guidance", "seed")
 """Options of every generator, which are arguments of `generate`."""
 
@@ -33,7 +33,7 @@ class Generated(Result):
     Attributes:
         images: (N, C, H, W) float32 in [0, 1], on the CPU.
         labels: class number of each image.
-        classes: the classes, in the order of the columns of a sheet: names, or numbers as text where the model has no names.
+        classes: the classes, in the order of the columns of a sheet: names, or numbers as text if the model has no names.
         output: file or folder that was written; None: none.
         seconds: wall time.
     """
@@ -58,7 +58,7 @@ class Generated(Result):
         return {"pictures": len(self.images), "classes": ", ".join(self.classes), "output": output, "seconds a picture": self.pace}
 
     def sheet(self) -> Image.Image:
-        """Return all images side by side, a column a class."""
+        """Return all images side by side, a column per class."""
         from vitarium.generation.pictures import grid
 
         return grid(self.images, len(self.classes))
@@ -91,7 +91,7 @@ def generate(
 ) -> Generated:
     """Generate images of classes: by a denoiser, or an autoregressive model. With `image` and `mask`, generate a region of an image.
 
-    Image i depends on the seed and i alone: batch size and engine do not change it (by more than 1e-5).
+    Image i depends only on the seed and i: batch size and engine do not change it (by more than 1e-5).
 
     Args:
         model: a file of `vitarium.save`, a model's name, or a generator. A model with `apply` is changed.
@@ -100,13 +100,13 @@ def generate(
         output: a sheet (.png, .jpg, .webp), an array for FID evaluators (.npz), or a folder; None: nothing is written.
         steps: of the sampler; None: the model's.
         guidance: strength of classifier-free guidance, 1: none; None: the model's.
-        seed: of all randomness.
+        seed: of all random numbers.
         options: further options of the model, as {"sampler": "heun"} or ["sampler=heun"].
         image: an image of which a region is generated; with `mask`.
         mask: an image of the same size, white where new pixels are generated.
         checkpoint: weights for a name.
         apply: methods to apply first, as "evit:keep=0.7".
-        batch_size: images a forward pass.
+        batch_size: images per forward pass.
         device: "auto", "cpu", "cuda", ...
         engine: "local", this machine; "ray", a Ray cluster; or an `engine.Engine`.
         address: of a running Ray cluster, "auto" or "HOST:PORT".
@@ -114,10 +114,10 @@ def generate(
         notify: called with messages about progress.
 
     Raises:
-        UsageError: a model that generates no images of classes, unknown classes, options that the model does not take, an image without a
-            mask, or an output of another ending.
+        UsageError: a model that generates no images of classes, unknown classes or options, an image without a mask, or an output of
+            another ending.
         DataError: an image or a mask that cannot be read.
-        CheckpointError: weights that cannot be had.
+        CheckpointError: weights that are not available.
         MissingExtra: engine="ray" without Ray.
     """
     from vitarium.engine import as_engine
@@ -145,7 +145,7 @@ def generate(
     notify(f"Generating {total} images")
     given |= {"steps": steps, "guidance": guidance, "seed": seed}
     start = time.perf_counter()
-    if path is not None and total > batch_size and "image" not in given:  # so that an interrupted call continues
+    if path is not None and total > batch_size and "image" not in given:  # so that an interrupted call resumes
         about = {"methods": [repr(method) for method in apply or ()], "batch_size": batch_size, **given}
         resume: dict[str, Any] = {
             "parts": path.with_name(f"{path.name}.parts"),
@@ -197,12 +197,12 @@ def read_options(given: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
         pairs = [parse_assignment(text, "--set wants KEY=VALUE, such as sampler=heun") for text in given]
     for key, value in pairs:
         if key in OWN:
-            raise UsageError(f"{key} is an option of its own: --{key} {value}")
+            raise UsageError(f"{key} is a separate option: --{key} {value}")
     return dict(pairs)
 
 
 def read_edit(model: Any, image: str | os.PathLike[str] | None, mask: str | os.PathLike[str] | None) -> dict[str, Tensor]:
-    """Return an image (1, C, H, W) in [0, 1] and its mask (1, 1, H, W), both cropped to the model's input, as `edit` takes them.
+    """Return an image (1, C, H, W) in [0, 1] and its mask (1, 1, H, W), both cropped to the model's input, for `edit`.
 
     Raises:
         UsageError: one without the other, two sizes, an empty mask, or a model that generates whole images only.

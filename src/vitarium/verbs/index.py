@@ -28,13 +28,13 @@ class Indexed(Result):
 
     Attributes:
         output: file of the index.
-        images: how many it holds.
-        read: how many of them were read; the others were in it before.
-        gone: how many it held before and no longer holds.
+        images: number of images.
+        read: number of images read; the others were in it before.
+        gone: number of images removed from it.
         numbers: length of the vectors.
         seconds: wall time.
         broken: {"image", "error"} of files that could not be read.
-        replaced: name of the model of the index that was there before, if that was another one; "" else.
+        replaced: name of the previous index's model, if it was another one; else "".
     """
 
     output: Path
@@ -55,7 +55,7 @@ class Indexed(Result):
         counts = f"{self.images} ({self.read} read in {clock(self.seconds)}, {self.kept} kept, {self.gone} gone)"
         rows: dict[str, Any] = {"images": counts, "vectors": f"{self.numbers} numbers each"}
         if self.replaced:
-            rows["rebuilt"] = f"the index that was there is of another model ({self.replaced})"
+            rows["rebuilt"] = f"the previous index was of another model ({self.replaced})"
         return {**rows, "index": self.output}
 
     def tables(self) -> list[TableData]:
@@ -82,15 +82,15 @@ def index(
 ) -> Indexed:
     """Make an index of images for `vitarium.search`.
 
-    Called again, it reads only new and changed files, and drops those that are gone; interrupted, it continues. An image that cannot be
-    read is listed in the result, and the others go on.
+    A second call reads only new and changed files and drops deleted ones; an interrupted call resumes. Unreadable images are listed in the
+    result and skipped.
 
     Args:
         images: folders, which are searched at any depth, and files.
         model: a file of `vitarium.save`, a model's name, or any image model; one trained for retrieval (vpt_proxies) is best.
         output: file of the index.
         checkpoint: weights for a name.
-        batch_size: images a forward pass.
+        batch_size: images per forward pass.
         device: "auto", "cpu", "cuda", ...
         engine: "local", this machine; "ray", a Ray cluster; or an `engine.Engine`.
         address: of a running Ray cluster, "auto" or "HOST:PORT".
@@ -100,7 +100,7 @@ def index(
     Raises:
         UsageError: unknown model or engine.
         DataError: a folder without images, or no image could be read.
-        CheckpointError: weights that cannot be had, or an output that is a file of another kind; it is not replaced.
+        CheckpointError: weights that are not available, or the output is a file of another kind, which is not replaced.
         MissingExtra: engine="ray" without Ray.
     """
     from vitarium.engine import as_engine
@@ -132,7 +132,7 @@ def index(
 
 
 def begin(output: Path, model: str | os.PathLike[str] | nn.Module, fingerprint: str) -> tuple[Index, str]:
-    """Return the index that is there, or a new one; and the name of the model of an index that is replaced.
+    """Return the existing index, or a new one; and the name of the model of an index that is replaced.
 
     Raises:
         CheckpointError: the file is no index.

@@ -1,4 +1,4 @@
-"""Parts that verbs share: a model from a file, a name or an object; a device from a word; methods from text; files from paths."""
+"""Functions that verbs share: opening of models, devices, methods and files from their arguments."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 FILE_ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
 CALIBRATION_IMAGES = 256
-"""Training images that a method which calibrates sees at most."""
+"""Largest number of training images for calibration."""
 
 Source = "str | os.PathLike[str] | nn.Module"
 Notify = Callable[[str], None]
 
 
 def quiet(_text: str) -> None:
-    """Ignore a message. One that ends with a line break is a note to keep; others are about progress."""
+    """Ignore a message. Messages that end with a line break are notes; others report progress."""
 
 
 def is_file(source: Any) -> bool:
-    """Return whether a model argument means a saved file rather than a name."""
+    """Return whether a model argument is a saved file rather than a name."""
     text = os.fspath(source)
     return text.endswith(FILE_ENDINGS) or Path(text).is_file()
 
@@ -44,8 +44,8 @@ def open_model(source: str | os.PathLike[str] | nn.Module, checkpoint: str | Non
         options: for `create_model`, with a name.
 
     Raises:
-        UsageError: unknown name, or a checkpoint for what has its own weights.
-        CheckpointError: weights that are not there, or cannot be read or fetched.
+        UsageError: unknown name, or a checkpoint for a file or model with its own weights.
+        CheckpointError: weights that are missing, or cannot be read or fetched.
     """
     import vitarium
 
@@ -57,12 +57,12 @@ def open_model(source: str | os.PathLike[str] | nn.Module, checkpoint: str | Non
         if checkpoint is not None:
             raise UsageError(f"{source} holds its own weights; give --checkpoint only with a model's name")
         return vitarium.load(os.fspath(source))
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs each attempt; the error at the end is enough
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each attempt is logged; the final error is sufficient
     return vitarium.create_model(os.fspath(source), checkpoint=checkpoint, pretrained=checkpoint is None, **options).eval()
 
 
 def name_of(source: str | os.PathLike[str] | nn.Module) -> str:
-    """Return what a report calls a model: the file or name as it was given, else the name in its spec, else its class."""
+    """Return the name of a model for reports: the file or name as it was given, else the name in its spec, else its class."""
     if isinstance(source, str | os.PathLike):
         return os.fspath(source)
     return getattr(getattr(source, "spec", None), "name", None) or type(source).__name__
@@ -73,12 +73,12 @@ def apply_methods(model: nn.Module, methods: Sequence[Any] | None, data: ImageDa
 
     Args:
         model: is changed.
-        methods: each a `Method` or its text, as "evit:keep=0.7". One that calibrates sees up to `CALIBRATION_IMAGES` training images.
+        methods: each a `Method` or its text, as "evit:keep=0.7". Calibration uses up to `CALIBRATION_IMAGES` training images.
         data: for calibration.
         notify: called with each report as text.
 
     Raises:
-        UsageError: unknown methods or options, a wrong order, or a method that needs data where there is none.
+        UsageError: unknown methods or options, a wrong order, or a method that needs data without any.
     """
     import vitarium
     from vitarium.catalog.methods import parse_method
@@ -126,7 +126,7 @@ def find_device(word: str) -> torch.device:
 
 
 def find_images(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Return the files that are named, and the images (or, where there are none, the videos) below the folders that are named, in order.
+    """Return the given files, and the images (or, if there are none, the videos) below the given folders, in order.
 
     Raises:
         DataError: a folder without images.
@@ -151,7 +151,7 @@ def open_for(model: nn.Module, data: str | os.PathLike[str] | None, *, seed: int
         data: as for `vitarium.open_data`; None: the task's default.
 
     Raises:
-        DataError: no such data, or labels that the model does not know.
+        DataError: no such data, or labels that the model does not have.
     """
     from vitarium.catalog import preprocessing_of
     from vitarium.training.tasks import task_of
@@ -163,7 +163,7 @@ def open_for(model: nn.Module, data: str | os.PathLike[str] | None, *, seed: int
 
 
 def open_unlabelled(model: nn.Module, data: str | os.PathLike[str], *, seed: int = 0, val_fraction: float = 0.2) -> ImageData:
-    """Open images for a model that has no answers about them, at its size; their labels are not used.
+    """Open images at a model's size for a model without predictions for images; their labels are not used.
 
     Raises:
         DataError: no such data.

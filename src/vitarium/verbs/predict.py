@@ -1,4 +1,4 @@
-"""Answer about images with a trained model."""
+"""Predict for images with a trained model."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ ENDINGS = (".csv", ".json")
 
 @dataclass(repr=False)
 class Predictions(Result):
-    """Answers about images.
+    """Predictions for images.
 
     Attributes:
         model: file or name.
-        rows: one an image, in the order of the files: {"image", ...answer}, or {"image", "error"}. "drawing" is the file of a drawn answer.
-        task: what the model was asked to do.
+        rows: one per image, in the order of the files: {"image", ...answer}, or {"image", "error"}. "drawing" is the file of a drawn
+            answer.
+        task: the model's task.
     """
 
     model: str
@@ -67,9 +68,9 @@ def predict(
     jobs: int | None = None,
     notify: Notify = quiet,
 ) -> Predictions:
-    """Answer about images as the model's task does: labels, segments, a restored image, an embedding, ...
+    """Predict for images by the model's task: labels, segments, a restored image, an embedding, ...
 
-    An image that cannot be read gets a row with its error, and the others go on.
+    An unreadable image has a row with its error.
 
     Args:
         images: files and folders; folders are searched at any depth.
@@ -77,11 +78,11 @@ def predict(
         checkpoint: weights for a name.
         apply: methods to apply first, as "evit:keep=0.7".
         top_k: length of ranked answers.
-        batch_size: images a forward pass.
+        batch_size: images per forward pass.
         device: "auto", "cpu", "cuda", ...
-        output: a .csv or .json file, or a folder for answers.json and a drawing of each answer that can be drawn. An interrupted call
-            with many images and an output continues where it was.
-        engine: where the model runs: "local"; "ray", a Ray cluster, which decides about the device; or a `vitarium.engine.Engine`.
+        output: a .csv or .json file, or a folder for answers.json and a drawing of each answer that can be drawn. An interrupted call with
+            many images and an output resumes.
+        engine: where the model runs: "local"; "ray", a Ray cluster, which chooses the device; or a `vitarium.engine.Engine`.
         address: of a running Ray cluster, "auto" or "HOST:PORT".
         jobs: processes that hold the model.
         notify: called with messages about progress.
@@ -89,7 +90,7 @@ def predict(
     Raises:
         UsageError: a task that has no answer for one image, a head that was never trained, or an output of another ending.
         DataError: a folder without images, or no image could be read.
-        CheckpointError: weights that cannot be had.
+        CheckpointError: weights that are not available.
         MissingExtra: engine="ray" without Ray.
     """
     from vitarium.catalog.heads import require_head
@@ -138,7 +139,7 @@ def predict(
 def _answer_part(
     items: Sequence[tuple[int, str, int, int]], model: nn.Module, task: Task, limit: int, batch_size: int, folder: Path | None
 ) -> list[dict[str, Any]]:
-    """Answer about the files of a part: items are (number, file, size, time of change)."""
+    """Predict for the files of a part: items are (number, file, size, time of change)."""
     files = [file for _, file, *_ in items]
     return answer_files(task, model, files, limit=limit, batch_size=batch_size, folder=folder, first=items[0][0])
 
@@ -153,7 +154,7 @@ def answer_files(
         model: in eval mode, on its device.
         files: images.
         limit: length of ranked answers.
-        batch_size: images a forward pass.
+        batch_size: images per forward pass.
         folder: for drawings of answers, as NUMBER-NAME.png; None: none.
         first: number of the first file in the names of drawings.
     """
@@ -184,7 +185,7 @@ def answer_files(
 
 
 def save_drawing(drawn: Any, path: Path) -> Path:
-    """Write a drawing as PNG, whole or not at all."""
+    """Write a drawing as PNG, atomically."""
     from vitarium.files import atomic_path
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -205,7 +206,7 @@ def write(rows: list[dict[str, Any]], task: Task, path: Path) -> None:
 
 
 def to_csv(rows: list[dict[str, Any]], task: Task) -> str:
-    """Return answers as CSV, a line an image: image, the task's columns (`Task.flat`), error."""
+    """Return answers as CSV, a line per image: image, the task's columns (`Task.flat`), error."""
     cells = [{} if "error" in row else task.flat({k: v for k, v in row.items() if k != "image"}) for row in rows]
     columns = list(dict.fromkeys(name for row in cells for name in row))
     text = io.StringIO()
@@ -217,7 +218,7 @@ def to_csv(rows: list[dict[str, Any]], task: Task) -> str:
 
 
 def answer_table(rows: list[dict[str, Any]], task: Task) -> TableData:
-    """Return answers as a table for people, a row an image."""
+    """Return answers as a table for display, one row per image."""
     cells = [None if "error" in row else task.cells({k: v for k, v in row.items() if k not in ("image", "drawing")}) for row in rows]
     columns = list(dict.fromkeys(name for row in cells if row for name in row))
     table = TableData("", ["image", *columns])

@@ -76,19 +76,19 @@ def probe(
         data: as for `vitarium.open_data`.
         task: "class", one class an image; or "multilabel".
         checkpoint: weights for a name; None: its published ones.
-        image_size: side of the image, pixels; None: the model's own. A model that is given as an object keeps the new size.
+        image_size: side of the image, pixels; None: the model's own. A model object keeps the new size.
         neighbours: nearest neighbours that vote.
         uniform: give all neighbours equal weight, instead of exp(similarity / 0.07).
         val_fraction, seed: of the split of data that has no val/ part.
-        batch_size: images a forward pass.
+        batch_size: images per forward pass.
         device: "auto", "cpu", "cuda", ...
         output: JSON file for the numbers.
         notify: called with messages about progress.
 
     Raises:
-        UsageError: unknown model or task, a size that the model cannot take, or a model without features.
+        UsageError: unknown model or task, a size that the model does not support, or a model without features.
         DataError: no such data, or data without labels.
-        CheckpointError: weights that cannot be had.
+        CheckpointError: weights that are not available.
     """
     from vitarium.files import write_json
 

@@ -27,7 +27,7 @@ class Restored(Result):
     Attributes:
         model: file or name.
         folder: holds the results.
-        rows: one an image, in the order of the files: {"image", "size", "restored", "restored_size", "seconds"}, or {"image", "error"}.
+        rows: one per image, in the order of the files: {"image", "size", "restored", "restored_size", "seconds"}, or {"image", "error"}.
             Sizes are [width, height] in pixels.
     """
 
@@ -70,7 +70,7 @@ def restore(
 ) -> Restored:
     """Restore images of any size, tile by tile, and write them as PNG files.
 
-    An image that cannot be read gets a row with its error, and the others go on.
+    An unreadable image has a row with its error.
 
     Args:
         images: files and folders; folders are searched at any depth.
@@ -86,7 +86,7 @@ def restore(
         UsageError: a model that restores no images, tiles too small for the model, two results of one name, or a result that would replace
             its image.
         DataError: a folder without images, or no image could be restored.
-        CheckpointError: weights that cannot be had.
+        CheckpointError: weights that are not available.
     """
     folder = Path(output)
     files = find_images(images)

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SHOWN_ROWS = 50
-"""Rows of a table in a notebook; further ones are counted."""
+"""Number of rows of a table in a notebook; further ones are counted."""
 SHOWN_DRAWINGS, SHOWN_SIDE = 12, 320
-"""Drawings in a notebook at most, and the longest side of one, pixels."""
+"""Largest number of drawings in a notebook, and the longest side of one in pixels."""
 
 
 class Result:
-    """Base of all results. A subclass is a dataclass; it overrides `facts`, and `tables` where it has any."""
+    """Base of all results. A subclass is a dataclass; it overrides `facts`, and `tables` if it has any."""
 
     def facts(self) -> dict[str, Any]:
         """Return the most important values by readable names."""
@@ -32,7 +32,7 @@ class Result:
         return []
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all values as plain ones, as the command prints them with --json."""
+        """Return all values as plain values, as printed with --json."""
         return asdict(self)  # type: ignore[call-overload]
 
     def __repr__(self) -> str:

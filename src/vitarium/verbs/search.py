@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 SHEET_ROWS = 50
-"""Queries on a sheet at most."""
+"""Largest number of queries on a sheet."""
 
 
 @dataclass(repr=False)
@@ -29,7 +29,7 @@ class Found(Result):
 
     Attributes:
         index: file of the index.
-        rows: one a query, in the order of the files: {"image", "found": [{"image", "similarity"}, ...]}, the most similar first, or
+        rows: one per query, in the order of the files: {"image", "found": [{"image", "similarity"}, ...]}, the most similar first, or
             {"image", "error"}. Similarities are cosines; 1 is equal.
     """
 
@@ -72,16 +72,16 @@ def search(
 ) -> Found:
     """Find the images of an index that are most similar to given ones, by the cosine of their vectors.
 
-    An image that cannot be read gets a row with its error, and the others go on.
+    An unreadable image has a row with its error.
 
     Args:
         index: a file of `vitarium.index`.
         images: files and folders; folders are searched at any depth.
         top_k: images to find for each.
-        model: the model of the index; None: opened from where it was when the index was made.
+        model: the model of the index; None: opened from its path when the index was made.
         checkpoint: weights for a name.
         itself: also find a query that is in the index itself.
-        batch_size: images a forward pass.
+        batch_size: images per forward pass.
         device: "auto", "cpu", "cuda", ...
         output: a sheet of images (.png, .jpg, .webp), or a .json file.
         notify: called with messages about progress.
@@ -89,7 +89,7 @@ def search(
     Raises:
         UsageError: an output of another ending.
         DataError: a folder without images, or no image could be read.
-        CheckpointError: no index, or its model is not there or has changed.
+        CheckpointError: there is no index, or its model is missing or has changed.
     """
     from vitarium.files import write_json
     from vitarium.perception.retrieval.index import Index, embed_files
@@ -119,7 +119,7 @@ def open_indexed(
     """Return the model that made an index.
 
     Raises:
-        CheckpointError: it is not there, or is another model.
+        CheckpointError: it is missing, or is another model.
     """
     from vitarium.perception.retrieval.index import model_fingerprint
 
@@ -176,7 +176,7 @@ def draw(rows: list[dict[str, Any]], output: Path) -> None:
 
 
 def _opened(file: str) -> Any:
-    """Return an image; None where it is no longer readable."""
+    """Return an image; None if it cannot be read."""
     from vitarium.data.bad_files import BrokenImage
     from vitarium.data.images import open_image
 
@@ -187,5 +187,5 @@ def _opened(file: str) -> Any:
 
 
 def _short(name: str) -> str:
-    """Return at most 12 letters with the last ones, because names of one folder differ at their ends."""
+    """Return at most 12 letters with the last ones, because names in one folder differ at their ends."""
     return name if len(name) <= 12 else f"{name[:5]}..{name[-5:]}"

@@ -26,9 +26,9 @@ class Trained(Result):
 
     Attributes:
         model: in eval mode, with its labels, preprocessing and training record.
-        file: where it was saved.
+        file: its saved file.
         fit: metrics, history, steps, seconds, images that could not be read, skipped steps.
-        task: what it was trained for.
+        task: its task.
         use: the command to use it.
     """
 
@@ -79,12 +79,12 @@ def train(
     progress: Callable[[str, Task, Progress], None] | None = None,
     notify: Notify = quiet,
 ) -> Trained | None:
-    """Train a model by a recipe and save it as OUT/model.safetensors. An interrupted run goes on when the same call is made again.
+    """Train a model by a recipe and save it as OUT/model.safetensors. The same call resumes an interrupted run.
 
     Args:
         recipe: a recipe's name, a YAML file, or a `Recipe`.
         data: as for `vitarium.open_data`; None: the recipe's.
-        model: a model's name, or a model, which is trained itself and keeps its labels; None: the recipe's. Learners that start
+        model: a model's name, or a model, which is trained in place and keeps its labels; None: the recipe's. Learners that start
             from a trained model take its file too.
         pretrained: start from published weights.
         checkpoint: start from these weights: file, "hf:OWNER/NAME", or address.
@@ -92,9 +92,9 @@ def train(
         apply: methods to apply before training, as "evit:keep=0.7"; None: the recipe's.
         val_fraction: share held out of data that has no val/ part.
         out: folder of the run; None: runs/RECIPE-MODEL-DATA.
-        trained_only: save only what was trained; the file then needs the weights that the model began with.
+        trained_only: save only the trained part; the file then needs the weights that the model started from.
         devices, num_nodes, strategy, accelerator: see `vitarium.training.fit`.
-        progress: called some times a second with the model's name, its task and the progress.
+        progress: called several times per second with the model's name, its task and the progress.
         notify: called with the reports of methods.
 
     Returns:
@@ -102,8 +102,8 @@ def train(
 
     Raises:
         UsageError: no such recipe, model, setting or method; or the folder holds another run.
-        DataError: data that cannot be used, or whose labels a given model does not know.
-        CheckpointError: weights that cannot be used.
+        DataError: the data cannot be used, or has labels that a given model does not have.
+        CheckpointError: the weights cannot be used.
         TrainingStopped: see `fit`.
         KeyboardInterrupt: the run was interrupted; its state is saved.
     """
@@ -149,11 +149,11 @@ def train(
 
 
 def matched(model: Any, task: Task, images: ImageData, pretrained: bool) -> ImageData:
-    """Return the data in the numbering of a given model's labels; a classifier without labels gets those of the data.
+    """Return the data with a given model's numbering of the labels; a classifier without labels gets those of the data.
 
     Raises:
         UsageError: `pretrained` weights for a model that has its own.
-        DataError: labels that the model does not know, or another number of classes.
+        DataError: labels that the model does not have, or another number of classes.
     """
     if pretrained:
         raise UsageError("a model that is given as an object has its own weights; pretrained is for a model's name")

@@ -256,7 +256,7 @@ class Task(Section):
             model: trained, in eval mode.
             data: what it was trained and evaluated on.
             values: metrics on the held-out part.
-            batch_size: images a forward pass.
+            batch_size: images per forward pass.
 
         Returns:
             values by name; a number replaces the metric of its name.
