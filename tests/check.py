@@ -1,4 +1,4 @@
-"""Check one system: style, types, floors, its own tests, and its part of the common contracts. `make check SLUG=swin` runs it.
+"""Check one system: style, types, import order, its own tests, and its part of the common contracts. `make check SLUG=swin` runs it.
 
     python -m tests.check SLUG
 

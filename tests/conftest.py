@@ -1,4 +1,4 @@
-"""What every test shares: no network, and the evidence of goldens and identities (`pytest --record-evidence`, `make evidence`)."""
+"""Fixtures of all tests: no network access, and recording of golden and identity results (`pytest --record-evidence`, `make evidence`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options that are written as text."""
+"""Tests of parsing options from text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""benchmarks/backbones.py and its page: what is measured, kept and judged. No test asserts a time."""
+"""Tests of benchmarks/backbones.py and its page: measurements, stored results and verdicts. No test asserts a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors: one exit code a kind, near names at the end of a message, and the line that installs what is missing."""
+"""Errors: one exit code per kind, similar names at the end of a message, and the install command for missing packages."""
 
 import sys
 import tomllib

@@ -1,4 +1,4 @@
-"""Files: whole or not at all, readable as the umask says, one run a folder."""
+"""Atomic writing of files with the permissions of the umask, and locks of run folders."""
 
 import os
 import stat

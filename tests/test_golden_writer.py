@@ -1,4 +1,4 @@
-"""tests/golden/write.py: what it records is what `compare` reads."""
+"""Test that `compare` reads the records of tests/golden/write.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Python examples of the guide of data run."""
+"""Test that the Python examples in the data guide run."""
 
 from __future__ import annotations
 

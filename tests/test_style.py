@@ -1,4 +1,4 @@
-"""Plain English in code, messages and docs: words and openings that read as translated or as riddles are refused.
+"""Plain English in code, messages and docs: a list of words and openings is rejected.
 
 Checked are comments, docstrings and messages (string literals with a space in them), not identifiers; the prose of Markdown
 files, and the comments of recipes.

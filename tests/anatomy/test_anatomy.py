@@ -1,4 +1,4 @@
-"""Every supported tower is read rightly; every other one is refused with its reason."""
+"""Anatomy of every supported tower is correct; unsupported ones raise an error with the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""open_clip's towers, where it is installed."""
+"""Anatomy of open_clip's towers, if it is installed."""
 
 from __future__ import annotations
 

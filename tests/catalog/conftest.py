@@ -1,4 +1,4 @@
-"""The toy family, registered for one test at a time."""
+"""Fixtures that register the toy family for one test."""
 
 from collections.abc import Iterator
 

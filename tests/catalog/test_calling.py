@@ -1,4 +1,4 @@
-"""Every registered model says how it is called, and whatever runs a model without knowing it asks."""
+"""Example inputs exist for every registered model, and code that runs arbitrary models uses them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""load_checkpoint: whose names they are, what is fitted, what is refused; and a model that a refusal leaves untouched."""
+"""Tests of load_checkpoint: recognised names, resized tensors, errors, and no change of the model after an error."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""create_model: ours, timm's and transformers' by one call; what cannot be made is told by name."""
+"""Tests of create_model for our, timm's and transformers' models, and of its error messages."""
 
 import pytest
 import torch

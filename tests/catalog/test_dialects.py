@@ -1,4 +1,4 @@
-"""Every family's names: files as timm, torchvision and transformers write them fit, and a wrong variant is told the right one.
+"""Dialects of every family: files of timm, torchvision and transformers load, and the error for a wrong variant suggests the right one.
 
 On the meta device: names and shapes of models of any size, without their memory. That the values come out right is for the goldens.
 """

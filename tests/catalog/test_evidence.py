@@ -1,4 +1,4 @@
-"""Status of the systems: computed from what is there, recorded by the tests themselves."""
+"""Status of the systems, computed from recorded test results."""
 
 import json
 import subprocess

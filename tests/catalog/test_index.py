@@ -1,4 +1,4 @@
-"""The index: it equals what the code registers and what its models cost, and the runtime reads nothing else."""
+"""The index matches registrations and model costs in the code, and the runtime reads only the index."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What every method may rely on: order, reports, undo, files; with two toy methods that change any network."""
+"""Common behaviour of methods: order, reports, undo, files; with two toy methods for any network."""
 
 from __future__ import annotations
 

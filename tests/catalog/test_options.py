@@ -1,4 +1,4 @@
-"""Options of methods: what is accepted, what is refused and in which words."""
+"""Options of methods: accepted values, rejected values, error messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preprocessing: any picture of Pillow's becomes the tensor that timm's evaluation transform would give."""
+"""Preprocessing of images in any of Pillow's modes equals timm's evaluation transform."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The registry: names lead to families, tables of names rename, and only the file that is asked for is imported."""
+"""The registry: lookup of families by name, renaming by tables, and import of only the requested file."""
 
 import subprocess
 import sys

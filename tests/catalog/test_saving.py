@@ -1,4 +1,4 @@
-"""save and load: one file that rebuilds the model, notices every changed byte, and is never half there."""
+"""Tests of save and load: rebuilding of the model, detection of changed bytes, and atomic writing."""
 
 import json
 import os

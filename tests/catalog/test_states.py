@@ -1,4 +1,4 @@
-"""Files of weights: what is inside is found, and what is damaged, hostile or no weights at all is refused in plain words."""
+"""Reading of weights files: tensors are found in containers; damaged, malicious and other files raise clear errors."""
 
 import argparse
 import io

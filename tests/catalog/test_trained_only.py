@@ -1,4 +1,4 @@
-"""Files that hold only what was trained: they find their base, and say clearly when it is missing or another."""
+"""Files with only the trained part: the base is found automatically, and a missing or different base raises a clear error."""
 
 from __future__ import annotations
 

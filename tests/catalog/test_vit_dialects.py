@@ -1,4 +1,4 @@
-"""Plain vision transformers in the names of their authors, of timm and of transformers, into timm's models and ours.
+"""Checkpoints of plain vision transformers with the authors', timm's and transformers' names load into timm's models and ours.
 
 Each file has the true names and shapes of its kind; what the loaded model computes is what the source library's own model computes.
 """

@@ -1,4 +1,4 @@
-"""Published weights: found in the hub client's cache or torch's, never asked for over a network in tests, and missed in plain words."""
+"""Published weights: lookup in the caches of the hub client and torch, without network access, and error messages."""
 
 import functools
 import hashlib

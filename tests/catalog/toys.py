@@ -1,4 +1,4 @@
-"""A family small enough to read, with everything that a checkpoint can trip over: position table, dialect, variants of near shapes."""
+"""A toy family with the difficult cases of checkpoint loading: position table, dialect, variants of similar shapes."""
 
 from collections.abc import Iterator
 

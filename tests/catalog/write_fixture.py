@@ -1,4 +1,4 @@
-"""Writes tests/fixtures/saved-<version>.safetensors, which every later version must load.
+"""Write tests/fixtures/saved-<version>.safetensors, which every later version must load.
 
 Run at a release: python -m tests.catalog.write_fixture
 """

@@ -1,4 +1,4 @@
-"""Claims are judged, kept and resumed; the claims themselves are run by `vitarium claim`, not by tests."""
+"""Tests of verdicts, the ledger and resuming of claims; the claims themselves are run by `vitarium claim`, not by tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The images and the measure of DependencyViT's claim."""
+"""Tests of the images and the measure of DependencyViT's claim."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running commands inside the test's own process."""
+"""Fixtures that run commands in the test process."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""The frame around all commands: the public surface, what errors become, what the start costs."""
+"""Tests of the command line application: public names, error messages and exit codes, import time."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""`bench` and `claim`: what is typed arrives, what was measured is shown."""
+"""Tests of `bench` and `claim`: options and printed results."""
 
 import json
 

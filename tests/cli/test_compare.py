@@ -1,4 +1,4 @@
-"""`compare`: what is typed reaches the comparison, what happens is shown, the result ends in a recommendation."""
+"""Tests of `compare`: options, progress display, and the recommendation."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""`compress`: one loadable file, a true table, and what users get wrong."""
+"""Tests of `compress`: one loadable file, a correct table, and user errors."""
 
 import json
 from pathlib import Path

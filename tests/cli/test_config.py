@@ -1,4 +1,4 @@
-"""`--config` and `--print-config`, on a small command of their own and on real ones."""
+"""Tests of `--config` and `--print-config`, on a small test command and on real ones."""
 
 from enum import StrEnum
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`explain`: overlays, measures, and what people get wrong."""
+"""Tests of `explain`: overlays, measures, and user errors."""
 
 import json
 

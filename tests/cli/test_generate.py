@@ -1,4 +1,4 @@
-"""`vitarium generate`: sheets, folders and arrays of pictures, and what people get wrong."""
+"""Tests of `vitarium generate`: sheets, folders and arrays of images, and user errors."""
 
 import json
 

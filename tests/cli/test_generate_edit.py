@@ -1,4 +1,4 @@
-"""`vitarium generate`: making a region of a picture anew, and the mistakes made with it."""
+"""Tests of `vitarium generate` with an image and a mask, including user errors."""
 
 from __future__ import annotations
 

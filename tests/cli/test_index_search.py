@@ -1,4 +1,4 @@
-"""`vitarium index` and `vitarium search`, with the mistakes that their users make."""
+"""Tests of `vitarium index` and `vitarium search`, including user errors."""
 
 from __future__ import annotations
 

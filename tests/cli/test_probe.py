@@ -1,4 +1,4 @@
-"""`probe`, and the way from pretraining to fine-tuning on the command line."""
+"""Tests of `probe`, and of pretraining followed by fine-tuning on the command line."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`vitarium restore`, with the mistakes that its users make."""
+"""Tests of `vitarium restore`, including user errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`systems`: a row a system, filtered, with totals."""
+"""Tests of `systems`: one row per system, filters, totals."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`train`, `evaluate` and `predict`: from a recipe to a file, to its metrics, to names for pictures."""
+"""Tests of `train`, `evaluate` and `predict`: from a recipe to a saved file, its metrics and predictions."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Video files, drawn motion, and how a clip becomes an input."""
+"""Video files, rendered motion, and preprocessing of clips."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Collation by field: stacked, padded, packed, listed; what is missing is known; pairs are as they ever were."""
+"""Collation by field: stacked, padded, packed, listed; markers of missing values; unchanged behaviour for pairs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several labels an image: NIH's layout, CSV files of both forms, drawn X-rays, and what users get wrong."""
+"""Multi-label data: NIH's layout, CSV files of both forms, rendered X-rays, and user errors."""
 
 from __future__ import annotations
 

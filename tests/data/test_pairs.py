@@ -1,4 +1,4 @@
-"""Images in two qualities."""
+"""Tests of image pairs for restoration."""
 
 from __future__ import annotations
 

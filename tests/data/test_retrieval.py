@@ -1,4 +1,4 @@
-"""Data whose searched classes are not those that are learned from."""
+"""Retrieval data: searched classes are not training classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images with segments: scenes, COCO's json, folders of masks; what is wrong in them; images and segments changed together."""
+"""Images with segments: scenes, COCO's json, folders of masks; errors in them; joint transforms of images and segments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Benchmarks: how they pair, what they prove before timing, when they keep silent. No test asserts a time."""
+"""Benchmarks: pairing of runs, checks of equality before timing, and cases without a verdict. No test asserts a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Token reduction times quantization or pruning times models of three libraries: each runs, is saved, is loaded, and says the same.
+"""Token reduction times quantization or pruning times models of three libraries: each combination runs, and has the same outputs after
+saving and loading.
 
 The models are the libraries' own at their own widths, cut to two blocks and 64 patches or fewer. `--record-evidence` writes the table of
 the docs (docs/examples/combinations.json).

@@ -1,4 +1,4 @@
-"""An exported graph equals its model, takes any batch, remembers its labels, and does not survive being wrong."""
+"""An exported graph equals its model, accepts any batch size and contains the labels; a wrong graph is not written."""
 
 import json
 import sys

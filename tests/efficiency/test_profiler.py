@@ -1,4 +1,4 @@
-"""The profiler counts what runs: checked against sums done by hand, and left no trace on the model."""
+"""The profiler counts the operations that run, checked against manual counts, and does not change the model."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""A real Ray cluster of two nodes on this machine, of which one is lost on the way."""
+"""A real Ray cluster of two nodes on this machine, one of which is removed during the work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine on this machine: what is skipped, retried, named, and resumed."""
+"""The local engine: skipping, retrying, reporting and resuming of runs."""
 
 from __future__ import annotations
 

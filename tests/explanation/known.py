@@ -1,4 +1,4 @@
-"""Classifiers whose evidence is known."""
+"""Classifiers with known evidence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every explainer: the contract, and what is true of each alone."""
+"""Explainers: the common interface, and properties of each."""
 
 from __future__ import annotations
 

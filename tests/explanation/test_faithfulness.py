@@ -1,4 +1,4 @@
-"""The measures: exact on models whose evidence is known."""
+"""Measures of faithfulness are exact on models with known evidence."""
 
 from __future__ import annotations
 

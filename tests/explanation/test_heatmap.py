@@ -1,4 +1,4 @@
-"""Heat maps: colours whose lightness rises, laid where the model looked."""
+"""Heat maps: increasing lightness of the colours, and position of the map on the image."""
 
 from __future__ import annotations
 

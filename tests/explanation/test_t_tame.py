@@ -1,4 +1,4 @@
-"""T-TAME: the authors' numbers and names, what its card promises, and its way through training, saving and loading."""
+"""T-TAME: equality with the authors' code, parameter names, properties, and training, saving and loading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trees of tokens as explanations: of models that grow them, and of any plain vision transformer."""
+"""Dependency trees as explanations, for models with their own trees and for any plain vision transformer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DRCT written down as the paper says it, by rolling, partitioning and masking: what ours is compared with and timed against."""
+"""Literal implementation of DRCT by rolling, partitioning and masking, the reference for tests and timings."""
 
 from __future__ import annotations
 

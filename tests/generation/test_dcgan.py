@@ -1,4 +1,4 @@
-"""DCGAN: it learns, its generator keeps the contract of generators, and what it cannot do is refused."""
+"""DCGAN: training, the interface of generators, and errors for unsupported options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The diffusion base: the authors' numbers and names, identities of paths and samplers, diffusers in our place and ours in theirs."""
+"""The diffusion base: equality with the authors' code, identities of paths and samplers, and exchange of parts with diffusers."""
 
 import math
 

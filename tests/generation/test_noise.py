@@ -1,4 +1,4 @@
-"""Images depend on the seed and their number, not on the batch that they are made in."""
+"""Generated images depend on the seed and their number, not on their batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""REPA: the authors' numbers, the alignment of any denoiser to any frozen encoder, its learner."""
+"""REPA: equality with the authors' code, the alignment of any denoiser to any frozen encoder, its learner."""
 
 import pytest
 import torch

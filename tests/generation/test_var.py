@@ -1,4 +1,4 @@
-"""Properties of VAR: the authors' numbers, the cache, what each scale can see, editing, and its two learners."""
+"""Properties of VAR: equality with the authors' code, the cache, masking between scales, editing, and its two learners."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Golden vectors: what the authors' code gives out on weights and inputs that anyone can make again from their names and shapes.
+"""Golden vectors: outputs of the authors' code for weights and inputs that are reproducible from names and shapes.
 
 A golden is NAME.json (what was run: source, config, inputs, the state's names and shapes) and NAME.npz (every k-th element of what came
 out). `assert_matches_golden` fills a state under the authors' names, loads it through the model's own rename table, runs the model in

@@ -1,4 +1,4 @@
-"""Record a golden: fill the authors' model by names and shapes, run it on inputs made from names, write what came out.
+"""Record a golden: fill the authors' model by names and shapes, run it on inputs generated from names, write the outputs.
 
     python -m tests.golden.write swin-tiny_w7_224 --model swin_transformer:SwinTransformer \
         --config '{"img_size": 224}' \

@@ -1,4 +1,4 @@
-"""Image kernels become clip kernels."""
+"""Tests of the inflation of image kernels to clip kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts that the descendants of PVTv2 share."""
+"""Modules shared by PVTv2 and its successors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parallel convolutions fold into one."""
+"""Tests of folding parallel convolutions into one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Heads and attention on them."""
+"""Tests of attention and splitting of heads."""
 
 from __future__ import annotations
 

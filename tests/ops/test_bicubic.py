@@ -1,4 +1,4 @@
-"""Bicubic resizing as the benchmarks' makers did it."""
+"""Bicubic resizing as in the super-resolution benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fast convolution and the fast linear layer say what PyTorch's own say, and step aside where somebody looks on."""
+"""The fast convolution and linear layer equal PyTorch's, and are not used while a tracer or hook observes the operators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Deformable attention: the authors' numbers, transformers' numbers, and what it is when nothing deforms."""
+"""Deformable attention: equality with the authors' code and transformers, and the case without offsets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merging as plain arithmetic: averages against a loop, and the way back."""
+"""Merging of tokens: averages against a loop, and the inverse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Number formats and packing: codes and values say the same."""
+"""Number formats and packing: codes and values agree."""
 
 from __future__ import annotations
 

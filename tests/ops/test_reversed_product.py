@@ -1,4 +1,4 @@
-"""Attention backwards."""
+"""Tests of attention with reversed products."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Orders are the same on every machine."""
+"""Test that sort orders are equal on every machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pages: values are escaped, nothing is fetched, words are readable."""
+"""Pages: values are escaped, nothing is fetched, numbers are readable."""
 
 from __future__ import annotations
 

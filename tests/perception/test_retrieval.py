@@ -1,4 +1,4 @@
-"""Metrics against counting by hand, the index against brute force and faiss against torch, vectors of any model."""
+"""Retrieval: metrics against manual counts, the index against brute force, faiss against torch, and vectors of any model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""VPTSP: the authors' numbers and names, prompts in any plain ViT, proxies, and the way through training, saving and loading."""
+"""VPTSP: equality with the authors' code, prompts in any plain ViT, proxies, and training, saving and loading."""
 
 from __future__ import annotations
 

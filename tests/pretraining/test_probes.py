@@ -1,4 +1,4 @@
-"""Probes: nearest neighbours as scikit-learn's, heads that are all that learns."""
+"""Probes: nearest neighbours equal scikit-learn's, and only heads are trained."""
 
 from __future__ import annotations
 

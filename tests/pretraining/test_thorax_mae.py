@@ -1,4 +1,4 @@
-"""Properties of masked autoencoders for X-rays: the authors' numbers and names, and the way from pretraining to fine-tuning."""
+"""Properties of masked autoencoders for X-rays: equality with the authors' code, and pretraining followed by fine-tuning."""
 
 from __future__ import annotations
 

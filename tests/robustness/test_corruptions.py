@@ -1,4 +1,4 @@
-"""The corruptions: their sizes and strengths, the numbers of the library that others measure with, and the benchmark around them."""
+"""Corruptions: their sizes and strengths, equality with the reference library, and the benchmark."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SAM against its formulas and the authors' numbers, alone and in the house's loop."""
+"""SAM against its formulas and the authors' code, alone and in the training loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loss surfaces: the right values at the right places, and weights that come back."""
+"""Loss surfaces: values at known points, and restored weights."""
 
 from __future__ import annotations
 

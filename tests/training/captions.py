@@ -1,4 +1,4 @@
-"""Scenes of several sizes with their captions, some of which are missing, and a learner that reads both; everything picklable."""
+"""Scenes of several sizes with their captions, some of which are missing, and a learner that uses both; everything is picklable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A learner of two players that trains in milliseconds; everything picklable, for the tests with several processes."""
+"""A learner of two players that trains in milliseconds; everything is picklable, for the tests with several processes."""
 
 from __future__ import annotations
 

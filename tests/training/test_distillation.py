@@ -1,4 +1,4 @@
-"""Stored answers of a teacher, and learning from them."""
+"""Stored probabilities of a teacher, and training on them."""
 
 from __future__ import annotations
 

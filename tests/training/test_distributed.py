@@ -1,4 +1,5 @@
-"""Two processes over gloo: the weights and metrics of one process with the double batch; a lost process ends the run with a reason."""
+"""Two processes over gloo: the weights and metrics of one process with the double batch; a lost process ends the run with an error
+message."""
 
 from __future__ import annotations
 

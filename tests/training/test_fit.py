@@ -1,4 +1,4 @@
-"""fit: a run that is resumed ends as an unbroken one; whatever goes wrong is told, and nothing is lost."""
+"""Tests of fit: a resumed run equals an uninterrupted one; errors are reported without loss of state."""
 
 from __future__ import annotations
 

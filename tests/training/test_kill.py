@@ -1,4 +1,4 @@
-"""Killed at any instant, asked to stop, out of disk: the run goes on and ends as if nothing had been."""
+"""Runs that are killed at any time, stopped by a signal or out of disk space resume and end like uninterrupted ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Objectives by name: a learner of one's own is trained, drawn, saved, evaluated and asked like the house's."""
+"""Learners by name: a custom learner is trained, drawn, saved, evaluated and used like the library's."""
 
 from __future__ import annotations
 

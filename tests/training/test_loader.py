@@ -1,4 +1,4 @@
-"""Order and augmentation depend on seed, epoch and index alone; what cannot be read is named."""
+"""Order and augmentation depend only on seed, epoch and index; unreadable samples are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The learner of several labels a picture."""
+"""Tests of the multi-label learner."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Phases and values by step: what learns, at which size, with which numbers; through a resume on either side of a boundary."""
+"""Phases and values by step: trained parameters, image size and numbers; resuming on either side of a boundary."""
 
 from __future__ import annotations
 

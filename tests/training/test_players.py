@@ -1,4 +1,4 @@
-"""Several players: what the loop guarantees to each of them, also through a kill and over two processes."""
+"""Several players: guarantees of the loop for each, also after a kill and with two processes."""
 
 from __future__ import annotations
 

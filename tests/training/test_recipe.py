@@ -1,4 +1,4 @@
-"""Recipes: the house's are runnable, and whatever a person writes gives a recipe or an error that helps."""
+"""Recipes: those of the library are valid, and user input results in a recipe or a helpful error."""
 
 from __future__ import annotations
 

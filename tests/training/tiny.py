@@ -1,4 +1,4 @@
-"""A data set, a model and a recipe that train in milliseconds; everything picklable, for the tests with several processes.
+"""A data set, a model and a recipe that train in milliseconds; everything is picklable, for the tests with several processes.
 
 As a program (`torchrun -m tests.training.tiny FOLDER STRATEGY [KEY=VALUE ...]`) it trains them in two processes.
 """

@@ -1,4 +1,4 @@
-"""Every verb on a folder in transformers' layout: one without a classifier, and the file that training makes of it."""
+"""Every verb on a folder in transformers' layout without a classifier, and on the file trained from it."""
 
 from __future__ import annotations
 

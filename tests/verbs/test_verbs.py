@@ -1,4 +1,4 @@
-"""The front door: each verb from Python on small models and data, its result, and its command with the same options."""
+"""Each verb called from Python on small models and data, its result, and its command with the same options."""
 
 from __future__ import annotations
 

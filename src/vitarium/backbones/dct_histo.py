@@ -1,6 +1,6 @@
 """DCT-HistoTransformer: attention between low DCT frequencies in parallel with a convolution (2024, for histopathology images).
 
-The idea: a network for small data sets and small hardware. In each block, one branch computes the cosine transform of the map, keeps the
+The network is meant for small data sets and small hardware. In each block, one branch computes the cosine transform of the map, keeps the
 k x k lowest frequencies, applies attention between them and transforms back: global context with few tokens, a quarter of all at k = H / 2.
 The high frequencies that it discards are processed by the other branch, an inverted bottleneck on the map; a 1 x 1 convolution merges both.
 

@@ -177,7 +177,7 @@ class S2AFormer(Backbone):
     """S2AFormer classifier: images (B, in_chans, H, W), any H and W, -> logits (B, num_classes).
 
     Args:
-        dims, depths, num_heads, sr_ratios: channels, blocks, heads and reduction r a stage.
+        dims, depths, num_heads, sr_ratios: channels, blocks, heads and reduction r per stage.
         qk_dim: see `StripSelfAttention`; None for the usual width of queries and keys, C / h.
         pool, attention, lim: see `HybridPerceptionBlock`.
         stem_stride: stride of the first convolution; each stage halves the resolution again.

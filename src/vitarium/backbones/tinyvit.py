@@ -1,6 +1,6 @@
 """TinyViT: a small pyramid designed for distillation during pretraining (Wu et al., "TinyViT", 2022).
 
-The idea: with 5 to 21 million parameters, convolutions at high resolution (stem, one stage of inverted bottlenecks) and window attention at
+Models of 5 to 21 million parameters use convolutions at high resolution (stem, one stage of inverted bottlenecks) and window attention at
 low resolution, with a depth-wise 3 x 3 convolution between attention and MLP that connects the windows.
 
     x <- x + Attention(LN(x)) in M x M windows;  x <- BN(DW_3x3(x)), not residual;  x <- x + MLP(LN(x))

@@ -1,7 +1,7 @@
 """Visual Attention Network: features multiplied by the output of a large kernel (Guo et al., "Visual Attention Network", 2022).
 
-The idea: the long range and the input dependence of self-attention without a softmax over all pairs. A 21 x 21 kernel is decomposed into a
-depth-wise 5 x 5, a dilated depth-wise 7 x 7 (dilation 3) and a 1 x 1 convolution; its output is one attention value per position and
+The module has the long range and the input dependence of self-attention without a softmax over all pairs. A 21 x 21 kernel is decomposed
+into a depth-wise 5 x 5, a dilated depth-wise 7 x 7 (dilation 3) and a 1 x 1 convolution; its output is one attention value per position and
 channel.
 
     u = GELU(W_1 y);  a = W_a DW_7,dilation 3(DW_5(u));  A(y) = W_2 (u * a) + y      with y = BN(x)

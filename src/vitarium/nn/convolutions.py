@@ -24,7 +24,7 @@ class Conv2d(nn.Conv2d):
             stride = self.stride
             if self.kernel_size == (1, 1) and stride != (1, 1) and self.padding == (0, 0):
                 # PyTorch's weight gradient of a strided 1 x 1 writes beyond its memory on a CPU for a channels-last x with fewer than 16
-                # channels (2.15.0: the process dies or other tensors are overwritten). Only these pixels are read anyway.
+                # channels (2.15.0: the process dies or other tensors are overwritten). Only these pixels are used in any case.
                 x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
             where = dict(stride=stride, padding=self.padding, dilation=self.dilation, groups=self.groups)
             return conv2d(x, self.weight, self.bias, **cast(Any, where), gelu=gelu)

@@ -88,5 +88,5 @@ def _widened(conv: nn.Conv2d, groups: int, kernel: int) -> Tensor:
 
 
 def rep_conv(in_dim: int, dim: int, kernel_size: int, *, stride: int = 1, groups: int = 1, dilation: int = 1) -> RepConv:
-    """Return a `RepConv` with the usual branches: K x K and 1 x 1, or two 1 x 1 where K is 1."""
+    """Return a `RepConv` with the usual branches: K x K and 1 x 1, or two 1 x 1 if K is 1."""
     return RepConv(in_dim, dim, [(kernel_size, groups), (1, groups)], stride=stride, dilation=dilation)

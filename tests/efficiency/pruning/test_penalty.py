@@ -1,4 +1,4 @@
-"""Penalties on attention: their values where they are known, and their gradients."""
+"""Penalties on attention: known values, and gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sparse then prune: the authors' numbers, what is exactly true of pruning, and combinations."""
+"""Sparse then Prune: equality with the authors' code, exact properties of pruning, and combinations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The learner: the penalty in the loss, weights that go on the way and stay away, runs that are resumed."""
+"""The sparse_prune learner: the penalty in the loss, pruning during training, persistent zeros, and resumed runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Packed layers: the same by integers and by floats, in memory and from a file, with other methods and in other libraries' models."""
+"""Packed layers: equality of integer and floating-point computation, in memory and from a file, with other methods and in other libraries'
+models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MPTQ-ViT: PTQ4ViT's numbers, and what is exactly true of its parts."""
+"""MPTQ-ViT: equality with PTQ4ViT, and exact properties of its parts."""
 
 from __future__ import annotations
 

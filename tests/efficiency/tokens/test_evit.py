@@ -1,4 +1,4 @@
-"""EViT: the authors' numbers, and what is exactly true of it."""
+"""EViT: equality with the authors' code, and exact properties."""
 
 from __future__ import annotations
 

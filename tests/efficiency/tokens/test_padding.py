@@ -1,4 +1,4 @@
-"""Images of different token counts in one padded batch: every token method gives each image what it gets alone."""
+"""Images of different token counts in one padded batch: for every token method, the output of an image equals that of the image alone."""
 
 from __future__ import annotations
 

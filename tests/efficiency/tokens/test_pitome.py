@@ -1,4 +1,4 @@
-"""PiToMe and ToMe: the authors' numbers, and what is exactly true of them."""
+"""PiToMe and ToMe: equality with the authors' code, and exact properties."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every reduction on every family works as it says, or refuses; never silently wrong."""
+"""Every token reduction on every family of models is correct or raises an error."""
 
 from __future__ import annotations
 
