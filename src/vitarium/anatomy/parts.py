@@ -269,12 +269,12 @@ def read_block(name: str, module: nn.Module, layouts: Mapping[str, BlockLayout])
     layout = own_layout if isinstance(own_layout, BlockLayout) else layouts.get(type(module).__name__)
     if layout is None:
         known = ", ".join(layouts)
-        raise UnsupportedModel(f"{name} is a {type(module).__name__}; anatomy knows {known} (norm before each branch)")
+        raise UnsupportedModel(f"{name} is a {type(module).__name__}; anatomy supports {known} (norm before each branch)")
     attention = getattr(module, layout.attention)
     inner = layout.attention_layouts.get(type(attention).__name__)
     if inner is None:
         known = ", ".join(layout.attention_layouts)
-        raise UnsupportedModel(f"{name}.{layout.attention} is a {type(attention).__name__}; anatomy knows {known}")
+        raise UnsupportedModel(f"{name}.{layout.attention} is a {type(attention).__name__}; anatomy supports {known}")
     for part, names in ((module, layout.names()), (attention, inner.names())):
         own = [key for table in (part._modules, part._parameters, part._buffers) for key, value in table.items() if value is not None]
         if strange := [key for key in own if key not in names]:

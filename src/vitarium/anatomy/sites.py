@@ -200,10 +200,10 @@ def masked(model: nn.Module, mask: Tensor) -> Iterator[None]:
 
 
 def run(model: nn.Module, x: Tensor, mask: Tensor | None = None, **arguments: Any) -> Tokens:
-    """Run embedded tokens through the blocks of a plain vision transformer, with the methods on them.
+    """Run embedded tokens through the blocks of a plain vision transformer, with its methods.
 
     Args:
-        model: anything that `anatomy.of` knows.
+        model: any model that `anatomy.of` supports.
         x: (B, N, C), prefix and image tokens with positions, as the first block takes them.
         mask: see `masked`; None: all tokens are real.
         arguments: further arguments of each block, such as `rope`.
@@ -253,7 +253,7 @@ def install(model: nn.Module, make: Callable[[Anatomy], Sequence[Site]]) -> tupl
     """Wrap every block of a model, check that the wrapped model equals the original, then set the sites.
 
     Args:
-        model: anything that `anatomy.of` knows.
+        model: any model that `anatomy.of` supports.
         make: returns one site per block; it may raise AttachError.
 
     Returns:

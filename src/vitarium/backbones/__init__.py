@@ -1,1 +1,1 @@
-"""Image or video -> features. One architecture a file; the registry (`vitarium.create_model`) finds them by name."""
+"""Image or video -> features. One architecture per file; the registry (`vitarium.create_model`) finds them by name."""

@@ -57,7 +57,7 @@ def fresh_names(model: nn.Module) -> list[str]:
 
 
 def has_trained_head(model: nn.Module) -> bool:
-    """Return whether a model's answers may be used: False for one that `require_head` refuses."""
+    """Return whether a model's predictions may be used; False if `require_head` raises for it."""
     try:
         require_head(model)
     except UsageError:

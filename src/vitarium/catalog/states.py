@@ -188,7 +188,7 @@ def check_seal(path: Path, metadata: Mapping[str, str]) -> None:
 
 
 def _what_is_wrong(path: Path) -> str:
-    """Describe the damage of a safetensors file that its reader refuses, from its sizes."""
+    """Describe the damage of an unreadable safetensors file, from its sizes."""
     actual = path.stat().st_size
     if actual < 10:
         return f"no whole safetensors file: expected at least 10 bytes, got {actual}; fetch it again"

@@ -107,7 +107,7 @@ def _fetch_timm(name: str, digest: str) -> Path:
 
     cfg = timm.models.get_pretrained_cfg(name)
     if cfg is None or not (cfg.hf_hub_id or cfg.url):
-        raise CheckpointError(f"timm {timm.__version__} knows no weights {name!r}; a newer or older timm may")
+        raise CheckpointError(f"timm {timm.__version__} has no weights {name!r}; a newer or older timm may")
     suffix = f"#sha256={digest}" if digest else ""
     if cfg.hf_hub_id:
         file = f"/{cfg.hf_hub_filename}" if cfg.hf_hub_filename else ""

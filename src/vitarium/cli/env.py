@@ -65,7 +65,7 @@ def version(package: str) -> str | None:
 
 
 def devices() -> list[dict[str, str | None]]:
-    """Return the CPU and every accelerator that torch sees."""
+    """Return the CPU and every accelerator that torch supports here."""
     import torch
 
     found: list[dict[str, str | None]] = [{"device": "cpu", "name": platform.processor() or platform.machine(), "memory": None}]

@@ -29,7 +29,7 @@ def explain(
     device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Draw where in images a classifier sees the evidence for its prediction, or for a given class.
+    """Draw the evidence in images for a classifier's prediction, or for a given class.
 
     Methods: t_tame (for a model of 'vitarium train t_tame'), grad_cam, rollout, gradient_input, rise, integrated_gradients, occlusion,
     smooth_grad, gradient_shap, token_tree (draws which patches depend on each other), and random as a baseline. Unreadable images are

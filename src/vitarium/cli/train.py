@@ -42,7 +42,7 @@ def train(
     val_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share held out of data that has no val/ part.")] = 0.2,
     out_folder: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder; a run that was interrupted goes on.", show_default="runs/RECIPE-MODEL-DATA"),
+        typer.Option("--out", help="Folder; an interrupted run resumes.", show_default="runs/RECIPE-MODEL-DATA"),
     ] = None,
     trained_only: Annotated[
         bool, typer.Option("--trained-only", help="Write only what was trained; the file then needs the weights that the model began with.")

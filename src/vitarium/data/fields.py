@@ -165,7 +165,7 @@ class Collate:
             samples: mappings of fields, or (image, target) pairs.
 
         Raises:
-            DataError: a sample that `check` refuses, or shapes that do not go together.
+            DataError: a sample that fails `check`, or shapes that cannot be collated.
         """
         rows = [sample if isinstance(sample, Mapping) else Sample(zip(("image", "target"), sample, strict=True)) for sample in samples]
         batch: dict[str, Any] = {}

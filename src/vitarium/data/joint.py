@@ -184,7 +184,7 @@ def as_tensors(target: Target) -> dict[str, Any]:
 
 
 def _rows(value: Any, kept: Tensor) -> Any:
-    """Select the rows of the kept objects; a tv_tensor stays one."""
+    """Select the rows of the kept objects; a tv_tensor keeps its type."""
     from torchvision import tv_tensors
 
     return tv_tensors.wrap(value[kept], like=value) if isinstance(value, tv_tensors.TVTensor) else value[kept]

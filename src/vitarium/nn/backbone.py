@@ -150,7 +150,7 @@ class Backbone(nn.Module):
         Raises:
             InputError: an index out of range or another output_fmt.
         """
-        if output_fmt not in ("NCHW", f"NC{self.axes}"):  # timm's wrapper always asks for the first
+        if output_fmt not in ("NCHW", f"NC{self.axes}"):  # timm's wrapper always passes the first
             raise InputError(f"output_fmt must be 'NC{self.axes}', got {output_fmt!r}")
         self.check_image(x)
         chosen = self.take_indices(indices)

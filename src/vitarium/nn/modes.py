@@ -1,4 +1,4 @@
-"""Context managers that change the state of a model for a while: evaluation mode, gradients of its parameters."""
+"""Context managers that temporarily change the state of a model: evaluation mode, gradients of its parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put every submodule in evaluation mode; on leaving, restore the mode that each one had. Gradients are left as they are."""
+    """Put every submodule in evaluation mode; on leaving, restore the mode that each one had. Gradients are not affected."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()

@@ -1,4 +1,4 @@
-"""FLOP counting that knows this library's own operators."""
+"""FLOP counting that includes this library's own operators."""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ def active_neurons(model: nn.Module, images: Iterable[Tensor] | Tensor) -> dict[
     kinds = (nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.ELU)
     sites = {name: m for name, m in model.named_modules() if isinstance(m, kinds) or type(m).__name__ in ("GELU", "QuickGELU", "GELUTanh")}
     if not sites:
-        raise InputError(f"{type(model).__name__} has no activation modules (GELU, ReLU, SiLU, ...)")
+        raise InputError(f"{type(model).__name__} has no activations that are modules (GELU, ReLU, SiLU, ...)")
     positive, total = dict.fromkeys(sites, 0.0), dict.fromkeys(sites, 0)
 
     def counter(name: str) -> Callable[..., None]:

@@ -80,7 +80,7 @@ def explain(
     device: str = "auto",
     notify: Notify = quiet,
 ) -> Explanations:
-    """Draw where in images a classifier sees the evidence for its prediction, or for a given class.
+    """Draw the evidence in images for a classifier's prediction, or for a given class.
 
     An unreadable image has a row with its error.
 

@@ -204,7 +204,7 @@ def _sized(name: str | nn.Module, data: ImageData, recipe: Recipe, codec: Any = 
     """Return the recipe without the size of the data's images: they are resized to the model's size, which its scales determine.
 
     Raises:
-        UsageError: the recipe asks for another size.
+        UsageError: the recipe sets another size.
     """
     from vitarium.catalog import find_model
 
