@@ -1,5 +1,6 @@
 """Errors: one exit code per kind, similar names at the end of a message, and the install command for missing packages."""
 
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -35,7 +36,7 @@ def test_nearest():
 def test_what_is_missing_is_told_with_the_line_that_installs_it(monkeypatch, extra):
     package = EXTRAS[extra][0].partition(">")[0].replace("-", "_")
     monkeypatch.setitem(sys.modules, package, None)  # as Python marks a module that cannot be imported
-    with pytest.raises(MissingExtra, match=rf"{package} is not installed .*pip install 'vitarium\[{extra}\]'"):
+    with pytest.raises(MissingExtra, match=rf"{re.escape(package)} is not installed .*pip install 'vitarium\[{extra}\]'"):
         require(package, extra)
 
 
