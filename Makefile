@@ -29,7 +29,8 @@ test: lint docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # all of `test`, and the checks that take minutes: every cost in the index is counted again
-test-all: test
+test-all: lint docs
+	EVERY_VARIANT=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 	OMP_NUM_THREADS=1 $(BIN)/python -m vitarium.cli.indexing --check --jobs 2
 
 lint: $(VENV)/.dev

@@ -38,7 +38,7 @@ def test_exponents():
 def test_growth_of_a_model(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(backbones, "paired", functools.partial(backbones.paired, least_seconds=0))
     found = backbones.grow("swin_pico", "float32", "cpu", 3, sides=(16, 32))
-    assert (found["image_sizes"], len(found["ms"]), found["cost"]) == ([16, 32], 2, "linear in image area at a fixed window")
+    assert (found["image_sizes"], len(found["ms"]), found["cost"]) == ([16, 32], 2, "linear in image area at a fixed window size")
     assert 0.7 < found["memory_exponent"] < 1.2
 
 
