@@ -326,3 +326,39 @@ def test_the_readme_calls_functions_of_the_front_door(call: str):
 def test_the_readme_names_every_verb():
     named = {call.partition("(")[0].removeprefix("vitarium.") for call in python_calls()}
     assert set(vitarium.VERBS) <= named
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "text"),
+    [
+        ("pico", "dit_pico", "dit_pico is a model for the task generate, and the learner classification trains models for classify"),
+        ("sit_flow_pico", "swin_pico", "swin_pico is a model for the task classify, and the learner diffusion"),
+        ("pico", "kmax_deeplab_pico", "kmax_deeplab_pico is a model for the task segment"),
+        ("kmax_deeplab_pico", "timm/vit_pico", "timm/vit_pico is a model for the task classify"),
+    ],
+)
+def test_a_model_for_another_task_is_refused_before_anything_is_opened(tmp_path, monkeypatch, recipe, model, text):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=text):
+        vitarium.train(recipe, "nowhere/", model=model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_compress_does_not_replace_its_own_model(tmp_path):
+    path = tmp_path / "m.safetensors"
+    vitarium.save(vitarium.create_model("timm/vit_pico", num_classes=2, image_size=16), path)
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match=r"is the model itself; choose another file"):
+        vitarium.compress(path, ["int8"], path)
+    assert path.read_bytes() == before
+
+
+def test_default_data_that_does_not_fit_is_named(tmp_path):
+    model = vitarium.create_model("timm/vit_pico", num_classes=2, image_size=16)
+    model.labels = ["cat", "dog"]
+    with pytest.raises(DataError, match=r"no data was named, so that digits was opened: .*name yours with --data"):
+        vitarium.evaluate(model)
+    (tmp_path / "run").mkdir()
+    vitarium.save(model, tmp_path / "run" / "model.safetensors")
+    with pytest.raises(UsageError, match=r"is a folder; name its file: .*model\.safetensors"):
+        vitarium.evaluate(tmp_path / "run")

@@ -10,6 +10,9 @@ import typer
 from vitarium.cli.console import err, print_json, print_tables, status
 from vitarium.cli.options import Address, Apply, BatchSize, Checkpoint, Device, EngineKind, Jobs
 
+SHOWN = 10
+"""Images that could not be read whose reasons are printed."""
+
 
 def predict(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Images, and folders that are searched to the bottom.")],
@@ -55,5 +58,7 @@ def predict(
         print_tables([answer_table(found.rows, found.task)])
     if found.broken:
         err().print(f"[yellow]{len(found.broken)} of {len(found.rows)} images could not be read[/]")
+        for row in found.broken[:SHOWN]:
+            err().print(f"  {row['image']}: {row['error']}", markup=False, soft_wrap=True)
     if output is not None:
         err().print(f"written: {output}", markup=False, style="dim")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ LABELS_OF_TASKS = {
     "reconstruct": "image",
 }
 """Name of a task -> its kind of labels, if the two names differ. A test compares this with the tasks themselves."""
+log = logging.getLogger("vitarium")
+
 EMBEDDED = ("digits", "photos", "scenes")
 KINDS = ("folder", "csv", "wds", "hf")
 ACCEPTED = (
@@ -74,6 +77,8 @@ def open_data(
         opened = getattr(importlib.import_module(module), function)
         return opened(text, seed=seed, val_fraction=val_fraction, image_size=image_size)
     kind, colon, rest = text.partition(":")
+    if text in EMBEDDED and Path(text).is_dir():
+        log.warning("%s is the data set of this name; for the folder of this name write ./%s", text, text)
     split: dict[str, Any] = {"seed": seed, "val_fraction": val_fraction}
     if kind == "digits" and not colon:
         from vitarium.data.digits import open_digits

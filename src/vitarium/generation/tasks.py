@@ -35,6 +35,7 @@ class Generate(Task):
     usage = "vitarium generate {file}"
     no_answer = "'vitarium generate FILE' makes images with it"
     conditions = True
+    own_models = True
     mergeable = False  # a part has no count of the images that the other parts generate
 
     @property
@@ -78,6 +79,7 @@ class Autoencode(Task):
     """Encode images into codes and decode them. The model has `encode` and `decode`; images are in [-1, 1]."""
 
     data_kind = "image"
+    own_models = True
     result_kind = "codes"
 
     @property

@@ -51,6 +51,7 @@ class Segment(Task):
 
     kind: Literal["panoptic", "semantic", "instance"] = "panoptic"
 
+    own_models = True
     default_data = "scenes"
     usage = "vitarium predict IMAGE --model {file} --output FOLDER"
     result_kind = "segments"

@@ -36,6 +36,7 @@ class Reconstruct(Task):
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
     norm_targets: bool = True
 
+    own_models = True
     data_kind = "image"
     usage = "vitarium probe {file} --data DATA"
     result_kind = "image"

@@ -24,6 +24,7 @@ from vitarium.errors import DataError, TrainingStopped, UsageError
 from vitarium.reports.results import Trial
 from vitarium.training import Learner, Progress, Recipe, evaluate, find_learner, fit
 from vitarium.training.checkpoint import fingerprint
+from vitarium.training.learners import check_suits
 from vitarium.training.tasks import Metric
 
 MEASURING_BATCH = 32
@@ -127,7 +128,9 @@ def run_trial(
         TrainingStopped: the primary metric of the trained model is missing or not finite.
         whatever `create_model`, `fit` and the model itself raise.
     """
-    learner = find_learner(recipe.objective["name"]).create(name, data, recipe, pretrained=pretrained)
+    kind = find_learner(recipe.objective["name"])
+    check_suits(kind, name)
+    learner = kind.create(name, data, recipe, pretrained=pretrained)
     metric = metric_of(learner)
     report = None if progress is None else lambda at: progress(at, metric)
     with suitable_threads(count_macs(learner.eval_model())):

@@ -192,7 +192,7 @@ def check_same_run(folder: Path, there: dict[str, Any], here: dict[str, Any]) ->
     differences = [f"{name}: {a} there, {b} now" for name, a, b in _differences("", there, here)]
     if differences:
         more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
-        raise UsageError(f"{folder} holds another run; choose another folder. They differ in " + "; ".join(differences[:5]) + more)
+        raise UsageError(f"{folder} holds another run; choose another folder (--out). They differ in " + "; ".join(differences[:5]) + more)
 
 
 def _differences(prefix: str, a: Any, b: Any) -> list[tuple[str, Any, Any]]:

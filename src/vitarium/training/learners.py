@@ -74,6 +74,24 @@ def family_learner(model: nn.Module) -> str:
     return "classification" if not name or name.startswith(("timm/", "hf/")) else find_model(name)[0].learner
 
 
+def check_suits(kind: type[Learner], name: str) -> None:
+    """Refuse a model's name whose family is for another task than a learner, where the forms of their models differ.
+
+    Raises:
+        UsageError: it names both tasks.
+    """
+    if name.startswith(("timm/", "hf/")):
+        own = find_learner("classification")
+    else:
+        own = find_learner(find_model(name.partition(".")[0])[0].learner)
+    theirs, wanted = own.task_for(own.Settings()), kind.task_for(kind.Settings())
+    if theirs.name != wanted.name and (theirs.own_models or wanted.own_models):
+        raise UsageError(
+            f"{name} is a model for the task {theirs.name}, and the learner {kind.objective} trains models for {wanted.name}; "
+            f"choose another model, or a recipe for {theirs.name} ('vitarium models' lists the models by room)"
+        )
+
+
 def list_learners() -> list[str]:
     """Return the names of all learners. Imports none of them."""
     return known_names("learners", _LEARNERS)

@@ -109,6 +109,8 @@ def compress(
     path = Path(output)
     if path.suffix != ENDING:
         raise UsageError(f"--output must end in {ENDING}, got {output}")
+    if isinstance(model, str | os.PathLike) and path.exists() and Path(model).exists() and path.samefile(model):
+        raise UsageError(f"--output {output} is the model itself; choose another file, so that the original stays")
     for method in apply:
         if isinstance(method, str):
             parse_method(method)  # raises before anything is opened

@@ -179,7 +179,9 @@ def open_generator(source: str | os.PathLike[str] | nn.Module, checkpoint: str |
     opened = open_model(source, checkpoint)
     if not isinstance(opened, Generator):
         kind = type(opened).__name__
-        raise UsageError(f"{name_of(source)} is a {kind}, which generates no images of classes (dit, sit_flow, repa and var models do)")
+        raise UsageError(
+            f"{name_of(source)} is a {kind}, which generates no images of classes; 'vitarium models --room generation' lists those that do"
+        )
     return opened
 
 

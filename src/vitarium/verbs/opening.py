@@ -53,6 +53,9 @@ def open_model(source: str | os.PathLike[str] | nn.Module, checkpoint: str | Non
         if checkpoint is not None:
             raise UsageError("a model that is given as an object has its own weights; give checkpoint only with a model's name")
         return source.eval()
+    inside = Path(source) / "model.safetensors"
+    if inside.is_file():
+        raise UsageError(f"{source} is a folder; name its file: {inside}")
     if is_file(source):
         if checkpoint is not None:
             raise UsageError(f"{source} holds its own weights; give --checkpoint only with a model's name")
@@ -159,7 +162,12 @@ def open_for(model: nn.Module, data: str | os.PathLike[str] | None, *, seed: int
     task = task_of(model)
     source = None if data is None else os.fspath(data)
     images = task.open(source, seed=seed, val_fraction=val_fraction, image_size=preprocessing_of(model).image_size)
-    return task.match(model, images)
+    try:
+        return task.match(model, images)
+    except DataError as error:
+        if data is None:
+            raise DataError(f"no data was named, so that {task.default_data} was opened: {error}; name yours with --data") from error
+        raise
 
 
 def open_unlabelled(model: nn.Module, data: str | os.PathLike[str], *, seed: int = 0, val_fraction: float = 0.2) -> ImageData:

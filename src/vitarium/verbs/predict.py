@@ -223,6 +223,6 @@ def answer_table(rows: list[dict[str, Any]], task: Task) -> TableData:
     columns = list(dict.fromkeys(name for row in cells if row for name in row))
     table = TableData("", ["image", *columns])
     for row, values in zip(rows, cells, strict=True):
-        texts = [f"not readable: {row['error']}", *[""] * (len(columns) - 1)] if values is None else [values.get(c, "") for c in columns]
+        texts = ["not readable", *[""] * (len(columns) - 1)] if values is None else [values.get(c, "") for c in columns]
         table.rows.append([row["image"], *texts])
     return table

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitarium.errors import UsageError
 from vitarium.training.tasks.base import TableData, Task
-from vitarium.verbs.opening import Notify, apply_methods, name_of, quiet
+from vitarium.verbs.opening import Notify, apply_methods, is_file, name_of, quiet
 from vitarium.verbs.result import Result
 
 if TYPE_CHECKING:
@@ -112,6 +112,7 @@ def train(
     from vitarium.reports.folder import slug
     from vitarium.reports.trial import is_main_process
     from vitarium.training import find_learner, fit
+    from vitarium.training.learners import check_suits
     from vitarium.training.opening import load_recipe, with_changes
     from vitarium.training.phases import settled
     from vitarium.training.recording import record_training
@@ -124,6 +125,8 @@ def train(
     source_model: Any = os.fspath(given) if isinstance(given, str | os.PathLike) else given
     name = name_of(given)
     kind = find_learner(settings.objective["name"])
+    if isinstance(source_model, str) and not is_file(source_model):
+        check_suits(kind, source_model)
     task = kind.task_for(settings.settings_of(kind))
     source = os.fspath(data) if data is not None else settings.data
     images = task.open(source, seed=settings.seed, val_fraction=val_fraction, image_size=settings.image_size)

@@ -36,6 +36,7 @@ class Restore(Task):
     tile: Annotated[int, Field(ge=0)] = 256
     overlap: Annotated[int, Field(ge=0)] = 32
 
+    own_models = True
     data_kind = "pairs"
     default_data = "photos"
     usage = "vitarium restore IMAGE --model {file} --output FOLDER"

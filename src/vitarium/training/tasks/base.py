@@ -165,6 +165,9 @@ class Task(Section):
     mergeable: ClassVar[bool] = True
     """True if metrics of different images can be merged, which evaluation in several processes needs."""
 
+    own_models: ClassVar[bool] = False
+    """True if its models have a form of their own, so that a model for another task cannot be trained for it, and the other way round."""
+
     conditions: ClassVar[bool] = False
     """True if the model takes classes as input."""
 
