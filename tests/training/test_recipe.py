@@ -221,3 +221,10 @@ def test_loss_and_mixing_at_the_root_are_settings_of_classification(tmp_path):
 def test_another_objective_starts_from_its_defaults():
     assert load_recipe("pico", ["objective.name=multilabel"]).objective == {"name": "multilabel"}
     assert load_recipe("sparse_prune_pico", ["objective.weight=1", "objective.name=sparse_prune"]).objective["loss"]
+
+
+def test_a_key_of_a_section_is_suggested_with_its_section():
+    with pytest.raises(UsageError, match=r"steps is not a setting; did you mean budget\.steps\?"):
+        load_recipe("pico", ["steps=20"])
+    with pytest.raises(UsageError, match=r"lr is not a setting; did you mean optimizer\.lr\?"):
+        load_recipe("pico", ["lr=1e-3"])

@@ -362,3 +362,10 @@ def test_default_data_that_does_not_fit_is_named(tmp_path):
     vitarium.save(model, tmp_path / "run" / "model.safetensors")
     with pytest.raises(UsageError, match=r"is a folder; name its file: .*model\.safetensors"):
         vitarium.evaluate(tmp_path / "run")
+
+
+def test_images_are_paths():
+    from PIL import Image
+
+    with pytest.raises(UsageError, match="paths of files and folders, got a Image; save it to a file first"):
+        vitarium.predict(Image.new("RGB", (8, 8)), vitarium.create_model("timm/vit_pico", num_classes=2, image_size=16))

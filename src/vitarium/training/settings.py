@@ -66,7 +66,9 @@ def _problem(model: type[BaseModel], error: Any) -> str:
         keys = keys_at(model, path[:-1])
         if error["type"] == "missing":
             return f"{name} is missing"
-        return f"{name} is not a setting{nearest(path[-1], keys)} (accepted: {', '.join(keys) or 'none'})"
+        inside = [f"{key}.{path[-1]}" for key in keys if path[-1] in keys_at(model, [*path[:-1], key]) and key != path[-1]]
+        hint = f"; did you mean {' or '.join(inside)}?" if inside else nearest(path[-1], keys)
+        return f"{name} is not a setting{hint} (accepted: {', '.join(keys) or 'none'})"
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     return f"{name}: {message}, got {_short(error['input'])}"

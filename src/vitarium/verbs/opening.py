@@ -132,12 +132,16 @@ def find_images(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     """Return the given files, and the images (or, if there are none, the videos) below the given folders, in order.
 
     Raises:
+        UsageError: something other than paths.
         DataError: a folder without images.
     """
     from vitarium.data.folders import find_images as images_below
     from vitarium.data.folders import find_videos
 
     found: list[str] = []
+    several = isinstance(paths, Sequence) and not isinstance(paths, str)
+    if odd := [p for p in (paths if several else [paths]) if not isinstance(p, str | os.PathLike)]:  # type: ignore[union-attr]
+        raise UsageError(f"images are given as paths of files and folders, got a {type(odd[0]).__name__}; save it to a file first")
     for path in [Path(p) for p in ([paths] if isinstance(paths, str | os.PathLike) else paths)]:
         inside = (sorted(images_below(path)) or sorted(find_videos(path))) if path.is_dir() else [str(path)]
         if not inside:
