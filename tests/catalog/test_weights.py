@@ -110,7 +110,7 @@ def test_sources_of_no_known_form(source):
 
 
 def test_a_source_that_timm_does_not_know():
-    with pytest.raises(CheckpointError, match="knows no weights 'swin_tinny'"):
+    with pytest.raises(CheckpointError, match="has no weights 'swin_tinny'"):
         fetch("timm:swin_tinny")
 
 
