@@ -1,6 +1,7 @@
 """The diffusion base: equality with the authors' code, identities of paths and samplers, and exchange of parts with diffusers."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -433,3 +434,22 @@ def test_an_autoencoder_of_diffusers_stands_between_pictures_and_latents(tmp_pat
 def test_models_are_found_by_name_and_by_pattern():
     assert {f.name for f in families("dit")} == {"dit", "sit_flow"}
     assert "sit_flow_xl_2" in vitarium.list_models("*sit*")
+
+
+def test_an_extractor_is_opened_once_and_again_when_its_file_changes(tmp_path, monkeypatch):
+    from vitarium.generation import frechet
+    from vitarium.generation.diffusion import alignment
+
+    opened = []
+    original = alignment.open_encoder
+    monkeypatch.setattr(alignment, "open_encoder", lambda name: opened.append(name) or original(name))
+    frechet._encoder.cache_clear()
+    path = tmp_path / "judge.safetensors"
+    vitarium.save(vitarium.create_model("convnext_pico", num_classes=3), path)
+    first, second = (frechet.extractor(str(path))[0] for _ in range(2))
+    image = torch.rand(2, 3, 16, 16)
+    assert torch.equal(first(image), second(image))
+    assert len(opened) == 1
+    os.utime(path, ns=(1, 1))
+    frechet.extractor(str(path))
+    assert len(opened) == 2

@@ -17,7 +17,7 @@ from vitarium.generation.restoration.learner import RestorationLearner
 from vitarium.generation.restoration.metrics import LumaQuality, luma
 from vitarium.generation.restoration.restorer import Restorer
 from vitarium.generation.restoration.samples import PairTransform, enlarged, shrunk
-from vitarium.generation.restoration.tiling import restore_picture, strips
+from vitarium.generation.restoration.tiling import restore_image, strips
 from vitarium.training import evaluate, find_learner, fit, load_recipe
 
 
@@ -77,11 +77,11 @@ def test_tiles_that_cannot_be_used_are_refused(tile: int, overlap: int):
 
 def test_pictures_keep_their_mode():
     model = Nearest()
-    grey = restore_picture(model, picture().convert("L"))
+    grey = restore_image(model, picture().convert("L"))
     assert (grey.mode, grey.size) == ("L", (80, 60))
     clear = picture().convert("RGBA")
     clear.putalpha(Image.linear_gradient("L").resize((40, 30)))
-    restored = restore_picture(model, clear)
+    restored = restore_image(model, clear)
     assert (restored.mode, restored.size) == ("RGBA", (80, 60))
     assert restored.getchannel("A").getextrema() != (255, 255)
     assert np.array_equal(np.asarray(restored)[::2, ::2, :3], np.asarray(clear)[..., :3])
@@ -90,7 +90,7 @@ def test_pictures_keep_their_mode():
 def test_a_result_that_memory_cannot_hold_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tiling, "MAX_PIXELS", 1000)
     with pytest.raises(InputError, match="crop the image first"):
-        restore_picture(Nearest(), picture())
+        restore_image(Nearest(), picture())
 
 
 # ---- metrics

@@ -57,7 +57,7 @@ class FoldedInput(nn.Module):
 
     def readers(self) -> list[RepConv]:
         """Return the layers that read the norm; no other layer may read it."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define readers")
 
     def fold(self) -> None:
         """Fold the readers, then the norm into them."""

@@ -27,7 +27,7 @@ log = logging.getLogger("vitarium")
 
 OURS = "ours"
 """The dialect of files that use our names."""
-TOLD = 5
+SHOWN = 5
 """Number of names listed per kind in a report."""
 
 
@@ -71,8 +71,8 @@ class LoadReport:
         lines = [f"{self.source}: {self.filled} of {self.known + len(self.missing)} tensors loaded{names}{inside}"]
         for kind in ("resized", "mismatched", "missing", "unexpected"):
             if found := getattr(self, kind):
-                rest = f", and {len(found) - TOLD} more" if len(found) > TOLD else ""
-                lines.append(f"  {kind} ({len(found)}): {', '.join(found[:TOLD])}{rest}")
+                rest = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+                lines.append(f"  {kind} ({len(found)}): {', '.join(found[:SHOWN])}{rest}")
         if self.head:
             lines.append(f"  head: {self.head}")
         if not self.complete:

@@ -23,7 +23,7 @@ from vitarium.errors import DataError, require
 if TYPE_CHECKING:
     from PIL import Image
 
-TOLD = 10
+SHOWN = 10
 
 
 @dataclass
@@ -133,10 +133,10 @@ def read_annotations(path: Path, broken: str = "refuse") -> Annotations:
     checked = _Checked(path, panoptic, numbers)
     samples = checked.samples(pictures, notes)
     if checked.problems and broken == "refuse":
-        told = "\n".join(f"  {problem}" for problem in checked.problems[:TOLD])
-        more = f"\n  and {len(checked.problems) - TOLD} more" if len(checked.problems) > TOLD else ""
+        listed = "\n".join(f"  {problem}" for problem in checked.problems[:SHOWN])
+        more = f"\n  and {len(checked.problems) - SHOWN} more" if len(checked.problems) > SHOWN else ""
         raise DataError(
-            f"{path} is wrong in {len(checked.problems)} places:\n{told}{more}\nrepair it, or leave these out with coco:PATH,broken=drop"
+            f"{path} is wrong in {len(checked.problems)} places:\n{listed}{more}\nrepair it, or leave these out with coco:PATH,broken=drop"
         )
     return Annotations(classes, things, samples)
 

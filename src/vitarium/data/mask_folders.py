@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 IGNORE = 255
-TOLD = 10
+SHOWN = 10
 
 
 class Pair(NamedTuple):
@@ -88,10 +88,10 @@ def _pairs(images: Path, masks: Path, broken: str) -> list[Pair]:
     pairs = [Pair(file, str((masks / Path(file).relative_to(images)).with_suffix(".png"))) for file in files]
     alone = [pair for pair in pairs if not Path(pair.mask).is_file()]
     if alone and broken == "refuse":
-        told = "\n".join(f"  {pair.file}: there is no {pair.mask}" for pair in alone[:TOLD])
-        more = f"\n  and {len(alone) - TOLD} more" if len(alone) > TOLD else ""
+        listed = "\n".join(f"  {pair.file}: there is no {pair.mask}" for pair in alone[:SHOWN])
+        more = f"\n  and {len(alone) - SHOWN} more" if len(alone) > SHOWN else ""
         raise DataError(
-            f"{len(alone)} of {len(pairs)} images have no mask:\n{told}{more}\nadd them, or leave these out with masks:PATH,broken=drop"
+            f"{len(alone)} of {len(pairs)} images have no mask:\n{listed}{more}\nadd them, or leave these out with masks:PATH,broken=drop"
         )
     return [pair for pair in pairs if pair not in set(alone)]
 

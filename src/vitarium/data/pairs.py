@@ -223,14 +223,14 @@ def _common_scale(pairs: list[tuple[str, str]]) -> int:
             continue
         scale = max(1, round(sizes[1][0] / sizes[0][0]))
         fits = all(0 <= b - a * scale < scale for a, b in zip(*sizes, strict=True))
-        told = f"{os.path.basename(low)} {sizes[0][0]}x{sizes[0][1]} to {sizes[1][0]}x{sizes[1][1]}"
-        scales.setdefault(scale if fits else 0, []).append(told)
+        listed = f"{os.path.basename(low)} {sizes[0][0]}x{sizes[0][1]} to {sizes[1][0]}x{sizes[1][1]}"
+        scales.setdefault(scale if fits else 0, []).append(listed)
     if odd := scales.pop(0, []):
         raise DataError(f"{len(odd)} pairs do not differ in size by a whole factor: {few(odd)}")
     if not scales:
         raise DataError(f"none of {len(pairs)} pairs can be read, such as {pairs[0][0]}")
     if len(scales) > 1:
         usual = max(scales, key=lambda s: len(scales[s]))
-        others = [told for scale, names in scales.items() if scale != usual for told in names]
+        others = [listed for scale, names in scales.items() if scale != usual for listed in names]
         raise DataError(f"most pairs differ in size by {usual}, but {len(others)} do not: {few(others)}")
     return next(iter(scales))

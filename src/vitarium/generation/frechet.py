@@ -7,7 +7,9 @@ Published FIDs use an Inception network and 50,000 images; values for another ex
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,10 +47,17 @@ def extractor(name: str) -> tuple[Callable[[Tensor], Tensor], int]:
     """Return a function from images in [0, 1] to features (B, D), and D: "pixels", or an encoder's name or file (mean over its map)."""
     if name == PIXELS:
         return pixel_features, 64
+    path = Path(name)
+    encoder = _encoder(name, path.stat().st_mtime_ns if path.is_file() else None)
+    return encoder.pooled, encoder.dim
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder(name: str, _changed: int | None) -> Any:
+    """Open an encoder; kept for the next evaluation, and opened again if its file has changed."""
     from vitarium.generation.diffusion.alignment import open_encoder
 
-    encoder = open_encoder(name)
-    return encoder.pooled, encoder.dim
+    return open_encoder(name)
 
 
 class FrechetDistance(Metric):

@@ -68,7 +68,7 @@ class Generate(Task):
 
     def sheets(self, model: Any, batch: Batch) -> dict[str, Image.Image]:
         """Draw "samples", one column per class (the first ten) of four images, always from the same noise."""
-        from vitarium.generation.pictures import grid
+        from vitarium.generation.grids import grid
 
         columns = max(1, min(int(model.num_classes), COLUMNS))
         return {"samples": grid(model.generate(torch.arange(columns).repeat(ROWS), seed=0), columns)}
@@ -126,13 +126,13 @@ class Autoencode(Task):
 
     def draw(self, image: Image.Image, answer: dict[str, Any]) -> Image.Image:
         """Return the decoded image."""
-        from vitarium.generation.pictures import to_picture
+        from vitarium.generation.grids import to_image
 
-        return to_picture(answer["_made"])
+        return to_image(answer["_made"])
 
     def sheets(self, model: Any, batch: Batch) -> dict[str, Image.Image]:
         """Draw "reconstructions": images above their decoded codes."""
-        from vitarium.generation.pictures import grid
+        from vitarium.generation.grids import grid
 
         image = batch["image"][:COLUMNS]
         return {"reconstructions": grid((torch.cat([image, model(image)]) + 1) / 2, len(image))}

@@ -68,7 +68,7 @@ class ReducedAttention(nn.Module):
 
     def reduce(self, x: Tensor, grid: Grid) -> Tensor:
         """Reduce the tokens (B, N, dim) of a grid to those that keys and values are made from, (B, M, dim)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define reduce")
 
     def attend(self, q: Tensor, x: Tensor, grid: Grid, bias: Tensor | None = None) -> Tensor:
         """Attend from projected queries (B, Q, dim) to the tokens x (B, N, dim) of a grid: (B, Q, dim), before the output projection.

@@ -90,10 +90,10 @@ class SegmentationMetrics(nn.Module):
         truth = torch.full((*masks.shape[1:], 2), void, dtype=torch.long, device=masks.device)
         for i in (~crowd).nonzero().flatten().tolist():
             truth[masks[i]] = torch.stack([labels[i], labels.new_tensor(i)])
-        told = torch.full_like(truth, self.panoptic.nothing)
+        predicted = torch.full_like(truth, self.panoptic.nothing)
         for segment in segments:
-            told[segment_map == segment["id"]] = labels.new_tensor([segment["category_id"], segment["id"]])
-        self.panoptic.update(told[None], truth[None])
+            predicted[segment_map == segment["id"]] = labels.new_tensor([segment["category_id"], segment["id"]])
+        self.panoptic.update(predicted[None], truth[None])
         classes = torch.where(truth[..., 0] == void, IGNORE, truth[..., 0])[None]
         self.miou.update(semantic[None], classes)
         self.pixel_accuracy.update(semantic[None], classes)

@@ -59,7 +59,7 @@ class Generated(Result):
 
     def sheet(self) -> Image.Image:
         """Return all images side by side, a column per class."""
-        from vitarium.generation.pictures import grid
+        from vitarium.generation.grids import grid
 
         return grid(self.images, len(self.classes))
 
@@ -238,7 +238,7 @@ def write(images: Tensor, labels: list[int], names: list[str] | None, output: Pa
     import numpy as np
 
     from vitarium.files import atomic_path
-    from vitarium.generation.pictures import grid, to_picture
+    from vitarium.generation.grids import grid, to_image
 
     if output.suffix == ".npz":
         pixels = images.mul(255).round().byte().permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
@@ -253,4 +253,4 @@ def write(images: Tensor, labels: list[int], names: list[str] | None, output: Pa
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         word = "".join(c if c.isalnum() else "_" for c in str(names[label] if names else label))
         with atomic_path(output / f"{i:05d}-{word}.png") as temporary:
-            to_picture(image).save(temporary, format="png")
+            to_image(image).save(temporary, format="png")

@@ -148,12 +148,12 @@ def restore_file(model: Restorer, file: str, place: Path, tile: int, overlap: in
     from vitarium.data.images import open_image
     from vitarium.errors import InputError
     from vitarium.files import atomic_path
-    from vitarium.generation.restoration.tiling import restore_picture
+    from vitarium.generation.restoration.tiling import restore_image
 
     begin = time.perf_counter()
     try:
         original = open_image(file)
-        restored = restore_picture(model, original, tile=tile, overlap=overlap)
+        restored = restore_image(model, original, tile=tile, overlap=overlap)
     except BrokenImage as error:
         return {"image": file, "error": error.reason}
     except InputError as error:

@@ -36,8 +36,8 @@ class PairTransform:
     def __init__(self, scale: int, channels: int = 3, *, crop: int | None = None, flip: float = 0.0):
         self.scale, self.channels, self.crop, self.flip = scale, channels, crop, flip
 
-    def __call__(self, picture: Image.Image, partner: Any) -> tuple[Tensor, Tensor]:
-        first = to_tensor(picture, self.channels)
+    def __call__(self, image: Image.Image, partner: Any) -> tuple[Tensor, Tensor]:
+        first = to_tensor(image, self.channels)
         if partner is not None and not isinstance(partner, Image.Image):
             return first, torch.empty(self.channels, 0, 0, dtype=torch.uint8)
         if self.crop is None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from vitarium.errors import DataError
 from vitarium.generation.restoration.samples import PairTransform, enlarged
-from vitarium.generation.restoration.tiling import restore_tensor, to_picture
+from vitarium.generation.restoration.tiling import restore_tensor, to_image
 from vitarium.training.tasks import Metric, Task, task
 from vitarium.training.tasks.base import Batch
 
@@ -89,7 +89,7 @@ class Restore(Task):
     def answers(self, model: nn.Module, batch: Batch, *, limit: int = 5) -> list[dict[str, Any]]:
         """Return the size of each restored image; `draw` gives the image."""
         restored = [self.restored(model, low) for low in batch["low"]]
-        return [{"width": r.shape[2], "height": r.shape[1], "_restored": to_picture(r)} for r in restored]
+        return [{"width": r.shape[2], "height": r.shape[1], "_restored": to_image(r)} for r in restored]
 
     def draw(self, image: Image.Image, answer: dict[str, Any]) -> Image.Image | None:
         """Return the restored image."""
@@ -105,4 +105,4 @@ class Restore(Task):
             high = high[:, top * scale :, left * scale :][:, : low.shape[1] * scale, : low.shape[2] * scale]
             row = torch.cat([enlarged(low, scale).cpu(), self.restored(model, low), high.cpu()], 2)
             rows.append(F.pad(row, (0, 3 * SHOWN_SIDE - row.shape[2], 0, 0)))
-        return {"restored": to_picture(torch.cat(rows, 1))}
+        return {"restored": to_image(torch.cat(rows, 1))}

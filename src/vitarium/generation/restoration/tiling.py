@@ -107,7 +107,7 @@ def restore_tensor(model: Restorer, image: Tensor, *, tile: int = 256, overlap: 
 
 
 @torch.inference_mode()
-def restore_picture(model: Restorer, picture: Image.Image, *, tile: int = 256, overlap: int = 32) -> Image.Image:
+def restore_image(model: Restorer, image: Image.Image, *, tile: int = 256, overlap: int = 32) -> Image.Image:
     """Restore an image in any of Pillow's modes to RGB or grey; transparency is enlarged bicubically.
 
     Memory: both images at 3 bytes per pixel, a row of tiles, and the model's memory for one tile.
@@ -116,28 +116,28 @@ def restore_picture(model: Restorer, picture: Image.Image, *, tile: int = 256, o
         InputError: the result would have more than `MAX_PIXELS`.
         UsageError: see `strips`.
     """
-    pixels = picture.width * picture.height * model.scale**2
+    pixels = image.width * image.height * model.scale**2
     if pixels > MAX_PIXELS:
         raise InputError(
             f"the result would have {pixels / 1e6:.0f} megapixels ({3 * pixels / 1e9:.1f} GB of memory); at most {MAX_PIXELS / 1e6:.0f} "
             "are made: crop the image first"
         )
-    alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
-    colours = picture.convert("RGBA").convert("RGB") if alpha else picture
-    restored = to_picture(restore_tensor(model, to_tensor(colours, model.in_chans), tile=tile, overlap=overlap))
-    if picture.mode in ("1", "L", "LA", "F") or picture.mode.startswith("I"):
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    colours = image.convert("RGBA").convert("RGB") if alpha else image
+    restored = to_image(restore_tensor(model, to_tensor(colours, model.in_chans), tile=tile, overlap=overlap))
+    if image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I"):
         restored = restored.convert("L")
     if alpha:
-        restored.putalpha(to_picture(to_bytes(resize_bicubic(to_tensor(alpha, 1).float() / 255, model.scale))))
+        restored.putalpha(to_image(to_bytes(resize_bicubic(to_tensor(alpha, 1).float() / 255, model.scale))))
     return restored
 
 
-def to_tensor(picture: Image.Image, channels: int) -> Tensor:
+def to_tensor(image: Image.Image, channels: int) -> Tensor:
     """Convert an image in any of Pillow's modes to (channels, H, W) uint8."""
-    return torch.from_numpy(np.array(to_mode(picture, channels))).view(picture.height, picture.width, channels).permute(2, 0, 1)
+    return torch.from_numpy(np.array(to_mode(image, channels))).view(image.height, image.width, channels).permute(2, 0, 1)
 
 
-def to_picture(image: Tensor) -> Image.Image:
+def to_image(image: Tensor) -> Image.Image:
     """Convert (3, H, W) or (1, H, W) uint8 to an RGB or grey image."""
     array: Any = image.permute(1, 2, 0).contiguous().numpy()
     return Image.fromarray(array if array.shape[2] == 3 else array[..., 0])

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 SMALL = 48  # pixels; smaller images are enlarged, without smoothing
 
 
-def to_picture(image: Tensor) -> Image.Image:
+def to_image(image: Tensor) -> Image.Image:
     """Convert (1 or 3, H, W) in [0, 1] to an image with 8 bits per channel."""
     from PIL import Image
 
@@ -36,6 +36,6 @@ def grid(images: Tensor, columns: int | None = None, *, gap: int = 2) -> Image.I
     height, width = (side * times for side in images.shape[-2:])
     sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
     for i, image in enumerate(images):
-        picture = to_picture(image).resize((width, height), Image.Resampling.NEAREST)
-        sheet.paste(picture, (i % columns * (width + gap), i // columns * (height + gap)))
+        tile = to_image(image).resize((width, height), Image.Resampling.NEAREST)
+        sheet.paste(tile, (i % columns * (width + gap), i // columns * (height + gap)))
     return sheet
