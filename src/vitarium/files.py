@@ -57,6 +57,18 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+MODEL_ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
+"""Endings of files of weights."""
+
+
+def is_model_file(source: Any) -> bool:
+    """Return whether a model is given as a file: an existing file, or a path with the ending of one; False for a name or a module."""
+    if not isinstance(source, str | os.PathLike):
+        return False
+    text = os.fspath(source)
+    return text.endswith(MODEL_ENDINGS) or Path(text).is_file()
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write UTF-8 text atomically."""
     with atomic_path(path) as temporary:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+import vitarium
 from vitarium.catalog import create_model, find_model
 from vitarium.efficiency import bench as module
 from vitarium.efficiency.bench import OutputsDiffer, Row, bench, measure, paired, peer_of, prepare
-from vitarium.errors import UsageError
+from vitarium.errors import CheckpointError, UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -117,3 +118,21 @@ def test_a_reference_is_called_with_the_inputs_in_order():
     assert prepare("sit_flow_pico", reference=reference).error == 0
     with pytest.raises(OutputsDiffer, match="differ in shape"):
         prepare("sit_flow_pico", reference=lambda model: lambda *inputs: model(*inputs)[:, :1])
+
+
+def test_saved_files_are_timed_with_their_methods(tmp_path):
+    model = vitarium.create_model("timm/vit_pico", num_classes=2, image_size=16)
+    vitarium.save(model, tmp_path / "plain.safetensors")
+    vitarium.apply(model, "int8", quiet=True)
+    vitarium.save(model, tmp_path / "int8.safetensors")
+    names = [str(tmp_path / f"{name}.safetensors") for name in ("plain", "int8")]
+    rows = list(bench(names, kinds=["inference"], batches=[2], rounds=3))
+    assert [row.model for row in rows] == names
+    assert rows[0].peer == ""
+    assert rows[1].bytes < rows[0].bytes
+    with pytest.raises(UsageError, match="quantized layers, which do not train; time it with --kind inference"):
+        list(bench(names[1:], rounds=3))
+    with pytest.raises(UsageError, match="at its own image size"):
+        list(bench(names[:1], image_size=32, rounds=3))
+    with pytest.raises(CheckpointError):
+        list(bench([str(tmp_path / "gone.safetensors")], rounds=3))

@@ -39,7 +39,11 @@ class Dtype(StrEnum):
 def bench(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL", help="Models' names: ours, timm/NAME, hf/OWNER/NAME, hf/./folder.", autocompletion=complete_model),
+        typer.Argument(
+            metavar="MODEL",
+            help="Names (ours, timm/NAME, hf/OWNER/NAME, hf/./folder) or files that `vitarium.save` wrote.",
+            autocompletion=complete_model,
+        ),
     ],
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Time the peer too, on the same weights.")] = True,
     kind: Annotated[list[Kind], typer.Option(help="Forward, forward and backward, or forward under torch.compile. Repeatable.")] = [  # noqa: B006

@@ -11,7 +11,7 @@ from vitarium.catalog.search import list_models, unknown_model
 from vitarium.catalog.systems import find_system
 from vitarium.cli.completion import complete_weights
 from vitarium.cli.console import out, pairs, print_json, short, table
-from vitarium.verbs.opening import is_file
+from vitarium.files import is_model_file
 
 if TYPE_CHECKING:
     from vitarium.catalog.index import Cost, Entry, IndexedFamily, Variant
@@ -31,7 +31,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show a model: its arguments, variants, cost, stages, preprocessing and known weights; of a file, what it holds."""
-    if is_file(model):
+    if is_model_file(model):
         from vitarium.cli.info_file import describe_file, print_file
 
         header = describe_file(model)

@@ -27,8 +27,10 @@ from vitarium.catalog import Family, create_model, find_model
 from vitarium.catalog.calling import Inputs, arguments, call, example_inputs
 from vitarium.catalog.create import preprocessing_of
 from vitarium.catalog.foreign import is_foreign
+from vitarium.catalog.saving import load
 from vitarium.efficiency.profiler import count_macs, count_params, device_of, weight_bytes
 from vitarium.errors import InputError, UsageError
+from vitarium.files import is_model_file
 from vitarium.nn import Backbone
 
 Kind = Literal["inference", "training", "compiled"]
@@ -119,7 +121,7 @@ def bench(
     """Time models, each beside its peer, and yield each row when it is measured.
 
     Args:
-        models: names: ours, "timm/NAME", "hf/OWNER/NAME" or "hf/./folder"; the last three have no peer.
+        models: names: ours, "timm/NAME", "hf/OWNER/NAME" or "hf/./folder"; or files of `vitarium.save`. Only our names have a peer.
         peers: whether to time the peer as well.
         kinds: any of "inference", "training", "compiled".
         batches: images per call; training takes the largest.
@@ -138,10 +140,12 @@ def bench(
     if wrong := [k for k in kinds if k not in KINDS]:
         raise UsageError(f"unknown kind {wrong[0]!r} (accepted: {', '.join(KINDS)})")
     for name in models:
-        if not is_foreign(name):
+        if not is_foreign(name) and not is_model_file(name):
             find_model(name)
     for name in models:
         contest = prepare(name, peers=peers, image_size=image_size, dtype=dtype, device=device)
+        if "training" in kinds:
+            check_trains(contest.trained, name)
         for kind in kinds:
             for batch in (max(batches),) if kind == "training" else batches:
                 yield measure(contest, kind, batch, rounds=rounds, threads=threads)
@@ -195,7 +199,7 @@ def prepare(
         UsageError: the model is not ours.
         OutputsDiffer: the outputs differ beyond rounding.
     """
-    if is_foreign(name):
+    if is_foreign(name) or is_model_file(name):
         return _alone(name, image_size=image_size, dtype=dtype, device=device)
     family, variant = find_model(name)
     size = image_size or family.preprocessing(variant).image_size
@@ -227,11 +231,34 @@ def prepare(
 
 
 def _alone(name: str, *, image_size: int | None, dtype: torch.dtype, device: str) -> Contest:
-    """Create another library's model with random weights; it is the public implementation itself, so it has no peer."""
-    model = create_model(name, image_size=image_size)
+    """Create a model without a peer: another library's, which is the public implementation itself, or the one of a saved file.
+
+    Raises:
+        UsageError: an image size for a file; its model keeps its own.
+    """
+    if is_model_file(name):
+        if image_size is not None:
+            raise UsageError(f"{name} is timed at its own image size; leave --image-size out")
+        model = load(name)
+    else:
+        model = create_model(name, image_size=image_size)
     size = image_size or preprocessing_of(model).image_size
-    model = model.to(device, dtype).eval()
-    return Contest(name, "", size, model, model, None, None)
+    trained = model.to(device, dtype).eval()
+    fused = isinstance(model, Backbone) and not getattr(model, "methods", None)
+    ours: nn.Module = copy.deepcopy(trained).fuse().eval() if fused else trained  # type: ignore[operator]
+    return Contest(name, "", size, ours, trained, None, None)
+
+
+def check_trains(model: nn.Module, name: str) -> None:
+    """Refuse to time the training of a quantized model.
+
+    Raises:
+        UsageError: it has quantized layers, which have no gradients.
+    """
+    from vitarium.efficiency.quantization.layers import QuantizedLayer
+
+    if any(isinstance(module, QuantizedLayer) for module in model.modules()):
+        raise UsageError(f"{name} has quantized layers, which do not train; time it with --kind inference")
 
 
 def _scattered(model: nn.Module) -> nn.Module:

@@ -27,7 +27,6 @@ B batch, C channels, H and W sides of the image, h and w of a map.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -42,6 +41,7 @@ from vitarium.errors import UsageError
 from vitarium.explanation.classifier import describe_classifier, rebuild_classifier
 from vitarium.explanation.explainers import Explainer, explainer, scaled
 from vitarium.explanation.reading import Tap, covered, find_taps, logits_of, read_maps, to_pixels
+from vitarium.files import is_model_file
 from vitarium.nn.modes import evaluating
 from vitarium.training import Learner, learner
 from vitarium.training.players import ONLY
@@ -284,7 +284,7 @@ class TTAMELearner(Learner):
         settings = recipe.settings_of(cls)
         if isinstance(name, nn.Module):
             model = name
-        elif Path(name).is_file() or name.endswith(".safetensors"):
+        elif is_model_file(name):
             model = load(name)
         elif pretrained or checkpoint is not None:
             model = create_model(name, pretrained=pretrained, checkpoint=checkpoint)

@@ -59,9 +59,10 @@ class Generate(Task):
         return nn.ModuleDict({"frechet": FrechetDistance(*extractor(self.judge))})
 
     def update(self, metrics: Any, model: Any, batch: Batch) -> None:
-        if "frechet" in metrics and metrics["frechet"].made_count < self.samples:
-            metrics["frechet"].update(batch["image"] / 2 + 0.5, real=True)
-            metrics["frechet"].update(model.generate(batch["target"], indices=batch["index"]), real=False)
+        left = self.samples - int(metrics["frechet"].made_count) if "frechet" in metrics else 0
+        if left > 0:
+            metrics["frechet"].update(batch["image"][:left] / 2 + 0.5, real=True)
+            metrics["frechet"].update(model.generate(batch["target"][:left], indices=batch["index"][:left]), real=False)
 
     def summary(self, metrics: Any, model: nn.Module) -> dict[str, Any]:
         return {name: metric.compute().item() for name, metric in metrics.items()}

@@ -26,7 +26,6 @@ Notation: B batch, C channels, E length of an embedding, K classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -41,6 +40,7 @@ from vitarium.catalog.options import validated
 from vitarium.catalog.registry import State, family, rename
 from vitarium.catalog.saving import load
 from vitarium.errors import AttachError, UsageError
+from vitarium.files import is_model_file
 from vitarium.perception.retrieval.lora import LoRA as LoRA
 from vitarium.perception.retrieval.prompts import EmbeddingHead, PromptSite, VisualPrompts, freeze, head_width
 from vitarium.perception.retrieval.proxies import PlainProxies, SemanticProxies
@@ -307,7 +307,7 @@ class VPTProxiesLearner(Learner):
         settings = recipe.settings_of(cls)
         if isinstance(name, nn.Module):
             model = name
-        elif Path(name).is_file() or name.endswith(".safetensors"):
+        elif is_model_file(name):
             model = load(name)
         elif pretrained or checkpoint is not None or settings.tune == "all":
             model = create_model(name, pretrained=pretrained, checkpoint=checkpoint, image_size=recipe.image_size, **recipe.model_arguments)

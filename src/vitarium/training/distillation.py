@@ -34,7 +34,7 @@ from vitarium.catalog.saving import load
 from vitarium.data.bad_files import BadFiles
 from vitarium.data.loader import Loader, seed_generators, stack
 from vitarium.errors import DataError, UsageError
-from vitarium.files import atomic_path, lock_folder, write_json
+from vitarium.files import atomic_path, is_model_file, lock_folder, write_json
 from vitarium.nn.modes import evaluating
 from vitarium.training.base import Batch, Learner
 from vitarium.training.building import build_model
@@ -373,4 +373,4 @@ class DistillationLearner(ClassificationLearner):
 
 def open_teacher(source: str) -> nn.Module:
     """Open a saved model (a path), or a pretrained one by name."""
-    return load(source) if Path(source).exists() else create_model(source, pretrained=True)
+    return load(source) if is_model_file(source) else create_model(source, pretrained=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ class Benchmark(Result):
 
 
 def bench(
-    models: str | Sequence[str],
+    models: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     peers: bool = True,
     kind: Kind | Sequence[Kind] = ("inference", "training"),
@@ -57,7 +58,7 @@ def bench(
     """Time models beside their peers: equal weights, outputs checked to be equal, turns interleaved, no verdict within the noise.
 
     Args:
-        models: names: ours, "timm/NAME", "hf/OWNER/NAME" or "hf/./folder"; the last three have no peer.
+        models: names: ours, "timm/NAME", "hf/OWNER/NAME" or "hf/./folder"; or files of `vitarium.save`. Only our names have a peer.
         peers: time the peers too.
         kind: what to time: "inference" (forward), "training" (forward and backward), "compiled" (forward under torch.compile).
         batch: images per call, one number or several; training takes the largest.
@@ -79,7 +80,8 @@ def bench(
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise UsageError(f"unknown dtype {name!r}{nearest(name, DTYPES)} (accepted: {', '.join(DTYPES)})")
-    names, batches = [models] if isinstance(models, str) else list(models), [batch] if isinstance(batch, int) else list(batch)
+    names = [os.fspath(name) for name in ([models] if isinstance(models, str | os.PathLike) else models)]
+    batches = [batch] if isinstance(batch, int) else list(batch)
     if not names:
         raise UsageError("no models to time; give names such as swin_tiny ('vitarium models' lists ours)")
     if not batches or min(batches) < 1:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vitarium.errors import UsageError, nearest
-from vitarium.verbs.opening import Notify, is_file, name_of, open_model, quiet
+from vitarium.files import is_model_file
+from vitarium.verbs.opening import Notify, name_of, open_model, quiet
 from vitarium.verbs.result import Result
 
 if TYPE_CHECKING:
@@ -89,8 +90,7 @@ def export(
     if number != "dynamic" and not (number.isdecimal() and int(number) > 0):
         raise UsageError(f"--batch must be 'dynamic' or a number from 1 up, got {batch!r}")
     opened, name = open_model(model, checkpoint), name_of(model)
-    named = isinstance(model, str | os.PathLike)
-    stem = Path(name).stem if named and is_file(model) else name.replace("/", "_")
+    stem = Path(name).stem if is_model_file(model) else name.replace("/", "_")
     path = Path(output) if output is not None else Path(stem + ENDINGS[format])
     notify(f"Tracing {name} and checking the graph")
     count = None if number == "dynamic" else int(number)

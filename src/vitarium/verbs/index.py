@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitarium.errors import DataError
+from vitarium.files import is_model_file
 from vitarium.numbers import clock
 from vitarium.training.tasks.base import TableData
-from vitarium.verbs.opening import Notify, find_device, find_images, is_file, name_of, open_model, quiet
+from vitarium.verbs.opening import Notify, find_device, find_images, name_of, open_model, quiet
 from vitarium.verbs.result import Result
 
 if TYPE_CHECKING:
@@ -139,8 +140,7 @@ def begin(output: Path, model: str | os.PathLike[str] | nn.Module, fingerprint: 
     """
     from vitarium.perception.retrieval.index import Index
 
-    named = isinstance(model, str | os.PathLike)
-    place = str(Path(model).resolve()) if named and is_file(model) else name_of(model)  # type: ignore[arg-type]
+    place = str(Path(model).resolve()) if is_model_file(model) else name_of(model)  # type: ignore[arg-type]
     if not output.exists():
         return Index(place, fingerprint), ""
     found = Index.load(output)

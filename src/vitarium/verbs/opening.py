@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitarium.errors import DataError, UsageError
+from vitarium.files import is_model_file
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
     from vitarium.data import ImageData
 
-FILE_ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
 CALIBRATION_IMAGES = 256
 """Largest number of training images for calibration."""
 
@@ -27,12 +27,6 @@ Notify = Callable[[str], None]
 
 def quiet(_text: str) -> None:
     """Ignore a message. Messages that end with a line break are notes; others report progress."""
-
-
-def is_file(source: Any) -> bool:
-    """Return whether a model argument is a saved file rather than a name."""
-    text = os.fspath(source)
-    return text.endswith(FILE_ENDINGS) or Path(text).is_file()
 
 
 def open_model(source: str | os.PathLike[str] | nn.Module, checkpoint: str | None = None, **options: Any) -> nn.Module:
@@ -56,7 +50,7 @@ def open_model(source: str | os.PathLike[str] | nn.Module, checkpoint: str | Non
     inside = Path(source) / "model.safetensors"
     if inside.is_file():
         raise UsageError(f"{source} is a folder; name its file: {inside}")
-    if is_file(source):
+    if is_model_file(source):
         if checkpoint is not None:
             raise UsageError(f"{source} holds its own weights; give --checkpoint only with a model's name")
         return vitarium.load(os.fspath(source))

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitarium.errors import UsageError
+from vitarium.files import is_model_file
 from vitarium.training.tasks.base import TableData, Task
-from vitarium.verbs.opening import Notify, apply_methods, is_file, name_of, quiet
+from vitarium.verbs.opening import Notify, apply_methods, name_of, quiet
 from vitarium.verbs.result import Result
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def train(
     source_model: Any = os.fspath(given) if isinstance(given, str | os.PathLike) else given
     name = name_of(given)
     kind = find_learner(settings.objective["name"])
-    if isinstance(source_model, str) and not is_file(source_model):
+    if isinstance(source_model, str) and not is_model_file(source_model):
         check_suits(kind, source_model)
     task = kind.task_for(settings.settings_of(kind))
     source = os.fspath(data) if data is not None else settings.data

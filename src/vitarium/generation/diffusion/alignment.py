@@ -143,8 +143,9 @@ def open_encoder(source: str) -> Encoder:
     """
     from vitarium.catalog import create_model
     from vitarium.catalog.saving import load
+    from vitarium.files import is_model_file
 
-    if source.endswith(".safetensors"):
+    if is_model_file(source):
         return Encoder(source, load(source))
     return Encoder(source, create_model(source, pretrained=True, num_classes=0))
 
