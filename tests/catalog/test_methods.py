@@ -79,7 +79,7 @@ def toy_methods():
             return report
 
     yield
-    del registry._METHODS["toy_prune"], registry._METHODS["toy_quant"]
+    del registry.METHODS.registered["toy_prune"], registry.METHODS.registered["toy_quant"]
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from importlib import import_module, resources
+from importlib import resources
 from typing import Any, Literal
 
 from vitarium.catalog.systems import System, find_system, systems
@@ -320,20 +320,6 @@ def lacking(name: str) -> str:
         if (name == system.slug or name.startswith(f"{system.slug}_")) and system.slug not in read_index().entries and is_written(system):
             return f"; the index lacks {system.slug}, whose module is there: add it with {INDEX_COMMAND} {system.slug}"
     return ""
-
-
-def known_names(registry: Registry, registered: Mapping[str, Any]) -> list[str]:
-    """Return the names in the index and those that this process registered beside them, sorted."""
-    return sorted({*read_index().names(registry), *registered})
-
-
-def import_home(registry: Registry, name: str) -> bool:
-    """Import the module that registers `name` according to the index. Return whether the index has it."""
-    home = read_index().home(registry, name)
-    if home is None:
-        return False
-    import_module(home)
-    return True
 
 
 def at_size(preprocessing: Mapping[str, Any], image_size: int, crop_pct: float) -> dict[str, Any]:

@@ -21,9 +21,9 @@ from typing import Any, ClassVar, Literal, TypeVar
 from torch import Tensor, nn
 
 from vitarium.assignments import parse_call
-from vitarium.catalog.index import import_home, known_names, lacking
+from vitarium.catalog.classes import Classes
 from vitarium.catalog.options import check_names
-from vitarium.errors import UsageError, nearest
+from vitarium.errors import UsageError
 
 Kind = Literal["prune", "reduce", "adapt", "quantize", "explain"]
 KINDS: tuple[Kind, ...] = ("prune", "reduce", "adapt", "quantize", "explain")
@@ -155,18 +155,16 @@ def _text(value: Any) -> str:
 
 # ---- the registry
 
-_METHODS: dict[str, type[Method]] = {}
+METHODS: Classes[Method] = Classes("methods", "method")
 
 
 def method(slug: str, *, kind: Kind) -> Callable[[MethodClass], MethodClass]:
     """Register a method under the slug of its system, or under another name (a baseline inside another system's file)."""
 
-    def register(cls: MethodClass) -> MethodClass:
+    def prepare(cls: type[Method]) -> None:
         cls.slug, cls.kind = slug, kind
-        _METHODS[slug] = cls
-        return cls
 
-    return register
+    return METHODS.register(slug, prepare)
 
 
 def find_method(slug: str) -> type[Method]:
@@ -175,17 +173,12 @@ def find_method(slug: str) -> type[Method]:
     Raises:
         UsageError: unknown method; the message names similar ones.
     """
-    if slug not in _METHODS:
-        import_home("methods", slug)
-    if slug not in _METHODS:
-        known = list_methods()
-        raise UsageError(f"unknown method {slug!r}{lacking(slug) or nearest(slug, known)} (methods: {', '.join(known)})")
-    return _METHODS[slug]
+    return METHODS.find(slug)
 
 
 def list_methods() -> list[str]:
     """Return the slugs of all methods. Imports none of them."""
-    return known_names("methods", _METHODS)
+    return METHODS.names()
 
 
 def build_method(slug: str, options: Mapping[str, Any]) -> Method:

@@ -20,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from vitarium.catalog.classes import Classes
 from vitarium.catalog.index import FORMAT, INDEX_COMMAND, module_of
 from vitarium.catalog.systems import systems
 from vitarium.cli.index_costs import described, plain, variant_sizes
@@ -190,15 +191,16 @@ def registered() -> list[type]:
 
 
 REGISTRIES = {
-    "methods": ("vitarium.catalog.methods", "_METHODS"),
-    "learners": ("vitarium.training.learners", "_LEARNERS"),
-    "tasks": ("vitarium.training.tasks.registry", "_TASKS"),
-    "explainers": ("vitarium.explanation.explainers", "_EXPLAINERS"),
+    "methods": ("vitarium.catalog.methods", "METHODS"),
+    "learners": ("vitarium.training.learners", "LEARNERS"),
+    "tasks": ("vitarium.training.tasks.registry", "TASKS"),
+    "explainers": ("vitarium.explanation.explainers", "EXPLAINERS"),
 }
 
 
 def _registry(module: str, name: str) -> dict[str, Any]:
-    return getattr(importlib.import_module(module), name)
+    found = getattr(importlib.import_module(module), name)
+    return found.registered if isinstance(found, Classes) else found
 
 
 def type_of(value: Any) -> type:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vitarium.assignments import parse_call
-from vitarium.catalog.index import import_home, known_names, lacking
+from vitarium.catalog.classes import Classes
 from vitarium.catalog.options import check_names
 from vitarium.catalog.preprocessing import Preprocessing
 from vitarium.errors import InputError, UsageError, nearest
@@ -159,23 +159,18 @@ def class_number(model: nn.Module, name: int | str) -> int:
 
 # ---- the registry
 
-_EXPLAINERS: dict[str, type[Explainer]] = {}
+EXPLAINERS: Classes[Explainer] = Classes("explainers", "explanation method")
 
 
 def explainer(name: str) -> Callable[[ExplainerClass], ExplainerClass]:
     """Register an explainer under the slug of its system, or under another name."""
 
-    def register(cls: ExplainerClass) -> ExplainerClass:
-        cls.name = name
-        _EXPLAINERS[name] = cls
-        return cls
-
-    return register
+    return EXPLAINERS.register(name, lambda cls: setattr(cls, "name", name))
 
 
 def list_explainers() -> list[str]:
     """Return the names of all explainers. Imports none of them."""
-    return known_names("explainers", _EXPLAINERS)
+    return EXPLAINERS.names()
 
 
 def find_explainer(name: str) -> type[Explainer]:
@@ -184,12 +179,7 @@ def find_explainer(name: str) -> type[Explainer]:
     Raises:
         UsageError: unknown name; the message names similar ones.
     """
-    if name not in _EXPLAINERS:
-        import_home("explainers", name)
-    if name not in _EXPLAINERS:
-        known = list_explainers()
-        raise UsageError(f"unknown explanation method {name!r}{lacking(name) or nearest(name, known)} (methods: {', '.join(known)})")
-    return _EXPLAINERS[name]
+    return EXPLAINERS.find(name)
 
 
 def create_explainer(text: str, model: nn.Module, **options: Any) -> Explainer:

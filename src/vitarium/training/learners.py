@@ -13,16 +13,16 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from vitarium.catalog.index import import_home, known_names, lacking
+from vitarium.catalog.classes import Classes
 from vitarium.catalog.record import training_of
 from vitarium.catalog.registry import find_model
-from vitarium.errors import UsageError, nearest
+from vitarium.errors import UsageError
 from vitarium.training.base import Learner
 from vitarium.training.settings import check
 
 LearnerClass = TypeVar("LearnerClass", bound=type[Learner])
 
-_LEARNERS: dict[str, type[Learner]] = {}
+LEARNERS: Classes[Learner] = Classes("learners", "objective")
 
 
 def learner(name: str, *, task: str = "pretrain") -> Callable[[LearnerClass], LearnerClass]:
@@ -33,12 +33,10 @@ def learner(name: str, *, task: str = "pretrain") -> Callable[[LearnerClass], Le
         task: task of the models that it trains, with options, such as "classify" or "segment:kind=semantic".
     """
 
-    def register(cls: LearnerClass) -> LearnerClass:
+    def prepare(cls: type[Learner]) -> None:
         cls.objective, cls.task_name = name, task
-        _LEARNERS[name] = cls
-        return cls
 
-    return register
+    return LEARNERS.register(name, prepare)
 
 
 def find_learner(name: str) -> type[Learner]:
@@ -47,12 +45,7 @@ def find_learner(name: str) -> type[Learner]:
     Raises:
         UsageError: there is none; the message names near ones.
     """
-    if name not in _LEARNERS:
-        import_home("learners", name)
-    if name not in _LEARNERS:
-        known = list_learners()
-        raise UsageError(f"unknown objective {name!r}{lacking(name) or nearest(name, known)} (objectives: {', '.join(known)})")
-    return _LEARNERS[name]
+    return LEARNERS.find(name)
 
 
 def learner_class_of(model: nn.Module) -> tuple[type[Learner], Any]:
@@ -94,4 +87,4 @@ def check_suits(kind: type[Learner], name: str) -> None:
 
 def list_learners() -> list[str]:
     """Return the names of all learners. Imports none of them."""
-    return known_names("learners", _LEARNERS)
+    return LEARNERS.names()

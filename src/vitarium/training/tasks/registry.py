@@ -6,8 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from vitarium.assignments import parse_call
-from vitarium.catalog.index import import_home, known_names
-from vitarium.errors import UsageError, nearest
+from vitarium.catalog.classes import Classes
 from vitarium.training.settings import check
 from vitarium.training.tasks.base import Task
 
@@ -26,18 +25,12 @@ ALIASES: dict[str, dict[str, Any]] = {
 }
 """Accepted aliases, such as names in earlier versions."""
 
-_TASKS: dict[str, type[Task]] = {}
+TASKS: Classes[Task] = Classes("tasks", "task")
 
 
 def task(name: str) -> Callable[[TaskClass], TaskClass]:
     """Register a task under a name."""
-
-    def register(cls: TaskClass) -> TaskClass:
-        cls.name = name
-        _TASKS[name] = cls
-        return cls
-
-    return register
+    return TASKS.register(name, lambda cls: setattr(cls, "name", name))
 
 
 def find_task(name: str) -> type[Task]:
@@ -46,13 +39,7 @@ def find_task(name: str) -> type[Task]:
     Raises:
         UsageError: there is none; the message names near ones.
     """
-    name = ALIASES.get(name, {}).get("name", name)
-    if name not in _TASKS:
-        import_home("tasks", name)
-    if name not in _TASKS:
-        known = list_tasks()
-        raise UsageError(f"unknown task {name!r}{nearest(name, [*known, *ALIASES])} (tasks: {', '.join(known)})")
-    return _TASKS[name]
+    return TASKS.find(ALIASES.get(name, {}).get("name", name), ALIASES)
 
 
 def parse_task(text: str | dict[str, Any]) -> Task:
@@ -73,4 +60,4 @@ def parse_task(text: str | dict[str, Any]) -> Task:
 
 def list_tasks() -> list[str]:
     """Return the names of all tasks. Imports none of them."""
-    return known_names("tasks", _TASKS)
+    return TASKS.names()
