@@ -34,16 +34,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitarium.catalog.calling import example_image
-from vitarium.catalog.create import ModelSpec, create_model
+from vitarium.catalog.create import ModelSpec
 from vitarium.catalog.registry import State, chain, family, rename
-from vitarium.catalog.saving import load
 from vitarium.errors import UsageError
 from vitarium.explanation.classifier import describe_classifier, rebuild_classifier
 from vitarium.explanation.explainers import Explainer, explainer, scaled
 from vitarium.explanation.reading import Tap, covered, find_taps, logits_of, read_maps, to_pixels
-from vitarium.files import is_model_file
 from vitarium.nn.modes import evaluating
 from vitarium.training import Learner, learner
+from vitarium.training.building import open_trained
 from vitarium.training.players import ONLY
 from vitarium.training.settings import Section
 
@@ -282,17 +281,7 @@ class TTAMELearner(Learner):
             UsageError: a name without weights.
         """
         settings = recipe.settings_of(cls)
-        if isinstance(name, nn.Module):
-            model = name
-        elif is_model_file(name):
-            model = load(name)
-        elif pretrained or checkpoint is not None:
-            model = create_model(name, pretrained=pretrained, checkpoint=checkpoint)
-        else:
-            raise UsageError(
-                f"{name} without weights has nothing to explain: give --model a file that 'vitarium train' or vitarium.save wrote, "
-                "or --pretrained, or --checkpoint FILE"
-            )
+        model = open_trained(name, "has nothing to explain", pretrained=pretrained, checkpoint=checkpoint)
         return cls(model if isinstance(model, TTAME) else TTAME.over(model, taps=settings.taps), settings)
 
     def first_pass(self, batch: dict[str, Any], player: str = ONLY) -> dict[str, Any]:

@@ -38,14 +38,13 @@ from vitarium.catalog.create import create_model
 from vitarium.catalog.methods import AttachReport, Method, method
 from vitarium.catalog.options import validated
 from vitarium.catalog.registry import State, family, rename
-from vitarium.catalog.saving import load
 from vitarium.errors import AttachError, UsageError
-from vitarium.files import is_model_file
 from vitarium.perception.retrieval.lora import LoRA as LoRA
 from vitarium.perception.retrieval.prompts import EmbeddingHead, PromptSite, VisualPrompts, freeze, head_width
 from vitarium.perception.retrieval.proxies import PlainProxies, SemanticProxies
 from vitarium.perception.retrieval.task import Grouped
 from vitarium.training import Learner, learner
+from vitarium.training.building import open_trained
 from vitarium.training.recipe import Phase
 from vitarium.training.settings import Section
 
@@ -305,17 +304,9 @@ class VPTProxiesLearner(Learner):
         from vitarium.data.loader import generators_kept, seed_generators
 
         settings = recipe.settings_of(cls)
-        if isinstance(name, nn.Module):
-            model = name
-        elif is_model_file(name):
-            model = load(name)
-        elif pretrained or checkpoint is not None or settings.tune == "all":
-            model = create_model(name, pretrained=pretrained, checkpoint=checkpoint, image_size=recipe.image_size, **recipe.model_arguments)
-        else:
-            raise UsageError(
-                f"{name} without weights cannot be adapted: give --model a file that 'vitarium train' or vitarium.save wrote, or "
-                "--pretrained, or --checkpoint FILE"
-            )
+        useless = None if settings.tune == "all" else "cannot be adapted"
+        given = dict(image_size=recipe.image_size, **recipe.model_arguments)
+        model = open_trained(name, useless, pretrained=pretrained, checkpoint=checkpoint, **given)
         with generators_kept():
             seed_generators(recipe.seed)
             return cls(adapted(model, settings), settings, len(data.classes))

@@ -28,7 +28,7 @@ from vitarium.nn import Linear, TransformerBlock, VisionTransformer
 from vitarium.nn.vit import EPS, init_as_mae, sincos_table
 from vitarium.ops.masking import mask_by_noise, restore_tokens, take_tokens, visible_count
 from vitarium.ops.patches import patchify
-from vitarium.pretraining.reconstruction import Reconstruct, masked_mean, patch_errors
+from vitarium.pretraining.reconstruction import masked_mean, patch_errors
 from vitarium.training.base import Batch, Learner
 from vitarium.training.learners import learner
 from vitarium.training.settings import Section
@@ -215,11 +215,7 @@ class MaskedAutoencoderLearner(Learner):
         mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
         norm_targets: bool = True
 
-    @classmethod
-    def task_for(cls, settings: Any) -> Reconstruct:
-        return Reconstruct(mask_ratio=settings.mask_ratio, norm_targets=settings.norm_targets)
-
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        image, task = batch["image"], self.task_for(self.settings)
+        image, task = batch["image"], self.task
         made = self.model(image, mask_ratio=self.settings.mask_ratio)
         return {"loss": masked_mean(patch_errors(made.prediction, task.targets(self.model, image)), made.hidden)}

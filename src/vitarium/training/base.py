@@ -68,6 +68,7 @@ class Learner(nn.Module):
         super().__init__()
         self.model = model
         self.settings = settings if settings is not None else self.Settings()
+        self._task: tuple[Any, Task] | None = None
         self.draws = Draws(0, 0, ONLY)  # the loop sets one for each step
 
     @classmethod
@@ -93,15 +94,19 @@ class Learner(nn.Module):
 
     @classmethod
     def task_for(cls, settings: Any) -> Task:
-        """Return the task under these settings. A learner whose settings hold options of its task overrides this."""
+        """Return the task under these settings: options of the task that the settings have under the same name are taken from them."""
         from vitarium.training.tasks.registry import parse_task
 
-        return parse_task(cls.task_name)
+        task = parse_task(cls.task_name)
+        shared = {name: getattr(settings, name) for name in type(task).model_fields if name in type(settings).model_fields}
+        return parse_task(task.record() | shared) if shared else task
 
     @property
     def task(self) -> Task:
-        """The task of the model."""
-        return self.task_for(self.settings)
+        """The task of the model. It follows the settings, which a recipe may replace during training."""
+        if self._task is None or self._task[0] is not self.settings:
+            self._task = self.settings, self.task_for(self.settings)
+        return self._task[1]
 
     @property
     def primary_metric(self) -> tuple[str, str]:

@@ -8,7 +8,10 @@ from torch import nn
 
 from vitarium.catalog.checkpoints import load_checkpoint
 from vitarium.catalog.create import create_model
+from vitarium.catalog.saving import load
 from vitarium.data.loader import generators_kept, seed_generators
+from vitarium.errors import UsageError
+from vitarium.files import is_model_file
 
 if TYPE_CHECKING:
     from vitarium.data import ImageData
@@ -43,3 +46,30 @@ def build_model(
     if data.classes:
         model.labels = list(data.classes)  # type: ignore[assignment]
     return model
+
+
+def open_trained(
+    name: str | nn.Module, useless: str | None, *, pretrained: bool = False, checkpoint: str | None = None, **arguments: Any
+) -> nn.Module:
+    """Open a model that a learner starts from: an object, a file, or a name with its weights.
+
+    Args:
+        name: a model; a file of `vitarium.save`; or a model's name with `pretrained` or `checkpoint`.
+        useless: why a model without weights is refused, for the message, such as "has nothing to explain"; None: it is accepted.
+        pretrained, checkpoint: its weights.
+        arguments: of `create_model`, for a name.
+
+    Raises:
+        UsageError: a name without weights.
+        CheckpointError: the file or the weights cannot be read.
+    """
+    if isinstance(name, nn.Module):
+        return name
+    if is_model_file(name):
+        return load(name)
+    if useless is not None and not pretrained and checkpoint is None:
+        raise UsageError(
+            f"{name} without weights {useless}: give --model a file that 'vitarium train' or vitarium.save wrote, or --pretrained, or "
+            "--checkpoint FILE"
+        )
+    return create_model(name, pretrained=pretrained, checkpoint=checkpoint, **arguments)

@@ -31,7 +31,6 @@ from vitarium.data.loader import generators_kept, seed_generators
 from vitarium.errors import UsageError
 from vitarium.generation.labels import check_labels
 from vitarium.generation.noise import ImageNoise, numbered
-from vitarium.generation.tasks import Generate
 from vitarium.nn.modes import evaluating
 from vitarium.training import Learner, Player, learner
 from vitarium.training.base import Batch
@@ -195,10 +194,6 @@ class DCGANLearner(Learner):
         super().__init__(model, settings)
         shape = {name: getattr(model, name) for name in ("num_classes", "image_size", "in_chans", "width")}
         self.discriminator = Discriminator(**shape)
-
-    @classmethod
-    def task_for(cls, settings: Any) -> Generate:
-        return Generate(judge=settings.judge, samples=settings.samples)
 
     @classmethod
     def create(

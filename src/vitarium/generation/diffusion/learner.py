@@ -12,7 +12,6 @@ from vitarium.catalog.record import LearnerRecord, training_of
 from vitarium.generation.diffusion.codecs import codec_of
 from vitarium.generation.diffusion.pipeline import process_of
 from vitarium.generation.diffusion.process import parse_process
-from vitarium.generation.tasks import Generate
 from vitarium.training import Learner, learner
 from vitarium.training.base import Batch
 from vitarium.training.settings import Section
@@ -54,10 +53,6 @@ class DiffusionLearner(Learner):
             if text is not None:
                 parse_process(text)
             return text
-
-    @classmethod
-    def task_for(cls, settings: Any) -> Generate:
-        return Generate(judge=settings.judge, samples=settings.samples)
 
     primary_metric: tuple[str, Literal["min", "max"]] = ("loss", "min")
 

@@ -15,7 +15,6 @@ from vitarium.data.transforms import Augment
 from vitarium.errors import DataError, UsageError
 from vitarium.generation.restoration.restorer import Restorer
 from vitarium.generation.restoration.samples import PairTransform
-from vitarium.generation.restoration.task import Restore
 from vitarium.training import Learner, learner
 from vitarium.training.base import Batch
 from vitarium.training.settings import Section
@@ -50,10 +49,6 @@ class RestorationLearner(Learner):
         start: Literal["random", "interpolation"] = "random"
         tile: Annotated[int, Field(ge=0)] = 256
         overlap: Annotated[int, Field(ge=0)] = 32
-
-    @classmethod
-    def task_for(cls, settings: Any) -> Restore:
-        return Restore(tile=settings.tile, overlap=settings.overlap)
 
     def __init__(self, model: nn.Module, settings: Settings | None = None):
         if not isinstance(model, Restorer):

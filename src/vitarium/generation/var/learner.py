@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitarium.errors import UsageError
-from vitarium.generation.tasks import Generate
 from vitarium.generation.var.model import VAR
 from vitarium.generation.var.tokenizer import VARTokenizer
 from vitarium.training import Learner, learner
@@ -128,10 +127,6 @@ class VARLearner(Learner):
         samples: Annotated[int, Field(ge=0)] = 256
 
     primary_metric = ("loss", "min")
-
-    @classmethod
-    def task_for(cls, settings: Any) -> Generate:
-        return Generate(judge=settings.judge, samples=settings.samples)
 
     @classmethod
     def create(
