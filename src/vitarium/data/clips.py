@@ -123,9 +123,9 @@ def holds_clips(images: ImageSet) -> bool:
     return False
 
 
-def still_of(picture: Any) -> Image.Image:
+def still_of(image: Any) -> Image.Image:
     """Return an image for display: the image itself, or the middle frame of a clip."""
-    if hasattr(picture, "convert"):
-        return picture
-    middle = len(picture) // 2
-    return picture.read_frames([middle])[0] if hasattr(picture, "read_frames") else picture[middle]
+    if hasattr(image, "convert"):
+        return image
+    middle = len(image) // 2
+    return image.read_frames([middle])[0] if hasattr(image, "read_frames") else image[middle]

@@ -118,7 +118,7 @@ def read_annotations(path: Path, broken: str = "refuse") -> Annotations:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        pictures, notes, categories = values["images"], values["annotations"], sorted(values["categories"], key=lambda c: c["id"])
+        images, notes, categories = values["images"], values["annotations"], sorted(values["categories"], key=lambda c: c["id"])
         numbers = {category["id"]: number for number, category in enumerate(categories)}
         classes = [str(category["name"]) for category in categories]
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
@@ -131,7 +131,7 @@ def read_annotations(path: Path, broken: str = "refuse") -> Annotations:
     panoptic = any("segments_info" in note for note in notes[:1])
     things = tuple(number for number, category in enumerate(categories) if category.get("isthing", 1))
     checked = _Checked(path, panoptic, numbers)
-    samples = checked.samples(pictures, notes)
+    samples = checked.samples(images, notes)
     if checked.problems and broken == "refuse":
         listed = "\n".join(f"  {problem}" for problem in checked.problems[:SHOWN])
         more = f"\n  and {len(checked.problems) - SHOWN} more" if len(checked.problems) > SHOWN else ""
@@ -149,22 +149,22 @@ class _Checked:
         self.pngs = _png_folder(path)
         self.problems: list[str] = []
 
-    def samples(self, pictures: list[dict[str, Any]], notes: list[dict[str, Any]]) -> list[Sample]:
-        root = _picture_folder(self.path, pictures)
+    def samples(self, images: list[dict[str, Any]], notes: list[dict[str, Any]]) -> list[Sample]:
+        root = _picture_folder(self.path, images)
         by_id: dict[Any, Sample] = {}
-        for i, picture in enumerate(pictures):
+        for i, image in enumerate(images):
             try:
-                file = root / picture["file_name"]
-                sample = Sample(str(file), "", (int(picture["height"]), int(picture["width"])))
-                if picture["id"] in by_id:
-                    self.problems.append(f"image {picture['id']!r} is listed twice")
+                file = root / image["file_name"]
+                sample = Sample(str(file), "", (int(image["height"]), int(image["width"])))
+                if image["id"] in by_id:
+                    self.problems.append(f"image {image['id']!r} is listed twice")
                 elif not file.is_file():
-                    self.problems.append(f"image {picture['id']!r}: there is no file {file}")
+                    self.problems.append(f"image {image['id']!r}: there is no file {file}")
                 else:
-                    by_id[picture["id"]] = sample
+                    by_id[image["id"]] = sample
             except (TypeError, ValueError, LookupError) as error:
                 self.problems.append(f"images[{i}] lacks file_name, id, height or width ({type(error).__name__}: {error})")
-        known = {picture.get("id") for picture in pictures if isinstance(picture, dict)}
+        known = {image.get("id") for image in images if isinstance(image, dict)}
         for i, note in enumerate(notes):
             try:
                 self._annotation(note, i, by_id, known)
@@ -226,13 +226,13 @@ def _shape_problem(segmentation: Any, size: tuple[int, int]) -> str | None:
     return None
 
 
-def _picture_folder(path: Path, pictures: list[dict[str, Any]]) -> Path:
+def _picture_folder(path: Path, images: list[dict[str, Any]]) -> Path:
     """Return the folder to which `file_name` is relative: the first in which an image is found."""
     part = path.stem.split("_", 1)[-1]
     above = path.parent.parent
     places = [above / part, above / "images" / part, above / _part(path), above / "images" / _part(path), above / "images", above]
     places += [path.parent / part, path.parent / "images", path.parent]
-    names = [str(picture["file_name"]) for picture in pictures[:20] if isinstance(picture, dict) and picture.get("file_name")]
+    names = [str(image["file_name"]) for image in images[:20] if isinstance(image, dict) and image.get("file_name")]
     return next((place for place in places for name in names if (place / name).is_file()), places[0])
 
 
@@ -247,16 +247,16 @@ def read_sample(sample: Sample) -> tuple[Image.Image, Segmentation]:
     Raises:
         BrokenImage: the image or its PNG cannot be read, or has another size than in the json file.
     """
-    picture = open_image(sample.file)
-    if (picture.height, picture.width) != sample.size:
-        found = f"{picture.height} x {picture.width}"
+    image = open_image(sample.file)
+    if (image.height, image.width) != sample.size:
+        found = f"{image.height} x {image.width}"
         raise BrokenImage(
             sample.file, f"the image has {found} pixels (height x width), the json file says {sample.size[0]} x {sample.size[1]}"
         )
     labels = np.array([segment["label"] for segment in sample.segments], np.int64)
     crowd = np.array([segment["crowd"] for segment in sample.segments], bool)
     masks = _masks_of_png(sample) if sample.png else np.array(list(_masks_of_shapes(sample)), bool)
-    return picture, Segmentation(masks, labels, crowd)
+    return image, Segmentation(masks, labels, crowd)
 
 
 def _masks_of_png(sample: Sample) -> NDArray[np.bool_]:

@@ -57,8 +57,8 @@ def list_classes(path: Path) -> Listing:
         DataError: no class folders, no images, or a class folder without images.
     """
     folders = _subfolders(path)
-    pictures = any(next(find_images(path / folder), None) for folder in folders)
-    if not pictures and any(next(find_videos(path / folder), None) for folder in folders):
+    images = any(next(find_images(path / folder), None) for folder in folders)
+    if not images and any(next(find_videos(path / folder), None) for folder in folders):
         require("av", "video")
         find = find_videos
     else:

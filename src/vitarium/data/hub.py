@@ -57,8 +57,8 @@ def open_saved(path: Path, *, seed: int = 0, val_fraction: float = 0.2) -> Image
     classes: list[str] | None = None
     for split in (train, val) if val else (train,):
         dataset = splits[split]
-        picture, label = _columns(dataset, f"{path} ({split})", datasets)
-        parts[split] = dataset.select_columns([picture]).cast_column(picture, datasets.Image(decode=False)), picture
+        image, label = _columns(dataset, f"{path} ({split})", datasets)
+        parts[split] = dataset.select_columns([image]).cast_column(image, datasets.Image(decode=False)), image
         names = getattr(dataset.features[label], "names", None)
         classes = classes or names
         listings[split] = Listing([(split, row) for row in range(len(dataset))], _labels(dataset[label], names, f"{path} ({split})"))
@@ -71,17 +71,17 @@ def open_saved(path: Path, *, seed: int = 0, val_fraction: float = 0.2) -> Image
 def _columns(dataset: Any, where: str, datasets: Any) -> tuple[str, str]:
     """Find the image and the label column."""
     features = dataset.features
-    pictures = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     labels = labels or [name for name in features if name.lower() in LABEL_COLUMNS]
     preferred = [name for name in labels if name in LABEL_COLUMNS] or labels
-    if not pictures or not preferred:
+    if not images or not preferred:
         found = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
         raise DataError(f"{where} needs a column of type Image and one of type ClassLabel; it has {found or 'no columns'}")
-    if len(pictures) > 1 or (len(labels) > 1 and preferred == labels):
-        several = pictures if len(pictures) > 1 else labels
+    if len(images) > 1 or (len(labels) > 1 and preferred == labels):
+        several = images if len(images) > 1 else labels
         raise DataError(f"{where} has several candidate columns ({few(several)}); keep one: dataset.remove_columns(...)")
-    return pictures[0], preferred[0]
+    return images[0], preferred[0]
 
 
 def _labels(column: Any, names: list[str] | None, where: str) -> list[str]:

@@ -102,12 +102,12 @@ def read_pair(pair: Pair, *, classes: int, zero_is_void: bool) -> tuple[Image.Im
     Raises:
         BrokenImage: one of them cannot be read, they differ in size, or the mask has values that are not classes.
     """
-    picture, mask = open_image(pair.file), open_image(pair.mask)
+    image, mask = open_image(pair.file), open_image(pair.mask)
     values = np.asarray(mask)
     if values.ndim != 2:
         raise BrokenImage(pair.mask, f"a mask must have one value per pixel (grey or palette), this one is {mask.mode}")
-    if values.shape != (picture.height, picture.width):
-        sizes = f"the mask has {mask.height} x {mask.width} pixels (height x width), the image {picture.height} x {picture.width}"
+    if values.shape != (image.height, image.width):
+        sizes = f"the mask has {mask.height} x {mask.width} pixels (height x width), the image {image.height} x {image.width}"
         raise BrokenImage(pair.mask, sizes)
     values = values.astype(np.int64)
     if zero_is_void:
@@ -115,4 +115,4 @@ def read_pair(pair: Pair, *, classes: int, zero_is_void: bool) -> tuple[Image.Im
     labels = np.unique(values[values != IGNORE])
     if wrong := labels[labels >= classes].tolist():
         raise BrokenImage(pair.mask, f"the mask has values that are not classes: {few(wrong)} (classes are 0 to {classes - 1})")
-    return picture, Segmentation(values == labels[:, None, None], labels)
+    return image, Segmentation(values == labels[:, None, None], labels)

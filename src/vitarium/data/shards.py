@@ -113,9 +113,9 @@ def list_samples(shards: list[Path], classes: list[str] | None) -> Listing:
     """
     listing, unlabelled = Listing([], []), []
     for shard in shards:
-        pictures, labels = _index(shard)
-        unlabelled += [f"{shard.name}/{member.name}" for key, member in pictures.items() if key not in labels]
-        for key, member in pictures.items():
+        images, labels = _index(shard)
+        unlabelled += [f"{shard.name}/{member.name}" for key, member in images.items() if key not in labels]
+        for key, member in images.items():
             if key in labels:
                 listing.samples.append(member)
                 listing.labels.append(_class_name(labels[key], classes, f"{shard}/{member.name}"))
@@ -129,7 +129,7 @@ def list_samples(shards: list[Path], classes: list[str] | None) -> Listing:
 
 def _index(shard: Path) -> tuple[dict[str, Member], dict[str, Any]]:
     """Return a shard's images and labels by key."""
-    pictures: dict[str, Member] = {}
+    images: dict[str, Member] = {}
     labels: dict[str, Any] = {}
     try:
         with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -141,15 +141,15 @@ def _index(shard: Path) -> tuple[dict[str, Member], dict[str, Any]]:
                 key, kind = folder + slash + stem, endings.rpartition(".")[2].lower()
                 place = Member(str(shard), info.offset_data, info.size, info.name)
                 if kind in EXTENSIONS:
-                    if key in pictures:
-                        raise DataError(f"{shard} has two images of one key: {pictures[key].name} and {info.name}")
-                    pictures[key] = place
+                    if key in images:
+                        raise DataError(f"{shard} has two images of one key: {images[key].name} and {info.name}")
+                    images[key] = place
                 elif kind in ("cls", "json") and (label := _read_label(file, place, kind)) is not None:
                     labels[key] = label
             _check_end(file, tar.offset, shard)  # type: ignore[attr-defined]
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"{shard} is not a whole tar file ({error}); write or download it again (compressed ones are not read)") from error
-    return pictures, labels
+    return images, labels
 
 
 def _check_end(file: BinaryIO, offset: int, shard: Path) -> None:

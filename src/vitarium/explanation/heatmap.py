@@ -54,19 +54,19 @@ def seen_box(size: tuple[int, int], preprocessing: Preprocessing | None) -> tupl
     return left, top, left + side, top + side
 
 
-def overlay(picture: Image.Image, heat: ArrayLike, preprocessing: Preprocessing | None = None) -> Image.Image:
+def overlay(image: Image.Image, heat: ArrayLike, preprocessing: Preprocessing | None = None) -> Image.Image:
     """Draw a map over the whole image that it explains; the part outside the model's crop is dark.
 
     Args:
-        picture: the image as given, any size and mode.
+        image: as given, any size and mode.
         heat: map (H, W) in [0, 1], of the model's input.
         preprocessing: the model's, which locates its input in the image; None: the whole image.
 
     Returns:
         RGB of the image's aspect ratio, the shorter side at least 224 pixels and the longer side at most 1024 (if both are possible).
     """
-    picture = to_mode(picture, 3)
-    width, height = picture.size
+    image = to_mode(image, 3)
+    width, height = image.size
     scale = max(1.0, MIN_SIDE / min(width, height))
     scale *= min(1.0, MAX_SIDE / (scale * max(width, height)))
     large = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -77,7 +77,7 @@ def overlay(picture: Image.Image, heat: ArrayLike, preprocessing: Preprocessing 
     part = (slice(max(0, top), top + inside.shape[0]), slice(max(0, left), left + inside.shape[1]))
     whole[part] = inside[: whole[part].shape[0], : whole[part].shape[1]]
     seen[part] = True
-    base = np.asarray(picture.resize(large, Image.Resampling.BICUBIC), dtype=np.float32)
+    base = np.asarray(image.resize(large, Image.Resampling.BICUBIC), dtype=np.float32)
     grey = base @ np.array([0.299, 0.587, 0.114], np.float32)
     base = (1 - GREY) * base + GREY * grey[..., None]
     strength = (FAINTEST + (STRONGEST - FAINTEST) * whole)[..., None]
@@ -98,17 +98,17 @@ def overlay_on_input(image: Tensor, heat: Tensor, preprocessing: Preprocessing |
     return overlay(input_picture(image, preprocessing), heat.detach().float().cpu().numpy())
 
 
-def grid_of(pictures: Sequence[Image.Image], captions: Sequence[str] = (), *, columns: int = 4, side: int = MIN_SIDE) -> Image.Image:
+def grid_of(images: Sequence[Image.Image], captions: Sequence[str] = (), *, columns: int = 4, side: int = MIN_SIDE) -> Image.Image:
     """Arrange images in rows, each fitted into a square of `side` pixels, with captions above them if there are any."""
-    columns = min(columns, max(1, len(pictures)))
-    rows = -(-len(pictures) // columns)
+    columns = min(columns, max(1, len(images)))
+    rows = -(-len(images) // columns)
     head = CAPTION if captions else 0
     sheet = Image.new("RGB", (columns * (side + GAP) - GAP, rows * (side + head + GAP) - GAP), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, picture in enumerate(pictures):
+    for i, image in enumerate(images):
         x, y = i % columns * (side + GAP), i // columns * (side + head + GAP)
-        scale = side / max(picture.size)
-        fitted = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), Image.Resampling.LANCZOS)
+        scale = side / max(image.size)
+        fitted = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS)
         sheet.paste(fitted, (x + (side - fitted.width) // 2, y + head))
         if captions:
             pen.text((x + 2, y + 2), captions[i], fill="black")

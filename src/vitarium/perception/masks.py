@@ -236,23 +236,23 @@ class Segmenter(nn.Module):
         """Return one image's scores, labels, masks and boxes, from the result of `probabilities`; see `best_instances`."""
         return best_instances(classes, masks, self.things)
 
-    def look(self, picture: Image.Image) -> tuple[Tensor, Tensor]:
+    def look(self, image: Image.Image) -> tuple[Tensor, Tensor]:
         """Run `probabilities` on an image of any mode and size, at its own size."""
-        tensor, target = FitTransform(self.preprocessing)(picture, None)
+        tensor, target = FitTransform(self.preprocessing)(image, None)
         batch, _ = pad_batch([tensor], size=self.preprocessing.image_size)
         with evaluating(self, inference=True):
             found = self(batch.to(next(self.parameters())))
             masks = restore_masks(found["masks"][0].float(), batch.shape[-2:], target["size"].tolist(), target["original_size"].tolist())
             return self.probabilities(found["logits"][0].float(), masks)
 
-    def predict_panoptic(self, picture: Image.Image) -> tuple[Tensor, Segments]:
+    def predict_panoptic(self, image: Image.Image) -> tuple[Tensor, Segments]:
         """Return the segment map (H, W) int32 at the image's size, 0 for no segment, and its segments."""
-        return self.panoptic(*self.look(picture))
+        return self.panoptic(*self.look(image))
 
-    def predict_semantic(self, picture: Image.Image) -> Tensor:
+    def predict_semantic(self, image: Image.Image) -> Tensor:
         """Return class numbers (H, W) int64 at the image's size."""
-        return self.semantic(*self.look(picture)).argmax(0)
+        return self.semantic(*self.look(image)).argmax(0)
 
-    def predict_instances(self, picture: Image.Image) -> dict[str, Tensor]:
+    def predict_instances(self, image: Image.Image) -> dict[str, Tensor]:
         """Return scores, labels, masks and boxes, in pixels of the image."""
-        return self.instances(*self.look(picture))
+        return self.instances(*self.look(image))

@@ -36,8 +36,8 @@ def match(costs: Iterable[Tensor]) -> Pairs:
 
 def places_of(pairs: Pairs) -> tuple[Tensor, Tensor]:
     """Return image and prediction index of every pair, (sum m,) each: an index into (B, L, ...) tensors."""
-    pictures = torch.cat([torch.full_like(predictions, i) for i, (predictions, _) in enumerate(pairs)])
-    return pictures, torch.cat([predictions for predictions, _ in pairs])
+    images = torch.cat([torch.full_like(predictions, i) for i, (predictions, _) in enumerate(pairs)])
+    return images, torch.cat([predictions for predictions, _ in pairs])
 
 
 def softmax_class_cost(logits: Tensor, labels: Tensor) -> Tensor:

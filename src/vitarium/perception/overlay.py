@@ -28,19 +28,19 @@ def colour_of(number: int) -> tuple[int, int, int]:
 
 
 def overlay(
-    picture: Image.Image, segment_map: NDArray[np.integer[Any]], names: dict[int, str] | None = None, *, strength: float = 0.55
+    image: Image.Image, segment_map: NDArray[np.integer[Any]], names: dict[int, str] | None = None, *, strength: float = 0.55
 ) -> Image.Image:
     """Draw each segment in its own colour, with its outline, and its name where it is widest.
 
     Args:
-        picture: image of any mode.
+        image: of any mode.
         segment_map: (H, W) of the image's size; pixels with 0 are unchanged.
         names: segment's number -> text; other segments have no text.
         strength: opacity of the colour.
     """
     from PIL import Image
 
-    image = to_mode(picture, 3)
+    image = to_mode(image, 3)
     factor = max(1, -(-SMALLEST_TEXT // max(image.size))) if names is not None else 1
     if factor > 1:
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
@@ -102,9 +102,9 @@ def grid(rows: Sequence[Sequence[Image.Image]], *, gap: int = 4, least: int = 96
     top = gap
     for line in lines:
         left = gap
-        for picture in line:
-            sheet.paste(picture, (left, top))
-            left += picture.width + gap
+        for image in line:
+            sheet.paste(image, (left, top))
+            left += image.width + gap
         top += line[0].height + gap
     return sheet
 

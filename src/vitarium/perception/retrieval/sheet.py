@@ -34,15 +34,15 @@ def sheet(rows: Sequence[tuple[Image.Image, Sequence[Found]]]) -> Image.Image:
     return drawn
 
 
-def _place(drawn: Image.Image, pen: ImageDraw.ImageDraw, picture: Image.Image | None, x: int, y: int, frame: str | None, text: str) -> None:
-    if picture is None:
+def _place(drawn: Image.Image, pen: ImageDraw.ImageDraw, image: Image.Image | None, x: int, y: int, frame: str | None, text: str) -> None:
+    if image is None:
         pen.rectangle((x, y, x + CELL - 1, y + CELL - 1), fill="#eceff1")
         pen.text((x + 6, y + CELL // 2 - 6), "file is gone", fill=GREY)
     else:
-        picture = picture.convert("RGB")
-        factor = CELL / max(picture.size)
+        image = image.convert("RGB")
+        factor = CELL / max(image.size)
         smooth = Image.Resampling.NEAREST if factor >= 2 else Image.Resampling.LANCZOS
-        small = picture.resize(tuple(max(1, round(factor * side)) for side in picture.size), smooth)  # type: ignore[arg-type]
+        small = image.resize(tuple(max(1, round(factor * side)) for side in image.size), smooth)  # type: ignore[arg-type]
         drawn.paste(small, (x + (CELL - small.width) // 2, y + (CELL - small.height) // 2))
     if frame is not None:
         pen.rectangle((x - 2, y - 2, x + CELL + 1, y + CELL + 1), outline=frame, width=3)
