@@ -257,3 +257,18 @@ def test_any_backbone_can_be_the_extractor(tmp_path):
     vitarium.save(vitarium.create_model("timm/resnet_pico", num_classes=3), tmp_path / "judge.safetensors")
     features, dim = frechet.extractor(str(tmp_path / "judge.safetensors"))
     assert features(torch.rand(2, 3, 16, 16)).shape == (2, dim)
+
+
+@pytest.mark.identity
+def test_padding_does_not_change_the_alignment():
+    torch.manual_seed(0)
+    found, target = torch.randn(2, 3, 5, 8, dtype=torch.float64).unbind()
+    found.requires_grad_()
+    mask = torch.tensor([[True] * 5, [True, True, False, False, False], [False, True, True, False, True]])
+    found_or_noise = torch.where(mask[..., None], found, torch.nan)
+    padded = alignment_loss(found_or_noise, target, mask)
+    packed = torch.stack([alignment_loss(f[m][None], t[m][None])[0] for f, t, m in zip(found, target, mask, strict=True)])
+    torch.testing.assert_close(padded, packed, rtol=0, atol=1e-12)
+    assert torch.equal(alignment_loss(found, target, torch.ones_like(mask)), alignment_loss(found, target))
+    padded.sum().backward()
+    assert (found.grad[~mask] == 0).all()

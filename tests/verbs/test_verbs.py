@@ -369,3 +369,24 @@ def test_images_are_paths():
 
     with pytest.raises(UsageError, match="paths of files and folders, got a Image; save it to a file first"):
         vitarium.predict(Image.new("RGB", (8, 8)), vitarium.create_model("timm/vit_pico", num_classes=2, image_size=16))
+
+
+def test_a_file_is_trained_further(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = ["budget.steps=2", "batch_size=8", "eval_every=1.0", "ema=null"]
+    first = vitarium.train("pico", "digits", changes=short, out="a")
+    again = vitarium.train("pico", "digits", model=first.file, changes=[*short, "optimizer.lr=1e-12"], out="b")
+    before, after = (dict(done.model.named_parameters()) for done in (first, again))
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+    assert again.model.labels == first.model.labels
+    with pytest.raises(UsageError, match="holds its own weights; give --pretrained or --checkpoint only"):
+        vitarium.train("pico", "digits", model=first.file, checkpoint="x.pth", changes=short, out="c")
+    with pytest.raises(DataError, match=r"for a new head on these weights: --model timm/vit_pico --checkpoint a.model\.safetensors"):
+        vitarium.train("pico", "scenes:length=60,image_size=16", model=first.file, changes=short, out="d")
+    with pytest.raises(UsageError, match="is a model for the task classify, and the learner diffusion"):
+        vitarium.train("sit_flow_pico", "digits", model=first.file, changes=short, out="e")
+    saved = vitarium.load(first.file)
+    new_head = vitarium.train(
+        "pico", "scenes:length=60,image_size=16", model=saved.spec.name, checkpoint=str(first.file), changes=short, out="f"
+    )
+    assert len(new_head.model.labels) != len(first.model.labels)

@@ -32,7 +32,10 @@ class Precision(StrEnum):
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe's name, or a YAML file of your own.")],
     data: Annotated[str | None, typer.Option(help=DATA_HELP, show_default="the recipe's")] = None,
-    model: Annotated[str | None, typer.Option(help="A model's name.", show_default="the recipe's", autocompletion=complete_model)] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A model's name, or a file to train further.", show_default="the recipe's", autocompletion=complete_model),
+    ] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from published weights.")] = False,
     checkpoint: Annotated[str | None, typer.Option(help="Start from these weights: file, hf:OWNER/NAME, or address.")] = None,
     changes: Annotated[

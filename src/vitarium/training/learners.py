@@ -67,17 +67,24 @@ def family_learner(model: nn.Module) -> str:
     return "classification" if not name or name.startswith(("timm/", "hf/")) else find_model(name)[0].learner
 
 
-def check_suits(kind: type[Learner], name: str) -> None:
-    """Refuse a model's name whose family is for another task than a learner, where the forms of their models differ.
+def check_suits(kind: type[Learner], name: str, model: nn.Module | None = None) -> None:
+    """Refuse a model for another task than a learner's, where the forms of their models differ.
+
+    Args:
+        kind: the learner.
+        name: of the model, whose family decides.
+        model: a model that exists already; its own task decides.
 
     Raises:
         UsageError: it names both tasks.
     """
-    if name.startswith(("timm/", "hf/")):
-        own = find_learner("classification")
+    if model is not None:
+        own, settings = learner_class_of(model)
     else:
-        own = find_learner(find_model(name.partition(".")[0])[0].learner)
-    theirs, wanted = own.task_for(own.Settings()), kind.task_for(kind.Settings())
+        foreign = name.startswith(("timm/", "hf/"))
+        own = find_learner("classification" if foreign else find_model(name.partition(".")[0])[0].learner)
+        settings = own.Settings()
+    theirs, wanted = own.task_for(settings), kind.task_for(kind.Settings())
     if theirs.name != wanted.name and (theirs.own_models or wanted.own_models):
         raise UsageError(
             f"{name} is a model for the task {theirs.name}, and the learner {kind.objective} trains models for {wanted.name}; "

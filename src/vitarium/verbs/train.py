@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitarium.errors import UsageError
+from vitarium.errors import DataError, UsageError
 from vitarium.files import is_model_file
 from vitarium.training.tasks.base import TableData, Task
-from vitarium.verbs.opening import Notify, apply_methods, name_of, quiet
+from vitarium.verbs.opening import Notify, apply_methods, name_of, open_model, quiet
 from vitarium.verbs.result import Result
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ def train(
     Args:
         recipe: a recipe's name, a YAML file, or a `Recipe`.
         data: as for `vitarium.open_data`; None: the recipe's.
-        model: a model's name, or a model, which is trained in place and keeps its labels; None: the recipe's. Learners that start
-            from a trained model take its file too.
+        model: a model's name; a file of `vitarium.save` or a model, which is trained further and keeps its labels; None: the recipe's.
+            For other classes than a file's, give its name and `checkpoint`.
         pretrained: start from published weights.
         checkpoint: start from these weights: file, "hf:OWNER/NAME", or address.
         changes: changes of the recipe, as "optimizer.lr=1e-4".
@@ -123,11 +123,11 @@ def train(
     given = model if model is not None else settings.model
     if given is None:
         raise UsageError(f"the recipe {recipe if named else ''} names no model; choose one with --model ('vitarium models' lists them)")
-    source_model: Any = os.fspath(given) if isinstance(given, str | os.PathLike) else given
-    name = name_of(given)
-    kind = find_learner(settings.objective["name"])
-    if isinstance(source_model, str) and not is_model_file(source_model):
-        check_suits(kind, source_model)
+    name, kind = name_of(given), find_learner(settings.objective["name"])
+    if is_model_file(given) and (pretrained or checkpoint is not None):
+        raise UsageError(f"{name} holds its own weights; give --pretrained or --checkpoint only with a model's name")
+    source_model: Any = open_model(given) if is_model_file(given) else given
+    check_suits(kind, name, None if isinstance(source_model, str) else source_model)
     task = kind.task_for(settings.settings_of(kind))
     source = os.fspath(data) if data is not None else settings.data
     images = task.open(source, seed=settings.seed, val_fraction=val_fraction, image_size=settings.image_size)
@@ -135,7 +135,7 @@ def train(
     stem = Path(os.fspath(recipe)).stem if named else settings.objective["name"]  # type: ignore[arg-type]
     folder = Path(out) if out is not None else Path("runs", slug(f"{stem}-{name}-{images.name}"))
     if not isinstance(source_model, str):
-        images = matched(source_model, task, images, pretrained)
+        images = matched(source_model, task, images, pretrained, name)
     learner = kind.create(source_model, images, settings, pretrained=pretrained, checkpoint=checkpoint)
     apply_methods(learner.model, settings.apply if apply is None else apply, images, notify)
     if trained_only:
@@ -152,7 +152,7 @@ def train(
     return Trained(trained, file, result, task, (learner.usage or task.usage).format(file=file))
 
 
-def matched(model: Any, task: Task, images: ImageData, pretrained: bool) -> ImageData:
+def matched(model: Any, task: Task, images: ImageData, pretrained: bool, name: str) -> ImageData:
     """Return the data with a given model's numbering of the labels; a classifier without labels gets those of the data.
 
     Raises:
@@ -161,7 +161,11 @@ def matched(model: Any, task: Task, images: ImageData, pretrained: bool) -> Imag
     """
     if pretrained:
         raise UsageError("a model that is given as an object has its own weights; pretrained is for a model's name")
-    images = task.match(model, images)
+    try:
+        images = task.match(model, images)
+    except DataError as error:
+        spec = getattr(getattr(model, "spec", None), "name", "NAME")
+        raise DataError(f"{error}; for a new head on these weights: --model {spec} --checkpoint {name}") from error
     if task.classifies and getattr(model, "labels", None) is None:
         model.labels = list(images.classes)
     return images

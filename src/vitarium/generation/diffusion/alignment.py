@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from vitarium.errors import UsageError, nearest
 from vitarium.nn.modes import evaluating
+from vitarium.nn.tokens import masked_mean
 from vitarium.ops.maps import as_tokens
 
 
@@ -162,9 +163,13 @@ def projector(dim: int, out_dim: int, hidden_dim: int = 2048) -> nn.Sequential:
     return layers
 
 
-def alignment_loss(found: Tensor, target: Tensor) -> Tensor:
-    """Return the negative mean cosine of paired tokens, in [-1, 1]: (B, N, Z), (B, N, Z) -> (B,)."""
-    return -F.cosine_similarity(found, target, dim=-1).mean(1)
+def alignment_loss(found: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the negative mean cosine of paired tokens, in [-1, 1]: (B, N, Z), (B, N, Z) -> (B,).
+
+    Args:
+        mask: bool (B, N), True for the tokens that count; None: all.
+    """
+    return -masked_mean(F.cosine_similarity(found, target, dim=-1), mask)
 
 
 class Alignment(nn.Module):
@@ -202,16 +207,17 @@ class Alignment(nn.Module):
             width = block_width(denoiser, block)
             self.projectors = nn.ModuleList(projector(width, encoder.dim, hidden_dim) for encoder in encoders)
 
-    def forward(self, hidden: Tensor, image: Tensor, sides: Sequence[int]) -> Tensor:
+    def forward(self, hidden: Tensor, image: Tensor, sides: Sequence[int], mask: Tensor | None = None) -> Tensor:
         """Return losses (B,) of hidden tokens (B, N, D), the mean over the encoders.
 
         Args:
             image: the clean images, (B, 1 or 3, H, W) in [0, 1].
             sides: height and width of the denoiser's input.
+            mask: bool (B, N), True for tokens of the image in padded batches; None: all.
         """
         grid = token_grid(hidden.shape[1], *sides)
         pairs = zip(self.projectors, self.encoders, strict=True)
-        return torch.stack([alignment_loss(project(hidden), encoder.tokens(image, grid)) for project, encoder in pairs]).mean(0)
+        return torch.stack([alignment_loss(project(hidden), encoder.tokens(image, grid), mask) for project, encoder in pairs]).mean(0)
 
 
 def block_width(denoiser: nn.Module, block: str) -> int:
