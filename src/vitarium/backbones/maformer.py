@@ -41,6 +41,7 @@ from vitarium.nn import (
     drop_path_rates,
     init_weights,
 )
+from vitarium.nn.positions import BILINEAR
 from vitarium.ops.attention import merge_heads, multi_head_attention, split_packed_heads
 from vitarium.ops.maps import as_map, as_tokens
 from vitarium.ops.windows import pad_to_multiple, window_partition, window_reverse
@@ -53,8 +54,7 @@ def resize_grid(rows: Tensor, old: Grid, new: Grid) -> Tensor:
     """Resize a table with one row per cell to another grid, bilinear: (h w, C) -> (h' w', C)."""
     if old == new:
         return rows
-    image = F.interpolate(rows.T.unflatten(1, old)[None].float(), size=new, mode="bilinear", align_corners=False)
-    return image[0].flatten(1).T.to(rows.dtype)
+    return BILINEAR(rows.T.unflatten(1, old)[None], new)[0].flatten(1).T
 
 
 class LocalAttention(Attention):

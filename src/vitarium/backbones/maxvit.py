@@ -45,7 +45,7 @@ from vitarium.nn import (
     fold_pair,
     init_weights,
 )
-from vitarium.nn.positions import resize_bias_table
+from vitarium.nn.positions import BILINEAR, resize_bias_table
 from vitarium.ops.convolution import conv2d
 from vitarium.ops.linear import Gelu
 from vitarium.ops.windows import WindowLayout, attention_layout, pad_to_multiple
@@ -300,4 +300,4 @@ class MaxViT(Backbone):
         """Resize a bias table of a checkpoint to the windows of this model, bilinear; return None for any other tensor."""
         if not name.endswith("position_bias.table") or tensor.shape[1:] != shape[1:]:
             return None
-        return resize_bias_table(tensor, shape[0], mode="bilinear")
+        return resize_bias_table(tensor, shape[0], rule=BILINEAR)

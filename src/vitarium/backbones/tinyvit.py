@@ -40,6 +40,7 @@ from vitarium.nn import (
     drop_path_rates,
     init_weights,
 )
+from vitarium.nn.positions import PLAIN
 from vitarium.ops.windows import WindowLayout, pad_to_multiple, window_layout
 
 
@@ -282,5 +283,4 @@ class TinyViT(Backbone):
         if not name.endswith("position_bias.table") or tensor.shape[0] != shape[0]:
             return None
         old, new = (round(n**0.5) for n in (tensor.shape[1], shape[1]))
-        image = tensor.float().view(1, len(tensor), old, old)
-        return F.interpolate(image, size=(new, new), mode="bicubic").view(shape).to(tensor.dtype)
+        return PLAIN(tensor.view(1, len(tensor), old, old), (new, new)).view(shape)

@@ -24,6 +24,7 @@ from vitarium.nn.patch_embed import PatchEmbed
 from vitarium.nn.positions import (
     EvalCache,
     RelativePositionBias,
+    Resampling,
     apply_rotary,
     fit_position_table,
     resize_position_table,
@@ -55,6 +56,7 @@ __all__ = [
     "PyramidStage",
     "QuickGELU",
     "RelativePositionBias",
+    "Resampling",
     "SqueezeExcite",
     "Stage",
     "TokenBackbone",

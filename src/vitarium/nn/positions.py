@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,59 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitarium.ops.windows import relative_position_index
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """Rule by which a table with one row per cell of a grid is resampled to another grid.
+
+    Args:
+        mode: "bicubic", "bilinear" or "nearest", as for `torch.nn.functional.interpolate`.
+        antialias: widen the kernel when the grid shrinks. PyTorch's bicubic kernel also has another shape with it (a = -0.5 in place of
+            -0.75), so that larger grids differ, too.
+        align_corners: map the centres of the corner cells onto each other, instead of the corners of the tables.
+        dtype: dtype of the computation; None: that of the table.
+        offset: None: the scale follows from the two sizes. A number: the scale is (new + offset) / old, as in DINO, whose offset of 0.1
+            keeps the output's size safe from rounding and moves all sampling points.
+    """
+
+    mode: str = "bicubic"
+    antialias: bool = False
+    align_corners: bool = False
+    dtype: torch.dtype | None = None
+    offset: float | None = None
+
+    def __call__(self, image: Tensor, size: Grid) -> Tensor:
+        """Resample images (B, C, H, W) to `size`: (B, C, *size), in the dtype of `image`.
+
+        Raises:
+            ValueError: the scale with the offset gives another size.
+        """
+        corners = None if self.mode == "nearest" else self.align_corners
+        options: dict[str, Any] = dict(mode=self.mode, antialias=self.antialias, align_corners=corners)
+        x = image if self.dtype is None else image.to(self.dtype)
+        if self.offset is None:
+            return F.interpolate(x, size=size, **options).to(image.dtype)
+        scale = [(new + self.offset) / old for new, old in zip(size, image.shape[-2:], strict=True)]
+        x = F.interpolate(x, scale_factor=scale, recompute_scale_factor=False, **options)
+        if tuple(x.shape[-2:]) != tuple(size):
+            raise ValueError(
+                f"an offset of {self.offset} gives a grid of {tuple(x.shape[-2:])} in place of {tuple(size)}; take 0 <= offset < 1"
+            )
+        return x.to(image.dtype)
+
+
+PLAIN = Resampling()
+"""Plain bicubic in the table's dtype: DeiT, MAE, EViT, T2T-ViT, Vim, Swin and the many systems that took it from them."""
+BILINEAR = Resampling(mode="bilinear")
+TIMM = Resampling(antialias=True, dtype=torch.float32)
+"""Rule of timm's own models: bicubic with antialiasing, in float32."""
+DINO = Resampling(offset=0.1)
+"""Rule of DINO: plain bicubic by the scale (new + 0.1) / old."""
+DINOV2 = Resampling(offset=0.1, dtype=torch.float32)
+"""Rule of DINOv2: DINO's in float32."""
 
 
 class EvalCache(nn.Module):
@@ -52,9 +106,11 @@ class EvalCache(nn.Module):
                 kept = self._values[key] = (stamp, build())
         return kept[1]
 
-    def for_grid(self, module: nn.Module, table: Tensor, old: tuple[int, int], new: tuple[int, int], *, prefix: int = 0) -> Tensor:
+    def for_grid(self, module: nn.Module, table: Tensor, old: Grid, new: Grid, *, prefix: int = 0, rule: Resampling = PLAIN) -> Tensor:
         """Return a position table resized to the grid `new`, or unchanged if `new` equals `old`. See `resize_position_table`."""
-        return table if new == old else self.get(module, new, table, lambda: resize_position_table(table, old, new, prefix=prefix))
+        return (
+            table if new == old else self.get(module, new, table, lambda: resize_position_table(table, old, new, prefix=prefix, rule=rule))
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_values": {}}
@@ -94,7 +150,7 @@ class RelativePositionBias(nn.Module):
         return self.table[self.index.flatten()].view(n, n, -1).permute(2, 0, 1)
 
 
-def resize_bias_table(table: Tensor, rows: int, *, mode: str = "bicubic") -> Tensor:
+def resize_bias_table(table: Tensor, rows: int, *, rule: Resampling = PLAIN) -> Tensor:
     """Resize the relative position bias table of a square window to another window size: ((2M - 1)^2, heads) -> (rows, heads).
 
     Source: the checkpoint loading code of Swin (bicubic) and of MaxViT (bilinear), without aligned corners.
@@ -106,8 +162,7 @@ def resize_bias_table(table: Tensor, rows: int, *, mode: str = "bicubic") -> Ten
     if sides[0] ** 2 != table.shape[0] or sides[1] ** 2 != rows:
         raise ValueError(f"bias tables of square windows have a square number of rows, got {table.shape[0]} -> {rows}")
     image = table.T.reshape(1, -1, sides[0], sides[0])
-    image = F.interpolate(image.float(), size=(sides[1], sides[1]), mode=mode, align_corners=False)
-    return image.flatten(2)[0].T.to(table.dtype)
+    return rule(image, (sides[1], sides[1])).flatten(2)[0].T
 
 
 def sincos_2d(dim: int, height: int, width: int, *, temperature: float = 10000.0, device: torch.device | None = None) -> Tensor:
@@ -153,20 +208,20 @@ def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
     return x * cos + turned * sin
 
 
-def resize_position_table(table: Tensor, old: tuple[int, int], new: tuple[int, int], *, prefix: int = 0) -> Tensor:
-    """Resize a learned position table to another grid, bicubic with antialiasing: (1, prefix + h w, C) -> (1, prefix + h' w', C).
+def resize_position_table(table: Tensor, old: Grid, new: Grid, *, prefix: int = 0, rule: Resampling = PLAIN) -> Tensor:
+    """Resize a learned position table to another grid: (1, prefix + h w, C) -> (1, prefix + h' w', C), in the table's dtype.
 
     Args:
         table: one row per token; the first `prefix` rows belong to class or register tokens and are kept.
         old, new: height and width of the grids, tokens.
+        rule: how the grid is resampled; the plain bicubic rule of most systems, or another that the authors of a system use.
     """
     fixed, grid = table[:, :prefix], table[:, prefix:]
-    image = grid.reshape(1, *old, -1).permute(0, 3, 1, 2).float()
-    image = F.interpolate(image, size=new, mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([fixed, image.flatten(2).transpose(1, 2).to(table.dtype)], 1)
+    image = rule(grid.reshape(1, *old, -1).permute(0, 3, 1, 2), new)
+    return torch.cat([fixed, image.flatten(2).transpose(1, 2)], 1)
 
 
-def fit_position_table(table: Tensor, shape: torch.Size, new: tuple[int, int], *, prefix: int = 0) -> Tensor | None:
+def fit_position_table(table: Tensor, shape: torch.Size, new: Grid, *, prefix: int = 0, rule: Resampling = PLAIN) -> Tensor | None:
     """Resize the position table of a checkpoint, of a square grid, to the grid of a model; return None if it is no such table.
 
     Args:
@@ -174,8 +229,9 @@ def fit_position_table(table: Tensor, shape: torch.Size, new: tuple[int, int], *
         shape: shape of the table of the model.
         new: height and width of the grid of the model, tokens.
         prefix: number of class or register tokens.
+        rule: how the grid is resampled.
     """
     side = math.isqrt(max(0, table.shape[1] - prefix)) if table.ndim == 3 else 0
     if table.shape[2:] != shape[2:] or side**2 + prefix != table.shape[1]:
         return None
-    return resize_position_table(table, (side, side), new, prefix=prefix)
+    return resize_position_table(table, (side, side), new, prefix=prefix, rule=rule)
