@@ -88,7 +88,9 @@ def bipartite_matching(metric: Tensor, remove: int, *, prefix: int = 0) -> Merge
         prefix: tokens at the start that never merge (class, distillation, registers).
 
     Returns:
-        prefix first, then the unmerged tokens of the even places, then all of the odd places; None if nothing is removed.
+        prefix first, then the unmerged tokens of the even places, then all of the odd places; None if nothing is removed. Behind a prefix
+        the unmerged tokens keep their order; without one they are ordered by falling similarity to their partners, as in the authors'
+        code, which sorts only to bring the class token to the front. The order decides the pairs of the next block.
     """
     image = metric.shape[1] - prefix
     remove = min(remove, image // 2)
@@ -102,7 +104,9 @@ def bipartite_matching(metric: Tensor, remove: int, *, prefix: int = 0) -> Merge
         place_a, place_b = place[even::2], place[1 - even :: 2]
         best, partner = (a @ b.transpose(1, 2)).max(dim=-1)
         order = descending_order(best)
-        source, rest = order[:, :remove], order[:, remove:].sort(dim=-1).values
+        source, rest = order[:, :remove], order[:, remove:]
+        if prefix:
+            rest = rest.sort(dim=-1).values
         batch, count = metric.shape[0], prefix + image - remove
         keep = torch.cat(
             (torch.arange(prefix, device=metric.device).expand(batch, -1), place_a[rest], place_b.expand(batch, -1)),

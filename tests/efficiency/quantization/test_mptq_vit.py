@@ -23,70 +23,78 @@ from vitarium.errors import AttachError, UsageError
 from vitarium.ops.number_formats import Integer
 
 GELU_LOWEST = -0.16997124254703522
-INT6 = Integer(6)
 
 
-def twin(x: Tensor, step: Tensor) -> Tensor:
+def twin(x: Tensor, step: Tensor, bits: int) -> Tensor:
     """PTQ4ViT's grid after GELU: positives with a searched step, negatives with a fixed one."""
-    below = -GELU_LOWEST / 32
-    return torch.where(x > 0, (x / step).round().clamp(0, 31) * step, (x / below).round().clamp(-32, 0) * below)
+    half = 2 ** (bits - 1)
+    below = -GELU_LOWEST / half
+    return torch.where(x > 0, (x / step).round().clamp(0, half - 1) * step, (x / below).round().clamp(-half, 0) * below)
 
 
-def split(p: Tensor, at: Tensor) -> Tensor:
+def split(p: Tensor, at: Tensor, bits: int) -> Tensor:
     """PTQ4ViT's split of attention weights as its code has it: both parts are added everywhere. `round_softmax` takes one."""
-    return (p.clamp(min=at) * 31).round() / 31 + (p.clamp(max=at) * 31 / at).round() * at / 31
+    top = 2 ** (bits - 1) - 1
+    return (p.clamp(min=at) * top).round() / top + (p.clamp(max=at) * top / at).round() * at / top
 
 
-def test_the_search_equals_the_authors():
-    doc = read_golden("mptq_vit-ptq4vit")
+@pytest.mark.parametrize("golden", ["mptq_vit-ptq4vit", "mptq_vit-ptq4vit-b"])
+def test_the_search_equals_the_authors(golden: str):
+    """The second with other bits for weights and inputs; its split is the first that an unrounded and a rounded product disagree on."""
+    doc = read_golden(golden)
     state = fill_state(doc["state"])
     t = {name: make_input(name, spec) for name, spec in doc["inputs"].items()}
+    bits = doc["config"].get("a_bits", 6)
+    weights, inputs_format, n_v = Integer(doc["config"].get("w_bits", 6)), Integer(bits), doc["config"].get("n_V_lin", 3)
     outputs = {}
 
     def linear(prefix: str) -> nn.Linear:
-        layer = nn.Linear(24, 30).double()
+        rows, columns = state[f"{prefix}.weight"].shape
+        layer = nn.Linear(columns, rows).double()
         layer.load_state_dict({k: state[f"{prefix}.{k}"] for k in ("weight", "bias")})
         return layer
 
-    def fit(name: str, layer, x: Tensor, g: Tensor, groups: int, rounding=INT6.quantize, first: Tensor | None = None):
+    def fit(name: str, layer, x: Tensor, g: Tensor, groups: int, rounding=inputs_format.quantize, first: Tensor | None = None):
         y = layer(x).detach()
-        step, inputs = fit_layer(layer, x, y, g, INT6, groups=groups, round_input=rounding, first_input=first)
-        weight = INT6.quantize(layer.weight.reshape(groups, -1), step).view_as(layer.weight)
+        step, inputs = fit_layer(layer, x, y, g, weights, groups=groups, round_input=rounding, first_input=first)
+        weight = weights.quantize(layer.weight.reshape(groups, -1), step).view_as(layer.weight)
         values = x if rounding is None else rounding(x, inputs)
         run = F.linear(values, weight, layer.bias) if isinstance(layer, nn.Linear) else layer._conv_forward(values, weight, layer.bias)
         outputs[f"{name}_out"] = run.detach()
-        return step, inputs, values
+        outputs[f"{name}_w_interval"] = step
+        if inputs is not None:
+            outputs[f"{name}_a_interval"] = inputs
+        return values
 
     x, g = t["x"].flatten(0, 1), t["g"].flatten(0, 1)
-    step, inputs, _ = fit("lin", linear("fc"), x, g, 3, first=symmetric_step(x.abs().max(), 6))
-    outputs |= {"lin_w_interval": step.view(3, 1, 1, 1), "lin_a_interval": inputs.view(1, 1)}
+    fit("lin", linear("fc"), x, g, n_v, first=symmetric_step(x.abs().max(), bits))
     x = F.gelu(x)
-    step, inputs, values = fit("gelu", linear("fc2"), x, g, 1, rounding=twin, first=symmetric_step(x.abs().max(), 6))
-    outputs |= {"gelu_w_interval": step.view(1, 1, 1, 1), "gelu_a_interval": inputs.view(1, 1), "gelu_xq": values.view(2, 10, 24)}
+    first = symmetric_step(x.abs().max(), bits)
+    outputs["gelu_xq"] = fit("gelu", linear("fc2"), x, g, 1, rounding=lambda x, s: twin(x, s, bits), first=first)
 
-    conv = nn.Conv2d(4, 6, 3, padding=1).double()
+    rows, columns = state["conv.weight"].shape[:2]
+    conv = nn.Conv2d(columns, rows, 3, padding=1).double()
     conv.load_state_dict({k: state[f"conv.{k}"] for k in ("weight", "bias")})
-    step, _, _ = fit("conv32", conv, t["img"], t["gi"], 6, rounding=None)
-    outputs["conv32_w_interval"] = step.view(6, 1, 1, 1)
-    step, inputs, _ = fit("conv", conv, t["img"], t["gi"], 6, first=symmetric_step(t["img"].abs().max(), 6))
-    outputs |= {"conv_w_interval": step.view(6, 1, 1, 1), "conv_a_interval": inputs.view(1)}
+    fit("conv32", conv, t["img"], t["gi"], rows, rounding=None)
+    fit("conv", conv, t["img"], t["gi"], rows, first=symmetric_step(t["img"].abs().max(), bits))
 
     def heads(x: Tensor) -> Tensor:
-        return symmetric_step(x.abs().amax((0, 2, 3)).view(-1, 1, 1), 6)
+        return symmetric_step(x.abs().amax((0, 2, 3)).view(-1, 1, 1), bits)
 
     q, k, v = t["q"], t["k"].transpose(-2, -1), t["v"]
-    rounded = INT6.quantize
+    rounded = inputs_format.quantize
     a, b = fit_product(q, k, q @ k, t["gq"], round_a=rounded, round_b=rounded, first_a=heads(q), first_b=heads(k))
-    outputs |= {"qk_A_interval": a.view(3), "qk_B_interval": b.view(3), "qk_out": rounded(q, a) @ rounded(k, b)}
+    outputs |= {"qk_A_interval": a, "qk_B_interval": b, "qk_out": rounded(q, a) @ rounded(k, b)}
     p, one = (q @ k).softmax(-1), torch.ones(1, 1, 1, dtype=torch.float64)
-    at, b = fit_product(p, v, p @ v, t["gv"], round_a=split, round_b=rounded, first_a=one, first_b=heads(v), candidates_a=SPLITS)
-    outputs |= {"sos_split": at.view(1), "sos_B_interval": b.view(3), "sos_pq": split(p, at)}
+    at, b = fit_product(
+        p, v, p @ v, t["gv"], round_a=lambda p, at: split(p, at, bits), round_b=rounded, first_a=one, first_b=heads(v), candidates_a=SPLITS
+    )
+    outputs |= {"sos_split": at, "sos_B_interval": b, "sos_pq": split(p, at, bits)}
     outputs["sos_out"] = outputs["sos_pq"] @ rounded(v, b)
-    for key, row in doc["outputs"].items():
-        outputs[key] = outputs[key].reshape(row["shape"])
-    error = compare("mptq_vit-ptq4vit", outputs)
+    outputs = {key: outputs[key].reshape(row["shape"]) for key, row in doc["outputs"].items()}
+    error = compare(golden, outputs)
     assert error <= 1e-12
-    RESULTS.append(("mptq_vit-ptq4vit", error))
+    RESULTS.append((golden, error))
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 import vitarium
 from tests.anatomy.models import timm_model
 from tests.efficiency.tokens.goldens import assert_functions_match, assert_model_matches
+from tests.golden import read_golden
+from vitarium.efficiency.tokens import pitome
 from vitarium.efficiency.tokens.pitome import PiToMe, ToMe, energy_matching
 from vitarium.efficiency.tokens.reducer import trace
 from vitarium.ops.merging import bipartite_matching
@@ -26,21 +28,52 @@ def test_bipartite_matching_equals_the_authors():
     assert_functions_match("pitome-bsm_tome_r16_cls", run)
 
 
-def test_energy_matching_equals_the_authors():
+@pytest.mark.parametrize("golden", ["pitome-merge_r0.9_m0.45", "pitome-merge_r0.72_m0.2"])
+def test_energy_matching_equals_the_authors(golden: str):
+    """With a class token and alpha 1, and without one and alpha 2: then the unmerged tokens of plain matching are in order of similarity."""
+    config = read_golden(golden)["config"]
+    ratio, margin, prefix, alpha = config["ratio"], config["margin"], int(config["class_token"]), config["alpha"]
+
     def run(metric: Tensor, x: Tensor) -> dict[str, Tensor]:
         count = metric.shape[1]
         merges = dict(
-            bsm=bipartite_matching(metric, math.floor(count - count * 0.9), prefix=1),
-            pitome_bsm=energy_matching(metric, 0.9, 0.45, prefix=1, protect=False),
-            pitome=energy_matching(metric, 0.9, 0.45, prefix=1),
-            text=energy_matching(metric, 0.9, 0.45, prefix=1, text=True),
+            bsm=bipartite_matching(metric, math.floor(count - count * ratio), prefix=prefix),
+            pitome_bsm=energy_matching(metric, ratio, margin, prefix=prefix, protect=False, alpha=alpha),
+            pitome=energy_matching(metric, ratio, margin, prefix=prefix, alpha=alpha),
+            text=energy_matching(metric, ratio, margin, prefix=prefix, text=True),
         )
         outputs = {"pitome_prune": merges["pitome"].gather(x)}
         for name, merge in merges.items():
             outputs[name], outputs[f"{name}_size"] = merge.average(x)
         return outputs
 
-    assert_functions_match("pitome-merge_r0.9_m0.45", run)
+    assert_functions_match(golden, run)
+
+
+def test_options_of_the_energy_reach_the_matching(monkeypatch: pytest.MonkeyPatch):
+    """Alpha, and a margin that falls from one value to another, as in the authors' BLIP-2 (0.75 - 0.4 i / L)."""
+    seen: list[tuple[float, bool, float]] = []
+
+    def record(metric: Tensor, keep: float, margin: float, *, prefix: int, protect: bool, alpha: float) -> None:
+        seen.append((round(margin, 6), protect, alpha))
+
+    monkeypatch.setattr(pitome, "energy_matching", record)
+    image = torch.randn(1, 3, 16, 16)
+    vitarium.apply(timm_model("vit"), PiToMe(margin=0.75, margin_end=0.35, alpha=2, protect="none"), quiet=True)(image)
+    depth = 4
+    assert seen[-depth:] == [(round(0.75 - 0.4 * i / depth, 6), False, 2.0) for i in range(depth)]
+    vitarium.apply(timm_model("vit"), PiToMe(margin=0.9, protect="early"), quiet=True)(image)
+    assert seen[-depth:] == [(round(0.9 * (1 - i / depth), 6), i < math.ceil(depth / 2), 1.0) for i in range(depth)]
+
+
+def test_tome_by_ratio_counts_the_class_token():
+    model = vitarium.apply(timm_model("vit"), ToMe(keep=0.8), quiet=True)
+    counts = [s.place.shape[1] for s in trace(model, torch.randn(1, 3, 16, 16))]
+    want, count = [], 17
+    for _ in counts:
+        count -= math.floor(count - count * 0.8)
+        want.append(count)
+    assert counts == want
 
 
 def test_pitome_equals_the_authors_model():

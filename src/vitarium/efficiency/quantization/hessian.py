@@ -98,20 +98,25 @@ def fit_product(
         a, b, y, g: (B, H, N, K), (B, H, K, M), their product (B, H, N, M), and square roots of its importance.
         round_a, round_b: (operand, step) -> rounded operand.
         first_a, first_b: first steps, (H, 1, 1), or (1, 1, 1) for a step shared by all heads.
-        candidates_a: factors of the first operand's first step; by default FACTORS.
+        candidates_a: factors of the first operand's first step, which is then searched against the second operand in floating point, as
+            PTQ4ViT searches the split of attention weights. None: FACTORS, against the rounded second operand.
 
     Returns:
         the two steps, in the shapes of the first ones.
     """
 
-    def error(step_a: Tensor, step_b: Tensor, like: Tensor) -> Tensor:
-        lost = y - round_a(a, step_a) @ round_b(b, step_b)
+    def error(out: Tensor, like: Tensor) -> Tensor:
+        lost = y - out
         heads = (lost if g is None else g * lost).square().sum((0, 2, 3))
         return heads if like.numel() > 1 else heads.sum()
 
     step_a, step_b = first_a, first_b
-    factors = {} if candidates_a is None else {"factors": candidates_a}
-    for _ in range(rounds):
-        step_a = search_step(first_a, lambda s, b=step_b: error(s, b, first_a), **factors)  # type: ignore[misc]
-        step_b = search_step(first_b, lambda s, a=step_a: error(a, s, first_b))  # type: ignore[misc]
+    if candidates_a is not None:
+        step_a = search_step(first_a, lambda s: error(round_a(a, s) @ b, first_a), candidates_a)
+    for _ in range(rounds if candidates_a is None else 1):  # a split does not depend on the other step, so that one round settles both
+        if candidates_a is None:
+            b_rounded = round_b(b, step_b)
+            step_a = search_step(first_a, lambda s, b=b_rounded: error(round_a(a, s) @ b, first_a))  # type: ignore[misc]
+        a_rounded = round_a(a, step_a)
+        step_b = search_step(first_b, lambda s, a=a_rounded: error(a @ round_b(b, s), first_b))  # type: ignore[misc]
     return step_a, step_b

@@ -11,12 +11,13 @@ PiToMe: r = floor(T - keep T) of the T image tokens are removed. With K the unit
     E_i = mean_j ELU(K_i K_j^T - m)          energy: high in a large cluster of near-duplicates, low for an isolated token
 
 the 2 r tokens of highest energy are candidates, alternately source and destination in the order of energy; each source merges into its
-most similar destination. The margin falls with the depth, m_i = margin (1 - i / L). In the first half of the blocks nothing is protected:
-all tokens are candidates, and the r most similar pairs merge.
+most similar destination. The margin falls with the depth, m_i = margin + (margin_end - margin) i / L. In the first half of the blocks
+nothing is protected: all tokens are candidates, and the r most similar pairs merge.
 
 Source: the authors' code (hchautran/PiToMe, its DeiT patch; facebookresearch/ToMe), equal to rounding: PiToMe's attention is not
 proportional by default, though the paper's is. Differences: registers and the distillation token are protected too. In a rotary model a
-merged token has the position of its destination. Cost: one T x T product of head_dim channels per block, for ToMe a quarter of that.
+merged token has the position of its destination. Left out: ToMe's k-th and random matching (no published number uses them), and merging in
+text encoders, which `energy_matching(text=True)` offers as a function. Cost: one T x T product of head_dim channels per block, for ToMe a quarter of that.
 """
 
 from __future__ import annotations
@@ -45,22 +46,27 @@ class ToMe(Reducer):
     Args:
         r: tokens to remove in each block: a number, or one per block. At most half of the image tokens are removed at once; 0 changes
             nothing. Live.
+        keep: share of the tokens, the prefix included, that each block keeps, instead of `r`; None: r. The baseline of PiToMe's tables;
+            at most half of the image tokens are removed at once. Live.
         inflection: change of r with the depth, in [-1, 1]: 0 constant; -1 falls from 2 r to 0; 1 rises from 0 to 2 r. Live.
         proportional: weight merged tokens by their sizes in attention; the authors do not for MAE models and in training. Live.
     """
 
     r: Annotated[int, Field(ge=0)] | Numbers = 8
+    keep: Annotated[float, Field(gt=0, le=1)] | None = None
     inflection: Annotated[float, Field(ge=-1, le=1)] = 0.0
     proportional: bool = True
 
-    tunable: ClassVar[tuple[str, ...]] = ("r", "inflection", "proportional")
+    tunable: ClassVar[tuple[str, ...]] = ("r", "keep", "inflection", "proportional")
 
     @property
     def counts_sizes(self) -> bool:
         return self.proportional
 
-    def amount(self, block: int, depth: int) -> int:
-        """Return the number of tokens to remove in a block."""
+    def amount(self, block: int, depth: int, count: int = 0) -> int:
+        """Return the number of tokens to remove in a block that `count` tokens enter."""
+        if self.keep is not None:
+            return math.floor(count - count * self.keep)
         if isinstance(self.r, tuple):
             return self.r[block] if block < len(self.r) else 0
         least = int(self.r * (1 - self.inflection))
@@ -68,7 +74,7 @@ class ToMe(Reducer):
         return int(least + (most - least) * block / max(depth - 1, 1))
 
     def reduce(self, tokens: Tokens, attended: Attended, block: int, depth: int) -> None:
-        merge = bipartite_matching(attended.k.mean(dim=1), self.amount(block, depth), prefix=tokens.prefix)
+        merge = bipartite_matching(attended.k.mean(dim=1), self.amount(block, depth, tokens.count), prefix=tokens.prefix)
         if merge is not None:
             tokens.merge(merge)
 
@@ -80,21 +86,26 @@ class PiToMe(Reducer):
 
     Args:
         keep: share of the image tokens that each block keeps, [0.5, 1]; 1 changes nothing. Live.
-        margin: similarity from which tokens count as near, at block 0; it falls to 0 with the depth. The authors: 0.75 for DeiT and MAE,
-            0.9 for augreg ViT, BLIP and transformers' CLIP, 0.95 for open_clip. Live.
-        protect: blocks in which isolated tokens are protected: "late" (second half: the authors' DeiT), "early" (first half: their MAE) or
-            "all".
+        margin: similarity from which tokens count as near, at block 0. The authors: 0.75 for DeiT and MAE, 0.9 for augreg ViT, BLIP and
+            transformers' CLIP, 0.95 for open_clip. Live.
+        margin_end: value towards which it falls with the depth: 0 in those; 0.35 in their BLIP-2 (from 0.75), 0.65 in their BERT (from
+            0.9). Live.
+        alpha: of the energy's ELU: weight of the tokens that are not near; the authors use 1. Live.
+        protect: blocks in which isolated tokens are protected: "late" (second half: the authors' DeiT), "early" (first half: their MAE),
+            "all" or "none".
         prune: drop the sources instead of merging them.
         proportional: weight merged tokens by their sizes in attention. Live.
     """
 
     keep: Annotated[float, Field(ge=0.5, le=1)] = 0.925
     margin: Annotated[float, Field(ge=-1, le=1)] = 0.75
-    protect: Literal["late", "early", "all"] = "late"
+    margin_end: Annotated[float, Field(ge=-1, le=1)] = 0.0
+    alpha: Annotated[float, Field(ge=0)] = 1.0
+    protect: Literal["late", "early", "all", "none"] = "late"
     prune: bool = False
     proportional: bool = False
 
-    tunable: ClassVar[tuple[str, ...]] = ("keep", "margin", "proportional")
+    tunable: ClassVar[tuple[str, ...]] = ("keep", "margin", "margin_end", "alpha", "proportional")
 
     @property
     def counts_sizes(self) -> bool:
@@ -105,10 +116,11 @@ class PiToMe(Reducer):
         return not self.prune
 
     def reduce(self, tokens: Tokens, attended: Attended, block: int, depth: int) -> None:
-        late = block >= math.ceil(depth / 2)
-        protect = self.protect == "all" or late == (self.protect == "late")
-        margin = self.margin * (1 - block / depth)
-        merge = energy_matching(attended.k.mean(dim=1), self.keep, margin, prefix=tokens.prefix, protect=protect)
+        protect = {"all": True, "none": False, "late": block >= math.ceil(depth / 2), "early": block < math.ceil(depth / 2)}[self.protect]
+        margin = self.margin + (self.margin_end - self.margin) * block / depth
+        merge = energy_matching(
+            attended.k.mean(dim=1), self.keep, margin, prefix=tokens.prefix, protect=protect, alpha=self.alpha
+        )
         if merge is None:
             return
         if self.prune:
@@ -130,7 +142,14 @@ def gaussian_energy(similarity: Tensor, margin: float) -> Tensor:
 
 
 def energy_matching(
-    metric: Tensor, keep: float, margin: float, *, prefix: int = 0, protect: bool = True, text: bool = False
+    metric: Tensor,
+    keep: float,
+    margin: float,
+    *,
+    prefix: int = 0,
+    protect: bool = True,
+    text: bool = False,
+    alpha: float = 1.0,
 ) -> Merge | None:
     """Choose PiToMe's sources and their destinations.
 
@@ -141,6 +160,7 @@ def energy_matching(
         prefix: tokens at the start that never merge.
         protect: whether only the 2 r tokens of highest energy may merge; if not, the r most similar pairs of all tokens merge.
         text: the variant for text: Gaussian energy; the first half of the candidates merges into the second half.
+        alpha: of the energy's ELU, see `energy`; the energy for text has none.
 
     Returns:
         prefix, then (protected tokens or unmerged sources), then destinations; None if nothing is removed.
@@ -152,7 +172,7 @@ def energy_matching(
     with torch.no_grad():
         metric = F.normalize(metric.detach()[:, prefix:], dim=-1, eps=1e-20)
         similarity = metric @ metric.transpose(1, 2)
-        order = descending_order(gaussian_energy(similarity, margin) if text else energy(similarity, margin))
+        order = descending_order(gaussian_energy(similarity, margin) if text else energy(similarity, margin, alpha))
         candidates = order[:, : 2 * remove] if protect or text else order
         half = (slice(0, remove), slice(remove, None)) if text else (slice(0, None, 2), slice(1, None, 2))
         a, b = candidates[:, half[0]], candidates[:, half[1]]
