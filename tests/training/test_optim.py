@@ -16,59 +16,86 @@ from vitarium.errors import UsageError
 from vitarium.training.optim import Average, Rates, clip_gradients, cosine, create_optimizer, layer_scales, parameter_groups
 from vitarium.training.recipe import Clip, Ema, Optimizer, Schedule
 
-GOLDEN = "training_base-schedules"
+GOLDENS = ("training_base-schedules", "training_base-schedules_b")
+each_golden = pytest.mark.parametrize("name", GOLDENS)
 
 
-def golden(key: str) -> torch.Tensor:
-    with np.load(FOLDER / f"{GOLDEN}.npz") as arrays:
+def golden(name: str, key: str) -> torch.Tensor:
+    with np.load(FOLDER / f"{name}.npz") as arrays:
         return torch.from_numpy(arrays[key])
 
 
-def inputs(name: str) -> torch.Tensor:
-    return make_input(name, read_golden(GOLDEN)["inputs"][name])
+def inputs(name: str, key: str) -> torch.Tensor:
+    return make_input(key, read_golden(name)["inputs"][key])
 
 
 def close(a: torch.Tensor, b: torch.Tensor, rtol: float = 1e-12) -> None:
     torch.testing.assert_close(a.reshape(-1), b, rtol=rtol, atol=1e-15)
 
 
-def test_mae_schedule_equals_the_authors():
-    c = read_golden(GOLDEN)["config"]
+@each_golden
+def test_mae_schedule_equals_the_authors(name: str):
+    c = read_golden(name)["config"]
     epochs = np.linspace(0, c["epochs"], 41)
     ours = [cosine(e, base=c["lr"], final=c["min_lr"], total=c["epochs"], warmup=c["warmup_epochs"]) for e in epochs]
-    close(torch.tensor(ours, dtype=torch.float64), golden("mae_lr"))
-    close(0.5 * torch.tensor(ours, dtype=torch.float64), golden("mae_lr_scaled"))
+    close(torch.tensor(ours, dtype=torch.float64), golden(name, "mae_lr"))
+    close(0.5 * torch.tensor(ours, dtype=torch.float64), golden(name, "mae_lr_scaled"))
 
 
-def test_dino_schedule_equals_the_authors():
-    c = read_golden(GOLDEN)["config"]
+@each_golden
+def test_dino_schedule_equals_the_authors(name: str):
+    c = read_golden(name)["config"]
     total, warmup = 7 * c["epochs"], 7 * c["warmup_epochs"]
     ours = [cosine(i, base=c["lr"], final=c["min_lr"], total=total, warmup=warmup, inclusive=True) for i in range(total)]
-    close(torch.tensor(ours, dtype=torch.float64), golden("dino_cosine"))
+    close(torch.tensor(ours, dtype=torch.float64), golden(name, "dino_cosine"))
 
 
-def test_lars_equals_the_authors():
-    c = read_golden(GOLDEN)["config"]
+def lars_steps(name: str, optimizer_name: str, decay: float | None = None) -> nn.Module:
+    """Return the golden's two tensors after its steps by an optimizer."""
+    c = read_golden(name)["config"]
     module = nn.Module()
     module.w = nn.Parameter(torch.zeros(*c["shape"], dtype=torch.float64))
     module.b = nn.Parameter(torch.zeros(c["shape"][0], dtype=torch.float64))
-    for name, parameter in module.named_parameters():
-        parameter.data = fill_value(name, parameter.data)
-    optimizer = create_optimizer(module, Optimizer(name="lars", lr=0.3, momentum=0.9, weight_decay=c["wd"], eps=1e-20))
+    for key, parameter in module.named_parameters():
+        parameter.data = fill_value(key, parameter.data)
+    decay = c["wd"] if decay is None else decay
+    optimizer = create_optimizer(module, Optimizer(name=optimizer_name, lr=0.3, momentum=0.9, weight_decay=decay))
     for step in range(c["steps"]):
-        module.w.grad, module.b.grad = inputs(f"gw{step}"), inputs(f"gb{step}")
+        module.w.grad, module.b.grad = inputs(name, f"gw{step}"), inputs(name, f"gb{step}")
         optimizer.step()
-    close(module.w.data, golden("lars_w"), rtol=1e-8)  # timm divides by |g| + decay |w|, MAE by |g + decay w|; the decay is 1e-6
-    close(module.b.data, golden("lars_b"))
+    return module
 
 
-def test_clipping_each_tensor_equals_dinos():
-    w, b = nn.Parameter(torch.zeros(8, 6, dtype=torch.float64)), nn.Parameter(torch.zeros(8, dtype=torch.float64))
-    w.grad, b.grad = 50 * inputs("gw0"), inputs("gb0")
+@each_golden
+def test_lars_equals_the_authors(name: str):
+    module = lars_steps(name, "lars_mae")
+    close(module.w.data, golden(name, "lars_w"))
+    close(module.b.data, golden(name, "lars_b"))
+
+
+def test_lars_of_timm_stays_timms():
+    """It divides by |g| + decay |w|, and does not scale at all where the decay is 0; MAE's scales there too."""
+    apart = (lars_steps(GOLDENS[1], "lars").w - lars_steps(GOLDENS[1], "lars_mae").w).abs().max()
+    assert 1e-6 < apart.item() < 1e-2
+    start = fill_value("w", torch.zeros(5, 9, dtype=torch.float64))
+    moved = {name: (lars_steps(GOLDENS[1], name, decay=0.0).w - start).norm().item() for name in ("lars", "lars_mae")}
+    assert moved["lars"] > 100 * moved["lars_mae"] > 0
+
+
+def test_settings_that_lars_does_not_have_are_refused():
+    with pytest.raises(UsageError, match="lars_mae"):
+        create_optimizer(nn.Linear(2, 2), Optimizer(name="lars_mae", lr=0.1, betas=(0.9, 0.99)))
+
+
+@each_golden
+def test_clipping_each_tensor_equals_dinos(name: str):
+    rows, columns = read_golden(name)["config"]["shape"]
+    w, b = nn.Parameter(torch.zeros(rows, columns, dtype=torch.float64)), nn.Parameter(torch.zeros(rows, dtype=torch.float64))
+    w.grad, b.grad = 50 * inputs(name, "gw0"), inputs(name, "gb0")
     total = clip_gradients([w, b], Clip(tensor_norm=3))
-    close(w.grad, golden("clip_w"))
-    close(b.grad, golden("clip_b"))
-    assert total.item() == pytest.approx(math.hypot((50 * inputs("gw0")).norm().item(), inputs("gb0").norm().item()))
+    close(w.grad, golden(name, "clip_w"))
+    close(b.grad, golden(name, "clip_b"))
+    assert total.item() == pytest.approx(math.hypot((50 * inputs(name, "gw0")).norm().item(), inputs(name, "gb0").norm().item()))
 
 
 @pytest.mark.parametrize("clip", [Clip(), Clip(norm=0.5), Clip(value=0.1)])

@@ -13,7 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from vitarium.errors import UsageError
+from vitarium.training.lars import LarsMae
 from vitarium.training.recipe import Clip, Ema, Optimizer, Sam, Schedule
+
+OWN_OPTIMIZERS: dict[str, Any] = {"lars_mae": LarsMae}
+"""Optimizers by their name in a recipe that timm does not have, or has as another function."""
 
 
 def cosine(
@@ -130,8 +134,13 @@ def create_optimizer(learner: nn.Module, settings: Optimizer, parameters: Iterab
     if settings.name in ("adamw", "adam", "sgd"):
         given["fused"] = True
     groups = parameter_groups(learner, settings, parameters)
+    shared: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay, **given}
+    optimizer: torch.optim.Optimizer
     try:
-        optimizer = create_optimizer_v2(groups, settings.name, lr=settings.lr, weight_decay=settings.weight_decay, **given)
+        if settings.name in OWN_OPTIMIZERS:
+            optimizer = OWN_OPTIMIZERS[settings.name](groups, **shared)
+        else:
+            optimizer = create_optimizer_v2(groups, settings.name, **shared)
     except (TypeError, ValueError, IndexError, AssertionError, ImportError) as error:  # each optimizer raises its own error type
         raise UsageError(f"optimizer {settings.name!r} refuses its settings: {error} (try without betas, eps, momentum)") from error
     for group in optimizer.param_groups:

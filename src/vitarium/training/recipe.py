@@ -62,7 +62,7 @@ class Budget(Section):
         return self
 
 
-KNOWN_OPTIMIZERS = ("adamw", "sgd", "lamb", "lars", "lion", "muon", "adan")
+KNOWN_OPTIMIZERS = ("adamw", "sgd", "lamb", "lars", "lars_mae", "lion", "muon", "adan")
 
 
 class Sam(Section):
@@ -83,10 +83,11 @@ class Sam(Section):
 
 
 class Optimizer(Section):
-    """An optimizer of timm's registry and its hyperparameters.
+    """An optimizer of timm's registry, or "lars_mae", and its hyperparameters.
 
     Args:
-        name: "adamw", "sgd", "lamb", "lars", "lion", "muon", or any other of timm's.
+        name: "adamw", "sgd", "lamb", "lars", "lion", "muon", or any other of timm's; "lars_mae": LARS as in MoCo v3 and MAE, which scales
+            by |w| / |g + decay w| (timm's "lars": by |w| / (|g| + decay |w|), and only where the decay is not 0).
         lr: peak learning rate, at a total batch of `reference_batch`.
         reference_batch: the total batch (over accumulation and processes) that `lr` and the schedule's rates are meant for: they
             are scaled linearly to the actual one. None: not scaled.

@@ -118,9 +118,7 @@ class PiToMe(Reducer):
     def reduce(self, tokens: Tokens, attended: Attended, block: int, depth: int) -> None:
         protect = {"all": True, "none": False, "late": block >= math.ceil(depth / 2), "early": block < math.ceil(depth / 2)}[self.protect]
         margin = self.margin + (self.margin_end - self.margin) * block / depth
-        merge = energy_matching(
-            attended.k.mean(dim=1), self.keep, margin, prefix=tokens.prefix, protect=protect, alpha=self.alpha
-        )
+        merge = energy_matching(attended.k.mean(dim=1), self.keep, margin, prefix=tokens.prefix, protect=protect, alpha=self.alpha)
         if merge is None:
             return
         if self.prune:
