@@ -14,8 +14,8 @@ from vitarium.catalog.checkpoints import load_checkpoint
 from vitarium.errors import InputError, UsageError
 from vitarium.explanation.explainers import create_explainer
 from vitarium.explanation.faithfulness import measure
-from vitarium.explanation.reading import to_pixels, tokens_to_map
-from vitarium.explanation.t_tame import TTAME, TameAttention, TTAMELearner, area, official, pick, variation
+from vitarium.explanation.reading import to_pixels
+from vitarium.explanation.t_tame import TTAME, TameAttention, TTAMELearner, area, chosen_maps, official, pick, variation
 
 
 def vit(**options) -> nn.Module:
@@ -39,23 +39,80 @@ def steps(learner: TTAMELearner, count: int) -> None:
 # ---- the authors' numbers and names
 
 
-def test_equals_the_authors_module_and_loss_terms():
-    doc = read_golden("t_tame-vit")
-    module = TameAttention([24, 24, 24], 10).double().eval()
-    module.load_state_dict(fill_state(doc["state"]), strict=True)
-    assert sum(p.numel() for p in module.parameters()) == doc["parameters"]
+@pytest.mark.parametrize(("golden", "class_token"), [("t_tame-vit", "drop"), ("t_tame-vit-ttame", "multiply")])
+def test_equals_the_authors_module_and_loss_terms(golden: str, class_token: str):
+    """Through the classifier's taps: its norms are replaced by what the golden's features are."""
+    doc = read_golden(golden)
+    (_, channels, *_), classes = doc["config"]["ft_size"][0], doc["config"]["num_classes"]
+    classifier = vitarium.create_model("timm/vit_pico", image_size=56, embed_dim=channels, depth=3, num_heads=2, num_classes=classes)
+    model = TTAME(classifier, class_token=class_token).double().eval()
+    assert [name.rpartition(".")[0] for name in model.taps] == ["blocks.0", "blocks.1", "blocks.2"]
+    model.attention.load_state_dict(fill_state(doc["state"]), strict=True)
+    assert sum(p.numel() for p in model.attention.parameters()) == doc["parameters"]
+    given = {key: make_input(key, spec) for key, spec in doc["inputs"].items()}
+    labels = given.pop("labels")
+    for name, features in zip(model.taps, given.values(), strict=True):
+        classifier.get_submodule(name).register_forward_hook(lambda _, __, output, features=features: features.to(output))
     for dtype, tolerance in TOLERANCE.items():
-        given = {key: make_input(key, spec) for key, spec in doc["inputs"].items()}
-        labels = given.pop("labels")
         with torch.no_grad():
-            c = module.to(dtype)([tokens_to_map(x.to(dtype), 1, (14, 14)) for x in given.values()])
+            _, c = model.to(dtype).maps(torch.zeros(2, 3, 56, 56, dtype=dtype))
         a = c.sigmoid()
-        masks = {"area": 2 * area(a[:, labels])[None], "variation": 0.01 * variation(a[:, labels])[None]}
+        chosen = chosen_maps(a, labels, a.mean((2, 3)), "random")
+        masks = {"area": 2 * area(chosen)[None], "variation": 0.01 * variation(chosen)[None]}
         enlarged = to_pixels(pick(a, labels), (224, 224))[:, None, ::16, ::16]
-        error = compare("t_tame-vit", {"a": a, "c": c, "masks_224": enlarged, **masks})
+        error = compare(golden, {"a": a, "c": c, "masks_224": enlarged, **masks})
         assert error <= tolerance
         if dtype == torch.float64:
-            RESULTS.append(("t_tame-vit", error))
+            RESULTS.append((golden, error))
+
+
+@pytest.mark.parametrize("form", ["sigmoid", "no_skip", "no_skip_no_norm"])
+def test_the_authors_ablations(form: str):
+    """Sigmoid in the branch; no skip, whose branches have as many channels as classes; neither skip nor batch norm."""
+    torch.manual_seed(0)
+    module = TameAttention([6, 4], 3, form).double().eval()
+    features = [torch.randn(2, 6, 5, 5, dtype=torch.float64), torch.randn(2, 4, 5, 5, dtype=torch.float64)]
+    parts = []
+    for i, f in enumerate(features):
+        u = module.convs[i](f)
+        u = u if form == "no_skip_no_norm" else module.bns[i](u)
+        parts.append(torch.sigmoid(u + f) if form == "sigmoid" else u.relu())
+    widths = [3, 3] if form == "no_skip" else [6, 4]
+    assert [part.shape[1] for part in parts] == widths
+    torch.testing.assert_close(module(features), module.fuser(torch.cat(parts, 1)), rtol=1e-12, atol=1e-12)
+
+
+def test_the_authors_choices_of_maps():
+    maps, logits = torch.rand(2, 4, 3, 3), torch.tensor([[0.0, 3.0, 1.0, 2.0], [5.0, 0.0, 4.0, 1.0]])
+    label = torch.tensor([2, 0])
+    assert torch.equal(chosen_maps(maps, label, logits, "random"), maps[:, [2, 0]])
+    assert torch.equal(chosen_maps(maps, label, logits, "diagonal"), torch.stack([maps[0, 2:3], maps[1, 0:1]]))
+    assert torch.equal(chosen_maps(maps, label, logits, "max"), torch.stack([maps[0, [1, 3]], maps[1, [0, 2]]]))
+
+
+def test_pixels_that_are_masked_are_black():
+    learner = TTAMELearner(TTAME.over(vit()), TTAMELearner.Settings(masked="pixels"))
+    preparation, mask = learner.model.preprocessing, torch.zeros(2, 1, 16, 16)
+    black = torch.stack([torch.full((16, 16), -m / s) for m, s in zip(preparation.mean, preparation.std, strict=True)])
+    torch.testing.assert_close(learner._masked(images(2), mask), black.expand(2, -1, -1, -1))
+    torch.testing.assert_close(learner._masked(images(2), mask + 1), images(2))
+
+
+def test_options_of_the_module_are_saved(tmp_path):
+    model = TTAME.over(vit(), class_token="multiply", form="sigmoid").eval()
+    vitarium.save(model, tmp_path / "model.safetensors")
+    loaded = vitarium.load(tmp_path / "model.safetensors")
+    assert torch.equal(loaded.maps(images())[1], model.maps(images())[1])
+    assert not torch.equal(TTAME.over(model.classifier).eval().maps(images())[1], model.maps(images())[1])
+
+
+def test_without_a_class_token_there_is_nothing_to_multiply_by():
+    with pytest.raises(UsageError, match="class_token='drop'"):
+        TTAME.over(vitarium.create_model("swin_pico", num_classes=5), class_token="multiply")
+    with pytest.raises(UsageError, match="drop, multiply"):
+        TTAME.over(vit(), class_token="keep")
+    with pytest.raises(UsageError, match="no_skip"):
+        TTAME.over(vit(), form="none")
 
 
 def test_parameters_on_vit_base():

@@ -84,12 +84,24 @@ def read(model: nn.Module, image: Tensor, taps: Sequence[Tap]) -> tuple[Tensor, 
     return logits, [seen[name] for name in names]
 
 
-def read_maps(model: nn.Module, image: Tensor, taps: Sequence[Tap]) -> tuple[Tensor, list[Tensor]]:
-    """Run `read` and convert the outputs at the taps to maps (B, C_i, h_i, w_i)."""
+def read_maps(model: nn.Module, image: Tensor, taps: Sequence[Tap], *, multiply: bool = False) -> tuple[Tensor, list[Tensor]]:
+    """Run `read` and convert the outputs at the taps to maps (B, C_i, h_i, w_i).
+
+    Args:
+        multiply: whether the patches of a plain vision transformer are multiplied, channel by channel, by the class token of the same tap.
+
+    Raises:
+        UsageError: `multiply` for a model whose taps give no class token.
+    """
     logits, raw = read(model, image, taps)
     size = (image.shape[-2], image.shape[-1])
     view = plain(model) if raw and raw[0].ndim == 3 else None
-    return logits, [as_map(x, size, view) for x in raw]
+    maps = [as_map(x, size, view) for x in raw]
+    if not multiply:
+        return logits, maps
+    if view is None or not view.class_token:
+        raise UsageError(f"the taps of this {type(model).__name__} give no class token to multiply by; use class_token='drop'")
+    return logits, [x * tokens[:, 0, :, None, None] for x, tokens in zip(maps, raw, strict=True)]
 
 
 def logits_of(model: nn.Module, output: Any) -> Tensor:

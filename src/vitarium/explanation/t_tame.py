@@ -15,9 +15,10 @@ class while the masks m become small and smooth:
 No label of the data is used, and neither weights nor batch statistics of the classifier change. An explanation is c_k (not a_k), stretched
 to [0, 1] and enlarged to the image.
 
-Follows the authors' code (IDT-ITI/T-TAME) with its "new" method and plain drop of the class token. As there, m are by default the maps
-of every image for the labels of the whole batch, (B, B, h, w), so that TV grows with the batch; `masks="diagonal"` takes only the map of
-each image's own label.
+Follows the authors' code (IDT-ITI/T-TAME): its versions "TAME" and "TTAME" (`class_token`), the ablations of its paper (`form`), its
+maskings (`masks`) and methods of masking (`masked`). As there, m are by default the maps of every image for the labels of the whole batch,
+(B, B, h, w), so that TV grows with the batch. Left out: its modules "TAttention" (transformer layers over the taps), "3D-TAME" (volumes),
+and methods that learn a norm of the masked image or adapt the weights of the loss; no released file or published number uses them.
 Difference: Nesterov SGD with a cosine schedule and linear warm-up in place of OneCycle. Cost: 1 forward pass, and for ViT-B
 0.8 of its 17.5 GMACs on top (4.08 M parameters).
 
@@ -27,7 +28,7 @@ B batch, C channels, H and W sides of the image, h and w of a map.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,9 @@ MAX_SIDE = 56
 FLOOR, POWER = 0.0005, 0.3
 """Constants of the area term (m + FLOOR)^POWER, which is steep near 0 and so favours empty masks over faint ones."""
 
+Form = Literal["tame", "sigmoid", "no_skip", "no_skip_no_norm"]
+ClassToken = Literal["drop", "multiply"]
+
 
 class TameAttention(nn.Module):
     """Feature maps to one map per class: [(B, C_i, h_i, w_i)] -> (B, num_classes, h, w), before the sigmoid.
@@ -58,17 +62,26 @@ class TameAttention(nn.Module):
     Args:
         channels: C_i of each feature map.
         num_classes: classes of the classifier.
+        form: "tame", or an ablation of the authors: "sigmoid" in place of ReLU; "no_skip", without + f_i and with `num_classes` channels
+            in u_i; "no_skip_no_norm", without + f_i and BN_i.
     """
 
-    def __init__(self, channels: Sequence[int], num_classes: int):
+    def __init__(self, channels: Sequence[int], num_classes: int, form: Form = "tame"):
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(c, c, 1) for c in channels)
-        self.bns = nn.ModuleList(nn.BatchNorm2d(c) for c in channels)
-        self.fuser = nn.Conv2d(sum(channels), num_classes, 1)
+        if form not in get_args(Form):
+            raise UsageError(f"form must be one of {', '.join(get_args(Form))}, got {form!r}")
+        self.skip, self.activation = form in ("tame", "sigmoid"), torch.sigmoid if form == "sigmoid" else F.relu
+        widths = [num_classes] * len(channels) if form == "no_skip" else list(channels)
+        self.convs = nn.ModuleList(nn.Conv2d(c, width, 1) for c, width in zip(channels, widths, strict=True))
+        self.bns = nn.ModuleList(nn.BatchNorm2d(width) for width in widths if form != "no_skip_no_norm")
+        self.fuser = nn.Conv2d(sum(widths), num_classes, 1)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         side = [min(MAX_SIDE, s) for s in features[0].shape[-2:]]
-        parts = [F.relu(bn(conv(f)) + f) for f, conv, bn in zip(features, self.convs, self.bns, strict=True)]
+        parts = [conv(f) for f, conv in zip(features, self.convs, strict=True)]
+        parts = [bn(u) for u, bn in zip(parts, self.bns, strict=True)] if len(self.bns) else parts
+        parts = [u + f for u, f in zip(parts, features, strict=True)] if self.skip else parts
+        parts = [self.activation(u) for u in parts]
         return self.fuser(torch.cat([F.interpolate(u, side, mode="bilinear", align_corners=False) for u in parts], dim=1))
 
 
@@ -128,9 +141,12 @@ class TTAME(nn.Module):
         taps: where feature maps are read: names of modules, or numbers of stages; None: the result of `find_taps`.
         channels: channels of these maps; None: found by a forward pass of an example.
         num_classes, image_size: of a classifier that is built here.
+        class_token: of a plain vision transformer: "drop" it (the authors' training script), or "multiply" the patches by it, channel by
+            channel (their version "TTAME").
+        form: of the attention module, see `TameAttention`.
 
     Raises:
-        UsageError: the classifier has no classes, or has no such taps.
+        UsageError: the classifier has no classes, has no such taps, or has no class token to multiply by.
         UnsupportedModel: no module of it returns a map.
     """
 
@@ -142,8 +158,13 @@ class TTAME(nn.Module):
         channels: Sequence[int] | None = None,
         num_classes: int | None = None,
         image_size: int | None = None,
+        class_token: ClassToken = "drop",
+        form: Form = "tame",
     ):
         super().__init__()
+        if class_token not in get_args(ClassToken):
+            raise UsageError(f"class_token must be one of {', '.join(get_args(ClassToken))}, got {class_token!r}")
+        self.multiply = class_token == "multiply"
         given = {k: v for k, v in (("num_classes", num_classes), ("image_size", image_size)) if v is not None}
         self.classifier = classifier if isinstance(classifier, nn.Module) else rebuild_classifier(classifier, **given)
         self.classifier.requires_grad_(False).eval()
@@ -153,13 +174,13 @@ class TTAME(nn.Module):
         self.num_classes = int(getattr(self.classifier, "num_classes", 0))
         if channels is None:
             self.num_classes, channels = self._look()
-        self.attention = TameAttention(channels, self.num_classes).to(next(self.classifier.parameters()).dtype)
+        self.attention = TameAttention(channels, self.num_classes, form).to(next(self.classifier.parameters()).dtype)
 
     def _look(self) -> tuple[int, list[int]]:
         """Return the number of classes, and the channels of the maps at the taps."""
         image = example_image(self.classifier, 2)
         with evaluating(self.classifier):
-            logits, maps = read_maps(self.classifier, image, self.taps)
+            logits, maps = read_maps(self.classifier, image, self.taps, multiply=self.multiply)
         return logits.shape[1], [m.shape[1] for m in maps]
 
     def own_maps(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,13 +191,17 @@ class TTAME(nn.Module):
         return maps, label, pick(logits.softmax(dim=1), label)
 
     @classmethod
-    def over(cls, classifier: nn.Module, *, taps: Sequence[Tap] | None = None) -> TTAME:
+    def over(
+        cls, classifier: nn.Module, *, taps: Sequence[Tap] | None = None, class_token: ClassToken = "drop", form: Form = "tame"
+    ) -> TTAME:
         """Wrap this classifier object with a new attention module. The result can be saved if the classifier is from `create_model` or
         `load`."""
-        model = cls(classifier, taps=taps).to(next(classifier.parameters()).device)
+        options = {"class_token": class_token, "form": form}
+        model = cls(classifier, taps=taps, class_token=class_token, form=form).to(next(classifier.parameters()).device)
         if getattr(classifier, "spec", None) is not None:
             channels = [conv.in_channels for conv in model.attention.convs]
             arguments = {"classifier": describe_classifier(classifier), "taps": list(model.taps), "channels": channels}
+            arguments |= {name: value for name, value in options.items() if value not in ("drop", "tame")}
             model.spec = ModelSpec("t_tame_any", arguments)  # type: ignore[assignment]
         return model
 
@@ -197,7 +222,7 @@ class TTAME(nn.Module):
     def maps(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Return the classifier's logits (B, num_classes) of images (B, C, H, W), and c (B, num_classes, h, w), in one pass."""
         with torch.no_grad():
-            logits, features = read_maps(self.classifier, image, self.taps)
+            logits, features = read_maps(self.classifier, image, self.taps, multiply=self.multiply)
         return logits, self.attention(features)
 
     def enlarged(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -208,6 +233,22 @@ class TTAME(nn.Module):
 def pick(maps: Tensor, classes: Tensor) -> Tensor:
     """Select from maps (B, num_classes, h, w) that of each image's class, (B, h, w)."""
     return maps[torch.arange(len(maps), device=maps.device), classes]
+
+
+def chosen_maps(maps: Tensor, label: Tensor, logits: Tensor, masks: str) -> Tensor:
+    """Select the maps of the terms of area and variation, (B, n, h, w), from all (B, num_classes, h, w).
+
+    Args:
+        label: classes (B,) of the images.
+        logits: of the masked images, (B, num_classes).
+        masks: "random", "diagonal" or "max", see `TTAMELearner.Settings`.
+    """
+    if masks == "random":
+        return maps[:, label]
+    if masks == "diagonal":
+        return pick(maps, label)[:, None]
+    best = logits.topk(min(len(logits), logits.shape[1])).indices
+    return maps.gather(1, best[:, :, None, None].expand(-1, -1, *maps.shape[2:]))
 
 
 def area(masks: Tensor) -> Tensor:
@@ -259,13 +300,27 @@ class TTAMELearner(Learner):
     """
 
     class Settings(Section):
-        """Settings: weights of the terms, the masks that the area and variation terms use, and the taps (None: `find_taps`)."""
+        """Settings: weights of the terms, and the authors' choices.
+
+        Args:
+            cross_entropy, area, variation: weights of the terms.
+            masks: maps that the terms of area and variation use: of every image for the labels of the whole batch ("random", as many maps
+                of an image as there are images), of its own label ("diagonal"), or of its likeliest classes after masking, as many as
+                there are images ("max").
+            masked: what the map multiplies: the "normalised" image, so that hidden places take the mean colour, or its "pixels" in [0, 1],
+                so that they are black (the authors' methods "renormalize" and "raw_normalize").
+            taps: where feature maps are read; None: `find_taps`.
+            class_token, form: of the attention module, see `TTAME`.
+        """
 
         cross_entropy: float = 1.5
         area: float = 2.0
         variation: float = 0.01
-        masks: Literal["random", "diagonal"] = "random"
+        masks: Literal["random", "diagonal", "max"] = "random"
+        masked: Literal["normalised", "pixels"] = "normalised"
         taps: tuple[str | int, ...] | None = None
+        class_token: ClassToken = "drop"
+        form: Form = "tame"
 
     @classmethod
     def create(
@@ -282,7 +337,9 @@ class TTAMELearner(Learner):
         """
         settings = recipe.settings_of(cls)
         model = open_trained(name, "has nothing to explain", pretrained=pretrained, checkpoint=checkpoint)
-        return cls(model if isinstance(model, TTAME) else TTAME.over(model, taps=settings.taps), settings)
+        if not isinstance(model, TTAME):
+            model = TTAME.over(model, taps=settings.taps, class_token=settings.class_token, form=settings.form)
+        return cls(model, settings)
 
     def first_pass(self, batch: dict[str, Any], player: str = ONLY) -> dict[str, Any]:
         """Return the batch with the maps a (B, num_classes, h, w) as "maps", the predicted classes (B,) as "label", and "image" times its
@@ -291,14 +348,23 @@ class TTAMELearner(Learner):
         logits, c = model.maps(image)  # type: ignore[operator]
         label, a = logits.argmax(dim=1), c.sigmoid()
         mask = model.enlarged(pick(a, label), (image.shape[-2], image.shape[-1]))  # type: ignore[operator]
-        return {**batch, "image": image * mask[:, None], "maps": a, "label": label}
+        return {**batch, "image": self._masked(image, mask[:, None]), "maps": a, "label": label}
+
+    def _masked(self, image: Tensor, mask: Tensor) -> Tensor:
+        """Multiply a normalised image (B, C, H, W), or its pixels, by maps (B, 1, H, W)."""
+        if self.settings.masked == "normalised":
+            return image * mask
+        preparation = self.model.preprocessing
+        mean, std = (image.new_tensor(values)[:, None, None] for values in (preparation.mean, preparation.std))
+        return ((image * std + mean) * mask - mean) / std
 
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the loss terms of the second pass; `batch` is the result of `first_pass`."""
         s, a, label = self.settings, batch["maps"], batch["label"]
-        masks = a[:, label] if s.masks == "random" else pick(a, label)[:, None]
+        logits = self.model(batch["image"])
+        masks = chosen_maps(a, label, logits, s.masks)
         terms = {
-            "cross_entropy": s.cross_entropy * F.cross_entropy(self.model(batch["image"]), label),
+            "cross_entropy": s.cross_entropy * F.cross_entropy(logits, label),
             "area": s.area * area(masks),
             "variation": s.variation * variation(masks),
         }

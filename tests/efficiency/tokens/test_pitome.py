@@ -30,7 +30,7 @@ def test_bipartite_matching_equals_the_authors():
 
 @pytest.mark.parametrize("golden", ["pitome-merge_r0.9_m0.45", "pitome-merge_r0.72_m0.2"])
 def test_energy_matching_equals_the_authors(golden: str):
-    """With a class token and alpha 1, and without one and alpha 2: then the unmerged tokens of plain matching are in order of similarity."""
+    """With a class token and alpha 1, and without one and alpha 2: there, unmerged tokens of plain matching are in order of similarity."""
     config = read_golden(golden)["config"]
     ratio, margin, prefix, alpha = config["ratio"], config["margin"], int(config["class_token"]), config["alpha"]
 

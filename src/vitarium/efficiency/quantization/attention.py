@@ -4,7 +4,8 @@
 
 Queries, keys and values have one step per head. Attention weights p use PTQ4ViT's split of [0, 1] at 2^-i: p >= split with step
 1 / (2^(b-1) - 1), the others with step split / (2^(b-1) - 1). (PTQ4ViT's code also adds the split to the large ones; this is not followed.)
-Steps and split are searched as for a layer, the split against values in floating point (`hessian.fit_product`). Simulated: slower than the fused kernel.
+Steps and split are searched as for a layer, the split against values in floating point (`hessian.fit_product`). Simulated: slower than
+the fused kernel.
 
 Notation: B images, H heads, N tokens, D channels per head.
 """

@@ -17,7 +17,8 @@ nothing is protected: all tokens are candidates, and the r most similar pairs me
 Source: the authors' code (hchautran/PiToMe, its DeiT patch; facebookresearch/ToMe), equal to rounding: PiToMe's attention is not
 proportional by default, though the paper's is. Differences: registers and the distillation token are protected too. In a rotary model a
 merged token has the position of its destination. Left out: ToMe's k-th and random matching (no published number uses them), and merging in
-text encoders, which `energy_matching(text=True)` offers as a function. Cost: one T x T product of head_dim channels per block, for ToMe a quarter of that.
+text encoders, which `energy_matching(text=True)` offers as a function. Cost: one T x T product of head_dim channels per block, for ToMe a
+quarter of that.
 """
 
 from __future__ import annotations
