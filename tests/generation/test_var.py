@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from vitarium.generation.noise import ImageNoise
 from vitarium.generation.var import VAR, VARTokenizer
 from vitarium.generation.var.learner import perceptual_distance
 from vitarium.generation.var.model import draw, official
+from vitarium.generation.var.tokenizer import OFFICIAL as TOKENIZER_OFFICIAL
 from vitarium.generation.var.tokenizer import phi_of_scales
 from vitarium.generation.var.transformer import Steps
 from vitarium.training import Recipe, find_learner, fit
@@ -26,12 +28,22 @@ from vitarium.training.learners import learner_of
 SMALL = dict(scales=(1, 2, 3, 4), dim=32, code_dim=16, vocab_size=512, image_size=64)
 
 
+ZNORM = dict(scales=(1, 2, 4, 6), dim=32, code_dim=8, vocab_size=256, phi_count=2, cosine_codes=True, image_size=96)
+"""Sizes of the goldens with other options: two convolutions for four scales, codes by angle."""
+
+
 def small(**options: object) -> VAR:
     """Return a model of the golden's sizes."""
     sizes = dict(
         depth=4, embed_dim=256, num_heads=4, tokenizer="var_tokenizer_256", tokenizer_arguments=SMALL, num_classes=10, image_size=64
     )
-    return vitarium.create_model("var_d16", **sizes, **options)
+    return vitarium.create_model("var_d16", **(sizes | options))
+
+
+def other() -> VAR:
+    """Return a model of the golden's sizes with shared modulation, plain attention and codes by angle."""
+    sizes = dict(depth=3, embed_dim=192, num_heads=3, tokenizer_arguments=ZNORM, image_size=96)
+    return small(**sizes, shared_modulation=True, cosine_attention=False)
 
 
 def pico(**options: object) -> VAR:
@@ -64,26 +76,57 @@ def tokenizer_outputs(model: VARTokenizer, img: Tensor) -> dict[str, Tensor]:
     return {"f": features, "indices": torch.cat(indices, 1).to(features.dtype), **ends}
 
 
-def test_tokenizer_equals_the_authors():
-    assert_matches_golden("var-vqvae_small", vitarium.create_model("var_tokenizer_256", **SMALL), tokenizer_outputs)
+@pytest.mark.parametrize(("golden", "sizes"), [("var-vqvae_small", SMALL), ("var-vqvae_znorm", ZNORM)])
+def test_tokenizer_equals_the_authors(golden: str, sizes: dict):
+    assert_matches_golden(golden, vitarium.create_model("var_tokenizer_256", **sizes), tokenizer_outputs)
 
 
+@pytest.mark.parametrize(("golden", "build"), [("var-transformer_d4", small), ("var-transformer_shared_aln", other)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-4), (torch.float32, 1e-4)])
-def test_transformer_equals_the_authors(dtype: torch.dtype, tolerance: float):
-    """The golden was made in float32, which the authors' quantizer forces: float64 can be no nearer than float32's rounding."""
-    doc = read_golden("var-transformer_d4")
-    model = small()
+def test_transformer_equals_the_authors(golden: str, build: Callable[[], VAR], dtype: torch.dtype, tolerance: float):
+    """The goldens were made in float32, which the authors' quantizer forces: float64 can be no nearer than float32's rounding."""
+    doc = read_golden(golden)
+    model = build()
     model.load_state_dict(official(fill_state(doc["state"], doc["overrides"])), strict=True)
     assert sum(p.numel() for p in model.parameters()) == doc["parameters"]
     model.to(dtype).eval()
     tokens, label = (make_input(name, doc["inputs"][name]) for name in ("tokens", "label"))
     with torch.no_grad():
-        views = model.tokenizer.inputs(in_scales(tokens))
+        views = model.tokenizer.inputs(in_scales(tokens, model.scales))
         image = model.generate(label, guidance=2.5, top_k=1, top_p=0)
-        error = compare("var-transformer_d4", {"teacher_input": views, "logits": model.transformer(views, label), "greedy_image": image})
+        error = compare(golden, {"teacher_input": views, "logits": model.transformer(views, label), "greedy_image": image})
     assert error < tolerance
     if dtype is torch.float32:
-        RESULTS.append(("var-transformer_d4", error))
+        RESULTS.append((golden, error))
+
+
+def test_convolutions_of_the_authors_other_options():
+    """One convolution for all scales, one for each, and none: names and the function of phi."""
+    codes = torch.randn(1, 1, 8)
+    for count, theirs in ((1, "quantize.quant_resi.qresi."), (0, "quantize.quant_resi.3.")):
+        model = vitarium.create_model("var_tokenizer_pico", phi_count=count, phi_ratio=0.25).eval()
+        assert len(model.quantizer.phis) == (count or 4)
+        assert TOKENIZER_OFFICIAL({f"{theirs}weight": codes}).keys() == {f"quantizer.phis.{3 if count == 0 else 0}.weight"}
+        h = torch.nn.functional.interpolate(codes.view(1, 8, 1, 1), (4, 4), mode="bicubic")
+        torch.testing.assert_close(model.quantizer.detail(codes, 0), 0.75 * h + 0.25 * model.quantizer.phis[0](h))
+    assert phi_of_scales(4, 4) == [0, 1, 2, 3]
+    plain = vitarium.create_model("var_tokenizer_pico", phi_ratio=0, conv_size=1)
+    assert not list(plain.quantizer.phis.parameters())
+    torch.testing.assert_close(plain.quantizer.detail(codes, 0), codes.view(1, 8, 1, 1).expand(-1, -1, 4, 4))
+    assert plain.to_codes.weight.shape[2:] == (1, 1)
+    for wrong in (dict(phi_ratio=2), dict(phi_count=-1), dict(conv_size=2)):
+        with pytest.raises(UsageError, match=next(iter(wrong))):
+            vitarium.create_model("var_tokenizer_pico", **wrong)
+
+
+@pytest.mark.identity
+def test_codes_by_angle_do_not_depend_on_the_length_of_features():
+    torch.manual_seed(0)
+    quantizer = vitarium.create_model("var_tokenizer_pico", cosine_codes=True).double().quantizer
+    places = torch.randn(2, 9, 8, dtype=torch.float64)
+    by_angle = torch.nn.functional.cosine_similarity(places[:, :, None], quantizer.codebook.weight, dim=-1).argmax(-1)
+    assert torch.equal(quantizer.nearest(places), by_angle)
+    assert torch.equal(quantizer.nearest(100 * places), by_angle)
 
 
 # ---- sizes and names
@@ -129,9 +172,9 @@ def test_saved_file_holds_the_tokenizer(tmp_path: Path):
 
 
 @pytest.mark.identity
-@pytest.mark.parametrize("shared", [False, True])
-def test_the_cache_gives_the_logits_of_the_masked_forward(shared: bool):
-    model = pico(shared_modulation=shared)
+@pytest.mark.parametrize("options", [{}, dict(shared_modulation=True), dict(cosine_attention=False)], ids=str)
+def test_the_cache_gives_the_logits_of_the_masked_forward(options: dict):
+    model = pico(**options)
     labels, codes = torch.tensor([1, 10]), random_codes(model)
     views = model.tokenizer.inputs(codes)
     with torch.no_grad():

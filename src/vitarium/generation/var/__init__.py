@@ -9,8 +9,10 @@ transformer predicts a whole map at once from the maps before it: 10 steps per i
 The transformer's input at scale k is not the codes but the image as their sum, at that resolution.
 
 Follows the authors' code (github FoundationVision/VAR), whose checkpoints load by name: the transformer's and the tokenizer's file are one
-model here, `create_model("var_d16", checkpoint="var_d16.pth + vae_ch160v4096z32.pth")`. Left out: attention without normalised queries
-and keys, cosine codes, and usage statistics of codes; no released model needs them.
+model here, `create_model("var_d16", checkpoint="var_d16.pth + vae_ch160v4096z32.pth")`. Its options for other models than the released
+ones are here too: plain attention, codes by angle, a convolution phi for all scales or for each. Left out: usage statistics of codes,
+dropout of the tokenizer, of tokens and of attention weights (0 in all of the authors' trainings), progressive training over the scales
+(announced in their code, not supported by it), and their fused kernels, which are the same function.
 Cost: quadratic in the L = 680 tokens of a 256-pixel image; sampling caches keys and values, so that each token is processed once.
 
     tokenizer.py     images <-> maps of codes

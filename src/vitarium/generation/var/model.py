@@ -65,9 +65,9 @@ def _row(depth: int, **others: Any) -> dict[str, Any]:
         "pico": dict(depth=3, embed_dim=64, num_heads=4, tokenizer="var_tokenizer_pico", num_classes=10, image_size=16),
         "d16": _row(16),  # 310 M, FID 3.55 (256 pixels, ImageNet)
         "d20": _row(20),  # 601 M, 2.95
-        "d24": _row(24),  # 1.0 B, 2.33
-        "d30": _row(30),  # 2.0 B, 1.97
-        "d36": _row(36, tokenizer="var_tokenizer_512", shared_modulation=True, image_size=512),  # 2.3 B, 2.63 at 512 pixels
+        "d24": _row(24, init_gate=1e-4),  # 1.0 B, 2.33
+        "d30": _row(30, init_gate=1e-5),  # 2.0 B, 1.97
+        "d36": _row(36, init_gate=5e-6, tokenizer="var_tokenizer_512", shared_modulation=True, image_size=512),  # 2.3 B, 2.63 at 512 pixels
     },
     official=official,
     weights={f"d{depth}": _released(depth) for depth in (16, 20, 24, 30, 36)},
@@ -78,7 +78,7 @@ class VAR(nn.Module):
     """VAR: image (B, in_chans, H, W) in [-1, 1] and class (B,) -> logits of all its codes (B, L, V). See `generate` and `edit`.
 
     Args:
-        depth, embed_dim, num_heads, mlp_ratio, drop_path_rate, shared_modulation: see `ScaleTransformer`.
+        depth, embed_dim, num_heads, mlp_ratio, drop_path_rate, shared_modulation, cosine_attention, init_gate: see `ScaleTransformer`.
         tokenizer: name of the model that encodes images into maps of codes; it becomes a frozen submodule.
         tokenizer_arguments: arguments of its constructor that differ from its variant's.
         num_classes: number of classes.
@@ -100,6 +100,8 @@ class VAR(nn.Module):
         mlp_ratio: float = 4.0,
         drop_path_rate: float = 0.0,
         shared_modulation: bool = False,
+        cosine_attention: bool = True,
+        init_gate: float = 1e-3,
         tokenizer: str = "var_tokenizer_256",
         tokenizer_arguments: Mapping[str, Any] | None = None,
         num_classes: int = 1000,
@@ -123,6 +125,8 @@ class VAR(nn.Module):
             mlp_ratio=mlp_ratio,
             drop_path_rate=drop_path_rate,
             shared_modulation=shared_modulation,
+            cosine_attention=cosine_attention,
+            init_gate=init_gate,
         )
 
     def forward(self, image: Tensor, labels: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Multi-scale residual tokenizer: an image as K maps of codes of growing size, each coding the residual of the coarser ones.
 
     rest = f = encoder(image), f^ = 0
-    for each scale p_k:   codes = nearest code of area-resize(rest, p_k)
+    for each scale p_k:   codes = nearest code of area-resize(rest, p_k), by distance or (an option) by angle
                           h     = phi_k(bicubic-resize(codebook[codes]))          phi(h) = h / 2 + conv(h) / 2
                           f^ += h,  rest -= h
     image = decoder(f^)
@@ -164,16 +164,27 @@ class ResidualQuantizer(nn.Module):
         vocab_size: number of codes V.
         code_dim: channels C of a code.
         scales: side p_k of each map, ascending; the last is h.
-        phi_count: number of convolutions phi, shared by neighbouring scales.
-        phi_ratio: share of the convolution in phi.
+        phi_count: number of convolutions phi, shared by neighbouring scales; 0: one for each scale.
+        phi_ratio: share of the convolution in phi; 0: no convolution.
         beta: weight of the loss that moves the encoder towards the codes.
+        cosine_codes: whether the nearest code is the one of the smallest angle; the code itself is used at its own length.
     """
 
-    def __init__(self, vocab_size: int, code_dim: int, scales: Sequence[int], phi_count: int, phi_ratio: float, beta: float):
+    def __init__(
+        self,
+        vocab_size: int,
+        code_dim: int,
+        scales: Sequence[int],
+        phi_count: int,
+        phi_ratio: float,
+        beta: float,
+        cosine_codes: bool = False,
+    ):
         super().__init__()
-        self.scales, self.phi_ratio, self.beta = tuple(scales), phi_ratio, beta
+        self.scales, self.phi_ratio, self.beta, self.cosine_codes = tuple(scales), phi_ratio, beta, cosine_codes
         self.codebook = nn.Embedding(vocab_size, code_dim)
-        self.phis = nn.ModuleList(nn.Conv2d(code_dim, code_dim, 3, padding=1) for _ in range(phi_count))
+        phi_count = phi_count or len(scales)
+        self.phis = nn.ModuleList(nn.Conv2d(code_dim, code_dim, 3, padding=1) for _ in range(phi_count if phi_ratio else 0))
         self.phi_of = phi_of_scales(len(scales), phi_count)
 
     def forward(self, features: Tensor) -> Quantized:
@@ -192,6 +203,8 @@ class ResidualQuantizer(nn.Module):
     def nearest(self, places: Tensor) -> Tensor:
         """Return the nearest code of each position: (B, p^2, C) -> (B, p^2)."""
         codes = self.codebook.weight.detach()
+        if self.cosine_codes:
+            return (places @ F.normalize(codes, dim=1).T).argmax(-1)  # the length of a position is the same for all codes
         return (codes.square().sum(1) - 2 * places @ codes.T).argmin(-1)  # |x|^2 is the same for all codes
 
     def detail(self, codes: Tensor, k: int) -> Tensor:
@@ -200,6 +213,8 @@ class ResidualQuantizer(nn.Module):
         h = as_map(codes, (side, side))
         if k < len(self.scales) - 1:
             h = F.interpolate(h, (size, size), mode="bicubic")
+        if not self.phi_ratio:
+            return h
         return h * (1 - self.phi_ratio) + self.phis[self.phi_of[k]](h) * self.phi_ratio
 
     def view(self, total: Tensor, k: int) -> Tensor:
@@ -224,6 +239,7 @@ OFFICIAL = rename(
     (r"^quantize\.embedding\.", "quantizer.codebook."),
     (r"^quantize\.quant_resi\.qresi_ls\.(\d+)\.", r"quantizer.phis.\1."),
     (r"^quantize\.quant_resi\.qresi\.", "quantizer.phis.0."),
+    (r"^quantize\.quant_resi\.(\d+)\.", r"quantizer.phis.\1."),
     (r"^quant_conv\.", "to_codes."),
     (r"^post_quant_conv\.", "from_codes."),
     (r"^(en|de)coder\.(?:down|up)\.(\d+)\.block\.(\d+)\.nin_shortcut\.", r"\1coder.levels.\2.blocks.\3.shortcut."),
@@ -267,11 +283,12 @@ class VARTokenizer(nn.Module):
         groups: groups of the group norms.
         code_dim: channels C of a code.
         vocab_size: number of codes V.
-        phi_count, phi_ratio, beta: see `ResidualQuantizer`.
+        phi_count, phi_ratio, beta, cosine_codes: see `ResidualQuantizer`.
+        conv_size: side of the convolutions' kernels before and behind the quantizer, odd.
         image_size: side of the images, pixels; it follows from scales and levels, and is checked against them.
 
     Raises:
-        ValueError: the scales do not ascend, or do not end at image_size over the stride.
+        ValueError: the scales do not ascend, or do not end at image_size over the stride; phi_ratio or conv_size out of range.
     """
 
     def __init__(
@@ -287,11 +304,17 @@ class VARTokenizer(nn.Module):
         phi_count: int = 4,
         phi_ratio: float = 0.5,
         beta: float = 0.25,
+        cosine_codes: bool = False,
+        conv_size: int = 3,
         in_chans: int = 3,
         image_size: int | None = None,
     ):
         if not scales or list(scales) != sorted(set(scales)) or scales[0] < 1:
             raise ValueError(f"scales must be ascending whole numbers of at least 1, got {scales}")
+        if not 0 <= phi_ratio <= 1 or phi_count < 0:
+            raise ValueError(f"phi_ratio must be from 0 to 1 and phi_count at least 0, got {phi_ratio} and {phi_count}")
+        if conv_size < 1 or conv_size % 2 == 0:
+            raise ValueError(f"conv_size must be an odd number of at least 1, got {conv_size}")
         super().__init__()
         self.scales, self.code_dim, self.vocab_size, self.in_chans = tuple(scales), code_dim, vocab_size, in_chans
         dims = [dim * m for m in dim_mult]
@@ -299,9 +322,9 @@ class VARTokenizer(nn.Module):
         if image_size not in (None, self.image_size):
             raise ValueError(f"scales up to {scales[-1]} are for images of image_size={self.image_size}, got image_size={image_size}")
         self.encoder = Encoder(in_chans, dims, depth, code_dim, groups)
-        self.to_codes = nn.Conv2d(code_dim, code_dim, 3, padding=1)
-        self.quantizer = ResidualQuantizer(vocab_size, code_dim, scales, phi_count, phi_ratio, beta)
-        self.from_codes = nn.Conv2d(code_dim, code_dim, 3, padding=1)
+        self.to_codes = nn.Conv2d(code_dim, code_dim, conv_size, padding=conv_size // 2)
+        self.quantizer = ResidualQuantizer(vocab_size, code_dim, scales, phi_count, phi_ratio, beta, cosine_codes)
+        self.from_codes = nn.Conv2d(code_dim, code_dim, conv_size, padding=conv_size // 2)
         self.decoder = Decoder(in_chans, dims, depth + 1, code_dim, groups)
 
     def forward(self, image: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """VAR's transformer: predicts all codes of the next scale at once, from the sum of the earlier scales.
 
-    x  <- x + g1 Attn(LN(x) (1 + s1) + b1)        q and k of length 1, logits scaled by a learned exp(s) per head
+    x  <- x + g1 Attn(LN(x) (1 + s1) + b1)        q and k of length 1 (an option), logits scaled by a learned exp(s) per head
     x  <- x + g2 MLP(LN(x) (1 + s2) + b2)         (g1, g2, s1, s2, b1, b2) from the class
 
 A token attends to its own scale and all before it. Sampling needs no mask: a scale attends to the cache of those before it.
@@ -42,39 +42,53 @@ class Cache:
         return stored[0, :, :, :end], stored[1, :, :, :end]
 
 
-class CosineAttention(nn.Module):
-    """Attention by the angle of queries and keys: (B, n, D) -> the same shape. The bias of the keys is fixed at zero."""
+class PlainAttention(nn.Module):
+    """Attention with logits q k^T / (4 sqrt(d)), as in the authors' code: (B, n, D) -> the same shape. The keys' bias is fixed at zero."""
 
     k_bias: Tensor
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.scale = num_heads, 0.25 / math.sqrt(dim // num_heads)
         self.qkv = Linear(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.register_buffer("k_bias", torch.zeros(dim))
-        self.log_scale = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(4)))
         self.proj = Linear(dim, dim)
+
+    def compared(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return queries and keys (B, h, n, d) as they enter the product."""
+        return q, k
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None, block: int) -> Tensor:
         qkv = self.qkv(x) + torch.cat([self.q_bias, self.k_bias, self.v_bias])
         q, k, v = split_packed_heads(qkv, 3, self.num_heads)
-        q = F.normalize(q, dim=-1) * self.log_scale.clamp(max=MAX_LOG_SCALE).exp()
-        k = F.normalize(k, dim=-1)
+        q, k = self.compared(q, k)
         if cache is not None:
             k, v = cache.extend(block, k, v)
-        return self.proj(merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)))
+        return self.proj(merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)))
+
+
+class CosineAttention(PlainAttention):
+    """Attention by the angle of queries and keys, times a learned scale of each head, at most 100."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__(dim, num_heads)
+        self.scale = 1.0
+        self.log_scale = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(4)))
+
+    def compared(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return F.normalize(q, dim=-1) * self.log_scale.clamp(max=MAX_LOG_SCALE).exp(), F.normalize(k, dim=-1)
 
 
 class Block(nn.Module):
     """Block modulated by (B, 1, 6, D): (B, n, D) -> the same shape. With `shared` the model has the class layer, and the block only a
     table."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float, shared: bool):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float, shared: bool, cosine: bool):
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)  # before attention and before the MLP
-        self.attn = CosineAttention(dim, num_heads)
+        self.attn = CosineAttention(dim, num_heads) if cosine else PlainAttention(dim, num_heads)
         self.mlp = Mlp(dim, round(dim * mlp_ratio), functools.partial(nn.GELU, approximate="tanh"))  # type: ignore[arg-type]
         self.drop_path = DropPath(drop_path)
         if shared:
@@ -103,6 +117,8 @@ class ScaleTransformer(nn.Module):
         embed_dim, depth, num_heads, mlp_ratio: sizes.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
         shared_modulation: whether one linear layer of the class serves all blocks, with a table in each.
+        cosine_attention: whether attention compares queries and keys by their angle, as all released models; False: by their product.
+        init_gate: factor on the initial gates of the branches.
     """
 
     levels: Tensor
@@ -121,6 +137,8 @@ class ScaleTransformer(nn.Module):
         mlp_ratio: float = 4.0,
         drop_path_rate: float = 0.0,
         shared_modulation: bool = False,
+        cosine_attention: bool = True,
+        init_gate: float = 1e-3,
     ):
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
@@ -133,13 +151,13 @@ class ScaleTransformer(nn.Module):
         self.level_embed = nn.Embedding(len(lengths), embed_dim)
         self.shared_ada = Linear(embed_dim, 6 * embed_dim) if shared_modulation else None
         (rates,) = drop_path_rates(drop_path_rate, [depth])
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, rate, shared_modulation) for rate in rates)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, rate, shared_modulation, cosine_attention) for rate in rates)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6, elementwise_affine=False)
         self.head_ada = Linear(embed_dim, 2 * embed_dim)
         self.head = Linear(embed_dim, vocab_size)
         levels = torch.repeat_interleave(torch.arange(len(lengths), device="cpu"), torch.tensor(lengths, device="cpu"))
         self.register_buffer("levels", levels, persistent=False)
-        self.init_weights()
+        self.init_weights(init_gate)
 
     def init_weights(self, gate: float = 1e-3) -> None:
         """Initialise as the authors; `gate` is the factor on the gates of the branches (smaller in their deeper models)."""
