@@ -192,6 +192,16 @@ class Learner(nn.Module):
         """
         self.task.update(metrics, model, batch)
 
+    def run_model(self, model: nn.Module, batch: Batch) -> Any:
+        """Run the model on a batch as in evaluation. Statistics of batch norms are estimated so (see `vitarium.training.statistics`); a
+        learner whose model has batch norms and takes more than an image overrides it.
+
+        Args:
+            model: `eval_model()` or its moving average.
+            batch: as for `loss`.
+        """
+        return model(batch["image"])
+
     def summary(self, metrics: Any) -> dict[str, Any]:
         """Return the metrics' values as plain numbers or lists."""
         return self.task.summary(metrics, self.model)

@@ -32,6 +32,7 @@ from vitarium.training.recipe import Recipe
 from vitarium.training.recording import record_training
 from vitarium.training.run import Run
 from vitarium.training.sharding import check_shardable, is_sharded
+from vitarium.training.statistics import momentum_of
 
 TINY = 64
 """Images up to this side, in pixels, are read in the main process: workers would take longer to start than they save."""
@@ -121,7 +122,7 @@ def _fit_here(
 ) -> FitResult:
     """Run `fit` in one of its processes."""
     run, tensors = _prepare(fabric, learner, data, recipe, folder, progress)
-    with lost_processes_named(), _explained_out_of_memory(run), _undone_on_error(run), run.stop:
+    with lost_processes_named(), _explained_out_of_memory(run), _undone_on_error(run), momentum_of(recipe, learner), run.stop:
         if run.state.finished:
             run.restore(tensors or {})
         else:
@@ -175,6 +176,9 @@ def _prepare(
             Loader(data.val, learner.transform(None), bad_files=BadFiles(), **shared),
         )
 
+    def sample() -> Loader:
+        return Loader(data.train, learner.transform(None), shuffle=True, drop_last=True, bad_files=BadFiles(limit=1.0), **shared)
+
     if is_sharded(fabric):
         check_shardable(learner, recipe)
     plan = Plan(learner, recipe)
@@ -183,7 +187,7 @@ def _prepare(
     fabric.to_device(learner)
     whole = copy.deepcopy(learner.model) if is_sharded(fabric) else None
     shown = progress if fabric.is_global_zero else None
-    run = Run(fabric, learner, recipe, state, folder, plan, loaders, whole, shown)
+    run = Run(fabric, learner, recipe, state, folder, plan, loaders, sample, whole, shown)
     if not run.steps_per_epoch:
         raise DataError(
             f"{len(data.train)} training images are fewer than one step takes ({run.images_per_step} = batch_size x accumulate x "

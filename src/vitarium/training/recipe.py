@@ -154,6 +154,19 @@ class Clip(Section):
         return self
 
 
+class BatchNorm(Section):
+    """Settings of the model's batch norms, for trainings of another length than the authors'.
+
+    Args:
+        momentum: share of the running statistics that an update replaces; None: the model's own.
+        estimate: replace the running statistics, before an evaluation and in the final model, by those of training images. "auto": where
+            the momentum is below 0.1 and 1/momentum over a twentieth of the training's updates, as MaxViT's 0.01 in fewer than 2,000 steps.
+    """
+
+    momentum: Annotated[float, Field(gt=0, le=1)] | None = None
+    estimate: Literal["auto"] | bool = "auto"
+
+
 class PlayerRecipe(Section):
     """Settings of one player, under `players.NAME` of a recipe; keys that are not set default to the recipe's root."""
 
@@ -228,6 +241,7 @@ class Recipe(Section):
         batch_size: images that one process holds in memory per batch.
         accumulate: number of batches per optimizer step; the total batch is batch_size x accumulate x processes.
         repeats: augmented copies of an image in an epoch (repeated augmentation).
+        batch_norm: momentum and statistics of batch norms (see `BatchNorm`).
         players: for a learner with several players: name -> settings that differ from the root's (see `PlayerRecipe`).
         phases: consecutive parts of the training with their own settings; after the last one the root's settings apply.
         values: numbers that change with the step, by path (see `Course`).
@@ -255,6 +269,7 @@ class Recipe(Section):
     augment: Augment = Augment()
     ema: Ema | None = None
     clip: Clip = Clip()
+    batch_norm: BatchNorm = BatchNorm()
     players: dict[str, dict[str, Any]] = Field(default_factory=dict)
     phases: tuple[Phase, ...] = ()
     values: dict[str, Course] = Field(default_factory=dict)
@@ -305,9 +320,8 @@ class Recipe(Section):
         """Return the settings that determine the result of a run, as plain values: not logging and checkpoint intervals, nor
         num_workers."""
         excluded = {"log_every", "checkpoint_minutes", "num_workers", "model", "model_arguments", "data"}
-        excluded |= {
-            name for name in ("apply", "players", "phases", "values") if not getattr(self, name)
-        }  # so that recipes without them keep their digest
+        unset = {"apply": (), "players": {}, "phases": (), "values": {}, "batch_norm": BatchNorm()}
+        excluded |= {name for name, usual in unset.items() if getattr(self, name) == usual}  # so that recipes without keep their digest
         return self.model_dump(mode="json", by_alias=True, exclude=excluded)
 
     def digest(self) -> str:

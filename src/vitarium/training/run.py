@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
@@ -20,6 +21,7 @@ from vitarium.data.loader import Loader, generators_kept, seed_generators
 from vitarium.errors import TrainingStopped
 from vitarium.files import atomic_path
 from vitarium.nn.modes import evaluating
+from vitarium.training import statistics
 from vitarium.training.base import Batch, Learner
 from vitarium.training.checkpoint import LAST, RunState, save_run
 from vitarium.training.evaluation import run_evaluation, to_device
@@ -48,6 +50,7 @@ class Run:
     folder: Path
     plan: Plan
     make_loaders: Callable[[], tuple[Loader, Loader]]  # for training and evaluation, at the model's current image size
+    make_sample: Callable[[], Loader]  # of training images without augmentation, for the statistics of batch norms
     whole: nn.Module | None = None  # if weights are sharded: a model to gather them in
     progress: Callable[[Progress], None] | None = None
     stop: StopSignals = field(default_factory=StopSignals)
@@ -194,9 +197,11 @@ class Run:
         """Evaluate the moving average, or the model if there is none, in the phase of the previous step, and record the metrics."""
         state = self.state
         self.enter(max(0, state.step - 1), state.step)
+        model = self.model_to_evaluate()
+        before = self.estimate_statistics(model)
         values = run_evaluation(
             self.learner,
-            self.model_to_evaluate(),
+            model,
             self.val_loader.epoch(0),
             device=self.fabric.device,
             autocast=self.fabric.autocast,
@@ -213,17 +218,38 @@ class Run:
         self.note_bad_files(everywhere=True)
         if self.logs:
             self.logs.evaluation(state.history)
-            self.draw()
+            self.draw(model)
+        if state.step < state.total_steps:
+            statistics.restore(before)  # training goes on with the running averages
         self.report(None)
 
-    def draw(self) -> None:
+    def estimate_statistics(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        """Estimate the statistics of batch norms in the model to evaluate, where the recipe's rule says so; called in all processes.
+
+        Returns:
+            (buffer, former values) of all that was changed.
+        """
+        names = statistics.names_to_estimate(self.learner, self.recipe, self.state.total_steps)
+        if not names:
+            return []
+        if self.recipe.batch_norm.estimate == "auto" and self.logs and not self.state.history:
+            statistics.report(self.learner, names, self.state.total_steps)
+        sample = self.make_sample()
+        count = max(1, statistics.IMAGES // (self.recipe.batch_size * self.fabric.world_size))
+        batches = itertools.islice(sample.epoch(0), count)
+        before = statistics.estimate(self.learner, model, names, batches, self.fabric, autocast=self.fabric.autocast)
+        sample.close()
+        if self.whole is not None and self.state.step == self.state.total_steps:  # checkpoints hold the sharded model
+            statistics.copy_statistics(model, self.learner.eval_model(), names)
+        return before
+
+    def draw(self, model: nn.Module) -> None:
         """Write the learner's drawings of the first held-out batch to `pictures/NAME-STEP.png`."""
         if type(self.learner).pictures is Learner.pictures and type(self.learner.task).sheets is Task.sheets:
             return  # neither learner nor task has drawings
         batch = next(self.val_loader.epoch(0))
         if not len(batch["index"]):
             return
-        model = self.model_to_evaluate()
         with evaluating(model, inference=True), generators_kept():
             seed_generators(self.recipe.seed)
             drawn = self.learner.pictures(model, to_device(batch, self.fabric.device))
