@@ -85,6 +85,17 @@ def write(path, doc):
 # ---- what comes out
 
 
+def test_scenes_with_one_class_of_things():
+    """The same segments: eight kinds become class 0, six kinds of stuff follow; also for instances."""
+    kinds, one = (open_data(f"scenes:length=10{more}", task="panoptic", image_size=32) for more in ("", ",things=one"))
+    assert (one.classes, one.things) == (["thing", "sky", "hills", "grass", "sand", "snow", "water"], (0,))
+    for index in range(8):
+        (_, before), (_, after) = kinds.train[index], one.train[index]
+        assert np.array_equal(before.masks, after.masks)
+        assert after.labels.tolist() == [0 if label < 8 else label - 7 for label in before.labels.tolist()]
+    assert open_data("scenes:length=10,things=one", task="instance", image_size=32).classes == ["thing"]
+
+
 def test_scenes_have_a_segment_for_every_pixel():
     data = open_data("scenes:length=10", task="panoptic", image_size=32)
     image, target = data.train[3]
@@ -234,7 +245,8 @@ def test_pictures_of_another_size_than_the_json_says_are_broken(tmp_path):
     ("spec", "words", "kind"),
     [
         ("nowhere", "no data called", DataError),
-        ("scenes:task=class", "take no task", UsageError),
+        ("scenes:task=class", r"scenes have no option 'task=class' \(accepted: image_size=64, length=2000, things=one\)", UsageError),
+        ("scenes:things=all", "things of scenes must be kinds or one, got 'all'", UsageError),
         ("coco:{},broken=mend", "broken=refuse|drop", UsageError),
         ("{}", "images/ with masks/", DataError),
     ],

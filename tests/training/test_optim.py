@@ -1,4 +1,4 @@
-"""Rates, groups, clipping and averages against their formulas, the authors' numbers and timm's."""
+"""Groups, clipping and averages against their formulas, the authors' numbers and timm's."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import vitarium
 from tests.golden import FOLDER, fill_value, make_input, read_golden
 from tests.training.tiny import tiny_net
 from vitarium.errors import UsageError
-from vitarium.training.optim import Average, Rates, clip_gradients, cosine, create_optimizer, layer_scales, parameter_groups
-from vitarium.training.recipe import Clip, Ema, Optimizer, Schedule
+from vitarium.training.optim import Average, clip_gradients, create_optimizer, layer_scales, parameter_groups
+from vitarium.training.recipe import Clip, Ema, Optimizer
 
 GOLDENS = ("training_base-schedules", "training_base-schedules_b")
 each_golden = pytest.mark.parametrize("name", GOLDENS)
@@ -31,23 +31,6 @@ def inputs(name: str, key: str) -> torch.Tensor:
 
 def close(a: torch.Tensor, b: torch.Tensor, rtol: float = 1e-12) -> None:
     torch.testing.assert_close(a.reshape(-1), b, rtol=rtol, atol=1e-15)
-
-
-@each_golden
-def test_mae_schedule_equals_the_authors(name: str):
-    c = read_golden(name)["config"]
-    epochs = np.linspace(0, c["epochs"], 41)
-    ours = [cosine(e, base=c["lr"], final=c["min_lr"], total=c["epochs"], warmup=c["warmup_epochs"]) for e in epochs]
-    close(torch.tensor(ours, dtype=torch.float64), golden(name, "mae_lr"))
-    close(0.5 * torch.tensor(ours, dtype=torch.float64), golden(name, "mae_lr_scaled"))
-
-
-@each_golden
-def test_dino_schedule_equals_the_authors(name: str):
-    c = read_golden(name)["config"]
-    total, warmup = 7 * c["epochs"], 7 * c["warmup_epochs"]
-    ours = [cosine(i, base=c["lr"], final=c["min_lr"], total=total, warmup=warmup, inclusive=True) for i in range(total)]
-    close(torch.tensor(ours, dtype=torch.float64), golden(name, "dino_cosine"))
 
 
 def lars_steps(name: str, optimizer_name: str, decay: float | None = None) -> nn.Module:
@@ -119,18 +102,6 @@ def test_a_gradient_that_is_not_finite_shows_in_the_norm():
         p.grad = torch.zeros_like(p)
     net.head.bias.grad[0] = math.nan
     assert not math.isfinite(clip_gradients(net.parameters(), Clip(norm=1)).item())
-
-
-def test_rates_scale_with_the_batch_and_follow_the_formula():
-    schedule = Schedule(warmup="2 epochs", warmup_lr=1e-4, min_lr=1e-3)
-    rates = Rates(schedule, Optimizer(lr=0.1, reference_batch=256), total_steps=100, steps_per_epoch=10, total_batch=128)
-    assert [rates.at(0), rates.at(20), rates.at(100)] == pytest.approx([5e-5, 0.05, 5e-4], rel=1e-12)
-    for step in range(100):
-        low, high, start = 5e-4, 0.05, 5e-5
-        expected = start + (high - start) * step / 20 if step < 20 else low + (high - low) * (1 + math.cos(math.pi * (step - 20) / 80)) / 2
-        assert abs(rates.at(step) - expected) < 1e-12
-    constant = Rates(Schedule(name="constant", warmup=0), Optimizer(lr=0.1), total_steps=5, steps_per_epoch=5, total_batch=1)
-    assert {constant.at(step) for step in range(6)} == {0.1}
 
 
 def test_layer_decay_has_the_published_scales_on_a_plain_vit():

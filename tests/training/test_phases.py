@@ -15,9 +15,13 @@ from tests.training.test_fit import Breaks, Crash, crash, lines, timeless
 from tests.training.tiny import assert_same_weights, tiny_data, tiny_net, tiny_recipe, weights
 from vitarium.efficiency.tokens.evit import annealed_keep
 from vitarium.errors import UsageError
+from vitarium.nn import DropPath
 from vitarium.training import ClassificationLearner, find_learner, fit, load_recipe
-from vitarium.training.phases import Plan, matching, settled, value_at
+from vitarium.training import run as run_module
+from vitarium.training.phases import Plan, matching, settled
 from vitarium.training.recipe import Course
+from vitarium.training.schedules import cosine
+from vitarium.training.values import target_of, value_at
 from vitarium.verbs.train import train as train_by_recipe
 
 STILL = ("accumulate=1", "objective={name: classification}", "ema=null", "budget.steps=8", "log_every=1", "eval_every=2 steps")
@@ -177,7 +181,13 @@ def test_a_setting_of_the_learner_by_step_and_by_phase(tmp_path):
         ("objective.loss.label_smothing", r"objective.loss.label_smothing is no setting of classification; did you mean label_smoothing"),
         ("objective.lr", r"objective.lr is no setting of classification \(settings: loss, mixing\)"),
         ("objective.loss.name", r"objective.loss.name is 'cross_entropy', and only numbers can change"),
-        ("optimizer.lr", r"'optimizer.lr' is not the path of a value; paths are objective.KEY and method.SLUG.OPTION"),
+        (
+            "optimizer.lr",
+            r"optimizer.lr cannot change with the step; for the learning rate see schedule \(accepted: weight_decay, momentum\)",
+        ),
+        ("schedule.lr", r"'schedule.lr' is not the path of a value; paths are objective.KEY, method.SLUG.OPTION, optimizer.weight_decay"),
+        ("model.drop_path", r"model.drop_path cannot change with the step; did you mean drop_path_rate"),
+        ("model.drop_path_rate", r"the model has no stochastic depth; set model_arguments.drop_path_rate above 0"),
         ("method.evit.keep", r"no method 'evit' is on the model \(on it: none; vitarium train --apply evit puts it there\)"),
     ],
 )
@@ -192,6 +202,114 @@ def test_values_out_of_range_and_keys_are_refused():
         Plan(Watched(tiny_net()), tiny_recipe("objective={name: classification}", values))
     with pytest.raises(UsageError, match=r"form is not a setting.*accepted: from, to, start, until, shape"):
         tiny_recipe("values={objective.a: {form: 1.0, to: 0.0}}")
+
+
+class Deep(torch.nn.Module):
+    """A net with stochastic depth."""
+
+    def __init__(self):
+        super().__init__()
+        net = tiny_net(norm=True)
+        self.num_classes, self.preprocessing = 4, net.preprocessing
+        self.stem, self.paths = net, torch.nn.ModuleList([DropPath(0.1), DropPath(0.4)])
+
+    def forward(self, image):
+        x = self.stem(image)
+        return self.paths[1](self.paths[0](x)) + x
+
+
+class Recorded(Watched):
+    """Notes the numbers of the optimizer and of stochastic depth."""
+
+    def loss(self, batch):
+        losses = super().loss(batch)
+        rates = [round(part.drop_prob, 6) for part in getattr(self.model, "paths", [])]
+        self.seen[-1] |= {"rates": rates, "groups": [dict(group, params=None) for group in getattr(self, "groups", [])]}
+        return losses
+
+
+def numbers_of(folder, *assignments, at=(), fault=None, net=None):
+    """Train, with what was seen in each step."""
+    recipe = tiny_recipe(*STILL, *assignments)
+    learner = Recorded.create(net or Deep(), tiny_data(), recipe)
+    learner.at, learner.fault = tuple(at), fault or Breaks.fault
+    made = run_module.create_optimizer
+
+    def create(*arguments):
+        optimizer = made(*arguments)
+        learner.groups = Live(optimizer)
+        return optimizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "create_optimizer", create)
+        fit(learner, tiny_data(), recipe, folder)
+    return learner
+
+
+class Live:
+    """The groups of an optimizer, which a restored state replaces."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def __iter__(self):
+        return iter(self.optimizer.param_groups)
+
+
+WEIGHT_DECAY = "values={optimizer.weight_decay: {from: 0.04, to: 0.4}, model.drop_path_rate: {from: 0.0, to: 0.2, shape: linear}}"
+
+
+def test_weight_decay_and_stochastic_depth_by_step(tmp_path):
+    """The weight decay of DINO, of those tensors only that have one; the rates of stochastic depth keep their proportions."""
+    learner = numbers_of(tmp_path, WEIGHT_DECAY, "optimizer.weight_decay=0.04")
+    for step, seen in enumerate(learner.seen):
+        expected = cosine(step, base=0.04, final=0.4, total=8)
+        assert sorted(round(group["weight_decay"], 9) for group in seen["groups"]) == [0.0, round(expected, 9)]
+        assert seen["rates"] == pytest.approx([0.05 * step / 8, 0.2 * step / 8], abs=1e-6)
+
+
+def test_momentum_by_step(tmp_path):
+    sgd = "optimizer={name: sgd, lr: 0.01, momentum: 0.9}"
+    path = "values={optimizer.momentum: {from: 0.8, to: 0.9, shape: linear}}"
+    learner = numbers_of(tmp_path / "sgd", sgd, path)
+    assert [group["momentum"] for seen in learner.seen for group in seen["groups"][:1]] == pytest.approx(
+        [0.8 + step / 80 for step in range(8)]
+    )
+    learner = numbers_of(tmp_path / "adamw", path)
+    assert learner.seen[4]["groups"][0]["betas"] == pytest.approx((0.85, 0.999))
+
+
+def test_numbers_of_the_optimizer_survive_a_resume(tmp_path):
+    """The restored optimizer has the weight decay of its checkpoint, which is not that of the next step."""
+    settings = (WEIGHT_DECAY, "optimizer.weight_decay=0.04", "checkpoint_minutes=1e-9")
+    whole = numbers_of(tmp_path / "whole", *settings)
+    with pytest.raises(Crash):
+        numbers_of(tmp_path / "broken", *settings, at=(4,), fault=crash)
+    resumed = numbers_of(tmp_path / "broken", *settings)
+    assert_same_weights(weights(whole.model), weights(resumed.model))
+    assert [seen["groups"] for seen in resumed.seen] == [seen["groups"] for seen in whole.seen[4:]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["values={optimizer.weight_decay: {from: 0.0, to: -1.0}}"], "weight_decay=-1: weight_decay"),
+        (["values={optimizer.weight_decay: {from: 0.0, to: 0.1}}", "optimizer.weight_decay=0"], "needs an optimizer.weight_decay above 0"),
+        (["values={model.drop_path_rate: {from: 0.0, to: 1.0}}"], "must be at least 0 and less than 1, got 1"),
+    ],
+)
+def test_numbers_of_optimizer_and_model_are_checked(settings, message):
+    with pytest.raises(UsageError, match=message):
+        Plan(Watched(Deep()), tiny_recipe("objective={name: classification}", *settings))
+
+
+def test_stochastic_depth_of_timms_and_our_models():
+    """Both call their largest rate drop_path_rate, and both can change it."""
+    for name in ("timm/vit_pico", "swin_pico"):
+        model = vitarium.create_model(name, drop_path_rate=0.1)
+        learner = ClassificationLearner(model)
+        target_of("model.drop_path_rate", learner, tiny_recipe()).set(0.3, ())
+        assert max(m.drop_prob for m in model.modules() if hasattr(m, "drop_prob")) == pytest.approx(0.3)
 
 
 # ---- resuming, and several processes

@@ -28,8 +28,10 @@ def train(folder, *assignments, net=None, at=(), fault=None):
 def test_the_rule_compares_the_memory_with_the_training():
     """A training of 2,000 updates suits a momentum of 0.01; with torch's 0.1 running averages are used in any training."""
     slow = nn.BatchNorm2d(4, momentum=0.01)
-    assert not too_slow(slow, 2000) and too_slow(slow, 1999)
-    assert not too_slow(nn.BatchNorm2d(4), 1) and too_slow(nn.BatchNorm2d(4, momentum=None), 10**9)
+    assert not too_slow(slow, 2000)
+    assert too_slow(slow, 1999)
+    assert not too_slow(nn.BatchNorm2d(4), 1)
+    assert too_slow(nn.BatchNorm2d(4, momentum=None), 10**9)
 
 
 def test_maxvit_learns_in_a_short_training(tmp_path, caplog):
@@ -39,7 +41,9 @@ def test_maxvit_learns_in_a_short_training(tmp_path, caplog):
     learner = ClassificationLearner.create("maxvit_pico", data, recipe)
     assert fit(learner, data, recipe, tmp_path).metrics["accuracy"] > 0.6
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(said) == 1 and "momentum 0.01" in said[0] and "60 steps" in said[0]
+    assert len(said) == 1
+    assert "momentum 0.01" in said[0]
+    assert "60 steps" in said[0]
 
 
 def test_the_final_statistics_are_those_of_training_images(tmp_path):
@@ -49,7 +53,9 @@ def test_the_final_statistics_are_those_of_training_images(tmp_path):
     with torch.no_grad():
         inner = model.conv(images)
     torch.testing.assert_close(model.norm.running_mean, inner.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(model.norm.running_var, inner.var((0, 2, 3)), rtol=0.1, atol=0)  # the mean over batches leaves out their spread
+    torch.testing.assert_close(
+        model.norm.running_var, inner.var((0, 2, 3)), rtol=0.1, atol=0
+    )  # the mean over batches leaves out their spread
 
 
 def test_the_moving_average_has_its_own(tmp_path):
@@ -103,7 +109,8 @@ def test_wrong_settings_are_named(assignment):
 
 
 def test_a_recipe_without_the_setting_keeps_its_digest():
-    assert "batch_norm" not in tiny_recipe().identity() and "batch_norm" in tiny_recipe(*SLOW).identity()
+    assert "batch_norm" not in tiny_recipe().identity()
+    assert "batch_norm" in tiny_recipe(*SLOW).identity()
 
 
 def test_every_model_with_batch_norm_has_a_recorded_momentum():

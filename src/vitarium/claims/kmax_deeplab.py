@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
-from typing import Any
-
-import numpy as np
 
 from vitarium.claims import Comparison, Measured, claim
 from vitarium.data import open_data
-from vitarium.data.image_set import View
-from vitarium.data.joint import Segmentation
-from vitarium.data.segmented import SegmentedData
 from vitarium.training import find_learner, fit, load_recipe
 
 SEEDS = 3
@@ -45,18 +38,7 @@ def _quality(seed: int, cross_attention: str = "kmeans") -> float:
         f"model_arguments.cross_attention={cross_attention}",
     ]
     recipe = load_recipe(NAME, settings)
-    data = one_kind_of_thing(open_data(f"scenes:length={LENGTH}", task="panoptic", image_size=recipe.image_size))
+    data = open_data(f"scenes:length={LENGTH},things=one", task="panoptic", image_size=recipe.image_size)
     learner = find_learner("kmax_deeplab").create(NAME, data, recipe)
     with tempfile.TemporaryDirectory() as folder:
         return 100 * float(fit(learner, data, recipe, folder).metrics["pq"])  # type: ignore[arg-type]
-
-
-def one_kind_of_thing(data: Any) -> SegmentedData:
-    """Return the data with all things in one class, the first."""
-    count = len(data.things)
-
-    def merged(target: Segmentation) -> Segmentation:
-        return replace(target, labels=np.maximum(target.labels - count + 1, 0))
-
-    train, val = (View(part, transform_target=merged) for part in (data.train, data.val))
-    return replace(data, train=train, val=val, classes=["thing", *data.classes[count:]], things=(0,))

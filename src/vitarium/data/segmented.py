@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from vitarium.data.image_set import ImageData, stratified_split
+from vitarium.data.image_set import ImageData, View, stratified_split
 from vitarium.data.joint import Segmentation
 from vitarium.errors import DataError
 
@@ -39,6 +40,28 @@ def keep_classes(target: Segmentation, classes: Sequence[int]) -> Segmentation:
     numbers = {label: number for number, label in enumerate(classes)}
     labels = np.array([numbers[label] for label in target.labels[kept].tolist()], np.int64)
     return Segmentation(target.masks[kept], labels, target.crowds[kept])
+
+
+def as_one_thing(target: Segmentation, things: int) -> Segmentation:
+    """Give all things the class 0, and stuff the classes from 1 on.
+
+    Args:
+        things: number of classes of things, which are numbered before those of stuff.
+    """
+    return replace(target, labels=np.maximum(target.labels - things + 1, 0))
+
+
+def one_kind_of_thing(data: SegmentedData) -> SegmentedData:
+    """Return the data with all things in one class, "thing", before those of stuff: whether things are found, not which.
+
+    Raises:
+        DataError: the data has no things, or their classes are not numbered before those of stuff.
+    """
+    count = len(data.things)
+    if not count or data.things != tuple(range(count)):
+        raise DataError(f"{data.name} has no things that are numbered before its stuff")
+    merged = functools.partial(View, transform_target=functools.partial(as_one_thing, things=count))
+    return replace(data, train=merged(data.train), val=merged(data.val), classes=["thing", *data.classes[count:]], things=(0,))
 
 
 def split_samples(samples: list[Any], val_fraction: float, seed: int, name: str) -> tuple[list[Any], list[Any]]:

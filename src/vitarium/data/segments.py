@@ -12,7 +12,7 @@ import numpy as np
 from vitarium.assignments import split_assignment
 from vitarium.data.image_set import Samples, View
 from vitarium.data.joint import Segmentation
-from vitarium.data.segmented import Kind, SegmentedData, keep_classes, merge_classes
+from vitarium.data.segmented import Kind, SegmentedData, keep_classes, merge_classes, one_kind_of_thing
 from vitarium.errors import DataError, UsageError, nearest
 
 if TYPE_CHECKING:
@@ -101,7 +101,8 @@ def open_scene_segments(options: str = "", *, image_size: int | None = None, see
     """Open rendered scenes with all their segments: eight classes of things and six of stuff; every pixel belongs to one segment.
 
     Args:
-        options: "KEY=VALUE,..." of image_size (pixels, 64) and length (images in both parts, 2000).
+        options: "KEY=VALUE,..." of image_size (pixels, 64), length (images in both parts, 2000) and things ("kinds", the eight classes, or
+            "one", a single class of all things).
 
     Raises:
         UsageError: an option or value that is not accepted.
@@ -109,16 +110,17 @@ def open_scene_segments(options: str = "", *, image_size: int | None = None, see
     from vitarium.data.scenes import CATEGORIES, THINGS
     from vitarium.data.scenes.tasks import IMAGE_SIZE, _number, _parse
 
-    values = _parse(options)
-    if "task" in values:
-        raise UsageError("scenes with segments take no task; leave out task= (accepted: image_size=64, length=2000)")
+    values = _parse(options, ("image_size", "length", "things"), "image_size=64, length=2000, things=one")
+    if (things := values.get("things", "kinds")) not in ("kinds", "one"):
+        raise UsageError(f"things of scenes must be kinds or one, got {things!r}")
     size = _number("image_size", values.get("image_size", image_size or IMAGE_SIZE), least=16)
     length = _number("length", values.get("length", 2000), least=2)
     numbers = list(range(length))
     border = min(max(1, round(length * (1 - val_fraction))), length - 1)
     make = functools.partial(Samples, read=SceneReader(size, seed), name=lambda number: f"scene #{number}")
     parts = make(numbers[:border]), make(numbers[border:])
-    return SegmentedData("scenes-segments", *parts, list(CATEGORIES), size, things=tuple(range(len(THINGS))))
+    data = SegmentedData("scenes-segments", *parts, list(CATEGORIES), size, things=tuple(range(len(THINGS))))
+    return data if things == "kinds" else one_kind_of_thing(replace(data, name="scenes-things"))
 
 
 class SceneReader:

@@ -24,13 +24,13 @@ from vitarium.training.base import Learner
 from vitarium.training.checkpoint import LAST, RunState, check_same_run, identity_of, load_run, whole_objective
 from vitarium.training.logs import Logs
 from vitarium.training.loop import take_step, train
-from vitarium.training.optim import Rates
 from vitarium.training.phases import Plan
 from vitarium.training.processes import create_fabric, lost_processes_named, run_in_processes, spawns
 from vitarium.training.progress import Progress
 from vitarium.training.recipe import Recipe
 from vitarium.training.recording import record_training
 from vitarium.training.run import Run
+from vitarium.training.schedules import Rates
 from vitarium.training.sharding import check_shardable, is_sharded
 from vitarium.training.statistics import momentum_of
 

@@ -1,11 +1,10 @@
-"""Parameter groups, learning rates as pure functions of the step, perturbations (SAM), clipping, moving averages."""
+"""Parameter groups, optimizers, perturbations (SAM), clipping, moving averages."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import fnmatch
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,59 +13,10 @@ from torch import Tensor, nn
 
 from vitarium.errors import UsageError
 from vitarium.training.lars import LarsMae
-from vitarium.training.recipe import Clip, Ema, Optimizer, Sam, Schedule
+from vitarium.training.recipe import Clip, Ema, Optimizer, Sam
 
 OWN_OPTIMIZERS: dict[str, Any] = {"lars_mae": LarsMae}
 """Optimizers by their name in a recipe that timm does not have, or has as another function."""
-
-
-def cosine(
-    step: float, *, base: float, final: float, total: float, warmup: float = 0, start: float = 0.0, inclusive: bool = False
-) -> float:
-    """Return a value that rises linearly from `start` to `base`, then falls along half a cosine to `final`: the schedule of DeiT, MAE,
-    Swin, ConvNeXt and DINO.
-
-    It is used for rates, weight decays, teacher momenta and temperatures. `step`, `total` and `warmup` share any unit (steps, or
-    fractional epochs as in MAE).
-
-    Args:
-        inclusive: whether the last step of the rise already has `base` (DINO's table of whole steps), not the first step after it.
-    """
-    if step < warmup:
-        return start + (base - start) * step / (warmup - 1 if inclusive and warmup > 1 else warmup)
-    if total <= warmup:
-        return final
-    return final + (base - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / (total - warmup))))
-
-
-class Rates:
-    """Learning rate as a pure function of the step, which checkpoints therefore do not contain.
-
-    Args:
-        schedule, optimizer: from the recipe.
-        total_steps: optimizer steps of the whole training.
-        steps_per_epoch: for a warm-up given in epochs.
-        total_batch: images per step over accumulation and processes, for the linear scaling rule.
-    """
-
-    def __init__(self, schedule: Schedule, optimizer: Optimizer, *, total_steps: int, steps_per_epoch: int, total_batch: int):
-        factor = total_batch / optimizer.reference_batch if optimizer.reference_batch else 1.0
-        self.total = total_steps
-        self.warmup = min(schedule.warmup.steps(total_steps, steps_per_epoch), total_steps)
-        self.base = optimizer.lr * factor
-        self.start = schedule.warmup_lr * factor
-        self.final = self.base if schedule.name == "constant" else schedule.min_lr * factor
-
-    def at(self, step: int) -> float:
-        """Return the rate of step 0, 1, ... (of a group with lr_scale 1)."""
-        return cosine(step, base=self.base, final=self.final, total=self.total, warmup=self.warmup, start=self.start)
-
-    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
-        """Set the rate of every group, times its lr_scale; returns the unscaled rate."""
-        rate = self.at(step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group.get("lr_scale", 1.0)
-        return rate
 
 
 def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:

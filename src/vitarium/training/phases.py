@@ -5,6 +5,7 @@
       - {image_size: 384}
     values:
       method.evit.keep: {from: 1.0, to: 0.7, until: 0.5, shape: cosine}
+      optimizer.weight_decay: {from: 0.04, to: 0.4}
 
 They are functions of the step only, so that a run resumed on either side of a boundary equals an uninterrupted one.
 """
@@ -14,20 +15,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fnmatch
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
-from vitarium.catalog.applying import methods_on
 from vitarium.catalog.calling import call, example_inputs
 from vitarium.catalog.create import preprocessing_of
 from vitarium.errors import UsageError, VitariumError, nearest
 from vitarium.training.base import Learner
 from vitarium.training.evaluation import evaluating
-from vitarium.training.recipe import Course, Phase, Recipe
-from vitarium.training.settings import check
+from vitarium.training.recipe import Phase, Recipe
+from vitarium.training.values import target_of, value_at
 
 PLAIN = Phase()
 """Phase without any change: after the last phase, and in recipes without phases."""
@@ -118,109 +117,6 @@ def hold_norms(learner: nn.Module, managed: set[str], learns: set[str]) -> None:
                 module.train(bool(own & learns))
 
 
-# ---- numbers by step
-
-
-def value_at(course: Course, step: int, total: int, per_epoch: int) -> float:
-    """Return the value of a course at a step, from 0 to `total`."""
-    start, end = course.start.steps(total, per_epoch), course.until.steps(total, per_epoch)
-    if step < start:
-        return course.from_
-    share = min(1.0, (step - start) / (end - start)) if end > start else 1.0
-    if course.shape == "cosine":
-        share = 0.5 * (1 - math.cos(math.pi * share))
-    return course.from_ + (course.to - course.from_) * share
-
-
-class Target:
-    """A number of a learner or of a method on its model, by its path in a recipe.
-
-    Args:
-        path: "objective.KEY", keys of inner sections behind dots, or "method.SLUG.OPTION".
-        learner: that has the setting, or whose model has the method.
-
-    Raises:
-        UsageError: there is nothing at the path, or not a number that can change.
-    """
-
-    def __init__(self, path: str, learner: Learner):
-        self.path, self.learner = path, learner
-        kind, _, rest = path.partition(".")
-        if kind not in ("objective", "method") or not rest:
-            raise UsageError(f"{path!r} is not the path of a value; paths are objective.KEY and method.SLUG.OPTION")
-        self._set: Callable[[float, Sequence[nn.Module]], None]
-        if kind == "objective":
-            self.keys = rest.split(".")
-            usual = self._setting()
-            self._set = self._set_setting
-        else:
-            self.slug, _, self.option = rest.partition(".")
-            usual = self._live_option()
-            self._set = self._set_option
-        if isinstance(usual, bool) or not isinstance(usual, int | float):
-            raise UsageError(f"{path} is {usual!r}, and only numbers can change by the step")
-        self.usual: float = usual
-        self.now: float = usual
-
-    def set(self, value: float, models: Sequence[nn.Module]) -> None:
-        """Set the number, rounded where it is an integer.
-
-        Args:
-            models: the model and its moving averages, for options of methods.
-
-        Raises:
-            UsageError: out of its range.
-        """
-        number = round(value) if isinstance(self.usual, int) else float(value)
-        if number != self.now:
-            self._set(number, models)
-            self.now = number
-
-    def _setting(self) -> Any:
-        section = self.learner.settings
-        for depth, key in enumerate(self.keys):
-            known = list(getattr(type(section), "model_fields", {}))
-            if key not in known:
-                name = ".".join(["objective", *self.keys[: depth + 1]])
-                raise UsageError(
-                    f"values: {name} is no setting of {self.learner.objective or type(self.learner).__name__}{nearest(key, known)} "
-                    f"(settings: {', '.join(known) or 'none'})"
-                )
-            section = getattr(section, key)
-        return section
-
-    def _set_setting(self, value: float, models: Sequence[nn.Module]) -> None:
-        settings = self.learner.settings
-        values = settings.model_dump()
-        inner = values
-        for key in self.keys[:-1]:
-            inner = inner[key]
-        inner[self.keys[-1]] = value
-        self.learner.settings = check(type(settings), values, f"values: {self.path}={value:g}")
-
-    def _live_option(self) -> Any:
-        model = self.learner.model
-        slugs = [report.method.slug for report in methods_on(model)]
-        if self.slug not in slugs:
-            raise UsageError(
-                f"values: {self.path}: no method {self.slug!r} is on the model{nearest(self.slug, slugs)} "
-                f"(on it: {', '.join(slugs) or 'none'}; vitarium train --apply {self.slug} puts it there)"
-            )
-        method = methods_on(model)[slugs.index(self.slug)].method
-        if self.option not in method.tunable:
-            raise UsageError(
-                f"values: {self.path}: {self.slug} cannot change {self.option!r} while attached{nearest(self.option, method.tunable)} "
-                f"(it can: {', '.join(method.tunable) or 'none'})"
-            )
-        return getattr(method, self.option)
-
-    def _set_option(self, value: float, models: Sequence[nn.Module]) -> None:
-        for model in {id(model): model for model in (self.learner.model, *models)}.values():
-            for report in methods_on(model):
-                if report.method.slug == self.slug:
-                    report.tune(**{self.option: value})
-
-
 # ---- phases and values of a run
 
 
@@ -242,7 +138,7 @@ class Plan:
         self.ever = set[str]().union(*self.learning)
         self.managed = self.ever | {name for name, learns in self.before.items() if learns}
         paths = dict.fromkeys([*recipe.values, *(path for phase in self.phases for path in phase.values)])
-        self.targets = [Target(path, learner) for path in paths]
+        self.targets = [target_of(path, learner, recipe) for path in paths]
         self.usual_size: int = preprocessing_of(learner.model).image_size
         self._check_values()
         for size in dict.fromkeys(phase.image_size for phase in self.phases):
@@ -250,6 +146,11 @@ class Plan:
                 self._check_size(size)
         self.total, self.per_epoch = 0, 1
         self.ends: list[int] = []
+
+    def attach(self, optimizer: Any) -> None:
+        """Add an optimizer whose groups the paths "optimizer.KEY" change; before its state is restored."""
+        for target in self.targets:
+            target.attach(optimizer)
 
     def place(self, total_steps: int, steps_per_epoch: int) -> None:
         """Compute the steps at which phases end.

@@ -120,12 +120,50 @@ class Optimizer(Section):
 
 
 class Schedule(Section):
-    """Learning rate over the steps: linear from `warmup_lr` to the peak, then a half cosine down to `min_lr` (or constant)."""
+    """Learning rate over the steps: linear from `warmup_lr` to the peak, at the peak for `hold`, then down to `min_lr` along its shape.
 
-    name: Literal["cosine", "constant"] = "cosine"
+    Args:
+        name: shape of the fall: half a "cosine", "linear", "polynomial", "step" (times `gamma` at each milestone), none ("constant"), or
+            "one_cycle" (torch's OneCycleLR: rise and fall along half cosines; momentum is not changed).
+        warmup, warmup_lr: length of the rise, and the rate that it starts from.
+        min_lr: rate at the end of the fall, and least rate of "step".
+        hold: length of the stay at the peak.
+        cooldown: length of the last part, at `min_lr`.
+        power: exponent of "polynomial".
+        milestones: where "step" lowers the rate, from the beginning of the training.
+        every: a regular interval at which "step" lowers it too.
+        gamma: factor of "step".
+        warmup_prefix: whether the fall begins after the warm-up. Else it is counted from the beginning of the training, as timm's trainer
+            and DeepLab do, and the rate goes from the peak to the curve's value when the warm-up ends.
+        updates: "step", or "epoch" for a rate that is constant within an epoch.
+    """
+
+    name: Literal["cosine", "constant", "linear", "polynomial", "step", "one_cycle"] = "cosine"
     warmup: Stretch = Span(amount=0.05, unit="share")
     warmup_lr: Annotated[float, Field(ge=0)] = 0.0
     min_lr: Annotated[float, Field(ge=0)] = 0.0
+    hold: Stretch = Span(amount=0, unit="share")
+    cooldown: Stretch = Span(amount=0, unit="share")
+    power: Positive = 1.0
+    milestones: tuple[Stretch, ...] = ()
+    every: Stretch | None = None
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    warmup_prefix: bool = True
+    updates: Literal["step", "epoch"] = "step"
+
+    @model_validator(mode="after")
+    def _shape_has_its_settings(self) -> Schedule:
+        steps = bool(self.milestones) or self.every is not None
+        if steps != (self.name == "step"):
+            need = "needs milestones or every" if self.name == "step" else "has no milestones and no every, which belong to name: step"
+            raise ValueError(f"{self.name} {need}")
+        if self.power != 1.0 and self.name != "polynomial":
+            raise ValueError(f"{self.name} has no power, which belongs to name: polynomial")
+        return self
+
+
+LATER_KEYS = {"schedule": ("hold", "cooldown", "power", "milestones", "every", "gamma", "warmup_prefix", "updates")}
+"""Section -> keys that recipes of earlier versions do not have. At their defaults they are no part of a recipe's identity."""
 
 
 class Ema(Section):
@@ -198,7 +236,8 @@ class Phase(Section):
 class Course(Section):
     """A number as a function of the step: `from` up to `start`, then along the shape to `to`, which is reached at `until`.
 
-    Its path is "objective.KEY", a number of the learner's settings, or "method.SLUG.OPTION", a live option of a method on the model.
+    Its path is "objective.KEY", a number of the learner's settings; "method.SLUG.OPTION", a live option of a method on the model;
+    "optimizer.weight_decay" or "optimizer.momentum"; or "model.drop_path_rate" (see `vitarium.training.values`).
 
     Args:
         from_: the first value; written `from` in a recipe.
@@ -322,7 +361,11 @@ class Recipe(Section):
         excluded = {"log_every", "checkpoint_minutes", "num_workers", "model", "model_arguments", "data"}
         unset = {"apply": (), "players": {}, "phases": (), "values": {}, "batch_norm": BatchNorm()}
         excluded |= {name for name, usual in unset.items() if getattr(self, name) == usual}  # so that recipes without keep their digest
-        return self.model_dump(mode="json", by_alias=True, exclude=excluded)
+        values = self.model_dump(mode="json", by_alias=True, exclude=excluded)
+        for section, keys in LATER_KEYS.items():
+            usual = type(getattr(self, section))().model_dump(mode="json")
+            values[section] = {k: v for k, v in values[section].items() if k not in keys or v != usual[k]}
+        return values
 
     def digest(self) -> str:
         """Hex digest of `identity`."""

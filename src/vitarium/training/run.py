@@ -86,6 +86,7 @@ class Run:
         for seat in self.seats:
             optimizer = create_optimizer(self.learner, seat.settings.optimizer, seat.player.parameters())
             seat.optimizer = self.fabric.setup_optimizers(optimizer)
+            self.plan.attach(seat.optimizer)
         self._phase = -1
 
     def wrap(self) -> None:

@@ -15,9 +15,10 @@ from vitarium.errors import DataError
 from vitarium.training.base import Batch
 from vitarium.training.draws import Draws, player_key
 from vitarium.training.evaluation import to_device
-from vitarium.training.optim import Average, Rates, clip_gradients
+from vitarium.training.optim import Average, clip_gradients
 from vitarium.training.players import ONLY, Player
 from vitarium.training.recipe import PlayerRecipe
+from vitarium.training.schedules import Rates
 from vitarium.training.steppers import Stepper
 
 if TYPE_CHECKING:

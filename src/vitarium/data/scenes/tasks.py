@@ -111,12 +111,16 @@ def open_scenes(options: str = "", *, image_size: int | None = None, seed: int =
     return ImageData(name, part(range(border)), part(range(border, length)), classes, size)
 
 
-def _parse(options: str) -> dict[str, str]:
-    accepted = "accepted: image_size=64, length=2000, task=class"
+def _parse(
+    options: str,
+    known: Sequence[str] = ("image_size", "length", "task"),
+    examples: str = "image_size=64, length=2000, task=class",
+) -> dict[str, str]:
+    accepted = f"accepted: {examples}"
     values = {}
     for option in split_options(options):
         key, value = split_assignment(option, f"scenes have no option {option!r} ({accepted})")
-        if key not in (known := ("image_size", "length", "task")) or not value:
+        if key not in known or not value:
             raise UsageError(f"scenes have no option {option!r}{nearest(key, known) if key not in known else ''} ({accepted})")
         values[key] = value
     return values
