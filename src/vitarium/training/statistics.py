@@ -132,7 +132,9 @@ def estimate(
         norm.momentum = momentum
         for statistic in (norm.running_mean, norm.running_var):
             assert statistic is not None
-            statistic.copy_(fabric.all_reduce(statistic, reduce_op="mean") if fabric.world_size > 1 else statistic)
+            if fabric.world_size > 1:
+                together: Any = fabric.all_reduce(statistic, reduce_op="mean")
+                statistic.copy_(together)
     restore(pair for pair in before if not seen or not pair[0].is_floating_point())  # the count of updates is the training's
     return before if seen else []
 
