@@ -192,7 +192,7 @@ def test_macs_grow_linearly_with_tokens():
 
 
 def test_refuses():
-    with pytest.raises(UsageError, match="class_token must be one of middle, first, none"):
+    with pytest.raises(UsageError, match="class_token must be one of middle, first, ends, none"):
         vitarium.create_model("vim_pico", class_token="last")
     with pytest.raises(UsageError, match="each of directions must be one of forward, backward"):
         vitarium.create_model("vim_pico", directions=("sideways",))

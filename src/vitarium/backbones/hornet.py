@@ -9,7 +9,9 @@ convolution computes all gates, and each gate has twice the channels of the prev
 
 DW is 7 x 7. In the GF models, one half of the channels uses a 3 x 3 convolution and the other a learned filter in the Fourier domain.
 
-Follows the authors' code (github raoyongming/HorNet); its checkpoints load by name. Any image with at least one cell in the last stage;
+Follows the authors' code (github raoyongming/HorNet); its checkpoints load by name, those of detectors and segmenters too
+(`stage_norms`; only the backbone is read). Left out: settings of the initialisation (`uniform_init`, `head_init_scale`), and HorFPN, a neck
+of detectors. Any image with at least one cell in the last stage;
 Fourier filters are resized to the map.
 Cost: linear in image area (7 x 7), or area times its logarithm (GF).
 
@@ -20,13 +22,24 @@ Legend: B batch, C channels, H W map, n order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from vitarium.catalog import family, rename
-from vitarium.nn import Backbone, DropPath, LayerNorm2d, Mlp, PyramidStage, Stage, conv_patches, drop_path_rates, init_weights
+from vitarium.catalog import chain, family, part_of, rename
+from vitarium.nn import (
+    Backbone,
+    DropPath,
+    LayerNorm2d,
+    Mlp,
+    PyramidStage,
+    Stage,
+    conv_patches,
+    drop_path_rates,
+    init_weights,
+    layer_scale_gamma,
+)
 from vitarium.ops.spectral import global_filter
 
 
@@ -94,37 +107,50 @@ class GnConv(nn.Module):
 
 
 class HorNetBlock(nn.Module):
-    """HorNet block: (B, C, H, W) -> the same shape, channels-last in memory."""
+    """HorNet block: (B, C, H, W) -> the same shape, channels-last in memory.
 
-    def __init__(self, dim: int, order: int, filter_size: tuple[int, int] | None, layer_scale: float, drop_path: float):
+    Args:
+        dim, order, filter_size, scale: see `GnConv`.
+        layer_scale: initial value of the factors g1 and g2; 0 for none.
+        drop_path: stochastic depth rate of both branches.
+    """
+
+    def __init__(self, dim: int, order: int, filter_size: tuple[int, int] | None, scale: float, layer_scale: float, drop_path: float):
         super().__init__()
         self.norm1 = LayerNorm2d(dim, eps=1e-6)
-        self.gnconv = GnConv(dim, order, filter_size)
-        self.gamma1 = nn.Parameter(torch.full((dim,), layer_scale))
+        self.gnconv = GnConv(dim, order, filter_size, scale)
+        self.gamma1 = layer_scale_gamma(dim, layer_scale)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, 4 * dim)
-        self.gamma2 = nn.Parameter(torch.full((dim,), layer_scale))
+        self.gamma2 = layer_scale_gamma(dim, layer_scale)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.gamma1[:, None, None] * self.gnconv(self.norm1(x)))
-        branch = self.gamma2 * self.mlp(self.norm2(x.permute(0, 2, 3, 1)))
+        branch = self.gnconv(self.norm1(x))
+        x = x + self.drop_path(branch if self.gamma1 is None else self.gamma1[:, None, None] * branch)
+        branch = self.mlp(self.norm2(x.permute(0, 2, 3, 1)))
+        branch = branch if self.gamma2 is None else self.gamma2 * branch
         return x + self.drop_path(branch.permute(0, 3, 1, 2))
 
 
-OFFICIAL = rename(
-    (r"^downsample_layers\.0\.0\.", "stem.conv."),
-    (r"^downsample_layers\.0\.1\.", "stem.norm."),
-    (r"^downsample_layers\.(\d)\.0\.", r"stages.\1.downsample.norm."),
-    (r"^downsample_layers\.(\d)\.1\.", r"stages.\1.downsample.conv."),
-    (r"^stages\.(\d+)\.(\d+)\.pwconv1\.", r"stages.\1.blocks.\2.mlp.fc1."),
-    (r"^stages\.(\d+)\.(\d+)\.pwconv2\.", r"stages.\1.blocks.\2.mlp.fc2."),
-    (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
-    (r"^norm\.", "head_norm."),
+OFFICIAL = chain(
+    part_of("backbone."),  # of a detector or segmenter
+    rename(
+        (r"^downsample_layers\.0\.0\.", "stem.conv."),
+        (r"^downsample_layers\.0\.1\.", "stem.norm."),
+        (r"^downsample_layers\.(\d)\.0\.", r"stages.\1.downsample.norm."),
+        (r"^downsample_layers\.(\d)\.1\.", r"stages.\1.downsample.conv."),
+        (r"^stages\.(\d+)\.(\d+)\.pwconv1\.", r"stages.\1.blocks.\2.mlp.fc1."),
+        (r"^stages\.(\d+)\.(\d+)\.pwconv2\.", r"stages.\1.blocks.\2.mlp.fc2."),
+        (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
+        (r"^norm(\d)\.", r"stage_norms.\1."),
+        (r"^norm\.", "head_norm."),
+    ),
 )
 DEPTHS, ORDERS = (2, 3, 18, 2), (2, 3, 4, 5)
 FILTERS = (None, None, (14, 8), (7, 4))
 """Filter sizes of the GF models for images of 224 pixels."""
+FILTERS_384 = (None, None, (24, 13), (12, 7))
 
 
 def _variant(dim: int, filters: Sequence[tuple[int, int] | None] | None = None, **options: object) -> dict[str, object]:
@@ -142,9 +168,10 @@ def _variant(dim: int, filters: Sequence[tuple[int, int] | None] | None = None, 
         "small_gf": _variant(96, FILTERS, drop_path_rate=0.4),  # 50 M, 84.0 %
         "base": _variant(128, drop_path_rate=0.5),  # 87 M, 84.2 %
         "base_gf": _variant(128, FILTERS, drop_path_rate=0.5),  # 88 M, 84.3 %
+        "base_gf_384": _variant(128, FILTERS_384, image_size=384),
         "large": _variant(192),  # 209 M, 22K weights
         "large_gf": _variant(192, FILTERS),  # 211 M
-        "large_gf_384": _variant(192, (None, None, (24, 13), (12, 7)), image_size=384),  # 216 M
+        "large_gf_384": _variant(192, FILTERS_384, image_size=384),  # 216 M
     },
     official=OFFICIAL,
 )
@@ -157,14 +184,17 @@ class HorNet(Backbone):
         depths: blocks per stage.
         dims: channels per stage.
         orders: order of the gnConvs, per stage.
+        scale: factor s on the gates; 1/3 in all released models.
         filters: size of the global filters of each stage, None for 7 x 7 kernels; by default 7 x 7 in all stages.
         patch_size: side of the stem's patches, pixels.
-        layer_scale_init_value: initial value of the factors g1 and g2.
+        layer_scale_init_value: initial value of the factors g1 and g2; 0 for none.
+        stage_norms: whether the map of each stage gets its own layer norm in place of the one after pooling, as in the authors' detectors
+            and segmenters; the next stage reads the map before the norm.
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
-        ValueError: lists of different lengths, or channels that do not fit the order.
+        ValueError: lists of different lengths, channels that do not fit the order, or a negative layer_scale_init_value.
     """
 
     def __init__(
@@ -173,9 +203,11 @@ class HorNet(Backbone):
         depths: Sequence[int],
         dims: Sequence[int],
         orders: Sequence[int],
+        scale: float = 1 / 3,
         filters: Sequence[tuple[int, int] | None] | None = None,
         patch_size: int = 4,
         layer_scale_init_value: float = 1e-6,
+        stage_norms: bool = False,
         in_chans: int = 3,
         num_classes: int = 1000,
         drop_rate: float = 0.0,
@@ -192,12 +224,17 @@ class HorNet(Backbone):
         self.stages = nn.ModuleList(
             PyramidStage(
                 conv_patches(dims[k - 1], dims[k], 2, norm="before") if k else nn.Identity(),
-                [HorNetBlock(dims[k], orders[k], _pair(grids[k]), layer_scale_init_value, rate) for rate in rates[k]],
+                [HorNetBlock(dims[k], orders[k], _pair(grids[k]), scale, layer_scale_init_value, rate) for rate in rates[k]],
             )
             for k in range(len(dims))
         )
-        self.head_norm = nn.LayerNorm(dims[-1], eps=1e-6)
+        self.stage_norms = nn.ModuleList(LayerNorm2d(dim, eps=1e-6) if stage_norms else nn.Identity() for dim in dims)
+        self.head_norm = nn.Identity() if stage_norms else nn.LayerNorm(dims[-1], eps=1e-6)
         init_weights(self)
+
+    def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
+        for x, norm in zip(super().forward_stages(image), self.stage_norms, strict=False):  # pruned models have fewer stages
+            yield norm(x)
 
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith("complex_weight")}

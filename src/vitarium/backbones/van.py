@@ -7,7 +7,8 @@ channel.
     u = GELU(W_1 y);  a = W_a DW_7,dilation 3(DW_5(u));  A(y) = W_2 (u * a) + y      with y = BN(x)
     x <- x + s1 * A(BN(x));  x <- x + s2 * MLP(BN(x)), the MLP with a depth-wise 3 x 3 in its middle
 
-Follows the authors' code (github Visual-Attention-Network/VAN-Classification); its checkpoints load by name. A(y) adds the *normed* y
+Follows the authors' code (github Visual-Attention-Network/VAN-Classification); its checkpoints load by name. Left out of the authors' constructor:
+the class of the last norms of the stages, a layer norm in all released models. A(y) adds the *normed* y
 inside the layer scale, as in the released models. Fully convolutional: any image size.
 Cost: linear in image area.
 
@@ -100,14 +101,16 @@ class GatedAttention(nn.Module):
 class VANBlock(nn.Module):
     """VAN block: (B, C, H, W) -> the same shape, channels-last in memory."""
 
-    def __init__(self, dim: int, mlp_ratio: float, kernel_size: int, dilation: int, gate: str, drop: float, drop_path: float):
+    def __init__(
+        self, dim: int, mlp_ratio: float, kernel_size: int, dilation: int, gate: str, layer_scale: float, drop: float, drop_path: float
+    ):
         super().__init__()
         self.norm1: nn.Module = nn.BatchNorm2d(dim)
         self.attn = GatedAttention(dim, kernel_size, dilation, gate)
-        self.layer_scale_1 = nn.Parameter(torch.full((dim,), 1e-2))
+        self.layer_scale_1 = nn.Parameter(torch.full((dim,), float(layer_scale)))
         self.norm2: nn.Module = nn.BatchNorm2d(dim)
         self.mlp = ConvMlp(dim, int(mlp_ratio * dim), drop)
-        self.layer_scale_2 = nn.Parameter(torch.full((dim,), 1e-2))
+        self.layer_scale_2 = nn.Parameter(torch.full((dim,), float(layer_scale)))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -155,6 +158,8 @@ class VAN(Backbone):
         patch_size: stride of the stem, pixels; its kernel is 2 * patch_size - 1.
         kernel_size, dilation: of the large kernel, see `LargeKernelAttention`.
         gate: see `GatedAttention`.
+        layer_scale_init_value: initial value of the layer scales s1 and s2.
+        norm_eps: epsilon of the layer norm after each stage; 1e-6 in all released models, 1e-5 by default in the authors' class.
         drop_rate: dropout in the MLPs and before the head.
         drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
@@ -172,6 +177,8 @@ class VAN(Backbone):
         kernel_size: int = 21,
         dilation: int = 3,
         gate: str = "multiply",
+        layer_scale_init_value: float = 1e-2,
+        norm_eps: float = 1e-6,
         in_chans: int = 3,
         num_classes: int = 1000,
         drop_rate: float = 0.0,
@@ -189,8 +196,8 @@ class VAN(Backbone):
                 ConvPatchEmbed(dims[k - 1], dims[k], 3, 2, bias=True)
                 if k
                 else ConvPatchEmbed(in_chans, dims[0], 2 * patch_size - 1, patch_size, bias=True),
-                [VANBlock(dims[k], mlp_ratios[k], kernel_size, dilation, gate, drop_rate, rate) for rate in rates[k]],
-                LayerNorm2d(dims[k], eps=1e-6),
+                [VANBlock(dims[k], mlp_ratios[k], kernel_size, dilation, gate, layer_scale_init_value, drop_rate, rate) for rate in rates[k]],
+                LayerNorm2d(dims[k], eps=norm_eps),
             )
             for k in range(len(dims))
         )

@@ -9,8 +9,9 @@ block has two, one in each direction, and the class token is placed in the middl
     s_t = exp(delta_t A) s_{t-1} + delta_t b_t v_t;  y_t = <c_t, s_t> + D v_t
 
 Follows the authors' code (github hustvl/Vim, its released "bimamba v2, middle class token, divide by 2" models); its checkpoints load by
-name. Options that no released model uses are left out (rotary positions, directions alternating by layer, weights shared between
-directions). Any image size: positions are resampled and incomplete patches are padded with zeros (the authors' code refuses other sizes).
+name, those of its first release (rotary positions, class token first) too. Left out, since no released model uses them: dropout of
+positions, biases of the mixer's linear layers and other ranks of the step sizes, class tokens at a random place, randomly flipped sequences,
+logits of each token (`forward_features` returns the tokens). Any image size: positions are resampled and incomplete patches are padded with zeros (the authors' code refuses other sizes).
 Cost: linear in tokens, in time and in memory.
 
 Speed: the memory layout is (batch, tokens, channels) throughout; the backward direction runs its convolution and its scan from the end
@@ -31,14 +32,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitarium.catalog import family, rename
-from vitarium.nn import DropPath, EvalCache, Linear, PatchEmbed, TokenBackbone, drop_path_rates, resize_position_table
+from vitarium.nn import (
+    DropPath,
+    EvalCache,
+    Linear,
+    PatchEmbed,
+    TokenBackbone,
+    apply_rotary,
+    drop_path_rates,
+    layer_scale_gamma,
+    resize_position_table,
+    rotary_2d,
+)
 from vitarium.nn.backbone import init_head
 from vitarium.ops.linear import linear
 from vitarium.ops.maps import as_tokens
 from vitarium.ops.scan import IMPLEMENTATIONS, causal_conv_silu, scan_matrix, selective_scan
 
 DIRECTIONS = ("forward", "backward")
-PLACES = ("middle", "first", "none")
+PLACES = ("middle", "first", "ends", "none")
+ROTARY = ("none", "branches", "stream")
+SPAN = 14
+"""Rows and columns that the rotary positions of every grid are scaled to."""
 
 
 class ScanDirection(nn.Module):
@@ -70,35 +85,59 @@ class ScanDirection(nn.Module):
             self.dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
 
     def forward(self, u: Tensor) -> Tensor:
+        v, dt, b, c = self.parts(u)
+        delta = linear(dt, self.dt_proj.weight)
+        total: Tensor | None = None
+        for name, table, reverse in self.scans():
+            rate = self.cache.get(self, name, table, lambda table=table: decay(table))
+            options = dict(bias=self.dt_proj.bias, softplus=True, reverse=reverse, implementation=self.scan)
+            y, _ = selective_scan(v, delta, rate, b, c, self.D, **options)  # type: ignore[arg-type]
+            total = y if total is None else total + y
+        assert total is not None
+        return total
+
+    def parts(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the convolved channels v (B, L, E), and their step sizes (B, L, R), writing and reading vectors b and c (B, L, N)."""
         assert self.conv1d.bias is not None
         v = causal_conv_silu(u, self.conv1d.weight[:, 0], self.conv1d.bias, reverse=self.reverse)
         dt, b, c = self.x_proj(v).split(self.sizes, -1)
-        delta = linear(dt, self.dt_proj.weight)
-        rate = self.cache.get(self, "rate", self.A_log, self.rate)
-        bias = self.dt_proj.bias
-        y, _ = selective_scan(v, delta, rate, b, c, self.D, bias=bias, softplus=True, reverse=self.reverse, implementation=self.scan)
-        return y
+        return v, dt, b, c
+
+    def scans(self) -> list[tuple[str, Tensor, bool]]:
+        """Return name, logarithm of the decay rates (E, N), and whether it runs backward, of each scan; their outputs are added."""
+        return [("rate", self.A_log, self.reverse)]
 
     def attention(self, u: Tensor) -> Tensor:
-        """Return the absolute weights of the scan as a matrix, averaged over channels: u (B, L, E) -> (B, L, L); quadratic in L."""
-        assert self.conv1d.bias is not None
-        v = causal_conv_silu(u, self.conv1d.weight[:, 0], self.conv1d.bias, reverse=self.reverse)
-        dt, b, c = self.x_proj(v).split(self.sizes, -1)
-        delta = F.softplus(self.dt_proj(dt))
-        if self.reverse:
-            delta, b, c = (part.flip(1) for part in (delta, b, c))
-        rate, parts = self.rate(), range(0, delta.shape[2], 32)  # a few channels at a time, to limit the memory of their matrices
-        total = sum(scan_matrix(delta[..., i : i + 32], rate[i : i + 32], b, c).abs().sum(1) for i in parts) / delta.shape[2]
-        assert isinstance(total, Tensor)
-        return total.flip(1, 2) if self.reverse else total
-
-    def rate(self) -> Tensor:
-        """Return the decay rates A, (E, N), in at least float32."""
-        exact = torch.float64 if self.A_log.dtype is torch.float64 else torch.float32
-        return -torch.exp(self.A_log.to(exact))
+        """Return the absolute weights of the scans as a matrix, averaged over channels: u (B, L, E) -> (B, L, L); quadratic in L."""
+        _, dt, *vectors = self.parts(u)
+        steps = F.softplus(self.dt_proj(dt))
+        found = []
+        for _, table, reverse in self.scans():
+            delta, b, c = (part.flip(1) if reverse else part for part in (steps, *vectors))
+            rate, some = decay(table), range(0, delta.shape[2], 32)  # a few channels at a time, to limit the memory of their matrices
+            total = sum(scan_matrix(delta[..., i : i + 32], rate[i : i + 32], b, c).abs().sum(1) for i in some) / delta.shape[2]
+            assert isinstance(total, Tensor)
+            found.append(total.flip(1, 2) if reverse else total)
+        return torch.stack(found).mean(0)
 
     def extra_repr(self) -> str:
         return f"direction={'backward' if self.reverse else 'forward'}, scan={self.scan}"
+
+
+class SharedScan(ScanDirection):
+    """Scans in both directions with the same weights except the decay rates, after a causal convolution (the authors' "v1")."""
+
+    def __init__(self, dim: int, d_state: int, dt_rank: int, d_conv: int, scan: str):
+        super().__init__(dim, d_state, dt_rank, d_conv, "forward", scan)
+        self.A_b_log = nn.Parameter(self.A_log.detach().clone())
+
+    def scans(self) -> list[tuple[str, Tensor, bool]]:
+        return [*super().scans(), ("backward", self.A_b_log, True)]
+
+
+def decay(table: Tensor) -> Tensor:
+    """Return the decay rates A, (E, N), in at least float32, of their logarithms."""
+    return -torch.exp(table.to(torch.float64 if table.dtype is torch.float64 else torch.float32))
 
 
 class VimMixer(nn.Module):
@@ -108,23 +147,43 @@ class VimMixer(nn.Module):
         dim: channels.
         d_state, d_conv: states per channel, kernel size of the convolution.
         expand: ratio of inner channels to channels.
-        directions: "forward" or "backward" for each scan; scans have separate weights, their outputs are averaged.
+        directions: "forward" or "backward" for each scan; scans have separate weights.
+        shared: one `SharedScan` in place of `directions`.
+        average: average the outputs of `directions`, or add them.
+        layer_scale: initial value of factors on the output channels; 0 for none.
         scan: implementation, as for `vitarium.ops.scan.selective_scan`.
     """
 
-    def __init__(self, dim: int, *, d_state: int = 16, d_conv: int = 4, expand: int = 2, directions: Sequence[str] = DIRECTIONS, scan: str = "auto"):  # fmt: skip # noqa: E501
+    def __init__(
+        self,
+        dim: int,
+        *,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        directions: Sequence[str] = DIRECTIONS,
+        shared: bool = False,
+        average: bool = True,
+        layer_scale: float = 0.0,
+        scan: str = "auto",
+    ):
         super().__init__()
-        inner = expand * dim
+        inner, rank = expand * dim, math.ceil(dim / 16)
         self.in_proj = Linear(dim, 2 * inner, bias=False)
-        self.directions = nn.ModuleList(ScanDirection(inner, d_state, math.ceil(dim / 16), d_conv, name, scan) for name in directions)
+        scans = [ScanDirection(inner, d_state, rank, d_conv, name, scan) for name in directions]
+        self.directions = nn.ModuleList([SharedScan(inner, d_state, rank, d_conv, scan)] if shared else scans)
+        self.average = average
         self.out_proj = Linear(inner, dim, bias=False)
+        self.gamma = layer_scale_gamma(dim, layer_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         u, z = self.in_proj(x).chunk(2, -1)
         first, *others = (scan(u) for scan in self.directions)
         for y in others:
             first = first + y
-        return self.out_proj(first * F.silu(z)) / len(self.directions)
+        out = self.out_proj(first * F.silu(z))
+        out = out / len(self.directions) if self.average else out
+        return out if self.gamma is None else out * self.gamma
 
     def attention(self, x: Tensor) -> Tensor:
         """Return the implicit attention of tokens (B, L, dim), averaged over directions: (B, L, L), row = output, column = input."""
@@ -140,35 +199,76 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, weight, self.eps).to(self.weight.dtype)
 
 
-class VimBlock(nn.Module):
-    """Pre-norm residual block with a `VimMixer`: (B, L, C) -> the same shape."""
-
-    def __init__(self, dim: int, d_state: int, drop_path: float, directions: Sequence[str], scan: str):
-        super().__init__()
-        self.norm = RMSNorm(dim, eps=1e-5)
-        self.mixer = VimMixer(dim, d_state=d_state, directions=directions, scan=scan)
-        self.drop_path = DropPath(drop_path)
+class LayerNorm(nn.LayerNorm):
+    """Layer norm in the precisions of `RMSNorm`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.mixer(self.norm(x)))
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
+
+
+NORMS: dict[str, type[nn.Module]] = {"rms": RMSNorm, "layer": LayerNorm}
+
+
+class VimBlock(nn.Module):
+    """Pre-norm residual block with a `VimMixer`: (B, L, C) -> the same shape.
+
+    Args:
+        dim: channels C.
+        drop_path: stochastic depth rate.
+        norm: one of NORMS.
+        options: as for `VimMixer`.
+    """
+
+    def __init__(self, dim: int, drop_path: float, norm: str, **options: Any):
+        super().__init__()
+        self.norm = NORMS[norm](dim, eps=1e-5)
+        self.mixer = VimMixer(dim, **options)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
+        """Run the block; a rotary table (2, L, C) rotates the branch before it is added."""
+        branch = self.drop_path(self.mixer(self.norm(x)))
+        return x + (branch if rotary is None else apply_rotary(branch, rotary))
+
+
+def class_places(place: str, patches: int) -> list[int]:
+    """Return the positions of the class tokens in the sequence of an image with this number of patches, ascending."""
+    return {"middle": [patches // 2], "first": [0], "ends": [0, patches + 1], "none": []}[place]
+
+
+def insert_tokens(patches: Tensor, tokens: Tensor | None, places: Sequence[int]) -> Tensor:
+    """Insert tokens (B, P, C) into a sequence of patches (B, M, C) at the given positions of the result, (B, P + M, C)."""
+    if tokens is None:
+        return patches
+    parts, start = [], 0
+    for i, place in enumerate(places):
+        parts += [patches[:, start : place - i], tokens[:, i : i + 1]]
+        start = place - i
+    return torch.cat([*parts, patches[:, start:]], 1)
 
 
 def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], place: str, *, as_authors: bool = False) -> Tensor:
-    """Resize a position table to another grid: (1, P + h w, C) -> (1, P + h' w', C), P = 0 if `place` is "none", else 1.
+    """Resize a position table to another grid: (1, P + h w, C) -> (1, P + h' w', C), P the number of class tokens of `place`.
 
     Args:
         table: rows in the order of the sequence, including that of the class token.
         old, new: rows and columns of the grids.
         place: position of the class token, one of PLACES.
-        as_authors: resize as the authors' fine-tuning code, which always treats the first row as that of the class token. Their "+" models
-            were initialised this way; their own tables need no resizing.
+        as_authors: resize as the authors' fine-tuning code, which always treats the first rows as those of the class tokens. Their "+"
+            models were initialised this way; their own tables need no resizing.
     """
-    if place == "none":
-        return resize_position_table(table, old, new)
-    before, after = (0 if place == "first" or as_authors else grid[0] * grid[1] // 2 for grid in (old, new))
-    own, patches = table[:, before : before + 1], torch.cat([table[:, :before], table[:, before + 1 :]], 1)
-    patches = resize_position_table(patches, old, new)
-    return torch.cat([patches[:, :after], own, patches[:, after:]], 1)
+    before, after = (class_places(place, grid[0] * grid[1]) for grid in (old, new))
+    if as_authors:
+        before = after = list(range(len(before)))
+    others = [i for i in range(table.shape[1]) if i not in before]
+    patches = resize_position_table(table[:, others], old, new)
+    return insert_tokens(patches, table[:, before] if before else None, after)
+
+
+def rotary_table(dim: int, grid: tuple[int, int]) -> Tensor:
+    """Return the rotary table of the patches of a grid, (2, h w, dim)."""
+    return rotary_2d(dim, *grid, span=SPAN)
 
 
 def _direction(number: int, suffix: str) -> list[tuple[str, str]]:
@@ -182,13 +282,30 @@ def _direction(number: int, suffix: str) -> list[tuple[str, str]]:
     ]
 
 
-OFFICIAL = rename(*_direction(0, ""), *_direction(1, "_b"), (r"^layers\.", "blocks."), (r"^norm_f\.", "norm."))
+_REST = [(r"^layers\.", "blocks."), (r"^norm_f\.", "norm.")]
+_SEPARATE = rename(*_direction(0, ""), *_direction(1, "_b"), *_REST)
+_SHARED = rename(*_direction(0, ""), (r"^layers\.(\d+)\.mixer\.A_b_log$", r"blocks.\1.mixer.directions.0.A_b_log"), *_REST)
+
+
+def OFFICIAL(state: dict[str, Tensor]) -> dict[str, Tensor]:  # noqa: N802 - a renamer like those of other systems
+    """Convert the authors' names; directions with shared weights are recognised by their single convolution."""
+    state = dict(state)
+    for new, axis, parts in (("cls_token", 1, ("cls_token_head", "cls_token_tail")), ("rotary", 0, ("rope.freqs_cos", "rope.freqs_sin"))):
+        if all(part in state for part in parts):
+            found = [state.pop(part) for part in parts]
+            state[new] = torch.cat(found, axis) if axis else torch.stack(found)
+    shared = any(name.endswith(".A_b_log") for name in state) and not any(".conv1d_b." in name for name in state)
+    return (_SHARED if shared else _SEPARATE)(state)
+
+
+FIRST_RELEASE: dict[str, Any] = dict(class_token="first", rotary="stream", average=False)
 
 
 @family(
     "vim",
     variants={
         "pico": dict(embed_dim=48, depth=3, patch_size=4, d_state=8, image_size=16),
+        "tiny_rope": dict(embed_dim=192, depth=24, **FIRST_RELEASE),  # 73.1 %
         "tiny": dict(embed_dim=192, depth=24),  # 7.1 M, 76.1 % top-1
         "tiny_plus": dict(embed_dim=192, depth=24, stride=8),  # fine-tuned with overlapping patches, 78.3 %
         "small": dict(embed_dim=384, depth=24, drop_path_rate=0.05),  # 25.8 M, 80.5 %
@@ -198,6 +315,7 @@ OFFICIAL = rename(*_direction(0, ""), *_direction(1, "_b"), (r"^layers\.", "bloc
     official=OFFICIAL,
     weights={
         "tiny": {"in1k": ("hf:hustvl/Vim-tiny-midclstok/vim_t_midclstok_76p1acc.pth",)},
+        "tiny_rope": {"in1k": ("hf:hustvl/Vim-tiny/vim_tiny_73p1.pth",)},
         "tiny_plus": {"in1k": ("hf:hustvl/Vim-tiny-midclstok/vim_t_midclstok_ft_78p3acc.pth",)},
         "small": {"in1k": ("hf:hustvl/Vim-small-midclstok/vim_s_midclstok_80p5acc.pth",)},
         "small_plus": {"in1k": ("hf:hustvl/Vim-small-midclstok/vim_s_midclstok_ft_81p6acc.pth",)},
@@ -213,16 +331,30 @@ class Vim(TokenBackbone):
         patch_size: side of a patch, pixels.
         stride: pixels between patches; None for patch_size.
         image_size: side, in pixels, of the square image that the position table is made for.
-        d_state: states N per channel.
-        directions: "forward" or "backward" for each scan of a block.
-        class_token: position of the class token, "middle" (before patch M // 2 of M) or "first", or "none" for pooling the patches.
+        d_state, d_conv, expand: states N per channel, kernel size of the convolutions, ratio of inner channels to channels.
+        directions: "forward" or "backward" for each scan of a block: both (the authors' "v2"), or one of them ("none").
+        shared: scans in both directions that share all weights but the decay rates, in place of `directions` ("v1").
+        average: average the outputs of the directions, or add them.
+        alternate: run the blocks in pairs, the second on the reversed sequence, and average the two; needs an even depth.
+        class_token: position of the class token, "middle" (before patch M // 2 of M) or "first", one at both "ends" (averaged), or "none"
+            for pooling the patches.
+        global_pool: image feature: "token", "avg", "max" or "last" (the last token); "max_logits" is the maximum of the tokens' logits. None:
+            "token" with a class token, else "avg".
+        positions: whether to add a learned position table.
+        rotary: also rotate channels by their token's row and column before each block: of the whole "stream", of the output of the previous
+            block ("branches"), or "none". As in the authors' code, the table starts at the second token if there is one class token.
+        norm: "rms" or "layer".
+        layer_scale_init_value: initial value of factors on the output of each mixer; 0 for none.
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
         scan: implementation of the scan: "loop", "numba", "triton", or "auto" for the fastest of them on the device.
 
     Raises:
-        ValueError: another class_token, direction or scan.
+        ValueError: another class_token, global_pool, direction, rotary, norm or scan, or an odd depth with `alternate`.
     """
+
+    pools = (*TokenBackbone.pools, "last", "max_logits")
+    rotary: Tensor | None
 
     def __init__(
         self,
@@ -233,33 +365,53 @@ class Vim(TokenBackbone):
         stride: int | None = None,
         image_size: int = 224,
         d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
         directions: Sequence[str] = DIRECTIONS,
+        shared: bool = False,
+        average: bool = True,
+        alternate: bool = False,
         class_token: str = "middle",
+        global_pool: str | None = None,
+        positions: bool = True,
+        rotary: str = "none",
+        norm: str = "rms",
+        layer_scale_init_value: float = 0.0,
         in_chans: int = 3,
         num_classes: int = 1000,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         scan: str = "auto",
     ):
-        _check_choice("class_token", class_token, PLACES)
-        _check_choice("scan", scan, IMPLEMENTATIONS)
+        for option, value, accepted in (
+            ("class_token", class_token, PLACES),
+            ("rotary", rotary, ROTARY),
+            ("norm", norm, NORMS),
+            ("scan", scan, IMPLEMENTATIONS),
+        ):
+            _check_choice(option, value, tuple(accepted))
+        if alternate and depth % 2:
+            raise ValueError(f"alternate needs an even depth, got {depth}")
         for direction in directions or [""]:
             _check_choice("each of directions", direction, DIRECTIONS)
         super().__init__(
             dim=embed_dim, depth=depth, stride=stride or patch_size, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate
         )
-        self.place = class_token
+        self.place, self.alternate, self.rotates = class_token, alternate, rotary
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, stride=stride)
         self.table_grid = self.patch_embed.grid(image_size, image_size)
-        count = self.table_grid[0] * self.table_grid[1]
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if class_token != "none" else None
-        self.pos_embed = nn.Parameter(torch.empty(1, count + (class_token != "none"), embed_dim))
+        own, count = len(self.class_places(0)), self.table_grid[0] * self.table_grid[1]
+        self.cls_token = nn.Parameter(torch.empty(1, own, embed_dim)) if own else None
+        self.pos_embed = nn.Parameter(torch.empty(1, count + own, embed_dim)) if positions else None
+        self.register_buffer("rotary", None if rotary == "none" else rotary_table(embed_dim, self.table_grid))
         self.cache = EvalCache()
         (rates,) = drop_path_rates(drop_path_rate, [depth])
-        self.blocks = nn.ModuleList(VimBlock(embed_dim, d_state, rate, directions, scan) for rate in rates)
-        self.norm = RMSNorm(embed_dim, eps=1e-5)
-        if class_token == "none":
-            self.pools, self.global_pool = self.pools[1:], "avg"
+        mixer = dict(d_state=d_state, d_conv=d_conv, expand=expand, directions=directions, shared=shared, average=average, scan=scan)
+        self.blocks = nn.ModuleList(VimBlock(embed_dim, rate, norm, layer_scale=layer_scale_init_value, **mixer) for rate in rates)
+        self.norm = NORMS[norm](embed_dim, eps=1e-5)
+        self.pools = self.pools if own else tuple(pool for pool in self.pools if pool != "token")
+        self.global_pool = self.pools[0] if global_pool is None else global_pool
+        _check_choice("global_pool", self.global_pool, self.pools)
         self._init_weights(depth)
 
     def _init_weights(self, depth: int) -> None:
@@ -278,25 +430,61 @@ class Vim(TokenBackbone):
             init_head(self.head)
 
     def class_places(self, patches: int) -> list[int]:
-        return {"middle": [patches // 2], "first": [0], "none": []}[self.place]
+        return class_places(self.place, patches)
 
-    def positions(self, grid: tuple[int, int]) -> Tensor:
-        """Return the position table of a grid, (1, L, C), resampled unless the model was made for this grid."""
-        if grid == self.table_grid:
-            return self.pos_embed
-        return self.cache.get(self, grid, self.pos_embed, lambda: resize_positions(self.pos_embed, self.table_grid, grid, self.place))
+    def positions(self, grid: tuple[int, int]) -> Tensor | None:
+        """Return the position table of a grid, (1, L, C), resampled unless the model was made for this grid; None if it has none."""
+        table = self.pos_embed
+        if table is None or grid == self.table_grid:
+            return table
+        return self.cache.get(self, grid, table, lambda: resize_positions(table, self.table_grid, grid, self.place))
+
+    def rotary_of(self, grid: tuple[int, int]) -> Tensor | None:
+        """Return the rotary table of the sequence of a grid, (2, L, C), the identity for class tokens; None if it has none."""
+        table = self.rotary
+        if table is None:
+            return None
+        table = table if grid == self.table_grid else rotary_table(table.shape[2], grid).to(table)
+        own = len(self.class_places(0))
+        still = torch.stack([table.new_ones(own, table.shape[2]), table.new_zeros(own, table.shape[2])])
+        return insert_tokens(table, still, [0] if own == 1 else self.class_places(grid[0] * grid[1]))
+
+    def embed(self, image: Tensor) -> Tensor:
+        """Return the initial tokens of images, (B, L, C), at least float32."""
+        x = as_tokens(self.patch_embed(image))
+        first = None if self.cls_token is None else self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype)
+        x = insert_tokens(x, first, self.class_places(x.shape[1]))
+        table = self.positions(self.patch_embed.grid(*image.shape[-2:]))
+        x = x if table is None else x + table
+        return x if x.dtype is torch.float64 else x.float()
 
     def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
         """Yield the tokens after each block, (B, L, C), at least float32: the residual stream is not rounded to half precision."""
-        x = as_tokens(self.patch_embed(image))
-        if self.cls_token is not None:
-            middle = self.class_places(x.shape[1])[0]
-            x = torch.cat([x[:, :middle], self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x[:, middle:]], 1)
-        x = x + self.positions(self.patch_embed.grid(*image.shape[-2:]))
-        x = x if x.dtype is torch.float64 else x.float()
-        for block in self.blocks:
-            x = self.run_blocks([block], x)
-            yield x
+        x, table = self.embed(image), self.rotary_of(self.patch_embed.grid(*image.shape[-2:]))
+        step, last = 2 if self.alternate else 1, len(self.blocks) - 1
+        for i in range(0, len(self.blocks), step):
+            if table is not None and (i == 0 or self.rotates == "stream"):
+                x = apply_rotary(x, table)
+            # the output of a block is rotated before the next one, hence not in the last
+            after = table if self.rotates == "branches" and i + step <= last else None
+            y = self.run_blocks([self.blocks[i]], x, after)
+            yield y
+            if self.alternate and i < last:
+                back = self.run_blocks([self.blocks[i + 1]], x.flip(1), None if after is None else after.flip(1))
+                y = (y + back.flip(1)) / 2
+                yield y
+            x = y
+
+    def pool(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Pool tokens (B, L, C) by `global_pool`: (B, C). "max_logits" has no pooled feature; the mean stands for it."""
+        if self.global_pool == "last":
+            return features[:, -1]
+        return self.split_tokens(features)[1].mean(1) if self.global_pool == "max_logits" else super().pool(features, mask)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        if self.global_pool != "max_logits" or pre_logits or not self.num_classes:
+            return super().forward_head(features, pre_logits)
+        return self.head(F.dropout(features, self.drop_rate, self.training)).amax(1)
 
     @torch.no_grad()
     def hidden_attention(self, image: Tensor, block: int = -1) -> Tensor:
@@ -319,16 +507,19 @@ class Vim(TokenBackbone):
         finally:
             handle.remove()
         taken = chosen.attention(inputs[0])
-        places = self.class_places(taken.shape[1] - (self.place != "none"))
+        taken = taken.flip(1, 2) if self.alternate and number % 2 else taken
+        places = self.class_places(taken.shape[1] - len(self.class_places(0)))
         row = taken[:, places].mean(1) if places else taken.mean(1)
         return self.as_map(row[..., None], image.shape[-2:])[:, 0]
 
     def no_weight_decay(self) -> set[str]:
-        return {name for name, _ in self.named_parameters() if name in ("pos_embed", "cls_token") or name.endswith(".A_log")}
+        return {name for name, _ in self.named_parameters() if name in ("pos_embed", "cls_token") or name.endswith(("A_log", "A_b_log"))}
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
         """Resize a position table of a checkpoint to the grid of this model; return None for any other tensor."""
-        extra = self.place != "none"
+        if name == "rotary" and tensor.shape[::2] == shape[::2]:
+            return rotary_table(shape[2], self.table_grid).to(tensor.dtype)
+        extra = len(self.class_places(0))
         side = math.isqrt(max(0, tensor.shape[1] - extra)) if tensor.ndim == 3 else 0
         if name != "pos_embed" or tensor.shape[2:] != shape[2:] or side**2 + extra != tensor.shape[1]:
             return None

@@ -17,6 +17,7 @@ from vitarium.nn.layers import (
     drop_path_rates,
     init_convs_by_fan_out,
     init_weights,
+    layer_scale_gamma,
 )
 from vitarium.nn.mixer_pyramid import MixerPyramid
 from vitarium.nn.modes import eval_mode, evaluating, frozen_parameters
@@ -81,6 +82,7 @@ __all__ = [
     "inflate_kernel",
     "init_convs_by_fan_out",
     "init_weights",
+    "layer_scale_gamma",
     "resize_position_table",
     "rotary_2d",
     "sincos_2d",

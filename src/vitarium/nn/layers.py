@@ -56,10 +56,21 @@ class LayerScale(nn.Module):
 
     def __init__(self, dim: int, init_value: float = 1e-5):
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), init_value))
+        self.gamma = nn.Parameter(torch.full((dim,), float(init_value)))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma
+
+
+def layer_scale_gamma(dim: int, init_value: float) -> nn.Parameter | None:
+    """Return the factors of a layer scale, (dim,) floating-point, for blocks that hold them themselves; None if init_value is 0.
+
+    Raises:
+        ValueError: a negative init_value.
+    """
+    if init_value < 0:
+        raise ValueError(f"the initial value of a layer scale must be at least 0 (0: none), got {init_value}")
+    return nn.Parameter(torch.full((dim,), float(init_value))) if init_value > 0 else None
 
 
 class LayerNorm2d(nn.LayerNorm):

@@ -183,10 +183,21 @@ def sincos_2d(dim: int, height: int, width: int, *, temperature: float = 10000.0
     return torch.cat([column, row], 2).flatten(0, 1).float()
 
 
-def rotary_2d(head_dim: int, height: int, width: int, *, temperature: float = 10000.0, device: torch.device | None = None) -> Tensor:
+def rotary_2d(
+    head_dim: int,
+    height: int,
+    width: int,
+    *,
+    temperature: float = 10000.0,
+    span: float | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
     """Return the rotary table of a token grid for `apply_rotary`, (2, height * width, head_dim): cosines, then sines.
 
     The first half of the channels of a head rotates with the row, the second with the column; channels 2i and 2i + 1 form a pair.
+
+    Args:
+        span: rows and columns are scaled to positions 0 to `span`, exclusive, whatever the grid (as in EVA-02 and Vim); None: one unit each.
 
     Raises:
         ValueError: head_dim is not a multiple of 4.
@@ -194,7 +205,9 @@ def rotary_2d(head_dim: int, height: int, width: int, *, temperature: float = 10
     if head_dim % 4:
         raise ValueError(f"2-D rotary positions need head_dim divisible by 4, got {head_dim}")
     rate = temperature ** (-torch.arange(head_dim // 4, device=device, dtype=torch.float64) / (head_dim // 4))
-    row, column = (torch.arange(side, device=device, dtype=torch.float64)[:, None] * rate for side in (height, width))
+    scales = [1.0 if span is None else span / side for side in (height, width)]
+    lines = [torch.arange(side, device=device, dtype=torch.float64) * scale for side, scale in zip((height, width), scales, strict=True)]
+    row, column = (line[:, None] * rate for line in lines)
     angle = torch.cat([row[:, None].expand(height, width, -1), column[None].expand(height, width, -1)], 2).flatten(0, 1)
     angle = angle.repeat_interleave(2, dim=1)
     return torch.stack([angle.cos(), angle.sin()]).float()

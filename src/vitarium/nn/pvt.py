@@ -57,11 +57,12 @@ class ReducedAttention(nn.Module):
     Args:
         dim, num_heads: channels and heads.
         qkv_bias: whether the projections to queries, keys and values have a bias.
+        scale: factor on the logits, head_dim ** -0.5 by default.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True):
+    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True, scale: float | None = None):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.scale = num_heads, scale
         self.q = Linear(dim, dim, bias=qkv_bias)
         self.kv = Linear(dim, 2 * dim, bias=qkv_bias)
         self.proj = Linear(dim, dim)
@@ -76,7 +77,7 @@ class ReducedAttention(nn.Module):
         `bias` is added to the logits, broadcastable to (B, heads, Q, M).
         """
         k, v = self.kv(self.reduce(x, grid)).chunk(2, 2)
-        return multi_head_attention(q, k, v, self.num_heads, bias=None if bias is None else bias.to(q.dtype))
+        return multi_head_attention(q, k, v, self.num_heads, bias=None if bias is None else bias.to(q.dtype), scale=self.scale)
 
     def forward(self, x: Tensor, grid: Grid, bias: Tensor | None = None) -> Tensor:
         return self.proj(self.attend(self.q(x), x, grid, bias))

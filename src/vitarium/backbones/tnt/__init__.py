@@ -13,7 +13,8 @@ first block of a stage (and the second of a long one), and outer attention to av
 
 Follows the authors' code (github huawei-noah/Efficient-AI-Backbones, tnt_pytorch); its checkpoints and timm's load by name. Any image size:
 incomplete patches are padded with zeros, position and bias tables are resampled. The inner norms of the pyramid run over all words of a
-sentence jointly, as in the released models.
+sentence jointly, as in the released models. Left out of the authors' constructors: dropout of positions, attention and MLPs (0 in all
+released models, and without effect on outputs); the class of the norms.
 Cost: quadratic in sentences, linear in words.
 
 Speed: queries, keys and values are one product; attention runs in the fused kernel; `fuse()` folds the batch norms of the pyramid.

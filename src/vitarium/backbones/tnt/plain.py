@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitarium.backbones.tnt.blocks import EPS, PARTS, Gather, Grid, Pair
+from vitarium.backbones.tnt.blocks import EPS, PARTS, GatedMlp, Gather, Grid, Pair
 from vitarium.catalog import chain, family, rename
 from vitarium.catalog.registry import join
 from vitarium.nn import (
@@ -25,9 +25,9 @@ from vitarium.ops.maps import as_tokens
 from vitarium.ops.windows import pad_to_multiple
 
 
-def block(dim: int, num_heads: int, mlp_ratio: float, drop_path: float) -> TransformerBlock:
-    """Build a pre-norm transformer block without bias in the projections to queries, keys and values."""
-    attn = Attention(dim, num_heads, qkv_bias=False)
+def block(dim: int, num_heads: int, mlp_ratio: float, drop_path: float, qkv_bias: bool, qk_scale: float | None) -> TransformerBlock:
+    """Build a pre-norm transformer block."""
+    attn = Attention(dim, num_heads, qkv_bias=qkv_bias, scale=qk_scale)
     return TransformerBlock(dim, num_heads, mlp_ratio=mlp_ratio, drop_path=drop_path, attn=attn, eps=EPS)
 
 
@@ -75,13 +75,21 @@ class WordEmbed(nn.Module):
 
 
 class TNTBlock(nn.Module):
-    """TNT block: words (B N, n, c) and sentences (B, 1 + N, C) -> the same shapes."""
+    """TNT block: words (B N, n, c) and sentences (B, 1 + N, C) -> the same shapes.
 
-    def __init__(self, dim: int, inner_dim: int, words: int, num_heads: int, inner_heads: int, mlp_ratio: float, drop_path: float):
+    Args:
+        dim, inner_dim, num_heads, inner_heads, se: see `TNT`.
+        words: words per sentence n.
+        options: mlp_ratio, drop_path, qkv_bias and qk_scale of both transformers.
+    """
+
+    def __init__(self, dim: int, inner_dim: int, words: int, num_heads: int, inner_heads: int, *, se: bool, **options: Any):
         super().__init__()
-        self.inner = block(inner_dim, inner_heads, mlp_ratio, drop_path)
+        self.inner = block(inner_dim, inner_heads, **options)
         self.gather = Gather(words * inner_dim, dim)
-        self.outer = block(dim, num_heads, mlp_ratio, drop_path)
+        self.outer = block(dim, num_heads, **options)
+        if se:
+            self.outer.mlp = GatedMlp(dim, int(dim * options["mlp_ratio"]))
 
     def forward(self, both: Pair) -> Pair:
         words, sentences = both
@@ -142,6 +150,9 @@ class TNT(TokenBackbone):
         depth: blocks.
         patch_size, stride: side of a sentence and distance between words, pixels.
         mlp_ratio: ratio of hidden channels to channels in all MLPs.
+        qkv_bias: whether the projections to queries, keys and values have a bias.
+        qk_scale: factor on the logits of all attentions; None: head_dim ** -0.5.
+        se: gate the channels of the outer MLPs' outputs by the mean of the tokens (squeeze-and-excitation).
         image_size: side, in pixels, of the square image that the position table is made for.
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
@@ -163,6 +174,9 @@ class TNT(TokenBackbone):
         patch_size: int = 16,
         stride: int = 4,
         mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        se: bool = False,
         image_size: int = 224,
         in_chans: int = 3,
         num_classes: int = 1000,
@@ -172,8 +186,9 @@ class TNT(TokenBackbone):
         super().__init__(dim=dim, depth=depth, stride=patch_size, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
         self.patch_embed = WordEmbed(patch_size, stride, image_size, in_chans, inner_dim, dim)
         (rates,) = drop_path_rates(drop_path_rate, [depth])
+        options = dict(se=se, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, qk_scale=qk_scale)
         self.blocks = nn.ModuleList(
-            TNTBlock(dim, inner_dim, self.patch_embed.words, num_heads, inner_heads, mlp_ratio, rate) for rate in rates
+            TNTBlock(dim, inner_dim, self.patch_embed.words, num_heads, inner_heads, drop_path=rate, **options) for rate in rates
         )
         self.norm = nn.LayerNorm(dim, eps=EPS)
         init_weights(self, conv=False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitarium.backbones.tnt.blocks import EPS, PARTS, Gather, Grid, Pair
+from vitarium.backbones.tnt.blocks import EPS, PARTS, GatedMlp, Gather, Grid, Pair
 from vitarium.catalog import chain, family, rename
 from vitarium.catalog.registry import join
 from vitarium.nn import (
@@ -70,8 +70,8 @@ class PyramidStem(nn.Module):
 class SentenceAttention(ReducedAttention):
     """Attention from sentences (B, N, dim) of a grid to their r x r averages, with a bias (1, heads, N, M) per pair."""
 
-    def __init__(self, dim: int, num_heads: int, reduction: int):
-        super().__init__(dim, num_heads, qkv_bias=False)
+    def __init__(self, dim: int, num_heads: int, reduction: int, **options: Any):
+        super().__init__(dim, num_heads, **options)
         self.reduction = reduction
         if reduction > 1:
             self.linear = Linear(dim, dim)
@@ -87,12 +87,12 @@ class SentenceAttention(ReducedAttention):
 class PyramidInner(nn.Module):
     """Inner transformer block: words (B N, 16, c) -> the same shape. The norms run over all words of a sentence jointly."""
 
-    def __init__(self, dim: int, num_heads: int, drop_path: float):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float, **options: Any):
         super().__init__()
         self.norm1 = nn.LayerNorm(SIDE**2 * dim)
-        self.attn = Attention(dim, num_heads, qkv_bias=False)
+        self.attn = Attention(dim, num_heads, **options)
         self.norm2 = nn.LayerNorm(SIDE**2 * dim)
-        self.mlp = Mlp(dim, 4 * dim)
+        self.mlp = Mlp(dim, int(mlp_ratio * dim))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, words: Tensor) -> Tensor:
@@ -101,16 +101,37 @@ class PyramidInner(nn.Module):
 
 
 class PyramidBlock(nn.Module):
-    """PyramidTNT block: words (B N, 16, c) and sentences (B, N, C) -> the same shapes; without `inner_heads` the words are not used."""
+    """PyramidTNT block: words (B N, 16, c) and sentences (B, N, C) -> the same shapes; without `inner_heads` the words are not used.
 
-    def __init__(self, dim: int, inner_dim: int, num_heads: int, inner_heads: int | None, reduction: int, drop_path: float):
+    Args:
+        dim, inner_dim, num_heads, inner_heads, mlp_ratio, se: see `PyramidTNT`.
+        reduction: side of the averages that the outer attention attends to.
+        drop_path: stochastic depth rate of all branches.
+        options: qkv_bias and scale of both attentions.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        inner_dim: int,
+        num_heads: int,
+        inner_heads: int | None,
+        reduction: int,
+        *,
+        mlp_ratio: float,
+        se: bool,
+        drop_path: float,
+        **options: Any,
+    ):
         super().__init__()
         self.inner = self.gather = None
         if inner_heads is not None:
-            self.inner = PyramidInner(inner_dim, inner_heads, drop_path)
+            self.inner = PyramidInner(inner_dim, inner_heads, mlp_ratio, drop_path, **options)
             self.gather = Gather(SIDE**2 * inner_dim, dim)
-        attn = SentenceAttention(dim, num_heads, reduction)
-        self.outer = TransformerBlock(dim, num_heads, drop_path=drop_path, attn=attn, eps=EPS)
+        attn = SentenceAttention(dim, num_heads, reduction, **options)
+        self.outer = TransformerBlock(dim, num_heads, mlp_ratio=mlp_ratio, drop_path=drop_path, attn=attn, eps=EPS)
+        if se:
+            self.outer.mlp = GatedMlp(dim, int(mlp_ratio * dim))
 
     def forward(self, both: Pair, grid: Grid, bias: Tensor) -> Pair:
         words, sentences = both
@@ -248,6 +269,10 @@ class PyramidTNT(Backbone):
         dims, inner_dims: channels of sentences and of words, per stage.
         num_heads, inner_heads: heads of the outer and of the inner attention, per stage.
         reductions: side, in sentences, of the averages that the outer attention attends to, per stage.
+        mlp_ratio: ratio of hidden channels to channels in all MLPs.
+        qkv_bias: whether the projections to queries, keys and values have a bias.
+        qk_scale: factor on the logits of all attentions; None: head_dim ** -0.5.
+        se: gate the channels of the outer MLPs' outputs by the mean of the tokens (squeeze-and-excitation).
         patch_size: side of a sentence of the first stage, pixels, 8 or 4.
         image_size: side, in pixels, of the square image that the tables are made for.
         drop_rate: dropout before the head.
@@ -266,6 +291,10 @@ class PyramidTNT(Backbone):
         num_heads: Sequence[int],
         inner_heads: Sequence[int],
         reductions: Sequence[int] = (4, 2, 1, 1),
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        se: bool = False,
         patch_size: int = 8,
         image_size: int = 192,
         in_chans: int = 3,
@@ -286,11 +315,20 @@ class PyramidTNT(Backbone):
         self.stem.inner_pos = nn.Parameter(torch.empty(1, SIDE**2, inner_dims[0]))
         self.cache = EvalCache()
         self.stages = nn.ModuleList()
+        options: dict[str, Any] = dict(mlp_ratio=mlp_ratio, se=se, qkv_bias=qkv_bias, scale=qk_scale)
         for k, rates in enumerate(drop_path_rates(drop_path_rate, depths)):
             merges = [Merge(row[k - 1], row[k]) for row in (inner_dims, dims)] if k else []
             inner = range(2 if depths[k] > 6 else 1)
             blocks = [
-                PyramidBlock(dims[k], inner_dims[k], num_heads[k], inner_heads[k] if i in inner else None, reductions[k], rate)
+                PyramidBlock(
+                    dims[k],
+                    inner_dims[k],
+                    num_heads[k],
+                    inner_heads[k] if i in inner else None,
+                    reductions[k],
+                    drop_path=rate,
+                    **options,
+                )
                 for i, rate in enumerate(rates)
             ]
             grid = (-(-grid[0] // 2), -(-grid[1] // 2)) if k else grid
