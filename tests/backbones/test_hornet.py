@@ -12,6 +12,9 @@ from torch.nn import functional as F
 import vitarium
 from tests.golden import assert_matches_golden
 from vitarium.backbones.hornet import GlobalLocalFilter, GnConv, HorNet
+from vitarium.catalog import rename
+from vitarium.catalog.checkpoints import load_checkpoint
+from vitarium.errors import UsageError
 
 
 def outputs(model: HorNet, x: Tensor) -> dict[str, Tensor]:
@@ -119,8 +122,11 @@ def test_a_filter_of_ones_leaves_its_half_alone_and_the_halves_alternate():
 
 
 @pytest.mark.identity
-def test_without_layer_scale_only_stem_and_downsampling_remain():
-    model = vitarium.create_model("hornet_pico", layer_scale_init_value=0.0).double().eval()
+def test_with_factors_of_zero_only_stem_and_downsampling_remain():
+    model = vitarium.create_model("hornet_pico").double().eval()
+    for name, parameter in model.named_parameters():
+        if "gamma" in name:
+            nn.init.zeros_(parameter)
     image = torch.randn(1, 3, 32, 32, dtype=torch.float64)
     expected = model.stem(image)
     for stage in model.stages:
@@ -145,3 +151,50 @@ def test_global_filters_take_any_size_and_learn():
 def test_refuses(options: dict, words: str):
     with pytest.raises(ValueError, match=words):
         vitarium.create_model("hornet_pico", **options)
+
+
+def test_without_factors():
+    """layer_scale_init_value=0 leaves them out, as in the authors' code; integers are accepted."""
+    plain, scaled = (vitarium.create_model("hornet_pico", layer_scale_init_value=value, num_classes=5).eval() for value in (0, 1))
+    assert not [name for name in plain.state_dict() if "gamma" in name]
+    assert scaled.stages[0].blocks[0].gamma1.dtype is torch.float32
+    scaled.load_state_dict(plain.state_dict(), strict=False)
+    image = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(plain(image), scaled(image), rtol=1e-6, atol=1e-6)
+    with pytest.raises(UsageError, match="at least 0"):
+        vitarium.create_model("hornet_pico", layer_scale_init_value=-1)
+
+
+def test_scale_of_the_gates():
+    """A factor s on all gates of a gnConv of order n scales its output, without bias, by s^n."""
+    one, other = (GnConv(8, 2, scale=scale).double() for scale in (1, 0.5))
+    for parameter in (one.pws[0].bias, one.proj_out.bias):
+        nn.init.zeros_(parameter)
+    other.load_state_dict(one.state_dict())
+    x = torch.randn(1, 8, 9, 9, dtype=torch.float64)
+    torch.testing.assert_close(other(x), one(x) / 4, rtol=1e-12, atol=1e-12)
+    assert vitarium.create_model("hornet_pico", scale=0.5).stages[1].blocks[0].gnconv.scale == 0.5
+
+
+def test_norm_of_each_stage_as_in_the_authors_detectors(tmp_path):
+    """Each map has its own norm, which the next stage does not see; the names of a detector's file load."""
+    plain = vitarium.create_model("hornet_pico", num_classes=0).eval()
+    normed = vitarium.create_model("hornet_pico", num_classes=0, stage_norms=True).eval()
+    theirs = {name: tensor for name, tensor in plain.state_dict().items() if not name.startswith("head_norm")}
+    back = [(r"^stem\.conv", "downsample_layers.0.0"), (r"^stem\.norm", "downsample_layers.0.1")]
+    back += [(r"^stages\.(\d)\.downsample\.norm", r"downsample_layers.\1.0"), (r"^stages\.(\d)\.downsample\.conv", r"downsample_layers.\1.1")]
+    back += [(r"^(stages\.\d)\.blocks\.(\d+)\.mlp\.fc(\d)", r"\1.\2.pwconv\3"), (r"^(stages\.\d)\.blocks\.", r"\1.")]
+    theirs = rename(*back)(theirs)
+    for i, dim in enumerate((24, 48)):
+        theirs |= {f"norm{i}.weight": torch.rand(dim), f"norm{i}.bias": torch.randn(dim)}
+    state = {f"backbone.{name}": tensor for name, tensor in theirs.items()} | {"rpn_head.conv.weight": torch.zeros(3, 3)}
+    torch.save({"state_dict": state}, tmp_path / "mask_rcnn.pth")
+    report = load_checkpoint(normed, tmp_path / "mask_rcnn.pth")
+    assert report.complete
+    image = torch.randn(2, 3, 16, 16)
+    maps, found = (model.forward_intermediates(image, intermediates_only=True) for model in (plain, normed))
+    for i, (x, y) in enumerate(zip(maps, found, strict=True)):
+        want = F.layer_norm(x.movedim(1, -1), x.shape[1:2], theirs[f"norm{i}.weight"], theirs[f"norm{i}.bias"], 1e-6).movedim(-1, 1)
+        torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+    vitarium.save(normed, tmp_path / "ours.safetensors")
+    assert torch.equal(vitarium.load(tmp_path / "ours.safetensors")(image), normed(image))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vitarium.catalog.registry import family as family
     from vitarium.catalog.registry import find_model as find_model
     from vitarium.catalog.registry import join as join
+    from vitarium.catalog.registry import part_of as part_of
     from vitarium.catalog.registry import rename as rename
     from vitarium.catalog.search import list_models as list_models
 
@@ -37,6 +38,7 @@ _PLACES = {
     "find_model": "registry",
     "join": "registry",
     "list_models": "search",
+    "part_of": "registry",
     "preprocessing_of": "create",
     "rename": "registry",
 }

@@ -70,6 +70,15 @@ def join(new: str, *parts: str) -> Renamer:
     return apply
 
 
+def part_of(prefix: str) -> Renamer:
+    """Return a function that keeps the tensors below a prefix, such as "backbone." in a detector's file, without it; all if none has it."""
+
+    def apply(state: State) -> State:
+        return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)} or dict(state)
+
+    return apply
+
+
 def chain(*renamers: Renamer) -> Renamer:
     """Return a function that applies renamers in order."""
 
