@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 
 import vitarium
 from tests.golden import assert_matches_golden
-from vitarium.backbones.maxvit import Conv2dSame, MaxViT, PartitionAttention
+from vitarium.backbones.maxvit import Conv2dSame, MaxViT, PartitionAttention, official
 from vitarium.nn import WindowAttention
 from vitarium.ops.windows import attention_layout
 
@@ -134,3 +136,48 @@ def test_same_padding_is_tensorflows(size: tuple[int, int], stride: int):
     expected = F.conv2d(F.pad(x, (left, right, top, bottom)), conv.weight, conv.bias, stride, groups=4)
     assert expected.shape[2:] == tuple(-(-side // stride) for side in size)
     torch.testing.assert_close(conv(x), expected)
+
+
+def test_options_equal_timms():
+    """Windows and grids of different sides, other heads and ratios, no squeeze-and-excitation: the same function as timm's model."""
+    from timm.models.maxxvit import MaxxVit, MaxxVitCfg, _tf_cfg
+
+    tf = _tf_cfg()
+    conv = replace(tf["conv_cfg"], expand_ratio=2.0, kernel_size=5, attn_ratio=0.5)
+    attention = replace(tf["transformer_cfg"], dim_head=16, expand_ratio=3.0, window_size=4, grid_size=2)
+    config = MaxxVitCfg(embed_dim=(32, 64), depths=(1, 2), block_type=("M", "M"), stem_width=16, **tf | dict(conv_cfg=conv, transformer_cfg=attention))
+    theirs = MaxxVit(config, img_size=32, num_classes=5).double().eval()
+    ours = vitarium.create_model(
+        "maxvit_pico",
+        dims=(32, 64),
+        depths=(1, 2),
+        strides=(2, 2),
+        window_size=4,
+        grid_size=2,
+        head_dim=16,
+        mlp_ratio=3,
+        expand_ratio=2,
+        se_ratio=0.5,
+        kernel_size=5,
+        num_classes=5,
+    )
+    generator = torch.Generator().manual_seed(0)
+    state = {n: 0.1 * torch.randn(t.shape, generator=generator, dtype=t.dtype) if t.is_floating_point() else t for n, t in theirs.state_dict().items()}
+    state = {n: t.abs() + 0.5 if n.endswith("running_var") else t for n, t in state.items()}
+    theirs.load_state_dict(state)
+    state = official(state)
+    ours.double().eval().stages.load_state_dict({n[7:]: t for n, t in state.items() if n.startswith("stages.")})  # the stem's kernels differ
+    x = torch.randn(2, 16, 16, 16, dtype=torch.float64, generator=generator)
+    with torch.no_grad():
+        for mine, other in zip(ours.stages, theirs.stages, strict=True):
+            x, y = mine(x, ours.run_blocks), other(x)
+            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
+
+
+def test_without_a_layer_before_the_head_or_squeeze_and_excitation():
+    model = vitarium.create_model("maxvit_pico", pre_logits=False, se_ratio=0, grid_size=2, num_classes=3).eval()
+    names = list(model.state_dict())
+    assert not [name for name in names if ".se." in name or "head_norm.fc" in name]
+    image = torch.randn(2, 3, 17, 22)  # both maps are padded, to different sizes
+    assert model(image).shape == (2, 3)
+    torch.testing.assert_close(model(image)[1:], model(image[1:]), rtol=1e-4, atol=1e-5)

@@ -335,3 +335,52 @@ def test_clips_are_described_by_the_variant_and_may_be_longer():
 def test_refuses(name: str, options: dict, words: str):
     with pytest.raises(ValueError, match=words):
         vitarium.create_model(name, **options)
+
+
+def test_layer_scales_of_the_authors_classifiers_are_in_global_blocks_only():
+    """In the authors' code, local blocks have layer scales in the models for token labelling alone."""
+    names = [name for name, _ in vitarium.create_model("uniformer_pico", layer_scale=1, local_layer_scale=False).named_parameters()]
+    assert {name.split(".blocks")[0] for name in names if "gamma" in name} == {"stages.1"}
+    with torch.device("meta"):
+        base, large = (dict(vitarium.create_model(name).named_parameters()) for name in ("uniformer_base_ls", "uniformer_tl_large"))
+    assert {name.split(".blocks")[0] for name in base if "gamma" in name} == {"stages.2", "stages.3"}
+    assert {name.split(".blocks")[0] for name in large if "gamma" in name} == {f"stages.{k}" for k in range(4)}
+
+
+@pytest.mark.parametrize(("name", "options"), [("uniformer_pico", {}), ("uniformer_video_pico", dict(attention="divided")), ("uniformer_light_pico", {})])
+def test_bias_and_scale_of_the_attention(name: str, options: dict):
+    """Without a bias the model equals one whose bias is zero; a scale s equals queries that are multiplied by s sqrt(d)."""
+    one = filled(vitarium.create_model(name, num_classes=3, **options))
+    other = filled(vitarium.create_model(name, num_classes=3, qkv_bias=False, qk_scale=0.5, **options))
+    state = {key: tensor.clone() for key, tensor in one.state_dict().items()}
+    for key, tensor in state.items():
+        if key.endswith("attn.qkv.bias"):
+            tensor.zero_()
+    other.load_state_dict({key: tensor for key, tensor in state.items() if not key.endswith("attn.qkv.bias")})
+    for key, tensor in state.items():
+        if key.endswith("attn.qkv.weight"):
+            tensor[: len(tensor) // 3] *= 0.5 * 16**0.5  # 16 channels per head
+    one.load_state_dict(state)
+    shape = (2, 3, 8, 16, 16) if "video" in name else (2, 3, 16, 16)
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(other(x), one(x), rtol=1e-10, atol=1e-10)
+
+
+def test_light_takes_the_authors_lists():
+    """One MLP ratio per stage, one keep ratio and one trade-off per global block, patches as a stem."""
+    model = vitarium.create_model(
+        "uniformer_light_pico", mlp_ratio=(2, 4), keep_ratio=(1, 0.75, 0.5), trade_off=(1, 0.3, 0.6), conv_stem=False, num_classes=3
+    )
+    blocks = [part for part in model.modules() if isinstance(part, EvolvingBlock)]
+    assert [(b.keep_ratio, b.trade_off) for b in blocks] == [(1, 1), (0.75, 0.3), (0.5, 0.6)]
+    assert blocks[0].mlp.fc1.out_features == 4 * 64
+    assert type(model.stem).__name__ == "Patches"
+    same = vitarium.create_model("uniformer_light_pico", keep_ratio=(1, 0.5, 0.5), trade_off=(0.1, 0.5, 0.5), num_classes=3)
+    usual = vitarium.create_model("uniformer_light_pico", num_classes=3)
+    same.load_state_dict(usual.state_dict())
+    image = torch.randn(2, 3, 16, 16)
+    assert torch.equal(same.eval()(image), usual.eval()(image))
+    for wrong in ((0.5, 0.5, 0.5), (1, 0.5), (1, 0, 0.5)):
+        with pytest.raises(vitarium.errors.UsageError, match="one per global block"):
+            vitarium.create_model("uniformer_light_pico", keep_ratio=wrong)

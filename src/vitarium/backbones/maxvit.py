@@ -8,7 +8,9 @@ squeeze-and-excitation before them provides position information.
 
 Follows the authors' TensorFlow code (github google-research/maxvit) in timm's port, whose checkpoints load by name: "same" padding, the
 tanh approximation of GELU, bias tables of key minus query. Any image size: maps are padded for the attentions, and padding is masked (the
-authors' code refuses sizes that are not divisible; for the others the results are equal).
+authors' code refuses sizes that are not divisible; for the others the results are equal). Left out of the authors' configuration, since no
+released model uses them: bias tables that all heads share or none, other activations, downsampling before the convolution or by maxima, MBConv
+without expansion, and dropout inside the blocks.
 Cost: linear in image area at fixed P and G.
 
 Speed: tokens are permuted to window order, from there to grid order, and back to a map once per block; biases are gathered once in
@@ -51,7 +53,6 @@ from vitarium.ops.linear import Gelu
 from vitarium.ops.windows import WindowLayout, attention_layout, pad_to_multiple
 
 GELU = functools.partial(nn.GELU, "tanh")
-HEAD_DIM = 32
 PARTITIONS = ("window", "grid")
 
 
@@ -89,16 +90,16 @@ class Shortcut(nn.Module):
 class MBConv(nn.Module):
     """Pre-norm inverted bottleneck: (B, C_in, H, W) -> (B, C, ceil(H / stride), ceil(W / stride))."""
 
-    def __init__(self, in_dim: int, dim: int, stride: int, drop_path: float):
+    def __init__(self, in_dim: int, dim: int, stride: int, *, expand_ratio: float, se_ratio: float, kernel_size: int, drop_path: float):
         super().__init__()
-        self.hidden_dim = hidden = 4 * dim
+        self.hidden_dim = hidden = int(expand_ratio * dim)
         self.shortcut = Shortcut(in_dim, dim, stride)
         self.pre_norm: nn.Module = batch_norm(in_dim)
         self.conv1_1x1: nn.Conv2d = Conv2d(in_dim, hidden, 1, bias=False)
         self.norm1: nn.Module = batch_norm(hidden)
-        self.conv2_kxk: nn.Conv2d = Conv2dSame(hidden, hidden, 3, stride, groups=hidden, bias=False)
+        self.conv2_kxk: nn.Conv2d = Conv2dSame(hidden, hidden, kernel_size, stride, groups=hidden, bias=False)
         self.norm2: nn.Module = batch_norm(hidden)
-        self.se = SqueezeExcite(hidden, max(1, dim // 4))
+        self.se = SqueezeExcite(hidden, max(1, int(se_ratio * dim))) if se_ratio else nn.Identity()
         self.conv3_1x1 = Conv2d(hidden, dim, 1)
         self.drop_path = DropPath(drop_path)
 
@@ -121,12 +122,12 @@ class MBConv(nn.Module):
 class PartitionAttention(nn.Module):
     """Attention and MLP on tokens in the order of a partition: (B, N, C) -> the same shape."""
 
-    def __init__(self, dim: int, window_size: int, drop_path: float):
+    def __init__(self, dim: int, size: int, drop_path: float, *, head_dim: int = 32, mlp_ratio: float = 4.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = WindowAttention(dim, dim // HEAD_DIM, window_size)
+        self.attn = WindowAttention(dim, dim // head_dim, size)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, 4 * dim, GELU)  # type: ignore[arg-type]  # a partial class
+        self.mlp = Mlp(dim, int(mlp_ratio * dim), GELU)  # type: ignore[arg-type]  # a partial class
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, layout: WindowLayout) -> Tensor:
@@ -138,47 +139,68 @@ class MaxViTBlock(nn.Module):
     """MaxViT block: (B, C_in, H, W) -> (B, C, H', W').
 
     Args:
-        in_dim, dim: channels before and after, dim a multiple of 32.
+        in_dim, dim: channels before and after, dim a multiple of head_dim.
         stride: of the convolution.
-        window_size: side of windows and of grids, tokens.
+        sizes: sides of windows and of grids, tokens.
         partitions: "window" or "grid" for each of the two attentions.
+        head_dim, mlp_ratio: of the attentions and their MLPs.
         drop_path: stochastic depth rate of all five branches.
+        conv: expand_ratio, se_ratio and kernel_size of the convolution.
     """
 
-    def __init__(self, in_dim: int, dim: int, stride: int, window_size: int, partitions: Sequence[str], drop_path: float):
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        stride: int,
+        *,
+        sizes: tuple[int, int],
+        partitions: Sequence[str],
+        head_dim: int,
+        mlp_ratio: float,
+        drop_path: float,
+        **conv: Any,
+    ):
         super().__init__()
-        self.window_size = window_size
         self.grids = [partition == "grid" for partition in partitions]
-        self.conv = MBConv(in_dim, dim, stride, drop_path)
-        self.attn_block = PartitionAttention(dim, window_size, drop_path)
-        self.attn_grid = PartitionAttention(dim, window_size, drop_path)
+        self.sizes = [sizes[grid] for grid in self.grids]
+        self.conv = MBConv(in_dim, dim, stride, drop_path=drop_path, **conv)
+        self.attn_block, self.attn_grid = (
+            PartitionAttention(dim, size, drop_path, head_dim=head_dim, mlp_ratio=mlp_ratio) for size in self.sizes
+        )
         self.kept = LayoutCache()
 
     def layouts(self, height: int, width: int, device: torch.device) -> tuple[WindowLayout, WindowLayout]:
         """Return the layouts of the two attentions for a map."""
-        one = lambda grid: attention_layout(height, width, self.window_size, grid=grid, device=device)
-        return self.kept.get(height, width, device, lambda: (one(self.grids[0]), one(self.grids[1])))
+        one = lambda i: attention_layout(height, width, self.sizes[i], grid=self.grids[i], device=device)
+        return self.kept.get(height, width, device, lambda: (one(0), one(1)))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
         height, width = x.shape[-2:]
         first, second = self.layouts(height, width, x.device)
-        x = pad_to_multiple(x.permute(0, 2, 3, 1), self.window_size)
+        x = pad_to_multiple(x.permute(0, 2, 3, 1), self.sizes[0])
         padded = x.shape
         x = self.attn_block(x.flatten(1, 2).index_select(1, first.order), first)
-        x = self.attn_grid(x.index_select(1, first.inverse[second.order]), second)
+        if self.sizes[0] == self.sizes[1]:
+            x = self.attn_grid(x.index_select(1, first.inverse[second.order]), second)
+        else:  # maps padded to different sizes
+            x = x.index_select(1, first.inverse).view(padded)[:, :height, :width]
+            x = pad_to_multiple(x, self.sizes[1])
+            padded = x.shape
+            x = self.attn_grid(x.flatten(1, 2).index_select(1, second.order), second)
         return x.index_select(1, second.inverse).view(padded)[:, :height, :width].permute(0, 3, 1, 2)
 
 
 class Stem(nn.Module):
-    """Two 3 x 3 convolutions, the first with stride 2: (B, in_chans, H, W) -> (B, dim, ceil(H / 2), ceil(W / 2))."""
+    """Two convolutions of side `kernel_size`, the first with stride 2: (B, in_chans, H, W) -> (B, dim, ceil(H / 2), ceil(W / 2))."""
 
-    def __init__(self, in_chans: int, dim: int):
+    def __init__(self, in_chans: int, dim: int, kernel_size: int):
         super().__init__()
         self.dim = dim
-        self.conv1: nn.Conv2d = Conv2dSame(in_chans, dim, 3, 2)
+        self.conv1: nn.Conv2d = Conv2dSame(in_chans, dim, kernel_size, 2)
         self.norm1: nn.Module = batch_norm(dim)
-        self.conv2 = Conv2d(dim, dim, 3, padding=1)
+        self.conv2 = Conv2d(dim, dim, kernel_size, padding=kernel_size // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         return by_images(self, lambda x: self.conv2(conv_norm_gelu(x, self.conv1, self.norm1, "tanh")), x, self.dim // 4)
@@ -189,15 +211,16 @@ class Stem(nn.Module):
 
 
 class PreLogits(nn.Module):
-    """Norm, linear layer and tanh before the head: (B, C) -> the same shape."""
+    """Norm, and with `hidden` a linear layer and tanh, before the head: (B, C) -> the same shape."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, hidden: bool):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.fc = nn.Linear(dim, dim)
+        self.fc = nn.Linear(dim, dim) if hidden else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.fc(self.norm(x)))
+        x = self.norm(x)
+        return x if self.fc is None else torch.tanh(self.fc(x))
 
 
 def official(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -247,16 +270,23 @@ class MaxViT(Backbone):
     """MaxViT classifier: images (B, in_chans, H, W), any H and W, -> logits (B, num_classes).
 
     Args:
-        depths, dims: blocks and channels per stage; channels are multiples of 32, the width of a head.
+        depths, dims: blocks and channels per stage; channels are multiples of head_dim.
         stem_dim: channels of the stem, which has stride 2.
         strides: stride of each stage.
-        window_size: side P = G of windows and grids, tokens; 1/32 of the side of the image in the released models.
+        window_size: side P of windows, tokens; 1/32 of the side of the image in the released models.
+        grid_size: side G of grids, tokens; None: window_size.
         partitions: "window" or "grid" for each of the two attentions of a block.
+        head_dim: channels per head.
+        mlp_ratio: ratio of the MLPs' hidden channels to the channels.
+        expand_ratio, se_ratio: ratio of the channels inside the convolution (MBConv), and inside its squeeze-and-excitation, to the
+            channels; se_ratio 0 for no squeeze-and-excitation.
+        kernel_size: side of the kernels of stem and MBConv, odd.
+        pre_logits: whether a linear layer and tanh follow the norm before the head.
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth: block b of D has the rate b / D times this.
 
     Raises:
-        ValueError: lists of different lengths, channels that are not a multiple of 32, or other partitions.
+        ValueError: lists of different lengths, channels that are not a multiple of head_dim, an even kernel_size, or other partitions.
     """
 
     def __init__(
@@ -267,7 +297,14 @@ class MaxViT(Backbone):
         stem_dim: int = 64,
         strides: Sequence[int] = (2, 2, 2, 2),
         window_size: int = 7,
+        grid_size: int | None = None,
         partitions: Sequence[str] = PARTITIONS,
+        head_dim: int = 32,
+        mlp_ratio: float = 4.0,
+        expand_ratio: float = 4.0,
+        se_ratio: float = 0.25,
+        kernel_size: int = 3,
+        pre_logits: bool = True,
         in_chans: int = 3,
         num_classes: int = 1000,
         drop_rate: float = 0.0,
@@ -275,25 +312,29 @@ class MaxViT(Backbone):
     ):
         if not len(depths) == len(dims) == len(strides):
             raise ValueError(f"depths, dims and strides need one value per stage, got {depths}, {dims} and {strides}")
-        if wrong := [dim for dim in dims if dim % HEAD_DIM]:
-            raise ValueError(f"dims must be multiples of {HEAD_DIM}, the width of a head, got {wrong[0]}")
+        if wrong := [dim for dim in dims if dim % head_dim]:
+            raise ValueError(f"dims must be multiples of {head_dim}, the width of a head, got {wrong[0]}")
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         if len(partitions) != 2 or not set(partitions) <= set(PARTITIONS):
             raise ValueError(f"partitions must be two of {', '.join(PARTITIONS)}, got {partitions}")
         reductions = [2 * int(torch.Size(strides[: k + 1]).numel()) for k in range(len(dims))]
         stages = [Stage(dim, reduction) for dim, reduction in zip(dims, reductions, strict=True)]
         super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
-        self.stem = Stem(in_chans, stem_dim)
+        self.stem = Stem(in_chans, stem_dim, kernel_size)
+        options: dict[str, Any] = dict(sizes=(window_size, grid_size or window_size), partitions=partitions, head_dim=head_dim)
+        options |= dict(mlp_ratio=mlp_ratio, expand_ratio=expand_ratio, se_ratio=se_ratio, kernel_size=kernel_size)
         total, number, before = sum(depths), 0, stem_dim
         built = []
         for depth, dim, stride in zip(depths, dims, strides, strict=True):
             blocks = []
             for i in range(depth):
                 rate = drop_path_rate * number / total
-                blocks.append(MaxViTBlock(before, dim, 1 if i else stride, window_size, partitions, rate))
+                blocks.append(MaxViTBlock(before, dim, 1 if i else stride, drop_path=rate, **options))
                 number, before = number + 1, dim
             built.append(PyramidStage(nn.Identity(), blocks))
         self.stages = nn.ModuleList(built)
-        self.head_norm = PreLogits(dims[-1])
+        self.head_norm = PreLogits(dims[-1], pre_logits)
         init_weights(self)
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:

@@ -33,7 +33,7 @@ from vitarium.nn.positions import (
     sincos_2d,
 )
 from vitarium.nn.pyramid import TokenPyramid
-from vitarium.nn.stages import PyramidStage, conv_patches
+from vitarium.nn.stages import PyramidStage, conv_patches, per_stage
 from vitarium.nn.tokens import TokenBackbone
 from vitarium.nn.vit import TransformerBlock, VisionTransformer
 from vitarium.nn.window_attention import LayoutCache, WindowAttention
@@ -83,6 +83,7 @@ __all__ = [
     "init_convs_by_fan_out",
     "init_weights",
     "layer_scale_gamma",
+    "per_stage",
     "resize_position_table",
     "rotary_2d",
     "sincos_2d",

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, TypeVar
 
 from torch import Tensor, nn
 
 from vitarium.nn.layers import LayerNorm2d
+
+Value = TypeVar("Value", int, float, str, bool)
+
+
+def per_stage(value: Value | Sequence[Value], count: int, name: str) -> list[Value]:
+    """Return one value per stage (or axis), given one for all or a list of them.
+
+    Raises:
+        ValueError: a list of another length.
+    """
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{name} needs one value, or {count} values, got {value}")
+    return list(value)
 
 
 class PyramidStage(nn.Module):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vitarium.catalog import chain, rename
-from vitarium.nn import Attention, DropPath, LayerNorm2d, LayerNorm3d, Linear, Mlp
+from vitarium.nn import Attention, DropPath, LayerNorm2d, LayerNorm3d, Linear, Mlp, layer_scale_gamma
 from vitarium.ops.windows import pad_to_multiple, window_partition, window_reverse
 
 CONV: dict[int, type[nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -34,7 +34,7 @@ def channels_first(x: Tensor) -> Tensor:
 
 def gamma(dim: int, layer_scale: float) -> nn.Parameter | None:
     """Return a layer scale parameter, or None if its initial value is 0."""
-    return nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale > 0 else None
+    return layer_scale_gamma(dim, layer_scale)
 
 
 class Block(nn.Module):
@@ -83,9 +83,19 @@ class GlobalBlock(Block):
 
     attention_class = Attention
 
-    def __init__(self, dim: int, axes: int, head_dim: int, *, window_size: int | None = None, **options: Any):
+    def __init__(
+        self,
+        dim: int,
+        axes: int,
+        head_dim: int,
+        *,
+        window_size: int | None = None,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        **options: Any,
+    ):
         super().__init__(dim, axes, nn.LayerNorm(dim, eps=1e-6), **options)
-        self.attn = self.attention_class(dim, dim // head_dim, proj_drop=options["drop"])
+        self.attn = self.attention_class(dim, dim // head_dim, qkv_bias=qkv_bias, scale=qk_scale, proj_drop=options["drop"])
         self.window_size = window_size
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,7 +123,8 @@ class DividedBlock(GlobalBlock):
     def __init__(self, dim: int, axes: int, head_dim: int, **options: Any):
         super().__init__(dim, axes, head_dim, **options)
         self.t_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.t_attn = Attention(dim, dim // head_dim, proj_drop=options["drop"])
+        attention = dict(qkv_bias=self.attn.qkv.bias is not None, scale=self.attn.scale)
+        self.t_attn = Attention(dim, dim // head_dim, proj_drop=options["drop"], **attention)
 
     def forward(self, x: Tensor) -> Tensor:
         x = channels_last(x + self.pos_embed(x))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ PICO = dict(depths=(2, 2), dims=(32, 64), mixers="LG", head_dim=16, patch_size=2
         "small_plus": dict(**PLUS, head_dim=32),  # 24.0 M, 83.4 %
         "small_plus_dim64": PLUS,  # 83.4 %, less memory
         "base": dict(**BASE, drop_path_rate=0.3),  # 50 M, 83.8 %
-        "base_ls": dict(**BASE, layer_scale=1e-6, drop_path_rate=0.3),  # 83.9 %
+        "base_ls": dict(**BASE, layer_scale=1e-6, local_layer_scale=False, drop_path_rate=0.3),  # 83.9 %
     },
     official=OFFICIAL,
     weights={
@@ -56,7 +57,10 @@ class UniFormer(Backbone):
         mlp_ratio: ratio of the MLPs' hidden channels to the channels.
         patch_size: stride of the stem, pixels.
         conv_stem: overlapping 3 x 3 convolutions with batch norms in place of patch embeddings, in the stem and between stages.
+        qkv_bias: whether the projections to queries, keys and values have a bias.
+        qk_scale: factor on the logits of the attention; None: head_dim ** -0.5.
         layer_scale: initial value of the layer scales; 0 for none.
+        local_layer_scale: whether local blocks have layer scales, too: in the authors' models for token labelling, not in the others.
         attention: of the global stages except the last: "global", "window", or "hybrid" (every fourth block global).
         window_size: side of a window, tokens.
         drop_rate: dropout after the stem, in projections and MLPs, and before the head.
@@ -76,7 +80,10 @@ class UniFormer(Backbone):
         mlp_ratio: float = 4.0,
         patch_size: int = 4,
         conv_stem: bool = False,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
         layer_scale: float = 0.0,
+        local_layer_scale: bool = True,
         attention: str = "global",
         window_size: int = 14,
         in_chans: int = 3,
@@ -91,18 +98,19 @@ class UniFormer(Backbone):
         stages = [Stage(dim, stride) for dim, stride in zip(dims, strides, strict=True)]
         least = 1 if conv_stem else strides[-1]
         super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, min_size=least)
-        common = dict(mlp_ratio=mlp_ratio, layer_scale=layer_scale, drop=drop_rate)
+        local: dict[str, Any] = dict(mlp_ratio=mlp_ratio, layer_scale=layer_scale if local_layer_scale else 0.0, drop=drop_rate)
+        wide: dict[str, Any] = dict(mlp_ratio=mlp_ratio, layer_scale=layer_scale, drop=drop_rate, qkv_bias=qkv_bias, qk_scale=qk_scale)
         self.stem = Convolutions(in_chans, dims[0], 2, patch_size // 2) if conv_stem else Patches(in_chans, dims[0], patch_size)
         self.stages = nn.ModuleList()
         for k, rates in enumerate(drop_path_rates(drop_path_rate, depths)):
             blocks: list[nn.Module] = []
             for i, rate in enumerate(rates):
-                local = attention == "window" or (attention == "hybrid" and (i + 1) % 4 != 0)
-                window = window_size if local and k < len(dims) - 1 else None
+                inside = attention == "window" or (attention == "hybrid" and (i + 1) % 4 != 0)
+                window = window_size if inside and k < len(dims) - 1 else None
                 blocks.append(
-                    LocalBlock(dims[k], 2, **common, drop_path=rate)
+                    LocalBlock(dims[k], 2, **local, drop_path=rate)
                     if mixers[k] == "L"
-                    else GlobalBlock(dims[k], 2, head_dim, window_size=window, **common, drop_path=rate)
+                    else GlobalBlock(dims[k], 2, head_dim, window_size=window, **wide, drop_path=rate)
                 )
             between = Convolutions(dims[k - 1], dims[k], 2) if conv_stem else Patches(dims[k - 1], dims[k], 2)
             self.stages.append(PyramidStage(between if k else nn.Identity(), blocks))

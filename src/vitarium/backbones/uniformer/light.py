@@ -25,7 +25,7 @@ from vitarium.backbones.uniformer.blocks import (
     gamma,
 )
 from vitarium.catalog import family
-from vitarium.nn import Attention, Backbone, Linear, PyramidStage, Stage, drop_path_rates, init_weights
+from vitarium.nn import Attention, Backbone, Linear, PyramidStage, Stage, drop_path_rates, init_weights, per_stage
 from vitarium.nn.backbone import init_head
 from vitarium.ops.attention import merge_heads, split_packed_heads
 from vitarium.ops.sorting import descending_order
@@ -108,6 +108,17 @@ class EvolvingStage(PyramidStage):
         return run(self.blocks, (self.downsample(x), self.cls_upsample(cls), score))
 
 
+def check_keeps(keeps: Sequence[float], count: int) -> list[float]:
+    """Return one keep ratio per global block.
+
+    Raises:
+        ValueError: another number of ratios, one outside (0, 1], or a first one below 1.
+    """
+    if len(keeps) != count or keeps[0] != 1 or not all(0 < keep <= 1 for keep in keeps):
+        raise ValueError(f"keep_ratio is a number, or {count} numbers in (0, 1] of which the first is 1 (one per global block), got {list(keeps)}")
+    return list(keeps)
+
+
 @family(
     "uniformer",
     name="uniformer_light",
@@ -127,15 +138,21 @@ class UniFormerLight(Backbone):
         depths, dims: blocks and channels per stage.
         mixers: "L" (local) or "G" (global) for each stage, local stages first.
         head_dim: channels per head.
-        mlp_ratio: ratio of the MLPs' hidden channels to the channels.
+        mlp_ratio: ratio of the MLPs' hidden channels to the channels, one for all stages or one per stage.
         patch_size: stride of the stem, pixels, 2 or 4.
-        keep_ratio: share of the tokens that a global block processes (all in the first one); see `set_keep_ratio`.
+        conv_stem: a stem of two 3 x 3 convolutions with batch norms, or a patch embedding.
+        keep_ratio: share of the tokens that a global block processes (all in the first one), or a list of one share per global block, the
+            first being 1; see `set_keep_ratio`.
+        trade_off: weight of a global block's attention in the updated scores, one for all or one per global block.
+        qkv_bias: whether the projections to queries, keys and values have a bias.
+        qk_scale: factor on the logits of the attention; None: head_dim ** -0.5.
         layer_scale: initial value of the layer scales; 0 for none.
         drop_rate: dropout after the stem, in projections and MLPs, and before the head.
         drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
-        ValueError: lists of different lengths, channels that are not divisible by head_dim, other `mixers`, or a keep_ratio outside (0, 1].
+        ValueError: lists of different lengths, channels that are not divisible by head_dim, other `mixers`, a keep_ratio outside (0, 1], or
+            a first one below 1.
     """
 
     def __init__(
@@ -145,9 +162,13 @@ class UniFormerLight(Backbone):
         dims: Sequence[int],
         mixers: str = "LLGG",
         head_dim: int,
-        mlp_ratio: float = 3.0,
+        mlp_ratio: float | Sequence[float] = 3.0,
         patch_size: int = 4,
-        keep_ratio: float = 0.5,
+        conv_stem: bool = True,
+        keep_ratio: float | Sequence[float] = 0.5,
+        trade_off: float | Sequence[float] = 0.5,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
         layer_scale: float = 0.0,
         in_chans: int = 3,
         num_classes: int = 1000,
@@ -159,29 +180,35 @@ class UniFormerLight(Backbone):
             raise ValueError(f"mixers must list the local stages first, such as 'LLGG', got {mixers!r}")
         strides = [patch_size * 2**k for k in range(len(dims))]
         stages = [Stage(dim, stride) for dim, stride in zip(dims, strides, strict=True)]
-        least = strides[-1] - patch_size + 1  # the stem rounds up, later stages round down
+        least = strides[-1] - patch_size + 1 if conv_stem else strides[-1]  # a stem of convolutions rounds up, patches round down
         super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, min_size=least)
-        common = dict(mlp_ratio=mlp_ratio, layer_scale=layer_scale, drop=drop_rate)
-        self.stem = Convolutions(in_chans, dims[0], 2, patch_size // 2)
+        common: dict[str, Any] = dict(layer_scale=layer_scale, drop=drop_rate)
+        heads: dict[str, Any] = dict(qkv_bias=qkv_bias, qk_scale=qk_scale)
+        ratios = per_stage(mlp_ratio, len(dims), "mlp_ratio")
+        self.stem = Convolutions(in_chans, dims[0], 2, patch_size // 2) if conv_stem else Patches(in_chans, dims[0], patch_size)
         self.stages = nn.ModuleList()
         first = mixers.index("G")
+        count = sum(depths[first:])
+        weights = iter(per_stage(trade_off, count, "trade_off"))
+        keeps = iter([1.0, *(keep_ratio,) * (count - 1)] if isinstance(keep_ratio, float | int) else check_keeps(keep_ratio, count))
         for k, rates in enumerate(drop_path_rates(drop_path_rate, depths)):
             between = Patches(dims[k - 1], dims[k], 2) if k else nn.Identity()
             if k < first:
-                local = [LocalBlock(dims[k], 2, **common, drop_path=rate) for rate in rates]
+                local = [LocalBlock(dims[k], 2, mlp_ratio=ratios[k], **common, drop_path=rate) for rate in rates]
                 self.stages.append(PyramidStage(between, local))
                 continue
-            keeps = [1.0 if (k, i) == (first, 0) else keep_ratio for i in range(depths[k])]
+            own = dict(mlp_ratio=ratios[k], **heads, **common)
             blocks = [
-                EvolvingBlock(dims[k], 2, head_dim, keep_ratio=keep, **common, drop_path=rate)
-                for keep, rate in zip(keeps, rates, strict=True)
+                EvolvingBlock(dims[k], 2, head_dim, keep_ratio=next(keeps), trade_off=next(weights), drop_path=rate, **own)
+                for rate in rates
             ]
             self.stages.append(EvolvingStage(between, blocks, dims[k - 1] if k > first else None, dims[k]))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dims[first]))
         self.norm = nn.BatchNorm2d(dims[-1])
         self.norm_cls = nn.LayerNorm(dims[-1])
         self.head_cls = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
-        self.set_keep_ratio(keep_ratio)
+        if isinstance(keep_ratio, float | int):
+            self.set_keep_ratio(keep_ratio)
         init_weights(self, conv=False)
 
     def set_keep_ratio(self, keep_ratio: float) -> None:

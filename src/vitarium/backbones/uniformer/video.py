@@ -67,6 +67,8 @@ class UniFormerVideo(VideoBackbone):
         patch_size: stride of the stem, pixels.
         attention: "joint" over time and space, or "divided": over time at each position, then over the positions of each frame.
         overlap: use kernels of three frames in the patch embeddings between stages (the authors' STD).
+        qkv_bias: whether the projections to queries, keys and values have a bias.
+        qk_scale: factor on the logits of the attention; None: head_dim ** -0.5.
         layer_scale: initial value of the layer scales; 0 for none.
         drop_rate: dropout after the stem, in projections and MLPs, and before the head.
         drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
@@ -86,6 +88,8 @@ class UniFormerVideo(VideoBackbone):
         patch_size: int = 4,
         attention: str = "joint",
         overlap: bool = False,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
         layer_scale: float = 0.0,
         in_chans: int = 3,
         num_classes: int = 1000,
@@ -100,13 +104,14 @@ class UniFormerVideo(VideoBackbone):
         super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, min_size=strides[-1])
         common: dict[str, Any] = dict(mlp_ratio=mlp_ratio, layer_scale=layer_scale, drop=drop_rate)
         global_block = GlobalBlock if attention == "joint" else DividedBlock
+        heads: dict[str, Any] = dict(qkv_bias=qkv_bias, qk_scale=qk_scale)
         self.stem = Patches(in_chans, dims[0], patch_size, axes=3, frames=3, frame_stride=2)
         self.stages = nn.ModuleList()
         for k, rates in enumerate(drop_path_rates(drop_path_rate, depths)):
             blocks = [
                 LocalBlock(dims[k], 3, **common, drop_path=rate)
                 if mixers[k] == "L"
-                else global_block(dims[k], 3, head_dim, **common, drop_path=rate)
+                else global_block(dims[k], 3, head_dim, **heads, **common, drop_path=rate)
                 for rate in rates
             ]
             between = Patches(dims[k - 1], dims[k], 2, axes=3, frames=3 if overlap else 1) if k else nn.Identity()
