@@ -133,3 +133,19 @@ def test_gates_fit_another_image_size():
 def test_refuses_channels_that_blocks_do_not_divide():
     with pytest.raises(ValueError, match="multiple of 4 channels, got 6"):
         Scattering(6, (4, 4))
+
+
+def test_the_letter_t_is_the_scattering_of_channels_and_tokens():
+    model = vitarium.create_model("svt_pico", mixers="TA", num_classes=3).eval()
+    assert type(model.stages[0].blocks[0].attn).__name__ == "ChannelTokenScattering"
+    assert model(torch.randn(2, 3, 16, 16)).shape == (2, 3)
+    with pytest.raises(vitarium.errors.InputError, match="is made for 8x8 tokens"):
+        model(torch.randn(2, 3, 32, 32))
+
+
+def test_epsilon_and_the_ratio_of_the_class_attention():
+    """The epsilon is that of every norm but those after strided convolutions; the class attention has the last stage's ratio."""
+    model = vitarium.create_model("svt_pico", norm_eps=1e-3, mlp_ratios=(4, 2))
+    found = {name.split(".")[-2 if "downsample" in name else -1]: part.eps for name, part in model.named_modules() if isinstance(part, torch.nn.LayerNorm)}
+    assert found == {"downsample": 1e-5, "norm1": 1e-3, "norm2": 1e-3, "norm": 1e-3, "head_norm": 1e-3}
+    assert model.class_reader.mlp.fc1.out_features == 2 * 64

@@ -9,7 +9,9 @@ spectral, A attention.
     `spectformer_h`, a pyramid (vitarium.nn.MixerPyramid):  x <- x + Mixer(LN(x));  x <- x + MLP(LN(x)), for both letters
 
 Follows the authors' code (github badripatro/SpectFormers); its checkpoints load by name. Any image size: filters (bilinear) and the
-position table (bicubic) are resized to the grid; the published code accepts one size.
+position table (bicubic) are resized to the grid; the published code accepts one size, and its helper for position tables takes one row
+for that of a class token, which the models lack. Left out of the authors' constructors: `representation_size`, whose layer their forward
+pass does not call, uniform stochastic depth, MixToken, and `sr_ratios`, which their blocks do not read.
 Cost: tokens times their logarithm in S layers, quadratic in tokens in A layers.
 
 Speed: filters are stored in the memory order of the FFT's output; attention runs in the fused kernel; `fuse()` folds the batch norms of the
@@ -78,11 +80,11 @@ class SpectralGate(nn.Module):
 class SpectralBlock(nn.Module):
     """Spectral block, x + MLP(LN(Gate(LN(x)))): tokens (B, N, dim) of a grid -> the same shape."""
 
-    def __init__(self, dim: int, grid: Grid, mlp_ratio: float, drop_path: float):
+    def __init__(self, dim: int, grid: Grid, mlp_ratio: float, drop_path: float, eps: float):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.filter = SpectralGate(dim, grid)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
@@ -122,6 +124,7 @@ class SpectFormer(TokenBackbone):
         patch_size: side of a patch, pixels.
         image_size: side, in pixels, of the square image that filters and position table are made for.
         mlp_ratio: ratio of the MLP's hidden channels to embed_dim.
+        norm_eps: epsilon of every layer norm.
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
@@ -140,6 +143,7 @@ class SpectFormer(TokenBackbone):
         patch_size: int = 16,
         image_size: int = 224,
         mlp_ratio: float = 4.0,
+        norm_eps: float = 1e-6,
         in_chans: int = 3,
         num_classes: int = 1000,
         drop_rate: float = 0.0,
@@ -157,12 +161,12 @@ class SpectFormer(TokenBackbone):
         self.cache = EvalCache()
         (rates,) = drop_path_rates(drop_path_rate, [len(mixers)])
         self.blocks = nn.ModuleList(
-            SpectralBlock(embed_dim, grid, mlp_ratio, rate)
+            SpectralBlock(embed_dim, grid, mlp_ratio, rate, norm_eps)
             if letter == "S"
-            else TransformerBlock(embed_dim, num_heads, mlp_ratio=mlp_ratio, drop_path=rate)
+            else TransformerBlock(embed_dim, num_heads, mlp_ratio=mlp_ratio, drop_path=rate, eps=norm_eps)
             for letter, rate in zip(mixers, rates, strict=True)
         )
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.global_pool = "avg"
         init_weights(self, conv=False)
         init_convs_by_fan_out(self)

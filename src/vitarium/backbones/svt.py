@@ -9,7 +9,7 @@ the channels, shared by all positions and orientations. The inverse transform re
     x <- x + Mixer(LN(x));  x <- x + MLP(LN(x)), in the pyramid of vitarium.nn.MixerPyramid
 
 Follows the authors' code (github badripatro/svt); its checkpoints load by name, without the wavelet filters in them, which are computed
-here. Any image size: w is resized bilinearly, and the last row or column of a map with odd sides is repeated for the transform (the
+here. Left out: MixToken, which belongs to training with token labels, and `sr_ratios`, which the authors' blocks do not read. Any image size: w is resized bilinearly, and the last row or column of a map with odd sides is repeated for the transform (the
 authors' code accepts one size).
 Cost: linear in the area of the map, except for the transform, which is a few small matrix products, area times side.
 
@@ -121,7 +121,7 @@ class Scattering(nn.Module):
 class ChannelTokenScattering(Scattering):
     """Scattering on half of the channels, a depth-wise 3 x 3 convolution on the other half, interleaved: (B, h w, dim) -> the same shape.
 
-    The scattering has an additional complex MLP along each row of the bands. No released model uses it.
+    The scattering has an additional complex MLP along each row of the bands. No released model uses it (the letter T of `SVT`).
 
     Args:
         dim: channels, a multiple of 8.
@@ -179,13 +179,15 @@ _H: dict[str, Any] = dict(mlp_ratios=(8, 8, 4, 4), mixers="SAAA")
 class SVT(MixerPyramid):
     """SVT classifier: images (B, in_chans, H, W), any H and W, -> logits (B, num_classes).
 
-    Arguments as for `vitarium.nn.MixerPyramid`, with `Scattering` for the letter S.
+    Arguments as for `vitarium.nn.MixerPyramid`, with `Scattering` for the letter S and `ChannelTokenScattering`, for images of `image_size`
+    alone, for the letter T.
     """
 
-    letters = "SA"
+    letters = "STA"
 
     def make_mixer(self, letter: str, dim: int, num_heads: int, grid: Grid) -> nn.Module:
-        return Scattering(dim, grid) if letter == "S" else super().make_mixer(letter, dim, num_heads, grid)
+        mixers: dict[str, type[nn.Module]] = {"S": Scattering, "T": ChannelTokenScattering}
+        return mixers[letter](dim, grid) if letter in mixers else super().make_mixer(letter, dim, num_heads, grid)
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
         """Resize a gate of a checkpoint to the grid of this model; return None for any other tensor."""

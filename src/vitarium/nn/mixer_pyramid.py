@@ -24,7 +24,7 @@ from vitarium.ops.attention import multi_head_attention
 from vitarium.ops.maps import as_map, as_tokens
 
 EPS = 1e-6
-"""Epsilon of every norm except those after strided convolutions."""
+"""Usual epsilon of every norm except those after strided convolutions."""
 
 
 class GridAttention(Attention):
@@ -37,11 +37,11 @@ class GridAttention(Attention):
 class MixerBlock(nn.Module):
     """Pre-norm block of a token mixer, called as mixer(tokens, grid), and a `GridMlp`: (B, N, dim) of a grid -> the same shape."""
 
-    def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float, drop_path: float):
+    def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float, drop_path: float, eps: float = EPS):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=EPS)
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = mixer
-        self.norm2 = nn.LayerNorm(dim, eps=EPS)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = GridMlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
@@ -86,12 +86,12 @@ class MixerStage(nn.Module):
 class ClassReader(nn.Module):
     """Class attention: the mean of all tokens attends to them once, (B, N, dim) -> (B, dim). Equations above."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, eps: float = EPS):
         super().__init__()
         self.num_heads = num_heads
-        self.norm1 = nn.LayerNorm(dim, eps=EPS)
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.query, self.key_value, self.proj = Linear(dim, dim), Linear(dim, 2 * dim), Linear(dim, dim)
-        self.norm2 = nn.LayerNorm(dim, eps=EPS)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,6 +116,7 @@ class MixerPyramid(Backbone):
         image_size: side, in pixels, of the square image that mixers with a fixed grid are made for.
         token_label: add a second head for every token, as in token labelling: the logits are then those of the class token plus half the
             maximum over the tokens.
+        norm_eps: epsilon of the layer norms of blocks, stages and head; 1e-6 in all released models, 1e-5 by default in the authors' classes.
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
@@ -138,6 +139,7 @@ class MixerPyramid(Backbone):
         patch_size: int = 4,
         image_size: int = 224,
         token_label: bool = False,
+        norm_eps: float = EPS,
         in_chans: int = 3,
         num_classes: int = 1000,
         drop_rate: float = 0.0,
@@ -160,12 +162,12 @@ class MixerPyramid(Backbone):
         for k, (dim, stage) in enumerate(zip(dims, stages, strict=True)):
             side = -(-image_size // stage.stride)
             make = lambda k=k, dim=dim, side=side: self.make_mixer(mixers[k], dim, num_heads[k], (side, side))
-            blocks = [MixerBlock(dim, make(), mlp_ratios[k], rate) for rate in rates[k]]
+            blocks = [MixerBlock(dim, make(), mlp_ratios[k], rate, norm_eps) for rate in rates[k]]
             downsample = OverlapPatchEmbed(dims[k - 1], dim) if k else Stem(in_chans, stem_dim, dim, patch_size)
-            built.append(MixerStage(downsample, blocks, None if k == last else nn.LayerNorm(dim, eps=EPS)))
+            built.append(MixerStage(downsample, blocks, None if k == last else nn.LayerNorm(dim, eps=norm_eps)))
         self.stages = nn.ModuleList(built)
-        self.class_reader = ClassReader(dims[-1], num_heads[-1])
-        self.head_norm = nn.LayerNorm(dims[-1], eps=EPS)
+        self.class_reader = ClassReader(dims[-1], num_heads[-1], mlp_ratios[-1], norm_eps)
+        self.head_norm = nn.LayerNorm(dims[-1], eps=norm_eps)
         self.global_pool = "token"
         self.add_aux_head()
         init_weights(self, conv=False)
