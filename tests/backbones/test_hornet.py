@@ -182,7 +182,10 @@ def test_norm_of_each_stage_as_in_the_authors_detectors(tmp_path):
     normed = vitarium.create_model("hornet_pico", num_classes=0, stage_norms=True).eval()
     theirs = {name: tensor for name, tensor in plain.state_dict().items() if not name.startswith("head_norm")}
     back = [(r"^stem\.conv", "downsample_layers.0.0"), (r"^stem\.norm", "downsample_layers.0.1")]
-    back += [(r"^stages\.(\d)\.downsample\.norm", r"downsample_layers.\1.0"), (r"^stages\.(\d)\.downsample\.conv", r"downsample_layers.\1.1")]
+    back += [
+        (r"^stages\.(\d)\.downsample\.norm", r"downsample_layers.\1.0"),
+        (r"^stages\.(\d)\.downsample\.conv", r"downsample_layers.\1.1"),
+    ]
     back += [(r"^(stages\.\d)\.blocks\.(\d+)\.mlp\.fc(\d)", r"\1.\2.pwconv\3"), (r"^(stages\.\d)\.blocks\.", r"\1.")]
     theirs = rename(*back)(theirs)
     for i, dim in enumerate((24, 48)):

@@ -145,7 +145,9 @@ def test_options_equal_timms():
     tf = _tf_cfg()
     conv = replace(tf["conv_cfg"], expand_ratio=2.0, kernel_size=5, attn_ratio=0.5)
     attention = replace(tf["transformer_cfg"], dim_head=16, expand_ratio=3.0, window_size=4, grid_size=2)
-    config = MaxxVitCfg(embed_dim=(32, 64), depths=(1, 2), block_type=("M", "M"), stem_width=16, **tf | dict(conv_cfg=conv, transformer_cfg=attention))
+    config = MaxxVitCfg(
+        embed_dim=(32, 64), depths=(1, 2), block_type=("M", "M"), stem_width=16, **tf | dict(conv_cfg=conv, transformer_cfg=attention)
+    )
     theirs = MaxxVit(config, img_size=32, num_classes=5).double().eval()
     ours = vitarium.create_model(
         "maxvit_pico",
@@ -162,11 +164,16 @@ def test_options_equal_timms():
         num_classes=5,
     )
     generator = torch.Generator().manual_seed(0)
-    state = {n: 0.1 * torch.randn(t.shape, generator=generator, dtype=t.dtype) if t.is_floating_point() else t for n, t in theirs.state_dict().items()}
+    state = {
+        n: 0.1 * torch.randn(t.shape, generator=generator, dtype=t.dtype) if t.is_floating_point() else t
+        for n, t in theirs.state_dict().items()
+    }
     state = {n: t.abs() + 0.5 if n.endswith("running_var") else t for n, t in state.items()}
     theirs.load_state_dict(state)
     state = official(state)
-    ours.double().eval().stages.load_state_dict({n[7:]: t for n, t in state.items() if n.startswith("stages.")})  # the stem's kernels differ
+    ours.double().eval().stages.load_state_dict(
+        {n[7:]: t for n, t in state.items() if n.startswith("stages.")}
+    )  # the stem's kernels differ
     x = torch.randn(2, 16, 16, 16, dtype=torch.float64, generator=generator)
     with torch.no_grad():
         for mine, other in zip(ours.stages, theirs.stages, strict=True):

@@ -146,6 +146,10 @@ def test_the_letter_t_is_the_scattering_of_channels_and_tokens():
 def test_epsilon_and_the_ratio_of_the_class_attention():
     """The epsilon is that of every norm but those after strided convolutions; the class attention has the last stage's ratio."""
     model = vitarium.create_model("svt_pico", norm_eps=1e-3, mlp_ratios=(4, 2))
-    found = {name.split(".")[-2 if "downsample" in name else -1]: part.eps for name, part in model.named_modules() if isinstance(part, torch.nn.LayerNorm)}
+    found = {
+        name.split(".")[-2 if "downsample" in name else -1]: part.eps
+        for name, part in model.named_modules()
+        if isinstance(part, torch.nn.LayerNorm)
+    }
     assert found == {"downsample": 1e-5, "norm1": 1e-3, "norm2": 1e-3, "norm": 1e-3, "head_norm": 1e-3}
     assert model.class_reader.mlp.fc1.out_features == 2 * 64

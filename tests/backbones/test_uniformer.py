@@ -347,7 +347,9 @@ def test_layer_scales_of_the_authors_classifiers_are_in_global_blocks_only():
     assert {name.split(".blocks")[0] for name in large if "gamma" in name} == {f"stages.{k}" for k in range(4)}
 
 
-@pytest.mark.parametrize(("name", "options"), [("uniformer_pico", {}), ("uniformer_video_pico", dict(attention="divided")), ("uniformer_light_pico", {})])
+@pytest.mark.parametrize(
+    ("name", "options"), [("uniformer_pico", {}), ("uniformer_video_pico", dict(attention="divided")), ("uniformer_light_pico", {})]
+)
 def test_bias_and_scale_of_the_attention(name: str, options: dict):
     """Without a bias the model equals one whose bias is zero; a scale s equals queries that are multiplied by s sqrt(d)."""
     one = filled(vitarium.create_model(name, num_classes=3, **options))

@@ -15,7 +15,17 @@ from vitarium.backbones.vim import OFFICIAL
 State = dict[str, Tensor]
 DIM, STATES, SIDE, DEPTH, CLASSES = 16, 4, 4, 4, 5
 PLAIN: dict[str, Any] = dict(
-    token="middle", positions=True, rotary="none", norm="rms", kind="v2", average=True, alternate=False, pool="avg", gamma=0, conv=4, expand=2
+    token="middle",
+    positions=True,
+    rotary="none",
+    norm="rms",
+    kind="v2",
+    average=True,
+    alternate=False,
+    pool="avg",
+    gamma=0,
+    conv=4,
+    expand=2,
 )
 CASES: list[dict[str, Any]] = [
     {},
@@ -145,7 +155,12 @@ def official_state(case: dict[str, Any]) -> State:
         parts |= {"A_b_log": (inner, STATES)} if case["kind"] == "v1" else {}
         for b in ("", "_b") if case["kind"] == "v2" else ("",):
             parts |= {f"conv1d{b}.weight": (inner, 1, case["conv"]), f"conv1d{b}.bias": (inner,), f"dt_proj{b}.weight": (inner, 1)}
-            parts |= {f"dt_proj{b}.bias": (inner,), f"x_proj{b}.weight": (1 + 2 * STATES, inner), f"A{b}_log": (inner, STATES), f"D{b}": (inner,)}
+            parts |= {
+                f"dt_proj{b}.bias": (inner,),
+                f"x_proj{b}.weight": (1 + 2 * STATES, inner),
+                f"A{b}_log": (inner, STATES),
+                f"D{b}": (inner,),
+            }
         shapes |= {f"layers.{i}.mixer.{name}": shape for name, shape in parts.items()}
     generator = torch.Generator().manual_seed(0)
     return {name: 0.5 * torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
@@ -185,7 +200,9 @@ def test_equals_the_authors_formulas(case: dict[str, Any]):
         torch.testing.assert_close(model(image), reference(state, image, case), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("case", [dict(rotary="stream", token="first", average=False), dict(token="ends"), dict(kind="v1", token="none", alternate=True)])
+@pytest.mark.parametrize(
+    "case", [dict(rotary="stream", token="first", average=False), dict(token="ends"), dict(kind="v1", token="none", alternate=True)]
+)
 def test_options_are_saved_exported_and_take_other_sizes(case: dict[str, Any], tmp_path):
     model = vitarium.create_model("vim_pico", **arguments(PLAIN | case)).eval()
     image = torch.randn(2, 3, 16, 24)

@@ -9,8 +9,8 @@ squeeze-and-excitation before them provides position information.
 Follows the authors' TensorFlow code (github google-research/maxvit) in timm's port, whose checkpoints load by name: "same" padding, the
 tanh approximation of GELU, bias tables of key minus query. Any image size: maps are padded for the attentions, and padding is masked (the
 authors' code refuses sizes that are not divisible; for the others the results are equal). Left out of the authors' configuration, since no
-released model uses them: bias tables that all heads share or none, other activations, downsampling before the convolution or by maxima, MBConv
-without expansion, and dropout inside the blocks.
+released model uses them: bias tables that all heads share or none, other activations, downsampling before the convolution or by maxima,
+MBConv without expansion, and dropout inside the blocks.
 Cost: linear in image area at fixed P and G.
 
 Speed: tokens are permuted to window order, from there to grid order, and back to a map once per block; biases are gathered once in

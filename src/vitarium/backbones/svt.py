@@ -9,8 +9,9 @@ the channels, shared by all positions and orientations. The inverse transform re
     x <- x + Mixer(LN(x));  x <- x + MLP(LN(x)), in the pyramid of vitarium.nn.MixerPyramid
 
 Follows the authors' code (github badripatro/svt); its checkpoints load by name, without the wavelet filters in them, which are computed
-here. Left out: MixToken, which belongs to training with token labels, and `sr_ratios`, which the authors' blocks do not read. Any image size: w is resized bilinearly, and the last row or column of a map with odd sides is repeated for the transform (the
-authors' code accepts one size).
+here. Left out: MixToken, which belongs to training with token labels, and `sr_ratios`, which the authors' blocks do not read. Any image
+size: w is resized bilinearly, and the last row or column of a map with odd sides is repeated for the transform (the authors' code accepts
+one size).
 Cost: linear in the area of the map, except for the transform, which is a few small matrix products, area times side.
 
 Speed: a filter along one axis, with mirrored borders, is one matrix, so the transform is one matrix product per axis; a complex layer is

@@ -7,9 +7,9 @@ channel.
     u = GELU(W_1 y);  a = W_a DW_7,dilation 3(DW_5(u));  A(y) = W_2 (u * a) + y      with y = BN(x)
     x <- x + s1 * A(BN(x));  x <- x + s2 * MLP(BN(x)), the MLP with a depth-wise 3 x 3 in its middle
 
-Follows the authors' code (github Visual-Attention-Network/VAN-Classification); its checkpoints load by name. Left out of the authors' constructor:
-the class of the last norms of the stages, a layer norm in all released models. A(y) adds the *normed* y
-inside the layer scale, as in the released models. Fully convolutional: any image size.
+Follows the authors' code (github Visual-Attention-Network/VAN-Classification); its checkpoints load by name. Left out of the authors'
+constructor: the class of the last norms of the stages, a layer norm in all released models. A(y) adds the *normed* y inside the layer
+scale, as in the released models. Fully convolutional: any image size.
 Cost: linear in image area.
 
 Speed: maps are channels-last in memory, so the 1 x 1 convolutions are matrix products that read them in place; `fuse()` folds the batch
@@ -196,7 +196,10 @@ class VAN(Backbone):
                 ConvPatchEmbed(dims[k - 1], dims[k], 3, 2, bias=True)
                 if k
                 else ConvPatchEmbed(in_chans, dims[0], 2 * patch_size - 1, patch_size, bias=True),
-                [VANBlock(dims[k], mlp_ratios[k], kernel_size, dilation, gate, layer_scale_init_value, drop_rate, rate) for rate in rates[k]],
+                [
+                    VANBlock(dims[k], mlp_ratios[k], kernel_size, dilation, gate, layer_scale_init_value, drop_rate, rate)
+                    for rate in rates[k]
+                ],
                 LayerNorm2d(dims[k], eps=norm_eps),
             )
             for k in range(len(dims))

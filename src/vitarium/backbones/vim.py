@@ -10,8 +10,9 @@ block has two, one in each direction, and the class token is placed in the middl
 
 Follows the authors' code (github hustvl/Vim, its released "bimamba v2, middle class token, divide by 2" models); its checkpoints load by
 name, those of its first release (rotary positions, class token first) too. Left out, since no released model uses them: dropout of
-positions, biases of the mixer's linear layers and other ranks of the step sizes, class tokens at a random place, randomly flipped sequences,
-logits of each token (`forward_features` returns the tokens). Any image size: positions are resampled and incomplete patches are padded with zeros (the authors' code refuses other sizes).
+positions, biases of the mixer's linear layers and other ranks of the step sizes, class tokens at a random place, randomly flipped
+sequences, logits of each token (`forward_features` returns the tokens). Any image size: positions are resampled and incomplete patches are
+padded with zeros (the authors' code refuses other sizes).
 Cost: linear in tokens, in time and in memory.
 
 Speed: the memory layout is (batch, tokens, channels) throughout; the backward direction runs its convolution and its scan from the end
@@ -23,6 +24,7 @@ Legend: B images, L tokens, C = embed_dim, E = 2 C inner channels, N states per 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -89,7 +91,7 @@ class ScanDirection(nn.Module):
         delta = linear(dt, self.dt_proj.weight)
         total: Tensor | None = None
         for name, table, reverse in self.scans():
-            rate = self.cache.get(self, name, table, lambda table=table: decay(table))
+            rate = self.cache.get(self, name, table, functools.partial(decay, table))
             options = dict(bias=self.dt_proj.bias, softplus=True, reverse=reverse, implementation=self.scan)
             y, _ = selective_scan(v, delta, rate, b, c, self.D, **options)  # type: ignore[arg-type]
             total = y if total is None else total + y
@@ -338,8 +340,8 @@ class Vim(TokenBackbone):
         alternate: run the blocks in pairs, the second on the reversed sequence, and average the two; needs an even depth.
         class_token: position of the class token, "middle" (before patch M // 2 of M) or "first", one at both "ends" (averaged), or "none"
             for pooling the patches.
-        global_pool: image feature: "token", "avg", "max" or "last" (the last token); "max_logits" is the maximum of the tokens' logits. None:
-            "token" with a class token, else "avg".
+        global_pool: image feature: "token", "avg", "max" or "last" (the last token); "max_logits" is the maximum of the tokens' logits.
+            None: "token" with a class token, else "avg".
         positions: whether to add a learned position table.
         rotary: also rotate channels by their token's row and column before each block: of the whole "stream", of the output of the previous
             block ("branches"), or "none". As in the authors' code, the table starts at the second token if there is one class token.

@@ -116,7 +116,7 @@ class MixerPyramid(Backbone):
         image_size: side, in pixels, of the square image that mixers with a fixed grid are made for.
         token_label: add a second head for every token, as in token labelling: the logits are then those of the class token plus half the
             maximum over the tokens.
-        norm_eps: epsilon of the layer norms of blocks, stages and head; 1e-6 in all released models, 1e-5 by default in the authors' classes.
+        norm_eps: epsilon of the layer norms of blocks, stages and head; 1e-6 as released, 1e-5 by default in the authors' classes.
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 

@@ -197,7 +197,7 @@ def rotary_2d(
     The first half of the channels of a head rotates with the row, the second with the column; channels 2i and 2i + 1 form a pair.
 
     Args:
-        span: rows and columns are scaled to positions 0 to `span`, exclusive, whatever the grid (as in EVA-02 and Vim); None: one unit each.
+        span: rows and columns are scaled to positions below `span`, whatever the grid (as in EVA-02 and Vim); None: one unit each.
 
     Raises:
         ValueError: head_dim is not a multiple of 4.

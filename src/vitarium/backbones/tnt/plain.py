@@ -186,7 +186,7 @@ class TNT(TokenBackbone):
         super().__init__(dim=dim, depth=depth, stride=patch_size, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
         self.patch_embed = WordEmbed(patch_size, stride, image_size, in_chans, inner_dim, dim)
         (rates,) = drop_path_rates(drop_path_rate, [depth])
-        options = dict(se=se, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, qk_scale=qk_scale)
+        options: dict[str, Any] = dict(se=se, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, qk_scale=qk_scale)
         self.blocks = nn.ModuleList(
             TNTBlock(dim, inner_dim, self.patch_embed.words, num_heads, inner_heads, drop_path=rate, **options) for rate in rates
         )

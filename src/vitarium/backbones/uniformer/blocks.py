@@ -10,7 +10,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vitarium.catalog import chain, rename
@@ -123,7 +122,7 @@ class DividedBlock(GlobalBlock):
     def __init__(self, dim: int, axes: int, head_dim: int, **options: Any):
         super().__init__(dim, axes, head_dim, **options)
         self.t_norm = nn.LayerNorm(dim, eps=1e-6)
-        attention = dict(qkv_bias=self.attn.qkv.bias is not None, scale=self.attn.scale)
+        attention: dict[str, Any] = dict(qkv_bias=self.attn.qkv.bias is not None, scale=self.attn.scale)
         self.t_attn = Attention(dim, dim // head_dim, proj_drop=options["drop"], **attention)
 
     def forward(self, x: Tensor) -> Tensor:

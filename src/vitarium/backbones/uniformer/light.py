@@ -115,7 +115,9 @@ def check_keeps(keeps: Sequence[float], count: int) -> list[float]:
         ValueError: another number of ratios, one outside (0, 1], or a first one below 1.
     """
     if len(keeps) != count or keeps[0] != 1 or not all(0 < keep <= 1 for keep in keeps):
-        raise ValueError(f"keep_ratio is a number, or {count} numbers in (0, 1] of which the first is 1 (one per global block), got {list(keeps)}")
+        raise ValueError(
+            f"keep_ratio is a number, or {count} numbers in (0, 1] of which the first is 1 (one per global block), got {list(keeps)}"
+        )
     return list(keeps)
 
 
