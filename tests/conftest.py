@@ -36,6 +36,12 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", guarded_resolve)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests write into no folder of the user."""
+    monkeypatch.setenv("VITARIUM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 # ---- evidence
 
 

@@ -80,6 +80,13 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def cache_folder() -> Path:
+    """Return the user's folder of things that can be found again: $VITARIUM_CACHE, else vitarium in the system's folder of caches."""
+    given = os.environ.get("VITARIUM_CACHE")
+    place = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(given) if given else Path(place, "vitarium")
+
+
 def sha256(path: str | os.PathLike[str]) -> str:
     """Return the hex digest of a file's content."""
     with open(path, "rb") as file:

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import vitarium
+from tests.catalog.forging import forge
 from tests.catalog.toys import assert_unchanged
 from vitarium.catalog.record import FORMAT, DataRecord, LearnerRecord, training_of
-from vitarium.catalog.states import RECORD, SEAL, seal_of
 from vitarium.errors import CheckpointError, UsageError
 from vitarium.training.tasks import task_of
 
@@ -223,20 +223,6 @@ def test_refuses_labels_of_another_head(model, tmp_path):
 
 
 # ---- what cannot be loaded
-
-
-def forge(path: Path, **changes) -> None:
-    """A file whose record says something else, with a valid seal: what a newer version, or somebody, could have written."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    record = {**json.loads(metadata[RECORD]), **changes}
-    save_file(load_file(path), path, {**metadata, RECORD: json.dumps(record), SEAL: "0" * 64})
-    digest, place = seal_of(path)
-    with open(path, "r+b") as file:
-        file.seek(place)
-        file.write(digest.encode())
 
 
 @pytest.mark.parametrize(

@@ -108,4 +108,6 @@ def test_published_weights_are_asked_for_by_name(base, tmp_path, monkeypatch):
     monkeypatch.setattr("vitarium.catalog.saving.create_model", create)
     vitarium.save(model, tmp_path / "a.safetensors", trained_only=True)
     assert (asked["name"], asked["pretrained"]) == ("timm/vit_pico", True)
-    assert torch.equal(vitarium.load(tmp_path / "a.safetensors")(image()), model(image()))
+    with pytest.raises(CheckpointError, match=r"weights from pretrained: .*in no cache.*checkpoint=FILE.*fetch=True"):
+        vitarium.load(tmp_path / "a.safetensors")
+    assert torch.equal(vitarium.load(tmp_path / "a.safetensors", fetch=True)(image()), model(image()))

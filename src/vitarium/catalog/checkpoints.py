@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vitarium.catalog.heads import mark_fresh
+from vitarium.catalog.rebuilding import refuse_files
 from vitarium.catalog.registry import Family, Renamer, families, find_model
 from vitarium.catalog.states import State, Weights, read_state, read_weights
 from vitarium.catalog.weights import TOGETHER, fetch
@@ -90,7 +91,7 @@ class LoadReport:
 
 
 def load_checkpoint(
-    model: nn.Module, source: str | Path, *, strict: bool = True, follow_head: bool = False, quiet: bool = False
+    model: nn.Module, source: str | Path | Weights, *, strict: bool = True, follow_head: bool = False, quiet: bool = False
 ) -> LoadReport:
     """Load weights into a model from a file with our names or those of the authors, timm, torchvision or transformers.
 
@@ -101,7 +102,7 @@ def load_checkpoint(
     Args:
         model: a model from `create_model`, or any module with the file's tensor names.
         source: a path, "hf:owner/name[/file]", or an http(s) address, optionally with "#sha256=HEX"; several joined by " + " if the model's
-            parts were released in separate files.
+            parts were released in separate files; or weights that `read_weights` has read.
         strict: raise for a file that lacks tensors or has unexpected ones (except the head's).
         follow_head: first set the model's number of classes to the file's.
         quiet: do not log the report.
@@ -110,7 +111,9 @@ def load_checkpoint(
         CheckpointError: the file is unreadable, unsafe or unreachable; or it is of another model: then the message has the report and the
             models that it fits.
     """
-    weights = _read_together(str(source))
+    refuse_files(f"the weights {source}")
+    weights = source if isinstance(source, Weights) else read_together(str(source))
+    source = str(weights.path) if isinstance(source, Weights) else source
     fits = [
         _fit(model, state, LoadReport(str(source), dialect, weights.opened)) for dialect, state in _readings(dialects_of(model), weights)
     ]
@@ -131,7 +134,7 @@ def load_checkpoint(
     return report
 
 
-def _read_together(source: str) -> Weights:
+def read_together(source: str) -> Weights:
     """Read the weights of a source, or of several joined by " + " as one."""
     if Path(source).exists() or TOGETHER not in source:
         return read_weights(fetch(source))

@@ -11,6 +11,8 @@ from vitarium.errors import UsageError, nearest
 
 Class = TypeVar("Class")
 Registered = TypeVar("Registered")
+_REGISTRIES: dict[Registry, Classes[Any]] = {}
+"""The registries that this process uses so far."""
 
 
 class Classes(Generic[Class]):
@@ -24,6 +26,7 @@ class Classes(Generic[Class]):
     def __init__(self, table: Registry, word: str):
         self.table, self.word = table, word
         self.registered: dict[str, type[Class]] = {}
+        _REGISTRIES[table] = self
 
     def register(self, name: str, prepare: Callable[[Any], None]) -> Callable[[Registered], Registered]:
         """Return a decorator that registers a class under a name, after `prepare` has set its attributes."""
@@ -56,3 +59,8 @@ class Classes(Generic[Class]):
     def names(self) -> list[str]:
         """Return the names in the index and those that this process registered, sorted. Imports none of them."""
         return sorted({*read_index().names(self.table), *self.registered})
+
+
+def known_names(table: Registry) -> list[str]:
+    """Return the names in a registry, those of the user's own code included. Imports none of them."""
+    return _REGISTRIES[table].names() if table in _REGISTRIES else read_index().names(table)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from vitarium.catalog.preprocessing import Preprocessing
+from vitarium.catalog.rebuilding import is_rebuilding, without_weights
 from vitarium.catalog.registry import INPUT_KEYS, find_model
 from vitarium.errors import UsageError, nearest
 
@@ -55,6 +56,8 @@ def create_model(
         CheckpointError: the weights are unreadable, unsafe or of another model.
     """
     name, _, tag = name.partition(".") if not name.startswith(("timm/", "hf/")) else (name, "", "")
+    if is_rebuilding():  # nested in a saved model, whose file holds the weights
+        checkpoint, pretrained, tag, arguments = None, False, "", without_weights(arguments)
     given = dict(arguments)
     for option, value, least in (("num_classes", num_classes, 0), ("image_size", image_size, 1), ("frames", frames, 1)):
         if value is None:

@@ -17,6 +17,7 @@ from torch import nn
 from vitarium.catalog.dialects import VIT_DIALECTS
 from vitarium.catalog.heads import head_names, mark_fresh
 from vitarium.catalog.preprocessing import Preprocessing
+from vitarium.catalog.rebuilding import WEIGHT_KEYS, refuse_files
 from vitarium.catalog.registry import Renamer, State, chain
 from vitarium.catalog.transformers_models import TOWERS, TransformersClassifier, VisionTower, wrap
 from vitarium.errors import CheckpointError, UsageError, nearest, require
@@ -124,6 +125,7 @@ def create_transformers(
         UsageError: it is no image model, or cannot be fetched.
         CheckpointError: the weights lack more than a classifier.
     """
+    refuse_files(f"the configuration of hf/{name}", configuration=True)
     transformers = require("transformers", "transformers")
     try:
         with quiet_transformers():
@@ -264,6 +266,40 @@ def configuration_of(model: Any) -> dict[str, Any]:
     return json.loads(model.model.config.to_json_string(use_diff=False))
 
 
+ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+"""Accepted implementations of attention in a saved configuration; transformers reads any other name as a repository of code."""
+NO_SOURCES = ("auto_map", "backbone", "use_pretrained_backbone", "custom_pipelines", "trust_remote_code", *WEIGHT_KEYS)
+"""Keys of a configuration that name code or weights elsewhere."""
+
+
+def check_configuration(config: Any, place: str = "config") -> None:
+    """Check that a saved configuration of transformers names no code, weights or models outside itself.
+
+    Raises:
+        UsageError: it names the field.
+    """
+    if isinstance(config, list):
+        for i, value in enumerate(config):
+            check_configuration(value, f"{place}.{i}")
+    if not isinstance(config, dict):
+        return
+    for key, value in config.items():
+        field = f"{place}.{key}"
+        if "attn_implementation" in key:
+            chosen = list(value.values()) if isinstance(value, dict) else [value]
+            if wrong := [one for one in chosen if one not in ATTENTION]:
+                raise UsageError(f"{field} must be one of {', '.join(map(str, ATTENTION[1:]))}; got {wrong[0]!r}")
+        elif key in NO_SOURCES and value not in (None, False, {}, []) and key != "pretrained_cfg":
+            raise UsageError(f"{field} names code or weights outside of the file: {value!r:.80}")
+        elif key == "architecture":
+            import timm
+
+            if value is not None and not (isinstance(value, str) and timm.is_model(value)):
+                raise UsageError(f"{field} must be a model of timm, got {value!r:.80}")
+        else:
+            check_configuration(value, field)
+
+
 def rebuild_transformers(config: dict[str, Any]) -> TransformersClassifier:
     """Build the classifier of a saved configuration with fresh weights; nothing is fetched, and only transformers' own code runs.
 
@@ -272,8 +308,10 @@ def rebuild_transformers(config: dict[str, Any]) -> TransformersClassifier:
         UsageError: the installed transformers does not support the configuration.
     """
     transformers = require("transformers", "transformers")
+    check_configuration(config)
     try:
         model = _build(transformers, transformers.AutoConfig.for_model(**config))
-    except (ValueError, TypeError, KeyError) as error:
-        raise UsageError(f"transformers {transformers.__version__} refuses the saved configuration: {error}") from error
+    except Exception as error:  # transformers checks little, and a forged configuration can fail in any way
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UsageError(f"transformers {transformers.__version__} refuses the saved configuration: {first}") from error
     return wrap(model, Preprocessing())

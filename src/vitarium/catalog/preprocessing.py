@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+LARGEST_SIDE = 2**14
+"""Longest side of an input and of the image that is resized for it, pixels."""
+LARGEST_INPUT = 2**30
+"""Largest number of values of an input, all frames and channels together (4 GiB)."""
 
 
 @runtime_checkable
@@ -33,7 +38,7 @@ class Preprocessing:
     From a clip, frames are chosen first; each is then treated as an image.
 
     Args:
-        image_size: side of the square input, pixels.
+        image_size: side of the square input, pixels; image_size / crop_pct is at most `LARGEST_SIDE`.
         mean, std: one value per channel, on the 0..1 scale; their number is the number of channels (1: grey, 3: RGB).
         interpolation: "nearest", "bilinear", "bicubic" or "lanczos".
         crop_pct: share of the shorter side that the crop keeps, in (0, 1].
@@ -54,6 +59,7 @@ class Preprocessing:
     stride: int | None = None
 
     def __post_init__(self) -> None:
+        self._check_types()
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))
         if self.image_size < 1:
@@ -68,6 +74,33 @@ class Preprocessing:
             raise UsageError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}; got {self.interpolation!r}{hint}")
         if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3) or min(self.std) <= 0:
             raise UsageError(f"mean and std need 1 or 3 values each, std above 0; got mean={self.mean}, std={self.std}")
+        self._check_size()
+
+    def _check_types(self) -> None:
+        for name in ("image_size", "frames", "stride"):
+            value = getattr(self, name)
+            optional = name != "image_size"
+            if not (isinstance(value, numbers.Integral) and not isinstance(value, bool)) and not (optional and value is None):
+                raise UsageError(f"{name} must be a whole number{' or None' if optional else ''}, got {value!r}")
+        if not is_finite(self.crop_pct):
+            raise UsageError(f"crop_pct must be a number, got {self.crop_pct!r}")
+        if not isinstance(self.interpolation, str):
+            raise UsageError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}; got {self.interpolation!r}")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if not isinstance(values, list | tuple) or not all(map(is_finite, values)):
+                raise UsageError(f"{name} must be a list of 1 or 3 numbers, got {values!r}")
+
+    def _check_size(self) -> None:
+        if self.image_size / self.crop_pct > LARGEST_SIDE:
+            got = f"image_size={self.image_size:,}, crop_pct={self.crop_pct}"
+            raise UsageError(f"image_size / crop_pct must be at most {LARGEST_SIDE:,} pixels, got {got}")
+        values = (self.frames or 1) * len(self.mean) * self.image_size**2
+        if values > LARGEST_INPUT or (self.stride or 1) > LARGEST_INPUT:
+            raise UsageError(
+                f"an input may hold {LARGEST_INPUT:,} values (frames x channels x image_size^2), and a stride be at most as large; got "
+                f"image_size={self.image_size:,}, frames={self.frames}, stride={self.stride}"
+            )
 
     @property
     def channels(self) -> int:
@@ -136,6 +169,11 @@ class Preprocessing:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict for a file's header; `Preprocessing(**d)` restores them."""
         return asdict(self)
+
+
+def is_finite(value: Any) -> bool:
+    """Return whether a value is a finite number (no bool)."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def to_mode(image: Image.Image, channels: int) -> Image.Image:

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from vitarium.catalog.rebuilding import refuse_files
 from vitarium.catalog.registry import find_model
 from vitarium.errors import CheckpointError, UsageError, nearest
 
@@ -63,7 +64,8 @@ def fetch(source: str) -> Path:
         CheckpointError: it cannot be fetched, or does not have the given hash.
         UsageError: the source has none of these forms.
     """
-    if not source.startswith(("hf:", "timm:", "http://", "https://")):
+    refuse_files(source)
+    if not is_address(source):
         return Path(source)  # the reader reports a missing file
     place, digest = _split_digest(source)
     if place.startswith("timm:"):
@@ -73,6 +75,53 @@ def fetch(source: str) -> Path:
         _check_digest(path, digest, place)
         return path
     return _fetch_url(place, digest)
+
+
+def is_address(source: str) -> bool:
+    """Return whether a source of weights is fetched from elsewhere, unless it is in a cache; False for a path."""
+    return source.startswith(("hf:", "timm:", "http://", "https://"))
+
+
+def cached(source: str) -> Path | None:
+    """Return the local file of an address (see `fetch`) from a cache, None if it is in none. Makes no request.
+
+    Raises:
+        CheckpointError: the cached file does not have the given hash.
+        UsageError: the source has none of the forms.
+    """
+    place, digest = _split_digest(source)
+    path: Path | None = None
+    if place.startswith("timm:"):
+        address = _timm_address(place.removeprefix("timm:"), digest)
+        return cached(address)
+    if place.startswith("hf:"):
+        import huggingface_hub as hub
+
+        repository, files = _hub_files(place.removeprefix("hf:"))
+        found = [hub.try_to_load_from_cache(repository, file) for file in files]
+        path = next((Path(file) for file in found if isinstance(file, str)), None)
+    elif is_address(place):
+        path = _cache_of_torch(place)
+    if path is None or not path.is_file():
+        return None
+    _check_digest(path, digest, place)
+    return path
+
+
+def published_sources(name: str, tag: str | None) -> list[str]:
+    """Return the sources of a model's published weights, in order of preference.
+
+    Args:
+        name: one of our models, "timm/NAME", or "hf/OWNER/NAME".
+        tag: see `fetch_pretrained`; of our models only.
+    """
+    if name.startswith("timm/"):
+        return [f"timm:{name.removeprefix('timm/')}"]
+    if name.startswith("hf/"):
+        return [f"hf:{name.removeprefix('hf/')}"]
+    family, variant = find_model(name)
+    tags = family.weights.get(variant, {})
+    return list(tags.get(tag, ()) if tag else next(iter(tags.values()), ()))
 
 
 def _split_digest(source: str) -> tuple[str, str]:
@@ -103,6 +152,11 @@ def _by_hand(url: str) -> str:
 
 def _fetch_timm(name: str, digest: str) -> Path:
     """Fetch weights that timm lists as NAME.TAG, from its hub repository or else from the original address."""
+    return fetch(_timm_address(name, digest))
+
+
+def _timm_address(name: str, digest: str) -> str:
+    """Return the address of weights that timm lists as NAME.TAG."""
     import timm
 
     cfg = timm.models.get_pretrained_cfg(name)
@@ -111,9 +165,9 @@ def _fetch_timm(name: str, digest: str) -> Path:
     suffix = f"#sha256={digest}" if digest else ""
     if cfg.hf_hub_id:
         file = f"/{cfg.hf_hub_filename}" if cfg.hf_hub_filename else ""
-        return fetch(f"hf:{cfg.hf_hub_id}{file}{suffix}")
+        return f"hf:{cfg.hf_hub_id}{file}{suffix}"
     url = cfg.url if isinstance(cfg.url, str) or cfg.url is None else cfg.url[0]
-    return fetch(f"{url}{suffix}")
+    return f"{url}{suffix}"
 
 
 # ---- the Hugging Face hub
@@ -124,11 +178,7 @@ def _fetch_hub(place: str) -> Path:
     import huggingface_hub as hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    parts = place.split("/")
-    if len(parts) < 2 or not all(re.fullmatch(r"[\w.-]+", part) for part in parts):
-        raise UsageError(f"a hub source is hf:OWNER/NAME or hf:OWNER/NAME/FILE, got 'hf:{place}'")
-    repository = "/".join(parts[:2])
-    files = ["/".join(parts[2:])] if len(parts) > 2 else list(DEFAULT_FILES)
+    repository, files = _hub_files(place)
     for file in files:
         cached = hub.try_to_load_from_cache(repository, file)
         if isinstance(cached, str):
@@ -149,6 +199,14 @@ def _fetch_hub(place: str) -> Path:
     raise CheckpointError(f"the hub's {repository} holds no {' or '.join(files)}; name its file: hf:{repository}/FILE")
 
 
+def _hub_files(place: str) -> tuple[str, list[str]]:
+    """Return the repository and the candidate files of OWNER/NAME[/FILE]."""
+    parts = place.split("/")
+    if len(parts) < 2 or not all(re.fullmatch(r"[\w.-]+", part) for part in parts):
+        raise UsageError(f"a hub source is hf:OWNER/NAME or hf:OWNER/NAME/FILE, got 'hf:{place}'")
+    return "/".join(parts[:2]), ["/".join(parts[2:])] if len(parts) > 2 else list(DEFAULT_FILES)
+
+
 def _reason(error: BaseException) -> str:
     return next((line.strip()[:120] for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
@@ -162,13 +220,10 @@ def _fetch_url(url: str, digest: str) -> Path:
 
     An interrupted download (beside the file, ending in .incomplete) is continued if the server supports it.
     """
-    import torch
     from filelock import FileLock
 
-    name = os.path.basename(unquote(urlsplit(url).path))
-    if not name or name in (".", ".."):
-        raise UsageError(f"{url} names no file")
-    path = Path(torch.hub.get_dir(), "checkpoints", name)
+    path = _cache_of_torch(url)
+    name = path.name
     if path.exists():
         _check_digest(path, digest, url)
         return path
@@ -190,6 +245,16 @@ def _fetch_url(url: str, digest: str) -> Path:
     except Exception as error:  # any error of the client's HTTP library or the disk
         raise CheckpointError(f"cannot download {name} ({_reason(error)}): {_by_hand(url)}") from error
     return path
+
+
+def _cache_of_torch(url: str) -> Path:
+    """Return the place of an address in torch's hub cache."""
+    import torch
+
+    name = os.path.basename(unquote(urlsplit(url).path))
+    if not name or name in (".", ".."):
+        raise UsageError(f"{url} names no file")
+    return Path(torch.hub.get_dir(), "checkpoints", name)
 
 
 class _Partial(io.FileIO):

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ValidationError
 from torch import nn
 
-from vitarium.catalog.applying import methods_on, rebuild_methods
+from vitarium.catalog.applying import methods_on
 from vitarium.catalog.create import ModelSpec, create_model
-from vitarium.catalog.foreign import configuration_of, rebuild_transformers
-from vitarium.catalog.preprocessing import Preprocessing
+from vitarium.catalog.foreign import configuration_of
+from vitarium.catalog.from_record import build
+from vitarium.catalog.record import ModelRecord, problems
 from vitarium.errors import UsageError
 
 KEYS = ("name", "arguments", "preprocessing", "labels", "methods", "config")
@@ -50,17 +52,8 @@ def rebuild_classifier(values: Mapping[str, Any] | str, **arguments: Any) -> nn.
     """
     if isinstance(values, str):
         return create_model(values, **arguments)
-    if (wrong := [key for key in values if key not in KEYS]) or "name" not in values:
-        raise UsageError(f"a classifier is described by {', '.join(KEYS)} (name at least); got {wrong[0] if wrong else list(values)!r}")
-    given = {**values.get("arguments", {}), **arguments}
-    if values.get("config"):
-        model: nn.Module = rebuild_transformers(values["config"])
-        model.spec = ModelSpec(values["name"], given)  # type: ignore[assignment]
-    else:
-        name = str(values["name"])
-        model = create_model(name if name.startswith("timm/") else name.partition(".")[0], **given)  # the name without the weights' tag
-    if values.get("preprocessing"):
-        model.preprocessing = Preprocessing(**values["preprocessing"])  # type: ignore[assignment]
-    if values.get("labels"):
-        model.labels = list(values["labels"])  # type: ignore[assignment]
-    return rebuild_methods(model, values.get("methods", ()))
+    try:
+        record = ModelRecord.model_validate(dict(values))
+    except ValidationError as error:
+        raise UsageError(f"a classifier is described by {', '.join(KEYS)} (name at least): {'; '.join(problems(error))}") from error
+    return build(record.model_copy(update=dict(arguments={**record.arguments, **arguments})))

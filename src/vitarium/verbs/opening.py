@@ -34,7 +34,7 @@ def open_model(source: str | os.PathLike[str] | nn.Module, checkpoint: str | Non
 
     Args:
         source: a file of `vitarium.save`; a name, with `checkpoint` or else its published weights; or a model, which is returned as it is.
-        checkpoint: weights for a name: file, "hf:OWNER/NAME", or address.
+        checkpoint: weights for a name: file, "hf:OWNER/NAME", or address; for a file of the trained part only, the weights below it.
         options: for `create_model`, with a name.
 
     Raises:
@@ -51,9 +51,11 @@ def open_model(source: str | os.PathLike[str] | nn.Module, checkpoint: str | Non
     if inside.is_file():
         raise UsageError(f"{source} is a folder; name its file: {inside}")
     if is_model_file(source):
-        if checkpoint is not None:
+        from vitarium.catalog.saving import is_partial
+
+        if checkpoint is not None and not is_partial(source):
             raise UsageError(f"{source} holds its own weights; give --checkpoint only with a model's name")
-        return vitarium.load(os.fspath(source))
+        return vitarium.load(os.fspath(source), checkpoint=checkpoint)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each attempt is logged; the final error is sufficient
     return vitarium.create_model(os.fspath(source), checkpoint=checkpoint, pretrained=checkpoint is None, **options).eval()
 

@@ -7,23 +7,11 @@ from typing import Any, TypeVar
 
 from vitarium.assignments import parse_call
 from vitarium.catalog.classes import Classes
+from vitarium.catalog.record import TASK_ALIASES as ALIASES
 from vitarium.training.settings import check
 from vitarium.training.tasks.base import Task
 
 TaskClass = TypeVar("TaskClass", bound=type[Task])
-
-ALIASES: dict[str, dict[str, Any]] = {
-    "class": {"name": "classify"},
-    "classification": {"name": "classify"},
-    "panoptic": {"name": "segment", "kind": "panoptic"},
-    "semantic": {"name": "segment", "kind": "semantic"},
-    "instance": {"name": "segment", "kind": "instance"},
-    "pairs": {"name": "restore"},
-    "restoration": {"name": "restore"},
-    "retrieval": {"name": "retrieve"},
-    "features": {"name": "encode"},
-}
-"""Accepted aliases, such as names in earlier versions."""
 
 TASKS: Classes[Task] = Classes("tasks", "task")
 
