@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import vitarium
-from tests.golden import TOLERANCE, compare, fill_state, make_input, read_golden
+from tests.golden import TOLERANCE, compare, fill_state, make_input, read_golden, time_rates
 from vitarium.catalog import families
 from vitarium.catalog.record import LearnerRecord, training_of
 from vitarium.errors import InputError, UsageError
@@ -61,6 +61,8 @@ def test_equals_the_authors_network(golden, cls, options):
     doc = read_golden(golden)
     model = cls(**SIZES["s"], **options)
     model.double().load_state_dict(OFFICIAL(fill_state(doc["state"])), strict=True)
+    assert torch.allclose(model.time_embed.rates, time_rates().double(), rtol=2**-23, atol=0)  # to the last bit of float32
+    model.time_embed.rates = time_rates().double()
     table = model.pos_embed.numel()  # the authors count the fixed table
     assert sum(p.numel() for p in model.parameters()) + table == doc["parameters"]
     inputs = {key: make_input(key, spec) for key, spec in doc["inputs"].items()}
@@ -103,7 +105,7 @@ def test_takes_any_size_that_the_patches_divide(tiny):
     assert tiny(torch.randn(1, 3, 6, 10), torch.rand(1), torch.tensor([0])).shape == (1, 3, 6, 10)
     with pytest.raises(InputError, match=r"sides divisible by 2.*nearest is 8x8"):
         tiny(torch.randn(1, 3, 7, 8), torch.rand(1))
-    with pytest.raises(InputError, match=r"images \(B, 3, H, W\)"):
+    with pytest.raises(InputError, match=r"image \(B, 3, H, W\)"):
         tiny(torch.randn(1, 4, 8, 8), torch.rand(1))
     with pytest.raises(InputError, match="one time per sample"):
         tiny(torch.randn(2, 3, 8, 8), torch.rand(1))

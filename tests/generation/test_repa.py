@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import vitarium
-from tests.golden import RESULTS, compare, fill_state, make_input, read_golden
+from tests.golden import RESULTS, compare, fill_state, make_input, read_golden, time_rates
 from vitarium.data import open_data
 from vitarium.errors import UsageError
 from vitarium.generation import frechet
@@ -46,6 +46,7 @@ def test_equals_the_authors_network():
     model = REPA(**SIZES["s"], patch_size=2, encoder_depth=4)
     official = next(f for f in vitarium.catalog.families("repa")).dialects["official"]
     model.double().load_state_dict(official(fill_state(doc["state"])), strict=True)
+    model.time_embed.rates = time_rates().double()
     assert sum(p.numel() for p in model.parameters()) + model.pos_embed.numel() == doc["parameters"]
     x, t, y = (make_input(key, spec) for key, spec in doc["inputs"].items())
     with torch.no_grad():

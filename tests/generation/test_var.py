@@ -308,7 +308,7 @@ def test_refuses_options(options: dict, message: str):
 
 def test_refuses_pictures_and_sizes():
     model = pico().float()
-    with pytest.raises(InputError, match=r"takes floating-point images \(B, 3, 16, 16\)"):
+    with pytest.raises(InputError, match=r"takes a floating-point image \(B, 3, 16, 16\)"):
         model.tokenizer(torch.zeros(1, 3, 20, 20))
     with pytest.raises(InputError, match=r"codes must be"):
         model.tokenizer.decode([torch.zeros(1, 2, dtype=torch.int64)])

@@ -65,6 +65,15 @@ def make_input(name: str, spec: dict) -> Tensor:
     return torch.from_numpy(np.asarray(rng.standard_normal(shape) if kind == "normal" else rng.random_sample(shape)))
 
 
+def time_rates() -> Tensor:
+    """The float32 rates (128,) of time embeddings, exp(-log(10000) k / 128), on the machine that made the goldens.
+
+    The vector library rounds exp differently on other processors: single rates differ in the last bit, and angles of up to 999 times a rate
+    enlarge this to 1e-5 of a network's output. Comparisons to 1e-9 use these rates.
+    """
+    return torch.from_numpy(np.load(FOLDER / "time_rates.npy"))
+
+
 def compare(name: str, outputs: dict[str, Tensor]) -> float:
     """The largest error of the outputs against a golden, over each output's standard deviation."""
     doc, worst = read_golden(name), 0.0

@@ -119,13 +119,12 @@ class AttentionView:
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project normed tokens (B, N, C) to queries, keys and values (B, H, N, D), as used by the attention but not rotated or scaled."""
-        batch, count, _ = x.shape
         layers = [self.part(name) for name in self.layout.qkv]
         if layers[0] is not None:
-            q, k, v = self._joint(layers[0], x).view(batch, count, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+            q, k, v = self._joint(layers[0], x).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
         else:
             layers = layers[1:]
-            q, k, v = (layer(x).view(batch, count, -1, self.head_dim).transpose(1, 2) for layer in layers)
+            q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in layers)
         if (norm := self.part(self.layout.q_norm)) is not None:
             q = norm(q)
         if (norm := self.part(self.layout.k_norm)) is not None:

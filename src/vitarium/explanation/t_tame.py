@@ -41,6 +41,7 @@ from vitarium.errors import UsageError
 from vitarium.explanation.classifier import describe_classifier, rebuild_classifier
 from vitarium.explanation.explainers import Explainer, explainer, scaled
 from vitarium.explanation.reading import Tap, covered, find_taps, logits_of, read_maps, to_pixels
+from vitarium.nn.inputs import foreign_sizes
 from vitarium.nn.modes import evaluating
 from vitarium.training import Learner, learner
 from vitarium.training.building import open_trained
@@ -217,11 +218,12 @@ class TTAME(nn.Module):
         return self
 
     def forward(self, image: Tensor) -> Tensor:
-        return logits_of(self.classifier, self.classifier(image))
+        with foreign_sizes(self, image, getattr(self.preprocessing, "channels", None)):
+            return logits_of(self.classifier, self.classifier(image))
 
     def maps(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Return the classifier's logits (B, num_classes) of images (B, C, H, W), and c (B, num_classes, h, w), in one pass."""
-        with torch.no_grad():
+        with torch.no_grad(), foreign_sizes(self, image, getattr(self.preprocessing, "channels", None)):
             logits, features = read_maps(self.classifier, image, self.taps, multiply=self.multiply)
         return logits, self.attention(features)
 

@@ -140,7 +140,7 @@ class DenseBlock(nn.Module):
                 x = torch.cat([part.index_select(0, grid.order[start:stop]) for part in parts], 1)
             bias = self.attn.bias(height, width, x.dtype)
             results.append(self.windows(x.view(-1, height * width, x.shape[1]), bias, fold=plain).flatten(0, 1))
-        result = torch.cat(results)
+        result = torch.cat(results) if results else parts[0].new_empty(0, self.adjust.out_features)  # none in an empty batch
         return result if grid.inverse is None else result.index_select(0, grid.inverse)
 
     def windows(self, x: Tensor, bias: Tensor, *, fold: bool) -> Tensor:
@@ -336,7 +336,7 @@ class DRCT(Restorer):
     @staticmethod
     def _map(x: Tensor, inverse: Tensor, like: Tensor) -> Tensor:
         batch, _, height, width = like.shape
-        return x.index_select(0, inverse).view(batch, height, width, -1).permute(0, 3, 1, 2)
+        return x.index_select(0, inverse).view(batch, height, width, x.shape[1]).permute(0, 3, 1, 2)
 
     def _grids(self, batch: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Grid, Grid]:
         """Return the grids of a size; those of the last size are cached."""

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vitarium.errors import InputError
 from vitarium.nn.inflation import inflate_kernel
+from vitarium.nn.inputs import check_image
 
 POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "avg": lambda x: x.mean(tuple(range(2, x.ndim))),
@@ -213,27 +214,7 @@ class Backbone(nn.Module):
         Raises:
             InputError: wrong rank, channels, layout, dtype, size or device; the message states the input and what is accepted.
         """
-        if torch.compiler.is_compiling():
-            return
-        name, shape, rank = type(self).__name__, tuple(image.shape), 2 + len(self.axes)
-        accepted = f"{name} takes a floating-point image (B, {self.in_chans}, {', '.join(self.axes)})"
-        if image.ndim != rank:
-            hint = "; add a batch axis with image[None]" if image.ndim == rank - 1 else ""
-            raise InputError(f"{accepted}, got {image.ndim} axes {shape}{hint}")
-        if shape[1] != self.in_chans:
-            order = ", ".join(map(str, (0, rank - 1, *range(1, rank - 1))))
-            hint = f"; the channels seem to come last: image.permute({order})" if shape[-1] == self.in_chans else ""
-            hint = hint or f"; create the model with in_chans={shape[1]}"
-            raise InputError(f"{accepted}, got {shape[1]} channels in {shape}{hint}")
-        if not image.is_floating_point():
-            raise InputError(f"{accepted}, got {image.dtype}; divide by 255 and normalise (model.preprocessing does it)")
-        if min(shape[-2:]) < self.min_size:
-            raise InputError(f"{name} takes images of at least {self.min_size}x{self.min_size} pixels, got {shape[-2]}x{shape[-1]}")
-        weight = next(self.parameters(), image)
-        if image.dtype != weight.dtype and not torch.is_autocast_enabled(image.device.type):
-            raise InputError(f"{name} holds {weight.dtype} weights, got a {image.dtype} image; convert one of them with .to(dtype)")
-        if image.device != weight.device:
-            raise InputError(f"{name} is on {weight.device}, the image on {image.device}; move one of them with .to(device)")
+        check_image(self, image, self.in_chans, axes=self.axes, min_size=self.min_size)
 
     # ---- timm's interface
 

@@ -39,6 +39,7 @@ from vitarium.catalog.methods import AttachReport, Method, method
 from vitarium.catalog.options import validated
 from vitarium.catalog.registry import State, family, rename
 from vitarium.errors import AttachError, UsageError
+from vitarium.nn.inputs import foreign_sizes
 from vitarium.perception.retrieval.lora import LoRA as LoRA
 from vitarium.perception.retrieval.prompts import EmbeddingHead, PromptSite, VisualPrompts, freeze, head_width
 from vitarium.perception.retrieval.proxies import PlainProxies, SemanticProxies
@@ -219,7 +220,8 @@ class VPTProxies(nn.Module):
         self.proxies = make_proxies(self.model, num_classes, prompts=class_prompts, depth=class_depth) if num_classes else None
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.model(image)
+        with foreign_sizes(self, image, self.preprocessing.channels):
+            return self.model(image)
 
 
 def make_proxies(model: nn.Module, num_classes: int, **options: Any) -> SemanticProxies:

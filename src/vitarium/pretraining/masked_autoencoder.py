@@ -25,6 +25,7 @@ from vitarium.catalog import rename
 from vitarium.catalog.calling import random_normal, random_uniform
 from vitarium.errors import InputError
 from vitarium.nn import Linear, TransformerBlock, VisionTransformer
+from vitarium.nn.inputs import check_floats
 from vitarium.nn.vit import EPS, init_as_mae, sincos_table
 from vitarium.ops.masking import mask_by_noise, restore_tokens, take_tokens, visible_count
 from vitarium.ops.patches import patchify
@@ -144,8 +145,8 @@ class MaskedAutoencoder(nn.Module):
             raise InputError(f"mask_ratio must be from 0 to below 1 and leave at least one of {count} patches, got {mask_ratio}")
         if noise is None:
             noise = torch.rand(image.shape[0], count, device=image.device)
-        elif noise.shape != (image.shape[0], count):
-            raise InputError(f"noise must hold one number per patch, {(image.shape[0], count)}, got {tuple(noise.shape)}")
+        else:
+            check_floats(self, noise, (len(image), count), "noise")
         mask = mask_by_noise(noise, keep)
         latent = self.encode(patchify(image, self.patch_size), mask.kept, grid)
         positions = self._table(self.decoder.pos_embed, grid)

@@ -31,6 +31,7 @@ from vitarium.data.loader import generators_kept, seed_generators
 from vitarium.errors import UsageError
 from vitarium.generation.labels import check_labels
 from vitarium.generation.noise import ImageNoise, numbered
+from vitarium.nn.inputs import check_classes, check_floats
 from vitarium.nn.modes import evaluating
 from vitarium.training import Learner, Player, learner
 from vitarium.training.base import Batch
@@ -88,6 +89,8 @@ class Generator(nn.Module):
         self.head = nn.Sequential(group_norm(width), nn.ReLU(), nn.Conv2d(width, in_chans, 3, padding=1), nn.Tanh())
 
     def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
+        check_floats(self, noise, ("B", self.stem.in_features), "noise")
+        check_classes(self, labels, len(noise), self.embed.num_embeddings - 1, noise.device)
         x = self.stem(noise + self.embed(labels))
         return self.head(self.blocks(x.unflatten(1, (-1, self.side, self.side))))
 

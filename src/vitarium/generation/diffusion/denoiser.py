@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vitarium.catalog.calling import random_integers, random_normal, random_uniform
 from vitarium.errors import InputError, UsageError
+from vitarium.nn.inputs import check_classes, check_floats, check_times, nearest_multiples
 
 GAUSSIAN_STEPS = 1000
 """Default number of steps of a discrete process."""
@@ -82,21 +83,26 @@ class Denoiser(nn.Module):
         labels = random_integers(self, (n,), max(1, self.num_classes), seed=seed)
         return {"x": random_normal(self, shape, seed=seed), "t": times, "labels": labels}
 
-    def check_input(self, x: Tensor, t: Tensor, multiple: int) -> None:
-        """Check the input.
+    def check_input(self, x: Tensor, t: Tensor, labels: Tensor | None, multiple: int, last_class: int) -> None:
+        """Check the inputs of `forward`; labels of None stand for the null class.
+
+        Args:
+            multiple: both sides of x must be divisible by it.
+            last_class: largest class number, that of the null class if the model has one.
 
         Raises:
-            InputError: wrong rank, channels or size of x, or the number of times differs from that of samples.
+            InputError: no tensors, or wrong rank, channels, size, dtype or device of x, or not one time and class number per sample.
         """
         if torch.compiler.is_compiling():
             return
-        name = type(self).__name__
-        if x.ndim != 4 or x.shape[1] != self.sample_chans:
-            kind = "latents" if self.latent_chans else "images"
-            raise InputError(f"{name} takes {kind} (B, {self.sample_chans}, H, W), got {tuple(x.shape)}")
-        if any(side % multiple or not side for side in x.shape[-2:]):
-            near = [max(multiple, round(side / multiple) * multiple) for side in x.shape[-2:]]
-            height, width = x.shape[-2:]
-            raise InputError(f"{name} takes sides divisible by {multiple}, got {height}x{width}; the nearest is {near[0]}x{near[1]}")
-        if t.shape != x.shape[:1]:
-            raise InputError(f"{name} takes one time per sample, ({len(x)},), got {tuple(t.shape)}")
+        kind = "latent" if self.latent_chans else "image"
+        check_floats(self, x, ("B", self.sample_chans, "H", "W"), kind)
+        height, width = x.shape[-2:]
+        if height % multiple or width % multiple or not height or not width:
+            near = nearest_multiples((height, width), multiple)
+            raise InputError(f"{type(self).__name__} takes sides divisible by {multiple}, got {height}x{width}; the nearest is {near}")
+        check_times(self, t, len(x), x.device)
+        if labels is not None:
+            check_classes(self, labels, len(x), last_class, x.device)
+        elif last_class < self.num_classes:
+            raise InputError(f"this {type(self).__name__} has no null class (class_drop_rate=0); give it labels (B,)")

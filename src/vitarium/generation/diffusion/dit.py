@@ -46,9 +46,8 @@ class TimeEmbed(nn.Module):
     def __init__(self, dim: int, scale: float = 1.0, *, width: int = 256):
         super().__init__()
         self.scale = scale
-        rates = torch.exp(
-            -math.log(10000) * torch.arange(width // 2, dtype=torch.float32) / (width // 2)
-        )  # bit-exact with the authors' code
+        steps = torch.arange(width // 2, dtype=torch.float32)  # in float32 as in the authors' code; exp rounds as the processor does
+        rates = torch.exp(-math.log(10000) * steps / (width // 2))
         self.register_buffer("rates", rates, persistent=False)
         self.fc1 = nn.Linear(width, dim)
         self.fc2 = nn.Linear(dim, dim)
@@ -244,7 +243,7 @@ class DiT(Denoiser):
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """Predict (B, C or 2 C, H, W). Without labels: for the null class."""
-        self.check_input(x, t, self.patch_size)
+        self.check_input(x, t, labels, self.patch_size, self.label_embed.num_embeddings - 1)
         tokens, grid = self.embed(x)
         condition = F.silu(self.condition(t, labels))
         for block in self.blocks:

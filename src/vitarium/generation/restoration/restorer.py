@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vitarium.catalog.calling import random_uniform
-from vitarium.errors import InputError
+from vitarium.nn.inputs import check_image
 
 DEFAULT_SIZE = 64
 """Side of an example image if the variant has no size, pixels."""
@@ -52,25 +52,7 @@ class Restorer(nn.Module):
         Raises:
             InputError: wrong rank, channels, layout, dtype or device, or an empty image; the message has the actual and the accepted value.
         """
-        if torch.compiler.is_compiling():
-            return
-        name, shape = type(self).__name__, tuple(image.shape)
-        accepted = f"{name} takes a floating-point image (B, {self.in_chans}, H, W) in 0..1"
-        if image.ndim != 4:
-            raise InputError(f"{accepted}, got {image.ndim} axes {shape}{'; add a batch axis with image[None]' if image.ndim == 3 else ''}")
-        if shape[1] != self.in_chans:
-            last = shape[-1] == self.in_chans
-            hint = "the channels seem to come last: image.permute(0, 3, 1, 2)" if last else f"create the model with in_chans={shape[1]}"
-            raise InputError(f"{accepted}, got {shape[1]} channels in {shape}; {hint}")
-        if not image.is_floating_point():
-            raise InputError(f"{accepted}, got {image.dtype}; divide by 255")
-        if min(shape[-2:]) < 1:
-            raise InputError(f"{accepted} of at least 1x1 pixels, got {shape[-2]}x{shape[-1]}")
-        weight = next(self.parameters(), image)
-        if image.dtype != weight.dtype and not torch.is_autocast_enabled(image.device.type):
-            raise InputError(f"{name} holds {weight.dtype} weights, got a {image.dtype} image; convert one of them with .to(dtype)")
-        if image.device != weight.device:
-            raise InputError(f"{name} is on {weight.device}, the image on {image.device}; move one of them with .to(device)")
+        check_image(self, image, self.in_chans, note=" in 0..1")
 
 
 def reflect_to_multiple(image: Tensor, size: int) -> Tensor:

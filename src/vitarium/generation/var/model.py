@@ -18,6 +18,7 @@ from vitarium.generation.noise import ImageNoise, numbered
 from vitarium.generation.var.tokenizer import OFFICIAL as TOKENIZER_OFFICIAL
 from vitarium.generation.var.tokenizer import PREPARATION
 from vitarium.generation.var.transformer import ScaleTransformer, Steps
+from vitarium.nn.inputs import check_classes
 from vitarium.nn.modes import evaluating
 
 GUIDANCE = 2.5
@@ -130,6 +131,8 @@ class VAR(nn.Module):
         )
 
     def forward(self, image: Tensor, labels: Tensor) -> Tensor:
+        self.tokenizer.check_image(image)
+        check_classes(self, labels, len(image), self.num_classes, image.device)
         with torch.no_grad():
             views = self.tokenizer.inputs(self.tokenizer.encode(image))
         return self.transformer(views, labels)

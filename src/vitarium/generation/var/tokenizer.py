@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from vitarium.catalog import family, rename
 from vitarium.catalog.calling import random_uniform
 from vitarium.errors import InputError, UsageError
+from vitarium.nn.inputs import check_floats
 from vitarium.ops.maps import as_map, as_tokens
 
 
@@ -388,11 +389,4 @@ class VARTokenizer(nn.Module):
 
     def check_image(self, image: Tensor) -> None:
         """Raise InputError if an image is not (B, in_chans, image_size, image_size) of floating-point values."""
-        if torch.compiler.is_compiling():
-            return
-        wanted = (self.in_chans, self.image_size, self.image_size)
-        if image.ndim != 4 or tuple(image.shape[1:]) != wanted or not image.is_floating_point():
-            raise InputError(
-                f"{type(self).__name__} takes floating-point images (B, {', '.join(map(str, wanted))}) in [-1, 1], "
-                f"got {image.dtype} {tuple(image.shape)}; model.preprocessing makes them"
-            )
+        check_floats(self, image, ("B", self.in_chans, self.image_size, self.image_size), "image")
