@@ -185,6 +185,8 @@ def test_forward_intermediates(model: Backbone):
 def test_features_only_through_timm(model: Backbone):
     import timm
 
+    if isinstance(model, VideoBackbone):
+        pytest.skip("timm has no models of clips")
     vitarium.register_with_timm()
     backbone = timm.create_model(f"vitarium_{model.spec.name}", features_only=True).eval()
     maps = backbone(image_for(model))
@@ -319,8 +321,63 @@ def test_default_cfg_is_timms(model: Backbone):
     config = resolve_data_config({}, model=model)
     assert config["input_size"] == (model.in_chans, *2 * [model.preprocessing.image_size])
     assert config["mean"] == model.preprocessing.mean
-    assert model.get_submodule(model.default_cfg["first_conv"]).in_channels == model.in_chans
     assert model.get_submodule(model.default_cfg["classifier"]) is model.get_classifier()
+    if first := model.default_cfg["first_conv"]:
+        assert model.get_submodule(first).in_channels == model.in_chans
+
+
+IMAGE_NAMES = [f"{f.name}_pico" for f in FAMILIES if not issubclass(f.cls, VideoBackbone)]
+
+
+@pytest.mark.parametrize("name", IMAGE_NAMES)
+def test_timms_checks_of_a_registered_model(name: str):
+    """The checks of timm's own test suite: configuration, pooled and unpooled features, head removal, gradients, intermediates."""
+    import timm
+
+    vitarium.register_with_timm()
+    model = timm.create_model(f"vitarium_{name}", num_classes=42)
+    cfg, state = model.default_cfg, model.state_dict()
+    image = torch.randn(2, *cfg["input_size"])
+    assert model.num_features > 0
+    assert model.head_hidden_size > 0
+    first = cfg["first_conv"]
+    for part in (cfg["classifier"], *((first,) if isinstance(first, str) else first)):
+        assert f"{part}.weight" in state
+    maps = model.train().forward_intermediates(image, intermediates_only=True)
+    (some_loss(model(image)) + some_loss(tuple(maps))).backward()
+    assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+    model.eval()
+    with torch.no_grad():
+        assert model(image).shape == (2, 42)
+        features = model.forward_features(image)
+        assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+        shapes_without_head(model, image, features.shape)
+        shapes_without_head(timm.create_model(f"vitarium_{name}", num_classes=0, global_pool="").eval(), image, features.shape)
+
+    extractor = timm.create_model(f"vitarium_{name}", features_only=True).eval()
+    channels, strides = extractor.feature_info.channels(), extractor.feature_info.reduction()
+    with torch.no_grad():
+        maps = extractor(image)
+    assert len(maps) == len(channels) >= 2
+    for m, dim, stride in zip(maps, channels, strides, strict=True):
+        assert m.shape[1] == dim
+        assert m.shape[2] <= cfg["input_size"][1] // stride + 1
+
+
+def shapes_without_head(model: nn.Module, image: Tensor, shape: torch.Size) -> None:
+    """Check the outputs without classes: unpooled as `forward_features` has them, a map of timm's `pool_size` or tokens, and pooled."""
+    model.reset_classifier(0, "")
+    unpooled = model(image)
+    assert unpooled.shape == shape
+    pool_size = model.default_cfg["pool_size"]
+    if pool_size is None:
+        assert unpooled.ndim == 3
+        assert unpooled.shape[2] == model.num_features
+    else:
+        assert unpooled.shape == (len(image), model.num_features, *pool_size)
+    model.reset_classifier(0, model.pools[0])
+    assert model(image).shape == (len(image), model.num_features)
 
 
 def test_authors_names_load(model: Backbone):

@@ -248,8 +248,10 @@ class ConvNeXtIsotropic(Backbone):
     ):
         _check_kernel(kernel_size)
         super().__init__(
-            stages=[Stage(dim, patch_size)], num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, min_size=patch_size
+            stages=[Stage(dim, patch_size)] * depth, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, min_size=patch_size
         )
+        for i, info in enumerate(self.feature_info):
+            info["module"] = f"blocks.{i}"
         self.stem = nn.Conv2d(in_chans, dim, patch_size, patch_size)
         (rates,) = drop_path_rates(drop_path_rate, [depth])
         self.blocks = nn.ModuleList(ConvNeXtBlock(dim, kernel_size, mlp_ratio, layer_scale_init_value, rate) for rate in rates)
@@ -258,7 +260,10 @@ class ConvNeXtIsotropic(Backbone):
         _scale_head(self.head, head_init_scale)
 
     def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
-        yield self.run_blocks(self.blocks, self.stem(image.contiguous(memory_format=torch.channels_last)))
+        x = self.stem(image.contiguous(memory_format=torch.channels_last))
+        for block in self.blocks:
+            x = self.run_blocks([block], x)
+            yield x
 
 
 def _check_kernel(kernel_size: int) -> None:

@@ -250,6 +250,8 @@ class T2TViT(TokenBackbone):
     pos_embed: Tensor
     patch_embed: T2TTokenizer  # type: ignore[assignment]
 
+    first_conv = ()  # the image is unfolded and projected by linear layers
+
     def __init__(
         self,
         *,

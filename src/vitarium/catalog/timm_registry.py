@@ -14,6 +14,7 @@ from torch import nn
 from vitarium.catalog.create import create_model
 from vitarium.catalog.registry import Family, families
 from vitarium.errors import UsageError
+from vitarium.nn.backbone import Backbone, VideoBackbone
 
 __all__ = ["register_with_timm"]
 
@@ -24,7 +25,10 @@ default_cfgs: dict[str, Any] = {}
 
 
 def register_with_timm() -> list[str]:
-    """Register all of our models with timm as `vitarium_<name>`. A further call adds new models.
+    """Register our image classifiers with timm as `vitarium_<name>`. A further call adds new models.
+
+    Models of videos, detectors, generators and wrappers are left out: timm's tools call every registered model with one image and expect
+    class scores.
 
     Returns:
         the registered names, such as "vitarium_swin_tiny".
@@ -32,7 +36,7 @@ def register_with_timm() -> list[str]:
     import timm
 
     names = []
-    for family in families():
+    for family in (f for f in families() if issubclass(f.cls, Backbone) and not issubclass(f.cls, VideoBackbone)):
         for variant, name in zip(family.variants, family.model_names(), strict=True):
             names.append(PREFIX + name)
             if not timm.is_model(PREFIX + name):

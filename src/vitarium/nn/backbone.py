@@ -56,6 +56,8 @@ class Backbone(nn.Module):
     """Names of the poolings that `reset_classifier` accepts, besides "" for none."""
     axes = "HW"
     """Axes of the input and of the maps after batch and channels."""
+    first_conv: str | tuple[str, ...] | None = None
+    """Name of the convolution that reads the image, for timm; None: the first one; () if it is no convolution."""
     preprocessing: Any = None
     """Preprocessing of input images (`vitarium.catalog.Preprocessing`); set by `create_model` and `load`."""
     stem: nn.Module
@@ -268,26 +270,27 @@ class Backbone(nn.Module):
 
     @property
     def default_cfg(self) -> dict[str, Any]:
-        """timm's configuration of input and head; timm's factory sets it."""
+        """timm's configuration of input and head. timm's factory sets it, without what only the module knows (pool_size, first_conv)."""
         if "_timm_cfg" in self.__dict__:
             return self.__dict__["_timm_cfg"]
-        kinds = (nn.Conv2d, nn.Conv3d, nn.Unfold)  # some stems unfold patches
-        first_conv = next((name for name, part in self.named_modules() if isinstance(part, kinds)), None)
         pre = self.preprocessing
         values = {} if pre is None else dict(mean=pre.mean, std=pre.std, interpolation=pre.interpolation, crop_pct=pre.crop_pct)
         size = 224 if pre is None else pre.image_size
-        return dict(
-            num_classes=self.num_classes,
-            input_size=(self.in_chans, size, size),
-            pool_size=None,
-            first_conv=first_conv,
-            classifier="head",
-            **values,
-        )
+        return dict(num_classes=self.num_classes, classifier="head", **values) | self._geometry((self.in_chans, size, size))
 
     @default_cfg.setter
     def default_cfg(self, cfg: dict[str, Any]) -> None:
-        self.__dict__["_timm_cfg"] = cfg
+        geometry = self._geometry(cfg.get("input_size") or (self.in_chans, 224, 224))
+        self.__dict__["_timm_cfg"] = cfg | {key: value for key, value in geometry.items() if cfg.get(key) is None}
+
+    def _geometry(self, input_size: tuple[int, ...]) -> dict[str, Any]:
+        """Return timm's input_size, pool_size (size of the map before pooling, None for tokens) and first_conv (() for none)."""
+        stride = self.feature_info[-1]["reduction"]
+        pool_size = tuple(-(-side // stride) for side in input_size[-2:]) if type(self).as_map is Backbone.as_map else None
+        first = self.first_conv
+        if first is None:
+            first = next((name for name, part in self.named_modules() if isinstance(part, (nn.Conv2d, nn.Conv3d))), ())
+        return dict(input_size=input_size, pool_size=pool_size, first_conv=first)
 
     pretrained_cfg = default_cfg
     """Alias under timm's newer name."""
