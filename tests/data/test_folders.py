@@ -108,7 +108,7 @@ FAULTS = {
         ["train/cat/1.png", "train/dog/1.png", "val/cats/1.png", "val/dog/1.png"],
         r"unknown classes: cats; did you mean cat\? \(known: cat, dog\)",
     ),
-    "no train": (["val/a/1.png"], "holds val/ but no train/"),
+    "no train": (["val/a/1.png"], "holds val but no train; training needs a part train"),
     "loose images": (["1.png", "2.png"], "holds 2 images but no class folders"),
     "other files": (["a/1.mat", "a/2.mat", "b/1.csv"], r"it holds 2 \.mat and 1 \.csv files"),
 }

@@ -60,13 +60,36 @@ def test_says_what_is_wrong(hub, tmp_path):
     hub.DatasetDict({"test": rows(hub, [0, 1])}).save_to_disk(tmp_path / "b")
     with pytest.raises(DataError, match="no train split; it has test"):
         open_data(tmp_path / "b")
-    rows(hub, [0, 1, -1, 1]).save_to_disk(tmp_path / "c")
-    with pytest.raises(DataError, match="row 2 has the label -1; accepted: 0 to 1"):
+    rows(hub, [1, 0, 3], names=None).rename_column("kind", "label").cast_column("label", hub.Value("float32")).save_to_disk(tmp_path / "c")
+    with pytest.raises(DataError, match=r"row 0 has the label 1\.0; accepted: class numbers or names, and -1 for none"):
         open_data(tmp_path / "c")
     (tmp_path / "d").mkdir()
     (tmp_path / "d/dataset_info.json").write_text("{")
     with pytest.raises(DataError, match="cannot read the saved data set"):
         open_data(tmp_path / "d")
+
+
+def test_rows_without_a_label_and_names_without_images_are_left_out(hub, tmp_path):
+    parts = {
+        "train": rows(hub, [0, 1, -1, 0, 1, 0, 1], names=("cat", "dog", "fox")),
+        "test": rows(hub, [-1, -1], names=("cat", "dog", "fox")),
+    }
+    hub.DatasetDict(parts).save_to_disk(tmp_path)
+    data = open_data(tmp_path)
+    assert data.classes == ["cat", "dog"]
+    assert (len(data.train), len(data.val), data.part) == (4, 2, "val")
+    notes = "\n".join(data.notes)
+    assert "(train): 1 of 7 rows have no label and are left out" in notes
+    assert "(test): 2 of 2 rows have no label and are left out; the part is not used" in notes
+    assert "1 of 3 class names have no images and are left out: fox" in notes
+    with pytest.raises(DataError, match="has no part test"):
+        open_data(tmp_path, split="test")
+
+
+def test_a_test_part_alone_is_evaluated(hub, tmp_path):
+    hub.DatasetDict({"test": rows(hub, [1, 1, 0])}).save_to_disk(tmp_path)
+    data = open_data(tmp_path, split="auto")
+    assert (data.val.targets, data.part, len(data.train)) == ([1, 1, 0], "test", 0)
 
 
 def test_names_the_extra_that_is_missing(tmp_path, monkeypatch):

@@ -191,7 +191,7 @@ FAULTS = [
     (instances, set_in("annotations", 4, "segmentation", "counts", value=[3, 4]), "cover 7 pixels, the image has 120"),
     (instances, set_in("annotations", 0, "segmentation", value=[[1, 1, 2, 2]]), "fewer than three corners"),
     (instances, set_in("annotations", 0, "segmentation", value=[]), "has no polygon"),
-    (instances, set_in("annotations", 0, "bbox", value="wide"), r"annotations\[0\] is incomplete"),
+    (instances, set_in("annotations", 0, "bbox", value="wide"), r"annotation 10: its box must be \[x, y, width, height\], it is 'wide'"),
 ]
 
 

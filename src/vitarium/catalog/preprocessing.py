@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+BRIGHTNESS = (
+    "accepted: 8 or 16 bits per channel, or floating-point values from 0 (black) to 1 (white); scale the images and save them again"
+)
+"""Accepted values of images, for messages."""
+
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 LARGEST_SIDE = 2**14
 """Longest side of an input and of the image that is resized for it, pixels."""
@@ -176,14 +181,34 @@ def is_finite(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def check_brightness(image: Image.Image) -> None:
+    """Check the values of an image of mode "F" or "I": one rule for all images, so that those of a data set are read alike.
+
+    Raises:
+        InputError: floating-point values that are not finite or not in [0, 1], or whole numbers that are not 16-bit ones.
+    """
+    import numpy as np
+
+    values, top = np.asarray(image), 1 if image.mode == "F" else 65535
+    if image.mode == "F" and not np.isfinite(values).all():
+        raise InputError(f"{(~np.isfinite(values)).sum():,} of its values are NaN or infinite; replace them; {BRIGHTNESS}")
+    if values.size and (values.min() < 0 or values.max() > top):
+        raise InputError(f"values from {values.min():g} to {values.max():g}; {BRIGHTNESS}")
+
+
 def to_mode(image: Image.Image, channels: int) -> Image.Image:
-    """Convert any of Pillow's modes to "L" (channels 1) or "RGB" (3). 16-bit grey keeps its brightness; alpha is blended over white."""
+    """Convert any of Pillow's modes to "L" (channels 1) or "RGB" (3). 16-bit grey keeps its brightness; alpha is blended over white.
+
+    Raises:
+        InputError: see `check_brightness`.
+    """
     import numpy as np
     from PIL import Image
 
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        top = 255.0 if image.mode == "F" and values.max(initial=0) > 1 else 1.0 if image.mode == "F" else 65535.0
+        if image.mode in ("I", "F"):
+            check_brightness(image)
+        values, top = np.asarray(image, dtype=np.float64), 1.0 if image.mode == "F" else 65535.0
         image = Image.fromarray((values.clip(0, top) / top * 255).round().astype(np.uint8))
     elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")

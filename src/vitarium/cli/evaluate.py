@@ -19,8 +19,14 @@ if TYPE_CHECKING:
 class Split(StrEnum):
     """Parts of a data set."""
 
+    AUTO = "auto"
+    ALL = "all"
     VAL = "val"
+    TEST = "test"
     TRAIN = "train"
+
+
+SPLIT_HELP = "Part of the data; auto: what was held out when the model was trained, else the held-out part, or all of data without parts."
 
 
 @configurable
@@ -30,9 +36,11 @@ def evaluate(
     checkpoint: Checkpoint = None,
     methods: Apply = None,
     corruptions: Annotated[bool, typer.Option("--corruptions", help="Also under ImageNet-C's corruptions, five severities each.")] = False,
-    split: Annotated[Split, typer.Option(help="Which part of the data.")] = Split.VAL,
-    val_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share held out of data that has no val/ part.")] = 0.2,
-    seed: Annotated[int, typer.Option(min=0, help="Of the split.")] = 0,
+    split: Annotated[Split, typer.Option(help=SPLIT_HELP)] = Split.AUTO,
+    val_fraction: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Measure only this share of data without parts.", show_default="all")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the share that is measured.", show_default="0")] = None,
     batch_size: BatchSize = 64,
     device: Device = "auto",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for all metrics.", show_default="none")] = None,

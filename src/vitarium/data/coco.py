@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -13,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitarium.data.bad_files import BrokenImage
+from vitarium.data.coco_checks import check_box, check_counts, check_file_name, check_id, check_shape, check_size, read_counts, shown, whole
 from vitarium.data.image_set import Samples
 from vitarium.data.images import open_image
 from vitarium.data.joint import Segmentation
-from vitarium.data.parts import few, part_names
-from vitarium.data.segmented import Kind, SegmentedData, split_samples
+from vitarium.data.parts import few, part_in
+from vitarium.data.segmented import Kind, SegmentedData, divide_samples
 from vitarium.errors import DataError, require
 
 if TYPE_CHECKING:
@@ -61,17 +63,50 @@ def find_annotations(path: Path) -> list[Path]:
     return [file for place in places if place.is_dir() for name in names for file in sorted(place.glob(name))]
 
 
-def open_coco(path: Path, kind: Kind, *, broken: str = "refuse", seed: int = 0, val_fraction: float = 0.2) -> SegmentedData:
+def open_coco(
+    path: Path, kind: Kind, *, broken: str = "refuse", seed: int = 0, val_fraction: float = 0.2, split: str | None = None
+) -> SegmentedData:
     """Open a json file, or a folder with annotations/panoptic_*.json or annotations/instances_*.json (of train and val, or of one part).
 
     Panoptic files are preferred unless instances are requested. Images are looked up in folders named as the json's part, beside it or
-    beside its folder: `val2017/` for `panoptic_val2017.json`, also below `images/`.
+    beside its folder: `val2017/` for `panoptic_val2017.json`, also below `images/`. Images without annotations stay in the held-out part,
+    where whatever a model finds in them is wrong; training leaves them out. The notes count them.
 
     Args:
         broken: "refuse" a file with invalid entries, or "drop" these.
+        seed, val_fraction: of the held-out part, if there is none.
+        split: for an evaluation, the part that it measures: see `divide`.
 
     Raises:
         DataError: not a COCO json file, or one with invalid entries; the message lists the first ten.
+    """
+    files = _chosen_files(path, kind)
+    read = {part: read_annotations(file, broken) for part, file in files.items()}
+    first, name = next(iter(read.values())), path.resolve().stem if path.is_file() else path.resolve().name
+    for part, other in read.items():
+        if (other.classes, other.things) != (first.classes, first.things):
+            odd, one = sorted(set(other.classes) ^ set(first.classes)), next(iter(read))
+            raise DataError(f"{path}: the categories of {one} and {part} differ{f': {few(odd)}' if odd else ' in their order'}")
+    found = divide_samples(name, {part: one.samples for part, one in read.items()}, seed=seed, val_fraction=val_fraction, split=split)
+    kept = [sample for sample in found.train if sample.segments]
+    empty = (len(found.train) - len(kept), sum(not sample.segments for sample in found.val))
+    notes = list(found.notes)
+    if any(empty):
+        where = (
+            f"{empty[0]} of {len(found.train)} for training, which are left out, {empty[1]} of {len(found.val)} held out, which are kept"
+        )
+        notes.append(f"{path}: images without annotations: {where}")
+    if split is None and not kept:
+        raise DataError(f"{name} holds no images with annotations for training")
+    train, val = (Samples(part, read=read_sample, name=_file_of) for part in (kept, found.val))
+    return SegmentedData(name, train, val, first.classes, notes=tuple(notes), part=found.part, things=first.things)
+
+
+def _chosen_files(path: Path, kind: Kind) -> dict[str, Path]:
+    """Return part -> json file; "" for a single file.
+
+    Raises:
+        DataError: none, or several of a part.
     """
     files = [path] if path.is_file() else find_annotations(path)
     if not files:
@@ -79,24 +114,13 @@ def open_coco(path: Path, kind: Kind, *, broken: str = "refuse", seed: int = 0, 
     order = ("instances", "panoptic") if kind == "instance" else ("panoptic", "instances")
     prefix = next(p for p in (*order, "") if any(file.name.startswith(p) for file in files))
     files = [file for file in files if file.name.startswith(prefix)]
-    by_part = {_part(file): file for file in files}
-    train_name, val_name = part_names(name for name in by_part if name)
-    name = path.resolve().stem if path.is_file() else path.resolve().name
-    if train_name is None and len(files) > 1:
+    if len(files) == 1:
+        return {"": files[0]}
+    by_part = {part: [file for file in files if _part(file) == part] for part in ("train", "val", "test", "")}
+    several = any(len(of_part) > 1 for of_part in by_part.values())
+    if not by_part["train"] or by_part[""] or several:
         raise DataError(f"{path} holds {few([file.name for file in files])}; name the file to use, or call the parts train and val")
-    train = read_annotations(by_part[train_name] if train_name else files[0], broken)
-    if train_name and val_name:
-        val = read_annotations(by_part[val_name], broken)
-        if (val.classes, val.things) != (train.classes, train.things):
-            odd = sorted(set(val.classes) ^ set(train.classes))
-            raise DataError(f"{path}: the categories of train and val differ{f': {few(odd)}' if odd else ' in their order'}")
-        parts = train.samples, val.samples
-    else:
-        parts = split_samples(train.samples, val_fraction, seed, name)
-    images = [Samples(part, read=read_sample, name=_file_of) for part in parts]
-    if not all(map(len, images)):
-        raise DataError(f"{name} holds {len(images[0])} images for training and {len(images[1])} held out; both must not be empty")
-    return SegmentedData(name, images[0], images[1], train.classes, things=train.things)
+    return {part: of_part[0] for part, of_part in by_part.items() if of_part}
 
 
 def _file_of(sample: Sample) -> str:
@@ -105,32 +129,33 @@ def _file_of(sample: Sample) -> str:
 
 def _part(file: Path) -> str:
     """Return "train" for panoptic_train2017.json; "" if the name contains no part."""
-    words = file.stem.lower().replace("-", "_").split("_")
-    return next((part for word in words for part in ("train", "val", "test") if word.startswith(part)), "")
+    return part_in(file.stem) or ""
 
 
 def read_annotations(path: Path, broken: str = "refuse") -> Annotations:
     """Read a json file's categories and images. No image is opened.
 
     Raises:
-        DataError: not a COCO json file; or, with `broken` "refuse", invalid entries: missing images, annotations of unknown images or
-            categories, empty and inverted boxes, segments of another size than the image's.
+        DataError: not a COCO json file; or, with `broken` "refuse", invalid entries: missing images, images outside of their folder,
+            annotations of unknown images or categories, empty, inverted and far boxes, segments of another size than the image's.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        images, notes, categories = values["images"], values["annotations"], sorted(values["categories"], key=lambda c: c["id"])
-        numbers = {category["id"]: number for number, category in enumerate(categories)}
-        classes = [str(category["name"]) for category in categories]
-    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        tables = [_entries(values, name) for name in ("images", "annotations", "categories")]
+        images, notes, categories = tables
+        ids = [check_id(category["id"], "the id of a category") for category in categories]
+        classes = [str(check_id(category["name"], "the name of a category")) for category in categories]
+        things = [bool(whole(category.get("isthing", 1), "isthing")) for category in categories]
+        order = sorted(range(len(ids)), key=lambda i: (isinstance(ids[i], str), ids[i]))
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         what = f"{type(error).__name__}: {error}"
         raise DataError(f"{path} is not COCO's json (a table with images, annotations and categories): {what}") from error
     if not classes:
         raise DataError(f"{path} has no categories")
-    if twice := [name for name, count in Counter([*(c["id"] for c in categories), *classes]).items() if count > 1]:
+    if twice := [name for name, count in [*Counter(ids).items(), *Counter(classes).items()] if count > 1]:
         raise DataError(f"{path}: categories are listed twice: {few(twice)}")
-    panoptic = any("segments_info" in note for note in notes[:1])
-    things = tuple(number for number, category in enumerate(categories) if category.get("isthing", 1))
-    checked = _Checked(path, panoptic, numbers)
+    panoptic = any(isinstance(note, dict) and "segments_info" in note for note in notes[:1])
+    checked = _Checked(path, panoptic, {ids[i]: number for number, i in enumerate(order)})
     samples = checked.samples(images, notes)
     if checked.problems and broken == "refuse":
         listed = "\n".join(f"  {problem}" for problem in checked.problems[:SHOWN])
@@ -138,102 +163,132 @@ def read_annotations(path: Path, broken: str = "refuse") -> Annotations:
         raise DataError(
             f"{path} is wrong in {len(checked.problems)} places:\n{listed}{more}\nrepair it, or leave these out with coco:PATH,broken=drop"
         )
-    return Annotations(classes, things, samples)
+    return Annotations([classes[i] for i in order], tuple(number for number, i in enumerate(order) if things[i]), samples)
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"it holds {text}, which JSON does not have")
+
+
+def _entries(values: Any, name: str) -> list[Any]:
+    entries = values[name]
+    if not isinstance(entries, list):
+        raise ValueError(f"{name} must be a list, it is {shown(entries)}")
+    return entries
 
 
 class _Checked:
     """Check of one json file, which collects valid entries and problems."""
 
-    def __init__(self, path: Path, panoptic: bool, numbers: dict[Any, int]):
+    def __init__(self, path: Path, panoptic: bool, numbers: dict[int | str, int]):
         self.path, self.panoptic, self.numbers = path, panoptic, numbers
         self.pngs = _png_folder(path)
         self.problems: list[str] = []
+        self.spoiled: set[str] = set()
 
-    def samples(self, images: list[dict[str, Any]], notes: list[dict[str, Any]]) -> list[Sample]:
+    def samples(self, images: list[Any], notes: list[Any]) -> list[Sample]:
+        """Return the images with their valid segments; images all of whose segments are invalid are left out."""
         root = _picture_folder(self.path, images)
-        by_id: dict[Any, Sample] = {}
+        by_id: dict[int | str, Sample] = {}
+        known: set[int | str] = set()
         for i, image in enumerate(images):
             try:
-                file = root / image["file_name"]
-                sample = Sample(str(file), "", (int(image["height"]), int(image["width"])))
-                if image["id"] in by_id:
-                    self.problems.append(f"image {image['id']!r} is listed twice")
-                elif not file.is_file():
-                    self.problems.append(f"image {image['id']!r}: there is no file {file}")
-                else:
-                    by_id[image["id"]] = sample
-            except (TypeError, ValueError, LookupError) as error:
+                self._image(image, root, by_id, known)
+            except (TypeError, LookupError, OverflowError) as error:
                 self.problems.append(f"images[{i}] lacks file_name, id, height or width ({type(error).__name__}: {error})")
-        known = {image.get("id") for image in images if isinstance(image, dict)}
+            except (ValueError, OSError) as error:
+                self.problems.append(f"images[{i}]: {error}")
         for i, note in enumerate(notes):
             try:
                 self._annotation(note, i, by_id, known)
-            except (TypeError, ValueError, LookupError, AttributeError) as error:
+            except (TypeError, LookupError, AttributeError, OverflowError, OSError) as error:
                 self.problems.append(f"annotations[{i}] is incomplete ({type(error).__name__}: {error})")
-        return [sample for sample in by_id.values() if sample.segments]
+            except ValueError as error:
+                self.problems.append(f"annotations[{i}]: {error}")
+        return [sample for sample in by_id.values() if sample.segments or sample.file not in self.spoiled]
 
-    def _annotation(self, note: dict[str, Any], place: int, by_id: dict[Any, Sample], known: set[Any]) -> None:
-        name = f"annotation {note.get('id', place)!r}" if not self.panoptic else f"annotation of image {note['image_id']!r}"
-        if note["image_id"] not in known:
-            self.problems.append(f"{name}: there is no image {note['image_id']!r}")
+    def _image(self, image: Any, root: Path, by_id: dict[int | str, Sample], known: set[int | str]) -> None:
+        file = root / check_file_name(image["file_name"])
+        number = check_id(image["id"], "its id")
+        twice = number in known
+        known.add(number)
+        size = check_size(image["height"], image["width"])
+        if twice:
+            self.problems.append(f"image {shown(number)} is listed twice")
+        elif not file.is_file():
+            self.problems.append(f"image {shown(number)}: there is no file {file}")
+        else:
+            by_id[number] = Sample(str(file), "", size)
+
+    def _annotation(self, note: dict[str, Any], place: int, by_id: dict[int | str, Sample], known: set[int | str]) -> None:
+        owner = check_id(note["image_id"], "image_id")
+        name = f"annotation {shown(note.get('id', place))}" if not self.panoptic else f"annotation of image {shown(owner)}"
+        if owner not in known:
+            self.problems.append(f"{name}: there is no image {shown(owner)}")
             return
-        sample = by_id.get(note["image_id"])
+        sample = by_id.get(owner)
         if sample is None:  # its image is missing and already reported
             return
-        if not self.panoptic:
-            self._segment(note, name, sample, {"segmentation": note["segmentation"]})
-            return
-        png = self.pngs / note["file_name"]
+        before = len(self.problems)
+        try:
+            if self.panoptic:
+                self._map(note, name, sample)
+            else:
+                self._segment(note, name, sample, {"segmentation": note["segmentation"]})
+        finally:
+            if len(self.problems) > before or not sample.segments:
+                self.spoiled.add(sample.file)
+
+    def _map(self, note: dict[str, Any], name: str, sample: Sample) -> None:
+        """Check the segments of a panoptic annotation."""
+        png = self.pngs / check_file_name(note["file_name"])
         if not png.is_file():
             self.problems.append(f"{name}: there is no file {png}")
             return
+        if not isinstance(note["segments_info"], list):
+            raise ValueError(f"segments_info must be a list, it is {shown(note['segments_info'])}")
         sample.png = str(png)
         for segment in note["segments_info"]:
-            self._segment(segment, f"segment {segment['id']!r} of image {note['image_id']!r}", sample, {"id": int(segment["id"])})
+            number = whole(segment["id"], "the id of a segment")
+            if not 0 <= number < 1 << 24:
+                raise ValueError(f"the id of a segment must be a colour, from 0 to {(1 << 24) - 1}; it is {shown(number)}")
+            self._segment(segment, f"segment {number} of {name.removeprefix('annotation of ')}", sample, {"id": number})
 
     def _segment(self, note: dict[str, Any], name: str, sample: Sample, rest: dict[str, Any]) -> None:
-        if note["category_id"] not in self.numbers:
-            self.problems.append(f"{name}: there is no category {note['category_id']!r}")
+        category = check_id(note["category_id"], "category_id")
+        if category not in self.numbers:
+            self.problems.append(f"{name}: there is no category {shown(category)}")
             return
-        problem = _box_problem(note.get("bbox")) or (None if self.panoptic else _shape_problem(note["segmentation"], sample.size))
-        if problem:
-            self.problems.append(f"{name}: {problem}")
+        crowd = whole(int(crowd) if isinstance(crowd := note.get("iscrowd", 0), bool) else crowd, "iscrowd")
+        try:
+            if note.get("bbox") is not None:
+                check_box(note["bbox"], sample.size)
+            if not self.panoptic:
+                check_shape(note["segmentation"], sample.size)
+        except ValueError as error:
+            self.problems.append(f"{name}: {error}")
             return
-        sample.segments.append({"label": self.numbers[note["category_id"]], "crowd": bool(note.get("iscrowd", 0)), **rest})
+        sample.segments.append({"label": self.numbers[category], "crowd": bool(crowd), **rest})
 
 
-def _box_problem(box: Any) -> str | None:
-    if box is None:
-        return None
-    _, _, width, height = (float(value) for value in box)
-    if width < 0 or height < 0:
-        return f"its box {box} (x, y, width, height) is inverted"
-    return f"its box {box} is empty" if width == 0 or height == 0 else None
-
-
-def _shape_problem(segmentation: Any, size: tuple[int, int]) -> str | None:
-    if isinstance(segmentation, list):
-        if not segmentation:
-            return "it has no polygon"
-        if any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
-            return "a polygon has fewer than three corners, or half of one"
-        return None
-    if tuple(segmentation["size"]) != size:
-        return f"its run lengths are for {list(segmentation['size'])}, the image has {list(size)} (height, width)"
-    counts = segmentation["counts"]
-    if isinstance(counts, list) and sum(counts) != size[0] * size[1]:
-        return f"its run lengths cover {sum(counts)} pixels, the image has {size[0] * size[1]}"
-    return None
-
-
-def _picture_folder(path: Path, images: list[dict[str, Any]]) -> Path:
+def _picture_folder(path: Path, images: list[Any]) -> Path:
     """Return the folder to which `file_name` is relative: the first in which an image is found."""
     part = path.stem.split("_", 1)[-1]
     above = path.parent.parent
     places = [above / part, above / "images" / part, above / _part(path), above / "images" / _part(path), above / "images", above]
     places += [path.parent / part, path.parent / "images", path.parent]
-    names = [str(image["file_name"]) for image in images[:20] if isinstance(image, dict) and image.get("file_name")]
-    return next((place for place in places for name in names if (place / name).is_file()), places[0])
+    names = []
+    for image in images[:20]:
+        with contextlib.suppress(TypeError, LookupError, ValueError):  # reported with the images
+            names.append(check_file_name(image["file_name"]))
+    return next((place for place in places for name in names if _is_file(place / name)), places[0])
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long
+        return False
 
 
 def _png_folder(path: Path) -> Path:
@@ -255,7 +310,7 @@ def read_sample(sample: Sample) -> tuple[Image.Image, Segmentation]:
         )
     labels = np.array([segment["label"] for segment in sample.segments], np.int64)
     crowd = np.array([segment["crowd"] for segment in sample.segments], bool)
-    masks = _masks_of_png(sample) if sample.png else np.array(list(_masks_of_shapes(sample)), bool)
+    masks = _masks_of_png(sample) if sample.png else np.array(list(_masks_of_shapes(sample)), bool).reshape(-1, *sample.size)
     return image, Segmentation(masks, labels, crowd)
 
 
@@ -277,10 +332,12 @@ def _masks_of_shapes(sample: Sample) -> Iterator[NDArray[np.bool_]]:
         shape = segment["segmentation"]
         try:
             if isinstance(shape, list):
-                shape = rle.merge(rle.frPyObjects(shape, height, width))
-            elif isinstance(shape["counts"], list):
-                shape = rle.frPyObjects(shape, height, width)
-            yield rle.decode(shape).astype(bool)
+                drawn = rle.decode(rle.merge(rle.frPyObjects([[float(v) for v in polygon] for polygon in shape], height, width)))
+            else:
+                counts = shape["counts"] if isinstance(shape["counts"], list) else read_counts(shape["counts"], sample.size)
+                check_counts(counts, sample.size)
+                drawn = np.repeat(np.arange(len(counts)) % 2, counts).reshape(width, height).T
+            yield drawn.astype(bool)
         except (TypeError, ValueError) as error:
             raise BrokenImage(sample.file, f"a segment of it cannot be drawn: {error}") from error
 

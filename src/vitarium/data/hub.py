@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vitarium.data.bad_files import BrokenImage
 from vitarium.data.image_set import ImageData, Samples
 from vitarium.data.images import decode_image, open_image
-from vitarium.data.parts import Listing, assemble, few, part_names
+from vitarium.data.parts import Listing, assemble, few, find_parts
 from vitarium.errors import DataError, require
 
 if TYPE_CHECKING:
@@ -34,38 +34,55 @@ def _name_of(place: tuple[str, int], name: str) -> str:
     return f"{name}/{place[0]}[{place[1]}]"
 
 
-def open_saved(path: Path, *, seed: int = 0, val_fraction: float = 0.2) -> ImageData:
+def open_saved(path: Path, *, seed: int = 0, val_fraction: float = 0.2, split: str | None = None) -> ImageData:
     """Open a `Dataset` or `DatasetDict` saved with `save_to_disk`.
 
     The image and label columns are found by their types (`Image`, `ClassLabel`), the parts by their names (train; validation, val, ...,
-    test); if there is no held-out part, one is split off with a fixed seed.
+    test); if there is no held-out part, one is split off with a fixed seed. Rows without a label (-1 or none) are left out, and so is a
+    part in which no row has one; class names without images are left out, too. The notes count what is left out.
+
+    Args:
+        split: for an evaluation, the part that it measures: see `divide`.
 
     Raises:
         MissingExtra: `datasets` is not installed.
-        DataError: it cannot be read, lacks such columns, has rows without label, or cannot be trained on.
+        DataError: it cannot be read, lacks such columns, has other values than labels, or cannot be used.
     """
     datasets = require("datasets", "data")
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # the library's errors have no common base
         raise DataError(f"cannot read the saved data set {path}: {error}") from error
-    splits = loaded if isinstance(loaded, dict) else {"train": loaded}
-    train, val = part_names(splits)
-    if train is None:
+    splits = loaded if isinstance(loaded, dict) else {"": loaded}
+    found = find_parts(splits) if isinstance(loaded, dict) else {"": ""}
+    if not found or (split is None and not {"", "train"} & found.keys()):
         raise DataError(f"{path} has no train split; it has {few(list(splits))}")
-    name, parts, listings = path.resolve().name, {}, {}
+    name, parts, listings, notes = path.resolve().name, {}, {}, []
     classes: list[str] | None = None
-    for split in (train, val) if val else (train,):
-        dataset = splits[split]
-        image, label = _columns(dataset, f"{path} ({split})", datasets)
-        parts[split] = dataset.select_columns([image]).cast_column(image, datasets.Image(decode=False)), image
+    for part, key in found.items():
+        dataset, shown = splits[key], key or "train"
+        try:
+            image, label = _columns(dataset, f"{path} ({shown})", datasets)
+        except DataError as error:
+            if part in ("", "train") or split == part:
+                raise
+            notes.append(f"{error}; the part is not used")
+            continue
+        parts[shown] = dataset.select_columns([image]).cast_column(image, datasets.Image(decode=False)), image
         names = getattr(dataset.features[label], "names", None)
         classes = classes or names
-        listings[split] = Listing([(split, row) for row in range(len(dataset))], _labels(dataset[label], names, f"{path} ({split})"))
+        labels = _labels(dataset[label], names, f"{path} ({shown})")
+        rows = [row for row, value in enumerate(labels) if value is not None]
+        if len(rows) < len(labels):
+            whole = "; the part is not used" if not rows else ""
+            notes.append(f"{path} ({shown}): {len(labels) - len(rows)} of {len(labels)} rows have no label and are left out{whole}")
+        if rows or part in ("", "train"):
+            listings[part] = Listing([(shown, row) for row in rows], [str(labels[row]) for row in rows])
+    if unused := [key for key in splits if key not in found.values()]:
+        notes.append(f"{path}: splits that are no part of the data are left out: {few(unused)}")
     read, name_of = functools.partial(_read, name=name, parts=parts), functools.partial(_name_of, name=name)
     make = functools.partial(Samples, read=read, name=name_of)
-    held_out = listings[val] if val else None
-    return assemble(name, make, listings[train], held_out, classes=classes, seed=seed, val_fraction=val_fraction)
+    return assemble(name, make, listings, classes=classes, seed=seed, val_fraction=val_fraction, split=split, notes=notes)
 
 
 def _columns(dataset: Any, where: str, datasets: Any) -> tuple[str, str]:
@@ -84,13 +101,16 @@ def _columns(dataset: Any, where: str, datasets: Any) -> tuple[str, str]:
     return images[0], preferred[0]
 
 
-def _labels(column: Any, names: list[str] | None, where: str) -> list[str]:
-    """Return the class names of all rows."""
-    labels = []
+def _labels(column: Any, names: list[str] | None, where: str) -> list[str | None]:
+    """Return the class names of all rows; None for a row without label (-1, none or empty)."""
+    labels: list[str | None] = []
     for row, value in enumerate(column):
-        known = isinstance(value, int | str) and not isinstance(value, bool) and value != ""
+        if value is None or value == "" or (value == -1 and not isinstance(value, bool)):
+            labels.append(None)
+            continue
+        known = isinstance(value, int | str) and not isinstance(value, bool)
         if not known or (names is not None and not (isinstance(value, int) and 0 <= value < len(names))):
             accepted = f"0 to {len(names) - 1}" if names else "class numbers or names"
-            raise DataError(f"{where}: row {row} has the label {value!r}; accepted: {accepted}")
-        labels.append(names[value] if names is not None else str(value))
+            raise DataError(f"{where}: row {row} has the label {value!r}; accepted: {accepted}, and -1 for none")
+        labels.append(names[int(value)] if names is not None else str(value))
     return labels

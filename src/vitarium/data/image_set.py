@@ -35,6 +35,8 @@ class ImageData:
         train, val: the two parts, without common images.
         classes: class names in the order of the class numbers.
         image_size: side of the images, pixels, if it is the same for all.
+        notes: what was left out, ignored or assumed when the data was opened, a sentence each.
+        part: which part of the data `val` is: "val", "test", or in an evaluation also "train" or "all".
     """
 
     name: str
@@ -42,6 +44,8 @@ class ImageData:
     val: ImageSet
     classes: list[str]
     image_size: int | None = None
+    notes: tuple[str, ...] = ()
+    part: str = "val"
 
 
 class Samples:

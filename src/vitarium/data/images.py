@@ -10,18 +10,29 @@ import time
 import warnings
 from typing import TYPE_CHECKING
 
+from vitarium.catalog.preprocessing import BRIGHTNESS, check_brightness
 from vitarium.data.bad_files import BrokenImage
+from vitarium.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-EXTENSIONS = frozenset(["jpg", "jpeg", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "jp2", "avif"])
+EXTENSIONS = frozenset(["jpg", "jpeg", "jpe", "jfif", "jif", "mpo", "png", "apng", "webp", "bmp", "dib", "gif", "tif", "tiff"]) | frozenset(
+    ["ppm", "pgm", "pbm", "pnm", "jp2", "j2k", "jpx", "jpf", "jpc", "avif", "avifs"]
+)
 """File extensions of images, in lower case."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")  # JPEG includes MPO, pairs of stereo cameras
 """Formats that Pillow may decode, whatever the file's name: EPS, for example, would start another program."""
 
 SIGNATURES = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+
+OTHER_SIGNATURES = (
+    b"\xff\x4f\xff\x51",
+    b"\0\0\0\x0cjP  ",
+    *(b"P%d" % kind + space for kind in range(1, 7) for space in (b"\n", b" ", b"\r")),
+)
+"""First bytes of JPEG 2000 and of the PPM formats. AVIF has its name at the fifth byte."""
 
 MAX_PIXELS = 128_000_000
 """Largest number of pixels, checked before decoding: Pillow needs up to 4 bytes per pixel, so this is half a gigabyte."""
@@ -39,17 +50,47 @@ def is_image_file(path: str | os.PathLike[str]) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1][1:].lower() in EXTENSIONS
 
 
+def has_signature(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file begins as an image in an accepted format, for files without an ending; False if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(16)
+    except OSError:
+        return False
+    if head.startswith(b"RIFF"):  # sounds and films begin like this, too
+        return head[8:12] == b"WEBP"
+    return head.startswith((*SIGNATURES, *OTHER_SIGNATURES)) or head[4:12] in (b"ftypavif", b"ftypavis")
+
+
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
     """Open an image file: decoded, its first frame, turned upright, in the mode in which it was stored.
 
     Raises:
-        BrokenImage: it cannot be read (after four attempts), is not an image, is cut off, or would need too much memory.
+        BrokenImage: it cannot be read (after four attempts), is not an image, is cut off, would need too much memory, or has values whose
+            brightness is not known (see `check_brightness`).
     """
     return decode_image(read_bytes(path), os.fspath(path))
 
 
 def decode_image(content: bytes, name: str) -> Image.Image:
     """Decode the bytes of an image file; `name` is used in messages. See `open_image`."""
+    image = _decode(content, name)
+    if image.mode in ("I", "F"):
+        if image.format == "TIFF" and image.mode == "I":
+            raise BrokenImage(name, f"32-bit whole numbers, of which no value is known to be white; {BRIGHTNESS}")
+        try:
+            check_brightness(image)
+        except InputError as error:
+            raise BrokenImage(name, str(error)) from error
+    return image
+
+
+def open_mask(path: str | os.PathLike[str]) -> Image.Image:
+    """Open an image file whose values are numbers of classes or segments, of any bit depth. See `open_image`."""
+    return _decode(read_bytes(path), os.fspath(path))
+
+
+def _decode(content: bytes, name: str) -> Image.Image:
     from PIL import Image, ImageOps
 
     if not content:

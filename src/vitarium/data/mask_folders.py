@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vitarium.data.bad_files import BrokenImage
-from vitarium.data.folders import find_images
 from vitarium.data.image_set import Samples
-from vitarium.data.images import open_image
+from vitarium.data.images import open_image, open_mask
 from vitarium.data.joint import Segmentation
-from vitarium.data.parts import few, part_names
-from vitarium.data.segmented import SegmentedData, split_samples
+from vitarium.data.parts import few, find_parts
+from vitarium.data.scan import find_images, scan
+from vitarium.data.segmented import SegmentedData, divide_samples
 from vitarium.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 
 IGNORE = 255
 SHOWN = 10
+SEARCHED = 1000
+"""Largest number of masks in which classes are looked for when the data is opened."""
 
 
 class Pair(NamedTuple):
@@ -32,7 +37,14 @@ class Pair(NamedTuple):
 
 
 def open_mask_folder(
-    path: Path, *, void: str | None = None, broken: str = "refuse", seed: int = 0, val_fraction: float = 0.2
+    path: Path,
+    *,
+    void: str | None = None,
+    mapping: str | None = None,
+    broken: str = "refuse",
+    seed: int = 0,
+    val_fraction: float = 0.2,
+    split: str | None = None,
 ) -> SegmentedData:
     """Open a folder with images/ and masks/ (or labels/, annotations/), each flat or with training and held-out parts of the same names.
 
@@ -41,10 +53,13 @@ def open_mask_folder(
 
     Args:
         void: "0" for ADE20K's convention, "255" for the usual one; None: detected from the files.
+        mapping: class numbers of values that are none, such as "255:1" or "128:1+255:2".
         broken: "refuse" images without masks, or "drop" them.
+        seed, val_fraction: of the held-out part, if there is none.
+        split: for an evaluation, the part that it measures: see `divide`.
 
     Raises:
-        DataError: another layout, no class names, images without masks.
+        DataError: another layout, no class names, images without masks, or masks of which 255 seems to be a class.
     """
     masks = next((path / name for name in ("masks", "labels", "annotations") if (path / name).is_dir()), None)
     if masks is None or not (path / "images").is_dir():
@@ -52,17 +67,48 @@ def open_mask_folder(
     ade = path / "objectInfo150.txt"
     classes = _ade_names(ade) if ade.is_file() else _names(path / "classes.txt")
     zero_is_void = void == "0" or (void is None and ade.is_file())
-    train_name, val_name = part_names(entry.name for entry in (path / "images").iterdir() if entry.is_dir())
+    classes_of = {int(a): int(b) for a, b in (pair.split(":") for pair in mapping.split("+"))} if mapping else {}
+    numbering: dict[str, Any] = {"zero_is_void": zero_is_void, "classes_of": classes_of}
+    read = functools.partial(read_pair, classes=len(classes), **numbering)
+    found = find_parts(entry.name for entry in (path / "images").iterdir() if entry.is_dir())
+    places = {part: (path / "images" / name, masks / name) for part, name in found.items()}
+    if "train" not in places and len(places) != len([e for e in (path / "images").iterdir() if not e.name.startswith(".")]):
+        places = {"": (path / "images", masks)}
+    parts = {part: _pairs(*place, broken) for part, place in places.items()}
     name = path.resolve().name
-    if train_name and val_name:
-        parts = tuple(_pairs(path / "images" / part, masks / part, broken) for part in (train_name, val_name))
-    else:
-        parts = split_samples(_pairs(path / "images", masks, broken), val_fraction, seed, name)
-    if not all(parts):
-        raise DataError(f"{name} holds {len(parts[0])} images for training and {len(parts[1])} held out; both must not be empty")
-    read = functools.partial(read_pair, classes=len(classes), zero_is_void=zero_is_void)
-    train, val = (Samples(part, read=read, name=lambda pair: pair.file) for part in parts)
-    return SegmentedData(name, train, val, classes)
+    chosen = divide_samples(name, parts, seed=seed, val_fraction=val_fraction, split=split)
+    _check_classes(path, [pair for pairs in parts.values() for pair in pairs], classes, functools.partial(class_numbers, **numbering))
+    train, val = (Samples(part, read=read, name=lambda pair: pair.file) for part in (chosen.train, chosen.val))
+    notes = (*(note for place, _ in places.values() for note in scan([place]).notes(place)), *chosen.notes)
+    return SegmentedData(name, train, val, classes, notes=notes, part=chosen.part)
+
+
+def _check_classes(path: Path, pairs: list[Pair], classes: list[str], numbers_of: Callable[[NDArray[Any]], NDArray[np.int64]]) -> None:
+    """Check that 255, which is void, does not stand for a class: up to `SEARCHED` masks are read until each class was found.
+
+    Raises:
+        DataError: a class occurs in no mask, while pixels have the value 255.
+    """
+    missing, void, only_two = set(range(len(classes))), 0, True
+    searched = pairs[:: max(1, -(-len(pairs) // SEARCHED))]
+    for pair in searched:
+        try:
+            values = np.asarray(open_mask(pair.mask))
+        except BrokenImage:  # the loader records it
+            continue
+        present = np.unique(numbers_of(values))
+        missing.difference_update(present.tolist())
+        void += int((values == IGNORE).sum()) if IGNORE in present else 0
+        only_two = only_two and set(np.unique(values).tolist()) <= {0, IGNORE}
+        if not missing:
+            return
+    if void and (len(searched) == len(pairs) or only_two):
+        unseen = [f"{number} ({classes[number]})" for number in sorted(missing)]
+        lone = f"masks:{path},map=255:{min(missing)}"
+        raise DataError(
+            f"{path}: {void:,} pixels of the masks have the value 255, which stands for void (pixels without a class), and these classes "
+            f"occur in no mask: {few(unseen)}; if 255 is class {min(missing)}, write {lone}; else remove the classes from classes.txt"
+        )
 
 
 def _names(file: Path) -> list[str]:
@@ -96,23 +142,41 @@ def _pairs(images: Path, masks: Path, broken: str) -> list[Pair]:
     return [pair for pair in pairs if pair not in set(alone)]
 
 
-def read_pair(pair: Pair, *, classes: int, zero_is_void: bool) -> tuple[Image.Image, Segmentation]:
+def class_numbers(values: NDArray[Any], *, zero_is_void: bool, classes_of: Mapping[int, int]) -> NDArray[np.int64]:
+    """Return the class numbers of a mask's values, `IGNORE` where there is none; same shape.
+
+    Args:
+        values: of the mask.
+        zero_is_void: whether 0 is no class, and classes count from 1.
+        classes_of: value -> class number, for values that are no class numbers.
+    """
+    values = values.astype(np.int64)
+    numbers = np.where(values == 0, IGNORE, values - 1) if zero_is_void else values.copy()
+    for value, number in classes_of.items():
+        numbers[values == value] = number
+    return numbers
+
+
+def read_pair(
+    pair: Pair, *, classes: int, zero_is_void: bool, classes_of: Mapping[int, int] = MappingProxyType({})
+) -> tuple[Image.Image, Segmentation]:
     """Open an image and its mask.
 
     Raises:
         BrokenImage: one of them cannot be read, they differ in size, or the mask has values that are not classes.
     """
-    image, mask = open_image(pair.file), open_image(pair.mask)
+    image, mask = open_image(pair.file), open_mask(pair.mask)
     values = np.asarray(mask)
     if values.ndim != 2:
         raise BrokenImage(pair.mask, f"a mask must have one value per pixel (grey or palette), this one is {mask.mode}")
     if values.shape != (image.height, image.width):
         sizes = f"the mask has {mask.height} x {mask.width} pixels (height x width), the image {image.height} x {image.width}"
         raise BrokenImage(pair.mask, sizes)
-    values = values.astype(np.int64)
-    if zero_is_void:
-        values = np.where(values == 0, IGNORE, values - 1)
+    if mask.mode == "F":
+        raise BrokenImage(pair.mask, "a mask must have whole numbers, this one has floating-point values")
+    values = class_numbers(values, zero_is_void=zero_is_void, classes_of=classes_of)
     labels = np.unique(values[values != IGNORE])
-    if wrong := labels[labels >= classes].tolist():
-        raise BrokenImage(pair.mask, f"the mask has values that are not classes: {few(wrong)} (classes are 0 to {classes - 1})")
+    if wrong := labels[(labels >= classes) | (labels < 0)].tolist():
+        advice = f"classes are 0 to {classes - 1}; map={wrong[0]}:CLASS in masks:PATH,map={wrong[0]}:CLASS reads a value as a class"
+        raise BrokenImage(pair.mask, f"the mask has values that are not classes: {few(wrong)} ({advice})")
     return image, Segmentation(values == labels[:, None, None], labels)

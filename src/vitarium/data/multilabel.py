@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import os
-import random
+import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vitarium.data.folders import PATH_COLUMNS, FileImages, find_images
+from vitarium.data.folders import FileImages
 from vitarium.data.image_set import ImageData
-from vitarium.data.parts import few, part_names
+from vitarium.data.parts import chosen, divide, few, split_groups
+from vitarium.data.scan import find_images
+from vitarium.data.tables import SEPARATORS, Table, TableOptions, parse_options, read_table
 from vitarium.errors import DataError, nearest
 
 if TYPE_CHECKING:
@@ -47,26 +48,27 @@ CHEST_FINDINGS = (
 """Classes of ChestX-ray14, in the order of its published models."""
 NOTHING = ("No Finding", "No finding", "none", "")
 """Entries that stand for an empty list of labels."""
-LIST_COLUMNS = ("labels", "finding labels", "findings")
-PATIENT_COLUMNS = ("patient", "patient id", "patient_id", "subject_id")
+LIST_COLUMNS = ("labels", "finding labels", "findings", "tags", "label", "classes", "categories", "attributes", "target", "targets")
+NOT_LABELS = ("sex", "gender", "male", "female", "age", "view", "laterality", "frontal", "orientation", "id", "index", "fold", "weight")
+"""Columns that describe an image or a patient: they are labels only if they are named, even if they hold only 0 and 1."""
 VALUES = {"": 0.0, "0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0, "-1": np.nan, "-1.0": np.nan}
 """Accepted entries in a column of one label; -1 is CheXpert's "uncertain"."""
 ACCEPTED = (
     "accepted for several labels per image: scenes[:task=thorax]; a folder in the layout of NIH's ChestX-ray14 (Data_Entry_2017.csv, "
-    "images, train_val_list.txt and test_list.txt); or a CSV file with the columns path and labels (separated by |), or path and a column "
-    "of 0 and 1 per label"
+    "images, train_val_list.txt and test_list.txt); or a CSV file with the columns path and labels (separated by |, ; or a comma), or path "
+    "and a column of 0 and 1 per label; csv:FILE,labels=A+B names the columns, csv:FILE,separator=NAME the separator "
+    f"({', '.join(SEPARATORS)})"
 )
 
 
 @dataclass
 class Rows:
-    """Rows of a table: path and labels of each image, and its patient and part (None if the table does not contain them)."""
+    """Labels of a table: path and labels of each image, and the class names; `notes` say how they were read."""
 
     names: list[str]
     labels: list[Labels]
     classes: list[str]
-    patients: list[str] | None
-    parts: list[str] | None
+    notes: list[str]
 
 
 class Labelled:
@@ -97,24 +99,30 @@ class Labelled:
         return self.images.describe(index)
 
 
-def open_multilabel(spec: str, *, seed: int = 0, val_fraction: float = 0.2, image_size: int | None = None) -> ImageData:
+def open_multilabel(
+    spec: str, *, seed: int = 0, val_fraction: float = 0.2, image_size: int | None = None, split: str | None = None
+) -> ImageData:
     """Open data with several labels per image; targets are float32 (classes,) of 1, 0 and NaN (unknown).
 
     Args:
         spec: "scenes" (which kinds of objects are visible) or "scenes:task=thorax" (rendered X-rays with four findings); a folder in the
             layout of NIH's ChestX-ray14; a CSV file, or a folder with a single one. Paths are relative to the CSV file's folder. Columns:
-            path; either labels (separated by |) or one column per label, of 1, 0, empty (0) and -1 (unknown, as CheXpert's uncertain
-            ones); optionally patient and split (train, val). NIH's files train_val_list.txt and test_list.txt define the parts.
+            path; either labels (separated by |, ; or a comma, which is recognised) or one column per label, of 1, 0, empty (0) and -1
+            (unknown, as CheXpert's uncertain ones); optionally the part and the patient or group (see `Table`). "csv:FILE,labels=A+B" names
+            the columns of labels: see `TableOptions`. NIH's files train_val_list.txt and test_list.txt define the parts.
         seed, val_fraction: of the held-out part if the data do not define one; no patient is in both parts.
         image_size: of rendered images, pixels.
+        split: for an evaluation, the part that it measures: see `divide`.
 
     Raises:
         DataError: no such data, or files, columns or labels are missing; the message names the first ones.
     """
-    kind, _, rest = spec.partition(":")
+    kind, colon, rest = spec.partition(":")
     if kind == "scenes":
-        return _drawn(rest, seed=seed, val_fraction=val_fraction, image_size=image_size)
-    path = Path(spec.removeprefix("csv:").removeprefix("folder:"))
+        return chosen(
+            _drawn(rest, seed=seed, val_fraction=0.2 if val_fraction == 1 else val_fraction, image_size=image_size), split, val_fraction
+        )
+    path, options = parse_options(rest) if kind == "csv" and colon else (Path(spec.removeprefix("folder:")), TableOptions())
     if path.is_dir():
         tables = sorted(path.glob("Data_Entry_2017*.csv")) or sorted(path.glob("*.csv"))
         if len(tables) != 1:
@@ -123,13 +131,28 @@ def open_multilabel(spec: str, *, seed: int = 0, val_fraction: float = 0.2, imag
     elif path.suffix.lower() != ".csv" or not path.is_file():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"{spec!r} does not hold several labels per image{nearest(path.name, siblings)}\n{ACCEPTED}")
-    rows = read_rows(path)
+    table = read_table(path)
+    groups, by_group = table.groups(options)
+    parts, by_part = _parts(table, options, split)
+    rows = read_rows(table, options)
     files = _files(path, rows.names)
-    train, val = _parts(path, rows, seed, val_fraction)
-    _check(path, rows, train, val)
-    sets = [FileImages([files[i] for i in part], [rows.labels[i] for i in part]) for part in (train, val)]  # type: ignore[misc]
+
+    def random_split(numbers: list[int]) -> tuple[list[int], list[int]]:
+        owners = [groups[i] for i in numbers] if groups is not None else [str(i) for i in numbers]
+        if len(set(owners)) < 2:
+            whose = "groups" if groups is not None else "images"
+            raise DataError(
+                f"{path}: {len(set(owners))} {whose} cannot be divided with val_fraction={val_fraction}; at least two are needed"
+            )
+        return split_groups(numbers, owners, val_fraction, seed)
+
+    found = divide(str(path), parts, random_split, val_fraction=val_fraction, split=split)
+    if split is None:
+        _check(path, rows, groups, found.train, found.val)
+    sets = [FileImages([files[i] for i in part], [rows.labels[i] for i in part]) for part in (found.train, found.val)]  # type: ignore[misc]
     name = path.resolve().parent.name if path.stem.startswith("Data_Entry") else path.stem
-    return ImageData(name, sets[0], sets[1], rows.classes)
+    notes = (*rows.notes, *by_part, *by_group, *table.unused(rows.classes), *found.notes)
+    return ImageData(name, sets[0], sets[1], rows.classes, notes=notes, part=found.part)
 
 
 def _drawn(options: str, *, seed: int, val_fraction: float, image_size: int | None) -> ImageData:
@@ -149,45 +172,73 @@ def _drawn(options: str, *, seed: int, val_fraction: float, image_size: int | No
     return ImageData(data.name, train, val, classes, data.image_size)  # type: ignore[arg-type]  # targets are no numbers
 
 
-def read_rows(path: Path) -> Rows:
-    """Read the rows of a CSV file.
+def read_rows(table: Table, options: TableOptions) -> Rows:
+    """Read paths and labels of a table.
 
     Raises:
-        DataError: it cannot be read, or lacks a required column.
+        DataError: it lacks a required column.
     """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as text:
-            rows = list(csv.DictReader(text))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"cannot read {path}: {error}; it should be a CSV file in UTF-8") from error
-    columns = {name.strip().lower(): name for name in (rows[0] if rows else {}) if name}
-    find = lambda names: next((columns[name] for name in names if name in columns), None)
-    place, listed = find(("image index", *PATH_COLUMNS)), find(LIST_COLUMNS)
-    patient, split = find(PATIENT_COLUMNS), find(("split",))
+    place = table.place(options)
     if place is None:
-        found = f"the columns {few(list(columns.values()))}" if columns else "no lines"
-        raise DataError(f"{path} has {found} and none with the path of an image (path)\n{ACCEPTED}")
-    column = lambda name: [(row[name] or "").strip() for row in rows]
-    if listed is not None:
-        classes, labels = _listed(column(listed), official=place.strip().lower() == "image index")
+        found = f"the columns {few(table.names)}" if table.names else "no lines"
+        raise DataError(f"{table.path} has {found} and none with the path of an image (path)\n{ACCEPTED}")
+    named = options.labels.split("+") if "+" in options.labels else []
+    for name in named:
+        table.find((), name)
+    listed = None if named else table.find(LIST_COLUMNS, options.labels)
+    if listed is not None and not (options.labels and set(table.column(listed)) <= VALUES.keys()):
+        official = place.strip().lower() == "image index"
+        classes, labels, note = _listed(table, listed, table.column(listed), options.separator, official=official)
     else:
-        own = [name for name in columns.values() if name not in (place, patient, split)]
-        classes, labels = _of_columns(path, {name: column(name) for name in own})
-    return Rows(column(place), labels, classes, column(patient) if patient else None, column(split) if split else None)
+        used = table.used | {place}
+        own = named or ([listed] if listed else [name for name in table.names if name not in used and not _describes(name)])
+        classes, labels = _of_columns(table.path, {name: table.column(name) for name in own}, certain=bool(named or listed))
+        note = f"{table.path}: the labels are the columns {few(classes, 12)}; labels=A+B in csv:{table.path},labels=A+B names others"
+    return Rows(table.column(place), labels, classes, [note])
 
 
-def _listed(cells: list[str], *, official: bool) -> tuple[list[str], list[Labels]]:
-    """Parse cells such as "Effusion|Mass" into classes and labels; ChestX-ray14's classes are complete and in their published order."""
-    lists = [[label.strip() for label in cell.split("|") if label.strip() not in NOTHING] for cell in cells]
+def _describes(name: str) -> bool:
+    """Return whether a column describes the image or its patient, by its name."""
+    words = re.findall(r"[a-z]+", name.lower())
+    return any(word in NOT_LABELS for word in words)
+
+
+def _listed(table: Table, name: str, cells: list[str], separator: str, *, official: bool) -> tuple[list[str], list[Labels], str]:
+    """Parse cells such as "Effusion|Mass" into classes, labels and a note. ChestX-ray14's classes are complete and in published order."""
+    bare = [re.sub(r"^\[(.*)\]$", r"\1", cell) for cell in cells]  # Python's and JSON's lists
+    quoted = bare != cells
+    sign = SEPARATORS[separator] if separator else "," if quoted else "|" if official else separator_of(bare)
+    lists = [[label.strip().strip("'\"" if quoted else "").strip() for label in (cell.split(sign) if sign else [cell])] for cell in bare]
+    lists = [[label for label in labels if label not in NOTHING] for labels in lists]
     seen = {label for labels in lists for label in labels}
     classes = list(CHEST_FINDINGS) if official and seen <= set(CHEST_FINDINGS) else sorted(seen)
-    return classes, [np.array([name in labels for name in classes], np.float32) for labels in map(set, lists)]
+    said = f"separated by {sign!r}" if sign else "one label per image, as no separator was found"
+    note = f"{table.path}: the column {name} holds {len(classes)} labels, {said}; separator=NAME in csv:{table.path},separator=NAME sets it"
+    return classes, [np.array([name in labels for name in classes], np.float32) for labels in map(set, lists)], note
 
 
-def _of_columns(path: Path, cells: dict[str, list[str]]) -> tuple[list[str], list[Labels]]:
-    classes = [name for name, values in cells.items() if set(values) <= VALUES.keys() and any(values)]
-    if not classes:
-        odd = [f"{name} (it holds {few(sorted(set(values) - VALUES.keys()), 2)})" for name, values in cells.items() if any(values)]
+def separator_of(cells: Sequence[str]) -> str:
+    """Return what separates several labels in a column: "|", ";", "," or " "; "" if there is only one label in each cell.
+
+    Spaces separate only if that leaves at most half as many different labels, because names of labels may contain spaces.
+    """
+    for sign in ("|", ";", ","):
+        if any(sign in cell for cell in cells):
+            return sign
+    words = {word for cell in cells for word in cell.split()}
+    several = any(" " in cell for cell in cells)
+    return " " if several and 2 * len(words) <= len({cell for cell in cells if cell}) else ""
+
+
+def _of_columns(path: Path, cells: Mapping[str, list[str]], *, certain: bool) -> tuple[list[str], list[Labels]]:
+    fits = {name: set(values) <= VALUES.keys() and any(values) for name, values in cells.items()}
+    classes = [name for name, fit in fits.items() if fit]
+    if not classes or (certain and not all(fits.values())):
+        odd = [
+            f"{name} (it holds {few(sorted(set(values) - VALUES.keys()), 2)})"
+            for name, values in cells.items()
+            if any(values) and not fits[name]
+        ]
         why = f"none of the columns {few(odd, 3)} holds only 0 and 1" if odd else "the path is its only column"
         raise DataError(f"{path} has no labels: {why}\n{ACCEPTED}")
     table = np.array([[VALUES[value] for value in cells[name]] for name in classes], np.float32).T
@@ -211,30 +262,21 @@ def _files(path: Path, names: list[str]) -> list[str]:
     return files
 
 
-def _parts(path: Path, rows: Rows, seed: int, val_fraction: float) -> tuple[list[int], list[int]]:
-    """Return the row numbers of the training and the held-out part: by lists beside the table, by its column split, or at random."""
-    lists = [path.parent / name for name in ("train_val_list.txt", "test_list.txt")]
-    if all(file.is_file() for file in lists):
-        numbers = {name: number for number, name in enumerate(rows.names)}
-        parts = [[numbers[name] for name in file.read_text().split() if name in numbers] for file in lists]
-    elif rows.parts is not None:
-        train, val = part_names(rows.parts)
-        if train is None or val is None:
-            raise DataError(f"{path}: the column split has {few(sorted(set(rows.parts)))}; it needs train and val")
-        parts = [[i for i, part in enumerate(rows.parts) if part == name] for name in (train, val)]
-    else:
-        groups = rows.patients or [str(i) for i in range(len(rows.names))]
-        everyone = sorted(set(groups))
-        if not 0 < val_fraction < 1 or len(everyone) < 2:
-            whose = "patients" if rows.patients else "images"
-            raise DataError(f"{path}: {len(everyone)} {whose} cannot be divided with val_fraction={val_fraction}; at least two are needed")
-        count = min(max(1, round(val_fraction * len(everyone))), len(everyone) - 1)
-        held_out = set(random.Random(f"{seed} multilabel").sample(everyone, count))
-        parts = [[i for i, group in enumerate(groups) if (group in held_out) is wanted] for wanted in (False, True)]
-    return parts[0], parts[1]
+def _parts(table: Table, options: TableOptions, split: str | None) -> tuple[dict[str, list[int]], list[str]]:
+    """Return row numbers by part: by lists beside the table, or by its columns; and notes."""
+    lists = {part: table.path.parent / name for part, name in (("train", "train_val_list.txt"), ("test", "test_list.txt"))}
+    if all(file.is_file() for file in lists.values()):
+        place = table.place(options)
+        numbers = {name: number for number, name in enumerate(table.column(place) if place else [])}
+        named = {part: [numbers[name] for name in file.read_text().split() if name in numbers] for part, file in lists.items()}
+        return named, [f"{table.path}: train_val_list.txt and test_list.txt give the parts"]
+    parts, notes = table.parts(options)
+    if split is None and "train" in parts and len(parts) == 1:
+        raise DataError(f"{table.path}: the column split has train; it needs train and val")
+    return parts, notes
 
 
-def _check(path: Path, rows: Rows, train: Sequence[int], val: Sequence[int]) -> None:
+def _check(path: Path, rows: Rows, groups: list[str] | None, train: Sequence[int], val: Sequence[int]) -> None:
     """Check the two parts.
 
     Raises:
@@ -246,7 +288,7 @@ def _check(path: Path, rows: Rows, train: Sequence[int], val: Sequence[int]) -> 
     counts = np.nansum([rows.labels[i] for i in train], 0) if rows.classes else np.zeros(0)
     if not counts.any():
         raise DataError(f"{path}: no image of the training part has a label; there is nothing to learn\n{ACCEPTED}")
-    if rows.patients and (both := sorted({rows.patients[i] for i in train} & {rows.patients[i] for i in val})):
+    if groups is not None and (both := sorted({groups[i] for i in train} & {groups[i] for i in val})):
         raise DataError(f"{path}: {len(both)} patients are in both parts, which would inflate any metric: {few(both)}; split by patient")
     if absent := [name for name, count in zip(rows.classes, counts, strict=True) if not count]:
         log.warning("%s: no training image has the label %s, so it cannot be learned", path, few(absent))

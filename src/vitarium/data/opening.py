@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vitarium.data.image_set import ImageData
-from vitarium.data.parts import part_names
+from vitarium.data.parts import chosen, find_parts
 from vitarium.errors import DataError, UsageError, nearest
 
 KINDS_OF_LABELS = {
@@ -41,16 +41,24 @@ log = logging.getLogger("vitarium")
 EMBEDDED = ("digits", "photos", "scenes")
 KINDS = ("folder", "csv", "wds", "hf")
 ACCEPTED = (
-    "accepted: digits, photos, scenes[:KEY=VALUE,...]; or a path to a folder of class folders (or of train/ and val/), "
+    "accepted: digits, photos, scenes[:KEY=VALUE,...]; or a path to a folder of class folders (or of train/ and val/ or test/), "
     "to WebDataset shards (a folder of .tar files, or name-{000..009}.tar), to a Hugging Face data set written by save_to_disk, "
     "or to a CSV file with columns path and label"
 )
 
 
 def open_data(
-    spec: str | os.PathLike[str], *, task: str = "class", seed: int = 0, val_fraction: float = 0.2, image_size: int | None = None
+    spec: str | os.PathLike[str],
+    *,
+    task: str = "class",
+    seed: int = 0,
+    val_fraction: float = 0.2,
+    image_size: int | None = None,
+    split: str | None = None,
 ) -> ImageData:
     """Open a data set: for classification, or with the labels of another task.
+
+    What was left out, ignored or assumed is logged, a sentence each, and is in the data's `notes`.
 
     Args:
         spec: "digits" (scikit-learn's handwriting), "photos" (crops of real photographs), "scenes" (rendered on demand, with options:
@@ -62,10 +70,12 @@ def open_data(
         seed: of the split, if the data has none, and of rendered data.
         val_fraction: share that is held out, if the data has no split.
         image_size: side of images that are rendered or cropped, pixels; None: their own default. Images from files keep their size.
+        split: None for training, which needs two parts with the same classes. For an evaluation the part that becomes `val`: "val", "test",
+            "train", "all", or "auto": the held-out part if the data has one, else every labelled image; `train` may then be empty.
 
     Raises:
-        DataError: there is no such data, or it cannot be trained on.
-        UsageError: an option of "scenes", or a task, that does not exist.
+        DataError: there is no such data, or it cannot be trained on or evaluated.
+        UsageError: an option of "scenes", a task, or a part that does not exist.
     """
     text = os.fspath(spec)
     labels = LABELS_OF_TASKS.get(task, task)
@@ -75,41 +85,56 @@ def open_data(
             raise UsageError(f"no data has labels of the kind {task!r}{nearest(task, known)} (accepted: {', '.join(known)})")
         module, _, function = KINDS_OF_LABELS[labels].partition(":")
         opened = getattr(importlib.import_module(module), function)
-        return opened(text, seed=seed, val_fraction=val_fraction, image_size=image_size)
+        data: ImageData = opened(text, seed=seed, val_fraction=val_fraction, image_size=image_size, split=split)
+    else:
+        data = open_classes(text, seed=seed, val_fraction=val_fraction, image_size=image_size, split=split)
+    for note in data.notes:
+        log.warning("%s", note)
+    return data
+
+
+def open_classes(text: str, *, seed: int, val_fraction: float, image_size: int | None, split: str | None) -> ImageData:
+    """Open data with one class per image. See `open_data`."""
     kind, colon, rest = text.partition(":")
     if text in EMBEDDED and Path(text).is_dir():
         log.warning("%s is the data set of this name; for the folder of this name write ./%s", text, text)
-    split: dict[str, Any] = {"seed": seed, "val_fraction": val_fraction}
-    if kind == "digits" and not colon:
-        from vitarium.data.digits import open_digits
-
-        return open_digits(**split)
-    if kind == "photos" and not colon:
-        from vitarium.data.photos import open_photos
-
-        return open_photos(image_size=image_size, **split)
-    if kind == "scenes":
-        from vitarium.data.scenes import open_scenes
-
-        return open_scenes(rest, image_size=image_size, **split)
+    if kind == "scenes" or (kind in EMBEDDED and not colon):
+        share = 0.2 if split is not None and val_fraction == 1 else val_fraction
+        return chosen(_embedded(kind, rest, seed, share, image_size), split, val_fraction)
+    division: dict[str, Any] = {"seed": seed, "val_fraction": val_fraction, "split": split}
     forced = kind in KINDS and bool(colon)
     path = Path(rest if forced else text)
     kind = kind if forced else _recognise(path, text)
     if kind == "csv":
         from vitarium.data.folders import open_table
+        from vitarium.data.tables import TableOptions, parse_options
 
-        return open_table(path, **split)
+        return open_table(*(parse_options(rest) if forced else (path, TableOptions())), **division)
     if kind == "wds":
         from vitarium.data.shards import open_shards
 
-        return open_shards(path, **split)
+        return open_shards(path, **division)
     if kind == "hf":
         from vitarium.data.hub import open_saved
 
-        return open_saved(path, **split)
+        return open_saved(path, **division)
     from vitarium.data.folders import open_folder
 
-    return open_folder(path, **split)
+    return open_folder(path, **division)
+
+
+def _embedded(kind: str, options: str, seed: int, val_fraction: float, image_size: int | None) -> ImageData:
+    if kind == "digits":
+        from vitarium.data.digits import open_digits
+
+        return open_digits(seed=seed, val_fraction=val_fraction)
+    if kind == "photos":
+        from vitarium.data.photos import open_photos
+
+        return open_photos(image_size=image_size, seed=seed, val_fraction=val_fraction)
+    from vitarium.data.scenes import open_scenes
+
+    return open_scenes(options, image_size=image_size, seed=seed, val_fraction=val_fraction)
 
 
 def _recognise(path: Path, spec: str) -> str:
@@ -128,5 +153,5 @@ def _recognise(path: Path, spec: str) -> str:
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
         return "hf"
     folders = [entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-    places = [path / part for part in part_names(folders) if part] if folders else [path]
+    places = [path / part for part in find_parts(folders).values()] if folders else [path]
     return "wds" if any(next(place.glob("*.tar"), None) for place in places) else "folder"

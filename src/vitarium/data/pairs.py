@@ -9,11 +9,12 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitarium.data.folders import find_images
 from vitarium.data.image_set import ImageData, Samples, Subset, View
 from vitarium.data.images import open_image
-from vitarium.data.parts import few, natural_order, part_names
+from vitarium.data.parts import divide, few, find_parts, natural_order, part_in
 from vitarium.data.photos import sample_photos
+from vitarium.data.pictures import image_parts
+from vitarium.data.scan import find_images
 from vitarium.errors import DataError
 
 if TYPE_CHECKING:
@@ -80,53 +81,66 @@ def _squares(width: int, height: int) -> list[tuple[int, int, int, int]]:
     return [(x, y, x + side, y + side) for y in range(0, height - side + 1, side) for x in range(0, width - side + 1, side)]
 
 
-def open_pairs(spec: str, *, seed: int = 0, val_fraction: float = 0.2, image_size: int | None = None) -> ImageData:
+def open_pairs(
+    spec: str, *, seed: int = 0, val_fraction: float = 0.2, image_size: int | None = None, split: str | None = None
+) -> ImageData:
     """Open image pairs for restoration.
 
     Args:
         spec: "photos" (the embedded photographs of ordinary objects; whole ones are held out), a folder of images at any depth, or a folder
             with folders of high and of low resolution: see `ACCEPTED`. Partners have the same name, except for x2, x3 ... at the end of the
-            low-resolution one's.
+            low-resolution one's. The parts train, val, test, ... of a folder are kept apart.
         seed, val_fraction: share of the images held out, if the data have no held-out part.
         image_size: ignored: images keep their size.
+        split: for an evaluation, the part that it measures: see `divide`.
 
     Raises:
         DataError: no such data, missing partners or parts, or partners whose sizes do not match.
     """
-    if not 0 < val_fraction < 1:
+    if split is None and not 0 < val_fraction < 1:
         raise DataError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
     if spec == "photos":
-        photos = {name: photo for name, photo in sample_photos() if name not in NOT_SCENERY}
-        train, val = _split(sorted(photos), val_fraction, seed, spec)
-        return ImageData(spec, _photo_squares(train, photos), _photo_squares(val, photos), [])
+        return _open_photos(seed, 0.2 if val_fraction == 1 else val_fraction, split)
     found = re.fullmatch(r"(?:folder:)?(.*?)(?::x(\d))?", spec)
     assert found is not None
     path, scale = Path(found[1]), found[2]
     if not path.is_dir():
         raise DataError(f"there is no folder {found[1]!r} of images\n{ACCEPTED}")
-    parts = _paired_parts(path, scale)
     name = path.resolve().name
-    if parts:
-        checked = {part: _pairs(part, *folders) for part, folders in parts.items()}
-        train_part, val_part = part_names(checked)
-        if train_part is None or val_part is None:
-            pairs, ratio = next(iter(checked.values()))
-            kept, held = _split(pairs, val_fraction, seed, name)
-            return _data(name, PairedPictures(kept, ratio), PairedPictures(held, ratio))
-        if checked[train_part][1] != checked[val_part][1]:
-            raise DataError(f"{name}: training pairs differ in size by {checked[train_part][1]}, held-out ones by {checked[val_part][1]}")
-        return _data(name, PairedPictures(*checked[train_part]), PairedPictures(*checked[val_part]))
-    folders = part_names(entry.name for entry in path.iterdir() if entry.is_dir())
-    if all(folders):
-        kept, held = (_pictures(path / str(folder)) for folder in folders)
-    else:
-        kept, held = _split(_pictures(path), val_fraction, seed, name)
-    return _data(name, HighPictures(kept), HighPictures(held))
+    random_split = lambda samples: _split(samples, val_fraction, seed, name)
+    if paired := _paired_parts(path, scale):
+        pairs, ratio = _checked_pairs(name, paired)
+        divided = divide(name, pairs, random_split, val_fraction=val_fraction, split=split)
+        return _data(name, PairedPictures(divided.train, ratio), PairedPictures(divided.val, ratio), divided.notes, divided.part)
+    parts, notes = image_parts(path)
+    if not any(parts.values()):
+        raise DataError(f"{path} holds no images\n{ACCEPTED}")
+    ordered = {part: sorted(files, key=natural_order) for part, files in parts.items()}
+    divided = divide(name, ordered, random_split, val_fraction=val_fraction, split=split)
+    return _data(name, HighPictures(divided.train), HighPictures(divided.val), (*notes, *divided.notes), divided.part)
 
 
-def _data(name: str, train: Samples, val: Samples) -> ImageData:
-    times = -(-CROPS // len(train))
-    return ImageData(name, Subset(train, [*range(len(train))] * times) if times > 1 else train, val, [])
+def _open_photos(seed: int, val_fraction: float, split: str | None) -> ImageData:
+    photos = {name: photo for name, photo in sample_photos() if name not in NOT_SCENERY}
+    train, val = _split(sorted(photos), val_fraction, seed, "photos")
+    found = divide("photos", {"train": train, "val": val}, lambda samples: (samples, samples), split=split)
+    return ImageData("photos", _photo_squares(found.train, photos), _photo_squares(found.val, photos), [], part=found.part)
+
+
+def _checked_pairs(name: str, folders: dict[str, tuple[Path, Path]]) -> tuple[dict[str, list[tuple[str, str]]], int]:
+    """Return the pairs of each part, and the scale between their images, which is the same in all parts."""
+    checked = {part: _pairs(*both) for part, both in folders.items()}
+    scales = {part: scale for part, (_, scale) in checked.items()}
+    if len(set(scales.values())) > 1:
+        listed = ", ".join(f"those of {part} by {scale}" for part, scale in scales.items())
+        raise DataError(f"{name}: pairs differ in size by different factors: {listed}")
+    return {part: pairs for part, (pairs, _) in checked.items()}, next(iter(scales.values()))
+
+
+def _data(name: str, train: Samples, val: Samples, notes: tuple[str, ...], part: str) -> ImageData:
+    times = -(-CROPS // len(train)) if len(train) else 1
+    repeated = Subset(train, [*range(len(train))] * times) if times > 1 else train
+    return ImageData(name, repeated, val, [], notes=notes, part=part)
 
 
 def scale_of(images: object) -> int | None:
@@ -153,22 +167,22 @@ def _split(samples: list, val_fraction: float, seed: int, name: str) -> tuple[li
 
 
 def _paired_parts(path: Path, scale: str | None) -> dict[str, tuple[Path, Path]]:
-    """Return part -> (folder of low resolution, folder of high resolution); "train" and "val" if both exist, else only ""."""
+    """Return part -> (folder of low resolution, folder of high resolution), with "" for a folder without parts; {} without pairs."""
     folders = [entry for entry in sorted(path.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
-    inside = part_names(entry.name for entry in folders)
-    if all(inside):
-        parts = {key: _two_folders(path / str(part), scale) for key, part in zip(("train", "val"), inside, strict=True)}
-        if len(lone := [part for part, pair in parts.items() if pair is None]) == 1:
-            raise DataError(f"{path} has folders of high and of low resolution in one part, but not below {lone[0]}\n{ACCEPTED}")
-        return {part: pair for part, pair in parts.items() if pair is not None}
+    if inside := find_parts(entry.name for entry in folders):
+        parts = {part: _two_folders(path / name, scale) for part, name in inside.items()}
+        complete = {part: pair for part, pair in parts.items() if pair is not None}
+        if complete and len(complete) < len(parts):
+            lone = few([inside[part] for part in parts if part not in complete])
+            raise DataError(f"{path} has folders of high and of low resolution in one part, but not below {lone}\n{ACCEPTED}")
+        if complete:
+            return complete
     prefixes = {m[1].lower() for entry in folders if (m := _named(entry.name, HIGH_NAMES))}
-    named = {prefix: _two_folders(path, scale, prefix) for prefix in prefixes}
-    complete = {prefix: pair for prefix, pair in named.items() if pair is not None}
-    words = {word: prefix for prefix in complete for word in re.split(r"[^a-z]+", prefix)}
-    train, val = part_names(words)
-    if train and val:
-        return {"train": complete[words[train]], "val": complete[words[val]]}
-    return dict(list(complete.items())[:1])
+    named = {prefix: pair for prefix in sorted(prefixes) if (pair := _two_folders(path, scale, prefix)) is not None}
+    by_part = {part: pair for prefix, pair in named.items() if (part := part_in(prefix)) is not None}
+    if "train" in by_part and len(by_part) > 1:
+        return by_part
+    return {"": next(iter(named.values()))} if named else {}
 
 
 def _named(name: str, roles: tuple[str, ...]) -> re.Match[str] | None:
@@ -192,7 +206,7 @@ def _two_folders(path: Path, scale: str | None, prefix: str = "") -> tuple[Path,
     return (scales[scale or next(iter(scales))] if scales else low), high
 
 
-def _pairs(part: str, low_folder: Path, high_folder: Path) -> tuple[list[tuple[str, str]], int]:
+def _pairs(low_folder: Path, high_folder: Path) -> tuple[list[tuple[str, str]], int]:
     """Return (low, high) files, and the scale between them."""
     low, high = ({_stem(file, folder): file for file in _pictures(folder)} for folder in (low_folder, high_folder))
     low = {name if name in high else re.sub(r"[_-]?x\d$", "", name, flags=re.IGNORECASE): file for name, file in low.items()}

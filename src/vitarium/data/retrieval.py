@@ -7,10 +7,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from vitarium.data.folders import FileImages, list_classes
+from vitarium.data.folders import FileImages, list_parts
 from vitarium.data.image_set import ImageData, ImageSet, Joined, View
-from vitarium.data.opening import open_data
-from vitarium.data.parts import natural_order, part_names
+from vitarium.data.opening import EMBEDDED, open_classes
+from vitarium.data.parts import find_parts, natural_order
 from vitarium.errors import DataError
 
 PICTURES_A_GROUP = 4
@@ -55,7 +55,9 @@ def _renumbered(images: ImageSet, numbers: dict[int, int]) -> View:
     return View(images, indices, targets=[numbers[images.targets[i]] for i in indices])
 
 
-def open_retrieval(spec: str, *, seed: int = 0, val_fraction: float = 0.2, image_size: int | None = None) -> ImageData:
+def open_retrieval(
+    spec: str, *, seed: int = 0, val_fraction: float = 0.2, image_size: int | None = None, split: str | None = None
+) -> ImageData:
     """Open images in classes: groups of four from the first half of the classes for training, single images of the second half for search.
 
     This is the split of CUB-200, Cars-196 and similar data sets, whose class folders can be opened as they are. Folders train/ and val/ (or
@@ -66,6 +68,7 @@ def open_retrieval(spec: str, *, seed: int = 0, val_fraction: float = 0.2, image
         seed: of rendered data.
         val_fraction: ignored: the split is by classes, in the order of their names.
         image_size: of rendered or cropped images.
+        split: for an evaluation, the part that it measures: "all" are all classes, "val" and "train" the halves; see `divide`.
 
     Returns:
         data whose `classes` are those of the training part.
@@ -73,10 +76,13 @@ def open_retrieval(spec: str, *, seed: int = 0, val_fraction: float = 0.2, image
     Raises:
         DataError: fewer than four classes, or a part of a folder that cannot be used.
     """
-    apart = _folders_apart(spec)
+    apart = _folders_apart(spec, split)
     if apart is not None:
         return apart
-    data = open_data(spec, seed=seed, image_size=image_size)
+    if split in ("auto", "all", "test") and spec.partition(":")[0] not in EMBEDDED:
+        data = open_classes(spec, seed=seed, val_fraction=0.2, image_size=image_size, split=split)
+        return ImageData(data.name, Groups(data.train), data.val, data.classes, data.image_size, data.notes, data.part)  # type: ignore[arg-type]
+    data = open_classes(spec, seed=seed, val_fraction=0.2, image_size=image_size, split=None)
     half = len(data.classes) // 2
     if half < 2:
         raise DataError(
@@ -86,25 +92,26 @@ def open_retrieval(spec: str, *, seed: int = 0, val_fraction: float = 0.2, image
     both = Joined([data.train, data.val])
     train = _renumbered(both, {i: i for i in range(half)})
     val = _renumbered(both, {i: i - half for i in range(half, len(data.classes))})
-    return ImageData(data.name, Groups(train), val, data.classes[:half], data.image_size)  # type: ignore[arg-type]
+    searched, part = {"all": (both, "all"), "train": (train, "train")}.get(split or "", (val, "val"))
+    return ImageData(data.name, Groups(train), searched, data.classes[:half], data.image_size, data.notes, part)  # type: ignore[arg-type]
 
 
-def _folders_apart(spec: str) -> ImageData | None:
+def _folders_apart(spec: str, split: str | None) -> ImageData | None:
     """Return the parts of a folder with train/ and val/ without common classes; None for anything else."""
     path = Path(spec.removeprefix("folder:"))
-    if not path.is_dir():
+    if not path.is_dir() or split in ("all", "train"):
         return None
-    train, val = part_names(entry.name for entry in path.iterdir() if entry.is_dir())
-    if train is None or val is None:
+    if len(find_parts(entry.name for entry in path.iterdir() if entry.is_dir())) < 2 or any(path.glob("*/*.tar")):
         return None
-    learned, searched = list_classes(path / train), list_classes(path / val)
-    if set(learned.labels) & set(searched.labels):
+    listings, notes = list_parts(path)
+    held_out = next((part for part in ((split,) if split == "test" else ("val", "test")) if part in listings), None)
+    if "train" not in listings or held_out is None or set(listings["train"].labels) & set(listings[held_out].labels):
         return None
     sets = []
-    for listing in (learned, searched):
-        classes = sorted(set(listing.labels), key=natural_order)
+    for part in ("train", held_out):
+        classes = sorted(set(listings[part].labels), key=natural_order)
         numbers = {label: number for number, label in enumerate(classes)}
-        sets.append((FileImages(listing.samples, [numbers[label] for label in listing.labels]), classes))
+        sets.append((FileImages(listings[part].samples, [numbers[label] for label in listings[part].labels]), classes))
     if len(sets[0][1]) < 2:
-        raise DataError(f"{path / train} has only one class; training needs at least two")
-    return ImageData(path.resolve().name, Groups(sets[0][0]), sets[1][0], sets[0][1])  # type: ignore[arg-type]
+        raise DataError(f"{path}: the training part has only one class; training needs at least two")
+    return ImageData(path.resolve().name, Groups(sets[0][0]), sets[1][0], sets[0][1], notes=notes, part=held_out)  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from vitarium.data.image_set import ImageData, View, stratified_split
 from vitarium.data.joint import Segmentation
+from vitarium.data.parts import Divided, divide
 from vitarium.errors import DataError
 
 Kind = Literal["panoptic", "semantic", "instance"]
@@ -68,11 +69,22 @@ def split_samples(samples: list[Any], val_fraction: float, seed: int, name: str)
     """Split samples at random into a training and a held-out part.
 
     Raises:
-        DataError: fewer than two samples, or `val_fraction` is not between 0 and 1.
+        DataError: fewer than two samples.
     """
-    if not 0 < val_fraction < 1:
-        raise DataError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
     if len(samples) < 2:
         raise DataError(f"{name} holds {len(samples) or 'no'} images with segments; at least two are needed, one of them for validation")
     train, val = stratified_split([0] * len(samples), val_fraction, seed)
     return [samples[i] for i in train], [samples[i] for i in val]
+
+
+def divide_samples(name: str, parts: Mapping[str, list[Any]], *, seed: int, val_fraction: float, split: str | None) -> Divided:
+    """Choose the samples for training and for evaluation, neither of which is empty: see `divide`.
+
+    Raises:
+        DataError: a part is missing or empty.
+    """
+    random_split = lambda samples: split_samples(samples, val_fraction, seed, name)
+    found = divide(name, parts, random_split, val_fraction=val_fraction, split=split)
+    if not found.val or (split is None and not found.train):
+        raise DataError(f"{name} holds {len(found.train)} images for training and {len(found.val)} held out; both must not be empty")
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import numpy as np
 from vitarium.assignments import split_assignment
 from vitarium.data.image_set import Samples, View
 from vitarium.data.joint import Segmentation
+from vitarium.data.parts import chosen
 from vitarium.data.segmented import Kind, SegmentedData, keep_classes, merge_classes, one_kind_of_thing
 from vitarium.errors import DataError, UsageError, nearest
 
@@ -39,25 +41,31 @@ def open_instance(spec: str, **options: Any) -> SegmentedData:
     return open_segments(spec, "instance", **options)
 
 
-def open_segments(spec: str, kind: Kind, *, seed: int = 0, val_fraction: float = 0.2, image_size: int | None = None) -> SegmentedData:
+def open_segments(
+    spec: str, kind: Kind, *, seed: int = 0, val_fraction: float = 0.2, image_size: int | None = None, split: str | None = None
+) -> SegmentedData:
     """Open images with segments.
 
     Args:
         spec: "scenes", with options as "scenes:length=5000,image_size=64"; a COCO json file (panoptic or instances) or a folder with
             annotations/; a folder with images/ and masks/ of PNGs and classes.txt. A prefix "coco:" or "masks:" selects the format; options
-            follow after a comma: "coco:DIR,broken=drop" skips invalid entries, "masks:DIR,void=0" makes 0 the value of unlabelled pixels.
+            follow after a comma: "coco:DIR,broken=drop" skips invalid entries, "masks:DIR,void=0" makes 0 the value of unlabelled pixels,
+            "masks:DIR,map=255:1" reads the value 255 as class 1.
         kind: "panoptic", "semantic" or "instance".
         seed, val_fraction: of the validation split, if the data has none.
         image_size: side of rendered images, pixels.
+        split: for an evaluation, the part that it measures: see `divide`.
 
     Raises:
         DataError: no such data, no samples, or invalid files; the message names the first ten.
         UsageError: an option that does not exist.
     """
-    split: dict[str, Any] = {"seed": seed, "val_fraction": val_fraction}
     prefix, colon, rest = spec.partition(":")
     if prefix == "scenes":
-        return _as_kind(kind, open_scene_segments(rest, image_size=image_size, **split))
+        share = 0.2 if val_fraction == 1 and split is not None else val_fraction
+        drawn = _as_kind(kind, open_scene_segments(rest, image_size=image_size, seed=seed, val_fraction=share))
+        return chosen(drawn, split, val_fraction)  # type: ignore[return-value]  # of the same class
+    division: dict[str, Any] = {"seed": seed, "val_fraction": val_fraction, "split": split}
     forced = bool(colon) and prefix in ("coco", "masks")
     text, *options = (rest if forced else spec).split(",") if forced or not Path(spec).exists() else [spec]
     path, values = Path(text), _options(options)
@@ -66,19 +74,20 @@ def open_segments(spec: str, kind: Kind, *, seed: int = 0, val_fraction: float =
     from vitarium.data.coco import find_annotations, open_coco
 
     if prefix == "coco" or (prefix != "masks" and (path.suffix == ".json" or find_annotations(path))):
-        return _as_kind(kind, open_coco(path, kind, broken=values.get("broken", "refuse"), **split))
+        return _as_kind(kind, open_coco(path, kind, broken=values.get("broken", "refuse"), **division))
     from vitarium.data.mask_folders import open_mask_folder
 
-    return _as_kind(kind, open_mask_folder(path, void=values.get("void"), broken=values.get("broken", "refuse"), **split))
+    options_of_masks: dict[str, Any] = {"void": values.get("void"), "mapping": values.get("map"), "broken": values.get("broken", "refuse")}
+    return _as_kind(kind, open_mask_folder(path, **options_of_masks, **division))
 
 
 def _options(options: list[str]) -> dict[str, str]:
-    accepted = {"broken": ("refuse", "drop"), "void": ("0", "255")}
+    accepted = {"broken": ("refuse", "drop"), "void": ("0", "255"), "map": ("VALUE:CLASS+...",)}
     values = {}
     for option in options:
         known = ", ".join(f"{name}={'|'.join(choices)}" for name, choices in accepted.items())
         key, value = split_assignment(option, f"options of segmentation data are {known}")
-        if value not in accepted.get(key, ()):
+        if value not in accepted.get(key, ()) and not (key == "map" and re.fullmatch(r"\d{1,5}:\d{1,5}(\+\d{1,5}:\d{1,5})*", value)):
             raise UsageError(f"segmentation data take no option {option!r}{nearest(key, accepted)} (accepted: {known})")
         values[key] = value
     return values

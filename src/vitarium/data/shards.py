@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import functools
 import glob
+import io
 import itertools
 import json
 import re
 import tarfile
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from vitarium.data.image_set import ImageData, Samples
 from vitarium.data.images import EXTENSIONS, decode_image, read_bytes
-from vitarium.data.parts import TRAIN_NAMES, VAL_NAMES, Listing, assemble, few, part_names
+from vitarium.data.parts import Listing, assemble, few, part_in
 from vitarium.errors import DataError, nearest
 
 if TYPE_CHECKING:
     from PIL import Image
 
 MAX_LABEL_BYTES = 1 << 20
+MAX_SHARDS = 100_000
+"""Largest number of shards that a pattern may name."""
 
 
 class Member(NamedTuple):
@@ -43,33 +48,38 @@ def _name_of(member: Member) -> str:
     return f"{member.shard}/{member.name}"
 
 
-def open_shards(path: Path, *, seed: int = 0, val_fraction: float = 0.2) -> ImageData:
+def open_shards(path: Path, *, seed: int = 0, val_fraction: float = 0.2, split: str | None = None) -> ImageData:
     """Open a folder of .tar files, one with train/ and val/ below, or a pattern such as "x-{000..009}.tar".
 
-    Shards with "train" and "val" (or "valid", ..., "test") in their names or folders are the two parts; else a part is held out with a
-    fixed seed. Class names come from classes.txt (one per line) or classes.json (a list, or {name: number}) beside the shards; else the
+    Shards with "train", "val" or "test" (or another name of `PART_WORDS`) in their names or folders are parts; else a part is held out with
+    a fixed seed. Class names come from classes.txt (one per line) or classes.json (a list, or {name: number}) beside the shards; else the
     labels are the names.
 
+    Args:
+        split: for an evaluation, the part that it measures: see `divide`.
+
     Raises:
-        DataError: no shards, a damaged one, samples without label, unknown labels, or data that cannot be trained on.
+        DataError: no shards, a damaged one, samples without label, unknown labels, or data that cannot be used.
     """
     shards = find_shards(path)
     folders = {shard.parent for shard in shards}
-    words = {shard: _part(shard.name) or (_part(shard.parent.name) if len(folders) > 1 else None) for shard in shards}
-    train, val = part_names({word for word in words.values() if word})
-    if train and val and (neither := [shard.name for shard in shards if words[shard] is None]):
-        raise DataError(f"some shards in {path} are named {train} and {val}, but these neither: {few(neither)}; rename or remove them")
+    words = {shard: part_in(shard.stem) or (part_in(shard.parent.name) if len(folders) > 1 else None) for shard in shards}
+    named = {word for word in words.values() if word}
+    divided = len(named) > 1 or (split is not None and bool(named) and None not in words.values())
+    if divided and (neither := [shard.name for shard in shards if words[shard] is None]):
+        raise DataError(
+            f"some shards in {path} are named {' and '.join(sorted(named))}, but these neither: {few(neither)}; rename or remove them"
+        )
     classes = _read_classes(shards[0])
-    listings = {}
-    for part in (train, val) if train and val else (None,):
-        chosen = [shard for shard in shards if part is None or words[shard] == part]
-        listings[part] = list_samples(chosen, classes)
+    listings: dict[str, Listing] = {}
+    left_out: Counter[str] = Counter()
+    for part in (part for part in ("train", "val", "test") if part in named) if divided else ("",):
+        listings[part] = list_samples([shard for shard in shards if not part or words[shard] == part], classes, left_out)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(8))
+    notes = [f"{path}: {sum(left_out.values())} files inside the shards are left out: {kinds}"] if left_out else []
     name = (path if path.is_dir() else path.parent).resolve().name
-    first, *held_out = listings.values()
-    rest = held_out[0] if held_out else None
-    return assemble(
-        name, functools.partial(Samples, read=_read, name=_name_of), first, rest, classes=classes, seed=seed, val_fraction=val_fraction
-    )
+    make = functools.partial(Samples, read=_read, name=_name_of)
+    return assemble(name, make, listings, classes=classes, seed=seed, val_fraction=val_fraction, split=split, notes=notes)
 
 
 def find_shards(path: Path) -> list[Path]:
@@ -100,20 +110,27 @@ def expand_braces(pattern: str) -> list[str]:
     if not found:
         return [pattern]
     first, last, names = found.groups()
-    choices = names.split(",") if names else [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+    count = 0 if names else int(last[:20]) - int(first[:20]) + 1
     rests = expand_braces(pattern[found.end() :])
+    if count * len(rests) > MAX_SHARDS:
+        raise DataError(f"{pattern} names {count * len(rests):,} shards; at most {MAX_SHARDS:,} are accepted")
+    choices = names.split(",") if names else [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
     return [pattern[: found.start()] + choice + rest for choice, rest in itertools.product(choices, rests)]
 
 
-def list_samples(shards: list[Path], classes: list[str] | None) -> Listing:
+def list_samples(shards: list[Path], classes: list[str] | None, left_out: Counter[str] | None = None) -> Listing:
     """List every sample of some shards with its class name.
+
+    Args:
+        classes: names by class number, if they are known.
+        left_out: counts, by kind, the files that belong to no sample.
 
     Raises:
         DataError: a damaged shard, a sample without label or with one that is not in `classes`, or a file twice in a shard.
     """
     listing, unlabelled = Listing([], []), []
     for shard in shards:
-        images, labels = _index(shard)
+        images, labels = _index(shard, Counter() if left_out is None else left_out)
         unlabelled += [f"{shard.name}/{member.name}" for key, member in images.items() if key not in labels]
         for key, member in images.items():
             if key in labels:
@@ -127,29 +144,77 @@ def list_samples(shards: list[Path], classes: list[str] | None) -> Listing:
     return listing
 
 
-def _index(shard: Path) -> tuple[dict[str, Member], dict[str, Any]]:
-    """Return a shard's images and labels by key."""
+def _index(shard: Path, left_out: Counter[str]) -> tuple[dict[str, Member], dict[str, Any]]:
+    """Return a shard's images and labels by key; count the files of samples without an image that can be read."""
     images: dict[str, Member] = {}
     labels: dict[str, Any] = {}
+    others: list[tuple[str, str]] = []
     try:
-        with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for info in tar:
-                folder, slash, name = info.name.rpartition("/")
-                if not info.isreg() or name.startswith("."):
+        with open(shard, "rb") as file, tarfile.open(fileobj=_Bounded(file), mode="r:") as tar:  # type: ignore[call-overload]
+            for place in _members(tar, shard):
+                folder, slash, name = place.name.rpartition("/")
+                if name.startswith("."):
                     continue
                 stem, _, endings = name.partition(".")
                 key, kind = folder + slash + stem, endings.rpartition(".")[2].lower()
-                place = Member(str(shard), info.offset_data, info.size, info.name)
                 if kind in EXTENSIONS:
                     if key in images:
-                        raise DataError(f"{shard} has two images of one key: {images[key].name} and {info.name}")
+                        raise DataError(f"{shard} has two images of one key: {images[key].name} and {place.name}")
                     images[key] = place
                 elif kind in ("cls", "json") and (label := _read_label(file, place, kind)) is not None:
                     labels[key] = label
+                else:
+                    others.append((key, kind or "without an ending"))
             _check_end(file, tar.offset, shard)  # type: ignore[attr-defined]
-    except (OSError, tarfile.TarError) as error:
+    except (OSError, ValueError, OverflowError, RecursionError, tarfile.TarError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{shard} is not a whole tar file ({error}); write or download it again (compressed ones are not read)") from error
+    left_out.update(f".{kind}" if " " not in kind else kind for key, kind in others if key not in images)
     return images, labels
+
+
+def _members(tar: tarfile.TarFile, shard: Path) -> Iterator[Member]:
+    """Yield the files of an archive.
+
+    Raises:
+        DataError: a header that leads back, or out of the archive, or to a file with holes, whose bytes are not in one piece.
+    """
+    size, before = shard.stat().st_size, -1
+    while (info := tar.next()) is not None:
+        if info.offset <= before or info.size < 0 or info.offset_data < info.offset:
+            raise DataError(f"{shard} is damaged at byte {info.offset:,}; write or download it again")
+        before = info.offset
+        if info.issparse() or (info.isreg() and info.offset_data + info.size > size):
+            what = "has holes (is sparse)" if info.issparse() else "is not wholly inside"
+            raise DataError(f"{shard} is not a whole tar file: {info.name!r} {what}; write or download it again")
+        if info.isreg():
+            yield Member(str(shard), info.offset_data, info.size, info.name)
+
+
+class _Bounded(io.RawIOBase):
+    """A file of which at most the bytes that it has are read, so that a header with a huge size takes no memory.
+
+    Args:
+        file: opened for reading, at its beginning.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self.size - self.file.tell())
+        return self.file.read(left if size < 0 else min(size, left))
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_SET and not 0 <= offset <= self.size + (1 << 20):
+            raise tarfile.ReadError(f"it leads to byte {offset:,} of {self.size:,}")
+        return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.file.tell()
 
 
 def _check_end(file: BinaryIO, offset: int, shard: Path) -> None:
@@ -188,11 +253,6 @@ def _class_name(label: Any, classes: list[str] | None, where: str) -> str:
     if classes is not None and label not in classes:
         raise DataError(f"{where}: class {label!r} is not among the {len(classes)} listed classes{nearest(str(label), classes)}")
     return str(label)
-
-
-def _part(name: str) -> str | None:
-    """Return the first word in a file's or folder's name that names a part: "imagenet-train-0001.tar" -> "train"."""
-    return next((word for word in re.split(r"[^a-z]+", name.lower()) if word in (*TRAIN_NAMES, *VAL_NAMES)), None)
 
 
 def _read_classes(shard: Path) -> list[str] | None:

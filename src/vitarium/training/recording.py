@@ -27,6 +27,11 @@ def record_training(learner: Learner, data: ImageData, *, source: str | None = N
     record.task = learner.task.record()
     if learner.objective:
         record.learner = LearnerRecord(name=learner.objective, settings=learner.settings.model_dump(mode="json", exclude_unset=True))
-    digest = hashlib.sha256(json.dumps(fingerprint(data), sort_keys=True).encode()).hexdigest()[:16]
+    digest = digest_of(data)
     record.data = DataRecord(source=source or data.name, name=data.name, seed=seed, val_fraction=val_fraction, fingerprint=digest)
     return record
+
+
+def digest_of(data: ImageData) -> str:
+    """Return the digest of names, classes, targets and sample names of both parts that a record holds."""
+    return hashlib.sha256(json.dumps(fingerprint(data), sort_keys=True).encode()).hexdigest()[:16]

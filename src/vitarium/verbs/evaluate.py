@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vitarium.engine import Engine, as_engine
 from vitarium.errors import UsageError
 from vitarium.training.tasks.base import TableData, Task
-from vitarium.verbs.opening import Notify, apply_methods, find_device, name_of, open_for, open_model, quiet
+from vitarium.verbs.opening import Notify, apply_methods, find_device, name_of, open_model, open_to_evaluate, quiet
 from vitarium.verbs.result import Result
 
 if TYPE_CHECKING:
@@ -27,12 +27,13 @@ class Evaluation(Result):
     Attributes:
         model: file or name.
         data: name of the data.
-        split: "val" or "train".
+        split: "val", "test", "train" or "all".
         images: number of evaluated images.
         metrics: metrics by name: numbers or lists. Rates are in [0, 1].
         broken: {"path", "reason"} of images that could not be read.
         corruptions: errors under corruptions, if requested.
         task: the model's task.
+        notes: what was left out, ignored or assumed when the data was opened.
     """
 
     model: str
@@ -43,6 +44,7 @@ class Evaluation(Result):
     broken: list[dict[str, str]]
     task: Task = field(repr=False)
     corruptions: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, Any]:
         return {"images": f"{self.images} ({self.data}, {self.split})", **self.task.texts(self.metrics)}
@@ -53,7 +55,7 @@ class Evaluation(Result):
 
     def to_dict(self) -> dict[str, Any]:
         report = {"model": self.model, "task": self.task.name, "data": self.data, "split": self.split, **self.metrics}
-        report |= {"images": self.images, "broken": self.broken}
+        report |= {"images": self.images, "broken": self.broken, "notes": list(self.notes)}
         return report | ({"corruptions": self.corruptions} if self.corruptions else {})
 
 
@@ -64,9 +66,9 @@ def evaluate(
     checkpoint: str | None = None,
     apply: Sequence[Any] | None = None,
     corruptions: bool = False,
-    split: Literal["val", "train"] = "val",
-    val_fraction: float = 0.2,
-    seed: int = 0,
+    split: Literal["auto", "all", "val", "test", "train"] = "auto",
+    val_fraction: float | None = None,
+    seed: int | None = None,
     batch_size: int = 64,
     device: str = "auto",
     output: str | os.PathLike[str] | None = None,
@@ -83,8 +85,9 @@ def evaluate(
         checkpoint: weights for a name.
         apply: methods to apply first, as "evit:keep=0.7".
         corruptions: also measure a classifier's error under ImageNet-C's corruptions, at five severities each.
-        split: part of the data.
-        val_fraction, seed: of the split, if the data has none.
+        split: part of the data; "auto": of the data that the model was trained on what was held out then, else the held-out part, or
+            every labelled image of data without one.
+        val_fraction, seed: of the part that is held out of data without parts, instead of every image.
         batch_size: images per forward pass.
         device: "auto", "cpu", "cuda", ...
         output: JSON file for all metrics.
@@ -108,7 +111,7 @@ def evaluate(
     task = task_of(opened)
     if corruptions and not task.classifies:
         raise UsageError(f"corruptions count the errors of a classifier; this model's task is {task.name}")
-    images = open_for(opened, data, seed=seed, val_fraction=val_fraction)
+    images = open_to_evaluate(opened, data, split=split, seed=seed, val_fraction=val_fraction, calibrated=bool(apply))
     apply_methods(opened, apply, images, notify)
     where = as_engine(engine, address=address, jobs=jobs)
     if where.kind == "local" and not where.in_process:
@@ -117,12 +120,13 @@ def evaluate(
         raise UsageError("corruptions are measured by the local engine only; leave out corruptions or engine")
     if where.kind == "local":
         opened.to(find_device(device))
-    part = images.val if split == "val" else images.train
+    part = images.val
     notify(f"Evaluating on {len(part)} images")
     values, broken = measure(opened, part, batch_size, where, parts=None if output is None else f"{output}.parts", notify=notify)
-    found = Evaluation(name_of(model), images.name, split, len(part) - len(broken), task.report(values, images), broken, task)
+    found = Evaluation(name_of(model), images.name, images.part, len(part) - len(broken), task.report(values, images), broken, task)
+    found.notes = images.notes
     if corruptions:
-        found.corruptions = measure_corrupted(opened, part, images, batch_size, seed, notify)
+        found.corruptions = measure_corrupted(opened, part, images, batch_size, seed or 0, notify)
     if output is not None:
         write_json(Path(output), found.to_dict())
     return found

@@ -87,6 +87,10 @@ def apply_methods(model: nn.Module, methods: Sequence[Any] | None, data: ImageDa
         if getattr(method, "calibration", False) is None:
             if data is None:
                 raise UsageError(f"{method.slug} is calibrated on images; give some with --data")
+            if not len(data.train):
+                raise UsageError(
+                    f"{method.slug} is calibrated on images, and {data.name} has none for training; give data with such a part"
+                )
             parsed[i] = dataclasses.replace(method, calibration=calibration_batches(model, data))
     vitarium.apply(model, *parsed, quiet=True)
     for report in getattr(model, "methods", [])[-len(parsed) :] if parsed else []:
@@ -131,27 +135,41 @@ def find_images(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
         UsageError: something other than paths.
         DataError: a folder without images.
     """
-    from vitarium.data.folders import find_images as images_below
-    from vitarium.data.folders import find_videos
+    from vitarium.data.scan import scan
 
     found: list[str] = []
     several = isinstance(paths, Sequence) and not isinstance(paths, str)
     if odd := [p for p in (paths if several else [paths]) if not isinstance(p, str | os.PathLike)]:  # type: ignore[union-attr]
         raise UsageError(f"images are given as paths of files and folders, got a {type(odd[0]).__name__}; save it to a file first")
     for path in [Path(p) for p in ([paths] if isinstance(paths, str | os.PathLike) else paths)]:
-        inside = (sorted(images_below(path)) or sorted(find_videos(path))) if path.is_dir() else [str(path)]
+        if not path.is_dir():
+            found.append(str(path))
+            continue
+        below = scan([path], path)
+        inside = below.images[path] or below.videos[path]
+        for note in below.notes(path):
+            logging.getLogger("vitarium").warning("%s", note)
         if not inside:
             raise DataError(f"{path} holds no images and no videos")
         found += inside
     return found
 
 
-def open_for(model: nn.Module, data: str | os.PathLike[str] | None, *, seed: int = 0, val_fraction: float = 0.2) -> ImageData:
+def open_for(
+    model: nn.Module,
+    data: str | os.PathLike[str] | None,
+    *,
+    seed: int = 0,
+    val_fraction: float = 0.2,
+    split: str | None = None,
+) -> ImageData:
     """Open data with the labels of a model's task, rendered at its size, with targets in its numbering of the labels.
 
     Args:
         model: any; see `task_of`.
         data: as for `vitarium.open_data`; None: the task's default.
+        seed, val_fraction: of the split, if the data has none.
+        split: None for training, which needs two parts; else the part that becomes `val`: see `vitarium.open_data`.
 
     Raises:
         DataError: no such data, or labels that the model does not have.
@@ -161,13 +179,65 @@ def open_for(model: nn.Module, data: str | os.PathLike[str] | None, *, seed: int
 
     task = task_of(model)
     source = None if data is None else os.fspath(data)
-    images = task.open(source, seed=seed, val_fraction=val_fraction, image_size=preprocessing_of(model).image_size)
+    division: dict[str, Any] = {"seed": seed, "val_fraction": val_fraction, "split": split}
+    images = task.open(source, image_size=preprocessing_of(model).image_size, **division)
     try:
         return task.match(model, images)
     except DataError as error:
         if data is None:
             raise DataError(f"no data was named, so that {task.default_data} was opened: {error}; name yours with --data") from error
         raise
+
+
+def open_to_evaluate(
+    model: nn.Module,
+    data: str | os.PathLike[str] | None,
+    *,
+    split: str = "auto",
+    seed: int | None = None,
+    val_fraction: float | None = None,
+    calibrated: bool = False,
+) -> ImageData:
+    """Open the images on which a model is evaluated, as the data's `val`.
+
+    Args:
+        model: any; see `task_of`.
+        data: as for `vitarium.open_data`; None: the task's default.
+        split: "val", "test", "train" or "all"; "auto": of the data that the model was trained on the part that was held out then; of other
+            data the held-out part, or every labelled image if they have none.
+        seed, val_fraction: of the part that is held out of data without parts, instead of every image.
+        calibrated: whether a method needs images for its calibration, which are not evaluated.
+
+    Raises:
+        DataError: no such data or part, or labels that the model does not have.
+    """
+    if split == "auto" and (seed is not None or val_fraction is not None):
+        split = "val"
+    if split == "auto" and (own := open_own(model, data)) is not None:
+        return own
+    division = {"seed": seed or 0, "val_fraction": 0.2 if val_fraction is None else val_fraction}
+    images = open_for(model, data, split=split, **division)  # type: ignore[arg-type]
+    if calibrated and images.part == "all" and not len(images.train):
+        images = open_for(model, data, split="val", **division)  # type: ignore[arg-type]
+    return images
+
+
+def open_own(model: nn.Module, data: str | os.PathLike[str] | None) -> ImageData | None:
+    """Open data as it was divided when a model was trained on it; None if it was not trained on this data."""
+    from vitarium.catalog import preprocessing_of
+    from vitarium.catalog.record import training_of
+    from vitarium.training.recording import digest_of
+    from vitarium.training.tasks import task_of
+
+    record, task = training_of(model).data, task_of(model)
+    if record is None or data is None:
+        return None
+    try:
+        division: dict[str, Any] = {"seed": record.seed, "val_fraction": record.val_fraction}
+        images = task.open(os.fspath(data), image_size=preprocessing_of(model).image_size, **division)
+    except (DataError, UsageError):
+        return None  # it cannot be trained on, so that the model was not
+    return task.match(model, images) if digest_of(images) == record.fingerprint else None
 
 
 def open_unlabelled(model: nn.Module, data: str | os.PathLike[str], *, seed: int = 0, val_fraction: float = 0.2) -> ImageData:

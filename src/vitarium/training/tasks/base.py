@@ -182,13 +182,22 @@ class Task(Section):
 
     # ---- data
 
-    def open(self, source: str | None = None, *, seed: int = 0, val_fraction: float = 0.2, image_size: int | None = None) -> ImageData:
+    def open(
+        self,
+        source: str | None = None,
+        *,
+        seed: int = 0,
+        val_fraction: float = 0.2,
+        image_size: int | None = None,
+        split: str | None = None,
+    ) -> ImageData:
         """Open data with the labels of this task.
 
         Args:
             source: name or path (see `open_data`); None: `default_data`.
             seed, val_fraction: of the split, if the data has none.
             image_size: side of images that are rendered, pixels. Class-labelled data ignores it and keeps its own size.
+            split: None for training; else the part to evaluate: see `open_data`.
 
         Raises:
             DataError: there is no such data, or it has no labels of this kind.
@@ -196,7 +205,8 @@ class Task(Section):
         from vitarium.data import open_data
 
         size = None if self.data_kind == "class" else image_size
-        return open_data(source or self.default_data, task=self.data_kind, seed=seed, val_fraction=val_fraction, image_size=size)
+        division: dict[str, Any] = {"seed": seed, "val_fraction": val_fraction, "split": split}
+        return open_data(source or self.default_data, task=self.data_kind, image_size=size, **division)
 
     def match(self, model: nn.Module, data: ImageData) -> ImageData:
         """Return the data with its targets in the model's numbering of the labels. The default changes nothing.

@@ -1,0 +1,233 @@
+"""Names of parts, the choice of parts for training and evaluation, files that are left out, and links."""
+
+import os
+
+import pytest
+
+from tests.data.pictures import encoded, picture, put
+from vitarium.data import open_data
+from vitarium.data.parts import find_parts, part_in, part_of
+from vitarium.data.scan import scan
+from vitarium.errors import DataError, UsageError
+
+
+def fill(root, *names):
+    for name in names:
+        put(root / name)
+    return root
+
+
+def files(images, root):
+    return sorted(os.path.relpath(images.describe(i), root) for i in range(len(images)))
+
+
+PARTS = {
+    "train": ["train", "Train", "training", "training_set", "seg_train", "train2017", "TRAIN-images", "trainset", "train_data", "trainval"],
+    "val": ["val", "Val", "valid", "VALIDATION", "valid_set", "val2017", "dev", "validation-images", "valset"],
+    "test": ["test", "testing", "test_set", "seg_test", "Test", "testset", "test_images"],
+    None: ["cat", "seg_pred", "trainer", "latest", "contest", "set", "values", "train_test", "", "evaluate me", "train ticket"],
+}
+
+
+@pytest.mark.parametrize(("part", "name"), [(part, name) for part, names in PARTS.items() for name in names])
+def test_one_table_of_names_for_all_tasks(part, name):
+    assert part_of(name) == part
+
+
+def test_the_most_usual_name_stands_for_a_part():
+    assert find_parts(["training", "train", "validation", "val", "cat", "test"]) == {"train": "train", "val": "val", "test": "test"}
+    assert part_in("imagenet-train-0001") == "train"
+    assert part_in("shards-000") is None
+
+
+LAYOUTS = [
+    ("train", "val"),
+    ("Train", "Val"),
+    ("train", "test"),
+    ("training_set", "test_set"),
+    ("seg_train", "seg_test"),
+    ("train", "valid"),
+]
+
+
+@pytest.mark.parametrize(("train", "held"), LAYOUTS)
+@pytest.mark.parametrize("task", ["class", "image", "pairs", "retrieval"])
+def test_held_out_images_stay_out_of_training_in_every_task(tmp_path, train, held, task):
+    kinds = {train: "abcd", held: "efgh"} if task == "retrieval" else {train: "ab", held: "ab"}
+    fill(tmp_path, *(f"{part}/{kind}/{i}.png" for part, names in kinds.items() for kind in names for i in range(3)))
+    data = open_data(tmp_path, task=task)
+    images = getattr(data.train, "images", data.train)
+    learned = {os.path.relpath(images.describe(i), tmp_path).split(os.sep)[0] for i in range(len(images))}
+    assert learned == {train}
+    assert {file.split(os.sep)[0] for file in files(data.val, tmp_path)} == {held}
+    assert data.part == ("test" if "test" in held else "val")
+
+
+def test_archives_that_hold_a_folder_of_their_own_name(tmp_path):
+    fill(tmp_path, *(f"{part}/{part}/{kind}/1.png" for part in ("seg_train", "seg_test") for kind in "ab"), "seg_pred/1.png")
+    data = open_data(tmp_path)
+    assert data.classes == ["a", "b"]
+    assert (len(data.train), len(data.val)) == (2, 2)
+    assert any("seg_pred is no part of the data, its 1 images are left out" in note for note in data.notes)
+
+
+def test_parts_below_images_are_parts_of_pretraining(tmp_path):
+    fill(tmp_path, *(f"images/{part}/{i}.png" for part in ("train", "val") for i in range(3)), "labels/x.png")
+    data = open_data(tmp_path, task="image")
+    assert files(data.train, tmp_path) == [f"images/train/{i}.png" for i in range(3)]
+    assert files(data.val, tmp_path) == [f"images/val/{i}.png" for i in range(3)]
+    assert any("1 images outside of its parts" in note for note in data.notes)
+
+
+def test_test_beside_classes_is_held_out(tmp_path):
+    fill(tmp_path, *(f"{place}{kind}/{i}.png" for place in ("", "test/") for kind in "ab" for i in range(2)))
+    data = open_data(tmp_path)
+    assert (data.classes, data.part, len(data.train), len(data.val)) == (["a", "b"], "test", 4, 4)
+    assert len(open_data(tmp_path, task="image").train) == 4
+
+
+def test_classes_may_be_called_as_parts(tmp_path):
+    fill(tmp_path, *(f"{kind}/{i}.png" for kind in ("bus", "train", "car") for i in range(2)))
+    assert open_data(tmp_path).classes == ["bus", "car", "train"]
+
+
+def test_folders_with_underscores_are_classes(tmp_path):
+    fill(tmp_path, *(f"{kind}/{i}.png" for kind in ("__background__", "cat") for i in range(2)), "__MACOSX/x.png")
+    assert open_data(tmp_path).classes == ["__background__", "cat"]
+
+
+# ---- evaluation
+
+
+def evaluated(data, root):
+    return data.part, files(data.val, root), len(data.train)
+
+
+def test_every_labelled_image_is_evaluated(tmp_path):
+    fill(tmp_path, *(f"{kind}/{i}.png" for kind in "abc" for i in range(6)))
+    data = open_data(tmp_path, split="auto")
+    assert evaluated(data, tmp_path) == ("all", [f"{kind}/{i}.png" for kind in "abc" for i in range(6)], 0)
+    assert data.val.targets == [0] * 6 + [1] * 6 + [2] * 6
+    assert len(open_data(tmp_path, split="val").val) == 3
+    assert len(open_data(tmp_path, split="val", val_fraction=1).val) == 18
+    with pytest.raises(DataError, match=r"has no part test; it has no parts\. Choose with --split \(auto, all,"):
+        open_data(tmp_path, split="test")
+    with pytest.raises(UsageError, match="no part 'tst'; did you mean test"):
+        open_data(tmp_path, split="tst")
+
+
+def test_one_class_an_empty_class_and_single_images_are_evaluated(tmp_path):
+    fill(tmp_path / "one", "a/1.png", "a/2.png")
+    assert len(open_data(tmp_path / "one", split="auto").val) == 2
+    fill(tmp_path / "some", "a/1.png", "b/1.png")
+    (tmp_path / "some/c").mkdir()
+    data = open_data(tmp_path / "some", split="auto")
+    assert len(data.val) == 2
+    assert any("1 of 3 class folders hold no images (c/ holds nothing)" in note for note in data.notes)
+    with pytest.raises(DataError, match="one class, 'a'"):
+        open_data(tmp_path / "one")
+
+
+@pytest.mark.parametrize("task", ["class", "image", "pairs"])
+def test_parts_are_chosen_by_name(tmp_path, task):
+    fill(tmp_path, *(f"{part}/{kind}/{i}.png" for part, n in (("train", 4), ("val", 2), ("test", 3)) for kind in "ab" for i in range(n)))
+    counts = {}
+    for split in ("auto", "val", "test", "train", "all"):
+        data = open_data(tmp_path, task=task, split=split)
+        counts[split] = (data.part, len(data.val))
+    assert counts == {"auto": ("val", 4), "val": ("val", 4), "test": ("test", 6), "train": ("train", 8), "all": ("all", 18)}
+    assert any("the part test (6 images) is not used here" in note for note in open_data(tmp_path, task=task).notes)
+
+
+@pytest.mark.parametrize("task", ["class", "image", "pairs"])
+def test_a_test_part_alone_is_evaluated(tmp_path, task):
+    fill(tmp_path, *(f"test/{kind}/{i}.png" for kind in "ab" for i in range(2)))
+    for split in ("auto", "test", "val", "all"):
+        assert len(open_data(tmp_path, task=task, split=split).val) == 4, split
+
+
+def test_embedded_data_has_parts():
+    data = open_data("digits")
+    assert open_data("digits", split="auto").val.targets == data.val.targets
+    assert open_data("digits", split="train").val.targets == data.train.targets
+    assert len(open_data("digits", split="all").val) == 1797
+    assert len(open_data("scenes:length=20", split="all", task="semantic", image_size=16).val) == 20
+
+
+# ---- files that are left out
+
+
+def test_files_that_are_left_out_are_counted_and_named(tmp_path, caplog):
+    fill(tmp_path, *(f"{kind}/{i}.png" for kind in "ab" for i in range(2)))
+    for name in ("a/1.heic", "a/2.HEIC", "b/x.psd", "b/notes.txt", "a/without"):
+        put(tmp_path / name, b"\0\0\0\x18ftypheic")
+    data = open_data(tmp_path)
+    (note,) = data.notes
+    assert "5 files are left out" in note
+    assert "2 .heic (such as a/" in note
+    assert "convert them to JPEG or PNG" in note
+    assert "1 .psd (such as b/x.psd" in note
+    assert "1 without an ending (such as a/without)" in note
+    assert note in caplog.text
+
+
+def test_images_of_all_known_names_are_read(tmp_path):
+    jpeg, png = encoded(picture(), "JPEG"), encoded(picture())
+    for name, content in (
+        ("1.jpe", jpeg),
+        ("2.JFIF", jpeg),
+        ("3", png),
+        ("4", jpeg),
+        ("5.dib", encoded(picture(), "BMP")),
+        ("6.apng", png),
+    ):
+        put(tmp_path / "a" / name, content)
+        put(tmp_path / "b" / name, content)
+    put(tmp_path / "a/sound", b"RIFF\0\0\0\0WAVEfmt ")
+    data = open_data(tmp_path)
+    assert len(data.train) + len(data.val) == 12
+    assert all(images[i][0].size == (12, 10) for images in (data.train, data.val) for i in range(len(images)))
+    assert any("1 without an ending (such as a/sound)" in note for note in data.notes)
+
+
+def test_images_outside_of_class_folders_are_counted(tmp_path):
+    fill(tmp_path, *(f"train/{kind}/{i}.png" for kind in "ab" for i in range(2)), "train/loose.png")
+    assert any("1 images lie outside of the class folders" in note for note in open_data(tmp_path).notes)
+
+
+# ---- links
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_links_add_no_images(tmp_path):
+    """Links to the data itself, to its classes, to folders above it, and to single files of it."""
+    root = fill(tmp_path / "data", *(f"{kind}/{i}.png" for kind in "ab" for i in range(5)), "b/deep/6.png")
+    for target, link in (
+        (".", "a/loop"),
+        ("../..", "b/above"),
+        ("../b", "a/other"),
+        ("../b/deep", "a/deep"),
+        ("../b/1.png", "a/again.png"),
+    ):
+        os.symlink(target if target != "." else root, root / link)
+    found = scan([root / "a", root / "b"], root)
+    assert [len(found.images[root / kind]) for kind in "ab"] == [5, 6]
+    assert len(found.links) == 5
+    assert any("5 links to files or folders that are counted already" in note for note in open_data(root).notes)
+    os.symlink("../a", tmp_path / "elsewhere")
+    os.symlink(root, root / "c")
+    with pytest.raises(DataError, match="1 of 3 class folders hold no images"):
+        open_data(root)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_links_to_other_places_are_followed(tmp_path):
+    store = fill(tmp_path / "store", "1.png", "2.png", "3.png")
+    root = fill(tmp_path / "data", "b/1.png", "b/2.png")
+    os.symlink(store, root / "a")
+    other = fill(tmp_path / "other", "7.png")
+    os.symlink(other / "7.png", root / "b/linked.png")
+    os.symlink(other / "7.png", root / "b/twice.png")
+    found = scan([root / "a", root / "b"], root)
+    assert [len(found.images[root / kind]) for kind in "ab"] == [3, 3]
+    assert found.links == [str(root / "b/twice.png")] or found.links == [str(root / "b/linked.png")]
