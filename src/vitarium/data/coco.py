@@ -259,7 +259,8 @@ class _Checked:
         if category not in self.numbers:
             self.problems.append(f"{name}: there is no category {shown(category)}")
             return
-        crowd = whole(int(crowd) if isinstance(crowd := note.get("iscrowd", 0), bool) else crowd, "iscrowd")
+        if (crowd := note.get("iscrowd", 0)) not in (0, 1):
+            raise ValueError(f"iscrowd must be 0 or 1, it is {shown(crowd)}")
         try:
             if note.get("bbox") is not None:
                 check_box(note["bbox"], sample.size)

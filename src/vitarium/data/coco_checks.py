@@ -145,12 +145,8 @@ def _check_polygons(polygons: list[Any], size: Size) -> None:
     for polygon in polygons:
         if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
             raise ValueError("a polygon has fewer than three corners, or half of one")
-        try:
-            low, high = min(polygon), max(polygon)
-        except TypeError:
-            low = high = math.nan
-        if not (isinstance(low, int | float) and -side <= low and high <= side):
-            odd = next((v for v in polygon if isinstance(v, bool) or not isinstance(v, int | float) or not -side <= v <= side), low)
+        if not (set(map(type, polygon)) <= {int, float} and -side <= min(polygon) and max(polygon) <= side):
+            odd = next(v for v in polygon if type(v) not in (int, float) or not -side <= v <= side)
             raise ValueError(
                 f"a corner of a polygon is {shown(odd)}; corners must lie in or near the image of {size[0]} x {size[1]} pixels"
             )
