@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from tests.data.pictures import bomb, broken_kinds, encoded, exif_turned, odd_kinds, picture, put
-from vitarium.catalog.preprocessing import Preprocessing
+from vitarium.catalog.preprocessing import Preprocessing, to_mode
 from vitarium.data import BadFiles, BrokenImage, images
-from vitarium.data.images import decode_image, is_image_file, open_image
-from vitarium.errors import DataError
+from vitarium.data.images import decode_image, is_image_file, open_image, open_mask
+from vitarium.errors import DataError, InputError
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +83,44 @@ def test_what_is_called_a_picture_is_no_program(monkeypatch):
 def test_an_svg_is_named_as_one():
     with pytest.raises(BrokenImage, match="SVG"):
         decode_image(b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>', "x.png")
+
+
+GREY = {  # one rule for all images of a data set: what does not say what is white is refused
+    "16 bits": (np.uint16, [0, 65535], None),
+    "a share": (np.float32, [0, 1], None),
+    "a small share": (np.float32, [0, 0.5], None),
+    "measurements": (np.float32, [0, 10000], r"values from 0 to 10000; accepted: 8 or 16 bits per channel"),
+    "bytes as floats": (np.float32, [0, 255], "values from 0 to 255"),
+    "negative": (np.float32, [-1, 1], "values from -1 to 1"),
+    "a border of NaN": (np.float32, [np.nan, 1], "60 of its values are NaN or infinite; replace them"),
+    "infinite": (np.float32, [0, np.inf], "NaN or infinite"),
+    "32 bits": (np.int32, [0, 255], "32-bit whole numbers, of which no value is known to be white"),
+    "32 bits, small": (np.int32, [0, 1], "32-bit whole numbers"),
+}
+
+
+@pytest.mark.parametrize("kind", GREY)
+def test_grey_values_are_read_by_one_rule_or_refused(tmp_path, kind):
+    dtype, (low, high), words = GREY[kind]
+    values = np.full((10, 12), low, dtype)
+    values[:, 6:] = high
+    file = tmp_path / "a.tif"
+    Image.fromarray(values).save(file)
+    if words is not None:
+        with pytest.raises(BrokenImage, match=words):
+            open_image(file)
+        assert open_mask(file).size == (12, 10)  # its values may be numbers of classes
+        return
+    grey = np.asarray(to_mode(open_image(file), 1))
+    assert grey[0, 0] == 0
+    assert grey[0, -1] == round(255 * high / (65535 if dtype == np.uint16 else 1))
+
+
+def test_images_in_memory_follow_the_same_rule():
+    assert np.asarray(to_mode(Image.fromarray(np.full((4, 4), 65535, np.int32)), 3)).min() == 255
+    for values in (np.full((4, 4), 70000, np.int32), np.full((4, 4), 2.0, np.float32), np.full((4, 4), np.nan, np.float32)):
+        with pytest.raises(InputError, match="accepted: 8 or 16 bits"):
+            to_mode(Image.fromarray(values), 3)
 
 
 def test_asks_a_flaky_disk_again(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from vitarium.data import open_data
 from vitarium.data.multilabel import CHEST_FINDINGS
 from vitarium.data.scenes import THINGS, Scenes
 from vitarium.data.scenes.thorax import FINDINGS
-from vitarium.errors import DataError
+from vitarium.errors import DataError, UsageError
 
 
 def picture(path: Path, value: int = 90) -> None:
@@ -165,3 +166,117 @@ def test_sixteen_bit_grey_keeps_its_brightness(tmp_path: Path):
     deep, flat = see(data.train[0][0]), see(data.val[0][0])
     assert (deep - flat).abs().max() < 0.02
     assert deep.std() > 0.5
+
+
+# ---- separators, groups, parts and columns that are no labels
+
+
+@pytest.mark.parametrize(
+    ("cells", "separator"),
+    [
+        (["Shirt;Sneaker", "Shirt", "Bag;Shirt", ""], "';'"),
+        (['"Shirt, Sneaker"', "Shirt", '"Bag, Shirt"', ""], "','"),
+        (["Shirt|Sneaker", "Shirt", "Bag|Shirt", "none"], r"'\|'"),
+        (["\"['Shirt', 'Sneaker']\"", "['Shirt']", "\"['Bag', 'Shirt']\"", "[]"], "','"),
+    ],
+)
+def test_separators_are_recognised_and_said(tmp_path: Path, cells: list[str], separator: str):
+    data = open_data(
+        table(tmp_path, "path,labels\n" + "".join(f"{n}.png,{c}\n" for n, c in zip("abcd", cells, strict=True))), task="multilabel"
+    )
+    assert data.classes == ["Bag", "Shirt", "Sneaker"]
+    both = [part[i] for part in (data.train, data.val) for i in range(len(part))]
+    assert sorted(target.tolist() for _, target in both) == [[0, 0, 0], [0, 1, 0], [0, 1, 1], [1, 1, 0]]
+    assert re.search(f"the column labels holds 3 labels, separated by {separator}; separator=NAME", "\n".join(data.notes))
+
+
+def test_spaces_separate_words_that_repeat_and_not_names(tmp_path: Path):
+    rows = ["haze primary", "clear", "haze road", "clear road", "haze", "primary road haze", "clear primary", "primary", "road primary"]
+    names = "abcdefghi"
+    path = table(tmp_path, "image,tags\n" + "".join(f"{n}.png,{c}\n" for n, c in zip(names, rows, strict=True)), names)
+    assert open_data(path, task="multilabel").classes == ["clear", "haze", "primary", "road"]
+    path = table(tmp_path, "path,labels\na.png,Pleural Thickening\nb.png,Mass\nc.png,Lung Mass\nd.png,Mass")
+    data = open_data(path, task="multilabel")
+    assert data.classes == ["Lung Mass", "Mass", "Pleural Thickening"]
+    assert "one label per image, as no separator was found" in data.notes[0]
+
+
+def test_a_separator_can_be_set(tmp_path: Path):
+    path = table(tmp_path, 'path,labels\na.png,"red, dark;wet"\nb.png,"red, dark"\nc.png,wet\nd.png,wet')
+    assert open_data(path, task="multilabel").classes == ["red, dark", "wet"]
+    assert open_data(f"csv:{path},separator=comma", task="multilabel").classes == ["dark", "dark;wet", "red", "wet"]
+    with pytest.raises(UsageError, match="separator must be one of pipe, semicolon, comma"):
+        open_data(f"csv:{path},separator=;", task="multilabel")
+    with pytest.raises(UsageError, match="tables have no option 'seperator=comma'; did you mean separator"):
+        open_data(f"csv:{path},seperator=comma", task="multilabel")
+
+
+@pytest.mark.parametrize("column", ["PatientID", "patient_id", "Patient ID", "subject_id", "Subject"])
+def test_groups_are_kept_together_and_said(tmp_path: Path, column: str):
+    text = f"path,labels,{column}\n" + "".join(f"{n}.png,{'cat' if i % 2 else 'dog'},{i // 3}\n" for i, n in enumerate("abcdefghi"))
+    path = table(tmp_path, text, "abcdefghi")
+    for seed in range(5):
+        data = open_data(path, task="multilabel", seed=seed, val_fraction=0.3)
+        groups = [{"abcdefghi".index(Path(part.describe(i)).stem) // 3 for i in range(len(part))} for part in (data.train, data.val)]
+        assert not groups[0] & groups[1]
+        classes = open_data(f"csv:{path},labels=labels", seed=seed, val_fraction=0.3)
+        groups = [{"abcdefghi".index(Path(part.describe(i)).stem) // 3 for i in range(len(part))} for part in (classes.train, classes.val)]
+        assert not groups[0] & groups[1]
+    assert f"images of one {column} are kept in one part (3 groups)" in "\n".join(data.notes)
+    assert "kept in one part" not in "\n".join(open_data(f"csv:{path},group=none", task="multilabel").notes)
+
+
+def test_other_columns_are_labels_only_if_they_are_named(tmp_path: Path):
+    text = "path,Sex,Age,cat,dog,is_valid\na.png,1,30,1,0,0\nb.png,0,31,0,1,0\nc.png,1,32,1,1,1\nd.png,1,33,0,1,1\n"
+    path = table(tmp_path, text)
+    data = open_data(path, task="multilabel")
+    assert data.classes == ["cat", "dog"]
+    said = "\n".join(data.notes)
+    assert "the labels are the columns cat, dog" in said
+    assert "columns that are not used: Sex, Age" in said
+    assert open_data(f"csv:{path},labels=cat+Sex", task="multilabel").classes == ["cat", "Sex"]
+    with pytest.raises(DataError, match="has no column 'Sx'; did you mean Sex"):
+        open_data(f"csv:{path},labels=cat+Sx", task="multilabel")
+    listed = table(tmp_path, "path,labels,Sex\na.png,cat;dog,1\nb.png,dog,0\nc.png,cat,1\nd.png,dog,1\n")
+    data = open_data(listed, task="multilabel")
+    assert data.classes == ["cat", "dog"]
+    assert "columns that are not used: Sex" in "\n".join(data.notes)
+
+
+@pytest.mark.parametrize(
+    ("column", "cells", "words"),
+    [
+        ("is_valid", "0011", "the column is_valid gives the parts"),
+        ("is_valid", ["False", "False", "True", "True"], "the column is_valid gives the parts"),
+        ("subset", ["train", "train", "test", "test"], "the column subset gives the parts"),
+        ("split", ["Training", "training", "valid", "valid"], "the column split gives the parts"),
+        ("fold", ["train", "train", "val", "val"], "the column fold gives the parts"),
+        ("subset", ["train", "train", "dev", "dev"], "the column subset gives the parts"),
+    ],
+)
+@pytest.mark.parametrize("task", ["multilabel", "class"])
+def test_columns_of_parts_are_honoured(tmp_path: Path, column: str, cells: list[str], words: str, task: str):
+    text = f"path,label,{column}\n" + "".join(
+        f"{n}.png,{'cd'[i % 2]},{cell}\n" for i, (n, cell) in enumerate(zip("abcd", cells, strict=True))
+    )
+    data = open_data(table(tmp_path, text), task=task)
+    assert [Path(data.val.describe(i)).stem for i in range(len(data.val))] == ["c", "d"]
+    assert words in "\n".join(data.notes)
+
+
+@pytest.mark.parametrize("task", ["multilabel", "class"])
+def test_folds_are_named_as_ignored_and_can_be_held_out(tmp_path: Path, task: str):
+    text = "path,label,fold\n" + "".join(f"{n}.png,{'xy'[i % 2]},{i // 2}\n" for i, n in enumerate("abcdef"))
+    path = table(tmp_path, text, "abcdef")
+    data = open_data(path, task=task)
+    assert re.search(r"the column fold \(0, 1, 2\) names no parts and is not used; fold=VALUE", "\n".join(data.notes))
+    data = open_data(f"csv:{path},fold=1", task=task)
+    assert [Path(data.val.describe(i)).stem for i in range(2)] == ["c", "d"]
+    with pytest.raises(DataError, match="fold=7 leaves a part empty; the column fold has 0, 1, 2"):
+        open_data(f"csv:{path},fold=7", task=task)
+
+
+def test_tables_with_semicolons_and_tables_to_evaluate(tmp_path: Path):
+    path = table(tmp_path, "path;cat;dog\na.png;1;0\nb.png;0;1\nc.png;1;1\nd.png;0;1\n")
+    data = open_data(path, task="multilabel", split="auto")
+    assert (data.classes, data.part, len(data.val), len(data.train)) == (["cat", "dog"], "all", 4, 0)
