@@ -35,6 +35,19 @@ def test_a_sheet_with_a_column_a_class(model, tmp_path):
     assert again.read_bytes() == sheet.read_bytes()
 
 
+def test_numbers_that_are_names_are_names(tmp_path):
+    made = vitarium.create_model("sit_flow_pico", num_classes=5, embed_dim=16, depth=1, num_heads=2)
+    made.labels = ["1", "2", "3", "4", "a,b"]
+    said = []
+    for classes, want in (("1-3", ["1", "2", "3"]), ("#0,#4", ["1", "a,b"]), ("a,b", ["a,b"]), (["a,b", 1], ["a,b", "2"])):
+        assert vitarium.generate(made, classes, 1, steps=1, notify=said.append).classes == want
+    assert "Generating 3 images of 1 (#0), 2 (#1), 3 (#2)" in said
+    vitarium.save(made, tmp_path / "m.safetensors")
+    result = run(app, ["generate", str(tmp_path / "m.safetensors"), "--steps", "1", "--classes", "0", "-o", str(tmp_path / "x.png")])
+    assert result.exit_code == 2
+    assert "written #0" in " ".join(result.output.split())
+
+
 def test_a_folder_and_an_array_for_evaluators(model, tmp_path):
     assert run(app, ["generate", model, "--steps", "2", "-n", "2", "-o", str(tmp_path / "all")]).exit_code == 0
     assert len(list((tmp_path / "all").glob("*-dog.png"))) == 2

@@ -323,6 +323,43 @@ def test_guidance_moves_the_first_channels_inside_the_interval_only(tiny):
     torch.testing.assert_close(first[:, :1], (free + 4 * (cond - free))[:, :1], rtol=1e-4, atol=1e-5)
 
 
+def test_guidance_acts_at_integer_timesteps(tiny):
+    x, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
+    with torch.no_grad():
+        plain, strong = (guided(tiny, labels, 3, scale=s)(x, 500) for s in (1.0, 4.0))
+        free = tiny(x, torch.full((2,), 500))
+        torch.testing.assert_close(strong, free + 4 * (plain - free), rtol=1e-4, atol=1e-5)
+        inside = guided(tiny, labels, 3, scale=4.0, interval=(0.2, 0.7), length=1000)
+        torch.testing.assert_close(inside(x, 500), strong)
+        torch.testing.assert_close(inside(x, 900), guided(tiny, labels, 3)(x, 900))
+
+
+def test_an_interval_of_timesteps_needs_their_length(tiny):
+    x, labels = torch.randn(1, 3, 8, 8), torch.tensor([0])
+    for time, length in ((500, None), (1, None), (500.0, None), (500, 100)):
+        with pytest.raises(UsageError, match="give length="):
+            guided(tiny, labels, 3, scale=4.0, interval=(0.2, 0.7), length=length)(x, time)
+    with pytest.raises(UsageError, match="0 <= low <= high <= 1"):
+        guided(tiny, labels, 3, scale=4.0, interval=(0.7, 0.2))
+
+
+@pytest.mark.parametrize("data_at", [0, 1])
+@pytest.mark.parametrize("kind", ["linear", "cosine", "vp"])
+def test_lognormal_times_have_a_lognormal_ratio_of_noise_to_data(kind: str, data_at: int):
+    """REPA: sigmoid(n) on the linear path, 2/pi atan(e^n) on the cosine path."""
+    flow, like = Flow(path=kind, data_at=data_at, time="lognormal"), torch.zeros((), dtype=torch.float64)
+    torch.manual_seed(0)
+    t = flow.times(2000, like)
+    torch.manual_seed(0)
+    n = torch.randn(2000, dtype=torch.float64)
+    alpha, sigma, _, _ = flow.way.coefficients(t)
+    margin = 2e-5 if kind == "vp" else 1e-9  # the path of vp keeps this distance from its ends
+    torch.testing.assert_close((sigma / alpha).log(), n, rtol=0, atol=500 * margin)
+    want = {"linear": n.sigmoid(), "cosine": n.exp().atan() * 2 / math.pi}.get(kind)
+    if want is not None:
+        torch.testing.assert_close(t, want if data_at == 0 else 1 - want, rtol=0, atol=1e-12)
+
+
 # ---- images
 
 

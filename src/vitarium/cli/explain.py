@@ -20,7 +20,7 @@ def explain(
         typer.Option(metavar="NAME[:KEY=VALUE,...]", help="How to explain, as rise:masks=500. Repeatable.", show_default="grad_cam"),
     ] = None,
     target: Annotated[
-        str | None, typer.Option(metavar="LABEL", help="Class to explain, by name or number.", show_default="predicted")
+        str | None, typer.Option(metavar="LABEL", help="Class to explain, by name, or by number from 0 as #3.", show_default="predicted")
     ] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Measure how faithful each method is on these images.")] = False,
     checkpoint: Checkpoint = None,

@@ -15,7 +15,13 @@ from vitarium.cli.options import Address, Apply, Checkpoint, Device, EngineKind,
 @configurable
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL|FILE", help="A file that `vitarium.save` wrote, or a model's name.")],
-    classes: Annotated[str | None, typer.Option(help="Numbers or names, as 0,3-5,cat.", show_default="all, at most ten")] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            help="Names, or numbers from 0 as #3; as cat,#3-5. A plain 3 is a name if any name is a number. A comma in a name: \\,",
+            show_default="all, at most ten",
+        ),
+    ] = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Images of each class.")] = 4,
     output: Annotated[
         Path,

@@ -18,10 +18,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vitarium.assignments import parse_call
+from vitarium.catalog.class_choice import choose_class
 from vitarium.catalog.classes import Classes
 from vitarium.catalog.options import check_names
 from vitarium.catalog.preprocessing import Preprocessing
-from vitarium.errors import InputError, UsageError, nearest
+from vitarium.errors import InputError, UsageError
 from vitarium.explanation.heatmap import overlay
 from vitarium.explanation.reading import logits_of, to_pixels
 from vitarium.nn.modes import evaluating
@@ -141,20 +142,14 @@ def target_numbers(model: nn.Module, target: int | str | Tensor, batch: int) -> 
 
 
 def class_number(model: nn.Module, name: int | str) -> int:
-    """Return the number of a class from its label or its number, also as text.
+    """Return the number of a class from its name or its number, as `vitarium.catalog.class_choice` reads them ("cat", "#3", 3).
 
     Raises:
-        UsageError: the model has no such label; the message names similar ones.
+        UsageError: the model has no such class; the message names similar ones.
     """
-    labels = list(getattr(model, "labels", None) or [])
-    if isinstance(name, str) and name in labels:
-        return labels.index(name)
-    if isinstance(name, int) or name.isdecimal():
-        return int(name)
-    if not labels:
-        raise UsageError(f"the model's classes have no names; give a number instead of {name!r}")
-    listed = ", ".join(labels[:10]) + (f" and {len(labels) - 10} more" if len(labels) > 10 else "")
-    raise UsageError(f"the model has no class {name!r}{nearest(name, labels)} (classes: {listed})")
+    count = getattr(model, "num_classes", None)
+    names = list(getattr(model, "labels", None) or [])
+    return choose_class(name, count if isinstance(count, int) else None, names or None)
 
 
 # ---- the registry

@@ -21,20 +21,22 @@ class ImageNoise:
     same image gets the same numbers in every batch, on every device and in every process.
 
     Args:
-        seed: of all images, 0 or more.
-        indices: numbers of the images (B,) in a longer list, 0 or more; an image number always gets the same stream.
+        seed: of all images, 0 to 2^64 - 1.
+        indices: numbers of the images (B,) in a longer list, 0 or more; an image number always gets the same stream, and no two pairs of
+            seed and number share one.
 
     Raises:
-        UsageError: a negative seed or number.
+        UsageError: a seed out of range, or a negative number.
     """
 
     def __init__(self, seed: int, indices: Tensor):
         numbers = indices.tolist()
-        if seed < 0 or any(number < 0 for number in numbers):
+        if not 0 <= seed < WORD or any(number < 0 for number in numbers):
             raise UsageError(
-                f"the seed and the numbers of images must be 0 or more, got seed {seed} and numbers from {min(numbers, default=0)}"
+                f"the seed (below 2^64) and the numbers of images must be 0 or more, got seed {seed} and numbers from "
+                f"{min(numbers, default=0)}"
             )
-        self.keys = [(seed % WORD, number) for number in numbers]
+        self.keys = [(seed, number) for number in numbers]
         self.streams = [np.random.Generator(np.random.Philox(key=np.array(key, dtype=np.uint64))) for key in self.keys]
 
     def __len__(self) -> int:

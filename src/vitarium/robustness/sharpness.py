@@ -82,7 +82,7 @@ class Hessian:
 
         Memory: `steps` vectors of the parameters' size.
         """
-        basis = [self._random(seed)]
+        basis = [self._random(torch.Generator().manual_seed(seed))]
         diagonal: list[Tensor] = []
         beside: list[Tensor] = []
         while True:
@@ -113,8 +113,9 @@ class Hessian:
         if not 1 <= count <= self.size:
             raise UsageError(f"count must lie between 1 and the {self.size} parameters, got {count}")
         found: list[tuple[float, Tensor]] = []
-        for number in range(count):
-            vector, value = self._random(seed + number), 0.0
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(count):
+            vector, value = self._random(generator), 0.0
             for _ in range(iterations):
                 for _, known in found:
                     vector = vector - (vector @ known) * known
@@ -139,8 +140,8 @@ class Hessian:
         found = torch.tensor(values, dtype=torch.float64)
         return float(found.mean()), float(found.std() / samples**0.5)
 
-    def _random(self, seed: int) -> Tensor:
-        vector = torch.randn(self.size, generator=torch.Generator().manual_seed(seed)).to(self.parameters[0])
+    def _random(self, generator: torch.Generator) -> Tensor:
+        vector = torch.randn(self.size, generator=generator).to(self.parameters[0])
         return vector / vector.norm()
 
     def _split(self, vector: Tensor) -> list[Tensor]:

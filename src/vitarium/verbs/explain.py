@@ -89,7 +89,7 @@ def explain(
         model: a file of `vitarium.save`, a model's name, or a classifier. A model with `apply` is changed.
         output: folder for overlays and explanations.json.
         method: how to explain, one or several, as "grad_cam" or "rise:masks=500" (see `vitarium.explanation.explainers`).
-        target: class to explain, by name or number; None: the predicted one.
+        target: class to explain, by name or number ("#3" is the number, from 0, whatever the names are); None: the predicted one.
         measure: measure how faithful each method is on these images (see `vitarium.explanation.faithfulness`).
         checkpoint: weights for a name.
         apply: methods to apply first, as "evit:keep=0.7".

@@ -95,7 +95,9 @@ def generate(
 
     Args:
         model: a file of `vitarium.save`, a model's name, or a generator. A model with `apply` is changed.
-        classes: names or numbers, as "0,3-5,cat" or [0, "cat"]; None: all, at most ten.
+        classes: names or numbers, as "cat,#3-5" or ["cat", 3]; None: all, at most ten. A text is a name first: "3" is the class named
+            "3", and the class number 3 (from 0) only if no name of the model is a number; "#3" is that number always. A comma inside a
+            name is written "\\," in a text; in a list it needs nothing.
         count: images of each class.
         output: a sheet (.png, .jpg, .webp), an array for FID evaluators (.npz), or a folder; None: nothing is written.
         steps: of the sampler; None: the model's.
@@ -120,8 +122,8 @@ def generate(
         CheckpointError: weights that are not available.
         MissingExtra: engine="ray" without Ray.
     """
+    from vitarium.catalog.class_choice import choose_classes, describe_classes
     from vitarium.engine import as_engine
-    from vitarium.generation.labels import parse_classes
     from vitarium.generation.making import make_images
     from vitarium.perception.retrieval.index import model_fingerprint
 
@@ -138,11 +140,10 @@ def generate(
     if image is not None or mask is not None:
         given |= read_edit(opened, image, mask)
     names = getattr(opened, "labels", None)
-    text = classes if classes is None or isinstance(classes, str) else ",".join(map(str, classes))
-    wanted = parse_classes(text, opened.num_classes, names)
+    wanted = choose_classes(classes, opened.num_classes, names)
     wanted = wanted[:MOST_CLASSES] if classes is None else wanted
     labels, total = wanted * count, count * len(wanted)
-    notify(f"Generating {total} images")
+    notify(f"Generating {total} images of {describe_classes(wanted, names)}")
     given |= {"steps": steps, "guidance": guidance, "seed": seed}
     start = time.perf_counter()
     if path is not None and total > batch_size and "image" not in given:  # so that an interrupted call resumes

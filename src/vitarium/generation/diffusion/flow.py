@@ -25,7 +25,8 @@ class Flow:
     Args:
         path, data_at: see `Path`. SiT: data_at=1; REPA: data_at=0.
         prediction: "velocity", "noise" or "data".
-        time: "uniform", or "lognormal": the logistic function of a standard normal number.
+        time: "uniform", or "lognormal": the ratio of noise to data, sigma / alpha, is e^n with a standard normal number n (REPA). On the
+            linear path this is the logistic function of n, on the cosine path 2/pi atan e^n.
         shift: of the times towards noise, t' = s t / (1 + (s - 1) t) with t the time from the data; 1 is none. In training and sampling.
 
     Raises:
@@ -65,7 +66,7 @@ class Flow:
     def times(self, count: int, like: Tensor) -> Tensor:
         """Draw training times (B,), on `like`'s device and in its dtype."""
         if self.time == "lognormal":
-            return self._placed(torch.randn(count, device=like.device, dtype=like.dtype).sigmoid())
+            return self._placed(self.way.from_data_at(torch.randn(count, device=like.device, dtype=like.dtype)))
         return self._placed(torch.rand(count, device=like.device, dtype=like.dtype))
 
     def times_at(self, shares: Tensor) -> Tensor:

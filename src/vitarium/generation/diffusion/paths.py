@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vitarium.errors import UsageError, nearest
 
@@ -64,6 +65,19 @@ class Path:
         d_alpha = sign * alpha * 0.5 * (BETA_MIN + (1 - u) * (BETA_MAX - BETA_MIN))
         sigma = (1 - alpha**2).sqrt()
         return alpha, sigma, d_alpha, -alpha * d_alpha / sigma
+
+    def from_data_at(self, log_ratio: Tensor) -> Tensor:
+        """Return the time from the data, 1 - u, at which log(sigma / alpha) has a value, in the value's shape; at most 1.
+
+        linear: sigmoid(n); cosine: 2/pi atan(e^n); vp: the root of the exponent of alpha = (1 + e^2n)^(-1/2).
+        """
+        if self.kind == "linear":
+            return log_ratio.sigmoid()
+        if self.kind == "cosine":
+            return log_ratio.exp().atan() * (2 / math.pi)
+        exponent = F.softplus(2 * log_ratio) / 2  # -log alpha = s^2 (max - min) / 4 + s min / 2
+        slope, rise = BETA_MIN / 2, (BETA_MAX - BETA_MIN) / 4
+        return (2 * exponent / (slope + (slope**2 + 4 * rise * exponent).sqrt())).clamp(max=1)
 
     def mix(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return x_t."""
