@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import vitarium
 from tests.anatomy.models import fill
 from vitarium.catalog.checkpoints import load_checkpoint
+from vitarium.catalog.create import ModelSpec
 from vitarium.catalog.heads import fresh_names
 from vitarium.errors import CheckpointError
 
@@ -289,6 +290,48 @@ def test_vit_of_its_authors(release, tmp_path):
     close(run(timm_model("vit_tiny_patch16_224", tmp_path / "vit.npz").forward, images()), want)
     ours = vitarium.create_model("thorax_mae_pico", checkpoint=tmp_path / "vit.npz", global_pool="token", **OURS).eval()
     close(run(ours.forward, images()), want)
+    pruned = vitarium.create_model("sparse_prune_pico", checkpoint=tmp_path / "vit.npz", mlp_ratio=4.0, **OURS, num_classes=5).eval()
+    for norm in (m for m in pruned.modules() if isinstance(m, nn.LayerNorm)):
+        norm.eps = 1e-6  # Google's; the authors of sparse_prune use 1e-5
+    close(run(pruned.forward, images()), want)
+    larger = vitarium.create_model(
+        "sparse_prune_pico", checkpoint=tmp_path / "vit.npz", mlp_ratio=4.0, **{**OURS, "image_size": 64}, num_classes=5
+    )
+    assert larger.pos_embed.shape[1] == 257  # the authors start from 224 pixels and train at 384
+
+
+def test_mixer_of_its_authors(tmp_path):
+    """Google's JAX arrays of MLP-Mixer, in an .npz."""
+    mixer = pytest.importorskip("timm.models.mlp_mixer").MlpMixer
+    sizes = dict(img_size=16, patch_size=4, embed_dim=16, num_blocks=2, mlp_ratio=(0.5, 1.5), num_classes=5)
+    source = mixer(**sizes)
+    for parameter in source.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    np.savez(tmp_path / "mixer.npz", **google_mixer_arrays(source.state_dict()))
+    twin = mixer(**sizes)
+    twin.spec = ModelSpec("timm/mixer_b16_224", {})
+    assert load_checkpoint(twin, tmp_path / "mixer.npz").complete
+    close(run(twin.eval().forward, images()), run(source.eval().forward, images()))
+
+
+def google_mixer_arrays(state: State) -> dict[str, np.ndarray]:
+    arrays = {}
+    for name, tensor in state.items():
+        layer, _, kind = name.rpartition(".")
+        part = layer.split(".")
+        place = {"stem": "stem", "norm": "pre_head_layer_norm", "head": "head"}.get(
+            part[0], f"MixerBlock_{part[1] if len(part) > 1 else ''}"
+        )
+        inner = {"norm1": "LayerNorm_0", "norm2": "LayerNorm_1", "mlp_tokens": "token_mixing", "mlp_channels": "channel_mixing"}
+        if part[0] == "blocks":
+            place += "/" + inner[part[2]] + (f"/Dense_{int(part[3][-1]) - 1}" if len(part) > 3 else "")
+        if kind == "bias":
+            arrays[f"{place}/bias"] = tensor
+        elif tensor.ndim == 1:
+            arrays[f"{place}/scale"] = tensor
+        else:
+            arrays[f"{place}/kernel"] = tensor.permute(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
+    return {name: tensor.contiguous().numpy() for name, tensor in arrays.items()}
 
 
 def google_arrays(state: State, release: str) -> dict[str, np.ndarray]:

@@ -133,6 +133,32 @@ def _google_block(number: str, module: str, rest: str, tensor: torch.Tensor) -> 
     return f"blocks.{number}.attn.{part}.{kind}", tensor.flatten(1).T if kind == "weight" else tensor.flatten()
 
 
+def from_google_mixer(state: State) -> State:
+    """Rename a file of Google's MLP-Mixer (JAX, .npz), such as those of `mixer_models/sam`, to timm's names, and transpose its matrices."""
+    renamed: State = {}
+    for name, tensor in state.items():
+        new = re.sub(r"^(?:opt/target|params)/", "", name)
+        for theirs, ours in _GOOGLE_MIXER:
+            new = re.sub(theirs, ours, new)
+        if name.endswith("/kernel"):
+            tensor = tensor.permute(3, 2, 0, 1) if tensor.ndim == 4 else tensor.T
+        renamed[new.replace("/", ".")] = tensor
+    return renamed
+
+
+_GOOGLE_MIXER = (
+    (r"^stem/", "stem/proj/"),
+    (r"^MixerBlock_(\d+)/LayerNorm_0/", r"blocks/\1/norm1/"),
+    (r"^MixerBlock_(\d+)/LayerNorm_1/", r"blocks/\1/norm2/"),
+    (r"^MixerBlock_(\d+)/token_mixing/", r"blocks/\1/mlp_tokens/"),
+    (r"^MixerBlock_(\d+)/channel_mixing/", r"blocks/\1/mlp_channels/"),
+    (r"^pre_head_layer_norm/", "norm/"),
+    (r"/Dense_0/", "/fc1/"),
+    (r"/Dense_1/", "/fc2/"),
+    (r"/(?:kernel|scale)$", "/weight"),
+)
+
+
 VIT_DIALECTS: dict[str, Renamer] = {
     "transformers": from_transformers,
     "google": from_google,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitarium.catalog.dialects import VIT_DIALECTS
+from vitarium.catalog.dialects import VIT_DIALECTS, from_google_mixer
 from vitarium.catalog.heads import head_names, mark_fresh
 from vitarium.catalog.preprocessing import Preprocessing
 from vitarium.catalog.rebuilding import WEIGHT_KEYS, refuse_files
@@ -93,6 +93,8 @@ def dialects_of_foreign(model: nn.Module) -> dict[str, Renamer]:
         read["deit3"] = lambda state: convert(state, model, adapt_layer_scale=True)
     if isinstance(getattr(model, "patch_embed", None), nn.Module):
         read |= {name: chain(rename, read["timm"]) for name, rename in VIT_DIALECTS.items()}
+    if type(model).__name__ == "MlpMixer":
+        read["google"] = chain(from_google_mixer, read["timm"])
     return read
 
 

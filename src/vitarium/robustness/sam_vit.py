@@ -13,7 +13,8 @@ In the training loop SAM is a setting of the optimizer, for every learner: `opti
 the Hessian are in `sharpness.py`, drawings of the loss in `surface.py`, corruptions in `corruptions.py`.
 
 Follows the SAM of davda54/sam and the paper. The released models (pretrained with SAM) are timm's `vit_base_patch16_224.sam_in1k` and
-`vit_base_patch32_224.sam_in1k`.
+`vit_base_patch32_224.sam_in1k`. Google's own files load too, ViTs and Mixers: `create_model("timm/mixer_b16_224",
+checkpoint="Mixer-B_16.npz")`. Flax computes GELU by its tanh approximation, timm's models exactly; timm's conversions leave this so.
 Cost: two forward and backward passes per step, and one more copy of the weights.
 """
 

@@ -24,12 +24,18 @@ def kept(states: list[Tokens], block: int, fuse: bool) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("golden", "method"), [("evit-deit_small_r07_fuse", EViT(keep=0.7)), ("evit-tiny_r05_drop_224", EViT(keep=0.5, fuse=False))]
+    ("golden", "method"),
+    [
+        ("evit-deit_small_r07_fuse", EViT(keep=0.7)),
+        ("evit-tiny_r05_drop_224", EViT(keep=0.5, fuse=False)),
+        ("evit-tiny_r06_fuse_160_interp", EViT(keep=0.6, blocks=(2, 5, 8))),  # a model for 224 pixels at 160
+    ],
 )
 def test_equals_the_authors_model(golden: str, method: EViT):
     def run(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
         states = trace(model, image)
-        return {"logits": model(image)} | {f"kept{i}": kept(states, 3 * i + 3, method.fuse).double() for i in range(3)}
+        blocks = method.blocks or (3, 6, 9)
+        return {"logits": model(image)} | {f"kept{i}": kept(states, block, method.fuse).double() for i, block in enumerate(blocks)}
 
     assert_model_matches(golden, method, run)
 

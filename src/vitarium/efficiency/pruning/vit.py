@@ -1,4 +1,7 @@
-"""Vision transformer that "Sparse then Prune" fine-tunes: ViT-B/16 at 384 pixels, with the authors' names and dropout."""
+"""Vision transformer that "Sparse then Prune" fine-tunes: ViT-B/16 at 384 pixels, with the authors' names and dropout.
+
+The weights from which the authors start load too: Google's `ViT-B_16.npz` of ImageNet-21k, timm's and transformers' files.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitarium.catalog import family, rename
+from vitarium.catalog.dialects import VIT_DIALECTS
 from vitarium.catalog.registry import State, chain, join
 from vitarium.nn import VisionTransformer
 
@@ -44,6 +48,7 @@ OFFICIAL = chain(
         "base": dict(embed_dim=768, depth=12, num_heads=12, patch_size=16, image_size=384),  # 86 M
     },
     official=OFFICIAL,
+    dialects=VIT_DIALECTS,
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
     crop_pct=1.0,
