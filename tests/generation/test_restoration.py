@@ -75,6 +75,34 @@ def test_tiles_that_cannot_be_used_are_refused(tile: int, overlap: int):
         list(strips(Nearest(), torch.rand(3, 16, 16), tile=tile, overlap=overlap))
 
 
+@pytest.mark.identity
+def test_the_ensemble_turns_with_the_image():
+    """A flip or rotation of the image gives the flipped or rotated result; a model that has this property itself is unchanged."""
+    torch.manual_seed(0)
+    model = vitarium.create_model("drct_pico", depths=[1], embed_dim=16, growth=8).double().eval()
+    image = torch.rand(1, 3, 16, 24, dtype=torch.float64)
+    with torch.inference_mode():
+        whole, alone = tiling.restored_in_all_orientations(model, image), model(image)
+        for turn in (lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.rot90(1, (-2, -1)), lambda x: x.transpose(-2, -1)):
+            torch.testing.assert_close(tiling.restored_in_all_orientations(model, turn(image)), turn(whole), rtol=0, atol=1e-12)
+            assert (model(turn(image)) - turn(alone)).abs().max() > 1e-6
+    assert whole.shape == (1, 3, 32, 48)
+    image = torch.rand(3, 33, 20)
+    plain, eight = (torch.cat(list(strips(Nearest(), image, tile=16, overlap=4, ensemble=on)), 1) for on in (False, True))
+    torch.testing.assert_close(eight, plain, rtol=0, atol=1e-6)
+
+
+def test_the_ensemble_is_an_option_of_restore(tmp_path):
+    torch.manual_seed(0)
+    model = vitarium.create_model("drct_pico", depths=[1], embed_dim=16)
+    picture().save(tmp_path / "a.png")
+    for name, options in (("plain", {}), ("eight", dict(ensemble=True))):
+        vitarium.restore(tmp_path / "a.png", model, tmp_path / name, **options)
+    want = restore_image(model, picture(), ensemble=True)
+    assert np.array_equal(Image.open(tmp_path / "eight/a.png"), want)
+    assert not np.array_equal(Image.open(tmp_path / "plain/a.png"), want)
+
+
 def test_pictures_keep_their_mode():
     model = Nearest()
     grey = restore_image(model, picture().convert("L"))

@@ -20,7 +20,7 @@ from vitarium.training import ClassificationLearner, find_learner, fit, load_rec
 from vitarium.training import run as run_module
 from vitarium.training.phases import Plan, matching, settled
 from vitarium.training.recipe import Course
-from vitarium.training.schedules import cosine
+from vitarium.training.schedules import Rates, cosine
 from vitarium.training.values import target_of, value_at
 from vitarium.verbs.train import train as train_by_recipe
 
@@ -401,6 +401,19 @@ def test_evits_keep_rate_falls_as_the_authors(tmp_path):
 def test_the_published_recipes_of_phases_build():
     for name in ("tinyvit_finetune", "evit"):
         assert load_recipe(name).phases or load_recipe(name).values
+
+
+def test_the_recipes_of_evit_are_the_authors():
+    """Of their two scripts at a total batch of 1024: rates that their code scales linearly from 512, and ends that it does not scale."""
+    scratch, tuned = load_recipe("evit"), load_recipe("evit_finetune")
+    rates = {
+        name: Rates(recipe.schedule, recipe.optimizer, total_steps=300, steps_per_epoch=1, total_batch=1024)
+        for name, recipe in (("scratch", scratch), ("tuned", tuned))
+    }
+    assert rates["scratch"].at(5) == pytest.approx(5e-4 * 1024 / 512)
+    assert (rates["scratch"].at(0), rates["scratch"].at(300)) == pytest.approx((1e-6, 1e-5))
+    assert (rates["tuned"].at(0), rates["tuned"].at(300)) == pytest.approx((2e-5 * 1024 / 512, 2e-6))
+    assert (tuned.optimizer.weight_decay, tuned.budget.epochs, tuned.values) == (1e-6, 30, {})
 
 
 def test_a_duel_keeps_its_phases_over_a_resume(tmp_path):

@@ -20,6 +20,9 @@ def restore(
     checkpoint: Checkpoint = None,
     tile: Annotated[int, typer.Option(min=0, help="Side of the tiles, pixels of the input; memory grows with it. 0: no tiles.")] = 256,
     overlap: Annotated[int, typer.Option(min=0, help="Overlap of neighbouring tiles, pixels of the input.")] = 32,
+    ensemble: Annotated[
+        bool, typer.Option("--ensemble", help="Mean of the results in 8 orientations (flips, rotations): 8 times the time.")
+    ] = False,
     device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -27,7 +30,9 @@ def restore(
     from vitarium.verbs.restore import restore as run
 
     with status() as notify:
-        found = run(images, model, output, checkpoint=checkpoint, tile=tile, overlap=overlap, device=device, notify=notify)
+        found = run(
+            images, model, output, checkpoint=checkpoint, tile=tile, overlap=overlap, ensemble=ensemble, device=device, notify=notify
+        )
     if as_json:
         print_json(found.rows)
     else:

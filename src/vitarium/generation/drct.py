@@ -9,7 +9,9 @@ the group has computed, and adds only a few channels to them; the group ends in 
 A convolution before the groups, one after them with a residual around all, and pixel shuffling to the full size. No bicubic skip.
 
 Follows the authors' code (github ming053l/DRCT), whose checkpoints load by name. Any image size, reflected to a multiple of the window
-as in that code. Cost: linear in image area at a fixed window.
+as in that code; the mean over flips and rotations is `vitarium restore --ensemble`. Left out: absolute positions, no norm after the first
+convolution, no convolution after the groups, dropout, another scale of attention (their configs set none of them), and arguments that
+their code takes and does not use (compress_ratio, squeeze_factor, conv_scale, overlap_ratio). Cost: linear in image area at a fixed window.
 
 Speed: a shifted grid needs no rolling and no mask, because its border windows are smaller windows. All layers of a block except attention
 work on single tokens, so that in inference on a CPU a block processes a few windows at a time from start to end, and its tensors stay in

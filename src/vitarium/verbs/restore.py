@@ -65,6 +65,7 @@ def restore(
     checkpoint: str | None = None,
     tile: int = 256,
     overlap: int = 32,
+    ensemble: bool = False,
     device: str = "auto",
     notify: Notify = quiet,
 ) -> Restored:
@@ -79,6 +80,7 @@ def restore(
         checkpoint: weights for a name.
         tile: side of the tiles, pixels of the input; memory grows with it. 0: no tiles.
         overlap: overlap of neighbouring tiles, pixels of the input.
+        ensemble: take the mean of the results in the 8 orientations of each tile: a little better, at 8 times the time.
         device: "auto", "cpu", "cuda", ...
         notify: called with messages about progress.
 
@@ -99,7 +101,7 @@ def restore(
     rows = []
     for number, (file, place) in enumerate(zip(files, places, strict=True), start=1):
         notify(f"Restoring {number} of {len(files)}: {file}")
-        rows.append(restore_file(opened, file, place, tile, overlap))
+        rows.append(restore_file(opened, file, place, tile, overlap, ensemble))
     found = Restored(name_of(model), folder, rows)
     if len(found.broken) == len(rows):
         raise DataError("no image could be restored:\n" + "\n".join(f"  {row['image']}: {row['error']}" for row in found.broken[:10]))
@@ -138,7 +140,7 @@ def name_results(files: list[str], named: list[Path], output: Path) -> list[Path
     return list(places)
 
 
-def restore_file(model: Restorer, file: str, place: Path, tile: int, overlap: int) -> dict[str, Any]:
+def restore_file(model: Restorer, file: str, place: Path, tile: int, overlap: int, ensemble: bool = False) -> dict[str, Any]:
     """Restore one image and return its row of `Restored`.
 
     Raises:
@@ -153,7 +155,7 @@ def restore_file(model: Restorer, file: str, place: Path, tile: int, overlap: in
     begin = time.perf_counter()
     try:
         original = open_image(file)
-        restored = restore_image(model, original, tile=tile, overlap=overlap)
+        restored = restore_image(model, original, tile=tile, overlap=overlap, ensemble=ensemble)
     except BrokenImage as error:
         return {"image": file, "error": error.reason}
     except InputError as error:

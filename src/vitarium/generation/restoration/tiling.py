@@ -29,7 +29,7 @@ MAX_PIXELS = 512_000_000
 """Largest number of pixels of a result, which is held in memory at 3 bytes per pixel."""
 
 
-def strips(model: Restorer, image: Tensor, *, tile: int = 256, overlap: int = 32) -> Iterator[Tensor]:
+def strips(model: Restorer, image: Tensor, *, tile: int = 256, overlap: int = 32, ensemble: bool = False) -> Iterator[Tensor]:
     """Yield the restored image in strips from top to bottom, working on one row of tiles at a time.
 
     Args:
@@ -37,6 +37,7 @@ def strips(model: Restorer, image: Tensor, *, tile: int = 256, overlap: int = 32
         image: (C, H, W) uint8, or floating-point in 0..1; on any device.
         tile: side of a tile, pixels of the input; 0 restores the image as a whole.
         overlap: overlap of neighbouring tiles, pixels of the input.
+        ensemble: restore each tile in its 8 orientations, and return their mean (see `restored_in_all_orientations`).
 
     Yields:
         (C, rows, scale W) float32 on the CPU, not clipped.
@@ -57,7 +58,7 @@ def strips(model: Restorer, image: Tensor, *, tile: int = 256, overlap: int = 32
     for (top, bottom), here in zip(rows, _ramps(rows, overlap), strict=True):
         strip = torch.zeros(image.shape[0], (bottom - top) * model.scale, width * model.scale)
         for (left, right), across in zip(columns, _ramps(columns, overlap), strict=True):
-            done = _restore(model, image[:, top:bottom, left:right])
+            done = _restore(model, image[:, top:bottom, left:right], ensemble)
             strip[..., left * model.scale : right * model.scale] += done * _stretched(across, model.scale)
         strip *= _stretched(here, model.scale)[:, None]
         if carried.numel():
@@ -89,26 +90,47 @@ def _stretched(weights: Tensor, scale: int) -> Tensor:
     return weights.repeat_interleave(scale)
 
 
-def _restore(model: Restorer, tile: Tensor) -> Tensor:
+def _restore(model: Restorer, tile: Tensor, ensemble: bool) -> Tensor:
     place = next(model.parameters())
     image = tile.to(place.device)
     image = image.to(place.dtype) / 255 if image.dtype == torch.uint8 else image.to(place.dtype)
-    return model(image[None])[0].float().cpu()
+    found = restored_in_all_orientations(model, image[None]) if ensemble else model(image[None])
+    return found[0].float().cpu()
 
 
-def restore_tensor(model: Restorer, image: Tensor, *, tile: int = 256, overlap: int = 32) -> Tensor:
+def restored_in_all_orientations(model: Restorer, image: Tensor) -> Tensor:
+    """Restore an image in its 8 orientations (4 rotations, mirrored or not), turn the results back, and return their mean: the
+    "self-ensemble" of published results (Timofte et al. 2016), 8 times the cost.
+
+    Args:
+        model: restores (B, C, H, W) in 0..1 to (B, C, scale H, scale W).
+        image: (B, C, H, W).
+
+    Returns:
+        (B, C, scale H, scale W). A flip or rotation of the image flips or rotates the result, exactly up to rounding.
+    """
+    results = []
+    for mirrored in (False, True):
+        flat = image.flip(-1) if mirrored else image
+        for turns in range(4):
+            found = model(flat.rot90(turns, (-2, -1))).rot90(-turns, (-2, -1))
+            results.append(found.flip(-1) if mirrored else found)
+    return torch.stack(results).mean(0)
+
+
+def restore_tensor(model: Restorer, image: Tensor, *, tile: int = 256, overlap: int = 32, ensemble: bool = False) -> Tensor:
     """Restore an image: (C, H, W) uint8, or floating-point in 0..1 -> (C, scale H, scale W) uint8, on the CPU. See `strips`."""
     out = torch.empty(image.shape[0], image.shape[1] * model.scale, image.shape[2] * model.scale, dtype=torch.uint8)
     row = 0
-    for strip in strips(model, image, tile=tile, overlap=overlap):
+    for strip in strips(model, image, tile=tile, overlap=overlap, ensemble=ensemble):
         out[:, row : row + strip.shape[1]] = to_bytes(strip)
         row += strip.shape[1]
     return out
 
 
 @torch.inference_mode()
-def restore_image(model: Restorer, image: Image.Image, *, tile: int = 256, overlap: int = 32) -> Image.Image:
-    """Restore an image in any of Pillow's modes to RGB or grey; transparency is enlarged bicubically.
+def restore_image(model: Restorer, image: Image.Image, *, tile: int = 256, overlap: int = 32, ensemble: bool = False) -> Image.Image:
+    """Restore an image in any of Pillow's modes to RGB or grey; transparency is enlarged bicubically. Arguments: see `strips`.
 
     Memory: both images at 3 bytes per pixel, a row of tiles, and the model's memory for one tile.
 
@@ -124,7 +146,7 @@ def restore_image(model: Restorer, image: Image.Image, *, tile: int = 256, overl
         )
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     colours = image.convert("RGBA").convert("RGB") if alpha else image
-    restored = to_image(restore_tensor(model, to_tensor(colours, model.in_chans), tile=tile, overlap=overlap))
+    restored = to_image(restore_tensor(model, to_tensor(colours, model.in_chans), tile=tile, overlap=overlap, ensemble=ensemble))
     if image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I"):
         restored = restored.convert("L")
     if alpha:
