@@ -15,11 +15,11 @@ from vitarium.nn import Attention
 def outputs(model: ConViT, x: Tensor) -> dict[str, Tensor]:
     first = model.blocks[0]
     grid = model.patch_embed.grid(*x.shape[-2:])
-    tokens = model.patch_embed(x).flatten(2).transpose(1, 2) + model.pos_embed
+    tokens = model.patch_embed(x).flatten(2).transpose(1, 2) + model.positions(grid)
     features, maps = model.forward_intermediates(x)
     return {
         "gpsa0_attention": first.attn.attention(first.norm1(tokens), grid),
-        "before_cls": maps[9].flatten(2).transpose(1, 2),
+        "before_cls": maps[model.local_up_to_layer - 1].flatten(2).transpose(1, 2),
         "features": model.forward_head(features, pre_logits=True),
         "logits": model(x),
     }
@@ -27,6 +27,14 @@ def outputs(model: ConViT, x: Tensor) -> dict[str, Tensor]:
 
 def test_equals_the_authors_model():
     assert_matches_golden("convit-tiny_224", vitarium.create_model("convit_tiny"), outputs)
+
+
+def test_without_positions_and_with_biases_it_equals_the_authors_model():
+    model = ConViT(
+        **dict(embed_dim=144, depth=4, num_heads=9, local_up_to_layer=3, locality_strength=0.5, image_size=128, num_classes=13),
+        **dict(qkv_bias=True, pos_embed=False),
+    )
+    assert_matches_golden("convit-nopos_h9_128", model, outputs)
 
 
 def test_begins_as_the_authors_model_does():

@@ -29,6 +29,41 @@ def test_isotropic_equals_the_authors_model():
     assert_matches_golden("convnext-iso_d192_160", model, run)
 
 
+@pytest.mark.parametrize("name", ["convnext_pico", "convnext_iso_pico"])
+def test_layer_scale_takes_whole_numbers_and_zero_leaves_it_out(name: str):
+    ones = vitarium.create_model(name, layer_scale_init_value=1, num_classes=3)
+    gammas = [p for n, p in ones.named_parameters() if n.endswith("gamma")]
+    assert gammas
+    assert all(p.is_floating_point() and torch.equal(p, torch.ones_like(p)) for p in gammas)
+    none = vitarium.create_model(name, layer_scale_init_value=0, num_classes=3)
+    assert not any(n.endswith("gamma") for n, _ in none.named_parameters())
+    none.load_state_dict({n: t for n, t in ones.state_dict().items() if not n.endswith("gamma")})
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(none(x), ones(x))
+    with pytest.raises(ValueError, match="at least 0"):
+        vitarium.create_model(name, layer_scale_init_value=-1)
+
+
+def test_detectors_files_load_with_a_norm_per_stage(tmp_path):
+    """The authors' detectors have norm0 to norm3 on the maps of the stages and neither a norm after pooling nor a head."""
+    source = vitarium.create_model("convnext_pico", num_classes=0, stage_norms=True).eval()
+    for norm in source.stage_norms:
+        nn.init.normal_(norm.weight)
+    names = {}
+    for name, tensor in source.state_dict().items():
+        theirs = name.replace("stage_norms.", "norm").replace(".blocks.", ".").replace("mlp.fc", "pwconv")
+        theirs = theirs.replace("stem.conv", "downsample_layers.0.0").replace("stem.norm", "downsample_layers.0.1")
+        theirs = theirs.replace("stages.1.downsample.norm", "downsample_layers.1.0")
+        names["backbone." + theirs.replace("stages.1.downsample.conv", "downsample_layers.1.1")] = tensor
+    torch.save({"state_dict": names | {"neck.fpn_convs.0.conv.weight": torch.zeros(3)}}, tmp_path / "mask_rcnn.pth")
+    model = vitarium.create_model("convnext_pico", num_classes=0, stage_norms=True, checkpoint=tmp_path / "mask_rcnn.pth").eval()
+    x = torch.randn(1, 3, 16, 16)
+    maps = model.forward_intermediates(x, intermediates_only=True)
+    plain = list(super(type(model), model).forward_stages(x))
+    assert torch.equal(maps[0], source.stage_norms[0](plain[0]))
+    assert torch.equal(maps[1], source.stage_norms[1](plain[1]))
+
+
 @pytest.mark.parametrize(
     ("name", "millions"),
     [

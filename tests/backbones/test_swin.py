@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 import vitarium
 from tests.golden import assert_matches_golden, fill_value
-from vitarium.backbones.swin import DIALECTS, PatchMerging, Swin, SwinBlock, SwinMlp
+from vitarium.backbones.swin import DIALECTS, OFFICIAL, PatchMerging, Swin, SwinBlock, SwinMlp
+from vitarium.nn import WindowAttention
 from vitarium.ops.windows import window_layout, window_partition, window_reverse
 
 
@@ -25,6 +26,111 @@ def test_equals_the_authors_model():
 def test_mlp_equals_the_authors_model():
     model = SwinMlp(embed_dim=64, depths=(2, 2, 2, 2), num_heads=(4, 8, 16, 32), num_classes=10)
     assert_matches_golden("swin-mlp_c16_w7_224", model, outputs)
+
+
+def test_absolute_positions_equal_the_authors_model():
+    """Also without biases of the projections and without a norm of the patches."""
+    model = Swin(
+        **dict(embed_dim=64, depths=(2, 2, 4, 2), num_heads=(2, 4, 8, 16), window_size=4, mlp_ratio=3.0, num_classes=10),
+        **dict(qkv_bias=False, patch_norm=False, pos_embed=True, image_size=(256, 128)),
+    )
+    assert_matches_golden("swin-ape_w4_256x128", model, outputs)
+
+
+def test_absolute_positions_equal_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(embed_dim=24, depths=[1, 2], num_heads=[2, 3], window_size=4, mlp_ratio=2.0, qkv_bias=False)
+    config = transformers.SwinConfig(**sizes, image_size=64, use_absolute_embeddings=True, num_labels=5)
+    theirs = transformers.SwinForImageClassification(config).eval()
+    theirs.load_state_dict({k: fill_value(k, v) for k, v in theirs.state_dict().items()})
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    ours = vitarium.create_model("swin_tiny", image_size=64, pos_embed=True, checkpoint=file, **sizes).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_windows_per_stage_are_those_that_the_authors_narrow():
+    """At 96 pixels the authors' (and timm's) windows of 12 become 6 and 3 in the last stages, with tables of that size."""
+    from timm.models.swin_transformer import SwinTransformer
+
+    sizes = dict(embed_dim=16, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), num_classes=5)
+    theirs = SwinTransformer(img_size=96, window_size=12, **sizes).eval()
+    theirs.load_state_dict({k: fill_value(k, v) for k, v in theirs.state_dict().items()})
+    ours = vitarium.create_model("swin_tiny", window_size=(12, 12, 6, 3), **sizes).eval()
+    ours.load_state_dict(DIALECTS["timm"](theirs.state_dict()))
+    x = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def test_scale_of_the_logits_is_an_argument():
+    """Queries that are scaled by the ratio of two scales give the same logits."""
+    usual, other = (vitarium.create_model("swin_pico", num_classes=3, **option).eval() for option in ({}, {"qk_scale": 0.25}))
+    other.load_state_dict(usual.state_dict())
+    for mine, theirs in zip(usual.modules(), other.modules(), strict=True):
+        if isinstance(mine, WindowAttention):
+            theirs.qkv.weight.data[: mine.qkv.in_features] *= mine.scale / 0.25
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(other(x), usual(x))
+
+
+def detector(model: Swin) -> dict[str, Tensor]:
+    """Return a state with the tensor names of the authors' detectors, filled from a model with stage norms."""
+    names = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith("head."):
+            continue
+        theirs = (
+            name.replace("stage_norms.", "norm")
+            .replace("stages.", "layers.")
+            .replace("position_bias.table", "relative_position_bias_table")
+        )
+        if theirs.startswith("layers.1.downsample"):
+            theirs = theirs.replace("layers.1", "layers.0")
+        names["backbone." + theirs] = tensor
+    return names | {"neck.lateral_convs.0.conv.weight": torch.zeros(3), "roi_head.bbox_head.fc_cls.bias": torch.zeros(81)}
+
+
+def test_detectors_files_load_with_a_norm_per_stage(tmp_path):
+    source = vitarium.create_model("swin_pico", num_classes=0, stage_norms=True).eval()
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    torch.save({"meta": {}, "state_dict": detector(source)}, tmp_path / "mask_rcnn.pth")
+    model = vitarium.create_model("swin_pico", num_classes=0, stage_norms=True, checkpoint=tmp_path / "mask_rcnn.pth").eval()
+    x = torch.randn(1, 3, 16, 16)
+    for ours, theirs in zip(*(m.forward_intermediates(x, intermediates_only=True) for m in (model, source)), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.identity
+def test_stage_norms_are_applied_to_the_outputs_alone():
+    model = vitarium.create_model("swin_pico", num_classes=0, stage_norms=True).eval()
+    x = torch.randn(1, 3, 16, 16)
+    normed = model.forward_intermediates(x, intermediates_only=True)
+    norms, model.stage_norms = model.stage_norms, nn.ModuleList([nn.Identity(), nn.Identity()])
+    plain = model.forward_intermediates(x, intermediates_only=True)
+    for norm, a, b in zip(norms, plain, normed, strict=True):
+        assert torch.equal(norm(a), b)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_simmim_files_load(tmp_path, wrapped: bool):
+    model = vitarium.create_model("swin_pico", num_classes=0)
+    state = {name.removeprefix("backbone."): t for name, t in detector(model).items() if name.startswith("backbone.")}
+    dim = model.num_features
+    extra = {
+        "encoder.mask_token": torch.zeros(1, 1, 40),
+        "decoder.0.weight": torch.zeros(192, dim, 1, 1),
+        "decoder.0.bias": torch.zeros(192),
+    }
+    simmim = {f"encoder.{name}": tensor for name, tensor in state.items()} | extra
+    assert OFFICIAL(simmim).keys() == model.state_dict().keys()
+    torch.save({"model": simmim} if wrapped else simmim, tmp_path / "simmim.pth")
+    vitarium.create_model("swin_pico", num_classes=0, checkpoint=tmp_path / "simmim.pth")
 
 
 @pytest.mark.parametrize(

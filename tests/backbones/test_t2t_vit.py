@@ -38,6 +38,12 @@ def test_equals_the_authors_transformer():
     as_golden("t2t_vit_t_14", embed_dim=128, depth=2, num_heads=4, mlp_ratio=2, image_size=96, num_classes=10)
 
 
+def test_biases_and_a_scale_equal_the_authors_transformer():
+    sizes = dict(embed_dim=96, depth=3, num_heads=3, mlp_ratio=3, token_dim=48, image_size=112, num_classes=15)
+    model = vitarium.create_model("t2t_vit_t_14", qkv_bias=True, qk_scale=96**-0.5, **sizes)
+    assert_matches_golden("t2t_vit-t_112", model, outputs, {"pos_embed": model.pos_embed.double()}, merged=model.pos_embed.numel())
+
+
 def literal(state: dict[str, Tensor], x: Tensor, heads: int) -> Tensor:
     """Literal implementation of the performer model from a state dict, also the reference for benchmarks."""
 
@@ -100,6 +106,8 @@ def test_equals_the_equations_written_out():
         ("t_14", 21.47),
         ("t_19", 39.08),
         ("t_24", 64.0),
+        ("14_resnext", 21.47),
+        ("14_wide", 25.0),
     ],
 )
 def test_parameter_counts(name: str, millions: float):

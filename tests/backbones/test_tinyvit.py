@@ -22,6 +22,14 @@ def test_equals_the_authors_model():
     assert_matches_golden("tinyvit-5m_224", vitarium.create_model("tinyvit_5m"), outputs)
 
 
+def test_other_heads_kernels_and_windows_equal_the_authors_model():
+    model = TinyViT(
+        **dict(dims=(32, 48, 96, 128), depths=(1, 2, 2, 1), window_sizes=(5, 6, 3), num_classes=21),
+        **dict(num_heads=(2, 3, 4), mlp_ratio=3.0, expand_ratio=4.0, local_conv_size=5),
+    )
+    assert_matches_golden("tinyvit-pad_128", model, outputs)
+
+
 @pytest.mark.parametrize(
     ("name", "millions", "within"), [("5m", 5.392764, 1e-6), ("11m", 11.0, 1e-3), ("21m", 21.2, 1e-3), ("21m_384", 21.2, 0.01)]
 )

@@ -10,6 +10,8 @@ blocks, which use ordinary attention.
 
 Follows the authors' code (github facebookresearch/convit); its checkpoints and timm's load by name. Any image size: the positional
 attention is computed from the grid and the position table is resampled (the authors' code needs square images).
+Left out: a convolutional network in place of the patch embedding, which no config or released model of the authors has; dropout of the
+attention weights, which none uses.
 Cost: quadratic in tokens.
 
 Speed: A v = (1 - s) S v + s P v is linear in the attentions, so S v runs in the fused kernel, and P, which is independent of the image, is
@@ -51,13 +53,25 @@ class GPSA(nn.Module):
         num_heads: heads; the first K^2 are initialised at the offsets of a K x K kernel, K = floor(sqrt(heads)).
         locality: inverse width of the initial positional attention.
         local_init: use this initialisation; otherwise a random one.
+        qkv_bias: whether the projections to queries, keys and values have a bias.
+        qk_scale: factor on the logits of the content; None: (dim / num_heads) ** -0.5.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, locality: float = 1.0, local_init: bool = True):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        locality: float = 1.0,
+        local_init: bool = True,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+    ):
         super().__init__()
         self.num_heads, self.head_dim = num_heads, dim // num_heads
-        self.qk = Linear(dim, 2 * dim, bias=False)
-        self.v = Linear(dim, dim, bias=False)
+        self.scale = qk_scale or self.head_dim**-0.5
+        self.qk = Linear(dim, 2 * dim, bias=qkv_bias)
+        self.v = Linear(dim, dim, bias=qkv_bias)
         self.proj = Linear(dim, dim)
         self.pos_proj = nn.Linear(3, num_heads)
         self.gating_param = nn.Parameter(torch.ones(num_heads))
@@ -87,7 +101,7 @@ class GPSA(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         q, k, v = self._parts(x)
-        by_content = F.scaled_dot_product_attention(q, k, v)
+        by_content = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         by_place = self.position_attention(grid).to(v.dtype) @ v
         gate = self.gating_param.sigmoid().to(v.dtype)[:, None, None]
         return self.proj(merge_heads(by_content + gate * (by_place - by_content)))
@@ -95,7 +109,7 @@ class GPSA(nn.Module):
     def attention(self, x: Tensor, grid: Grid) -> Tensor:
         """Return the full attention A, (B, heads, N, N), for visualisation and measurements."""
         q, k, _ = self._parts(x)
-        content = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+        content = (q @ k.transpose(-2, -1) * self.scale).softmax(-1)
         gate = self.gating_param.sigmoid()[:, None, None]
         return (1 - gate) * content + gate * self.position_attention(grid)
 
@@ -124,10 +138,13 @@ def non_locality(attention: Tensor, grid: Grid) -> Tensor:
 class ConViT(TokenBackbone):
     """ConViT classifier: images (B, in_chans, H, W), any H and W, -> logits (B, num_classes).
 
+    The arguments are over 15 so that the authors' configs can be expressed.
+
     Args:
         embed_dim, depth, num_heads: channels, blocks, heads.
         local_up_to_layer: number of initial blocks with `GPSA`; the class token is added after them, so at least one block must follow.
-        locality_strength, use_local_init: see `GPSA`.
+        locality_strength, use_local_init, qkv_bias, qk_scale: see `GPSA`; the last two concern all blocks.
+        pos_embed: whether a learned absolute position is added to each patch (`use_pos_embed` of the authors).
         patch_size: side of a patch, pixels.
         image_size: side, in pixels, of the square image that the position table is made for.
         mlp_ratio: ratio of the MLP's hidden channels to embed_dim.
@@ -147,6 +164,9 @@ class ConViT(TokenBackbone):
         local_up_to_layer: int = 10,
         locality_strength: float = 1.0,
         use_local_init: bool = True,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        pos_embed: bool = True,
         patch_size: int = 16,
         image_size: int = 224,
         mlp_ratio: float = 4.0,
@@ -164,24 +184,38 @@ class ConViT(TokenBackbone):
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.table_grid = self.patch_embed.grid(image_size, image_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.empty(1, self.table_grid[0] * self.table_grid[1], embed_dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.table_grid), embed_dim)) if pos_embed else None
         self.cache = EvalCache()
         (rates,) = drop_path_rates(drop_path_rate, [depth])
         self.blocks = nn.ModuleList(
             TransformerBlock(
-                embed_dim, num_heads, mlp_ratio=mlp_ratio, drop_path=rate, attn=Attention(embed_dim, num_heads, qkv_bias=False)
+                embed_dim,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                drop_path=rate,
+                attn=Attention(embed_dim, num_heads, qkv_bias=qkv_bias, scale=qk_scale),
             )
             for rate in rates
         )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         init_weights(self, conv=False)
         for block in self.blocks[:local_up_to_layer]:
-            block.attn = GPSA(embed_dim, num_heads, locality=locality_strength, local_init=use_local_init)
+            block.attn = GPSA(
+                embed_dim,
+                num_heads,
+                locality=locality_strength,
+                local_init=use_local_init,
+                qkv_bias=qkv_bias,
+                qk_scale=qk_scale,
+            )
         nn.init.trunc_normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
-    def positions(self, grid: Grid) -> Tensor:
-        """Return the position table of a grid, (1, N, C), resampled unless the model was made for this grid."""
+    def positions(self, grid: Grid) -> Tensor | float:
+        """Return the position table of a grid, (1, N, C), resampled unless the model was made for this grid; 0 if it has no positions."""
+        if self.pos_embed is None:
+            return 0.0
         return self.cache.for_grid(self, self.pos_embed, self.table_grid, grid)
 
     def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
@@ -204,7 +238,7 @@ class ConViT(TokenBackbone):
         return torch.stack([gate.sigmoid() for name, gate in self.named_parameters() if name.endswith("gating_param")])
 
     def no_weight_decay(self) -> set[str]:
-        return {"pos_embed", "cls_token"}
+        return {"cls_token"} if self.pos_embed is None else {"pos_embed", "cls_token"}
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
         """Resize a position table of a checkpoint to the grid of this model; return None for any other tensor."""

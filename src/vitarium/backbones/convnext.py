@@ -7,7 +7,8 @@ inverted bottleneck for channel mixing, with one norm and one activation.
 
 The isotropic form has one resolution, as a ViT, and no layer scale.
 
-Follows the authors' code (github facebookresearch/ConvNeXt); its checkpoints load by name.
+Follows the authors' code (github facebookresearch/ConvNeXt); its checkpoints load by name: classifiers, and detectors and segmenters
+(`stage_norms`; only the backbone is read). Left out: their names in detectron2, which no released file has; ConvNeXt V2, another model.
 Cost: linear in image area.
 
 Speed: maps are channels-last in memory, so the norm and the two linear layers read them in place.
@@ -24,8 +25,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitarium.catalog import chain, family, rename
-from vitarium.nn import Backbone, DropPath, Mlp, PyramidStage, Stage, conv_patches, drop_path_rates, init_weights
+from vitarium.catalog import chain, family, part_of, rename
+from vitarium.nn import (
+    Backbone,
+    DropPath,
+    LayerNorm2d,
+    Mlp,
+    PyramidStage,
+    Stage,
+    conv_patches,
+    drop_path_rates,
+    init_weights,
+    layer_scale_gamma,
+)
 
 
 class ConvNeXtBlock(nn.Module):
@@ -44,7 +56,7 @@ class ConvNeXtBlock(nn.Module):
         self.dwconv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(mlp_ratio * dim))
-        self.gamma = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale > 0 else None
+        self.gamma = layer_scale_gamma(dim, layer_scale)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,6 +68,7 @@ class ConvNeXtBlock(nn.Module):
 
 _MLP = ((r"\.pwconv1\.", ".mlp.fc1."), (r"\.pwconv2\.", ".mlp.fc2."))
 OFFICIAL = chain(
+    part_of("backbone."),  # of a detector or segmenter
     rename(
         (r"^downsample_layers\.0\.0\.", "stem.conv."),
         (r"^downsample_layers\.0\.1\.", "stem.norm."),
@@ -63,6 +76,7 @@ OFFICIAL = chain(
         (r"^downsample_layers\.(\d)\.1\.", r"stages.\1.downsample.conv."),
         (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
         (r"^norm\.", "head_norm."),
+        (r"^norm(\d)\.", r"stage_norms.\1."),
     ),
     rename(*_MLP),
 )
@@ -151,11 +165,13 @@ class ConvNeXt(Backbone):
         mlp_ratio: ratio of a block's hidden channels to its channels.
         layer_scale_init_value: initial value of gamma; 0 for no gamma.
         head_init_scale: factor on the initial weights of the head (0.001 to fine-tune from 22K).
+        stage_norms: whether the map of each stage gets its own layer norm in place of the one after pooling, as in the authors' detectors
+            and segmenters; the next stage reads the map before the norm.
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
-        ValueError: depths and dims differ in length, or an even kernel_size.
+        ValueError: depths and dims differ in length, an even kernel_size, or a negative layer_scale_init_value.
     """
 
     def __init__(
@@ -168,6 +184,7 @@ class ConvNeXt(Backbone):
         mlp_ratio: float = 4.0,
         layer_scale_init_value: float = 1e-6,
         head_init_scale: float = 1.0,
+        stage_norms: bool = False,
         in_chans: int = 3,
         num_classes: int = 1000,
         drop_rate: float = 0.0,
@@ -187,9 +204,14 @@ class ConvNeXt(Backbone):
             )
             for k, (dim, rates) in enumerate(zip(dims, drop_path_rates(drop_path_rate, depths), strict=True))
         )
-        self.head_norm = nn.LayerNorm(dims[-1], eps=1e-6)
+        self.stage_norms = nn.ModuleList(LayerNorm2d(dim, eps=1e-6) if stage_norms else nn.Identity() for dim in dims)
+        self.head_norm = nn.Identity() if stage_norms else nn.LayerNorm(dims[-1], eps=1e-6)
         init_weights(self)
         _scale_head(self.head, head_init_scale)
+
+    def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
+        for x, norm in zip(super().forward_stages(image), self.stage_norms, strict=False):
+            yield norm(x)
 
     def group_matcher(self, coarse: bool = False) -> Any:
         """Return the authors' layer index (13 layers, stage 3 in groups of three blocks) as a function of a parameter's name."""

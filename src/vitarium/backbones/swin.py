@@ -8,9 +8,12 @@ connects neighbouring windows. Tokens are merged 2 x 2 between stages, for a pyr
 
 Swin-MLP has the same architecture with attention replaced by one learned M^2 x M^2 matrix per head.
 
-Follows the authors' code (github microsoft/Swin-Transformer); its checkpoints load by name. The absolute position embedding, which no
-released model uses, is left out. Any image size: maps are padded with zeros after the norm, as in torchvision and the authors' detection
-code.
+Follows the authors' code (github microsoft/Swin-Transformer); its checkpoints load by name: classifiers, detectors and segmenters
+(`stage_norms`; only the backbone is read), and SimMIM's (mask token and decoder are dropped). Any image size: maps are padded with zeros
+after the norm, as in torchvision and the authors' detection code. The authors' classifier narrows the windows of a stage whose map is
+smaller, at construction; here they are given per stage (SimMIM's Swin-L at 192 pixels: 12, 12, 12, 6).
+Left out: dropout of the attention weights, which no config uses; Swin V2 and Swin-MoE, which are other models of the same repository; the
+geometric resizing of bias tables in SimMIM's fine-tuning (it is bicubic here, as in the authors' main code).
 Cost: linear in image area at a fixed window size.
 
 Speed: a stage keeps its tokens in window order and permutes them only where the shift changes, instead of rolling, partitioning and
@@ -21,16 +24,19 @@ Legend: B batch, H W map, N = H' W' tokens of the padded map, C channels, M wind
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitarium.catalog import chain, family, join, rename
+from vitarium.catalog import chain, family, join, part_of, rename
 from vitarium.nn import (
     Backbone,
     DropPath,
+    EvalCache,
     LayerNorm2d,
     LayoutCache,
     Linear,
@@ -41,18 +47,30 @@ from vitarium.nn import (
     WindowAttention,
     drop_path_rates,
     init_weights,
+    per_stage,
 )
-from vitarium.nn.positions import resize_bias_table
+from vitarium.nn.positions import fit_position_table, resize_bias_table
 from vitarium.ops.windows import WindowLayout, pad_to_multiple, window_layout, window_partition, window_reverse
 
 
 class SwinBlock(nn.Module):
     """Swin block on tokens in window order: (B, N, C) -> the same shape."""
 
-    def __init__(self, dim: int, num_heads: int, window_size: int, mlp_ratio: float, qkv_bias: bool, drop: float, drop_path: float):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        drop: float,
+        drop_path: float,
+        *,
+        qk_scale: float | None = None,
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = WindowAttention(dim, num_heads, window_size, qkv_bias=qkv_bias)
+        self.attn = WindowAttention(dim, num_heads, window_size, qkv_bias=qkv_bias, scale=qk_scale)
         self.attn.proj_drop = drop
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(mlp_ratio * dim), drop=drop)
@@ -188,7 +206,15 @@ def _layers(*renames: tuple[str, str | None]):
     )
 
 
-OFFICIAL = _layers(*((rf"^layers\.{k}\.downsample\.", f"stages.{k + 1}.downsample.") for k in range(3)))
+OFFICIAL = chain(
+    part_of("backbone."),  # of a detector or segmenter
+    rename((r"^decoder\.0\.(weight|bias)$|^(encoder\.)?mask_token$", None), (r"^encoder\.", "")),  # SimMIM
+    _layers(
+        (r"^absolute_pos_embed$", "pos_embed"),
+        (r"^norm(\d)\.", r"stage_norms.\1."),
+        *((rf"^layers\.{k}\.downsample\.", f"stages.{k + 1}.downsample.") for k in range(9)),
+    ),
+)
 TIMM = _layers((r"^head\.fc\.", "head."))
 TORCHVISION = rename(
     (r"relative_position_index$", None),
@@ -210,7 +236,8 @@ _LAYER = r"^(?:swin\.)?encoder\.layers\.(\d+)\.blocks\.(\d+)\."
 TRANSFORMERS = chain(
     join("qkv", "query", "key", "value"),
     rename(
-        (r"relative_position_index$", None),
+        (r"relative_position_index$|^(?:swin\.)?embeddings\.mask_token$|^decoder\.0\.(weight|bias)$", None),
+        (r"^(?:swin\.)?embeddings\.position_embeddings$", "pos_embed"),
         (r"^(?:swin\.)?embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
         (r"^(?:swin\.)?embeddings\.norm\.", "patch_embed.norm."),
         (_LAYER + r"layernorm_before\.", r"stages.\1.blocks.\2.norm1."),
@@ -261,22 +288,32 @@ def _tags(timm_name: str, *tags: str, hf: str = "") -> dict[str, tuple[str, ...]
 class Swin(Backbone):
     """Swin classifier: images (B, in_chans, H, W), any H and W, -> logits (B, num_classes).
 
+    The arguments are over 15 so that the authors' files and configs can be expressed.
+
     Args:
         embed_dim: channels C of the first stage; each later stage doubles them.
         depths: blocks per stage.
         num_heads: heads per stage.
-        window_size: side M of a window, tokens.
+        window_size: side M of a window, tokens; one for all stages or one per stage.
         patch_size: side of a patch, pixels.
         mlp_ratio: ratio of the MLP's hidden channels to C.
         qkv_bias: whether the projections to queries, keys and values have a bias.
+        qk_scale: factor on the attention logits; None: head_dim ** -0.5.
+        patch_norm: whether a layer norm follows the patch embedding.
+        pos_embed: whether a learned absolute position is added to each patch (`ape` of the authors).
+        image_size: side, or (height, width), in pixels, of the image that the position table is made for; it is resampled for others.
+        stage_norms: whether the map of each stage gets its own layer norm in place of the final one, as in the authors' detectors and
+            segmenters; the next stage reads the map before the norm.
         shifted: whether every second block shifts the windows; False for the paper's ablation.
         position_bias: whether the bias tables are learned; False keeps them at zero, for the paper's ablation.
         drop_rate: dropout after the patch embedding, after each projection, in the MLPs and before the head.
         drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
-        ValueError: depths and num_heads differ in length, or the channels of a stage are not divisible by its heads.
+        ValueError: lists of different lengths, or the channels of a stage are not divisible by its heads.
     """
+
+    imagenet_22k = "imagenet-21k-goog"  # the order of the authors' list of classes
 
     def __init__(
         self,
@@ -284,10 +321,15 @@ class Swin(Backbone):
         embed_dim: int,
         depths: Sequence[int],
         num_heads: Sequence[int],
-        window_size: int = 7,
+        window_size: int | Sequence[int] = 7,
         patch_size: int = 4,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        patch_norm: bool = True,
+        pos_embed: bool = False,
+        image_size: int | Sequence[int] = 224,
+        stage_norms: bool = False,
         shifted: bool = True,
         position_bias: bool = True,
         in_chans: int = 3,
@@ -297,40 +339,54 @@ class Swin(Backbone):
     ):
         if len(depths) != len(num_heads):
             raise ValueError(f"depths and num_heads need one value per stage, got {depths} and {num_heads}")
+        sizes = per_stage(window_size, len(depths), "window_size")
         dims = [embed_dim * 2**k for k in range(len(depths))]
         stages = [Stage(dim, patch_size * 2**k) for k, dim in enumerate(dims)]
         super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, norm=True)
-        rates = drop_path_rates(drop_path_rate, depths)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, norm=patch_norm)
+        self.table_grid = self.patch_embed.grid(*per_stage(image_size, 2, "image_size"))
+        self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.table_grid), embed_dim)) if pos_embed else None
+        self.cache = EvalCache()
+        options = dict(mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, qk_scale=qk_scale, drop=drop_rate)
         self.stages = nn.ModuleList(
-            self._stage(dim, heads, window_size, mlp_ratio, qkv_bias, drop_rate, rates[k], PatchMerging(dim // 2) if k else nn.Identity())
-            for k, (dim, heads) in enumerate(zip(dims, num_heads, strict=True))
+            self._stage(dims[k], num_heads[k], sizes[k], rates, PatchMerging(dims[k] // 2) if k else nn.Identity(), options)
+            for k, rates in enumerate(drop_path_rates(drop_path_rate, depths))
         )
-        self.norm = LayerNorm2d(dims[-1])
+        self.stage_norms = nn.ModuleList(LayerNorm2d(dim) if stage_norms else nn.Identity() for dim in dims)
+        self.norm = nn.Identity() if stage_norms else LayerNorm2d(dims[-1])
         init_weights(self, conv=False)
+        if self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for part in self.modules():
             if isinstance(part, SwinStage):
                 part.shifted = shifted
             if isinstance(part, RelativePositionBias) and not position_bias:
                 nn.init.zeros_(part.table.requires_grad_(False))
 
-    def _stage(
-        self, dim: int, heads: int, size: int, mlp_ratio: float, qkv_bias: bool, drop: float, rates: list[float], downsample: nn.Module
-    ) -> SwinStage:
-        return SwinStage(downsample, [SwinBlock(dim, heads, size, mlp_ratio, qkv_bias, drop, rate) for rate in rates], size)
+    def _stage(self, dim: int, heads: int, size: int, rates: list[float], downsample: nn.Module, options: Mapping[str, Any]) -> SwinStage:
+        return SwinStage(downsample, [SwinBlock(dim, heads, size, drop_path=rate, **options) for rate in rates], size)
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """Return the position table of a grid as a map, (1, h, w, C), resampled unless the model was made for this grid."""
+        table = self.cache.for_grid(self, cast(Tensor, self.pos_embed), self.table_grid, grid)
+        return table.unflatten(1, grid)
 
     def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
         x = self.patch_embed(image).permute(0, 2, 3, 1)
+        if self.pos_embed is not None:
+            x = x + self.positions(self.patch_embed.grid(*image.shape[-2:]))
         x = F.dropout(x, self.drop_rate, self.training)
-        for stage in self.stages:
+        for stage, norm in zip(self.stages, self.stage_norms, strict=False):
             x = stage(x, self.run_blocks)
-            yield x.permute(0, 3, 1, 2)
+            yield norm(x.permute(0, 3, 1, 2))
 
     def no_weight_decay(self) -> set[str]:
-        return {name for name, _ in self.named_parameters() if name.endswith("position_bias.table")}
+        return {name for name, _ in self.named_parameters() if name.endswith(("position_bias.table", "pos_embed"))}
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
-        """Resize a bias table of a checkpoint to the windows of this model; return None for any other tensor."""
+        """Resize a bias or position table of a checkpoint to this model; return None for any other tensor."""
+        if name == "pos_embed":
+            return fit_position_table(tensor, shape, self.table_grid)
         return resize_bias_table(tensor, shape[0]) if name.endswith("position_bias.table") and tensor.shape[1:] == shape[1:] else None
 
 
@@ -348,9 +404,8 @@ class Swin(Backbone):
     crop_pct=0.875,
 )
 class SwinMlp(Swin):
-    """Swin-MLP classifier, with spatial MLPs in place of attention. Arguments as for `Swin`; qkv_bias is ignored."""
+    """Swin-MLP classifier, with spatial MLPs in place of attention. Arguments as for `Swin`; qkv_bias and qk_scale are ignored."""
 
-    def _stage(
-        self, dim: int, heads: int, size: int, mlp_ratio: float, qkv_bias: bool, drop: float, rates: list[float], downsample: nn.Module
-    ) -> SwinStage:
-        return SwinMlpStage(downsample, [SwinMlpBlock(dim, heads, size, mlp_ratio, drop, rate) for rate in rates], size)
+    def _stage(self, dim: int, heads: int, size: int, rates: list[float], downsample: nn.Module, options: Mapping[str, Any]) -> SwinStage:
+        blocks = [SwinMlpBlock(dim, heads, size, options["mlp_ratio"], options["drop"], rate) for rate in rates]
+        return SwinMlpStage(downsample, blocks, size)

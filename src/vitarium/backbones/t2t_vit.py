@@ -11,6 +11,8 @@ and pass a small attention layer, are reshaped to a map and split again, so that
 Follows the authors' code (github yitu-opensource/T2T-ViT); its checkpoints load by name. The released models scale the logits of the blocks
 by the full width, C^-1/2, instead of the width of a head; so do the variants here (`qk_scale="width"`). Any image size: the fixed sine
 table is resampled to other grids. There is no automatic download: pass a downloaded file as `checkpoint`.
+Left out: convolutions in place of the soft splits, whose forward pass is not in the authors' code; their SE, dense and Ghost models, which
+are comparisons with other wiring in files of their own, without released weights.
 Cost: quadratic in the tokens of each layer, linear for the performer.
 
 Speed: patches are copied once, directly into token order; the softmax over early tokens is never materialised; the last split and its
@@ -227,6 +229,8 @@ def _row(embed_dim: int, depth: int, mlp_ratio: float, layer: str = "performer",
         "t_14": _row(384, 14, 3, "transformer", drop_path_rate=0.1),  # 21.5 M, 81.7 %
         "t_19": _row(448, 19, 3, "transformer", drop_path_rate=0.1),  # 39.2 M, 82.4 %
         "t_24": _row(512, 24, 3, "transformer", drop_path_rate=0.1),  # 64.1 M, 82.6 %
+        "14_resnext": _row(384, 14, 3) | dict(num_heads=32),  # 21.5 M, a comparison with ResNeXt
+        "14_wide": _row(768, 4, 3) | dict(qk_scale=512**-0.5),  # 25.0 M, a comparison of wide and deep
     },
     official=official,
     crop_pct=0.9,
@@ -238,13 +242,16 @@ class T2TViT(TokenBackbone):
         embed_dim, depth, num_heads: channels, blocks and heads of the transformer.
         mlp_ratio: ratio of the MLPs' hidden channels to embed_dim.
         splits, layer, token_dim: see `T2TTokenizer`.
-        qk_scale: scale of the blocks' logits: "head" for the usual head_dim^-1/2, "width" for embed_dim^-1/2, as in the released models.
+        qkv_bias: whether the blocks' projections to queries, keys and values have a bias.
+        qk_scale: scale of the blocks' logits: "head" for the usual head_dim^-1/2, "width" for embed_dim^-1/2, as in the released models, or
+            a number.
         image_size: side, in pixels, of the square image that the position table is made for.
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
-        ValueError: another qk_scale or layer, invalid splits, or embed_dim is not divisible by num_heads.
+        ValueError: a qk_scale that is neither of these nor positive, another layer, invalid splits, or embed_dim is not divisible by
+            num_heads.
     """
 
     pos_embed: Tensor
@@ -262,15 +269,18 @@ class T2TViT(TokenBackbone):
         splits: Sequence[Grid] = ((7, 4), (3, 2), (3, 2)),
         layer: str = "performer",
         token_dim: int = 64,
-        qk_scale: str = "head",
+        qkv_bias: bool = False,
+        qk_scale: str | float = "head",
         image_size: int = 224,
         in_chans: int = 3,
         num_classes: int = 1000,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ):
-        if qk_scale not in ("head", "width"):
-            raise ValueError(f"qk_scale must be 'head' or 'width', got {qk_scale!r}")
+        scales = {"head": None, "width": embed_dim**-0.5}
+        if not (qk_scale in scales if isinstance(qk_scale, str) else qk_scale > 0):
+            raise ValueError(f"qk_scale must be 'head' or 'width', or a positive number, got {qk_scale!r}")
+        scale = scales[qk_scale] if isinstance(qk_scale, str) else qk_scale
         tokenizer = T2TTokenizer(splits, layer, token_dim, in_chans, embed_dim)
         super().__init__(
             dim=embed_dim,
@@ -286,7 +296,6 @@ class T2TViT(TokenBackbone):
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.register_buffer("pos_embed", sine_table(embed_dim, 1 + math.prod(self.table_grid)))
         self.cache = EvalCache()
-        scale = embed_dim**-0.5 if qk_scale == "width" else None
         (rates,) = drop_path_rates(drop_path_rate, [depth])
         self.blocks = nn.ModuleList(
             TransformerBlock(
@@ -294,7 +303,7 @@ class T2TViT(TokenBackbone):
                 num_heads,
                 mlp_ratio=mlp_ratio,
                 drop_path=rate,
-                attn=Attention(embed_dim, num_heads, qkv_bias=False, scale=scale),
+                attn=Attention(embed_dim, num_heads, qkv_bias=qkv_bias, scale=scale),
                 eps=EPS,
             )
             for rate in rates

@@ -10,6 +10,8 @@ equals the bias of the norm and is not masked.
 Follows the authors' code (github microsoft/Cream, TinyViT) and timm's port; both checkpoints load by name ([q | k | v] per head is
 reordered to [q | k | v] of all heads). Any image size. The other contribution of the paper, training on stored teacher logits, is the
 learner `distillation` (vitarium.training.distillation), for any pair of models.
+Left out: the learning rate per block, which is a setting of the recipe here; values wider than queries, which the authors' model never asks
+of its attention.
 Cost: linear in image area at fixed M.
 
 Speed: maps and tokens share their memory (channels-last); biases are gathered once in evaluation mode; `fuse()` folds all batch norms, and
@@ -107,12 +109,12 @@ class DistanceBias(nn.Module):
 class TinyViTBlock(nn.Module):
     """TinyViT block with window attention: (B, H, W, dim) -> the same shape."""
 
-    def __init__(self, dim: int, num_heads: int, window_size: int, mlp_ratio: float, drop_path: float):
+    def __init__(self, dim: int, num_heads: int, window_size: int, mlp_ratio: float, drop_path: float, local_conv_size: int):
         super().__init__()
         self.window_size = window_size
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim, num_heads, DistanceBias(window_size, num_heads))
-        self.local_conv = ConvNorm(dim, dim, 3, groups=dim)
+        self.local_conv = ConvNorm(dim, dim, local_conv_size, groups=dim)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(mlp_ratio * dim))
         self.drop_path = DropPath(drop_path)
@@ -218,13 +220,16 @@ class TinyViT(Backbone):
         dims, depths: channels and blocks per stage; the first stage is convolutional, the others use attention.
         window_sizes: side M of the windows of each stage with attention, tokens.
         head_dim: width of a head; must divide the channels of the stages with attention.
-        mlp_ratio: ratio of hidden channels to channels in MLPs and bottlenecks.
+        num_heads: heads of each stage with attention, in place of head_dim.
+        mlp_ratio: ratio of hidden channels to channels in MLPs.
+        expand_ratio: the same in the bottlenecks of the first stage; None: mlp_ratio.
+        local_conv_size: side of the depth-wise kernel between attention and MLP, odd.
         stem_strides: strides of the two convolutions of the stem.
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
-        ValueError: lists of different lengths, or channels that are not divisible by head_dim.
+        ValueError: lists of different lengths, channels that are not divisible by head_dim or num_heads, or an even local_conv_size.
     """
 
     def __init__(
@@ -234,7 +239,10 @@ class TinyViT(Backbone):
         depths: Sequence[int] = (2, 2, 6, 2),
         window_sizes: Sequence[int] = (7, 14, 7),
         head_dim: int = 32,
+        num_heads: Sequence[int] | None = None,
         mlp_ratio: float = 4.0,
+        expand_ratio: float | None = None,
+        local_conv_size: int = 3,
         stem_strides: Sequence[int] = (2, 2),
         in_chans: int = 3,
         num_classes: int = 1000,
@@ -244,20 +252,30 @@ class TinyViT(Backbone):
         if not len(dims) == len(depths) == 1 + len(window_sizes):
             given = f"{dims}, {depths} and {window_sizes}"
             raise ValueError(f"dims and depths need one value per stage, window_sizes one fewer, got {given}")
-        if wrong := [dim for dim in dims[1:] if dim % head_dim]:
-            raise ValueError(f"dims must be divisible by head_dim={head_dim} from the second stage on, got {wrong[0]}")
+        if num_heads is None:
+            if wrong := [dim for dim in dims[1:] if dim % head_dim]:
+                raise ValueError(f"dims must be divisible by head_dim={head_dim} from the second stage on, got {wrong[0]}")
+            num_heads = [dim // head_dim for dim in dims[1:]]
+        if len(num_heads) != len(window_sizes):
+            raise ValueError(f"num_heads and window_sizes need one value per stage with attention, got {num_heads} and {window_sizes}")
+        if local_conv_size % 2 == 0:
+            raise ValueError(f"local_conv_size must be odd to keep the map size, got {local_conv_size}; try {local_conv_size + 1}")
         stages = [Stage(dim, stem_strides[0] * stem_strides[1] * 2**k) for k, dim in enumerate(dims)]
         super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
         self.patch_embed = Stem(in_chans, dims[0], stem_strides)
         rates = drop_path_rates(drop_path_rate, depths)
-        first = PyramidStage(nn.Identity(), [MBConv(dims[0], int(mlp_ratio * dims[0]), rate) for rate in rates[0]])
+        hidden = int((mlp_ratio if expand_ratio is None else expand_ratio) * dims[0])
+        first = PyramidStage(nn.Identity(), [MBConv(dims[0], hidden, rate) for rate in rates[0]])
         self.stages = nn.ModuleList(
             [
                 first,
                 *(
                     TinyViTStage(
                         Downsample(dims[k - 1], dims[k]),
-                        [TinyViTBlock(dims[k], dims[k] // head_dim, window_sizes[k - 1], mlp_ratio, rate) for rate in rates[k]],
+                        [
+                            TinyViTBlock(dims[k], num_heads[k - 1], window_sizes[k - 1], mlp_ratio, rate, local_conv_size)
+                            for rate in rates[k]
+                        ],
                         window_sizes[k - 1],
                     )
                     for k in range(1, len(dims))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vitarium.catalog.heads import mark_fresh
+from vitarium.catalog.imagenet import BY_NAME, CLASSES_1K, CLASSES_22K, head_of_1k
 from vitarium.catalog.rebuilding import refuse_files
 from vitarium.catalog.registry import Family, Renamer, families, find_model
 from vitarium.catalog.states import State, Weights, read_state, read_weights
@@ -96,8 +97,9 @@ def load_checkpoint(
     """Load weights into a model from a file with our names or those of the authors, timm, torchvision or transformers.
 
     All renamers of the model's family are tried, and the one that fits most tensors is used. A head with another number of classes is not
-    loaded; position tables are resized if the model supports it (`Backbone.resize_tensor`); a first convolution for other channels is
-    summed or repeated. The model keeps its dtype and device, and is unchanged if anything fails.
+    loaded, except that of ImageNet-22K (21,841 classes) by a model of 1,000 classes, which gets the rows of ImageNet-1K
+    (`vitarium.catalog.imagenet`). Position tables are resized if the model supports it (`Backbone.resize_tensor`); a first convolution for
+    other channels is summed or repeated. The model keeps its dtype and device, and is unchanged if anything fails.
 
     Args:
         model: a model from `create_model`, or any module with the file's tensor names.
@@ -121,6 +123,9 @@ def load_checkpoint(
     report = best.report
     if report.filled == 0 or (strict and not report.complete):
         raise CheckpointError(_refusal(model, report, weights))
+    if not follow_head:
+        best = _with_1k_head(model, best)
+        report = best.report
     if follow_head and best.classes is not None and best.classes != getattr(model, "num_classes", best.classes):
         model.reset_classifier(best.classes)  # type: ignore[operator]
         best = _fit(model, best.state, LoadReport(str(source), report.dialect, weights.opened))
@@ -128,6 +133,8 @@ def load_checkpoint(
     model.load_state_dict(best.ready, strict=False)
     if fresh := _fresh_heads(_heads(model), model.state_dict(), best.state):
         mark_fresh(model, fresh, f"{source} {'holds a head of other classes' if best.classes else 'holds none'}")
+    elif best.tune:
+        mark_fresh(model, best.tune, "the authors' list of its classes in the file is for fine-tuning and partly one class off")
     model.weights_from = str(Path(source).resolve()) if Path(source).exists() else str(source)  # type: ignore[assignment]
     if not quiet:
         log.log(logging.WARNING if report.resized or report.head or not report.complete else logging.INFO, "%s", report)
@@ -193,6 +200,8 @@ class _Fit:
     """Model's name -> tensor of the model's shape."""
     classes: int | None
     """Number of classes of the file's head; 0 if it has none, None if unknown."""
+    tune: list[str] = field(default_factory=list)
+    """Tensors of the head whose values are only a start for training."""
 
     def quality(self) -> tuple[int, int, int]:
         """Sort key, larger is better: exact tensors, then known names, then fewest left over."""
@@ -293,6 +302,19 @@ def _classes(heads: list[str], state: State) -> int | None:
         return None
     sizes = [t.shape[0] for n, t in state.items() if n.startswith(tuple(heads)) and n.endswith("weight") and t.ndim >= 2]
     return sizes[0] if sizes else 0
+
+
+def _with_1k_head(model: nn.Module, fit: _Fit) -> _Fit:
+    """Return a fit whose head of ImageNet-22K is reduced to ImageNet-1K, if the model's head has the number of classes of the latter."""
+    wanted, heads = model.state_dict(), tuple(_heads(model))
+    sizes = {name: (tensor.shape[:1], wanted[name].shape[:1]) for name, tensor in fit.state.items() if name in wanted}
+    names = [name for name, size in sizes.items() if name.startswith(heads) and size == ((CLASSES_22K,), (CLASSES_1K,))] if heads else []
+    if not names:
+        return fit
+    order = getattr(model, "imagenet_22k", BY_NAME)
+    found = _fit(model, fit.state | {name: head_of_1k(fit.state[name], order) for name in names}, fit.report)
+    remark = f"its {CLASSES_1K:,} classes were taken as those of ImageNet-1K and chosen among the file's {CLASSES_22K:,} of ImageNet-22K"
+    return replace(found, report=replace(found.report, head=remark), tune=[] if order == BY_NAME else names)
 
 
 def _head_remark(fresh: set[str], heads: list[str], classes: int | None, wanted: Mapping[str, Tensor], state: State) -> str:

@@ -27,10 +27,11 @@ class WindowAttention(Attention):
         positions: side M of a window, tokens, for a table of relative position biases; or a module that returns the biases for windows of
             side M: M -> (h, n, n).
         qkv_bias: whether the projections to queries, keys and values have a bias.
+        scale: factor on the logits, head_dim ** -0.5 by default.
     """
 
-    def __init__(self, dim: int, num_heads: int, positions: int | nn.Module, *, qkv_bias: bool = True):
-        super().__init__(dim, num_heads, qkv_bias=qkv_bias)
+    def __init__(self, dim: int, num_heads: int, positions: int | nn.Module, *, qkv_bias: bool = True, scale: float | None = None):
+        super().__init__(dim, num_heads, qkv_bias=qkv_bias, scale=scale)
         self.position_bias: Any = RelativePositionBias(positions, num_heads) if isinstance(positions, int) else positions
         self.cache = EvalCache()
 

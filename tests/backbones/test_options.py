@@ -1,0 +1,64 @@
+"""Contract of the constructors' options beyond the variants: what the authors' code can also build is saved, compiled and exported, too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import vitarium
+from tests.backbones.test_contract import CLASSES, image_for, largest_error, some_loss
+from vitarium.nn import Backbone
+
+OPTIONS = {
+    "swin_pico": dict(pos_embed=True, patch_norm=False, qkv_bias=False, qk_scale=0.3, stage_norms=True, window_size=(4, 2)),
+    "swin_mlp_pico": dict(pos_embed=True, patch_norm=False, window_size=(4, 2)),
+    "convit_pico": dict(qkv_bias=True, qk_scale=0.3, pos_embed=False),
+    "t2t_vit_pico": dict(qkv_bias=True, qk_scale=0.3),
+    "tinyvit_pico": dict(num_heads=(4, 1), expand_ratio=2.0, mlp_ratio=3.0, local_conv_size=5),
+    "convnext_pico": dict(layer_scale_init_value=0, stage_norms=True),
+}
+"""Model -> options that no variant of it uses."""
+
+
+@pytest.fixture(params=OPTIONS)
+def model(request: pytest.FixtureRequest) -> Backbone:
+    """Return a model with its new options, away from its initial zeros and ones, in evaluation mode."""
+    torch.manual_seed(0)
+    model = vitarium.create_model(request.param, num_classes=CLASSES, **OPTIONS[request.param])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model.eval()
+
+
+def test_every_parameter_gets_a_gradient(model: Backbone):
+    features, maps = model.train().forward_intermediates(image_for(model))
+    some_loss((model.forward_head(features), *maps)).backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+
+
+def test_other_sizes(model: Backbone):
+    side = model.preprocessing.image_size
+    assert model(image_for(model, height=2 * side, width=3 * side)).shape == (2, CLASSES)
+
+
+def test_saves_and_loads(model: Backbone, tmp_path: Path):
+    vitarium.save(model, tmp_path / "model.safetensors")
+    loaded = vitarium.load(tmp_path / "model.safetensors")
+    assert torch.equal(loaded(image_for(model)), model(image_for(model)))
+
+
+def test_compiles_without_a_break(model: Backbone):
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
+    image = image_for(model)
+    with torch.no_grad():
+        assert largest_error(compiled(image), model(image)) < 1e-4
+
+
+def test_exports(model: Backbone):
+    program = torch.export.export(model, (image_for(model),), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+    image = image_for(model, batch=5)
+    assert largest_error(program.module()(image), model(image)) < 1e-4
