@@ -83,8 +83,8 @@ def literal(model: CrossFormer, image: Tensor) -> Tensor:
     for stage in model.stages:
         x = stage.downsample(x)
         for block in stage.blocks:
-            whole = min(x.shape[1:3]) <= stage.group_size
-            size = min(x.shape[1:3]) if whole else stage.group_size
+            whole = min(x.shape[1:3]) <= stage.group_sizes[0]
+            size = min(x.shape[1:3]) if whole else stage.group_sizes[0]
             x = x + literal_attention(block, block.norm1(x), size, stage.interval if block.far and not whole else 1)
             x = x + block.mlp(block.norm2(x))
             if block.ex_conv is not None:

@@ -22,6 +22,29 @@ def test_equals_the_authors_model(golden: str, name: str):
     assert_matches_golden(golden, vitarium.create_model(f"crossvit_{name}"), outputs, merged=1000)  # one bias for two heads
 
 
+def test_deep_fusions_and_fixed_sizes_equal_the_authors_model():
+    model = CrossViT(
+        **dict(dims=(64, 96), depths=((1, 2, 1), (2, 1, 2)), num_heads=(2, 3), mlp_ratios=(2, 3), num_classes=14),
+        **dict(image_size=120, large_size=112, fixed_sizes=True, multi_conv=True, qkv_bias=False),
+    )
+    assert_matches_golden("crossvit-fuse_128", model, outputs, merged=14)
+
+
+@pytest.mark.parametrize("size", [(240, 240), (224, 224), (224, 480)])
+def test_fixed_sizes_equal_timms_model(size: tuple[int, int]):
+    import timm
+
+    arguments = dict(num_heads=[2, 2], depth=[[1, 2, 0], [1, 1, 0]], num_classes=5)
+    theirs = timm.create_model("crossvit_9_240", embed_dim=[24, 32], **arguments).eval()
+    ours = CrossViT(
+        **dict(dims=(24, 32), num_heads=(2, 2), depths=((1, 2), (1, 1)), mlp_ratios=(3, 3), num_classes=5, fixed_sizes=True)
+    ).eval()
+    ours.load_state_dict(official(theirs.state_dict()))
+    image = torch.randn(1, 3, *size)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(image), theirs(image), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "millions"),
     [

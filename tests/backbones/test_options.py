@@ -17,6 +17,13 @@ OPTIONS = {
     "convit_pico": dict(qkv_bias=True, qk_scale=0.3, pos_embed=False),
     "t2t_vit_pico": dict(qkv_bias=True, qk_scale=0.3),
     "tinyvit_pico": dict(num_heads=(4, 1), expand_ratio=2.0, mlp_ratio=3.0, local_conv_size=5),
+    "crossvit_pico": dict(depths=((1, 2, 1), (2, 1, 1)), qkv_bias=False, qk_scale=0.3, fixed_sizes=True),
+    "cvt_pico": dict(cls_tokens=(True, False), projection=("linear", "avg"), qkv_kernel=(3, 2), kv_padding=(1, 0), qkv_bias=(False, True)),
+    "transnext_pico": dict(num_heads=(2, 6), window_size=(5, 3), qkv_bias=False, fixed_pool_size=3),
+    "crossformer_pico": dict(
+        **dict(group_sizes=((4, 3), 4), merge_kernels=((2, 6),), mlp_ratio=(2.0, 3.0), qkv_bias=False, qk_scale=0.3),
+        **dict(patch_norm=False, pos_embed=True),
+    ),
     "convnext_pico": dict(layer_scale_init_value=0, stage_norms=True),
 }
 """Model -> options that no variant of it uses."""

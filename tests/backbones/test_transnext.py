@@ -32,12 +32,31 @@ def test_equals_the_authors_model():
     assert_matches_golden("transnext-micro_224", vitarium.create_model("transnext_micro"), outputs)
 
 
-def test_equals_the_authors_coordinates():
-    inputs, kind = DistancePositionBias(1, 14).coordinates((14, 14), (7, 7))
-    got = {"coords": inputs[kind], "local_length": inside_counts(14, 14)[:, None], "mask": outside(14, 14)}
-    error = compare("transnext-cpb_coords", got)
+def test_other_windows_heads_and_pools_equal_the_authors_model():
+    model = TransNeXt(
+        **dict(dims=(32, 48, 64, 96), depths=(1, 2, 2, 1), mlp_ratios=(4, 4, 3, 3), pool_ratios=(8, 4, 2, 2), num_classes=10),
+        **dict(num_heads=(2, 3, 4, 6), window_size=(5, 3, 3, 3), fixed_pool_size=4, pretrain_size=128),
+    )
+    assert_matches_golden("transnext-pool4_160", model, outputs)
+
+
+@pytest.mark.parametrize(
+    ("golden", "size", "pooled", "window"),
+    [("transnext-cpb_coords", (14, 14), (7, 7), 3), ("transnext-cpb_coords_rect", (20, 12), (5, 4), 5)],
+)
+def test_equals_the_authors_coordinates(golden: str, size: tuple[int, int], pooled: tuple[int, int], window: int):
+    inputs, kind = DistancePositionBias(1, 14).coordinates(size, pooled)
+    length, mask = inside_counts(*size, window_size=window), outside(*size, window_size=window)
+    error = compare(golden, {"coords": inputs[kind], "local_length": length[:, None], "mask": mask})
     assert error < 1e-6
-    RESULTS.append(("transnext-cpb_coords", error))
+    RESULTS.append((golden, error))
+
+
+def test_biases_of_the_projections_are_optional():
+    model = vitarium.create_model("transnext_pico", qkv_bias=False)
+    names = {name for name, _ in model.named_parameters()}
+    assert not {name for name in names if name.endswith((".q.bias", ".kv.bias", ".qkv.bias"))}
+    assert {name for name in names if name.endswith((".proj.bias", ".sr.bias"))}
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,9 @@ at interval I. The bias of a pair of tokens is a small MLP of their offset, so t
 Follows the authors' code (github cheerss/CrossFormer); its checkpoints load by name. Any image of at least 32 pixels per side: padding is
 masked, and on a map smaller than a group the group is as wide as the shorter side of the map. (The authors' classifier needs square
 images.)
+Left out, since no config or released model has them: dropout of the attention weights; a conditional position encoding, which mixes rows
+with channels in the authors' code; padding on all sides, and padding that is attended to; intervals that adapt to the map. The experiments
+with group sizes that grow from block to block are lists in `group_sizes`.
 Cost: linear in image area at fixed G.
 
 Speed: padding exists only inside attention windows, not as tokens; biases are evaluated once per group size in evaluation mode.
@@ -20,14 +23,29 @@ Legend: B batch, C channels, H W map, N tokens of the map, G group side, I inter
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from vitarium.catalog import chain, family, rename
-from vitarium.nn import Backbone, DropPath, LayerNorm2d, LayoutCache, Mlp, Stage, WindowAttention, drop_path_rates, init_weights
+from vitarium.catalog import chain, family, part_of, rename
+from vitarium.nn import (
+    Backbone,
+    DropPath,
+    EvalCache,
+    LayerNorm2d,
+    LayoutCache,
+    Mlp,
+    Stage,
+    WindowAttention,
+    drop_path_rates,
+    fit_position_table,
+    init_weights,
+    per_stage,
+)
 from vitarium.ops.windows import WindowLayout, attention_layout, relative_position_index
 
 
@@ -73,12 +91,17 @@ def cross_scale(in_dim: int, dim: int, kernels: Sequence[int], stride: int) -> n
 
 
 class CrossScaleEmbed(nn.Module):
-    """Cross-scale embedding, the stem, with a norm: (B, in_chans, H, W) -> (B, H // stride, W // stride, dim)."""
+    """Cross-scale embedding, the stem, with an optional norm: (B, in_chans, H, W) -> (B, H // stride, W // stride, dim)."""
 
-    def __init__(self, in_chans: int, dim: int, kernels: Sequence[int]):
+    def __init__(self, in_chans: int, dim: int, kernels: Sequence[int], norm: bool = True):
         super().__init__()
-        self.projs = cross_scale(in_chans, dim, kernels, kernels[0] if kernels else 1)
-        self.norm = nn.LayerNorm(dim)
+        self.stride = kernels[0] if kernels else 1
+        self.projs = cross_scale(in_chans, dim, kernels, self.stride)
+        self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Return the rows and columns of tokens of an image of height x width."""
+        return height // self.stride, width // self.stride
 
     def forward(self, image: Tensor) -> Tensor:
         return self.norm(torch.cat([proj(image) for proj in self.projs], 1).permute(0, 2, 3, 1))
@@ -127,13 +150,25 @@ class CrossFormerBlock(nn.Module):
         far: long-distance attention at interval I; otherwise short-distance attention.
         cool: add an amplitude cooling layer.
         drop_path: stochastic depth rate of both branches.
+        qkv_bias, qk_scale: see `vitarium.nn.WindowAttention`.
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, *, far: bool, cool: bool, drop_path: float):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        *,
+        far: bool,
+        cool: bool,
+        drop_path: float,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+    ):
         super().__init__()
         self.far = far
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = WindowAttention(dim, num_heads, DynamicPositionBias(dim, num_heads))
+        self.attn = WindowAttention(dim, num_heads, DynamicPositionBias(dim, num_heads), qkv_bias=qkv_bias, scale=qk_scale)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(mlp_ratio * dim))
         self.drop_path = DropPath(drop_path)
@@ -153,39 +188,47 @@ class CrossFormerBlock(nn.Module):
 
 
 class CrossFormerStage(nn.Module):
-    """Downsampling and blocks that alternate short- and long-distance attention: (B, H, W, C_in) -> (B, H', W', C)."""
+    """Downsampling and blocks that alternate short- and long-distance attention: (B, H, W, C_in) -> (B, H', W', C).
 
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], group_size: int, interval: int):
+    Args:
+        group_sizes: side G of the groups of each block, tokens.
+        interval: I of the long-distance attention.
+    """
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], group_sizes: Sequence[int], interval: int):
         super().__init__()
         self.downsample = downsample
         self.blocks = nn.ModuleList(blocks)
-        self.group_size, self.interval = group_size, interval
+        self.group_sizes, self.interval = list(group_sizes), interval
         self.kept = LayoutCache()
 
-    def groups(self, height: int, width: int, device: torch.device) -> tuple[Groups, Groups]:
-        """Return the short- and the long-distance groups of a map."""
+    def groups(self, height: int, width: int, device: torch.device) -> dict[int, tuple[Groups, Groups]]:
+        """Return the short- and the long-distance groups of a map, for each of `group_sizes`."""
 
-        def build() -> tuple[Groups, Groups]:
-            size = min(self.group_size, height, width)
+        def build(side: int) -> tuple[Groups, Groups]:
+            size = min(side, height, width)
             near = Groups.of(height, width, size, 1, device)
-            if self.interval == 1 or min(height, width) <= self.group_size:
+            if self.interval == 1 or min(height, width) <= side:
                 return near, near
             return near, Groups.of(height, width, size, self.interval, device)
 
-        return self.kept.get(height, width, device, build)
+        return self.kept.get(height, width, device, lambda: {side: build(side) for side in sorted(set(self.group_sizes))})
 
     def forward(self, x: Tensor, run: Callable[..., Tensor]) -> Tensor:
         x = self.downsample(x)
-        return run(self.blocks, x, *self.groups(x.shape[1], x.shape[2], x.device))
+        groups = self.groups(x.shape[1], x.shape[2], x.device)
+        for block, side in zip(self.blocks, self.group_sizes, strict=True):
+            x = run([block], x, *groups[side])
+        return x
 
 
 OFFICIAL = chain(
+    part_of("backbone."),  # of a detector or segmenter
     rename(
-        (r"(^|\.)(biases|relative_position_index|attn_mask)$", None), (r"^backbone\.", "")
-    ),  # the prefix is that of detection checkpoints
-    rename(
+        (r"(^|\.)(biases|relative_position_index|attn_mask)$", None),
+        (r"^absolute_pos_embed$", "pos_embed"),
         (r"^layers\.(\d+)\.blocks\.(\d+)\.attn\.pos\.", r"stages.\1.blocks.\2.attn.position_bias."),
-        *((rf"^layers\.{k}\.downsample\.", f"stages.{k + 1}.downsample.") for k in range(3)),
+        *((rf"^layers\.{k}\.downsample\.", f"stages.{k + 1}.downsample.") for k in range(9)),
         (r"^layers\.", "stages."),
     ),
 )
@@ -217,17 +260,23 @@ _PP = dict(group_sizes=(4, 4, 14, 7), intervals=(4, 2, 1, 1), cooling=True)
 class CrossFormer(Backbone):
     """CrossFormer classifier: images (B, in_chans, H, W) -> logits (B, num_classes).
 
-    H and W must be at least one token of the last map (32 pixels).
+    H and W must be at least one token of the last map (32 pixels). The arguments are over 15 so that the authors' configs can be expressed.
 
     Args:
         embed_dim: channels C of the first stage; each later stage doubles them.
         depths: blocks per stage.
         num_heads: heads per stage.
-        group_sizes: side G of the groups, tokens, per stage; may differ from those of pretraining.
+        group_sizes: side G of the groups, tokens, per stage, or a list of them for the blocks of a stage; may differ from those of
+            pretraining.
         intervals: interval I between tokens of a long-distance group, per stage; 1: only short-distance attention.
         kernels: kernel sizes of the stem, pixels; the smallest is also its stride.
-        merge_kernels: kernel sizes of the downsampling layers, cells of the previous map.
-        mlp_ratio: ratio of the MLP's hidden channels to C.
+        merge_kernels: kernel sizes of the downsampling layers, cells of the previous map; a list per layer if they differ.
+        mlp_ratio: ratio of the MLP's hidden channels to C, for all stages or per stage.
+        qkv_bias: whether the projections to queries, keys and values have a bias.
+        qk_scale: factor on the attention logits; None: head_dim ** -0.5.
+        patch_norm: whether a layer norm follows the stem.
+        pos_embed: whether a learned absolute position is added to each token of the stem (`ape` of the authors).
+        image_size: side, or (height, width), in pixels, of the image that the position table is made for; it is resampled for others.
         cooling: add an amplitude cooling layer after each third block (CrossFormer++).
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
@@ -242,11 +291,16 @@ class CrossFormer(Backbone):
         embed_dim: int,
         depths: Sequence[int],
         num_heads: Sequence[int],
-        group_sizes: Sequence[int] = (7, 7, 7, 7),
+        group_sizes: Sequence[int | Sequence[int]] = (7, 7, 7, 7),
         intervals: Sequence[int] = (8, 4, 2, 1),
         kernels: Sequence[int] = (4, 8, 16, 32),
-        merge_kernels: Sequence[int] = (2, 4),
-        mlp_ratio: float = 4.0,
+        merge_kernels: Sequence[int] | Sequence[Sequence[int]] = (2, 4),
+        mlp_ratio: float | Sequence[float] = 4.0,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        patch_norm: bool = True,
+        pos_embed: bool = False,
+        image_size: int | Sequence[int] = 224,
         cooling: bool = False,
         in_chans: int = 3,
         num_classes: int = 1000,
@@ -256,37 +310,66 @@ class CrossFormer(Backbone):
         if not len(depths) == len(num_heads) == len(group_sizes) == len(intervals):
             given = f"{depths}, {num_heads}, {group_sizes} and {intervals}"
             raise ValueError(f"depths, num_heads, group_sizes and intervals need one value per stage, got {given}")
-        if min(*group_sizes, *intervals) < 1:
+        sizes = [per_stage(size, depth, "group_sizes of a stage") for size, depth in zip(group_sizes, depths, strict=True)]
+        if min(*(size for row in sizes for size in row), *intervals) < 1:
             raise ValueError(f"group_sizes and intervals must be at least 1, got {group_sizes} and {intervals}")
+        ratios = per_stage(mlp_ratio, len(depths), "mlp_ratio")
+        merges = _merges(merge_kernels, len(depths) - 1)
         dims = [embed_dim * 2**k for k in range(len(depths))]
         stages = [Stage(dim, min(kernels, default=1) * 2**k) for k, dim in enumerate(dims)]
         super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, min_size=stages[-1].stride)
-        self.patch_embed = CrossScaleEmbed(in_chans, embed_dim, sorted(kernels))
+        self.patch_embed = CrossScaleEmbed(in_chans, embed_dim, sorted(kernels), patch_norm)
+        self.table_grid = self.patch_embed.grid(*per_stage(image_size, 2, "image_size"))
+        self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.table_grid), embed_dim)) if pos_embed else None
+        self.cache = EvalCache()
         rates = drop_path_rates(drop_path_rate, depths)
         self.stages = nn.ModuleList(
             CrossFormerStage(
-                CrossScaleMerging(dims[k - 1], merge_kernels) if k else nn.Identity(),
+                CrossScaleMerging(dims[k - 1], merges[k - 1]) if k else nn.Identity(),
                 [
                     CrossFormerBlock(
                         dims[k],
                         num_heads[k],
-                        mlp_ratio,
+                        ratios[k],
                         far=i % 2 == 1,
                         cool=cooling and i % 3 == 2 and i < depth - 1,
                         drop_path=rates[k][i],
+                        qkv_bias=qkv_bias,
+                        qk_scale=qk_scale,
                     )
                     for i in range(depth)
                 ],
-                group_sizes[k],
+                sizes[k],
                 intervals[k],
             )
             for k, depth in enumerate(depths)
         )
         self.norm = LayerNorm2d(dims[-1])
         init_weights(self, conv=False)
+        if self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def forward_stages(self, image: Tensor) -> Iterator[Tensor]:
         x = self.patch_embed(image.contiguous(memory_format=torch.channels_last))
+        if self.pos_embed is not None:
+            grid = self.patch_embed.grid(*image.shape[-2:])
+            x = x + self.cache.for_grid(self, self.pos_embed, self.table_grid, grid).unflatten(1, grid)
         for stage in self.stages:
             x = stage(x, self.run_blocks)
             yield x.permute(0, 3, 1, 2)
+
+    def no_weight_decay(self) -> set[str]:
+        return set() if self.pos_embed is None else {"pos_embed"}
+
+    def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
+        """Resize a position table of a checkpoint to the grid of this model; return None for any other tensor."""
+        return fit_position_table(tensor, shape, self.table_grid) if name == "pos_embed" else None
+
+
+def _merges(kernels: Sequence[int] | Sequence[Sequence[int]], count: int) -> list[Sequence[int]]:
+    """Return the kernel sizes of each of `count` downsampling layers."""
+    if all(isinstance(kernel, int) for kernel in kernels):
+        return [cast(Sequence[int], kernels)] * count
+    if len(kernels) != count:
+        raise ValueError(f"merge_kernels needs one list of kernel sizes for all downsampling layers, or {count} lists; got {kernels}")
+    return list(cast(Sequence[Sequence[int]], kernels))

@@ -9,7 +9,10 @@ number, and is projected back. The logits of the two branches are averaged.
 
 Follows the authors' code (github IBM/CrossViT); its checkpoints and timm's load by name. The two heads are merged into one on the
 concatenated class tokens, W = [W_0, W_1] / 2, which is the same function. Any image size: each branch resizes the image, bicubically as in
-the authors' code, to the nearest whole number of its patches; position tables are resampled.
+the authors' code, to the nearest whole number of its patches; position tables are resampled. With `fixed_sizes`, it resizes every image to
+the size that its table is made for, as the authors' and timm's code.
+Left out: more than two branches and a T2T stem, which no config has (the file of the stem is not in the authors' repository); an MLP after
+the fusion, which the authors switched off (its ratio, the third of theirs, has no effect).
 Cost: that of the two ViTs, quadratic in patches.
 
 Speed: the fusion forms a single query per branch.
@@ -21,14 +24,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitarium.catalog import family, rename
-from vitarium.nn import Backbone, DropPath, EvalCache, Linear, Stage, TransformerBlock, init_weights
+from vitarium.nn import Attention, Backbone, DropPath, EvalCache, Linear, Stage, TransformerBlock, init_weights
 from vitarium.nn.backbone import POOLS
 from vitarium.nn.positions import fit_position_table
 from vitarium.ops.attention import multi_head_attention
@@ -82,22 +85,23 @@ class Branch(nn.Module):
 class ClassAttention(nn.Module):
     """Attention from the first token to all tokens: (B, n, dim) -> (B, 1, dim)."""
 
-    def __init__(self, dim: int, num_heads: int):
+    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True, scale: float | None = None):
         super().__init__()
-        self.num_heads = num_heads
-        self.wq, self.wk, self.wv, self.proj = (Linear(dim, dim) for _ in range(4))
+        self.num_heads, self.scale = num_heads, scale
+        self.wq, self.wk, self.wv = (Linear(dim, dim, bias=qkv_bias) for _ in range(3))
+        self.proj = Linear(dim, dim)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.proj(multi_head_attention(self.wq(z[:, :1]), self.wk(z), self.wv(z), self.num_heads))
+        return self.proj(multi_head_attention(self.wq(z[:, :1]), self.wk(z), self.wv(z), self.num_heads, scale=self.scale))
 
 
 class Fusion(nn.Module):
     """Pre-norm residual class attention, without an MLP: (B, n, dim) -> (B, 1, dim)."""
 
-    def __init__(self, dim: int, num_heads: int, drop_path: float):
+    def __init__(self, dim: int, num_heads: int, drop_path: float, *, qkv_bias: bool = True, scale: float | None = None):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = ClassAttention(dim, num_heads)
+        self.attn = ClassAttention(dim, num_heads, qkv_bias=qkv_bias, scale=scale)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -112,9 +116,12 @@ class Encoder(nn.Module):
     """Blocks of both branches followed by cross-attention of the class tokens: two of (B, 1 + N_i, D_i) -> the same shapes.
 
     Args:
-        dims, depths, num_heads, mlp_ratios: one value per branch.
+        dims, num_heads, mlp_ratios: one value per branch.
+        depths: blocks of each branch, and optionally those of each fusion.
         rates: stochastic depth rate of block i of both branches; the last entry is that of the fusion.
         fuse: whether to fuse the branches.
+        qkv_bias: whether all projections to queries, keys and values have a bias.
+        qk_scale: factor on the attention logits of the fusions; None: that of the width of a head.
     """
 
     def __init__(
@@ -125,17 +132,26 @@ class Encoder(nn.Module):
         mlp_ratios: Sequence[float],
         rates: Sequence[float],
         fuse: bool,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
     ):
         super().__init__()
-        self.blocks = nn.ModuleList(
-            nn.ModuleList(TransformerBlock(dim, heads, mlp_ratio=ratio, drop_path=rates[i]) for i in range(depth))
-            for dim, depth, heads, ratio in zip(dims, depths, num_heads, mlp_ratios, strict=True)
-        )
+
+        def block(branch: int, rate: float) -> nn.Module:
+            attn = Attention(dims[branch], num_heads[branch], qkv_bias=qkv_bias)
+            return TransformerBlock(dims[branch], num_heads[branch], mlp_ratio=mlp_ratios[branch], drop_path=rate, attn=attn)
+
+        def fusion(branch: int) -> nn.Module:
+            part = lambda: Fusion(dims[branch], num_heads[branch], rates[-1], qkv_bias=qkv_bias, scale=qk_scale)
+            count = depths[2] if len(depths) > 2 else 0
+            return nn.Sequential(*(part() for _ in range(count))) if count else part()  # 0 is the authors' older name of 1
+
+        self.blocks = nn.ModuleList(nn.ModuleList(block(branch, rates[i]) for i in range(depths[branch])) for branch in (0, 1))
         self.fuse = fuse
         if fuse:
             pairs = [(0, 1), (1, 0)]
             self.projs = nn.ModuleList(_projection(dims[a], dims[b]) for a, b in pairs)
-            self.fusion = nn.ModuleList(Fusion(dims[b], num_heads[b], rates[-1]) for _, b in pairs)
+            self.fusion = nn.ModuleList(fusion(b) for _, b in pairs)
             self.revert_projs = nn.ModuleList(_projection(dims[b], dims[a]) for a, b in pairs)
 
     def forward(self, branches: Pair, run: Callable[..., Tensor]) -> Pair:
@@ -217,14 +233,20 @@ class CrossViT(Backbone):
     large patch, concatenated with the tokens of the large patches. `forward_branches` returns the tokens of both branches,
     `forward_intermediates` maps.
 
+    The arguments are over 15 so that the authors' configs can be expressed.
+
     Args:
         dims: channels of the branches.
-        depths: for each encoder, the number of blocks of the two branches; one fusion follows.
+        depths: for each encoder, the number of blocks of the two branches, and optionally of blocks of cross-attention in each fusion that
+            follows, of which the second and later ones see the class token alone (none, or 0: one block, under the names of the releases).
         num_heads, mlp_ratios: one value per branch.
         patch_sizes: sides of the patches, pixels.
         image_size: side, in pixels, of the square image that the position table of the small branch is made for.
         large_size: side to which that image is resized for the large branch; other images are resized in proportion.
+        fixed_sizes: whether every image is resized to these sizes, whatever its own.
         multi_conv: patch embeddings of three convolutions (the "dagger" models).
+        qkv_bias: whether the projections to queries, keys and values have a bias.
+        qk_scale: factor on the attention logits of the fusions, not of the blocks, as in the authors' code; None: (D / num_heads) ** -0.5.
         fuse: whether to fuse the branches; False gives two ViTs whose logits are averaged.
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
@@ -245,7 +267,10 @@ class CrossViT(Backbone):
         patch_sizes: Sequence[int] = (12, 16),
         image_size: int = 240,
         large_size: int | None = None,
+        fixed_sizes: bool = False,
         multi_conv: bool = False,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
         fuse: bool = True,
         in_chans: int = 3,
         num_classes: int = 1000,
@@ -257,13 +282,14 @@ class CrossViT(Backbone):
         stages = [Stage(sum(dims), patch_sizes[1] * sizes[0] // sizes[1])] * len(depths)
         super().__init__(stages=stages, num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate)
         self.large_over_small = sizes[1] / sizes[0]
+        self.fixed_sizes = fixed_sizes
         self.branches = nn.ModuleList(
             Branch(patch, size, dim, in_chans, multi_conv) for patch, size, dim in zip(patch_sizes, sizes, dims, strict=True)
         )
-        counts = [max(depth) for depth in depths]
+        counts = [max(depth[:2]) + sum(depth[2:]) for depth in depths]
         rates = iter(torch.linspace(0, drop_path_rate, sum(counts), device="cpu").tolist())
         self.stages = nn.ModuleList(
-            Encoder(dims, depth, num_heads, mlp_ratios, [next(rates) for _ in range(count)], fuse)
+            Encoder(dims, depth, num_heads, mlp_ratios, [next(rates) for _ in range(count)], fuse, qkv_bias, qk_scale)
             for depth, count in zip(depths, counts, strict=True)
         )
         self.norm = BranchNorms(dims)
@@ -272,6 +298,9 @@ class CrossViT(Backbone):
 
     def grids(self, height: int, width: int) -> tuple[Grid, Grid]:
         """Return the rows and columns of patches of the two branches."""
+        if self.fixed_sizes:
+            first, second = ((branch.table_side, branch.table_side) for branch in self.branches)
+            return cast(Grid, first), cast(Grid, second)
         patches = [branch.patch_size for branch in self.branches]
 
         def one(side: int, patch: Any, scale: float) -> int:
@@ -333,8 +362,8 @@ def _check(
     sizes: Sequence[int],
     multi_conv: bool,
 ) -> None:
-    if any(len(row) != 2 for row in (dims, num_heads, mlp_ratios, patch_sizes, *depths)):
-        raise ValueError("dims, num_heads, mlp_ratios, patch_sizes and each of depths need two values, one per branch")
+    if any(len(row) != 2 for row in (dims, num_heads, mlp_ratios, patch_sizes)) or any(len(row) not in (2, 3) for row in depths):
+        raise ValueError("dims, num_heads, mlp_ratios, patch_sizes and each of depths need two values, one per branch (depths: or three)")
     for size, patch in zip(sizes, patch_sizes, strict=True):
         if size % patch:
             raise ValueError(

@@ -9,14 +9,15 @@ map (aggregated attention). The MLP is a gated linear unit whose gate passes a d
 
 The last stage uses full attention with the same queries. The scaling by the logarithm of the number of keys and the position bias as a
 function of distance let the model generalise to other image sizes.
-Follows the authors' code (github DaiShiResearch/TransNeXt, native attention); its checkpoints load by name. Distances and logarithms are
-computed in float32, as there. Any image size.
+Follows the authors' code (github DaiShiResearch/TransNeXt, native attention); its checkpoints load by name: classifiers, and detectors and
+segmenters (only the backbone is read). Distances and logarithms are computed in float32, as there. Any image size.
+Left out: dropout of the attention weights, which no config uses; the epsilon of the norms, which is 1e-6 in all released models.
 Cost: quadratic in area, 1/64 of full attention; linear with `fixed_pool_size`.
 
-Speed: the neighbours are nine shifted views of one padded map instead of nine copies; position biases are computed once per size in
+Speed: the neighbours are shifted views of one padded map instead of copies; position biases are computed once per size in
 evaluation mode, from a table with one row per distinct distance.
 
-Legend: B batch, C channels, H W map, N = H W tokens, h heads, d channels per head, P tokens of the pooled grid.
+Legend: B batch, C channels, H W map, N = H W tokens, h heads, d channels per head, P tokens of the pooled grid, K side of neighbourhoods.
 """
 
 from __future__ import annotations
@@ -28,15 +29,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitarium.catalog import family, rename
-from vitarium.nn import Backbone, DropPath, EvalCache, Linear, Mlp, Stage, drop_path_rates, init_convs_by_fan_out, init_weights
+from vitarium.catalog import chain, family, part_of, rename
+from vitarium.nn import (
+    Backbone,
+    DropPath,
+    EvalCache,
+    Linear,
+    Mlp,
+    Stage,
+    drop_path_rates,
+    init_convs_by_fan_out,
+    init_weights,
+    per_stage,
+)
 from vitarium.nn.pvt import OverlapPatchEmbed, pvt_rules
 from vitarium.ops.attention import merge_heads, split_heads, split_packed_heads
 from vitarium.ops.maps import as_tokens
 
 PATHS = ("local", "pooled")
-NEIGHBOURS = [(row, column) for row in range(3) for column in range(3)]
 HEAD_DIM = 24
+"""Channels per head of the released models."""
+
+
+def neighbours(window_size: int) -> list[tuple[int, int]]:
+    """Return the rows and columns of a K x K neighbourhood, row by row."""
+    return [(row, column) for row in range(window_size) for column in range(window_size)]
 
 
 def distances(count: int, pooled: int) -> tuple[list[float], list[list[int]]]:
@@ -58,16 +75,18 @@ def scaled(distance: Tensor, pretrain_side: int) -> Tensor:
     return distance.sign() * (distance.abs() + 1).log2() / 3
 
 
-def inside_counts(height: int, width: int, device: torch.device | None = None) -> Tensor:
-    """Return the number of 3 x 3 neighbours inside the map for each token: (N,) float32; 9 inside, 6 at edges, 4 at corners."""
-    rows, columns = (F.avg_pool1d(torch.ones(1, 1, n, device=device), 3, 1, 1)[0, 0].mul(3).round() for n in (height, width))
+def inside_counts(height: int, width: int, device: torch.device | None = None, *, window_size: int = 3) -> Tensor:
+    """Return the number of K x K neighbours inside the map for each token: (N,) float32; for K = 3: 9 inside, 6 at edges, 4 at corners."""
+    size = window_size
+    rows, columns = (F.avg_pool1d(torch.ones(1, 1, n, device=device), size, 1, size // 2)[0, 0].mul(size).round() for n in (height, width))
     return (rows[:, None] * columns).flatten()
 
 
-def outside(height: int, width: int, device: torch.device | None = None) -> Tensor:
-    """Return a mask of the 3 x 3 neighbours of each token that lie outside the map: (N, 9) bool."""
-    on_map = F.pad(torch.ones(height, width, device=device), (1, 1, 1, 1))
-    return torch.stack([on_map[row : row + height, column : column + width] == 0 for row, column in NEIGHBOURS], -1).flatten(0, 1)
+def outside(height: int, width: int, device: torch.device | None = None, *, window_size: int = 3) -> Tensor:
+    """Return a mask of the K x K neighbours of each token that lie outside the map: (N, K * K) bool."""
+    on_map = F.pad(torch.ones(height, width, device=device), (window_size // 2,) * 4)
+    views = [on_map[row : row + height, column : column + width] == 0 for row, column in neighbours(window_size)]
+    return torch.stack(views, -1).flatten(0, 1)
 
 
 class DistancePositionBias(nn.Module):
@@ -98,6 +117,8 @@ class CosineAttention(nn.Module):
     """Base of both attentions: normalised queries plus an embedding, scaled by a temperature and the logarithm of the number of keys."""
 
     def __init__(self, dim: int, num_heads: int, pretrain_side: int):
+        if dim % num_heads:
+            raise ValueError(f"dim must be divisible by num_heads, got {dim} and {num_heads}")
         super().__init__()
         self.num_heads = num_heads
         self.temperature = nn.Parameter(torch.full((num_heads, 1, 1), math.log(math.exp(1 / 0.24) - 1)))
@@ -124,9 +145,9 @@ class CosineAttention(nn.Module):
 class FullAttention(CosineAttention):
     """Attention between all tokens: (B, H, W, C) -> the same shape."""
 
-    def __init__(self, dim: int, num_heads: int, pretrain_side: int):
+    def __init__(self, dim: int, num_heads: int, pretrain_side: int, *, qkv_bias: bool = True):
         super().__init__(dim, num_heads, pretrain_side)
-        self.qkv = Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         grid = (x.shape[1], x.shape[2])
@@ -138,7 +159,7 @@ class FullAttention(CosineAttention):
 
 
 class AggregatedAttention(CosineAttention):
-    """Aggregated attention to the 3 x 3 neighbours and to a pooled grid: (B, H, W, C) -> the same shape.
+    """Aggregated attention to the K x K neighbours and to a pooled grid: (B, H, W, C) -> the same shape.
 
     Args:
         dim, num_heads: channels and heads.
@@ -146,20 +167,37 @@ class AggregatedAttention(CosineAttention):
         pool_ratio: ratio of the sides of the map to those of the pooled grid.
         fixed_pool_size: side of the pooled grid, in place of pool_ratio.
         paths: the keys: "local", "pooled" or both.
+        window_size: side K of the neighbourhood, tokens, odd.
+        qkv_bias: whether the projections to queries, keys and values have a bias.
+
+    Raises:
+        ValueError: dim is not divisible by num_heads, or an even window_size.
     """
 
     def __init__(
-        self, dim: int, num_heads: int, pretrain_side: int, pool_ratio: int, fixed_pool_size: int | None, paths: Sequence[str] = PATHS
+        self,
+        dim: int,
+        num_heads: int,
+        pretrain_side: int,
+        pool_ratio: int,
+        fixed_pool_size: int | None,
+        paths: Sequence[str] = PATHS,
+        *,
+        window_size: int = 3,
+        qkv_bias: bool = True,
     ):
+        if window_size % 2 == 0:
+            raise ValueError(f"window_size must be odd, so that a neighbourhood has a centre; got {window_size}, try {window_size + 1}")
         super().__init__(dim, num_heads, pretrain_side)
         self.pool_ratio, self.fixed_pool_size, self.paths = pool_ratio, fixed_pool_size, tuple(paths)
-        self.q = Linear(dim, dim)
-        self.kv = Linear(dim, 2 * dim)
+        self.window_size = window_size
+        self.q = Linear(dim, dim, bias=qkv_bias)
+        self.kv = Linear(dim, 2 * dim, bias=qkv_bias)
         self.sr = nn.Conv2d(dim, dim, 1)
         self.norm = nn.LayerNorm(dim)
-        self.relative_pos_bias_local = nn.Parameter(torch.empty(num_heads, 9))
-        self.learnable_tokens = nn.Parameter(torch.empty(num_heads, dim // num_heads, 9))
-        self.learnable_bias = nn.Parameter(torch.zeros(num_heads, 1, 9))
+        self.relative_pos_bias_local = nn.Parameter(torch.empty(num_heads, window_size**2))
+        self.learnable_tokens = nn.Parameter(torch.empty(num_heads, dim // num_heads, window_size**2))
+        self.learnable_bias = nn.Parameter(torch.zeros(num_heads, 1, window_size**2))
         nn.init.trunc_normal_(self.relative_pos_bias_local, std=0.0004)
         nn.init.trunc_normal_(self.learnable_tokens, std=0.02)
 
@@ -170,15 +208,15 @@ class AggregatedAttention(CosineAttention):
         return max(1, height // self.pool_ratio), max(1, width // self.pool_ratio)
 
     def moved(self, x: Tensor) -> list[Tensor]:
-        """Return nine shifted views (B, H, W, h, d) of a map (B, H, W, C), one per neighbour, padded with zeros."""
+        """Return shifted views (B, H, W, h, d) of a map (B, H, W, C), one per neighbour, padded with zeros."""
         height, width = x.shape[1:3]
-        x = F.pad(x, (0, 0, 1, 1, 1, 1)).unflatten(3, (self.num_heads, x.shape[3] // self.num_heads))
-        return [x[:, row : row + height, column : column + width] for row, column in NEIGHBOURS]
+        x = F.pad(x, (0, 0) + 4 * (self.window_size // 2,)).unflatten(3, (self.num_heads, x.shape[3] // self.num_heads))
+        return [x[:, row : row + height, column : column + width] for row, column in neighbours(self.window_size)]
 
     def neighbour_logits(self, q: Tensor, k: Tensor) -> Tensor:
-        """Return the logits (B, h, N, 9) of queries (B, H, W, h, d) and neighbouring keys (B, H, W, C), -inf outside the map."""
+        """Return the logits (B, h, N, K * K) of queries (B, H, W, h, d) and neighbouring keys (B, H, W, C), -inf outside the map."""
         logits = torch.stack([(q * moved).sum(-1) for moved in self.moved(k)], -1).flatten(1, 2).transpose(1, 2)
-        beyond = outside(k.shape[1], k.shape[2], k.device)
+        beyond = outside(k.shape[1], k.shape[2], k.device, window_size=self.window_size)
         return (logits + self.relative_pos_bias_local[:, None]).masked_fill(beyond, -math.inf)
 
     def pooled_keys(self, x: Tensor, pooled: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -194,7 +232,7 @@ class AggregatedAttention(CosineAttention):
         unit = F.normalize(split_heads(self.q(x).flatten(1, 2), self.num_heads), dim=-1)
         seen = torch.zeros(height * width, device=x.device)
         if "local" in self.paths:
-            seen = seen + inside_counts(height, width, x.device)
+            seen = seen + inside_counts(height, width, x.device, window_size=self.window_size)
         if "pooled" in self.paths:
             seen = seen + pooled[0] * pooled[1]
         q = self.queries(unit, seen)
@@ -212,7 +250,7 @@ class AggregatedAttention(CosineAttention):
         if "pooled" in self.paths:
             y = (weights[..., -values[0].shape[2] :] @ values[0]).transpose(1, 2).unflatten(1, (height, width))
         if "local" in self.paths:
-            near = weights[..., :9] + unit @ self.learnable_tokens + self.learnable_bias
+            near = weights[..., : self.window_size**2] + unit @ self.learnable_tokens + self.learnable_bias
             near = near.transpose(1, 2).unflatten(1, (height, width))
             for j, moved in enumerate(self.moved(v)):
                 y = torch.addcmul(y, near[..., j, None], moved)
@@ -263,7 +301,7 @@ class TransNeXtStage(nn.Module):
         return self.norm(run(self.blocks, self.downsample(x))).permute(0, 3, 1, 2)
 
 
-OFFICIAL = rename(*pvt_rules(4, (r"attn\.cpb_", "attn.position_bias.cpb_")))
+OFFICIAL = chain(part_of("backbone."), rename(*pvt_rules(4, (r"attn\.cpb_", "attn.position_bias.cpb_"))))
 _FOUR = dict(mlp_ratios=(8, 8, 4, 4), pool_ratios=(8, 4, 2, 1))
 _MICRO = dict(dims=(48, 96, 192, 384), depths=(2, 2, 15, 2), drop_path_rate=0.15, **_FOUR)
 _SMALL = dict(dims=(72, 144, 288, 576), depths=(5, 5, 22, 5), drop_path_rate=0.45, **_FOUR)
@@ -288,11 +326,16 @@ _BASE = dict(dims=(96, 192, 384, 768), depths=(5, 5, 23, 5), drop_path_rate=0.6,
 class TransNeXt(Backbone):
     """TransNeXt classifier: images (B, in_chans, H, W), any H and W, -> logits (B, num_classes).
 
+    The arguments are over 15 so that the authors' configs can be expressed.
+
     Args:
-        dims: channels per stage, multiples of 24, the width of a head.
+        dims: channels per stage.
         depths: blocks per stage.
+        num_heads: heads per stage; None: one per 24 channels, as in the released models.
         mlp_ratios: ratio of hidden channels to channels, per stage, of an MLP of the same size as the gated unit.
         pool_ratios: ratio of the sides of the map to those of the pooled grid, per stage; 1: full attention.
+        window_size: side of the neighbourhood, tokens, odd, for all stages or per stage (unused by full attention).
+        qkv_bias: whether the projections to queries, keys and values have a bias.
         fixed_pool_size: fixed side of the pooled grid, for a cost linear in area (7 for 224 pixels); None: proportional to the map.
         patch_size: stride of the stem, pixels.
         pretrain_size: side of the pretraining images, pixels, the unit of distances; keep it when the model runs at other sizes.
@@ -302,7 +345,7 @@ class TransNeXt(Backbone):
         drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
-        ValueError: lists of different lengths, other channels or paths.
+        ValueError: lists of different lengths, channels that are not divisible by the heads, an even window_size, or other paths.
     """
 
     def __init__(
@@ -312,6 +355,9 @@ class TransNeXt(Backbone):
         depths: Sequence[int],
         mlp_ratios: Sequence[float],
         pool_ratios: Sequence[int],
+        num_heads: Sequence[int] | None = None,
+        window_size: int | Sequence[int] = 3,
+        qkv_bias: bool = True,
         fixed_pool_size: int | None = None,
         patch_size: int = 4,
         pretrain_size: int = 224,
@@ -325,8 +371,10 @@ class TransNeXt(Backbone):
         if not len(dims) == len(depths) == len(mlp_ratios) == len(pool_ratios):
             given = f"{dims}, {depths}, {mlp_ratios} and {pool_ratios}"
             raise ValueError(f"dims, depths, mlp_ratios and pool_ratios need one value per stage, got {given}")
-        if wrong := [dim for dim in dims if dim % HEAD_DIM]:
-            raise ValueError(f"dims must be multiples of {HEAD_DIM}, the width of a head, got {wrong[0]}")
+        if num_heads is None and (wrong := [dim for dim in dims if dim % HEAD_DIM]):
+            raise ValueError(f"dims must be multiples of {HEAD_DIM}, the width of a head, unless num_heads is given; got {wrong[0]}")
+        heads = per_stage([dim // HEAD_DIM for dim in dims] if num_heads is None else num_heads, len(dims), "num_heads")
+        windows = per_stage(window_size, len(dims), "window_size")
         if not paths or not set(paths) <= set(PATHS):
             raise ValueError(f"paths must be among {', '.join(PATHS)}, got {paths}")
         stages = [Stage(dim, patch_size * 2**k) for k, dim in enumerate(dims)]
@@ -336,8 +384,10 @@ class TransNeXt(Backbone):
         def attention(k: int) -> nn.Module:
             side = max(2, pretrain_size // stages[k].stride)
             if pool_ratios[k] == 1:
-                return FullAttention(dims[k], dims[k] // HEAD_DIM, side)
-            return AggregatedAttention(dims[k], dims[k] // HEAD_DIM, side, pool_ratios[k], fixed_pool_size, paths)
+                return FullAttention(dims[k], heads[k], side, qkv_bias=qkv_bias)
+            return AggregatedAttention(
+                dims[k], heads[k], side, pool_ratios[k], fixed_pool_size, paths, window_size=windows[k], qkv_bias=qkv_bias
+            )
 
         def mlp(k: int) -> nn.Module:
             hidden = mlp_ratios[k] * dims[k]
