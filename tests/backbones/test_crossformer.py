@@ -80,11 +80,13 @@ def literal_attention(block: CrossFormerBlock, x: Tensor, size: int, interval: i
 def literal(model: CrossFormer, image: Tensor) -> Tensor:
     """Literal implementation of the whole model, also the reference for benchmarks."""
     x = model.patch_embed(image)
+    if model.pos_embed is not None:  # of this grid
+        x = x + model.pos_embed.view(1, *x.shape[1:])
     for stage in model.stages:
         x = stage.downsample(x)
-        for block in stage.blocks:
-            whole = min(x.shape[1:3]) <= stage.group_sizes[0]
-            size = min(x.shape[1:3]) if whole else stage.group_sizes[0]
+        for block, side in zip(stage.blocks, stage.group_sizes, strict=True):
+            whole = min(x.shape[1:3]) <= side
+            size = min(x.shape[1:3]) if whole else side
             x = x + literal_attention(block, block.norm1(x), size, stage.interval if block.far and not whole else 1)
             x = x + block.mlp(block.norm2(x))
             if block.ex_conv is not None:
@@ -104,6 +106,29 @@ def test_equals_the_literal_words(size: tuple[int, int]):
     model = vitarium.create_model("crossformer_pico", cooling=True, depths=(4, 2)).double().eval()
     image = torch.randn(2, 3, *size, dtype=torch.float64)
     torch.testing.assert_close(model(image), literal(model, image), rtol=0, atol=1e-11)
+
+
+@pytest.mark.identity
+@pytest.mark.parametrize("size", [(32, 32), (35, 50)])
+def test_options_equal_the_literal_words(size: tuple[int, int]):
+    """Group sizes per block, ratios and kernels per stage, positions of a rectangle, no norm of patches, no biases, another scale."""
+    options = dict(group_sizes=((3, 4), 2), mlp_ratio=(2.0, 3.0), merge_kernels=((2, 6),), qkv_bias=False, qk_scale=0.4)
+    model = vitarium.create_model("crossformer_pico", patch_norm=False, pos_embed=True, image_size=size, **options).double().eval()
+    assert [block.mlp.fc1.out_features for stage in model.stages for block in stage.blocks] == [64, 64, 192, 192]
+    assert [conv.kernel_size for conv in model.stages[1].downsample.reductions] == [(2, 2), (6, 6)]
+    image = torch.randn(2, 3, *size, dtype=torch.float64)
+    torch.testing.assert_close(model(image), literal(model, image), rtol=0, atol=1e-11)
+
+
+def test_detectors_files_and_absolute_positions_load(tmp_path):
+    model = vitarium.create_model("crossformer_pico", num_classes=0, pos_embed=True)
+    names = {}
+    for name, tensor in model.state_dict().items():
+        theirs = name.replace("pos_embed", "absolute_pos_embed").replace("stages.1.downsample", "layers.0.downsample")
+        names["backbone." + theirs.replace("stages.", "layers.").replace("position_bias.", "pos.")] = tensor
+    torch.save({"state_dict": names | {"neck.lateral_convs.0.conv.weight": torch.zeros(3)}}, tmp_path / "retinanet.pth")
+    loaded = vitarium.create_model("crossformer_pico", num_classes=0, pos_embed=True, checkpoint=tmp_path / "retinanet.pth")
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
 
 
 @pytest.mark.identity

@@ -11,29 +11,31 @@ import vitarium
 from tests.backbones.test_contract import CLASSES, image_for, largest_error, some_loss
 from vitarium.nn import Backbone
 
-OPTIONS = {
-    "swin_pico": dict(pos_embed=True, patch_norm=False, qkv_bias=False, qk_scale=0.3, stage_norms=True, window_size=(4, 2)),
-    "swin_mlp_pico": dict(pos_embed=True, patch_norm=False, window_size=(4, 2)),
-    "convit_pico": dict(qkv_bias=True, qk_scale=0.3, pos_embed=False),
-    "t2t_vit_pico": dict(qkv_bias=True, qk_scale=0.3),
-    "tinyvit_pico": dict(num_heads=(4, 1), expand_ratio=2.0, mlp_ratio=3.0, local_conv_size=5),
-    "crossvit_pico": dict(depths=((1, 2, 1), (2, 1, 1)), qkv_bias=False, qk_scale=0.3, fixed_sizes=True),
-    "cvt_pico": dict(cls_tokens=(True, False), projection=("linear", "avg"), qkv_kernel=(3, 2), kv_padding=(1, 0), qkv_bias=(False, True)),
-    "transnext_pico": dict(num_heads=(2, 6), window_size=(5, 3), qkv_bias=False, fixed_pool_size=3),
-    "crossformer_pico": dict(
-        **dict(group_sizes=((4, 3), 4), merge_kernels=((2, 6),), mlp_ratio=(2.0, 3.0), qkv_bias=False, qk_scale=0.3),
-        **dict(patch_norm=False, pos_embed=True),
+OPTIONS = [
+    ("swin_pico", dict(pos_embed=True, patch_norm=False, qkv_bias=False, qk_scale=0.3, stage_norms=True, window_size=(4, 2))),
+    ("swin_mlp_pico", dict(pos_embed=True, patch_norm=False, window_size=(4, 2))),
+    ("convit_pico", dict(qkv_bias=True, qk_scale=0.3, pos_embed=False)),
+    ("t2t_vit_pico", dict(qkv_bias=True, qk_scale=0.3)),
+    ("tinyvit_pico", dict(num_heads=(4, 1), expand_ratio=2.0, mlp_ratio=3.0, local_conv_size=5)),
+    ("crossvit_pico", dict(depths=((1, 2, 1), (2, 1, 1)), qkv_bias=False, qk_scale=0.3, fixed_sizes=True)),
+    ("cvt_pico", dict(cls_tokens=(True, False), projection=("linear", "avg"), qkv_kernel=(3, 2), kv_padding=(1, 0), qkv_bias=False)),
+    ("transnext_pico", dict(num_heads=(2, 6), window_size=(5, 3), qkv_bias=False, fixed_pool_size=3)),
+    ("transnext_pico", dict(bias_size=12)),
+    (
+        "crossformer_pico",
+        dict(group_sizes=((4, 3), 4), merge_kernels=((2, 6),), mlp_ratio=(2.0, 3.0), qkv_bias=False, patch_norm=False, pos_embed=True),
     ),
-    "convnext_pico": dict(layer_scale_init_value=0, stage_norms=True),
-}
-"""Model -> options that no variant of it uses."""
+    ("convnext_pico", dict(layer_scale_init_value=0, stage_norms=True)),
+]
+"""Models with options that no variant uses."""
 
 
-@pytest.fixture(params=OPTIONS)
+@pytest.fixture(params=OPTIONS, ids=lambda case: f"{case[0]}-{next(iter(case[1]))}")
 def model(request: pytest.FixtureRequest) -> Backbone:
     """Return a model with its new options, away from its initial zeros and ones, in evaluation mode."""
     torch.manual_seed(0)
-    model = vitarium.create_model(request.param, num_classes=CLASSES, **OPTIONS[request.param])
+    name, options = request.param
+    model = vitarium.create_model(name, num_classes=CLASSES, **options)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))

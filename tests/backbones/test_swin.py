@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import vitarium
 from tests.golden import assert_matches_golden, fill_value
 from vitarium.backbones.swin import DIALECTS, OFFICIAL, PatchMerging, Swin, SwinBlock, SwinMlp
+from vitarium.errors import UsageError
 from vitarium.nn import WindowAttention
 from vitarium.ops.windows import window_layout, window_partition, window_reverse
 
@@ -35,6 +36,18 @@ def test_absolute_positions_equal_the_authors_model():
         **dict(qkv_bias=False, patch_norm=False, pos_embed=True, image_size=(256, 128)),
     )
     assert_matches_golden("swin-ape_w4_256x128", model, outputs)
+
+
+def test_positions_of_a_rectangle_are_saved(tmp_path):
+    model = vitarium.create_model("swin_pico", pos_embed=True, image_size=(16, 32), num_classes=3).eval()
+    assert model.pos_embed.shape == (1, 4 * 8, 40)
+    assert model.preprocessing.image_size == 32
+    vitarium.save(model, tmp_path / "model.safetensors")
+    image = torch.randn(1, 3, 16, 32)
+    assert torch.equal(vitarium.load(tmp_path / "model.safetensors").eval()(image), model(image))
+    for name, size in (("swin_pico", (16, 0)), ("swin_pico", "16"), ("convnext_pico", (16, 32)), ("convit_pico", (16, 32))):
+        with pytest.raises(UsageError, match=r"image_size|convit_pico cannot be built"):
+            vitarium.create_model(name, image_size=size)
 
 
 def test_absolute_positions_equal_transformers(tmp_path):
@@ -115,6 +128,19 @@ def test_stage_norms_are_applied_to_the_outputs_alone():
     plain = model.forward_intermediates(x, intermediates_only=True)
     for norm, a, b in zip(norms, plain, normed, strict=True):
         assert torch.equal(norm(a), b)
+
+
+def test_simmim_files_of_transformers_load(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SwinConfig(embed_dim=24, depths=[1, 2], num_heads=[2, 3], window_size=4, image_size=64)
+    theirs = transformers.SwinForMaskedImageModeling(config).eval()
+    theirs.save_pretrained(tmp_path)
+    sizes = dict(embed_dim=24, depths=(1, 2), num_heads=(2, 3), window_size=4, num_classes=0)
+    ours = vitarium.create_model("swin_tiny", checkpoint=tmp_path / "model.safetensors", **sizes).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = theirs.swin(x).last_hidden_state
+        torch.testing.assert_close(ours.forward_features(x).flatten(2).transpose(1, 2), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

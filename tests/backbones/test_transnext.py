@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable
 
 import pytest
@@ -50,6 +51,38 @@ def test_equals_the_authors_coordinates(golden: str, size: tuple[int, int], pool
     error = compare(golden, {"coords": inputs[kind], "local_length": length[:, None], "mask": mask})
     assert error < 1e-6
     RESULTS.append((golden, error))
+
+
+@pytest.mark.identity
+@pytest.mark.parametrize("size", [(16, 16), (24, 40)])
+def test_interpolated_biases_are_bilinear_in_each_axis_of_queries_and_keys(size: tuple[int, int]):
+    model = vitarium.create_model("transnext_pico", bias_size=16, pretrain_size=16).double().eval()
+    part = model.stages[0].blocks[0].attn  # maps of 8 x 8 and keys of 2 x 2 at 16 pixels
+    grid = (size[0] // 2, size[1] // 2)
+    pooled = (grid[0] // 4, grid[1] // 4)
+    table = part.position_bias((8, 8), (2, 2)).reshape(part.num_heads, 8, 8, 2, 2)
+    sides = zip((8, 8, 2, 2), (*grid, *pooled), strict=True)
+    steps = [F.interpolate(torch.eye(old, dtype=torch.float64)[None], new, mode="linear")[0] for old, new in sides]
+    expected = torch.einsum("habcd,ai,bj,cp,dq->hijpq", table, *steps).reshape(part.num_heads, math.prod(grid), math.prod(pooled))
+    torch.testing.assert_close(part.bias(grid, pooled, torch.float64), expected, rtol=0, atol=1e-12)
+    if size == (16, 16):
+        plain = vitarium.create_model("transnext_pico", pretrain_size=16).double().eval()
+        plain.load_state_dict(model.state_dict())
+        image = torch.randn(1, 3, *size, dtype=torch.float64)
+        torch.testing.assert_close(model(image), plain(image), rtol=0, atol=1e-12)
+
+
+def test_segmenters_files_load(tmp_path):
+    model = vitarium.create_model("transnext_pico", num_classes=0)
+    names = {}
+    for name, tensor in model.state_dict().items():
+        found = re.match(r"stages\.(\d)\.(downsample|blocks|norm)\.(.*)", name)
+        part = {"downsample": "patch_embed", "blocks": "block", "norm": "norm"}[found[2]]
+        theirs = found[3].replace("position_bias.", "").replace("mlp.dwconv.", "mlp.dwconv.dwconv.")
+        names[f"backbone.{part}{int(found[1]) + 1}.{theirs}"] = tensor
+    torch.save({"state_dict": names | {"decode_head.conv_seg.bias": torch.zeros(150)}}, tmp_path / "upernet.pth")
+    loaded = vitarium.create_model("transnext_pico", num_classes=0, bias_size=16, checkpoint=tmp_path / "upernet.pth")
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
 
 
 def test_biases_of_the_projections_are_optional():

@@ -307,12 +307,7 @@ class CrossFormer(Backbone):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ):
-        if not len(depths) == len(num_heads) == len(group_sizes) == len(intervals):
-            given = f"{depths}, {num_heads}, {group_sizes} and {intervals}"
-            raise ValueError(f"depths, num_heads, group_sizes and intervals need one value per stage, got {given}")
-        sizes = [per_stage(size, depth, "group_sizes of a stage") for size, depth in zip(group_sizes, depths, strict=True)]
-        if min(*(size for row in sizes for size in row), *intervals) < 1:
-            raise ValueError(f"group_sizes and intervals must be at least 1, got {group_sizes} and {intervals}")
+        sizes = _sizes_per_block(depths, num_heads, group_sizes, intervals)
         ratios = per_stage(mlp_ratio, len(depths), "mlp_ratio")
         merges = _merges(merge_kernels, len(depths) - 1)
         dims = [embed_dim * 2**k for k in range(len(depths))]
@@ -364,6 +359,19 @@ class CrossFormer(Backbone):
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
         """Resize a position table of a checkpoint to the grid of this model; return None for any other tensor."""
         return fit_position_table(tensor, shape, self.table_grid) if name == "pos_embed" else None
+
+
+def _sizes_per_block(
+    depths: Sequence[int], num_heads: Sequence[int], group_sizes: Sequence[int | Sequence[int]], intervals: Sequence[int]
+) -> list[list[int]]:
+    """Return the group size of each block of each stage, after the checks of the lists."""
+    if not len(depths) == len(num_heads) == len(group_sizes) == len(intervals):
+        given = f"{depths}, {num_heads}, {group_sizes} and {intervals}"
+        raise ValueError(f"depths, num_heads, group_sizes and intervals need one value per stage, got {given}")
+    sizes = [per_stage(size, depth, "group_sizes of a stage") for size, depth in zip(group_sizes, depths, strict=True)]
+    if min(*(size for row in sizes for size in row), *intervals) < 1:
+        raise ValueError(f"group_sizes and intervals must be at least 1, got {group_sizes} and {intervals}")
+    return sizes
 
 
 def _merges(kernels: Sequence[int] | Sequence[Sequence[int]], count: int) -> list[Sequence[int]]:

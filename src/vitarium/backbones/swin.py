@@ -272,6 +272,10 @@ def _tags(timm_name: str, *tags: str, hf: str = "") -> dict[str, tuple[str, ...]
         "large": dict(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48)),  # 197 M, 86.3 % from 22K
         "large_384": dict(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48), window_size=12, image_size=384),  # 87.3 %
         "tiny_c24": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(4, 8, 16, 32), window_size=8, image_size=256),
+        "base_192": dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), window_size=6, image_size=192),  # SimMIM's
+        "large_192": dict(  # SimMIM's
+            embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48), window_size=(12, 12, 12, 6), image_size=192
+        ),
     },
     official=OFFICIAL,
     dialects=DIALECTS,
@@ -282,6 +286,7 @@ def _tags(timm_name: str, *tags: str, hf: str = "") -> dict[str, tuple[str, ...]
         "base_384": _tags("swin_base_patch4_window12_384", "in1k", "in22k", "in22k_ft_in1k", hf="swin-base-patch4-window12-384"),
         "large": _tags("swin_large_patch4_window7_224", "in22k_ft_in1k", "in22k", hf="swin-large-patch4-window7-224"),
         "large_384": _tags("swin_large_patch4_window12_384", "in22k_ft_in1k", "in22k", hf="swin-large-patch4-window12-384"),
+        "base_192": {"simmim": ("hf:microsoft/swin-base-simmim-window6-192",)},
     },
     crop_pct=0.875,
 )

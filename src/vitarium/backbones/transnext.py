@@ -10,7 +10,7 @@ map (aggregated attention). The MLP is a gated linear unit whose gate passes a d
 The last stage uses full attention with the same queries. The scaling by the logarithm of the number of keys and the position bias as a
 function of distance let the model generalise to other image sizes.
 Follows the authors' code (github DaiShiResearch/TransNeXt, native attention); its checkpoints load by name: classifiers, and detectors and
-segmenters (only the backbone is read). Distances and logarithms are computed in float32, as there. Any image size.
+segmenters (only the backbone is read; `bias_size`). Distances and logarithms are computed in float32, as there. Any image size.
 Left out: dropout of the attention weights, which no config uses; the epsilon of the norms, which is 1e-6 in all released models.
 Cost: quadratic in area, 1/64 of full attention; linear with `fixed_pool_size`.
 
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ from vitarium.ops.attention import merge_heads, split_heads, split_packed_heads
 from vitarium.ops.maps import as_tokens
 
 PATHS = ("local", "pooled")
+Grid = tuple[int, int]
 HEAD_DIM = 24
 """Channels per head of the released models."""
 
@@ -113,10 +115,29 @@ class DistancePositionBias(nn.Module):
         return table[kind.flatten()].view(*kind.shape, table.shape[1]).permute(2, 0, 1).contiguous()
 
 
-class CosineAttention(nn.Module):
-    """Base of both attentions: normalised queries plus an embedding, scaled by a temperature and the logarithm of the number of keys."""
+def interpolated(bias: Tensor, old: tuple[Grid, Grid], new: tuple[Grid, Grid]) -> Tensor:
+    """Interpolate position biases bilinearly to other grids of queries and keys: (h, N, P) -> (h, N', P').
 
-    def __init__(self, dim: int, num_heads: int, pretrain_side: int):
+    Args:
+        bias: of the grids `old`.
+        old, new: rows and columns of the queries and of the keys.
+    """
+    for old_grid, new_grid in zip(reversed(old), reversed(new), strict=True):  # the keys, then the queries
+        bias = F.interpolate(bias.unflatten(2, old_grid), new_grid, mode="bilinear").flatten(2).transpose(1, 2)
+    return bias
+
+
+class CosineAttention(nn.Module):
+    """Base of both attentions: normalised queries plus an embedding, scaled by a temperature and the logarithm of the number of keys.
+
+    Args:
+        dim, num_heads: channels and heads.
+        pretrain_side: side of the map of this stage in pretraining, tokens.
+        bias_side: side of the map for which the position biases are computed; they are interpolated for others. None: for each map.
+        pool_ratio: ratio of the sides of the map to those of the grid of keys.
+    """
+
+    def __init__(self, dim: int, num_heads: int, pretrain_side: int, bias_side: int | None = None, pool_ratio: int = 1):
         if dim % num_heads:
             raise ValueError(f"dim must be divisible by num_heads, got {dim} and {num_heads}")
         super().__init__()
@@ -124,6 +145,8 @@ class CosineAttention(nn.Module):
         self.temperature = nn.Parameter(torch.full((num_heads, 1, 1), math.log(math.exp(1 / 0.24) - 1)))
         self.query_embedding = nn.Parameter(torch.empty(num_heads, 1, dim // num_heads))
         self.position_bias = DistancePositionBias(num_heads, pretrain_side)
+        sides = None if bias_side is None else (bias_side, max(1, bias_side // pool_ratio))
+        self.bias_grids = None if sides is None else ((sides[0], sides[0]), (sides[1], sides[1]))
         self.proj = Linear(dim, dim)
         self.cache = EvalCache()
         nn.init.trunc_normal_(self.query_embedding, std=0.02)
@@ -139,14 +162,20 @@ class CosineAttention(nn.Module):
 
     def bias(self, grid: tuple[int, int], pooled: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """Return the position biases (h, N, P), cached in evaluation mode."""
-        return self.cache.get(self, (grid, pooled, dtype), self.position_bias, lambda: self.position_bias(grid, pooled).to(dtype))
+
+        def build() -> Tensor:
+            if self.bias_grids is None:
+                return self.position_bias(grid, pooled).to(dtype)
+            return interpolated(self.position_bias(*self.bias_grids), self.bias_grids, (grid, pooled)).to(dtype).contiguous()
+
+        return self.cache.get(self, (grid, pooled, dtype), self.position_bias, build)
 
 
 class FullAttention(CosineAttention):
     """Attention between all tokens: (B, H, W, C) -> the same shape."""
 
-    def __init__(self, dim: int, num_heads: int, pretrain_side: int, *, qkv_bias: bool = True):
-        super().__init__(dim, num_heads, pretrain_side)
+    def __init__(self, dim: int, num_heads: int, pretrain_side: int, *, qkv_bias: bool = True, bias_side: int | None = None):
+        super().__init__(dim, num_heads, pretrain_side, bias_side)
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,6 +198,7 @@ class AggregatedAttention(CosineAttention):
         paths: the keys: "local", "pooled" or both.
         window_size: side K of the neighbourhood, tokens, odd.
         qkv_bias: whether the projections to queries, keys and values have a bias.
+        bias_side: see `CosineAttention`.
 
     Raises:
         ValueError: dim is not divisible by num_heads, or an even window_size.
@@ -185,10 +215,11 @@ class AggregatedAttention(CosineAttention):
         *,
         window_size: int = 3,
         qkv_bias: bool = True,
+        bias_side: int | None = None,
     ):
         if window_size % 2 == 0:
             raise ValueError(f"window_size must be odd, so that a neighbourhood has a centre; got {window_size}, try {window_size + 1}")
-        super().__init__(dim, num_heads, pretrain_side)
+        super().__init__(dim, num_heads, pretrain_side, bias_side, pool_ratio)
         self.pool_ratio, self.fixed_pool_size, self.paths = pool_ratio, fixed_pool_size, tuple(paths)
         self.window_size = window_size
         self.q = Linear(dim, dim, bias=qkv_bias)
@@ -339,13 +370,16 @@ class TransNeXt(Backbone):
         fixed_pool_size: fixed side of the pooled grid, for a cost linear in area (7 for 224 pixels); None: proportional to the map.
         patch_size: stride of the stem, pixels.
         pretrain_size: side of the pretraining images, pixels, the unit of distances; keep it when the model runs at other sizes.
+        bias_size: side of the image for which position biases are computed, pixels; for other images they are interpolated bilinearly, as
+            by default in the authors' detectors and segmenters (their `img_size`). None: biases are computed for each image.
         paths: keys of aggregated attention, "local", "pooled" or both; a single one for the paper's ablation.
         conv_glu: use the gated unit; False: a plain MLP of the same size, for the paper's ablation.
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
 
     Raises:
-        ValueError: lists of different lengths, channels that are not divisible by the heads, an even window_size, or other paths.
+        ValueError: lists of different lengths, both bias_size and fixed_pool_size, channels that are not divisible by the heads, an even
+            window_size, or other paths.
     """
 
     def __init__(
@@ -361,6 +395,7 @@ class TransNeXt(Backbone):
         fixed_pool_size: int | None = None,
         patch_size: int = 4,
         pretrain_size: int = 224,
+        bias_size: int | None = None,
         paths: Sequence[str] = PATHS,
         conv_glu: bool = True,
         in_chans: int = 3,
@@ -375,6 +410,10 @@ class TransNeXt(Backbone):
             raise ValueError(f"dims must be multiples of {HEAD_DIM}, the width of a head, unless num_heads is given; got {wrong[0]}")
         heads = per_stage([dim // HEAD_DIM for dim in dims] if num_heads is None else num_heads, len(dims), "num_heads")
         windows = per_stage(window_size, len(dims), "window_size")
+        if bias_size is not None and fixed_pool_size is not None:
+            raise ValueError(
+                "bias_size and fixed_pool_size exclude each other: the authors' interpolated biases have no fixed grid of keys"
+            )
         if not paths or not set(paths) <= set(PATHS):
             raise ValueError(f"paths must be among {', '.join(PATHS)}, got {paths}")
         stages = [Stage(dim, patch_size * 2**k) for k, dim in enumerate(dims)]
@@ -383,11 +422,11 @@ class TransNeXt(Backbone):
 
         def attention(k: int) -> nn.Module:
             side = max(2, pretrain_size // stages[k].stride)
+            options: dict[str, Any] = dict(qkv_bias=qkv_bias, bias_side=bias_size and max(1, bias_size // stages[k].stride))
             if pool_ratios[k] == 1:
-                return FullAttention(dims[k], heads[k], side, qkv_bias=qkv_bias)
-            return AggregatedAttention(
-                dims[k], heads[k], side, pool_ratios[k], fixed_pool_size, paths, window_size=windows[k], qkv_bias=qkv_bias
-            )
+                return FullAttention(dims[k], heads[k], side, **options)
+            options["window_size"] = windows[k]
+            return AggregatedAttention(dims[k], heads[k], side, pool_ratios[k], fixed_pool_size, paths, **options)
 
         def mlp(k: int) -> nn.Module:
             hidden = mlp_ratios[k] * dims[k]

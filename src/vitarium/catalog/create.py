@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def create_model(
     num_classes: int | None = None,
     checkpoint: str | Path | None = None,
     pretrained: bool = False,
-    image_size: int | None = None,
+    image_size: int | Sequence[int] | None = None,
     frames: int | None = None,
     strict: bool = True,
     **arguments: Any,
@@ -43,7 +44,8 @@ def create_model(
         checkpoint: weights to load: a path, "hf:owner/name[/file]", or an http(s) address. Tensor names of the authors and of timm are
             recognised.
         pretrained: whether to find published weights by the variant's table; a tag in the name implies it.
-        image_size: side of the square input, pixels, for the preprocessing (and for architectures that fix it).
+        image_size: side of the square input, pixels, for the preprocessing (and for architectures that fix it); of our models with a
+            position table of a rectangle also (height, width), of which the preprocessing takes the larger.
         strict: raise for a checkpoint that lacks parameters (a head of other classes is always allowed).
         frames: length of a video model's clip; `stride` beside it is the step between its frames (see `Preprocessing`).
         arguments: any of the constructor's.
@@ -61,6 +63,9 @@ def create_model(
     given = dict(arguments)
     for option, value, least in (("num_classes", num_classes, 0), ("image_size", image_size, 1), ("frames", frames, 1)):
         if value is None:
+            continue
+        if option == "image_size" and isinstance(value, Sequence) and not name.startswith(("timm/", "hf/")):
+            given[option] = _rectangle(value)
             continue
         if not isinstance(value, int) or value < least:
             raise UsageError(f"{option} must be a whole number of at least {least}, got {value!r}")
@@ -93,11 +98,22 @@ def create_model(
     return model
 
 
+def _rectangle(size: Sequence[Any]) -> tuple[int, int]:
+    """Return a checked (height, width), pixels."""
+    if isinstance(size, str) or len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise UsageError(f"image_size must be a whole number of at least 1, or two of them (height, width), got {size!r}")
+    return size[0], size[1]
+
+
 def _create_ours(name: str, **given: Any) -> nn.Module:
     family, variant = find_model(name)
     parameters = inspect.signature(family.cls).parameters
     about_input = {k: v for k, v in given.items() if k in INPUT_KEYS and (k == "image_size" or "frames" in family.variants[variant])}
     given = {k: v for k, v in given.items() if k not in about_input or k in parameters}
+    if isinstance(size := about_input.get("image_size"), tuple):
+        if "image_size" not in parameters:
+            raise UsageError(f"{name} has no position table: give image_size={max(size)}, the side of the square of the preprocessing")
+        about_input["image_size"] = max(size)
     if wrong := [k for k in given if k not in parameters]:
         hint = nearest(wrong[0], parameters)
         raise UsageError(f"{name} takes no argument {wrong[0]!r}{hint} (it takes {', '.join(parameters)})")
