@@ -52,6 +52,10 @@ def test_listing_models_imports_no_other():
         (["models", "--fits", "gmacs<2", "--image-size", "128"], "models fit"),
         (["info", "swin_tiny"], "28.3 M"),
         (["info", "swim_tiny"], "did you mean swin_tiny"),
+        (["methods"], "sparse_prune"),
+        (["methods", "--family", "pruning", "--training", "none"], "sparse_prune"),
+        (["recipes"], "deit"),
+        (["recipes", "swin_pico", "--task", "classify"], "deit"),
         (["--help"], "Usage"),
     ],
 )
@@ -60,7 +64,7 @@ def test_commands_that_list_import_only_the_terminal(arguments, expected):
     code += f"result = CliRunner().invoke(app, {arguments!r}); assert {expected!r} in result.output, result.output"
     modules = modules_after(code)
     assert not [m for m in ("torch", "numpy", "yaml", "PIL", *HEAVY) if m in modules]
-    assert rooms(modules) <= {"catalog", "cli", "errors", "files", "numbers", "verbs", "version"}
+    assert rooms(modules) <= {"catalog", "cli", "errors", "files", "numbers", "pages", "verbs", "version"}
 
 
 def test_completion_reads_the_index():
@@ -105,6 +109,8 @@ def test_there_are_no_circles():
         ("vitarium claim swi", "swin"),
         ("vitarium systems --room effi", "efficiency/tokens"),
         ("vitarium predict x.jpg --apply pit", "pitome"),
+        ("vitarium train dei", "deit"),
+        ("vitarium recipes --task segm", "segment"),
         ("vitarium train pico --model convnext_p", "convnext_pico"),
     ],
 )

@@ -36,8 +36,10 @@ if TYPE_CHECKING:
     from vitarium.verbs.export import export as export
     from vitarium.verbs.generate import generate as generate
     from vitarium.verbs.index import index as index
+    from vitarium.verbs.methods import methods as methods
     from vitarium.verbs.predict import predict as predict
     from vitarium.verbs.probe import probe as probe
+    from vitarium.verbs.recipes import recipes as recipes
     from vitarium.verbs.restore import restore as restore
     from vitarium.verbs.search import search as search
     from vitarium.verbs.train import train as train
@@ -52,8 +54,10 @@ VERBS = (
     "export",
     "generate",
     "index",
+    "methods",
     "predict",
     "probe",
+    "recipes",
     "restore",
     "search",
     "train",

@@ -6,6 +6,7 @@ from torch import nn
 
 from vitarium.anatomy import of_open_clip, of_ours, of_timm, of_transformers
 from vitarium.anatomy.parts import Anatomy
+from vitarium.catalog.calling import required_arguments
 from vitarium.errors import UnsupportedModel
 
 FAMILIES = (of_timm, of_transformers, of_open_clip, of_ours)
@@ -50,6 +51,8 @@ def _lack(model: nn.Module) -> str:
         reasons.append(f"it is a pyramid with strides {', '.join(map(str, strides))} and no single sequence of tokens")
     elif isinstance(depths, list | tuple) and len(depths) > 1:
         reasons.append(f"it is a pyramid of {len(depths)} stages and has no single sequence of tokens")
+    if len(inputs := required_arguments(model)) > 1:
+        reasons.append(f"it is called with {', '.join(inputs)}, and its blocks depend on more than their tokens")
     if reasons and not any("attention" in type(part).__name__.lower() or "attn" in name.lower() for name, part in model.named_modules()):
         reasons.append("it has no attention")
     return f" ({'; '.join(reasons)})" if reasons else ""

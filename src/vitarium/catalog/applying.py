@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from vitarium.catalog.calling import Inputs, arguments, example_inputs
-from vitarium.catalog.methods import KINDS, AttachReport, Method, build_method, parse_method
+from vitarium.catalog.methods import KINDS, AttachReport, Method, build_method, find_method, list_methods, parse_method
 from vitarium.catalog.probe import bytes_of, macs_of
-from vitarium.errors import AttachError, UsageError
+from vitarium.errors import AttachError, UnsupportedModel, UsageError
 
 
 def apply(
@@ -45,14 +45,17 @@ def apply(
     applied: list[AttachReport] = []
     try:
         for one in parsed:
+            _check_refusal(model, one)
             before = _cost(model, inputs, applied)
             report = _checked(model, one.attach(model))
             applied.append(report)
             report.macs_before, report.bytes_before = before
             report.macs_after, report.bytes_after = _cost(model, inputs)
-    except BaseException:
+    except BaseException as error:
         for report in reversed(applied):
             _restore(model, report)
+        if isinstance(error, AttachError | UnsupportedModel):
+            raise type(error)(f"{error}{_others(model)}") from error
         raise
     if not keep_original:
         for report in applied:
@@ -62,6 +65,37 @@ def apply(
         for report in applied:
             print(report)
     return model
+
+
+def fitting_methods(model: nn.Module) -> dict[str, str]:
+    """Return every method with the reason why a model does not take it; "" where it fits. The model is unchanged.
+
+    Methods are tried with their default options; others may fit where these do not (`sparse_prune` fits every model, its
+    structure=heads only plain vision transformers).
+    """
+    found: dict[str, str] = {}
+    for slug in list_methods():
+        one = find_method(slug)()
+        try:
+            _check_refusal(model, one)
+            one.check_fits(model)
+            found[slug] = ""
+        except (AttachError, UnsupportedModel) as error:
+            found[slug] = str(error)
+    return found
+
+
+def _others(model: nn.Module) -> str:
+    """Return the end of the message of a refusal, with the methods that fit the model; "" if none does."""
+    fit = [slug for slug, reason in fitting_methods(model).items() if not reason]
+    return f"; methods that fit this {type(model).__name__}: {', '.join(fit)} ('vitarium methods' describes them)" if fit else ""
+
+
+def _check_refusal(model: nn.Module, one: Method) -> None:
+    """Raise AttachError for a kind of method, or a method, that a model's `refuses` lists with the reason."""
+    listed = getattr(model, "refuses", {})
+    if reason := listed.get(one.slug) or listed.get(one.kind):
+        raise AttachError(f"a {type(model).__name__} does not take {one.slug}: {reason}")
 
 
 def undo(model: nn.Module) -> nn.Module:

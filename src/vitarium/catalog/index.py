@@ -189,7 +189,8 @@ class Entry:
         module: dotted name.
         summary: first paragraph of the module's docstring.
         families: by name.
-        methods, learners, explainers, tasks: name -> {"module", and for methods "kind", for learners "task"}.
+        methods, learners, explainers, tasks: name -> {"module"}; of methods also "kind", "training", "summary" and "options" ({"name",
+            "default", "help"} each), of learners "task".
         claim: {"says", "minutes"}, or None if the system has none.
     """
 

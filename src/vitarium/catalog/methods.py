@@ -13,6 +13,7 @@ Kinds apply in the order prune, reduce, adapt, quantize, explain: a later kind m
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from vitarium.assignments import parse_call
 from vitarium.catalog.classes import Classes
 from vitarium.catalog.options import check_names
-from vitarium.errors import UsageError
+from vitarium.errors import AttachError, UsageError
 
 Kind = Literal["prune", "reduce", "adapt", "quantize", "explain"]
 KINDS: tuple[Kind, ...] = ("prune", "reduce", "adapt", "quantize", "explain")
@@ -107,6 +108,8 @@ class Method:
     kind: ClassVar[Kind]
     tunable: ClassVar[tuple[str, ...]] = ()
     """Options that can change while the method is attached."""
+    training: ClassVar[Literal["none", "images", "required"]] = "none"
+    """What the method needs beside a trained model: nothing, images for calibration, or training afterwards."""
     keeps_weights: ClassVar[bool] = True
     """True if the model keeps the original weights, so that a loaded file can be undone. False for quantizers and pruners."""
 
@@ -118,6 +121,17 @@ class Method:
             UnsupportedModel: the model's structure is not supported.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define attach")
+
+    def check_fits(self, model: nn.Module) -> None:
+        """Raise what `attach` would raise for this model; the model is unchanged, and nothing is calibrated or computed.
+
+        By default the method is attached to a copy without values, on the meta device.
+
+        Raises:
+            AttachError, UnsupportedModel: see `attach`.
+        """
+        if not self.attach(without_values(model)).sites:
+            raise AttachError(f"{self.slug} found no module to change in a {type(model).__name__}")
 
     def rebuild(self, model: nn.Module, state: Mapping[str, Any]) -> AttachReport:
         """Rebuild on a new model the structure that `attach` creates, from saved options and `state`; weights are loaded afterwards.
@@ -139,6 +153,15 @@ class Method:
             if f.metadata.get("saved", True) and getattr(self, f.name) != f.default
         ]
         return self.slug + (":" + ",".join(given) if given else "")
+
+
+def without_values(model: nn.Module) -> nn.Module:
+    """Return a copy of a model with its parameters and buffers on the meta device, which takes no memory."""
+    tensors = [*model.parameters(), *model.buffers()]
+    shapes: dict[int, Any] = {
+        id(t): nn.Parameter(t.detach().to("meta"), t.requires_grad) if isinstance(t, nn.Parameter) else t.to("meta") for t in tensors
+    }
+    return copy.deepcopy(model, shapes)
 
 
 def _plain(value: Any) -> Any:

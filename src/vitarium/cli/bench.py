@@ -58,6 +58,7 @@ def bench(
     device: Device = "cpu",
     rounds: Annotated[int, typer.Option(min=3, help="Turns of each arm; 7 resolve about 5 % on a noisy machine.")] = 7,
     threads: Annotated[int, typer.Option(min=1, help="Of PyTorch on a CPU; more than there are free cores slow everything down.")] = 1,
+    compile_limit: Annotated[float, typer.Option(min=1, help="Seconds after which the compilation of a model is given up.")] = 240.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Time models beside their peers: equal weights, outputs checked to be equal, turns interleaved, no verdict within the noise."""
@@ -74,6 +75,7 @@ def bench(
             device=device,
             rounds=rounds,
             threads=threads,
+            compile_limit=compile_limit,
             progress=growing.add,
         )
     if as_json:

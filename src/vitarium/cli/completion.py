@@ -40,6 +40,18 @@ def complete_explainer(incomplete: str) -> list[str]:
     return [name for name in read_index().names("explainers") if name.startswith(incomplete)]
 
 
+def complete_task(incomplete: str) -> list[str]:
+    """Return the names of tasks that begin with `incomplete`."""
+    return [name for name in read_index().names("tasks") if name.startswith(incomplete)]
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Return the names of the library's recipes that begin with `incomplete`."""
+    from vitarium.catalog.recipes import recipe_rows
+
+    return [row.name for row in recipe_rows() if row.name.startswith(incomplete)]
+
+
 def complete_method(incomplete: str) -> list[str]:
     """Return the slugs of methods that begin with `incomplete`."""
     return [name for name in read_index().names("methods") if name.startswith(incomplete)]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vitarium.cli.completion import complete_method
 from vitarium.cli.config import configurable
 from vitarium.cli.console import err, note, print_json, print_tables, status
 from vitarium.cli.options import DATA_HELP, BatchSize, Checkpoint, Device
@@ -19,9 +20,15 @@ if TYPE_CHECKING:
 def compress(
     model: Annotated[str, typer.Argument(metavar="MODEL|FILE", help="A file that `vitarium.save` wrote, or a model's name.")],
     methods: Annotated[
-        list[str],
-        typer.Option("--apply", metavar="METHOD:KEY=VALUE,...", help="What to do, as mptq_vit:bits=6 or tome:r=8. Repeatable, in order."),
-    ],
+        list[str] | None,
+        typer.Option(
+            "--apply",
+            metavar="METHOD:KEY=VALUE,...",
+            help="What to do, as mptq_vit:bits=6 or tome:r=8. Repeatable, in order. Without it, those that fit are listed.",
+            autocompletion=complete_method,
+        ),
+    ] = None,
+    *,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write, .safetensors; `vitarium.load` opens it.")],
     data: Annotated[str | None, typer.Option(help=f"{DATA_HELP} For calibration and accuracy.", show_default="none")] = None,
     checkpoint: Checkpoint = None,
@@ -30,13 +37,15 @@ def compress(
     batch_size: BatchSize = 64,
     batch: Annotated[int, typer.Option(min=1, help="Images per call when time is measured.")] = 1,
     compiled: Annotated[bool, typer.Option("--compile", help="Time both under torch.compile too (takes a minute or two).")] = False,
+    compile_limit: Annotated[float, typer.Option(min=1, help="Seconds after which a compilation is given up.")] = 240.0,
     device: Device = "cpu",
     report: Annotated[Path | None, typer.Option(help="JSON file for the table.", show_default="none")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Apply methods to a trained model, write one loadable file, and compare before and after: primary metric, size, time, MACs.
 
-    Methods that calibrate see training images; the metric is taken on the held-out part, of the model as loaded from the file.
+    A result that is slower is said first, with the size from which each method pays on this machine. Methods that calibrate see training
+    images; the metric is taken on the held-out part, of the model as loaded from the file.
     """
     from vitarium.files import write_json
     from vitarium.verbs.compress import compress as run
@@ -44,7 +53,7 @@ def compress(
     with status() as notify:
         found = run(
             model,
-            methods,
+            methods or [],
             output,
             data,
             checkpoint=checkpoint,
@@ -53,6 +62,7 @@ def compress(
             batch_size=batch_size,
             batch=batch,
             compiled=compiled,
+            compile_limit=compile_limit,
             device=device,
             notify=notify,
         )

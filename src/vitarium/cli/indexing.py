@@ -8,6 +8,7 @@ numbers of parameters. `--check` writes nothing and fails on differences.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import inspect
 import json
@@ -236,7 +237,13 @@ def registered_by(slug: str, module: str) -> dict[str, Any]:
 
 def _facts(kind: str, cls: Any) -> dict[str, Any]:
     if kind == "methods":
-        return {"kind": cls.kind}
+        helped = documented_arguments(cls.__doc__)
+        options = [
+            {"name": f.name, "default": plain(f.default), "help": helped.get(f.name, "")}
+            for f in dataclasses.fields(cls)
+            if f.metadata.get("saved", True)
+        ]
+        return {"kind": cls.kind, "training": cls.training, "summary": first_paragraph(cls.__doc__), "options": options}
     return {"task": cls.task_name} if kind == "learners" else {}
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vitarium.cli.completion import complete_model
+from vitarium.cli.completion import complete_model, complete_recipe
 from vitarium.cli.config import configurable
 from vitarium.cli.console import clock, note, out, pairs
 from vitarium.cli.options import DATA_HELP, Accelerator, Apply, Devices, NumNodes, Strategy
@@ -30,7 +30,10 @@ class Precision(StrEnum):
 
 @configurable
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name, or a YAML file of your own.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(help="A recipe's name ('vitarium recipes' lists them), or a YAML file of your own.", autocompletion=complete_recipe),
+    ],
     data: Annotated[str | None, typer.Option(help=DATA_HELP, show_default="the recipe's")] = None,
     model: Annotated[
         str | None,

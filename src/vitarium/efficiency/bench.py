@@ -28,6 +28,7 @@ from vitarium.catalog.calling import Inputs, arguments, call, example_inputs
 from vitarium.catalog.create import preprocessing_of
 from vitarium.catalog.foreign import is_foreign
 from vitarium.catalog.saving import load
+from vitarium.efficiency.limits import time_limit
 from vitarium.efficiency.profiler import count_macs, count_params, device_of, weight_bytes
 from vitarium.errors import InputError, UsageError
 from vitarium.files import is_model_file
@@ -117,6 +118,7 @@ def bench(
     device: str = "cpu",
     rounds: int = 7,
     threads: int = 1,
+    compile_limit: float = 240.0,
 ) -> Iterator[Row]:
     """Time models, each beside its peer, and yield each row when it is measured.
 
@@ -130,9 +132,10 @@ def bench(
         device: "cpu", "cuda", ...
         rounds: at least 3; 7 resolve about 5 % on a noisy machine.
         threads: number of PyTorch's threads on a CPU; more than the free cores slow everything down.
+        compile_limit: seconds after which the compilation of a model is given up (on POSIX, in the main thread).
 
     Raises:
-        UsageError: an option out of range, or an unknown model.
+        UsageError: an option out of range, an unknown model, or a compilation that did not finish.
         OutputsDiffer: the outputs differ from the peer's, beyond rounding.
     """
     if rounds < 3:
@@ -148,7 +151,7 @@ def bench(
             check_trains(contest.trained, name)
         for kind in kinds:
             for batch in (max(batches),) if kind == "training" else batches:
-                yield measure(contest, kind, batch, rounds=rounds, threads=threads)
+                yield measure(contest, kind, batch, rounds=rounds, threads=threads, compile_limit=compile_limit)
 
 
 def peer_of(family: Family, variant: str) -> str:
@@ -293,6 +296,7 @@ def measure(
     threads: int = 1,
     yardstick: nn.Module | None = None,
     yardstick_name: str = "",
+    compile_limit: float = 240.0,
 ) -> Row:
     """Time our model, a second copy of it, the peer (not a function in training) and the yardstick, in turns.
 
@@ -314,7 +318,10 @@ def measure(
     torch.set_num_threads(threads)
     torch.compiler.reset()  # otherwise many models in one process reach the recompilation limit and run eagerly
     try:
-        times = paired({arm: _call(model, given[arm], kind) for arm, model in arms.items()}, rounds=rounds, device=device_of(inputs))
+        calls = {arm: _call(model, given[arm], kind) for arm, model in arms.items()}
+        if kind == "compiled":
+            _compile(calls, contest, compile_limit)
+        times = paired(calls, rounds=rounds, device=device_of(inputs))
     finally:
         torch.set_num_threads(before)
     ratio, again = _ratios(times, "peer", "ours"), _ratios(times, "again", "ours")
@@ -344,6 +351,24 @@ def measure(
         **_spread("share", share),
         peer_share=statistics.median(peer_share) if peer_share else None,
     )
+
+
+def _compile(calls: dict[str, Callable[[], Any]], contest: Contest, limit: float) -> None:
+    """Call every arm once, which compiles it.
+
+    Raises:
+        UsageError: one did not finish within the limit, in seconds.
+    """
+    for arm, run in calls.items():
+        try:
+            with time_limit(limit):
+                run()
+        except TimeoutError as late:
+            torch.compiler.reset()
+            name = contest.peer_name if arm == "peer" else contest.model
+            raise UsageError(
+                f"torch.compile of {name}: {late}; --compile-limit SECONDS raises the limit, or leave --kind compiled out"
+            ) from late
 
 
 def _ratios(times: dict[str, list[float]], above: str, below: str) -> list[float]:

@@ -28,7 +28,7 @@ B batch, C channels, H and W sides of the image, h and w of a map.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -205,6 +205,11 @@ class TTAME(nn.Module):
             arguments |= {name: value for name, value in options.items() if value not in ("drop", "tame")}
             model.spec = ModelSpec("t_tame_any", arguments)  # type: ignore[assignment]
         return model
+
+    refuses: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("reduce", "vpt_proxies"),
+        "its maps come from the features of every patch; apply the method to the classifier, and train a new T-TAME",
+    )
 
     @property
     def explained(self) -> nn.Module:

@@ -54,8 +54,14 @@ class Grid:
     inverse: Tensor | None
     shapes: tuple[tuple[int, int, int, int], ...]
 
-    def pieces(self, most: int) -> Iterator[tuple[int, int, int, int]]:
-        """Return (height, width, first position, last position + 1) of runs of equal windows of about `most` tokens."""
+    def pieces(self, most: int | None) -> Iterator[tuple[int, int, int, int]]:
+        """Return (height, width, first position, last position + 1) of runs of equal windows of about `most` tokens; None: of any number.
+
+        A graph with a variable batch is traced with None, because the number of pieces would fix the batch.
+        """
+        if most is None:
+            yield from self.shapes
+            return
         for height, width, first, last in self.shapes:
             step = max(1, most // (height * width)) * height * width
             for start in range(first, last, step):
@@ -135,7 +141,7 @@ class DenseBlock(nn.Module):
         """Process channels in parts, each (B N, c), in the order of the unshifted grid: (B N, out_dim) in that order."""
         plain = not self.training and in_plain_inference(*parts, self.adjust.weight, self.mlp.fc2.weight)
         results = []
-        for height, width, start, stop in grid.pieces(PIECE_TOKENS if plain and parts[0].device.type == "cpu" else len(parts[0])):
+        for height, width, start, stop in grid.pieces(PIECE_TOKENS if plain and parts[0].device.type == "cpu" else None):
             if grid.order is None:
                 x = torch.cat([part[start:stop] for part in parts], 1)
             else:

@@ -26,7 +26,7 @@ Notation: B batch, C channels, E length of an embedding, K classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -69,6 +69,8 @@ class VisualPromptTuning(Method):
         depth: number of first blocks with prompts; None: all.
         embed_dim: length E of the unit vectors that replace the logits; 0: the classifier is kept, and is trained.
     """
+
+    training: ClassVar[Literal["none", "images", "required"]] = "required"
 
     prompts: Annotated[int, Field(ge=0)] = 10
     depth: Annotated[int, Field(ge=1)] | None = None

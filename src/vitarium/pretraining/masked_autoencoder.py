@@ -29,7 +29,7 @@ from vitarium.nn.inputs import check_floats
 from vitarium.nn.vit import EPS, init_as_mae, sincos_table
 from vitarium.ops.masking import mask_by_noise, restore_tokens, take_tokens, visible_count
 from vitarium.ops.patches import patchify
-from vitarium.pretraining.reconstruction import masked_mean, patch_errors
+from vitarium.pretraining.reconstruction import mask_noise, masked_mean, patch_errors
 from vitarium.training.base import Batch, Learner
 from vitarium.training.learners import learner
 from vitarium.training.settings import Section
@@ -215,6 +215,12 @@ class MaskedAutoencoderLearner(Learner):
 
         mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
         norm_targets: bool = True
+
+    def model_inputs(self, batch: Batch) -> dict[str, Any]:
+        """Return the images and the noise of their masks, which is the same for the same indices."""
+        image = batch["image"]
+        rows, columns = self.model.check_image(image)
+        return {"image": image, "noise": mask_noise(batch["index"], rows * columns).to(image)}
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         image, task = batch["image"], self.task

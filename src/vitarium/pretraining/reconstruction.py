@@ -54,8 +54,7 @@ class Reconstruct(Task):
         """Return the reconstruction of a held-out batch."""
         image = batch["image"]
         count = image.shape[-2] // model.patch_size * (image.shape[-1] // model.patch_size)
-        rows = [torch.rand(count, generator=torch.Generator().manual_seed(int(index))) for index in batch["index"]]
-        return model(image, torch.stack(rows).to(image.device), mask_ratio=self.mask_ratio)
+        return model(image, mask_noise(batch["index"], count).to(image.device), mask_ratio=self.mask_ratio)
 
     def metrics(self, model: nn.Module) -> Any:
         """Return loss (of hidden patches) and explained, 1 - loss / loss of each image's visible mean colour."""
@@ -114,6 +113,11 @@ class Reconstruct(Task):
     def draw(self, image: Image.Image, answer: dict[str, Any]) -> Image.Image | None:
         """Draw the image, its visible part and the reconstruction."""
         return _enlarged(torch.from_numpy(answer["_triplet"]))
+
+
+def mask_noise(indices: Tensor, count: int) -> Tensor:
+    """Return the noise that determines the masks of `count` patches, (B, count), as a function of the images' indices (B,)."""
+    return torch.stack([torch.rand(count, generator=torch.Generator().manual_seed(int(index))) for index in indices])
 
 
 def normalised(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from vitarium.catalog.calling import Inputs, inputs_of
 from vitarium.catalog.create import preprocessing_of
 from vitarium.training.draws import Draws, positions_of
 from vitarium.training.players import ONLY, Player
@@ -165,6 +166,19 @@ class Learner(nn.Module):
     def uniform(self, batch: Batch, *shape: int) -> Tensor:
         """Return uniform numbers in [0, 1), (B, *shape); otherwise like `noise`."""
         return self.draws.uniform(positions_of(batch), *shape).to(batch["image"])
+
+    def model_inputs(self, batch: Batch) -> Inputs:
+        """Return the inputs with which the model is called for a batch, by name, as a quantizer's calibration needs them.
+
+        By default the fields of the batch that the model's forward takes, or its image. The same batch gives the same inputs.
+
+        Args:
+            batch: as for `loss`, of the evaluation's `transform`, with "index".
+
+        Raises:
+            InputError: the batch lacks an input of the model.
+        """
+        return inputs_of(self.model, batch)
 
     def eval_model(self) -> nn.Module:
         """Return the module that is averaged, evaluated and saved."""

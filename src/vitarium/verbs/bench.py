@@ -53,6 +53,7 @@ def bench(
     device: str = "cpu",
     rounds: int = 7,
     threads: int = 1,
+    compile_limit: float = 240.0,
     progress: Callable[[Row], Any] = lambda row: None,
 ) -> Benchmark:
     """Time models beside their peers: equal weights, outputs checked to be equal, turns interleaved, no verdict within the noise.
@@ -67,10 +68,11 @@ def bench(
         device: "auto", "cpu", "cuda", ...
         rounds: turns of each arm, at least 3; 7 resolve about 5 % on a noisy machine.
         threads: of PyTorch on a CPU; more than there are free cores slow everything down.
+        compile_limit: seconds after which the compilation of a model is given up (on POSIX, in the main thread).
         progress: called with each row when it is measured.
 
     Raises:
-        UsageError: unknown model, kind, dtype or device, or an option out of range.
+        UsageError: unknown model, kind, dtype or device, an option out of range, or a compilation that did not finish.
         OutputsDiffer: the outputs differ from the peer's, beyond rounding.
     """
     import torch
@@ -96,6 +98,7 @@ def bench(
         device=str(find_device(device)),
         rounds=rounds,
         threads=threads,
+        compile_limit=compile_limit,
     )
     rows = []
     for row in measured:

@@ -18,11 +18,14 @@ from vitarium.verbs.opening import Notify, apply_methods, find_device, name_of, 
 from vitarium.verbs.result import Result
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from vitarium.data import ImageData
 
 ENDING = ".safetensors"
+COMPILE_LIMIT = 240.0
+"""Default limit on torch.compile of one model, in seconds."""
 ROUNDS, SECONDS = 7, 0.2
 """Number of interleaved timings of the model before and after, and the least duration of each in seconds."""
 
@@ -38,7 +41,8 @@ class Compression(Result):
         data: name of the data for the metric; None: none.
         before, after: disk_bytes, memory_bytes, macs, and the primary metric of the task.
         batch: images per call when time was measured.
-        times: "eager" and "compiled": before_ms, after_ms, speedup, least, most.
+        times: "eager" and "compiled": before_ms, after_ms, speedup, least, most; of a compilation that did not finish "unfinished", why.
+        warnings: what to know first: that the result is slower, and the size from which each method pays.
         quantized: numbers of quantized layers, of simulated ones, and of those that unpack at each call; None without any.
         metric: the primary metric.
     """
@@ -53,9 +57,11 @@ class Compression(Result):
     times: dict[str, Any]
     quantized: dict[str, int] | None
     metric: Metric = field(repr=False)
+    warnings: list[str] = field(default_factory=list)
 
     def facts(self) -> dict[str, Any]:
-        return {"file": self.file, "speedup": f"{self.times['eager']['speedup']:.2f}x"}
+        slower = {"warning": self.warnings[0]} if self.warnings else {}
+        return {**slower, "file": self.file, "speedup": f"{self.times['eager']['speedup']:.2f}x"}
 
     def tables(self) -> list[TableData]:
         return [comparison(self)]
@@ -76,12 +82,14 @@ def compress(
     batch_size: int = 64,
     batch: int = 1,
     compiled: bool = False,
+    compile_limit: float = COMPILE_LIMIT,
     device: str = "cpu",
     notify: Notify = quiet,
 ) -> Compression:
     """Apply methods to a copy of a model, save it, and compare both: primary metric, size, MACs, time.
 
-    The metric is measured on the held-out part, of the model as loaded from the file.
+    Time is measured before the file is written. Where the result is slower, the first warning says so, and a second one for each method
+    from which size it pays on this machine (`efficiency.growth`). The metric is measured on the held-out part, of the model as loaded from the file.
 
     Args:
         model: a file of `vitarium.save`, a model's name, or a model, which is not changed.
@@ -93,6 +101,7 @@ def compress(
         batch_size: images per forward pass when the metric is measured.
         batch: images per call when time is measured.
         compiled: time both under torch.compile too.
+        compile_limit: seconds after which a compilation is given up (on POSIX, in the main thread).
         device: "auto", "cpu", "cuda", ...
         notify: called with messages about progress.
 
@@ -115,25 +124,56 @@ def compress(
         if isinstance(method, str):
             parse_method(method)  # raises before anything is opened
     original = open_model(model, checkpoint)
+    if not apply:
+        raise UsageError(no_methods(original))
     answers = has_trained_head(original)  # data for a model without a metric is only for calibration
     images = None if data is None else (open_for if answers else open_unlabelled)(original, data, seed=seed, val_fraction=val_fraction)
     changed = copy.deepcopy(original)
     texts = [method if isinstance(method, str) else repr(method) for method in apply]
     notify("Applying " + ", ".join(texts))
     apply_methods(changed, apply, images, notify)
-    vitarium.save(changed, path)
     place = find_device(device)
+    notify("Timing before and after")
+    times = timed(original.to(place), changed.to(place), batch, compiled, compile_limit)
+    warnings = slower(times["eager"], changed, batch, place)
+    for warning in warnings:
+        notify(f"{warning}\n")
+    vitarium.save(changed, path)
     loaded = vitarium.load(path).to(place)
-    check_equal(changed.to(place), loaded, path)
+    check_equal(changed, loaded, path)
     notify("Measuring before and after")
-    before, after = costs(original.to(place), None), costs(loaded, path)
+    before, after = costs(original, None), costs(loaded, path)
     if images is not None and answers:
         for one, side in ((original, before), (loaded, after)):
             side.update(primary_value(one, images, batch_size))
-    times = timed(original, loaded, batch, compiled)
     name, metric = name_of(model), task_of(loaded).primary
     return Compression(
-        name, texts, str(path), images.name if images is not None else None, before, after, batch, times, quantized(loaded), metric
+        name,
+        texts,
+        str(path),
+        images.name if images is not None else None,
+        before,
+        after,
+        batch,
+        times,
+        quantized(loaded),
+        metric,
+        warnings,
+    )
+
+
+def no_methods(model: nn.Module) -> str:
+    """Return the message for a call without methods: those that fit the model, with what each does."""
+    from vitarium.verbs.methods import methods
+
+    fit = [row for row in methods(model).rows if row.fits]
+    lines = [f"  --apply {row.name}   {row.summary}" for row in fit]
+    return "\n".join(
+        [
+            f"no method is given with --apply; those that fit this {type(model).__name__}:",
+            *lines,
+            "'vitarium methods' describes their options",
+        ]
     )
 
 
@@ -180,9 +220,23 @@ def check_equal(model: nn.Module, loaded: nn.Module, path: Path) -> None:
         raise CheckpointError(f"the model loaded from {path} has different outputs from the one that was saved; the file was deleted")
 
 
-def timed(original: nn.Module, loaded: nn.Module, batch: int, compiled: bool) -> dict[str, Any]:
+def slower(times: dict[str, Any], changed: nn.Module, batch: int, device: torch.device) -> list[str]:
+    """Return warnings about a result that was slower in every round: the ratio, and from which size each of its methods pays."""
+    from vitarium.efficiency.growth import growth, verdict
+
+    if times["most"] >= 1:
+        return []
+    ratio = faster(times["speedup"], times["least"], times["most"])
+    found = [f"Warning: the result is {ratio}: {times['before_ms']:.3g} ms before, {times['after_ms']:.3g} ms after."]
+    methods = [report.method for report in getattr(changed, "methods", ()) if report.method.training != "required"]
+    return found + [verdict(method, growth(method, batch=batch, device=device)) for method in methods]
+
+
+def timed(original: nn.Module, changed: nn.Module, batch: int, compiled: bool, limit: float = COMPILE_LIMIT) -> dict[str, Any]:
     """Return for "eager" (and "compiled") the milliseconds per call before and after, and the ratio by round: median, least, most."""
     import torch
+
+    from vitarium.efficiency.limits import time_limit
 
     from vitarium.catalog.calling import arguments, example_inputs
     from vitarium.efficiency.bench import paired
@@ -191,9 +245,18 @@ def timed(original: nn.Module, loaded: nn.Module, batch: int, compiled: bool) ->
     inputs, found = example_inputs(original, batch), {}
     args, named = arguments(original, inputs)
     for kind in ("eager", "compiled") if compiled else ("eager",):
-        before, after = (torch.compile(m) if kind == "compiled" else m for m in (original, loaded))
+        before, after = (torch.compile(m) if kind == "compiled" else m for m in (original, changed))
         with torch.inference_mode():
             calls: dict[str, Callable[[], Any]] = {"before": partial(before, *args, **named), "after": partial(after, *args, **named)}
+            if kind == "compiled":
+                try:
+                    for run in calls.values():
+                        with time_limit(limit):
+                            run()
+                except TimeoutError as late:
+                    torch.compiler.reset()
+                    found[kind] = {"unfinished": f"{late}; --compile-limit SECONDS raises the limit"}
+                    continue
             times = paired(calls, rounds=ROUNDS, device=device_of(inputs), least_seconds=SECONDS)
         ratios = [b / a for b, a in zip(times["before"], times["after"], strict=True)]
         medians = {f"{k}_ms": 1e3 * statistics.median(v) for k, v in times.items()}
@@ -225,6 +288,9 @@ def comparison(found: Compression) -> TableData:
         else:
             table.rows.append([name, found.metric.text(a), found.metric.text(b), found.metric.difference(a, b)])
     for kind, t in found.times.items():
+        if "unfinished" in t:
+            table.rows.append(["latency, compiled", "-", "-", t["unfinished"]])
+            continue
         name = "latency" + (", compiled" if kind == "compiled" else "") + (f" of {found.batch}" if found.batch > 1 else "")
         table.rows.append([name, f"{t['before_ms']:.3g} ms", f"{t['after_ms']:.3g} ms", faster(t["speedup"], t["least"], t["most"])])
     return table

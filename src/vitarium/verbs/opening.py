@@ -86,7 +86,10 @@ def apply_methods(model: nn.Module, methods: Sequence[Any] | None, data: ImageDa
     for i, method in enumerate(parsed):
         if getattr(method, "calibration", False) is None:
             if data is None:
-                raise UsageError(f"{method.slug} is calibrated on images; give some with --data")
+                raise UsageError(
+                    f"{method.slug} is calibrated on images: 'vitarium compress MODEL --apply {method} --data DIR --output FILE' writes a "
+                    "file that needs none"
+                )
             if not len(data.train):
                 raise UsageError(
                     f"{method.slug} is calibrated on images, and {data.name} has none for training; give data with such a part"
@@ -98,16 +101,20 @@ def apply_methods(model: nn.Module, methods: Sequence[Any] | None, data: ImageDa
     return model
 
 
-def calibration_batches(model: nn.Module, data: ImageData, batch_size: int = 32) -> list[torch.Tensor]:
-    """Return training images, spread evenly over the whole part, prepared for the model: tensors (B, C, H, W)."""
-    from vitarium.catalog import preprocessing_of
+def calibration_batches(model: nn.Module, data: ImageData, batch_size: int = 32) -> list[dict[str, Any]]:
+    """Return training samples, spread evenly over the whole part, as the model's learner prepares them: its inputs by name."""
+    import torch
+
     from vitarium.data import BadFiles, Subset
     from vitarium.data.loader import Loader
+    from vitarium.training.learners import learner_of
 
+    learner = learner_of(model)
     step = max(1, len(data.train) // CALIBRATION_IMAGES)
     some = Subset(data.train, range(0, len(data.train), step)[:CALIBRATION_IMAGES])
-    loader = Loader(some, preprocessing_of(model), batch_size=batch_size, bad_files=BadFiles())
-    return [batch["image"] for batch in loader.epoch(0) if len(batch["index"])]
+    loader = Loader(some, learner.transform(None), collate=learner.collate, batch_size=batch_size, bad_files=BadFiles())
+    with torch.no_grad():
+        return [dict(learner.model_inputs(batch)) for batch in loader.epoch(0) if len(batch["index"])]
 
 
 def find_device(word: str) -> torch.device:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from vitarium.training.tasks.base import TableData
+from vitarium.pages.tables import TableData
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -40,7 +40,7 @@ from vitarium.efficiency.pruning.masks import Masks, chosen, keep_largest, keep_
 from vitarium.efficiency.pruning.penalty import AttentionPenalty
 from vitarium.efficiency.pruning.structure import Group, Kind, columns_of, find_groups, shrink, taken_out, unit_scores, units_kept, widened
 from vitarium.efficiency.pruning.vit import SparseViT as SparseViT
-from vitarium.errors import UsageError
+from vitarium.errors import AttachError, UsageError
 from vitarium.training import ClassificationLearner, Learner, Recipe, learner
 from vitarium.training.base import Batch
 
@@ -112,6 +112,10 @@ class SparsePrune(Method):
             object.__setattr__(self, "amount", implied)
         if self.score == "activation" and isinstance(self.calibration, tuple) and not self.calibration:
             object.__setattr__(self, "calibration", None)  # marks for the command line that images are needed
+
+    def check_fits(self, model: nn.Module) -> None:
+        if not (self.groups(model) if self.structure in UNITS else self.weights(model)):
+            raise AttachError(f"{self.slug} found no module to change in a {type(model).__name__}")
 
     @property
     def pattern(self) -> tuple[int, int] | None:

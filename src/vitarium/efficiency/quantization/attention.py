@@ -17,11 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from vitarium.anatomy import Attended, Site, install
+from vitarium.anatomy import Attended, Site, install, of
+from vitarium.catalog.calling import call
 from vitarium.efficiency.quantization.calibration import draw
 from vitarium.efficiency.quantization.hessian import fit_product
 from vitarium.efficiency.quantization.ranges import symmetric_step
+from vitarium.errors import AttachError
 from vitarium.nn.modes import eval_mode, frozen_parameters
 from vitarium.ops.number_formats import Integer
 
@@ -82,7 +85,7 @@ class RoundedAttention(Site):
 
 
 def attach_attention(
-    model: nn.Module, images: Sequence[Tensor], bits: int, *, weigh: bool
+    model: nn.Module, images: Sequence[Any], bits: int, *, weigh: bool
 ) -> tuple[dict[str, nn.Module], list[Any], dict[str, Any]]:
     """Calibrate and attach the rounding of every block.
 
@@ -95,11 +98,19 @@ def attach_attention(
 
     Raises:
         UnsupportedModel: anatomy does not support the model.
+        AttachError: another method computes the attention of its blocks.
     """
+    if taken := [site for block in of(model).blocks for site in getattr(block.module, "sites", ()) if type(site).attend is not Site.attend]:
+        raise AttachError(
+            f"attention=true needs the blocks' own attention, which a {type(taken[0]).__name__} replaces; use attention=false"
+        )
     replaced, sites = install(model, lambda view: [RoundedAttention(bits) for _ in view.blocks])
-    image = torch.cat(list(images))[:MOST_IMAGES].requires_grad_(weigh)
+    inputs = _joined(images)
+    for leaf in tree_leaves(inputs):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            leaf.requires_grad_(weigh)
     with eval_mode(model), frozen_parameters(model), torch.set_grad_enabled(weigh):
-        output = model(image)
+        output = call(model, inputs)
         kept = [site.kept[-1] for site in sites]  # type: ignore[attr-defined]
         products = [tensor for one in kept for tensor in one[-2:]]
         grads: Sequence[Tensor | None] = [None] * len(products)
@@ -109,6 +120,13 @@ def attach_attention(
         site.kept.clear()  # type: ignore[attr-defined]
         site.fit(kept[i], grads[2 * i : 2 * i + 2])  # type: ignore[attr-defined]
     return replaced, list(sites), _steps_of(replaced, sites)
+
+
+def _joined(images: Sequence[Any]) -> Any:
+    """Return the first images, or inputs by name, of some batches as one batch."""
+    if isinstance(images[0], Tensor):
+        return torch.cat(list(images))[:MOST_IMAGES]
+    return {name: torch.cat([batch[name] for batch in images])[:MOST_IMAGES] for name in images[0]}
 
 
 def _steps_of(names: Mapping[str, nn.Module], sites: Sequence[Any]) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitarium.errors import UsageError
+from vitarium.nn.convolutions import Conv2d
+from vitarium.nn.layers import Linear
 from vitarium.ops.linear import in_plain_inference
 from vitarium.ops.number_formats import Format, Integer, parse_format
 from vitarium.ops.packing import pack, packed_bytes, unpack
@@ -310,8 +312,15 @@ class QuantizedConv(QuantizedLayer):
         return self._convolve(x, self.weight.to(x.dtype), self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
+PLAIN_FORWARDS = {cls.forward for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Linear, Conv2d)}
+"""Forwards that compute x W^T + b, or the convolution with the layer's own padding. A subclass with another one (which pads or rearranges
+its input, as TensorFlow's "same" convolution) computes something else, and is left in floating point."""
+
+
 def can_quantize(module: nn.Module) -> bool:
-    """Return whether a module has a quantized counterpart: a linear layer, or a convolution with zero padding."""
+    """Return whether a module has a quantized counterpart: a linear layer, or a convolution with zero padding, with a plain forward."""
+    if type(module).forward not in PLAIN_FORWARDS:
+        return False
     if isinstance(module, nn.Linear):
         return module.weight.numel() > 0
     return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.padding_mode == "zeros"

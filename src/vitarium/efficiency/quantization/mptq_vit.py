@@ -24,7 +24,7 @@ import copy
 import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -154,6 +154,9 @@ class MPTQ(Quantizer):
     skip: Patterns = ()
     images: Annotated[int, Field(ge=1)] = 32
     calibration: Any = field(default=None, metadata={"saved": False}, repr=False, compare=False)
+
+    training: ClassVar[Literal["none", "images", "required"]] = "images"
+    convolutions: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.widths[0] > self.widths[1]:

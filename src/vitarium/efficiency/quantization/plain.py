@@ -17,7 +17,7 @@ from vitarium.catalog.methods import AttachReport, Method, method
 from vitarium.catalog.options import Patterns, validated
 from vitarium.efficiency.quantization.layers import Activation, Packed, PerToken, QuantizedLayer, find_layers, quantized, rebuilt
 from vitarium.efficiency.quantization.ranges import search_step, squared_error, symmetric_step
-from vitarium.errors import UsageError
+from vitarium.errors import AttachError, UsageError
 from vitarium.ops.number_formats import Integer
 
 
@@ -26,6 +26,13 @@ class Quantizer(Method):
     """Base of quantizers: replaces layers, and rebuilds them from the report's state."""
 
     keeps_weights: ClassVar[bool] = False
+    convolutions: ClassVar[bool] = False
+    """Whether convolutions are quantized too."""
+
+    def check_fits(self, model: nn.Module) -> None:
+        if not find_layers(model, convolutions=self.convolutions):
+            kinds = "linear layers and no convolutions" if self.convolutions else "linear layers"
+            raise AttachError(f"{self.slug} found no module to change: a {type(model).__name__} has no {kinds} of the plain kind")
 
     def rebuild(self, model: nn.Module, state: Mapping[str, Any]) -> AttachReport:
         """Create layers of the saved kinds; their values are loaded from the file afterwards.

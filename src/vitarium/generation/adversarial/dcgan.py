@@ -222,6 +222,10 @@ class DCGANLearner(Learner):
         real, made = self.discriminator(batch["image"], labels), self.discriminator(fake.detach(), labels)
         return {"loss": F.softplus(-real).mean() + F.softplus(made).mean(), "real": real.mean(), "made": made.mean()}
 
+    def model_inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Return noise, the same for the same indices, and the batch's classes as labels."""
+        return {"noise": ImageNoise(0, batch["index"]).normal(self.model.latent_dim).to(batch["image"]), "labels": batch["target"]}
+
     def regularize(self, batch: Batch, player: str, name: str) -> Tensor:
         """gamma / 2 of the squared gradient of the scores of real images, a mean over the batch."""
         image = batch["image"].detach().requires_grad_(True)

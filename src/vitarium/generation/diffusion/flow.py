@@ -98,6 +98,10 @@ class Flow:
 
         return velocity
 
+    def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return data (B, C, H, W) with noise of its shape, at times (B,)."""
+        return self.way.mix(x, noise, t)
+
     def loss(self, model: Any, x: Tensor, *, noise: Tensor | None = None, t: Tensor | None = None, **condition: Any) -> dict[str, Tensor]:
         """Return the loss of a batch, {"denoising": (B,)}: the mean square error of the prediction.
 
@@ -108,6 +112,6 @@ class Flow:
         """
         t = self.times(len(x), x) if t is None else t
         noise = torch.randn_like(x) if noise is None else noise
-        found = model(self.way.mix(x, noise, t), t, **condition)[:, : x.shape[1]]
+        found = model(self.noised(x, noise, t), t, **condition)[:, : x.shape[1]]
         target = self.way.velocity(x, noise, t) if self.prediction == "velocity" else noise if self.prediction == "noise" else x
         return {"denoising": (found - target).square().flatten(1).mean(1)}

@@ -83,6 +83,11 @@ class GaussianDiffusion:
         """Return the steps (B,) of shares from 0 (data) to 1 (noise), for evaluation."""
         return (shares * self.steps).long().clamp(max=self.steps - 1)
 
+    def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return data (B, C, H, W) with noise of its shape, at steps (B,)."""
+        bar = over(_at(self.respaced().alpha_bar, t), x)
+        return bar.sqrt() * x + (1 - bar).sqrt() * noise
+
     def loss(self, model: Any, x: Tensor, *, noise: Tensor | None = None, t: Tensor | None = None, **condition: Any) -> dict[str, Tensor]:
         """Return the losses of a batch, (B,) each: "denoising" (mean square) and, if it is predicted, "variance" (bits per dimension).
 
@@ -95,7 +100,7 @@ class GaussianDiffusion:
         noise = torch.randn_like(x) if noise is None else noise
         tables = self.respaced()
         bar = over(_at(tables.alpha_bar, t), x)
-        x_t = bar.sqrt() * x + (1 - bar).sqrt() * noise
+        x_t = self.noised(x, noise, t)
         out = model(x_t, t, **condition)
         found, logits = out[:, : x.shape[1]], out[:, x.shape[1] :]
         target = {"noise": noise, "data": x, "v": bar.sqrt() * noise - (1 - bar).sqrt() * x}[self.prediction]

@@ -70,6 +70,13 @@ class DiffusionLearner(Learner):
         losses = self.process.loss(self.model, self.encode(batch["image"]), labels=batch["target"])
         return total(losses)
 
+    def model_inputs(self, batch: Batch) -> dict[str, Any]:
+        """Return x, t and labels: the batch noised at the times and with the noise of the evaluation."""
+        x = codec_of(self.model).encode(batch["image"])
+        noise, shares = fixed_noise(batch["index"], x)
+        t = self.process.times_at(shares)
+        return {"x": self.process.noised(x, noise, t), "t": t, "labels": batch["target"]}
+
     def metrics(self) -> Any:
         """Return the task's metrics and loss (denoising, at fixed times and noise)."""
         from torchmetrics import MeanMetric

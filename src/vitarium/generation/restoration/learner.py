@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -81,6 +82,13 @@ class RestorationLearner(Learner):
             return {"loss": F.l1_loss(restored, target)}
         error = (restored - target).square()
         return {"loss": (error + 1e-6).sqrt().mean() if self.settings.loss == "charbonnier" else error.mean()}
+
+    def model_inputs(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the centres of the low-resolution images, all of one size: at most the model's own."""
+        side = min(preprocessing_of(self.model).image_size, *(n for low in batch["low"] for n in low.shape[1:]))
+        corners = [[(n - side) // 2 for n in low.shape[1:]] for low in batch["low"]]
+        crops = [low[:, y : y + side, x : x + side] for low, (y, x) in zip(batch["low"], corners, strict=True)]
+        return {"image": torch.stack(crops).float() / 255}
 
     def transform(self, augment: Augment | None) -> Callable[..., Any]:
         if augment is None:

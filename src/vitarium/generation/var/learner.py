@@ -166,6 +166,9 @@ class VARLearner(Learner):
             views = model.tokenizer.inputs(codes)
         return F.cross_entropy(model.transformer(views, labels).transpose(1, 2), torch.cat(codes, 1), reduction="none")
 
+    def model_inputs(self, batch: Batch) -> dict[str, Any]:
+        return {"image": batch["image"], "labels": batch["target"]}
+
     def metrics(self) -> Any:
         """Return the task's metrics, loss (mean over all codes) and scale_losses (the mean of each scale; ln V is chance)."""
         from torchmetrics import MeanMetric

@@ -141,7 +141,7 @@ class KMaXDeepLab(Segmenter):
         self.check_image(image)
         maps = feature_maps(self.backbone, image)
         *coarse, finest = self.pixel_decoder(maps)
-        queries = self.queries.expand(len(image), -1, -1)
+        queries = self.queries.expand(image.shape[0], -1, -1)  # len() would fix the batch of an exported graph
         aux: list[Prediction] = []
         for layer, level in zip(self.layers, self.level_of_layer, strict=True):
             queries, prediction = layer(queries, coarse[level])

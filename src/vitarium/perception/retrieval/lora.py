@@ -8,7 +8,7 @@ W and b are frozen, A (r, in) is initialised at random, B (out, r) with zeros: a
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -61,6 +61,8 @@ class LoRA(Method):
         rank: rank of each adapter, at least 1.
         alpha: the adapters are multiplied by alpha / rank.
     """
+
+    training: ClassVar[Literal["none", "images", "required"]] = "required"
 
     rank: Annotated[int, Field(ge=1)] = 8
     alpha: Annotated[float, Field(gt=0)] = 8.0

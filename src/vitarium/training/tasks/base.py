@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitarium.data.image_set import View
 from vitarium.errors import DataError, UsageError, nearest
+from vitarium.pages.tables import TableData as TableData
 from vitarium.training.settings import Section
 
 if TYPE_CHECKING:
@@ -62,21 +63,6 @@ class Metric:
     def difference(self, before: float, after: float) -> str:
         """Return the signed change of the value with its unit."""
         return f"{100 * (after - before):+.2f} points" if self.unit == "%" else f"{after - before:+.4g} {self.unit}".rstrip()
-
-
-@dataclass(frozen=True)
-class TableData:
-    """A table of a report.
-
-    Attributes:
-        title: caption.
-        columns: headers; ">" in front aligns to the right.
-        rows: cells as text, one list per row.
-    """
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
