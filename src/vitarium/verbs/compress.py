@@ -236,10 +236,9 @@ def timed(original: nn.Module, changed: nn.Module, batch: int, compiled: bool, l
     """Return for "eager" (and "compiled") the milliseconds per call before and after, and the ratio by round: median, least, most."""
     import torch
 
-    from vitarium.efficiency.limits import time_limit
-
     from vitarium.catalog.calling import arguments, example_inputs
     from vitarium.efficiency.bench import paired
+    from vitarium.efficiency.limits import time_limit
     from vitarium.efficiency.profiler import device_of
 
     inputs, found = example_inputs(original, batch), {}

@@ -78,7 +78,7 @@ class Methods(Result):
             table.rows.append([row.name, row.family, NEEDS[row.training], *answer, options, row.reason or row.summary])
         details = TableData("Options", ["method", "option", "~default", "~meaning"])
         for row in self.rows:
-            details.rows += [[row.name, option["name"], shown(option["default"]), option["help"]] for option in row.options]
+            details.rows.extend([[row.name, option["name"], shown(option["default"]), option["help"]] for option in row.options])
         return [table, details] if self.shows_options else [table]
 
     def to_dict(self) -> dict[str, Any]:
