@@ -57,7 +57,7 @@ def test_a_refusal_and_compress_without_methods_name_those_that_fit(run):
     vitarium.save(vitarium.create_model("swin_pico", num_classes=2), "m.safetensors")
     refused = run("compress", "m.safetensors", "--apply", "evit", "-o", "s.safetensors")
     assert refused.code == 2
-    assert "methods that fit this SwinTransformer: int4w, int8, mptq_vit, sparse_prune ('vitarium methods' describes them)" in refused.err
+    assert "methods that fit this Swin: int4w, int8, mptq_vit, sparse_prune ('vitarium methods' describes them)" in refused.err
     without = run("compress", "m.safetensors", "-o", "s.safetensors")
     assert without.code == 2
     for name in ("int4w", "int8", "mptq_vit", "sparse_prune"):
@@ -83,7 +83,7 @@ def test_recipes_are_chosen_by_model_and_task():
     )
     assert vitarium.recipes("swin_pico", task="segment").rows == []
     assert len(recipe_rows()) == len(vitarium.recipes().rows)
-    with pytest.raises(UsageError, match="did you mean segment"):
-        vitarium.recipes(task="segmment")
+    with pytest.raises(UsageError, match="did you mean panoptic"):
+        vitarium.recipes(task="panoptik")
     with pytest.raises(UsageError, match="did you mean swin_pico"):
         vitarium.recipes("swim_pico")

@@ -88,8 +88,8 @@ def compress(
 ) -> Compression:
     """Apply methods to a copy of a model, save it, and compare both: primary metric, size, MACs, time.
 
-    Time is measured before the file is written. Where the result is slower, the first warning says so, and a second one for each method
-    from which size it pays on this machine (`efficiency.growth`). The metric is measured on the held-out part, of the model as loaded from the file.
+    Time is measured before the file is written. Where the result is slower, the first warning says so, and one for each method from which
+    size it pays on this machine (`efficiency.growth`). The metric is measured on the held-out part, of the model as loaded from the file.
 
     Args:
         model: a file of `vitarium.save`, a model's name, or a model, which is not changed.
