@@ -1,7 +1,9 @@
-"""Wrong inputs of every registered model: each works or is refused by `InputError`, and an empty batch gives an empty result."""
+"""Inputs of every registered model: wrong ones work or are refused by `InputError`, empty batches give empty results, half precision is
+finite."""
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -110,6 +112,24 @@ def tensors(output: Any) -> list[Tensor]:
         return [output]
     parts = output.values() if isinstance(output, dict) else output if isinstance(output, (list, tuple)) else []
     return [tensor for part in parts for tensor in tensors(part)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision_is_finite_where_float32_is(name: str):
+    """With the initial weights in bfloat16 and float16; with ten times larger matrices in bfloat16, which has the range of float32.
+
+    Float16 ends at 65504: activations of large weights that exceed it in float32 (convolutions between norms) cannot be held in it.
+    """
+    for dtype, factor in ((torch.bfloat16, 1), (torch.float16, 1), (torch.bfloat16, 10)):
+        model = copy.deepcopy(built(name))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(factor if parameter.ndim > 1 else 1)
+            inputs = example_inputs(model, 2)
+            full = [v for v in tensors(call(model, inputs)) if v.is_floating_point()]
+            half = {k: v.to(dtype) if v.is_floating_point() and k != "t" else v for k, v in inputs.items()}
+            low = [v for v in tensors(call(model.to(dtype), half)) if v.is_floating_point()]
+        assert all(v.isfinite().all() for v, w in zip(low, full, strict=True) if w.isfinite().all()), (dtype, factor)
 
 
 def test_messages_state_the_fault_and_the_remedy():

@@ -285,7 +285,7 @@ class Backbone(nn.Module):
 
     def _geometry(self, input_size: tuple[int, ...]) -> dict[str, Any]:
         """Return timm's input_size, pool_size (size of the map before pooling, None for tokens) and first_conv (() for none)."""
-        stride = self.feature_info[-1]["reduction"]
+        stride = int(self.feature_info[-1]["reduction"])  # type: ignore[call-overload]
         pool_size = tuple(-(-side // stride) for side in input_size[-2:]) if type(self).as_map is Backbone.as_map else None
         first = self.first_conv
         if first is None:

@@ -126,7 +126,13 @@ class KMeansUpdate(nn.Module):
         self.norm = batch_norm(dim, 1, momentum)
 
     def forward(self, queries: Tensor, pixels: Tensor, values: Tensor, prediction: Prediction) -> Tensor:
-        return self.norm(cluster_sums(assign(prediction["masks"]), values, queries.shape[-1]))
+        sums, norm = cluster_sums(assign(prediction["masks"]), values, queries.shape[-1]), self.norm
+        if self.training or sums.dtype == norm.weight.dtype:
+            return norm(sums.to(norm.weight.dtype))
+        # half-precision weights: the sums of many pixels exceed the range of float16, the normalised ones do not
+        tensors: Any = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        mean, variance, weight, bias = (t.to(sums.dtype) for t in tensors)
+        return F.batch_norm(sums, mean, variance, weight, bias, eps=norm.eps).to(norm.weight.dtype)
 
 
 class CrossAttentionUpdate(nn.Module):
