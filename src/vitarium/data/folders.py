@@ -135,18 +135,6 @@ def _listing(place: Path, folders: Sequence[Path], files: Mapping[Path, list[str
     return listing, [what]
 
 
-def list_classes(path: Path) -> Listing:
-    """List the images below a folder's class folders, sorted by class and path; the videos, if there are no images at all.
-
-    Raises:
-        DataError: no class folders, no images, or a class folder without images.
-    """
-    folders = [path / name for name in _subfolders(path)]
-    found = scan(folders, path)
-    files = found.images if any(found.images.values()) else found.videos
-    return _listing(path, folders, files, found, True)[0]
-
-
 def open_table(
     path: Path, options: TableOptions | None = None, *, seed: int = 0, val_fraction: float = 0.2, split: str | None = None
 ) -> ImageData:
