@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -51,6 +51,8 @@ class LoadReport:
     """Tensors of another shape or kind, each as "name (96, 3) -> (128, 3)"; not loaded."""
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    names_classes: bool = False
+    """Whether the file names the classes of its head."""
 
     @property
     def complete(self) -> bool:
@@ -92,14 +94,26 @@ class LoadReport:
 
 
 def load_checkpoint(
-    model: nn.Module, source: str | Path | Weights, *, strict: bool = True, follow_head: bool = False, quiet: bool = False
+    model: nn.Module,
+    source: str | Path | Weights,
+    *,
+    strict: bool = True,
+    follow_head: bool = False,
+    quiet: bool = False,
+    classes: Sequence[str] | None = None,
 ) -> LoadReport:
     """Load weights into a model from a file with our names or those of the authors, timm, torchvision or transformers.
 
     All renamers of the model's family are tried, and the one that fits most tensors is used. A head with another number of classes is not
+<<<<<<< HEAD
     loaded, except that of ImageNet-22K (21,841 classes) by a model of 1,000 classes, which gets the rows of ImageNet-1K
     (`vitarium.catalog.imagenet`). Position tables are resized if the model supports it (`Backbone.resize_tensor`); a first convolution for
     other channels is summed or repeated. The model keeps its dtype and device, and is unchanged if anything fails.
+=======
+    loaded, nor one of as many other classes, where both sides name theirs; rows of the same classes are put into the model's order.
+    Position tables are resized if the model supports it (`Backbone.resize_tensor`); a first convolution for other channels is summed or
+    repeated. The model keeps its dtype and device, and is unchanged if anything fails.
+>>>>>>> 8987906 (Class lists beside weights are matched by name; a head of as many other classes is not reused; an assumed order is said; a model records a fingerprint of its training images)
 
     Args:
         model: a model from `create_model`, or any module with the file's tensor names.
@@ -108,6 +122,7 @@ def load_checkpoint(
         strict: raise for a file that lacks tensors or has unexpected ones (except the head's).
         follow_head: first set the model's number of classes to the file's.
         quiet: do not log the report.
+        classes: names of the model's classes, in order; None: `model.labels`, which a model without names takes from the file.
 
     Raises:
         CheckpointError: the file is unreadable, unsafe or unreachable; or it is of another model: then the message has the report and the
@@ -130,8 +145,11 @@ def load_checkpoint(
         model.reset_classifier(best.classes)  # type: ignore[operator]
         best = _fit(model, best.state, LoadReport(str(source), report.dialect, weights.opened))
         report = best.report
+    report = replace(report, names_classes=weights.labels is not None)
+    removed, head = _match_rows(model, best, weights.labels, classes)
+    report = replace(report, head=head)
     model.load_state_dict(best.ready, strict=False)
-    if fresh := _fresh_heads(_heads(model), model.state_dict(), best.state):
+    if fresh := _fresh_heads(_heads(model), model.state_dict(), best.state) | removed:
         mark_fresh(model, fresh, f"{source} {'holds a head of other classes' if best.classes else 'holds none'}")
     elif best.tune:
         mark_fresh(model, best.tune, "the authors' list of its classes in the file is for fine-tuning and partly one class off")
@@ -139,6 +157,47 @@ def load_checkpoint(
     if not quiet:
         log.log(logging.WARNING if report.resized or report.head or not report.complete else logging.INFO, "%s", report)
     return report
+
+
+def _match_rows(model: nn.Module, best: _Fit, theirs: list[str] | None, classes: Sequence[str] | None) -> tuple[set[str], str]:
+    """Put the rows of the file's head, and of its embeddings of classes, into the order of the model's classes, or leave them out where
+    these are others; give the file's names to a model without.
+
+    Returns:
+        names of the head's tensors that are left out, and the report's remark on the head.
+    """
+    named = classes if classes is not None else getattr(model, "labels", None)
+    count, heads = getattr(model, "num_classes", 0), _heads(model)
+    rows = [n for n in best.ready if n.startswith(tuple(heads)) or n in _class_embeddings(model)]
+    if theirs is None or len(theirs) != count or not rows:
+        return set(), best.report.head
+    if named is None:
+        model.labels = list(theirs)  # type: ignore[assignment]
+        return set(), best.report.head
+    mine = list(named)
+    if theirs == mine or len(mine) != count:
+        return set(), best.report.head
+    if sorted(theirs) == sorted(mine):
+        order = [theirs.index(name) for name in mine]
+        for name in rows:
+            if (size := best.ready[name].shape[0] if best.ready[name].ndim else 0) in (count, count + 1):
+                best.ready[name] = best.ready[name][[*order, *range(count, size)]]
+        return set(), "loaded, with its rows in the order of the model's classes"
+    for name in rows:
+        del best.ready[name]
+    left = ", ".join(theirs[:5]) + (", ..." if count > 5 else "")
+    return {n for n in rows if n.startswith(tuple(heads))}, f"left as it was: the file's {count} classes are others ({left})"
+
+
+def _class_embeddings(model: nn.Module) -> set[str]:
+    """Return the weights of the embeddings of classes that a generator takes as inputs."""
+    count = getattr(model, "num_classes", 0)
+    names = ("label_embed", "class_embed", "embed")
+    return {
+        f"{name}.weight"
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Embedding) and name.rpartition(".")[2] in names and part.num_embeddings in (count, count + 1)
+    }
 
 
 def read_together(source: str) -> Weights:
@@ -151,7 +210,8 @@ def read_together(source: str) -> Weights:
         if twice := sorted(state.keys() & part.forms[-1].keys()):
             raise CheckpointError(f"{part.path} and a file before it both hold {twice[0]}; join only files of different parts")
         state |= part.forms[-1]
-    return replace(parts[0], forms=[state], opened=[name for part in parts for name in part.opened])
+    labels = next((part.labels for part in parts if part.labels), None)
+    return replace(parts[0], labels=labels, forms=[state], opened=[name for part in parts for name in part.opened])
 
 
 def _refusal(model: nn.Module, report: LoadReport, weights: Weights) -> str:

@@ -22,7 +22,7 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -375,7 +375,8 @@ def _with_base(model: nn.Module, state: Mapping[str, Tensor], path: Path, record
         if found.weights is None:
             have = rebuild_methods(_published(record, found), record.saved_methods()).state_dict()
         else:
-            load_checkpoint(model, found.weights, strict=False, quiet=True)  # the report would list the trained tensors as missing
+            base = replace(found.weights, labels=None)  # the model's labels may be those of a trained head
+            load_checkpoint(model, base, strict=False, quiet=True)  # the report would list the trained tensors as missing
             have = model.state_dict()
     except VitariumError as error:
         raise CheckpointError(f"{path} was trained on top of {record.name}, and {found.source} does not fit it: {error}") from error

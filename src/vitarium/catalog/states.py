@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitarium.catalog.class_lists import class_list_of
 from vitarium.errors import CheckpointError, nearest
 
 State = dict[str, Tensor]
@@ -55,6 +56,8 @@ class Weights:
     """Containers that were opened, such as "model_ema", and removed prefixes, such as "module."."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """Metadata of a safetensors file."""
+    labels: list[str] | None = None
+    """Names of the classes in the order of the head's rows, where the file holds them."""
 
 
 def read_state(path: str | Path) -> State:
@@ -81,7 +84,12 @@ def read_weights(path: str | Path) -> Weights:
     while prefix := next((p for p in PREFIXES if _is_wrapped(forms[-1], p)), None):
         forms.append({name.removeprefix(prefix): tensor for name, tensor in forms[-1].items()})
         opened.append(prefix)
-    return Weights(path, forms, opened, metadata)
+    return Weights(path, forms, opened, metadata, _labels_of(content, metadata))
+
+
+def _labels_of(content: Any, metadata: Mapping[str, str]) -> list[str] | None:
+    """Return the class names in a file: in the record of `save`, in other metadata, or beside the tensors of a torch file."""
+    return class_list_of({"metadata": metadata.get(RECORD)}) or class_list_of(metadata) or class_list_of(content)
 
 
 def existing(path: str | Path) -> Path:

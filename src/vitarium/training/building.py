@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from vitarium.catalog.checkpoints import load_checkpoint
+from vitarium.catalog.class_lists import order_note
 from vitarium.catalog.create import create_model
+from vitarium.catalog.heads import fresh_names, head_names
 from vitarium.catalog.saving import load
 from vitarium.data.loader import generators_kept, seed_generators
 from vitarium.errors import UsageError
@@ -16,6 +19,8 @@ from vitarium.files import is_model_file
 if TYPE_CHECKING:
     from vitarium.data import ImageData
     from vitarium.training.recipe import Recipe
+
+log = logging.getLogger("vitarium")
 
 
 def build_model(
@@ -33,6 +38,7 @@ def build_model(
     Raises:
         UsageError, CheckpointError: see `create_model` and `load_checkpoint`.
     """
+    classes = list(data.classes) or None
     if isinstance(name, nn.Module):
         if checkpoint is not None:
             load_checkpoint(name, checkpoint)
@@ -42,10 +48,19 @@ def build_model(
         seed_generators(recipe.seed)
         model = create_model(name, pretrained=pretrained, **{**given, **recipe.model_arguments})
     if checkpoint is not None:
-        load_checkpoint(model, checkpoint)
-    if data.classes:
-        model.labels = list(data.classes)  # type: ignore[assignment]
+        named = load_checkpoint(model, checkpoint, classes=classes).names_classes
+    else:
+        named = getattr(model, "labels", None) is not None
+    if classes:
+        if (pretrained or checkpoint is not None) and not named and has_loaded_head(model, len(classes)):
+            log.warning("%s", order_note(classes))
+        model.labels = classes  # type: ignore[assignment]
     return model
+
+
+def has_loaded_head(model: nn.Module, count: int) -> bool:
+    """Return whether a model has a head of `count` classes whose weights were loaded."""
+    return getattr(model, "num_classes", None) == count and bool(head_names(model)) and not fresh_names(model)
 
 
 def open_trained(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vitarium.catalog.record import DataRecord, LearnerRecord, Training, training_of
 from vitarium.training.checkpoint import fingerprint
+from vitarium.training.fingerprints import fingerprint_images
 
 if TYPE_CHECKING:
     from vitarium.data import ImageData
@@ -28,7 +29,11 @@ def record_training(learner: Learner, data: ImageData, *, source: str | None = N
     if learner.objective:
         record.learner = LearnerRecord(name=learner.objective, settings=learner.settings.model_dump(mode="json", exclude_unset=True))
     digest = digest_of(data)
-    record.data = DataRecord(source=source or data.name, name=data.name, seed=seed, val_fraction=val_fraction, fingerprint=digest)
+    before = record.data
+    known = before.images if before is not None and before.fingerprint == digest else None  # `fit` has recorded this training already
+    images = known or fingerprint_images(data.train)
+    where: dict[str, Any] = {"source": source or data.name, "name": data.name, "seed": seed, "val_fraction": val_fraction}
+    record.data = DataRecord(**where, fingerprint=digest, images=images)
     return record
 
 

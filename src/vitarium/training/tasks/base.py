@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from vitarium.catalog.class_lists import order_note
 from vitarium.data.image_set import View
 from vitarium.errors import DataError, UsageError, nearest
 from vitarium.pages.tables import TableData as TableData
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from vitarium.data import ImageData
 
 Batch = dict[str, Any]
+log = logging.getLogger("vitarium")
 
 
 @dataclass(frozen=True)
@@ -338,6 +341,8 @@ def match_classes(model: Any, data: ImageData, renumber: Callable[[list[int]], C
         count = getattr(model, "num_classes", len(classes))
         if classes and count != len(classes):
             raise DataError(f"the model has {count} classes, the data has {len(classes)}: {', '.join(classes[:8])}")
+        if classes and getattr(model, "weights_from", None) is not None:
+            log.warning("%s", order_note(classes))
         return data
     if not classes or list(labels) == classes:
         return data
