@@ -105,15 +105,10 @@ def load_checkpoint(
     """Load weights into a model from a file with our names or those of the authors, timm, torchvision or transformers.
 
     All renamers of the model's family are tried, and the one that fits most tensors is used. A head with another number of classes is not
-<<<<<<< HEAD
     loaded, except that of ImageNet-22K (21,841 classes) by a model of 1,000 classes, which gets the rows of ImageNet-1K
-    (`vitarium.catalog.imagenet`). Position tables are resized if the model supports it (`Backbone.resize_tensor`); a first convolution for
-    other channels is summed or repeated. The model keeps its dtype and device, and is unchanged if anything fails.
-=======
-    loaded, nor one of as many other classes, where both sides name theirs; rows of the same classes are put into the model's order.
-    Position tables are resized if the model supports it (`Backbone.resize_tensor`); a first convolution for other channels is summed or
-    repeated. The model keeps its dtype and device, and is unchanged if anything fails.
->>>>>>> 8987906 (Class lists beside weights are matched by name; a head of as many other classes is not reused; an assumed order is said; a model records a fingerprint of its training images)
+    (`vitarium.catalog.imagenet`); nor is one of as many other classes, where both sides name theirs; rows of the same classes are put into
+    the model's order. Position tables are resized if the model supports it (`Backbone.resize_tensor`); a first convolution for other
+    channels is summed or repeated. The model keeps its dtype and device, and is unchanged if anything fails.
 
     Args:
         model: a model from `create_model`, or any module with the file's tensor names.

@@ -32,8 +32,11 @@ def compress(
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write, .safetensors; `vitarium.load` opens it.")],
     data: Annotated[str | None, typer.Option(help=f"{DATA_HELP} For calibration and accuracy.", show_default="none")] = None,
     checkpoint: Checkpoint = None,
-    val_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share held out of data that has no val/ part.")] = 0.2,
-    seed: Annotated[int, typer.Option(min=0, help="Of the split.")] = 0,
+    val_fraction: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share held out of data that has no val/ part.", show_default="the training's, else 0.2"),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the split.", show_default="the training's, else 0")] = None,
     batch_size: BatchSize = 64,
     batch: Annotated[int, typer.Option(min=1, help="Images per call when time is measured.")] = 1,
     compiled: Annotated[bool, typer.Option("--compile", help="Time both under torch.compile too (takes a minute or two).")] = False,

@@ -32,7 +32,7 @@ SPLIT_HELP = "Part of the data; auto: what was held out when the model was train
 @configurable
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL|FILE", help="A file that `vitarium.save` wrote, or a model's name.")],
-    data: Annotated[str | None, typer.Option(help=DATA_HELP, show_default="digits, or what suits the model's task")] = None,
+    data: Annotated[str | None, typer.Option(help=DATA_HELP, show_default="what the file was trained on")] = None,
     checkpoint: Checkpoint = None,
     methods: Apply = None,
     corruptions: Annotated[bool, typer.Option("--corruptions", help="Also under ImageNet-C's corruptions, five severities each.")] = False,
@@ -40,7 +40,9 @@ def evaluate(
     val_fraction: Annotated[
         float | None, typer.Option(min=0, max=1, help="Measure only this share of data without parts.", show_default="all")
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of the share that is measured.", show_default="0")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the share that is measured.", show_default="that of the training, else 0")
+    ] = None,
     batch_size: BatchSize = 64,
     device: Device = "auto",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for all metrics.", show_default="none")] = None,
@@ -81,6 +83,8 @@ def show(found: Evaluation) -> None:
     console = out()
     console.print(pairs(found.facts()))
     print_tables(found.task.tables(found.metrics))
+    if found.trained is not None and found.trained.trained and found.split != "train":
+        err().print(f"[yellow]the model was trained on {found.trained} of these images: the numbers are too good for new ones[/]")
     if found.broken:
         err().print(f"[yellow]{len(found.broken)} images could not be read[/]")
     if found.corruptions:

@@ -352,6 +352,7 @@ def train_and_measure(
         devices=devices,
         progress=hear,
         measuring=lambda: report({"kind": "measuring", **last}),
+        source=source,
     )
     return None if trial is None else trial.to_dict()
 

@@ -25,6 +25,7 @@ from vitarium.reports.results import Trial
 from vitarium.training import Learner, Progress, Recipe, evaluate, find_learner, fit
 from vitarium.training.checkpoint import fingerprint
 from vitarium.training.learners import check_suits
+from vitarium.training.recording import record_training
 from vitarium.training.tasks import Metric
 
 MEASURING_BATCH = 32
@@ -112,6 +113,7 @@ def run_trial(
     devices: Devices,
     progress: Callable[[Progress, Metric], None] | None,
     measuring: Callable[[], None],
+    source: DataSource | None = None,
 ) -> Trial | None:
     """Train a model (or resume its training), then evaluate and measure it. The model's file is written last.
 
@@ -119,6 +121,7 @@ def run_trial(
         folder: of this model alone.
         progress: called as training proceeds, with the primary metric.
         measuring: called when training is over.
+        source: where the data come from, for the model's record.
 
     Returns:
         the result; None in the helper processes of data-parallel training.
@@ -143,6 +146,8 @@ def run_trial(
         if metric.name not in numbers:
             raise TrainingStopped(f"its {metric.label} on the {evaluated} held-out images is missing or not finite")
         cost, threads = measure(model), torch.get_num_threads()
+    if source is not None:
+        record_training(learner, data, source=source.spec, seed=source.seed, val_fraction=source.val_fraction)
     save(model, folder / MODEL)
     return Trial(
         name=name,

@@ -77,8 +77,8 @@ def compress(
     data: str | os.PathLike[str] | None = None,
     *,
     checkpoint: str | None = None,
-    val_fraction: float = 0.2,
-    seed: int = 0,
+    val_fraction: float | None = None,
+    seed: int | None = None,
     batch_size: int = 64,
     batch: int = 1,
     compiled: bool = False,
@@ -97,7 +97,7 @@ def compress(
         output: .safetensors file to write.
         data: for calibration and the metric; None: neither.
         checkpoint: weights for a name.
-        val_fraction, seed: of the split, if the data has none.
+        val_fraction, seed: of the split, if the data has none; None: those of the model's training, else 0.2 and 0.
         batch_size: images per forward pass when the metric is measured.
         batch: images per call when time is measured.
         compiled: time both under torch.compile too.

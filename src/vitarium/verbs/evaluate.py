@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vitarium.data import ImageData, ImageSet
+    from vitarium.training.fingerprints import Seen
 
 
 @dataclass(repr=False)
@@ -34,6 +35,7 @@ class Evaluation(Result):
         corruptions: errors under corruptions, if requested.
         task: the model's task.
         notes: what was left out, ignored or assumed when the data was opened.
+        trained: how many of the evaluated images the model was trained on; None: its file does not say.
     """
 
     model: str
@@ -45,9 +47,11 @@ class Evaluation(Result):
     task: Task = field(repr=False)
     corruptions: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    trained: Seen | None = None
 
     def facts(self) -> dict[str, Any]:
-        return {"images": f"{self.images} ({self.data}, {self.split})", **self.task.texts(self.metrics)}
+        known = {} if self.trained is None else {"trained on": f"{self.trained} images"}
+        return {"images": f"{self.images} ({self.data}, {self.split})", **known, **self.task.texts(self.metrics)}
 
     def tables(self) -> list[TableData]:
         corrupted = [corruption_table(self.corruptions)] if self.corruptions else []
@@ -56,6 +60,7 @@ class Evaluation(Result):
     def to_dict(self) -> dict[str, Any]:
         report = {"model": self.model, "task": self.task.name, "data": self.data, "split": self.split, **self.metrics}
         report |= {"images": self.images, "broken": self.broken, "notes": list(self.notes)}
+        report |= {"trained_on": self.trained and {"images": self.trained.estimate, "compared": self.trained.compared}}
         return report | ({"corruptions": self.corruptions} if self.corruptions else {})
 
 
@@ -81,7 +86,7 @@ def evaluate(
 
     Args:
         model: a file of `vitarium.save`, a model's name, or a model. A model with `apply` is changed.
-        data: as for `vitarium.open_data`; None: the default of the model's task.
+        data: as for `vitarium.open_data`; None: that of the model's training, else the default of its task.
         checkpoint: weights for a name.
         apply: methods to apply first, as "evit:keep=0.7".
         corruptions: also measure a classifier's error under ImageNet-C's corruptions, at five severities each.
@@ -111,7 +116,7 @@ def evaluate(
     task = task_of(opened)
     if corruptions and not task.classifies:
         raise UsageError(f"corruptions count the errors of a classifier; this model's task is {task.name}")
-    images = open_to_evaluate(opened, data, split=split, seed=seed, val_fraction=val_fraction, calibrated=bool(apply))
+    images = open_to_evaluate(opened, data, split=split, seed=seed, val_fraction=val_fraction, calibrated=bool(apply), notify=notify)
     apply_methods(opened, apply, images, notify)
     where = as_engine(engine, address=address, jobs=jobs)
     if where.kind == "local" and not where.in_process:
@@ -124,12 +129,22 @@ def evaluate(
     notify(f"Evaluating on {len(part)} images")
     values, broken = measure(opened, part, batch_size, where, parts=None if output is None else f"{output}.parts", notify=notify)
     found = Evaluation(name_of(model), images.name, images.part, len(part) - len(broken), task.report(values, images), broken, task)
-    found.notes = images.notes
+    found.notes, found.trained = images.notes, trained_on(opened, part)
     if corruptions:
         found.corruptions = measure_corrupted(opened, part, images, batch_size, seed or 0, notify)
     if output is not None:
         write_json(Path(output), found.to_dict())
     return found
+
+
+def trained_on(model: nn.Module, images: ImageSet) -> Seen | None:
+    """Return how many of the images a model was trained on; None if its record does not say."""
+    from vitarium.catalog.record import training_of
+    from vitarium.training.fingerprints import trained_among
+
+    record = training_of(model).data
+    seen = None if record is None or record.images is None else trained_among(images, record.images)
+    return seen if seen is not None and seen.compared else None
 
 
 def measure(

@@ -166,8 +166,8 @@ def open_for(
     model: nn.Module,
     data: str | os.PathLike[str] | None,
     *,
-    seed: int = 0,
-    val_fraction: float = 0.2,
+    seed: int | None = None,
+    val_fraction: float | None = None,
     split: str | None = None,
 ) -> ImageData:
     """Open data with the labels of a model's task, rendered at its size, with targets in its numbering of the labels.
@@ -175,7 +175,7 @@ def open_for(
     Args:
         model: any; see `task_of`.
         data: as for `vitarium.open_data`; None: the task's default.
-        seed, val_fraction: of the split, if the data has none.
+        seed, val_fraction: of the split, if the data has none; None: those of the model's training, else 0 and 0.2.
         split: None for training, which needs two parts; else the part that becomes `val`: see `vitarium.open_data`.
 
     Raises:
@@ -186,7 +186,7 @@ def open_for(
 
     task = task_of(model)
     source = None if data is None else os.fspath(data)
-    division: dict[str, Any] = {"seed": seed, "val_fraction": val_fraction, "split": split}
+    division: dict[str, Any] = {**division_of(model, seed, val_fraction), "split": split}
     images = task.open(source, image_size=preprocessing_of(model).image_size, **division)
     try:
         return task.match(model, images)
@@ -204,35 +204,67 @@ def open_to_evaluate(
     seed: int | None = None,
     val_fraction: float | None = None,
     calibrated: bool = False,
+    notify: Notify = quiet,
 ) -> ImageData:
     """Open the images on which a model is evaluated, as the data's `val`.
 
     Args:
         model: any; see `task_of`.
-        data: as for `vitarium.open_data`; None: the task's default.
+        data: as for `vitarium.open_data`; None: that of the model's training, else the task's default.
         split: "val", "test", "train" or "all"; "auto": of the data that the model was trained on the part that was held out then; of other
             data the held-out part, or every labelled image if they have none.
         seed, val_fraction: of the part that is held out of data without parts, instead of every image.
         calibrated: whether a method needs images for its calibration, which are not evaluated.
+        notify: called with the name of the data, where none was given.
 
     Raises:
         DataError: no such data or part, or labels that the model does not have.
     """
+    from vitarium.catalog.record import training_of
+    from vitarium.training.tasks import task_of
+
     if split == "auto" and (seed is not None or val_fraction is not None):
         split = "val"
+    record, named = training_of(model).data, data is not None
+    if data is None:
+        if record is None:
+            default = task_of(model).default_data
+            notify(f"No data was named, and this model does not record its own: the task's default, {default}, is opened\n")
+        else:
+            data = record.source
+            notify(f"No data was named: {data} is opened, on which the model was trained\n")
     if split == "auto" and (own := open_own(model, data)) is not None:
         return own
-    division = {"seed": seed or 0, "val_fraction": 0.2 if val_fraction is None else val_fraction}
-    images = open_for(model, data, split=split, **division)  # type: ignore[arg-type]
+    division: dict[str, Any] = {"seed": seed, "val_fraction": val_fraction}
+    try:
+        images = open_for(model, data, split=split, **division)
+    except DataError as error:
+        if named or record is None:
+            raise
+        raise DataError(f"no data was named, and {data}, on which the model was trained, is of no use here: {error}") from error
     if calibrated and images.part == "all" and not len(images.train):
-        images = open_for(model, data, split="val", **division)  # type: ignore[arg-type]
+        images = open_for(model, data, split="val", **division)
     return images
 
 
+def division_of(model: nn.Module, seed: int | None = None, val_fraction: float | None = None) -> dict[str, Any]:
+    """Return seed and val_fraction of a split: as given, else those of the model's training, so that the same images are held out, else 0
+    and 0.2."""
+    from vitarium.catalog.record import training_of
+
+    record = training_of(model).data
+    own = (record.seed, record.val_fraction) if record else (0, 0.2)
+    return {"seed": own[0] if seed is None else seed, "val_fraction": own[1] if val_fraction is None else val_fraction}
+
+
 def open_own(model: nn.Module, data: str | os.PathLike[str] | None) -> ImageData | None:
-    """Open data as it was divided when a model was trained on it; None if it was not trained on this data."""
+    """Open data as it was divided when a model was trained on it; None if it was not trained on this data.
+
+    It is the same data if names and targets are, or the contents of the training images, as in a copy of the folder.
+    """
     from vitarium.catalog import preprocessing_of
     from vitarium.catalog.record import training_of
+    from vitarium.training.fingerprints import fingerprint_images
     from vitarium.training.recording import digest_of
     from vitarium.training.tasks import task_of
 
@@ -240,14 +272,18 @@ def open_own(model: nn.Module, data: str | os.PathLike[str] | None) -> ImageData
     if record is None or data is None:
         return None
     try:
-        division: dict[str, Any] = {"seed": record.seed, "val_fraction": record.val_fraction}
-        images = task.open(os.fspath(data), image_size=preprocessing_of(model).image_size, **division)
+        images = task.open(os.fspath(data), image_size=preprocessing_of(model).image_size, **division_of(model))
     except (DataError, UsageError):
         return None  # it cannot be trained on, so that the model was not
-    return task.match(model, images) if digest_of(images) == record.fingerprint else None
+    same = digest_of(images) == record.fingerprint or (
+        record.images is not None and len(images.train) == record.images.count and fingerprint_images(images.train) == record.images
+    )
+    return task.match(model, images) if same else None
 
 
-def open_unlabelled(model: nn.Module, data: str | os.PathLike[str], *, seed: int = 0, val_fraction: float = 0.2) -> ImageData:
+def open_unlabelled(
+    model: nn.Module, data: str | os.PathLike[str], *, seed: int | None = None, val_fraction: float | None = None
+) -> ImageData:
     """Open images at a model's size for a model without predictions for images; their labels are not used.
 
     Raises:
@@ -257,4 +293,4 @@ def open_unlabelled(model: nn.Module, data: str | os.PathLike[str], *, seed: int
     from vitarium.data import open_data
 
     size = preprocessing_of(model).image_size
-    return open_data(os.fspath(data), task="image", seed=seed, val_fraction=val_fraction, image_size=size)
+    return open_data(os.fspath(data), task="image", image_size=size, **division_of(model, seed, val_fraction))

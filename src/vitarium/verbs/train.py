@@ -146,7 +146,7 @@ def train(
     result = fit(learner, images, settings, folder, **where, progress=report)
     if not is_main_process():
         return None
-    record_training(learner, images, source=source, seed=settings.seed, val_fraction=val_fraction)
+    record_training(learner, images, source=source or task.default_data, seed=settings.seed, val_fraction=val_fraction)
     trained, file = learner.eval_model().eval(), folder / "model.safetensors"
     vitarium.save(trained, file, trained_only=trained_only)
     return Trained(trained, file, result, task, (learner.usage or task.usage).format(file=file))
