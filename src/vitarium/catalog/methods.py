@@ -109,7 +109,7 @@ class Method:
     tunable: ClassVar[tuple[str, ...]] = ()
     """Options that can change while the method is attached."""
     training: ClassVar[Literal["none", "images", "required"]] = "none"
-    """What the method needs beside a trained model: nothing, images for calibration, or training afterwards."""
+    """Requirements beside a trained model: nothing, images for calibration, or training afterwards."""
     keeps_weights: ClassVar[bool] = True
     """True if the model keeps the original weights, so that a loaded file can be undone. False for quantizers and pruners."""
 

@@ -187,7 +187,7 @@ class Training(Part):
 
 
 class ModelRecord(Part):
-    """What rebuilds a model, without its weights.
+    """Description from which a model is built again, without its weights.
 
     Attributes:
         name, arguments: what `create_model(name, **arguments)` is called with.

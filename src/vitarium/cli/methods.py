@@ -22,7 +22,7 @@ class Family(StrEnum):
 
 
 class Need(StrEnum):
-    """What a method needs beside a trained model."""
+    """Requirements of a method beside a trained model."""
 
     NONE = "none"
     IMAGES = "images"
@@ -49,7 +49,7 @@ def methods(
     """List the methods of --apply with their options; with a model, say which fit it, and why others do not."""
     from vitarium.verbs.methods import methods as run
 
-    found = run(model, family=family and family.value, training=training and training.value, options=options)
+    found = run(model, family=family and family.value, training=training and training.value, options=options)  # type: ignore[arg-type]
     if as_json:
         return print_json(found.to_dict())
     print_tables(found.tables())

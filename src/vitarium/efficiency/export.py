@@ -32,7 +32,7 @@ from vitarium.files import atomic_path
 
 ONNX_LIMIT = 2 * 10**9  # bytes; the largest protobuf file
 SAMPLES, WORST = 8, 0.2
-"""Of a graph with rounded activations: samples that are compared, and the error from which a single one fails the graph."""
+"""Samples that are compared for a graph with rounded activations, and the error from which a single one fails it."""
 Runner = Callable[..., Any]
 """A graph read from a file: function from the inputs, in order, to the outputs."""
 

@@ -86,8 +86,8 @@ def _ready(method: Method, model: torch.nn.Module) -> Method:
     names = {field.name for field in dataclasses.fields(method)}
     if "calibration" not in names:
         return method
-    quick: dict[str, Any] = {"search": "minmax", "images": 2, "mean_bits": None}
-    return dataclasses.replace(method, calibration=example_image(model, 2), **{k: v for k, v in quick.items() if k in names})
+    quick: dict[str, Any] = {"calibration": example_image(model, 2), "search": "minmax", "images": 2, "mean_bits": None}
+    return dataclasses.replace(method, **{k: v for k, v in quick.items() if k in names})
 
 
 def verdict(method: Method, rungs: list[Rung]) -> str:

@@ -219,7 +219,7 @@ class MaskedAutoencoderLearner(Learner):
     def model_inputs(self, batch: Batch) -> dict[str, Any]:
         """Return the images and the noise of their masks, which is the same for the same indices."""
         image = batch["image"]
-        rows, columns = self.model.check_image(image)
+        rows, columns = self.model.check_image(image)  # type: ignore[operator]
         return {"image": image, "noise": mask_noise(batch["index"], rows * columns).to(image)}
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:

@@ -241,7 +241,8 @@ def timed(original: nn.Module, changed: nn.Module, batch: int, compiled: bool, l
     from vitarium.efficiency.limits import time_limit
     from vitarium.efficiency.profiler import device_of
 
-    inputs, found = example_inputs(original, batch), {}
+    inputs = example_inputs(original, batch)
+    found: dict[str, Any] = {}
     args, named = arguments(original, inputs)
     for kind in ("eager", "compiled") if compiled else ("eager",):
         before, after = (torch.compile(m) if kind == "compiled" else m for m in (original, changed))

@@ -163,7 +163,9 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     if not hasattr(torch.ops.vitarium, "quantize"):
         return {}
     from onnx import TensorProto, helper
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
+
+    op: Any = opset18  # its annotations describe scripts, not the calls of a tracer
 
     def quantize(x: Any, step: Any) -> Any:
         zero = op.Constant(value=helper.make_tensor("zero", TensorProto.INT8, [1], [0]))

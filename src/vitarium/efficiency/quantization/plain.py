@@ -27,7 +27,7 @@ class Quantizer(Method):
 
     keeps_weights: ClassVar[bool] = False
     convolutions: ClassVar[bool] = False
-    """Whether convolutions are quantized too."""
+    """Quantization of convolutions beside linear layers."""
 
     def check_fits(self, model: nn.Module) -> None:
         if not find_layers(model, convolutions=self.convolutions):
