@@ -54,13 +54,15 @@ def test_macs(name: str, macs: float):
     assert count_macs(vitarium.create_model(f"crossformer_{name}").eval(), 224) == pytest.approx(macs, rel=0.03)
 
 
-def literal_attention(block: CrossFormerBlock, x: Tensor, size: int, interval: int) -> Tensor:
+def literal_attention(block: CrossFormerBlock, x: Tensor, size: int, interval: int, around: bool = False, mask: bool = True) -> Tensor:
     """Literal implementation: pad, regroup, attend with the bias of each pair and -1e6 for padded keys, reverse, crop. (B, H, W, C)."""
     batch, height, width, dim = x.shape
     step = size * interval
     bottom, right = -height % step, -width % step
-    x = F.pad(x, (0, 0, 0, right, 0, bottom))
-    seen = F.pad(torch.zeros(1, height, width, 1, dtype=x.dtype), (0, 0, 0, right, 0, bottom), value=-1e6)
+    top, left = (bottom // 2, right // 2) if around else (0, 0)
+    amount = (0, 0, left, right - left, top, bottom - top)
+    x = F.pad(x, amount)
+    seen = F.pad(torch.zeros(1, height, width, 1, dtype=x.dtype), amount, value=-1e6 if mask else 0.0)
     rows, columns = x.shape[1] // step, x.shape[2] // step
 
     def group(t: Tensor) -> Tensor:
@@ -74,7 +76,7 @@ def literal_attention(block: CrossFormerBlock, x: Tensor, size: int, interval: i
     logits = (logits.view(batch, len(hidden), *logits.shape[1:]) + hidden).view(logits.shape)
     y = attn.proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
     y = y.view(batch, rows, columns, interval, interval, size, size, dim).permute(0, 1, 5, 3, 2, 6, 4, 7)
-    return y.reshape(x.shape)[:, :height, :width]
+    return y.reshape(x.shape)[:, top : top + height, left : left + width]
 
 
 def literal(model: CrossFormer, image: Tensor) -> Tensor:
@@ -87,7 +89,7 @@ def literal(model: CrossFormer, image: Tensor) -> Tensor:
         for block, side in zip(stage.blocks, stage.group_sizes, strict=True):
             whole = min(x.shape[1:3]) <= side
             size = min(x.shape[1:3]) if whole else side
-            x = x + literal_attention(block, block.norm1(x), size, stage.interval if block.far and not whole else 1)
+            x = x + literal_attention(block, block.norm1(x), size, stage.interval if block.far and not whole else 1, **stage.padding)
             x = x + block.mlp(block.norm2(x))
             if block.ex_conv is not None:
                 x = block.ex_ln(block.ex_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
@@ -106,6 +108,18 @@ def test_equals_the_literal_words(size: tuple[int, int]):
     model = vitarium.create_model("crossformer_pico", cooling=True, depths=(4, 2)).double().eval()
     image = torch.randn(2, 3, *size, dtype=torch.float64)
     torch.testing.assert_close(model(image), literal(model, image), rtol=0, atol=1e-11)
+
+
+@pytest.mark.identity
+@pytest.mark.parametrize(("pad_around", "mask_padding"), [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("size", [(32, 32), (35, 50)])
+def test_other_paddings_equal_the_literal_words(size: tuple[int, int], pad_around: bool, mask_padding: bool):
+    model = vitarium.create_model("crossformer_pico", depths=(4, 2), pad_around=pad_around, mask_padding=mask_padding).double().eval()
+    usual = vitarium.create_model("crossformer_pico", depths=(4, 2)).double().eval()
+    usual.load_state_dict(model.state_dict())
+    image = torch.randn(2, 3, *size, dtype=torch.float64)
+    torch.testing.assert_close(model(image), literal(model, image), rtol=0, atol=1e-11)
+    assert ((model(image) - usual(image)).abs().max() > 1e-6) == (size == (35, 50))  # without padding they are the same
 
 
 @pytest.mark.identity

@@ -25,6 +25,7 @@ OPTIONS = [
         "crossformer_pico",
         dict(group_sizes=((4, 3), 4), merge_kernels=((2, 6),), mlp_ratio=(2.0, 3.0), qkv_bias=False, patch_norm=False, pos_embed=True),
     ),
+    ("crossformer_pico", dict(pad_around=True, mask_padding=False, group_sizes=(3, 3))),
     ("convnext_pico", dict(layer_scale_init_value=0, stage_norms=True)),
 ]
 """Models with options that no variant uses."""

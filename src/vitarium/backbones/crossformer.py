@@ -12,8 +12,8 @@ Follows the authors' code (github cheerss/CrossFormer); its checkpoints load by 
 masked, and on a map smaller than a group the group is as wide as the shorter side of the map. (The authors' classifier needs square
 images.)
 Left out, since no config or released model has them: dropout of the attention weights; a conditional position encoding, which mixes rows
-with channels in the authors' code; padding on all sides, and padding that is attended to; intervals that adapt to the map. The experiments
-with group sizes that grow from block to block are lists in `group_sizes`.
+with channels in the authors' code; intervals that adapt to the map (give them as `intervals`). The experiments with group sizes that grow
+from block to block are lists in `group_sizes`.
 Cost: linear in image area at fixed G.
 
 Speed: padding exists only inside attention windows, not as tokens; biases are evaluated once per group size in evaluation mode.
@@ -24,7 +24,7 @@ Legend: B batch, C channels, H W map, N tokens of the map, G group side, I inter
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -62,14 +62,21 @@ class Groups(WindowLayout):
     back: Tensor
 
     @classmethod
-    def of(cls, height: int, width: int, size: int, interval: int, device: torch.device) -> Groups:
-        """Build the groups of a map of height x width tokens."""
-        layout = attention_layout(height, width, size, interval=interval, device=device)
-        padded = width + -width % (size * interval)
-        y, x = layout.order // padded, layout.order % padded
-        take = y.clamp(max=height - 1) * width + x.clamp(max=width - 1)
-        back = layout.inverse.view(layout.inverse.numel() // padded, padded)[:height, :width].flatten()
-        return cls(**vars(layout), take=take, back=back)
+    def of(
+        cls, height: int, width: int, size: int, interval: int, device: torch.device, *, around: bool = False, mask: bool = True
+    ) -> Groups:
+        """Build the groups of a map of height x width tokens; `around` pads on all sides, `mask` hides the padding from attention."""
+        rows, columns = (side + -side % (size * interval) for side in (height, width))
+        top, left = ((rows - height) // 2, (columns - width) // 2) if around else (0, 0)
+        whole = attention_layout(rows, columns, size, interval=interval, device=device)
+        y, x = whole.order // columns - top, whole.order % columns - left
+        take = y.clamp(0, height - 1) * width + x.clamp(0, width - 1)
+        back = whole.inverse.view(rows, columns)[top : top + height, left : left + width].flatten()
+        if (rows, columns) == (height, width):
+            return cls(**vars(whole), take=take, back=back)
+        inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        region = (~inside).long().view(-1, size * size) if mask else None
+        return cls(whole.order, whole.inverse, inside[:, None], region, size, -math.inf, take=take, back=back)
 
 
 def cross_scale(in_dim: int, dim: int, kernels: Sequence[int], stride: int) -> nn.ModuleList:
@@ -178,7 +185,10 @@ class CrossFormerBlock(nn.Module):
     def forward(self, x: Tensor, near: Groups, far: Groups) -> Tensor:
         groups = far if self.far else near
         tokens = x.flatten(1, 2)
-        y = self.attn(self.norm1(tokens).index_select(1, groups.take), groups).index_select(1, groups.back)
+        y = self.norm1(tokens).index_select(1, groups.take)
+        if groups.inside is not None and groups.region is None:
+            y = y * groups.inside  # padding that is not masked is zero after the norm
+        y = self.attn(y, groups).index_select(1, groups.back)
         tokens = tokens + self.drop_path(y)
         tokens = tokens + self.drop_path(self.mlp(self.norm2(tokens)))
         x = tokens.view(x.shape)
@@ -193,13 +203,16 @@ class CrossFormerStage(nn.Module):
     Args:
         group_sizes: side G of the groups of each block, tokens.
         interval: I of the long-distance attention.
+        padding: see `Groups.of`.
     """
 
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], group_sizes: Sequence[int], interval: int):
+    def __init__(
+        self, downsample: nn.Module, blocks: Sequence[nn.Module], group_sizes: Sequence[int], interval: int, padding: Mapping[str, bool]
+    ):
         super().__init__()
         self.downsample = downsample
         self.blocks = nn.ModuleList(blocks)
-        self.group_sizes, self.interval = list(group_sizes), interval
+        self.group_sizes, self.interval, self.padding = list(group_sizes), interval, dict(padding)
         self.kept = LayoutCache()
 
     def groups(self, height: int, width: int, device: torch.device) -> dict[int, tuple[Groups, Groups]]:
@@ -207,10 +220,10 @@ class CrossFormerStage(nn.Module):
 
         def build(side: int) -> tuple[Groups, Groups]:
             size = min(side, height, width)
-            near = Groups.of(height, width, size, 1, device)
+            near = Groups.of(height, width, size, 1, device, **self.padding)
             if self.interval == 1 or min(height, width) <= side:
                 return near, near
-            return near, Groups.of(height, width, size, self.interval, device)
+            return near, Groups.of(height, width, size, self.interval, device, **self.padding)
 
         return self.kept.get(height, width, device, lambda: {side: build(side) for side in sorted(set(self.group_sizes))})
 
@@ -277,6 +290,8 @@ class CrossFormer(Backbone):
         patch_norm: whether a layer norm follows the stem.
         pos_embed: whether a learned absolute position is added to each token of the stem (`ape` of the authors).
         image_size: side, or (height, width), in pixels, of the image that the position table is made for; it is resampled for others.
+        pad_around: whether maps are padded on all sides in place of the end alone (`pad_type` 1 of the authors).
+        mask_padding: whether padding is hidden from attention; False: it is zero after the norm (`no_mask` of the authors).
         cooling: add an amplitude cooling layer after each third block (CrossFormer++).
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth rate of the last block; the rates rise linearly from 0.
@@ -301,6 +316,8 @@ class CrossFormer(Backbone):
         patch_norm: bool = True,
         pos_embed: bool = False,
         image_size: int | Sequence[int] = 224,
+        pad_around: bool = False,
+        mask_padding: bool = True,
         cooling: bool = False,
         in_chans: int = 3,
         num_classes: int = 1000,
@@ -336,6 +353,7 @@ class CrossFormer(Backbone):
                 ],
                 sizes[k],
                 intervals[k],
+                dict(around=pad_around, mask=mask_padding),
             )
             for k, depth in enumerate(depths)
         )
