@@ -340,3 +340,19 @@ def test_patterns_of_endless_shards_are_refused():
     with pytest.raises(DataError, match="at most 100,000"):
         expand_braces("x-{000..999}-{000..999}.tar")
     assert expand_braces("{a,b}-{8..10}.tar")[-1] == "b-10.tar"
+    assert expand_braces("{1..%s}" % ("9" * 5000)) == ["{1..%s}" % ("9" * 5000)]
+
+
+@pytest.mark.parametrize("label", ["9" * 5000, "-" + "9" * 5000, "x" * 5000])
+def test_labels_of_thousands_of_signs_are_refused(tmp_path, label):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, content in (("0.png", encoded(picture())), ("0.cls", label.encode())):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    with pytest.raises(DataError, match=r"its label has 5,00\d signs"):
+        open_data(f"wds:{tmp_path}")
+    (tmp_path / "a.png").write_bytes(encoded(picture()))
+    (tmp_path / "b.png").write_bytes(encoded(picture(1)))
+    (tmp_path / "t.csv").write_text(f"path,label\na.png,{label}\nb.png,{label}1\n")
+    assert len(open_data(tmp_path / "t.csv", split="all").classes) == 2

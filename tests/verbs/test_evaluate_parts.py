@@ -73,3 +73,21 @@ def test_methods_are_calibrated_on_images_that_are_not_measured(trained: tuple[P
     assert vitarium.evaluate(file, tmp_path / "photos", apply=["mptq_vit"]).images == 2
     with pytest.raises(UsageError, match="mptq_vit is calibrated on images, and apart has none for training"):
         vitarium.evaluate(file, tmp_path / "apart", apply=["mptq_vit"])
+
+
+def test_a_table_of_labels_of_any_subject(tmp_path: Path):
+    """By the recipe of the general name: training, and evaluation of another table with the labels in another order."""
+    for name, count in (("photos", 12), ("more", 6)):
+        lines = ["image,tags,PatientID"]
+        for i in range(count):
+            put(tmp_path / name / f"{i}.png")
+            lines.append(f"{name}/{i}.png,{'shirt;bag' if i % 3 == 0 else 'shoe' if i % 3 == 1 else 'bag'},{i // 2}")
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines))
+    changes = [*CHANGES, "image_size=16"]
+    found = vitarium.train("multilabel_pico", tmp_path / "photos.csv", model="timm/vit_pico", changes=changes, out=tmp_path / "run")
+    assert found is not None
+    assert found.model.labels == ["bag", "shirt", "shoe"]
+    measured = vitarium.evaluate(found.file, tmp_path / "more.csv")
+    assert (measured.images, measured.split) == (6, "all")
+    assert [(row["name"], row["yes"]) for row in measured.metrics["findings"]] == [("bag", 4), ("shirt", 2), ("shoe", 2)]
+    assert any("separated by ';'" in note for note in measured.to_dict()["notes"])

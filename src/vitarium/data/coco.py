@@ -337,7 +337,7 @@ def _masks_of_shapes(sample: Sample) -> Iterator[NDArray[np.bool_]]:
             else:
                 counts = shape["counts"] if isinstance(shape["counts"], list) else read_counts(shape["counts"], sample.size)
                 check_counts(counts, sample.size)
-                drawn = np.repeat(np.arange(len(counts)) % 2, counts).reshape(width, height).T
+                drawn = np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
             yield drawn.astype(bool)
         except (TypeError, ValueError) as error:
             raise BrokenImage(sample.file, f"a segment of it cannot be drawn: {error}") from error

@@ -37,6 +37,7 @@ LABELS_OF_TASKS = {
 }
 """Name of a task -> its kind of labels, if the two names differ. A test compares this with the tasks themselves."""
 log = logging.getLogger("vitarium")
+_logged: set[str] = set()
 
 EMBEDDED = ("digits", "photos", "scenes")
 KINDS = ("folder", "csv", "wds", "hf")
@@ -58,7 +59,7 @@ def open_data(
 ) -> ImageData:
     """Open a data set: for classification, or with the labels of another task.
 
-    What was left out, ignored or assumed is logged, a sentence each, and is in the data's `notes`.
+    What was left out, ignored or assumed is logged, each sentence once in a process, and is in the data's `notes`.
 
     Args:
         spec: "digits" (scikit-learn's handwriting), "photos" (crops of real photographs), "scenes" (rendered on demand, with options:
@@ -89,7 +90,9 @@ def open_data(
     else:
         data = open_classes(text, seed=seed, val_fraction=val_fraction, image_size=image_size, split=split)
     for note in data.notes:
-        log.warning("%s", note)
+        if note not in _logged:  # a command may open its data more than once
+            log.warning("%s", note)
+            _logged.add(note)
     return data
 
 

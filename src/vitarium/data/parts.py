@@ -213,7 +213,7 @@ def assemble(
 
 def natural_order(name: str) -> list[tuple[int, int, str]]:
     """Return a sort key by which "class 10" comes after "class 9"."""
-    return [(0, int(piece), piece) if piece.isdecimal() else (1, 0, piece) for piece in re.split(r"(\d+)", name) if piece]
+    return [(0, int(piece), piece) if piece.isdecimal() else (1, 0, piece) for piece in re.split(r"(\d{1,18})", name) if piece]
 
 
 def few(names: Sequence[Any], count: int = 5) -> str:

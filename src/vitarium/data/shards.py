@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MAX_LABEL_BYTES = 1 << 20
+MAX_NAME = 1000
+"""Largest number of signs of a label in a shard."""
+
 MAX_SHARDS = 100_000
 """Largest number of shards that a pattern may name."""
 
@@ -106,11 +109,11 @@ def find_shards(path: Path) -> list[Path]:
 
 def expand_braces(pattern: str) -> list[str]:
     """Expand braces: "x-{08..10}.tar" -> ["x-08.tar", "x-09.tar", "x-10.tar"]; "{a,b}" likewise, also several."""
-    found = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    found = re.search(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}", pattern)
     if not found:
         return [pattern]
     first, last, names = found.groups()
-    count = 0 if names else int(last[:20]) - int(first[:20]) + 1
+    count = 0 if names else int(last) - int(first) + 1
     rests = expand_braces(pattern[found.end() :])
     if count * len(rests) > MAX_SHARDS:
         raise DataError(f"{pattern} names {count * len(rests):,} shards; at most {MAX_SHARDS:,} are accepted")
@@ -244,6 +247,8 @@ def _read_label(file: BinaryIO, place: Member, kind: str) -> Any:
 def _class_name(label: Any, classes: list[str] | None, where: str) -> str:
     if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
         raise DataError(f"{where}: its label must be a class number or name, got {label!r}")
+    if isinstance(label, str) and len(label) > MAX_NAME:
+        raise DataError(f"{where}: its label has {len(label):,} signs; a class name has at most {MAX_NAME}")
     number = int(label) if isinstance(label, int) or re.fullmatch(r"-?\d+", label) else None
     if number is not None and (number < 0 or (classes is not None and number >= len(classes))):
         accepted = f"0 to {len(classes) - 1} ({len(classes)} classes are listed)" if classes else "0 and above"
