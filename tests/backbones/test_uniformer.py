@@ -386,3 +386,45 @@ def test_light_takes_the_authors_lists():
     for wrong in ((0.5, 0.5, 0.5), (1, 0.5), (1, 0, 0.5)):
         with pytest.raises(vitarium.errors.UsageError, match="one per global block"):
             vitarium.create_model("uniformer_light_pico", keep_ratio=wrong)
+
+
+@pytest.mark.identity
+def test_light_video_model_is_the_image_model_on_one_frame():
+    """With kernels that are zero beside the middle of the time axis, a clip of one frame gives the logits of its image."""
+    image_model = filled(vitarium.create_model("uniformer_light_pico", num_classes=3, mlp_ratio=(2, 3), layer_scale=1))
+    video_model = vitarium.create_model("uniformer_video_light_pico", num_classes=3, mlp_ratio=(2, 3), layer_scale=1, overlap=True).double()
+    state = dict(image_model.state_dict())
+    for name, tensor in video_model.state_dict().items():
+        if tensor.ndim == 5:
+            kernel = torch.zeros_like(tensor)
+            kernel[:, :, tensor.shape[2] // 2] = state[name]
+            state[name] = kernel
+    video_model.load_state_dict(state)
+    image = torch.randn(2, 3, 24, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(video_model.eval()(image[:, :, None]), image_model(image), rtol=1e-10, atol=1e-10)
+
+
+def test_scores_of_a_clip_compare_all_frames_and_keep_their_sum():
+    model = vitarium.create_model("uniformer_video_light_pico", depths=(1, 2, 2), dims=(32, 64, 64), mixers="LGG", num_classes=3).eval()
+    taken: list[tuple[Tensor, ...]] = []
+    for block in (model.stages[1].blocks[-1], model.stages[2].blocks[0]):
+        block.register_forward_hook(lambda _, given, made: taken.append((*given[0], *made)))
+    clip = torch.randn(2, 3, 8, 16, 16)
+    model(clip)
+    (*_, before), (_, _, after, *_) = taken
+    assert (before.shape, after.shape) == ((2, 4 * 4 * 4), (2, 4 * 2 * 2))
+    torch.testing.assert_close(before.sum(1), after.sum(1))
+    pooled = before.view(2, 4, 2, 2, 2, 2).mean((3, 5)).flatten(1)
+    torch.testing.assert_close(after, pooled * (before.sum(1) / pooled.sum(1))[:, None])
+
+
+def test_light_video_models_have_the_authors_sizes():
+    with torch.device("meta"):
+        small, large = (vitarium.create_model(f"uniformer_video_light_{name}", num_classes=400) for name in ("xxs16_128", "xs32_192"))
+        images = [vitarium.create_model(f"uniformer_light_{name}", num_classes=400) for name in ("xxs", "xs")]
+    for clips, still in zip((small, large), images, strict=True):
+        flat = {name: (*p.shape[:2], *p.shape[3:]) if p.ndim == 5 else tuple(p.shape) for name, p in clips.named_parameters()}
+        assert flat == {name: tuple(p.shape) for name, p in still.named_parameters()}
+    assert small.stem.proj[3].stride == (2, 2, 2)
+    assert vitarium.create_model("uniformer_video_light_xxs4_160").preprocessing.frames == 4

@@ -155,13 +155,17 @@ class Patches(nn.Sequential):
 
 
 class Convolutions(nn.Sequential):
-    """3 x 3 convolutions of the given strides with batch norms, and GELUs between them: (B, C_in, H, W) -> (B, C, H', W'), rounded up."""
+    """Convolutions of side 3 and the given strides with batch norms, and GELUs between them: (B, C_in, S) -> (B, C, S'), rounded up.
 
-    def __init__(self, in_dim: int, dim: int, *strides: int):
+    For clips (`axes` 3), the last convolution has the stride `frame_stride` over the frames.
+    """
+
+    def __init__(self, in_dim: int, dim: int, *strides: int, axes: int = 2, frame_stride: int = 1):
         dims = [in_dim, *(dim // 2 for _ in strides[1:]), dim]
         parts: list[nn.Module] = []
         for i, stride in enumerate(strides):
-            parts += [nn.Conv2d(dims[i], dims[i + 1], 3, stride, 1), nn.BatchNorm2d(dims[i + 1]), nn.GELU()]
+            time = (frame_stride if i == len(strides) - 1 else 1,) * (axes - 2)
+            parts += [CONV[axes](dims[i], dims[i + 1], 3, (*time, stride, stride), 1), BATCH_NORM[axes](dims[i + 1]), nn.GELU()]
         super().__init__(OrderedDict(proj=nn.Sequential(*parts[:-1])))
 
 
