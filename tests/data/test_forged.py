@@ -233,7 +233,10 @@ def test_masks_of_0_and_255_are_refused_and_mapped(tmp_path):
     found = [part[i][1].labels.tolist() for part in (data.train, data.val) for i in range(len(part))]
     assert sorted(found) == [[0], [0], [0, 1], [0, 1]]
     assert open_data(masked(tmp_path / "more", [0, 1, 255]), task="semantic").classes == ["ground", "house"]
-    assert open_data(masked(tmp_path / "none", [0]), task="semantic").classes == ["ground", "house"]
+    data = open_data(masked(tmp_path / "none", [0]), task="semantic")
+    assert any("these classes occur in no mask: 1 (house)" in note for note in data.notes)
+    with pytest.raises(DataError, match=r"house is the only class; if 255 is class 1, write .* and name both classes"):
+        open_data(masked(tmp_path / "one", [0, 255], "house\n"), task="semantic")
 
 
 def test_values_of_masks_are_mapped(tmp_path):

@@ -154,6 +154,56 @@ def test_embedded_data_has_parts():
     assert len(open_data("scenes:length=20", split="all", task="semantic", image_size=16).val) == 20
 
 
+def tar_of(path, kinds):
+    import io
+    import tarfile
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for i, kind in enumerate(kinds):
+            for name, content in ((f"{i}.png", encoded(picture(i))), (f"{i}.cls", kind.encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+def masks_of(root, part, count):
+    import numpy as np
+    from PIL import Image
+
+    for i in range(count):
+        put(root / "images" / part / f"{i}.jpg")
+        put(root / "masks" / part / f"{i}.png", encoded(Image.fromarray(np.eye(10, 12, dtype=np.uint8))))
+    (root / "classes.txt").write_text("a\nb\n")
+
+
+@pytest.mark.parametrize("kind", ["shards", "table", "labels", "masks"])
+def test_other_kinds_of_data_are_evaluated_by_part(tmp_path, kind):
+    """A test part alone, three parts, and data without parts."""
+    for name, parts in (("alone", {"test": 3}), ("three", {"train": 6, "val": 4, "test": 3}), ("whole", {"": 5})):
+        root = tmp_path / name
+        rows = []
+        for part, count in parts.items():
+            if kind == "shards":
+                tar_of(root / f"{part or 'x'}-0.tar", ["cat", "dog"] * (count // 2) + ["cat"] * (count % 2))
+            elif kind == "masks":
+                masks_of(root, part, count)
+            else:
+                names = [f"{part}{i}.png" for i in range(count)]
+                rows += [f"{put(root / file).name},{('cat', 'dog')[i % 2]},{part}" for i, file in enumerate(names)]
+        if rows:
+            header = "path,label,split" if name != "whole" else "path,label,other"
+            (root / "list.csv").write_text("\n".join([header, *rows]))
+    spec = lambda name: tmp_path / name / "list.csv" if kind in ("table", "labels") else tmp_path / name
+    task = {"labels": "multilabel", "masks": "semantic"}.get(kind, "class")
+    count = lambda name, split: len(open_data(spec(name), task=task, split=split).val)
+    assert [count("alone", split) for split in ("auto", "test", "all")] == [3, 3, 3]
+    assert [count("three", split) for split in ("auto", "val", "test", "train", "all")] == [4, 4, 3, 6, 13]
+    assert count("whole", "auto") == 5
+    with pytest.raises(DataError, match="has no part train"):
+        open_data(spec("alone"), task=task, split="train")
+
+
 # ---- files that are left out
 
 

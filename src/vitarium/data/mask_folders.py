@@ -77,17 +77,24 @@ def open_mask_folder(
     parts = {part: _pairs(*place, broken) for part, place in places.items()}
     name = path.resolve().name
     chosen = divide_samples(name, parts, seed=seed, val_fraction=val_fraction, split=split)
-    _check_classes(path, [pair for pairs in parts.values() for pair in pairs], classes, functools.partial(class_numbers, **numbering))
+    absent = _check_classes(
+        path, [pair for pairs in parts.values() for pair in pairs], classes, functools.partial(class_numbers, **numbering)
+    )
     train, val = (Samples(part, read=read, name=lambda pair: pair.file) for part in (chosen.train, chosen.val))
-    notes = (*(note for place, _ in places.values() for note in scan([place]).notes(place)), *chosen.notes)
+    notes = (*(note for place, _ in places.values() for note in scan([place]).notes(place)), *absent, *chosen.notes)
     return SegmentedData(name, train, val, classes, notes=notes, part=chosen.part)
 
 
-def _check_classes(path: Path, pairs: list[Pair], classes: list[str], numbers_of: Callable[[NDArray[Any]], NDArray[np.int64]]) -> None:
+def _check_classes(
+    path: Path, pairs: list[Pair], classes: list[str], numbers_of: Callable[[NDArray[Any]], NDArray[np.int64]]
+) -> tuple[str, ...]:
     """Check that 255, which is void, does not stand for a class: up to `SEARCHED` masks are read until each class was found.
 
+    Returns:
+        a note on classes that were not found, if there are any.
+
     Raises:
-        DataError: a class occurs in no mask, while pixels have the value 255.
+        DataError: a class occurs in no mask, or there is but one, while pixels have the value 255.
     """
     missing, void, only_two = set(range(len(classes))), 0, True
     searched = pairs[:: max(1, -(-len(pairs) // SEARCHED))]
@@ -96,19 +103,23 @@ def _check_classes(path: Path, pairs: list[Pair], classes: list[str], numbers_of
             values = np.asarray(open_mask(pair.mask))
         except BrokenImage:  # the loader records it
             continue
-        present = np.unique(numbers_of(values))
-        missing.difference_update(present.tolist())
-        void += int((values == IGNORE).sum()) if IGNORE in present else 0
+        numbers = numbers_of(values)
+        missing.difference_update(np.unique(numbers).tolist())
+        if not missing and len(classes) > 1:
+            return ()
+        void += int(((numbers == IGNORE) & (values == IGNORE)).sum())
         only_two = only_two and set(np.unique(values).tolist()) <= {0, IGNORE}
-        if not missing:
-            return
-    if void and (len(searched) == len(pairs) or only_two):
-        unseen = [f"{number} ({classes[number]})" for number in sorted(missing)]
-        lone = f"masks:{path},map=255:{min(missing)}"
-        raise DataError(
-            f"{path}: {void:,} pixels of the masks have the value 255, which stands for void (pixels without a class), and these classes "
-            f"occur in no mask: {few(unseen)}; if 255 is class {min(missing)}, write {lone}; else remove the classes from classes.txt"
-        )
+    unseen = few([f"{number} ({classes[number]})" for number in sorted(missing)])
+    where = "no mask" if len(searched) == len(pairs) else f"none of {len(searched)} masks"
+    if not void or not (only_two or (missing and len(searched) == len(pairs))):
+        return (f"{path}: these classes occur in {where}: {unseen}",) if missing else ()
+    number = min(missing, default=1)
+    what = f"these classes occur in {where}: {unseen}" if missing else f"{classes[0]} is the only class"
+    mapped = f"write masks:{path},map=255:{number}" + ("" if missing else " and name both classes in classes.txt")
+    raise DataError(
+        f"{path}: {void:,} pixels of the masks have the value 255, which stands for void (pixels without a class), and {what}; "
+        f"if 255 is class {number}, {mapped}; if it is void, name in classes.txt only classes that occur"
+    )
 
 
 def _names(file: Path) -> list[str]:
