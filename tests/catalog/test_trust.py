@@ -20,6 +20,7 @@ from tests.catalog.forging import forge, forge_text, record_of
 from vitarium.catalog.create import ModelSpec
 from vitarium.catalog.rebuilding import rebuilding
 from vitarium.catalog.registry import families
+from vitarium.cli.info_file import describe_file, print_file
 from vitarium.errors import CheckpointError, UsageError, VitariumError
 
 SMALL = {"var": "var_pico", "kmax_deeplab": "kmax_deeplab_pico", "t_tame": "t_tame_pico", "vpt_proxies": "vpt_proxies_pico"}
@@ -285,6 +286,16 @@ def test_a_forged_configuration_of_transformers_is_refused_by_its_field(changes,
     with pytest.raises(CheckpointError, match=field):
         vitarium.load(path)
     assert not requests()
+
+
+def test_the_command_info_reads_the_record_in_the_same_way(tmp_path):
+    path = saved("convnext_pico", tmp_path, num_classes=3)
+    report = describe_file(str(path))
+    assert report["model"]["name"] == "convnext_pico"
+    print_file(report)
+    forge(path, labels=3)
+    with pytest.raises(CheckpointError, match="labels: "):
+        describe_file(str(path))
 
 
 # ---- sizes

@@ -137,7 +137,7 @@ def check_counts(values: Any, contents: Contents, place: str, key: str = "") -> 
         for name, value in values.items():
             check_counts(value, contents, f"{place}.{name}", str(name))
     elif isinstance(values, list | tuple):
-        if len(values) > contents.layers:
+        if len(values) > contents.largest:
             raise UsageError(f"{place} lists {len(values):,} values, and the file holds {contents.tensors:,} tensors")
         numbers = [v for v in values if isinstance(v, int)]
         if DEPTHS.search(key) and sum(numbers) > 2 * contents.tensors + 4 * SLACK:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from vitarium.catalog.classes import known_names
 from vitarium.catalog.index import Registry
 from vitarium.catalog.preprocessing import Preprocessing
 from vitarium.errors import CheckpointError, UsageError, nearest
+from vitarium.version import __version__
 
 FORMAT = 3
 """Version of the record in a file. Raised when older versions of vitarium cannot read the file: 1 whole models, 2 files without base
@@ -278,17 +280,31 @@ def read_record(text: str, place: str) -> Record:
         place: the file, for messages.
 
     Raises:
-        CheckpointError: it names the first field that does not fit.
+        CheckpointError: it names the first fields that do not fit; or the record is in a newer format.
     """
     try:
         if len(text) > LONGEST_RECORD:
             raise UsageError(f"it has {len(text):,} characters, at most {LONGEST_RECORD:,} are read")
+        _check_format(text, place)
         return Record.model_validate_json(text, strict=True)
     except ValidationError as error:
         wrong = "; ".join(problems(error))
+    except CheckpointError:
+        raise
     except (ValueError, RecursionError) as error:
         wrong = str(error)
     raise CheckpointError(f"{place} has a damaged record of its model: {wrong}; its tensors can be loaded with checkpoint={place!r}")
+
+
+def _check_format(text: str, place: str) -> None:
+    """Raise CheckpointError for a record of a newer format, whose further fields are not known here."""
+    values = json.loads(text)
+    version, writer = (values.get("format"), values.get("vitarium")) if isinstance(values, dict) else (None, None)
+    if isinstance(version, int) and version > FORMAT:
+        raise CheckpointError(
+            f"{place} was written by vitarium {str(writer)[:40]} (format {version}); this is {__version__} (format {FORMAT}): "
+            "pip install --upgrade vitarium"
+        )
 
 
 def problems(error: ValidationError, most: int = 3) -> Iterator[str]:

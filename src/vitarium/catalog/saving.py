@@ -201,16 +201,6 @@ def _parse(path: Path, text: str, state: Mapping[str, Tensor]) -> Record:
     Raises:
         CheckpointError: a newer format, or a record that does not fit.
     """
-    try:
-        values = json.loads(text)
-        version, writer = (values.get("format"), values.get("vitarium")) if isinstance(values, dict) else (None, None)
-    except (ValueError, RecursionError):
-        version = writer = None  # `read_record` reports it
-    if isinstance(version, int) and version > FORMAT:
-        raise CheckpointError(
-            f"{path} was written by vitarium {writer} (format {version}); this is {__version__} "
-            f"(format {FORMAT}): pip install --upgrade vitarium"
-        )
     record = read_record(text, str(path))
     for name, stored in record.tied.items():
         if stored not in state or name in state:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from vitarium.cli.console import out, pairs, short, table
@@ -15,6 +14,7 @@ def describe_file(path: str) -> dict[str, Any]:
         CheckpointError: missing, damaged or unsafe.
     """
     from vitarium.catalog.checkpoints import models_that_fit
+    from vitarium.catalog.record import read_record
     from vitarium.catalog.states import RECORD, read_weights
 
     weights = read_weights(path)
@@ -28,7 +28,8 @@ def describe_file(path: str) -> dict[str, Any]:
         "inside": weights.opened,
     }
     if RECORD in weights.metadata:
-        return report | {"model": json.loads(weights.metadata[RECORD])}
+        record = read_record(weights.metadata[RECORD], str(weights.path)).model_dump(mode="json", exclude={"data": {"images": {"digests"}}})
+        return report | {"model": record}
     first = {name: list(t.shape) for name, t in list(tensors.items())[:5]}
     return report | {"model": None, "first_tensors": first, "fits": models_that_fit(weights)}
 
@@ -57,5 +58,14 @@ def print_file(report: dict[str, Any]) -> None:
         "labels": ", ".join(labels[:10]) + (f" ... ({len(labels)})" if len(labels) > 10 else "") if labels else "none",
         "preprocessing": "none" if pre is None else ", ".join(f"{k} {v}" for k, v in pre.items()),
         "methods": ", ".join(m["slug"] for m in record["methods"]) or "none",
+        "trained on": _data(record["data"]),
     }
     console.print(pairs(rows))
+
+
+def _data(record: dict[str, Any] | None) -> str:
+    """Describe the data of a model's training."""
+    if record is None:
+        return "unknown"
+    images = f"{record['images']['count']} images of " if record["images"] else ""
+    return f"{images}{record['source']} (seed {record['seed']}, {100 * record['val_fraction']:g} % held out if it has no parts)"
