@@ -61,6 +61,57 @@ def test_nih_layout_with_its_lists(tmp_path: Path):
     assert data.val[0][0].getpixel((0, 0)) == 20  # found in images_001/images
 
 
+def write_lists(folder: Path, labels: int = 14) -> None:
+    """Lists as the authors of thorax_mae publish them: a name and 14 labels in each line."""
+    folder.mkdir(exist_ok=True)
+    rows = {name: [int(CHEST_FINDINGS[i] in found.split("|")) for i in range(labels)] for name, found, _ in LINES}
+    for part, names in (("train", ["1_0.png", "1_1.png", "3_1.png"]), ("val", ["4_0.png"]), ("test", ["2_0.png"])):
+        text = "".join(f"{name} {' '.join(map(str, rows[name]))}\n" for name in names)
+        (folder / f"{part}_official.txt").write_text(text)
+
+
+def test_lists_of_labels(tmp_path: Path):
+    """In the folder of the images, elsewhere, and beside NIH's own table, whose labels and patients are then used."""
+    folder = nih(tmp_path / "nih", LINES)
+    write_lists(tmp_path / "splits")
+    write_lists(folder)
+    with_table = open_data(folder, task="multilabel")
+    assert any("train_official.txt" in note for note in with_table.notes)
+    (folder / "Data_Entry_2017.csv").unlink()
+    for data in (
+        with_table,
+        open_data(folder, task="multilabel"),
+        open_data(f"lists:{tmp_path / 'splits'},images={folder}", task="multilabel"),
+    ):
+        assert (data.name, data.classes, len(data.train), len(data.val), data.part) == ("nih", list(CHEST_FINDINGS), 3, 1, "val")
+        assert [labels_of(data.train, i) for i in range(3)] == [["Cardiomegaly", "Effusion"], [], ["Effusion", "Mass", "Nodule"]]
+        assert data.train[2][0].getpixel((0, 0)) == 40
+    assert labels_of(open_data(folder, task="multilabel", split="test").val, 0) == ["Hernia"]
+    write_lists(folder, labels=3)
+    assert open_data(folder, task="multilabel").classes == ["label 0", "label 1", "label 2"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("1_1.png 0 1", r"train_official.txt, line 2: '1_1.png 0 1' should be a name and 14 labels"),
+        ("1_1.png 0 2" + " 0" * 12, "line 2: .*each 0 or 1"),
+        ("9_9.png" + " 0" * 14, "1 of 3 images do not exist: 9_9.png"),
+    ],
+)
+def test_lists_that_cannot_be_used(tmp_path: Path, line: str, words: str):
+    folder = nih(tmp_path / "nih", LINES)
+    write_lists(folder)
+    (folder / "Data_Entry_2017.csv").unlink()
+    (folder / "test_official.txt").unlink()
+    lines = (folder / "train_official.txt").read_text().splitlines()
+    (folder / "train_official.txt").write_text(f"{lines[0]}\n{line}\n")
+    with pytest.raises(DataError, match=words):
+        open_data(folder, task="multilabel")
+    with pytest.raises(DataError, match="no list of labels for training"):
+        open_data(f"lists:{tmp_path}", task="multilabel")
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_no_patient_is_in_both_parts(tmp_path: Path, seed: int):
     data = open_data(nih(tmp_path / "nih", LINES), task="multilabel", seed=seed, val_fraction=0.5)

@@ -30,7 +30,7 @@ from vitarium.generation.diffusion import (
     scheduler_for,
 )
 from vitarium.generation.diffusion.dit import OFFICIAL, SIZES
-from vitarium.generation.diffusion.samplers import ddim, euler, heun
+from vitarium.generation.diffusion.samplers import ddim, euler, heun, sde
 
 TINY = dict(embed_dim=32, depth=2, num_heads=2, patch_size=2, image_size=8, latent_chans=0, latent_stride=1, num_classes=3)
 SAMPLERS = "dit-ddim_flow_samplers"
@@ -252,6 +252,76 @@ def test_samplers_reproduce_a_gaussian(sampler, data_at):
     made = sample(flow, gaussian_velocity(flow.way, 2.0, 0.5), noise, steps=60, sampler=sampler, generator=torch.Generator().manual_seed(1))
     assert float(made.mean()) == pytest.approx(2.0, abs=0.03)
     assert float(made.std()) == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("data_at", [0, 1])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(form="vp"),
+        dict(form="sigma", last="euler"),
+        dict(form="constant", norm=0.5, last="tweedie"),
+        dict(form="linear", last="none"),
+        dict(form="decreasing", solver="heun"),
+        dict(form="rise_and_fall", solver="heun", last="tweedie"),
+    ],
+    ids=str,
+)
+def test_sits_stochastic_samplers_reproduce_a_gaussian(options: dict, data_at: int):
+    flow = Flow(data_at=data_at)
+    noise = torch.randn(4000, 1, 1, 1, generator=torch.Generator().manual_seed(0)).double()
+    generator = torch.Generator().manual_seed(1)
+    made = sample(flow, gaussian_velocity(flow.way, 2.0, 0.5), noise, steps=100, sampler="sde", generator=generator, **options)
+    near = 0.1 if options.get("last") == "none" else 0.03  # which stops at t = 0.04
+    assert float(made.mean()) == pytest.approx(2.0, abs=near)
+    assert float(made.std()) == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_heun_step_is_sits():
+    """Noise first, then the mean of the drifts at both ends; written out for one step."""
+    path, predict = Path("linear", data_at=1), gaussian_velocity(Path("linear", data_at=1), 1.0, 0.7)
+    x = torch.randn(3, 1, 2, 2).double()
+    got = sde(
+        predict, x, [0.2, 0.5, 0.9], path, form="sigma", norm=1.3, solver="heun", last="none", generator=torch.Generator().manual_seed(2)
+    )
+    drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).double()
+
+    def drift(z: torch.Tensor, at: float) -> torch.Tensor:
+        t = torch.tensor(at, dtype=torch.float64)
+        velocity = predict(z, at)
+        return velocity + path.sde_rate(t, "sigma", 1.3) * path.score_of(velocity, z, t)
+
+    moved = x + (2 * 1.3 * 0.8 * 0.3) ** 0.5 * drawn
+    first = drift(moved, 0.2)
+    torch.testing.assert_close(got, moved + 0.15 * (first + drift(moved + 0.3 * first, 0.5)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "vp"])
+def test_weighted_errors_of_noise_and_score(kind: str):
+    """SiT's: the weight "velocity" makes the error of the noise (or score) that of the velocity; "likelihood" is w / sigma^2."""
+    x, noise, t = torch.randn(4, 3, 2, 2).double(), torch.randn(4, 3, 2, 2).double(), torch.rand(4).double() * 0.8 + 0.1
+    wrong, path = torch.randn(4, 3, 2, 2).double(), Path(kind, data_at=1)
+    x_t, (_, sigma, _, _) = path.mix(x, noise, t), path.coefficients(t)
+
+    def loss(prediction: str, weight: str, model) -> torch.Tensor:
+        return Flow(kind, 1, prediction, weight=weight).loss(model, x, noise=noise, t=t)["denoising"]
+
+    plain = loss("noise", "none", lambda x, t: wrong)
+    as_score = lambda x, t: -wrong / sigma.view(-1, 1, 1, 1)
+    torch.testing.assert_close(loss("score", "none", as_score), plain)
+    velocity = loss("velocity", "none", lambda x, t: path.velocity_of_noise(wrong, x_t, t))
+    torch.testing.assert_close(loss("noise", "velocity", lambda x, t: wrong), velocity)
+    torch.testing.assert_close(loss("score", "velocity", as_score), velocity)
+    torch.testing.assert_close(loss("noise", "likelihood", lambda x, t: wrong), plain * path.sde_rate(t, "vp") / sigma**2)
+    score = path.score_of(path.velocity(x, noise, t), x_t, t)
+    torch.testing.assert_close(path.velocity_of_score(score, x_t, t), path.velocity(x, noise, t))
+    at = torch.tensor(0.4).double()
+    found = Flow(kind, 1, "score").velocities(lambda x, t, decided_at=None: -wrong / path.coefficients(at)[1])
+    torch.testing.assert_close(found(x_t, 0.4), path.velocity_of_noise(wrong, x_t, at))
+    with pytest.raises(UsageError, match="use weight=none"):
+        Flow(weight="velocity")
+    with pytest.raises(UsageError, match="last of the sampler sde"):
+        sde(lambda x, t, d=None: x, x, [0.1, 0.9], path, last="men")
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from vitarium.data.folders import FileImages
 from vitarium.data.image_set import ImageData
+from vitarium.data.label_lists import find_label_lists, read_label_lists
 from vitarium.data.parts import chosen, divide, few, split_groups
 from vitarium.data.scan import find_images
 from vitarium.data.tables import SEPARATORS, Table, TableOptions, parse_options, read_table
@@ -55,7 +56,8 @@ VALUES = {"": 0.0, "0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0, "-1": np.nan, "-1
 """Accepted entries in a column of one label; -1 is CheXpert's "uncertain"."""
 ACCEPTED = (
     "accepted for several labels per image: scenes[:task=thorax]; a folder in the layout of NIH's ChestX-ray14 (Data_Entry_2017.csv, "
-    "images, train_val_list.txt and test_list.txt); or a CSV file with the columns path and labels (separated by |, ; or a comma), or path "
+    "images, train_val_list.txt and test_list.txt); lists:FOLDER,images=FOLDER with train*.txt and val*.txt or test*.txt of lines "
+    "NAME 0 1 0; or a CSV file with the columns path and labels (separated by |, ; or a comma), or path "
     "and a column of 0 and 1 per label; csv:FILE,labels=A+B names the columns, csv:FILE,separator=NAME the separator "
     f"({', '.join(SEPARATORS)})"
 )
@@ -109,7 +111,9 @@ def open_multilabel(
             layout of NIH's ChestX-ray14; a CSV file, or a folder with a single one. Paths are relative to the CSV file's folder. Columns:
             path; either labels (separated by |, ; or a comma, which is recognised) or one column per label, of 1, 0, empty (0) and -1
             (unknown, as CheXpert's uncertain ones); optionally the part and the patient or group (see `Table`). "csv:FILE,labels=A+B" names
-            the columns of labels: see `TableOptions`. NIH's files train_val_list.txt and test_list.txt define the parts.
+            the columns of labels: see `TableOptions`. NIH's files train_val_list.txt and test_list.txt define the parts, or lists of
+            labels beside the table (see `label_lists`). "lists:FOLDER,images=FOLDER", or a folder of images with such lists, takes the
+            labels from them, too.
         seed, val_fraction: of the held-out part if the data do not define one; no patient is in both parts.
         image_size: of rendered images, pixels.
         split: for an evaluation, the part that it measures: see `divide`.
@@ -123,15 +127,13 @@ def open_multilabel(
             _drawn(rest, seed=seed, val_fraction=0.2 if val_fraction == 1 else val_fraction, image_size=image_size), split, val_fraction
         )
     path, options = parse_options(rest) if kind == "csv" and colon else (Path(spec.removeprefix("folder:")), TableOptions())
-    if path.is_dir():
-        tables = sorted(path.glob("Data_Entry_2017*.csv")) or sorted(path.glob("*.csv"))
-        if len(tables) != 1:
-            raise DataError(f"{path} holds {few([t.name for t in tables]) or 'no CSV file'}; one is needed\n{ACCEPTED}")
-        path = tables[0]
-    elif path.suffix.lower() != ".csv" or not path.is_file():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"{spec!r} does not hold several labels per image{nearest(path.name, siblings)}\n{ACCEPTED}")
-    table = read_table(path)
+    if kind == "lists" and colon:
+        table, path = _of_lists(rest)
+    elif path.is_dir() and not any(path.glob("*.csv")) and (lists := find_label_lists(path)):
+        table, path = read_label_lists(lists, CHEST_FINDINGS), path / "lists"
+    else:
+        path = _table_of(spec, path)
+        table = read_table(path)
     groups, by_group = table.groups(options)
     parts, by_part = _parts(table, options, split)
     rows = read_rows(table, options)
@@ -150,9 +152,31 @@ def open_multilabel(
     if split is None:
         _check(path, rows, groups, found.train, found.val)
     sets = [FileImages([files[i] for i in part], [rows.labels[i] for i in part]) for part in (found.train, found.val)]  # type: ignore[misc]
-    name = path.resolve().parent.name if path.stem.startswith("Data_Entry") else path.stem
+    name = path.resolve().parent.name if path.stem.startswith("Data_Entry") or path.name == "lists" else path.stem
     notes = (*rows.notes, *by_part, *by_group, *table.unused(rows.classes), *found.notes)
     return ImageData(name, sets[0], sets[1], rows.classes, notes=notes, part=found.part)
+
+
+def _table_of(spec: str, path: Path) -> Path:
+    """Return the CSV file that a specification names, itself or by its folder."""
+    if path.is_dir():
+        tables = sorted(path.glob("Data_Entry_2017*.csv")) or sorted(path.glob("*.csv"))
+        if len(tables) != 1:
+            raise DataError(f"{path} holds {few([t.name for t in tables]) or 'no CSV file'}; one is needed\n{ACCEPTED}")
+        return tables[0]
+    if path.suffix.lower() != ".csv" or not path.is_file():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"{spec!r} does not hold several labels per image{nearest(path.name, siblings)}\n{ACCEPTED}")
+    return path
+
+
+def _of_lists(text: str) -> tuple[Table, Path]:
+    """Read "FOLDER,images=FOLDER" after "lists:": the table, and a path in the folder of the images."""
+    place, _, images = text.partition(",images=")
+    lists = find_label_lists(Path(place))
+    if not lists:
+        raise DataError(f"{place} holds no list of labels for training (train*.txt of lines NAME 0 1 0)\n{ACCEPTED}")
+    return read_label_lists(lists, CHEST_FINDINGS), Path(images or place) / "lists"
 
 
 def _drawn(options: str, *, seed: int, val_fraction: float, image_size: int | None) -> ImageData:
@@ -270,10 +294,23 @@ def _parts(table: Table, options: TableOptions, split: str | None) -> tuple[dict
         numbers = {name: number for number, name in enumerate(table.column(place) if place else [])}
         named = {part: [numbers[name] for name in file.read_text().split() if name in numbers] for part, file in lists.items()}
         return named, [f"{table.path}: train_val_list.txt and test_list.txt give the parts"]
+    listed = find_label_lists(table.path.parent)
+    if table.path.suffix.lower() == ".csv" and listed:
+        return _parts_by_lists(table, options, listed)
     parts, notes = table.parts(options)
     if split is None and "train" in parts and len(parts) == 1:
         raise DataError(f"{table.path}: the column split has train; it needs train and val")
     return parts, notes
+
+
+def _parts_by_lists(table: Table, options: TableOptions, lists: dict[str, Path]) -> tuple[dict[str, list[int]], list[str]]:
+    place = table.place(options)
+    numbers = {name: number for number, name in enumerate(table.column(place) if place else [])}
+    parts: dict[str, list[int]] = {}
+    for row in read_label_lists(lists).rows:
+        if (number := numbers.get(str(row["path"]))) is not None:
+            parts.setdefault(str(row["split"]), []).append(number)
+    return parts, [f"{table.path}: {few([file.name for file in lists.values()])} give the parts"]
 
 
 def _check(path: Path, rows: Rows, groups: list[str] | None, train: Sequence[int], val: Sequence[int]) -> None:

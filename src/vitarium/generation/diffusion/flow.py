@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from vitarium.errors import UsageError, nearest
-from vitarium.generation.diffusion.paths import Path
+from vitarium.generation.diffusion.paths import Path, over
 from vitarium.generation.diffusion.samplers import Predict
 
-PREDICTIONS = ("velocity", "noise", "data")
+PREDICTIONS = ("velocity", "noise", "data", "score")
+WEIGHTS = ("none", "velocity", "likelihood")
 TIMES = ("uniform", "lognormal")
 LAST_SDE_STEP = 0.04  # length in time; it adds no noise (SiT, REPA)
 
@@ -24,9 +25,11 @@ class Flow:
 
     Args:
         path, data_at: see `Path`. SiT: data_at=1; REPA: data_at=0.
-        prediction: "velocity", "noise" or "data".
+        prediction: "velocity", "noise", "data" or "score" (whose error is that of the noise -sigma score).
         time: "uniform", or "lognormal": the ratio of noise to data, sigma / alpha, is e^n with a standard normal number n (REPA). On the
             linear path this is the logistic function of n, on the cosine path 2/pi atan e^n.
+        weight: of the error of noise or score at a time: "none", "velocity" ((w / sigma)^2, which makes it the error of the velocity) or
+            "likelihood" (w / sigma^2), with w the rate of the path's own diffusion (SiT's weightings).
         shift: of the times towards noise, t' = s t / (1 + (s - 1) t) with t the time from the data; 1 is none. In training and sampling.
 
     Raises:
@@ -38,11 +41,17 @@ class Flow:
     prediction: str = "velocity"
     time: str = "uniform"
     shift: float = 1.0
+    weight: str = "none"
 
     def __post_init__(self) -> None:
-        for value, known, what in ((self.prediction, PREDICTIONS, "prediction"), (self.time, TIMES, "time")):
+        choices = ((self.prediction, PREDICTIONS, "prediction"), (self.time, TIMES, "time"), (self.weight, WEIGHTS, "weight"))
+        for value, known, what in choices:
             if value not in known:
                 raise UsageError(f"{what} of a flow must be one of {', '.join(known)}; got {value!r}{nearest(str(value), known)}")
+        if self.weight != "none" and self.prediction not in ("noise", "score"):
+            raise UsageError(
+                f"weight={self.weight} weighs the error of a predicted noise or score, not of {self.prediction}; use weight=none"
+            )
         if self.shift <= 0:
             raise UsageError(f"shift must be above 0, got {self.shift}")
         _ = self.way  # raises for an unknown path
@@ -73,8 +82,13 @@ class Flow:
         """Return the times (B,) of shares from 0 (data) to 1 (noise), for evaluation."""
         return self._placed(shares)
 
-    def grid(self, steps: int, *, stochastic: bool = False) -> list[float]:
+    def grid(self, steps: int, *, stochastic: bool = False, start: float = 1.0) -> list[float]:
         """Return `steps` + 1 times from noise to data; a stochastic sampler's last step is 0.04 long.
+
+        Args:
+            steps: number of steps.
+            stochastic: whether the grid is for a stochastic sampler.
+            start: its first time, from 1 (noise) down; some rates of diffusion are infinite at 1.
 
         Raises:
             UsageError: fewer than 1 step.
@@ -82,7 +96,7 @@ class Flow:
         if steps < 1:
             raise UsageError(f"sampling needs at least 1 step, got {steps}")
         if stochastic and steps > 1:
-            from_data = torch.cat([torch.linspace(1, LAST_SDE_STEP, steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
+            from_data = torch.cat([torch.linspace(start, LAST_SDE_STEP, steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
         else:
             from_data = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
         return self._placed(from_data).tolist()
@@ -91,7 +105,7 @@ class Flow:
         """Convert a model's prediction to velocities."""
         if self.prediction == "velocity":
             return predict
-        turn: Callable[..., Tensor] = self.way.velocity_of_noise if self.prediction == "noise" else self.way.velocity_of_data
+        turn: Callable[..., Tensor] = getattr(self.way, f"velocity_of_{self.prediction}")
 
         def velocity(x: Tensor, t: float, decided_at: float | None = None) -> Tensor:
             return turn(predict(x, t, decided_at), x, torch.tensor(t, dtype=x.dtype, device=x.device))
@@ -113,5 +127,15 @@ class Flow:
         t = self.times(len(x), x) if t is None else t
         noise = torch.randn_like(x) if noise is None else noise
         found = model(self.noised(x, noise, t), t, **condition)[:, : x.shape[1]]
-        target = self.way.velocity(x, noise, t) if self.prediction == "velocity" else noise if self.prediction == "noise" else x
-        return {"denoising": (found - target).square().flatten(1).mean(1)}
+        if self.prediction == "score":
+            found, target = -over(self.way.coefficients(t)[1], x) * found, noise
+        else:
+            target = self.way.velocity(x, noise, t) if self.prediction == "velocity" else noise if self.prediction == "noise" else x
+        return {"denoising": self._weights(t) * (found - target).square().flatten(1).mean(1)}
+
+    def _weights(self, t: Tensor) -> Tensor | float:
+        """Return the weights (B,) of the errors at times t."""
+        if self.weight == "none":
+            return 1.0
+        rate, sigma = self.way.sde_rate(t, "vp"), self.way.coefficients(t)[1]
+        return (rate / sigma).square() if self.weight == "velocity" else rate / sigma.square()

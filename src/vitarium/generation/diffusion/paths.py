@@ -108,6 +108,10 @@ class Path:
         alpha, sigma, d_alpha, d_sigma = (over(c, x_t) for c in self.coefficients(t))
         return d_alpha * (x_t - sigma * noise) / alpha + d_sigma * noise
 
+    def velocity_of_score(self, score: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return the velocity from the score, the inverse of `score_of`; undefined at the noise end, where alpha is 0."""
+        return self.velocity_of_noise(-over(self.coefficients(t)[1], x_t) * score, x_t, t)
+
     def velocity_of_data(self, x: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Return the velocity from data, the inverse of `data_of`; undefined at the data end, where sigma is 0."""
         alpha, sigma, d_alpha, d_sigma = (over(c, x_t) for c in self.coefficients(t))

@@ -21,6 +21,8 @@ from vitarium.generation.diffusion.samplers import Noise, Predict
 
 Process = Flow | GaussianDiffusion
 KINDS: dict[str, type[Flow] | type[GaussianDiffusion]] = {"flow": Flow, "gaussian": GaussianDiffusion}
+FIRST_STEP = 1e-3
+"""Distance from the noise end at which a stochastic sampler with the path's own diffusion begins (SiT's number)."""
 SAMPLERS = {"flow": ("euler", "heun", "dopri5", "sde"), "gaussian": ("ddim", "ddpm")}
 """Samplers of each process; also accepted are class names of diffusers' schedulers. The first is the default."""
 
@@ -69,7 +71,7 @@ def sample(
             diffusers, such as "UniPCMultistepScheduler". None: the first.
         clip: whether Gaussian diffusion clips its estimate of the data to [-1, 1] (for pixels).
         generator: of the noise that a stochastic sampler adds; an `ImageNoise` makes each image independent of its batch.
-        options: of `samplers.sde` (form, norm), `ddim` (eta), `dopri5` (rtol, atol), or the scheduler's configuration.
+        options: of `samplers.sde` (form, norm, solver, last), `ddim` (eta), `dopri5` (rtol, atol), or the scheduler's configuration.
 
     Raises:
         UsageError: the process has no such sampler, or the sampler no such option.
@@ -83,13 +85,15 @@ def sample(
     if name not in SAMPLERS[kind]:
         hint = nearest(name, SAMPLERS[kind])
         raise UsageError(f"the sampler of a {kind} must be {', '.join(SAMPLERS[kind])} or a scheduler of diffusers, got {name!r}{hint}")
-    taken = {"sde": ("form", "norm"), "ddim": ("eta",), "dopri5": ("rtol", "atol")}.get(name, ())
+    taken = {"sde": ("form", "norm", "solver", "last"), "ddim": ("eta",), "dopri5": ("rtol", "atol")}.get(name, ())
     if wrong := [option for option in options if option not in taken]:
         raise UsageError(f"the sampler {name} has no option {wrong[0]!r} (it has {', '.join(taken) or 'none'})")
     if isinstance(process, GaussianDiffusion):
         grid = process.grid(steps, stride=name == "ddim")
         return getattr(samplers, name)(predict, noise, process, grid, clip=clip, generator=generator, **options)
-    velocity, times = process.velocities(predict), process.grid(steps, stochastic=name == "sde")
+    velocity = process.velocities(predict)
     if name == "sde":
+        start = 1 - FIRST_STEP if options.get("form") == "vp" else 1.0  # the rate of "vp" is infinite at the noise end
+        times = process.grid(steps, stochastic=True, start=start)
         return samplers.sde(velocity, noise, times, process.way, generator=generator, **options)
-    return getattr(samplers, name)(velocity, noise, times, **options)
+    return getattr(samplers, name)(velocity, noise, process.grid(steps), **options)

@@ -14,10 +14,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from vitarium.errors import UsageError, nearest
 from vitarium.generation.diffusion.gaussian import GaussianDiffusion
 from vitarium.generation.diffusion.paths import Path
 from vitarium.generation.noise import ImageNoise
 
+LAST_STEPS = ("mean", "euler", "tweedie", "none")
+"""Last steps of the stochastic sampler of flows."""
 Noise = torch.Generator | ImageNoise
 """Source of a stochastic sampler's noise: one generator for the batch, or one stream per image."""
 
@@ -80,21 +83,53 @@ def sde(
     *,
     form: str = "linear",
     norm: float = 1.0,
+    solver: str = "euler",
+    last: str = "mean",
     generator: Noise | None = None,
 ) -> Tensor:
-    """Integrate dx = (v + w score) dt + sqrt(2 w dt) noise by Euler-Maruyama, with time towards the data; see `Path.sde_rate` for w.
+    """Integrate dx = (v + w score) dt + sqrt(2 w dt) noise with time towards the data; see `Path.sde_rate` for w.
 
-    The last step adds no noise ("Mean" in SiT). Guided velocities give guided scores, since a score is affine in its velocity.
+    The last step adds no noise. Guided velocities give guided scores, since a score is affine in its velocity.
+
+    Args:
+        form, norm: of w.
+        solver: "euler" (Euler-Maruyama), or "heun" (SiT's: the noise is added first, then the mean of two drifts; two evaluations).
+        last: the last step: "mean" (the drift without noise), "euler" (the velocity alone), "tweedie" (the expected data) or "none".
+
+    Raises:
+        UsageError: another solver or last step.
     """
+    for value, known, what in ((solver, ("euler", "heun"), "solver"), (last, LAST_STEPS, "last")):
+        if value not in known:
+            raise UsageError(f"{what} of the sampler sde must be {', '.join(known)}; got {value!r}{nearest(str(value), known)}")
     sign = 1.0 if path.data_at == 1 else -1.0
+
+    def terms(x: Tensor, at: float, decided_at: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the velocity, the score and the rate w at a time."""
+        t = torch.tensor(at, dtype=x.dtype, device=x.device)
+        velocity = predict(x, at, decided_at)
+        return sign * velocity, path.score_of(velocity, x, t), path.sde_rate(t, form, norm)
+
     for i, (now, then) in enumerate(itertools.pairwise(times)):
-        t = torch.tensor(now, dtype=x.dtype, device=x.device)
-        step, velocity = abs(then - now), predict(x, now)
-        rate = path.sde_rate(t, form, norm)
-        drift = sign * velocity + rate * path.score_of(velocity, x, t)
-        x = x + step * drift
-        if i < len(times) - 2:
-            x = x + (2 * rate * step).sqrt() * noise_like(x, generator)
+        step, is_last = abs(then - now), i == len(times) - 2
+        if is_last and last == "none":
+            return x
+        noise = noise_like(x, generator) if not is_last else None
+        if solver == "heun" and noise is not None:
+            rate = path.sde_rate(torch.tensor(now, dtype=x.dtype, device=x.device), form, norm)
+            moved = x + (2 * rate * step).sqrt() * noise
+            velocity, score, rate = terms(moved, now)
+            first = velocity + rate * score
+            velocity, score, rate = terms(moved + step * first, then, decided_at=now)
+            x = moved + step * (first + velocity + rate * score) / 2
+            continue
+        velocity, score, rate = terms(x, now)
+        if is_last and last == "tweedie":
+            alpha, sigma, _, _ = path.coefficients(torch.tensor(now, dtype=x.dtype, device=x.device))
+            return (x + sigma**2 * score) / alpha
+        x = x + step * (velocity if is_last and last == "euler" else velocity + rate * score)
+        if noise is not None:
+            x = x + (2 * rate * step).sqrt() * noise
     return x
 
 
