@@ -43,6 +43,7 @@ RECIPES: dict[str, tuple[str, list[str], str | None, str | None]] = {
     "restoration": ("drct_pico", ["image_size=8"], None, "IMAGES"),
     "sparse_prune": ("sparse_prune_pico", [], None, None),
     "t_tame": ("t_tame_pico", [], "CLASSIFIER", None),
+    "token_labelling": ("token_labelling_pico", ["objective.teacher=CLASSIFIER", "image_size=16"], None, "digits"),
     "var": ("var_pico", ["objective.samples=8", "objective.tokenizer=TOKENIZER"], None, None),
     "var_tokenizer": ("var_tokenizer_pico", [], None, None),
     "vpt_proxies": ("vpt_proxies_pico", [], "CLASSIFIER", None),

@@ -186,6 +186,11 @@ class MixerPyramid(Backbone):
         """Pool a map by the class token that attends to it ("token"), its mean or its maximum: (B, C, h, w) -> (B, C)."""
         return self.class_reader(as_tokens(features)) if self.global_pool == "token" else super().pool(features)
 
+    @property
+    def first_tokens(self) -> tuple[nn.Module, tuple[int, int]]:
+        """The stem, whose output MixToken mixes (see `vitarium.training.token_labelling`), and its axes of height and width."""
+        return self.stages[0].downsample, (1, 2)  # type: ignore[return-value]
+
     def forward_dense(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits of the class token (B, num_classes) and of each token (B, h w, num_classes) of the last map (B, C, h, w)."""
         return super().forward_head(features), self.aux_head(self.head_norm(as_tokens(features)))

@@ -275,11 +275,11 @@ def _answers(
     with evaluating(teacher, inference=True):
         for batch in loader.epoch(epoch):
             if len(batch["index"]):
-                image = _renormalised(batch["image"], given, own)
+                image = renormalised(batch["image"], given, own)
                 yield batch, teacher(image.to(place)).float().softmax(1).cpu()
 
 
-def _renormalised(image: Tensor, given: Preprocessing, wanted: Preprocessing) -> Tensor:
+def renormalised(image: Tensor, given: Preprocessing, wanted: Preprocessing) -> Tensor:
     """Convert normalised images from one mean and standard deviation to another."""
     if (given.mean, given.std) == (wanted.mean, wanted.std):
         return image

@@ -32,7 +32,7 @@ from vitarium.training.recording import record_training
 from vitarium.training.run import Run
 from vitarium.training.schedules import Rates
 from vitarium.training.sharding import check_shardable, is_sharded
-from vitarium.training.statistics import momentum_of
+from vitarium.training.statistics import batch_norms_set
 
 TINY = 64
 """Images up to this side, in pixels, are read in the main process: workers would take longer to start than they save."""
@@ -122,7 +122,7 @@ def _fit_here(
 ) -> FitResult:
     """Run `fit` in one of its processes."""
     run, tensors = _prepare(fabric, learner, data, recipe, folder, progress)
-    with lost_processes_named(), _explained_out_of_memory(run), _undone_on_error(run), momentum_of(recipe, learner), run.stop:
+    with lost_processes_named(), _explained_out_of_memory(run), _undone_on_error(run), batch_norms_set(recipe, learner), run.stop:
         if run.state.finished:
             run.restore(tensors or {})
         else:

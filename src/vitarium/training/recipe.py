@@ -199,10 +199,18 @@ class BatchNorm(Section):
         momentum: share of the running statistics that an update replaces; None: the model's own.
         estimate: replace the running statistics, before an evaluation and in the final model, by those of training images. "auto": where
             the momentum is below 0.1 and 1/momentum over a twentieth of the training's updates, as MaxViT's 0.01 in fewer than 2,000 steps.
+        frozen: keep the running statistics, and normalise by them in training too (fine-tuning of TinyViT); weights and biases are trained.
     """
 
     momentum: Annotated[float, Field(gt=0, le=1)] | None = None
     estimate: Literal["auto"] | bool = "auto"
+    frozen: bool = False
+
+    @model_validator(mode="after")
+    def _frozen_statistics_do_not_change(self) -> BatchNorm:
+        if self.frozen and (self.momentum is not None or self.estimate is True):
+            raise ValueError("frozen statistics have no momentum and are not estimated; set frozen=false")
+        return self
 
 
 class PlayerRecipe(Section):

@@ -129,7 +129,7 @@ class Run:
         learns = plan.learning[number]
         if before < 0 or plan.learning[before] != learns:
             require_gradients(self.learner, learns)
-            if plan.phases:
+            if plan.phases and not self.recipe.batch_norm.frozen:
                 hold_norms(self.learner, plan.managed, learns)
             ids = {id(p) for name, p in self.learner.named_parameters() if name in learns}
             for seat in self.seats:

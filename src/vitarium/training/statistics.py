@@ -53,17 +53,19 @@ def too_slow(norm: Norm, updates: int) -> bool:
 
 
 @contextlib.contextmanager
-def momentum_of(recipe: Recipe, learner: nn.Module) -> Iterator[None]:
-    """Set the recipe's momentum of batch norms, if it has one; restore the former ones on exit."""
-    norms = [m for m in learner.modules() if isinstance(m, Norm)] if recipe.batch_norm.momentum is not None else []
-    before = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = recipe.batch_norm.momentum
+def batch_norms_set(recipe: Recipe, learner: nn.Module) -> Iterator[None]:
+    """Set the recipe's momentum of batch norms, or put them into evaluation mode if they are frozen; restore both on exit."""
+    settings = recipe.batch_norm
+    before = [(m, m.momentum, m.training) for m in learner.modules() if isinstance(m, Norm)]
+    for norm, momentum, training in before:
+        norm.momentum = momentum if settings.momentum is None else settings.momentum
+        norm.train(training and not settings.frozen)
     try:
         yield
     finally:
-        for norm, momentum in zip(norms, before, strict=True):
+        for norm, momentum, training in before:
             norm.momentum = momentum
+            norm.train(training)
 
 
 def names_to_estimate(learner: Learner, recipe: Recipe, total_steps: int) -> list[str]:

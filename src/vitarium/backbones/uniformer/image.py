@@ -157,6 +157,11 @@ class UniFormerTokenLabel(UniFormer):
     def add_parts(self) -> None:
         self.aux_head = nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
 
+    @property
+    def first_tokens(self) -> tuple[nn.Module, tuple[int, int]]:
+        """The stem, whose output MixToken mixes (see `vitarium.training.token_labelling`), and its axes of height and width."""
+        return self.stem, (2, 3)
+
     def forward_dense(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits of the image (B, num_classes) and of each token (B, H, W, num_classes) of the last map (B, C, H, W)."""
         return super().forward_head(features), self.aux_head(channels_last(features))
