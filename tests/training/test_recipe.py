@@ -12,6 +12,7 @@ import yaml
 from vitarium.catalog import find_model
 from vitarium.errors import UsageError
 from vitarium.training import Recipe, list_recipes, load_recipe
+from vitarium.training.opening import with_changes
 from vitarium.training.settings import check, override, parse_yaml
 
 
@@ -228,3 +229,9 @@ def test_a_key_of_a_section_is_suggested_with_its_section():
         load_recipe("pico", ["steps=20"])
     with pytest.raises(UsageError, match=r"lr is not a setting; did you mean optimizer\.lr\?"):
         load_recipe("pico", ["lr=1e-3"])
+
+
+def test_changes_of_a_recipe_with_values_by_step():
+    """`from`, which is no name in Python, survives the way through plain values."""
+    changed = with_changes(load_recipe("evit"), ["batch_size=8"])
+    assert (changed.batch_size, changed.values) == (8, load_recipe("evit").values)

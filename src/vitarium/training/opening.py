@@ -50,7 +50,7 @@ def load_recipe(name_or_path: str | Path, overrides: list[str] | None = None) ->
 
 def with_changes(recipe: Recipe, overrides: list[str]) -> Recipe:
     """Return a recipe with changes, as for `load_recipe`, checked."""
-    return _checked(recipe.model_dump(mode="json", exclude_unset=True), overrides, "the recipe") if overrides else recipe
+    return _checked(recipe.model_dump(mode="json", by_alias=True, exclude_unset=True), overrides, "the recipe") if overrides else recipe
 
 
 def _checked(values: Any, assignments: list[str], source: str) -> Recipe:

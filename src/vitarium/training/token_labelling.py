@@ -229,23 +229,31 @@ def dense_scores(model: nn.Module, image: Tensor) -> Tensor:
     if hasattr(net, "forward_dense") and hasattr(net, "aux_head"):
         tokens = net.forward_dense(features)[1]
         return tokens.reshape(len(tokens), *features.shape[-2:], -1).softmax(-1).permute(0, 3, 1, 2)
-    count, classes = len(image), int(net.num_classes)
     if features.ndim == 4:
-        last = features.shape[-1] == getattr(net, "num_features", None) != features.shape[1]
-        maps = features.permute(0, 3, 1, 2) if last else features
-        height, width = maps.shape[-2:]
-        places = (
-            maps.permute(0, 2, 3, 1).reshape(-1, 1, 1, maps.shape[1]) if last else maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1], 1, 1)
-        )
+        places, grid = map_places(net, features)
     else:
-        prefix = int(getattr(net, "num_prefix_tokens", 0))
-        height = width = round((features.shape[1] - prefix) ** 0.5)
-        if height * width != features.shape[1] - prefix:
-            raise UsageError(
-                f"the {features.shape[1] - prefix} tokens of {type(model).__name__} are no square grid; use images of one size"
-            )
-        places = features[:, prefix:].reshape(-1, 1, features.shape[-1])
-        if getattr(net, "global_pool", "token") != "token":  # such a head skips the prefix
-            places = F.pad(places, (0, 0, prefix, 0))
+        places, grid = token_places(net, features)
     scores = net.forward_head(places).softmax(-1)
-    return scores.reshape(count, height, width, classes).permute(0, 3, 1, 2)
+    return scores.reshape(len(image), *grid, -1).permute(0, 3, 1, 2)
+
+
+def map_places(net: Any, features: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Return each place of maps (B, C, h, w), or (B, h, w, C) as of some models of timm, as a map of its own, and (h, w)."""
+    channels = getattr(net, "num_features", features.shape[1])
+    if features.shape[1] != channels and features.shape[3] == channels:
+        return features.reshape(-1, 1, 1, channels), (features.shape[1], features.shape[2])
+    return features.permute(0, 2, 3, 1).reshape(-1, channels, 1, 1), (features.shape[2], features.shape[3])
+
+
+def token_places(net: Any, features: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Return each patch token of (B, N, C) as a sequence of the head, repeated in the places of the class tokens too, and its grid.
+
+    Raises:
+        UsageError: no square grid.
+    """
+    patches = net.split_tokens(features)[1] if hasattr(net, "split_tokens") else features[:, int(getattr(net, "num_prefix_tokens", 0)) :]
+    side = round(patches.shape[1] ** 0.5)
+    if side**2 != patches.shape[1]:
+        raise UsageError(f"the {patches.shape[1]} tokens of {type(net).__name__} are no square grid, which a teacher of tokens needs")
+    length = features.shape[1] - patches.shape[1] + 1  # so that pooling by the class token and by the mean both give the patch
+    return patches.reshape(-1, 1, patches.shape[2]).expand(-1, length, -1), (side, side)
