@@ -19,8 +19,8 @@ OPTIONS = [
     ("tinyvit_pico", dict(num_heads=(4, 1), expand_ratio=2.0, mlp_ratio=3.0, local_conv_size=5)),
     ("crossvit_pico", dict(depths=((1, 2, 1), (2, 1, 1)), qkv_bias=False, qk_scale=0.3, fixed_sizes=True)),
     ("cvt_pico", dict(cls_tokens=(True, False), projection=("linear", "avg"), qkv_kernel=(3, 2), kv_padding=(1, 0), qkv_bias=False)),
-    ("transnext_pico", dict(num_heads=(2, 6), window_size=(5, 3), qkv_bias=False, fixed_pool_size=3)),
-    ("transnext_pico", dict(bias_size=12)),
+    ("transnext_pico", dict(num_heads=(2, 6), window_size=(5, 3), qkv_bias=False, bias_size=12)),
+    ("transnext_pico", dict(fixed_pool_size=3)),
     (
         "crossformer_pico",
         dict(group_sizes=((4, 3), 4), merge_kernels=((2, 6),), mlp_ratio=(2.0, 3.0), qkv_bias=False, patch_norm=False, pos_embed=True),
@@ -41,6 +41,10 @@ OPTIONS = [
     ("vim_pico", dict(depth=2, class_token="ends", shared=True, alternate=True, positions=False, norm="layer")),
 ]
 """Models with options that no variant uses."""
+TRACED = [case for case in OPTIONS if case[0] != "swin_mlp_pico" and not case[1].keys() & {"fixed_pool_size", "pad_around"}]
+"""Cases for the slow tests, without those that trace as a case beside them."""
+PLAIN = ("convit_pico", "t2t_vit_pico", "tinyvit_pico", "crossvit_pico", "transnext_pico", "convnext_pico")
+"""Models whose options change layers and numbers, and no step of the forward pass."""
 
 
 @pytest.fixture(params=OPTIONS, ids=lambda case: f"{case[0]}-{next(iter(case[1]))}")
@@ -73,6 +77,7 @@ def test_saves_and_loads(model: Backbone, tmp_path: Path):
     assert torch.equal(loaded(image_for(model)), model(image_for(model)))
 
 
+@pytest.mark.parametrize("model", [case for case in TRACED if case[0] not in PLAIN], indirect=True)
 def test_compiles_without_a_break(model: Backbone):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
@@ -81,6 +86,7 @@ def test_compiles_without_a_break(model: Backbone):
         assert largest_error(compiled(image), model(image)) < 1e-4
 
 
+@pytest.mark.parametrize("model", TRACED, indirect=True)
 def test_exports(model: Backbone):
     program = torch.export.export(model, (image_for(model),), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
     image = image_for(model, batch=5)
