@@ -31,6 +31,7 @@ class Trained(Result):
         fit: metrics, history, steps, seconds, images that could not be read, skipped steps.
         task: its task.
         use: the command to use it.
+        notes: what was left out, ignored or assumed when the data was opened.
     """
 
     model: nn.Module = field(repr=False)
@@ -38,6 +39,7 @@ class Trained(Result):
     fit: FitResult
     task: Task = field(repr=False)
     use: str
+    notes: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, Any]:
         return {"file": self.file, **self.task.texts(self.fit.metrics), "steps": self.fit.steps, "seconds": round(self.fit.seconds, 1)}
@@ -58,6 +60,7 @@ class Trained(Result):
             "skipped": done.skipped,
             "broken": [{"path": path, "reason": reason} for path, reason in done.bad_files],
             "history": done.history,
+            "notes": list(self.notes),
         }
 
 
@@ -149,7 +152,7 @@ def train(
     record_training(learner, images, source=source or task.default_data, seed=settings.seed, val_fraction=val_fraction)
     trained, file = learner.eval_model().eval(), folder / "model.safetensors"
     vitarium.save(trained, file, trained_only=trained_only)
-    return Trained(trained, file, result, task, (learner.usage or task.usage).format(file=file))
+    return Trained(trained, file, result, task, (learner.usage or task.usage).format(file=file), images.notes)
 
 
 def matched(model: Any, task: Task, images: ImageData, pretrained: bool, name: str) -> ImageData:
