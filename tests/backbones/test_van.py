@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 import vitarium
 from tests.golden import assert_matches_golden
 from vitarium.backbones.van import VAN, GatedAttention, LargeKernelAttention
+from vitarium.catalog import find_model
+from vitarium.catalog.checkpoints import load_checkpoint
 from vitarium.errors import InputError
 
 
@@ -153,3 +156,46 @@ def test_attention_map():
 def test_refuses(options: dict, words: str):
     with pytest.raises(ValueError, match=words):
         vitarium.create_model("van_pico", **options)
+
+
+BACK = [
+    (r"^stages\.(\d)\.downsample\.proj\.", r"van.encoder.stages.\1.embeddings.convolution."),
+    (r"^stages\.(\d)\.downsample\.norm\.", r"van.encoder.stages.\1.embeddings.normalization."),
+    (r"^stages\.(\d)\.norm\.", r"van.encoder.stages.\1.normalization."),
+    (r"^stages\.(\d)\.blocks\.(\d+)\.", r"van.encoder.stages.\1.layers.\2."),
+    (r"^head\.", "classifier."),
+    (r"\.norm1\.", ".pre_normomalization."),
+    (r"\.norm2\.", ".post_normalization."),
+    (r"\.layer_scale_1$", ".attention_scaling.weight"),
+    (r"\.layer_scale_2$", ".mlp_scaling.weight"),
+    (r"\.attn\.proj_1\.", ".attention.pre_projection.conv."),
+    (r"\.attn\.proj_2\.", ".attention.post_projection."),
+    (r"\.attn\.lka\.conv0\.", ".attention.attention_layer.attention.depth_wise."),
+    (r"\.attn\.lka\.conv_spatial\.", ".attention.attention_layer.attention.depth_wise_dilated."),
+    (r"\.attn\.lka\.conv1\.", ".attention.attention_layer.attention.point_wise."),
+    (r"\.mlp\.fc1\.", ".mlp.in_dense."),
+    (r"\.mlp\.dwconv\.", ".mlp.depth_wise."),
+    (r"\.mlp\.fc2\.", ".mlp.out_dense."),
+]
+"""Our names -> those of the authors' files in the format of transformers."""
+
+
+def test_files_in_the_format_of_transformers_load(tmp_path):
+    source, model = (vitarium.create_model("van_pico", num_classes=3).eval() for _ in range(2))
+    state = dict(source.state_dict())
+    for pattern, new in BACK:
+        state = {re.sub(pattern, new, name): tensor for name, tensor in state.items()}
+    assert not set(state) & set(source.state_dict())
+    torch.save(state | {"van.layernorm.weight": torch.ones(48), "van.layernorm.bias": torch.zeros(48)}, tmp_path / "pytorch_model.bin")
+    assert load_checkpoint(model, tmp_path / "pytorch_model.bin").complete
+    image = torch.randn(2, 3, 16, 16)
+    assert torch.equal(model(image), source(image))
+
+
+@pytest.mark.parametrize("name", ["van_pico", "uniformer_dense_pico"])
+def test_the_backbone_of_a_detectors_file_is_read(name: str):
+    """Names below "backbone." are read without it, others are left out."""
+    state = {"patch_embed1.proj.weight": torch.ones(1), "patch_embed2.norm.bias": torch.zeros(2)}
+    whole = {f"backbone.{key}": tensor for key, tensor in state.items()} | {"neck.lateral_convs.0.weight": torch.zeros(1)}
+    official = find_model(name)[0].dialects["official"]
+    assert official(whole).keys() == official(state).keys()

@@ -101,7 +101,7 @@ def resized_filter(name: str, tensor: Tensor, shape: torch.Size) -> Tensor | Non
     """Resize a filter of a checkpoint to the grid of a model; return None for any other tensor."""
     if not name.endswith("complex_weight") or len(shape) != 4 or tensor.ndim != 4 or tensor.shape[0] != shape[0]:
         return None
-    return resize_filter(tensor.float(), (shape[1], shape[2])).to(tensor.dtype).contiguous()
+    return resize_filter(tensor, (shape[1], shape[2])).contiguous()
 
 
 @family(

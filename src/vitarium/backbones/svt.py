@@ -194,4 +194,4 @@ class SVT(MixerPyramid):
         """Resize a gate of a checkpoint to the grid of this model; return None for any other tensor."""
         if not name.endswith("complex_weight_ll") or tensor.ndim != 3 or tensor.shape[0] != shape[0]:
             return None
-        return resize_gate(tensor.float(), (shape[1], shape[2])).to(tensor.dtype)
+        return resize_gate(tensor, (shape[1], shape[2]))

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vitarium.catalog import family, rename
+from vitarium.catalog import chain, family, part_of, rename
 from vitarium.nn import (
     Backbone,
     Conv2d,
@@ -129,7 +129,36 @@ class ConvPatchEmbed(ConvNorm):
     names = ("proj", "norm")
 
 
-OFFICIAL = rename(*pvt_rules(4, (r"attn\.spatial_gating_unit\.", "attn.lka.")))
+OFFICIAL = chain(
+    part_of("backbone."),  # of a detector or segmenter
+    rename(*pvt_rules(4, (r"attn\.spatial_gating_unit\.", "attn.lka."))),
+)
+_STAGE = r"^(?:van\.)?encoder\.stages\.(\d+)\."
+TRANSFORMERS = chain(
+    rename(
+        (_STAGE + r"embeddings\.convolution\.", r"stages.\1.downsample.proj."),
+        (_STAGE + r"embeddings\.normalization\.", r"stages.\1.downsample.norm."),
+        (_STAGE + r"normalization\.", r"stages.\1.norm."),
+        (_STAGE + r"layers\.(\d+)\.", r"stages.\1.blocks.\2."),
+        (r"^(?:van\.)?layernorm\.", None),  # in the files, unused
+        (r"^classifier\.", "head."),
+    ),
+    rename(
+        (r"\.pre_normomalization\.", ".norm1."),  # spelt so in its files
+        (r"\.post_normalization\.", ".norm2."),
+        (r"\.attention_scaling\.weight$", ".layer_scale_1"),
+        (r"\.mlp_scaling\.weight$", ".layer_scale_2"),
+        (r"\.attention\.pre_projection\.conv\.", ".attn.proj_1."),
+        (r"\.attention\.post_projection\.", ".attn.proj_2."),
+        (r"\.attention\.attention_layer\.attention\.depth_wise\.", ".attn.lka.conv0."),
+        (r"\.attention\.attention_layer\.attention\.depth_wise_dilated\.", ".attn.lka.conv_spatial."),
+        (r"\.attention\.attention_layer\.attention\.point_wise\.", ".attn.lka.conv1."),
+        (r"\.mlp\.in_dense\.", ".mlp.fc1."),
+        (r"\.mlp\.depth_wise\.", ".mlp.dwconv."),
+        (r"\.mlp\.out_dense\.", ".mlp.fc2."),
+    ),
+)
+"""Renamer of the authors' files in the format of transformers, which has dropped its class since."""
 _WIDE = dict(mlp_ratios=(8, 8, 4, 4))
 
 
@@ -146,6 +175,7 @@ _WIDE = dict(mlp_ratios=(8, 8, 4, 4))
         "b6": dict(depths=(6, 6, 90, 6), dims=(96, 192, 384, 768), **_WIDE),  # 199.8 M
     },
     official=OFFICIAL,
+    dialects={"transformers": TRANSFORMERS},
     crop_pct=0.9,
 )
 class VAN(Backbone):

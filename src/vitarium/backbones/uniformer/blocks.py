@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitarium.catalog import chain, rename
+from vitarium.catalog import chain, part_of, rename
 from vitarium.nn import Attention, DropPath, LayerNorm2d, LayerNorm3d, Linear, Mlp, layer_scale_gamma
 from vitarium.ops.windows import pad_to_multiple, window_partition, window_reverse
 
@@ -194,6 +194,7 @@ def _flat(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 OFFICIAL = chain(
+    part_of("backbone."),  # of a detector or segmenter
     _flat,
     rename(
         (r"^patch_embed1\.", "stem."),
