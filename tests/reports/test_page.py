@@ -12,6 +12,7 @@ import pytest
 
 from tests.reports.fixtures import NUMBERS, make_comparison, make_images, make_troubled
 from vitarium.reports.page import render
+from vitarium.reports.results import Comparison
 
 
 class Elements(HTMLParser):
@@ -112,3 +113,11 @@ def test_mentions_machines_that_differ_and_models_at_a_time(tmp_path):
     text = Elements(render(changed, make_images(changed))).text
     assert "compare only within one of them. EPYC: swin_pico; H200: convnext_pico, " in text
     assert "Several models ran at a time" in text
+
+
+def test_says_what_was_left_out_of_the_data(tmp_path):
+    comparison = make_comparison(tmp_path, notes=["digits: 3 files are left out, such as <b>x.heic"])
+    text = Elements(page := render(comparison, {})).text
+    assert "3 files are left out, such as <b>x.heic." in text
+    assert "<b>x.heic" not in page.split("<script", 1)[0]
+    assert Comparison.from_dict(comparison.to_dict(), tmp_path).notes == comparison.notes

@@ -158,6 +158,7 @@ def compare(
             failures=failures,
             task=task.record(),
             baseline=task.baseline(images),
+            notes=list(images.notes),
         )
         finish(comparison, images)
     return comparison

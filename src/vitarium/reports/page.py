@@ -219,11 +219,12 @@ def _method(comparison: Comparison) -> list[dict[str, str]]:
     device = machine["accelerator"] if settings["accelerator"] != "cpu" and machine["accelerator"] else machine["processor"]
     together = " Several models ran at a time, and slowed each other down." if settings.get("at_a_time", 1) != 1 else ""
     several = f" {settings['devices']} processes." if settings["devices"] != 1 else ""
+    notes = "".join(f" {note}." for note in comparison.notes)
     values = {
         "Training": f"{_budget(comparison)} for each model, recipe {settings['recipe']}, batches of {settings['batch_size']}, "
         f"{'from published weights' if settings['pretrained'] else 'from random weights'}.{several} {lasting(total)} in all.",
         "Data": f"{comparison.data}: {comparison.images['train']:,} training images; {metric.label} is measured on "
-        f"{comparison.images['val']:,} held-out ones. Input of {' or '.join(f'{s}x{s}' for s in sizes)} pixels.",
+        f"{comparison.images['val']:,} held-out ones. Input of {' or '.join(f'{s}x{s}' for s in sizes)} pixels.{notes}",
         "Seed": f"{settings['seed']}, of the split, the initial weights and the order of the images. One run a model: {chance}.",
         "Latency": "time of one image at batch 1 in evaluation mode, after a warm-up: the best of several medians." + one_call + together,
         "Throughput and memory": f"at {settings['measuring_batch']} images a batch; throughput is the best of several medians, memory is "

@@ -114,6 +114,7 @@ class Comparison:
         failures: the others.
         task: record of the task, see `Task.record`.
         baseline: scores of the best constant answer on the held-out images; {} where there is none.
+        notes: what was left out, ignored or assumed when the data was opened, a sentence each.
     """
 
     folder: Path
@@ -128,6 +129,7 @@ class Comparison:
     failures: list[Failure]
     task: dict[str, Any] = field(default_factory=lambda: {"name": "classify"})
     baseline: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def metric(self) -> Metric:
@@ -194,6 +196,7 @@ class Comparison:
             "recommended": self.recommendation.model,
             "recommendation": self.recommendation.sentence,
             "bad_files": self.bad_files,
+            "notes": self.notes,
             "failed": [asdict(failure) for failure in self.failures],
             "models": [trial.to_dict() for trial in self.trials],
         }
@@ -203,7 +206,7 @@ class Comparison:
         """Make a comparison from the content of a results.json of `folder`."""
         rest = {key: values[key] for key in ("data", "images", "classes", "budget", "settings", "machine", "created")}
         trials, failures = [Trial.from_dict(row) for row in values["models"]], [Failure(**row) for row in values["failed"]]
-        later = {key: values[key] for key in ("task", "baseline") if key in values}
+        later = {key: values[key] for key in ("task", "baseline", "notes") if key in values}
         return cls(folder=folder, **rest, trials=trials, failures=failures, **later)
 
     def write(self) -> None:
