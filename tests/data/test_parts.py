@@ -245,6 +245,17 @@ def test_images_outside_of_class_folders_are_counted(tmp_path):
     assert any("1 images lie outside of the class folders" in note for note in open_data(tmp_path).notes)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_pipes_and_broken_links_do_not_stop_the_listing(tmp_path):
+    root = fill(tmp_path, *(f"{kind}/{i}.png" for kind in "ab" for i in range(2)))
+    os.mkfifo(root / "a/pipe.png")
+    os.mkfifo(root / "a/pipe")
+    os.symlink("nowhere.png", root / "b/gone.png")
+    data = open_data(root, split="all")
+    assert len(data.val) == 5  # the broken link is listed, and is a broken image when it is read
+    assert any("2 no regular file (such as a/pipe" in note for note in data.notes)
+
+
 # ---- links
 
 
