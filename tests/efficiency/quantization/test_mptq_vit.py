@@ -17,7 +17,7 @@ from vitarium.efficiency.quantization.allocation import greedy_allocation
 from vitarium.efficiency.quantization.attention import SPLITS, round_softmax
 from vitarium.efficiency.quantization.folding import find_pairs, fold, sqb
 from vitarium.efficiency.quantization.hessian import fit_layer, fit_product
-from vitarium.efficiency.quantization.mptq_vit import MPTQ, TwoRegion, allocate_bits, is_post_gelu, layer_table
+from vitarium.efficiency.quantization.mptq_vit import MPTQ, TwinUniform, TwoRegion, allocate_bits, is_post_gelu, layer_table
 from vitarium.efficiency.quantization.ranges import squared_error, symmetric_step
 from vitarium.errors import AttachError, UsageError
 from vitarium.ops.number_formats import Integer
@@ -95,6 +95,68 @@ def test_the_search_equals_the_authors(golden: str):
     error = compare(golden, outputs)
     assert error <= 1e-12
     RESULTS.append((golden, error))
+
+
+def test_the_twin_grid_equals_the_authors():
+    """Their golden's input after GELU, at its step; and the integer products give the same."""
+    x = F.gelu(torch.randn(50, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2)
+    for bits in (4, 8):
+        grid = TwinUniform(bits).double()
+        grid.step = symmetric_step(x.max(), bits)
+        torch.testing.assert_close(grid(x), twin(x, grid.step, bits), rtol=0, atol=1e-12)
+        assert all(codes.dtype == torch.int8 for codes, _ in grid.terms(x))
+
+
+def test_the_cosine_search_finds_the_smallest_angle():
+    """PTQ4ViT's baseline: 100 factors from 0.5 to 1.2, one round, the mean cosine over rows within each block of outputs."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(10, 6).double(), torch.randn(30, 10, dtype=torch.float64)
+    y, format = layer(x).detach(), Integer(4)
+    first = symmetric_step(x.abs().max(), 4)
+    step, inputs = fit_layer(layer, x, y, None, format, groups=2, round_input=format.quantize, first_input=first, cosine=True)
+    rows, start = layer.weight.detach().view(2, -1), symmetric_step(layer.weight.detach().view(2, -1).abs().amax(1, keepdim=True), 4)
+
+    def out(values: Tensor, s: Tensor) -> Tensor:
+        return F.linear(values, format.quantize(rows, s).view_as(layer.weight), layer.bias)
+
+    for block in (0, 1):
+        columns = slice(3 * block, 3 * block + 3)
+        cosines = [
+            F.cosine_similarity(out(format.quantize(x, first), start * (0.5 + 0.7 * i / 100))[:, columns], y[:, columns], dim=-1).mean()
+            for i in range(100)
+        ]
+        best = int(torch.stack(cosines).argmax())
+        torch.testing.assert_close(step[block], start[block] * (0.5 + 0.7 * best / 100))
+    cosines = [F.cosine_similarity(out(format.quantize(x, first * (0.5 + 0.7 * i / 100)), step), y, dim=-1).mean() for i in range(100)]
+    torch.testing.assert_close(inputs, first * (0.5 + 0.7 * int(torch.stack(cosines).argmax()) / 100))
+
+
+PTQ4VIT = dict(smooth="none", gelu="twin", granularity="block", attention=True)
+BASE_PTQ = dict(PTQ4VIT, search="cosine", gelu="uniform", softmax="uniform")
+
+
+@pytest.mark.parametrize("options", [PTQ4VIT, BASE_PTQ, dict(PTQ4VIT, search="mse", softmax="uniform")], ids=str)
+def test_ptq4vit_and_its_baseline_are_options(options: dict, images: Tensor, tmp_path):
+    model = timm_model("vit", depth=1)
+    with torch.no_grad():
+        before = model(images)
+        vitarium.apply(model, MPTQ(bits=8, calibration=images, **options), quiet=True)
+        after = model(images)
+        assert 0 < (after - before).norm() < 0.25 * (before - before.mean(0)).norm()
+        state = model.methods[0].state
+        steps = next(iter(state["attention"].values()))
+        assert ("p" in steps) == (options.get("softmax") == "uniform")
+        kinds = {row["layer"]: row["input"] for row in layer_table(model)}
+        assert kinds["blocks.0.mlp.fc2"] == ("twin" if options["gelu"] == "twin" else "static")
+        made = vitarium.create_model("timm/vit_pico", num_classes=4, depth=1).eval()
+        vitarium.apply(made, MPTQ(bits=6, calibration=images[:2], **{"search": "mse", **options}), quiet=True)
+        vitarium.save(made, tmp_path / "m.safetensors")
+        assert torch.equal(vitarium.load(tmp_path / "m.safetensors")(images), made(images))
+
+
+def test_one_output_has_no_angle():
+    with pytest.raises(UsageError, match="use block or tensor"):
+        MPTQ(search="cosine")
 
 
 @pytest.fixture
@@ -302,7 +364,7 @@ def test_a_failure_leaves_the_model_as_it_was(images, monkeypatch):
     [
         (dict(bits=9), "bits must be a whole number from 3 to 8, got 9"),
         (dict(bits=4, weight_bits=1), "weight_bits must be a whole number from 2 to 8 or null, got 1"),
-        (dict(search="best"), "search must be 'hessian', 'mse' or 'minmax', got 'best'"),
+        (dict(search="best"), "search must be 'hessian', 'cosine', 'mse' or 'minmax', got 'best'"),
         (dict(mean_bits=3), "mean_bits must lie between the widths 4 and 8"),
         (dict(widths=(8, 4)), "widths must be .narrowest, widest."),
         (dict(widths=(1, 4)), "widths must be .a whole number from 2 to 8; a whole number from 2 to 8., got .1, 4."),

@@ -45,11 +45,13 @@ class RoundedAttention(Site):
 
     Args:
         bits: number of bits of all operands.
-        steps: {"q", "k", "v": H numbers each, "split": a number}; None while calibrating.
+        steps: {"q", "k", "v": H numbers each, and "split": a number, or "p": H numbers}; None while calibrating.
+        uniform: whether attention weights get one step per head ("p") instead of the split grid, as PTQ4ViT's baseline.
+        cosine: whether steps are searched for the smallest angle instead of the least squared error.
     """
 
-    def __init__(self, bits: int, steps: Mapping[str, Any] | None = None):
-        self.bits, self.steps = bits, steps
+    def __init__(self, bits: int, steps: Mapping[str, Any] | None = None, *, uniform: bool = False, cosine: bool = False):
+        self.bits, self.steps, self.uniform, self.cosine = bits, steps, uniform, cosine
         self.kept: list[tuple[Tensor, ...]] = []
 
     def attend(self, attended: Attended) -> Tensor:
@@ -59,6 +61,8 @@ class RoundedAttention(Site):
         product = q @ k.transpose(-2, -1)
         logits = product * attended.scale
         p = (logits if attended.bias is None else logits + attended.bias).softmax(-1)
+        if self.steps is not None and "p" in self.steps:
+            return self._round(p, self.steps["p"]) @ v
         if self.steps is not None:
             return round_softmax(p, torch.tensor(self.steps["split"], dtype=p.dtype, device=p.device), self.bits) @ v
         out = p @ v
@@ -72,26 +76,30 @@ class RoundedAttention(Site):
         """Find the steps from q, k, p, v, q k^T, p v and the square roots of the weights of the last two."""
         q, k, p, v, product, out = kept
         format, bits = Integer(self.bits), self.bits
-        first = {n: symmetric_step(x.abs().amax((0, 2, 3)).view(-1, 1, 1), bits) for n, x in (("q", q), ("k", k), ("v", v))}
+        first = {n: symmetric_step(x.abs().amax((0, 2, 3)).view(-1, 1, 1), bits) for n, x in (("q", q), ("k", k), ("v", v), ("p", p))}
+        rounding: dict[str, Any] = dict(round_b=format.quantize, cosine=self.cosine)
         step_q, step_k = fit_product(
-            q, k.transpose(-2, -1), product.detach(), grads[0], round_a=format.quantize, round_b=format.quantize,
-            first_a=first["q"], first_b=first["k"],
-        )  # fmt: skip
-        split, step_v = fit_product(
-            p, v, out.detach(), grads[1], round_a=lambda x, s: round_softmax(x, s, bits), round_b=format.quantize,
-            first_a=torch.ones(1, 1, 1, dtype=p.dtype, device=p.device), first_b=first["v"], candidates_a=SPLITS,
-        )  # fmt: skip
-        self.steps = {n: s.flatten().tolist() for n, s in (("q", step_q), ("k", step_k), ("v", step_v))} | {"split": float(split)}
+            q, k.transpose(-2, -1), product.detach(), grads[0], round_a=format.quantize, first_a=first["q"], first_b=first["k"], **rounding
+        )
+        if self.uniform:
+            grid: dict[str, Any] = dict(round_a=format.quantize, first_a=first["p"])
+        else:
+            one = torch.ones(1, 1, 1, dtype=p.dtype, device=p.device)
+            grid = dict(round_a=lambda x, s: round_softmax(x, s, bits), first_a=one, candidates_a=SPLITS)
+        step_p, step_v = fit_product(p, v, out.detach(), grads[1], first_b=first["v"], **grid, **rounding)
+        self.steps = {n: s.flatten().tolist() for n, s in (("q", step_q), ("k", step_k), ("v", step_v))}
+        self.steps |= {"p": step_p.flatten().tolist()} if self.uniform else {"split": float(step_p)}
 
 
 def attach_attention(
-    model: nn.Module, images: Sequence[Any], bits: int, *, weigh: bool
+    model: nn.Module, images: Sequence[Any], bits: int, *, weigh: bool, **options: Any
 ) -> tuple[dict[str, nn.Module], list[Any], dict[str, Any]]:
     """Calibrate and attach the rounding of every block.
 
     Args:
         bits: number of bits of all operands, 3 to 8.
         weigh: whether errors are weighted by their effect on the prediction.
+        options: uniform and cosine, see `RoundedAttention`.
 
     Returns:
         the replaced blocks by name, the sites, and their steps as plain values.
@@ -104,7 +112,7 @@ def attach_attention(
         raise AttachError(
             f"attention=true needs the blocks' own attention, which a {type(taken[0]).__name__} replaces; use attention=false"
         )
-    replaced, sites = install(model, lambda view: [RoundedAttention(bits) for _ in view.blocks])
+    replaced, sites = install(model, lambda view: [RoundedAttention(bits, **options) for _ in view.blocks])
     inputs = _joined(images)
     for leaf in tree_leaves(inputs):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():

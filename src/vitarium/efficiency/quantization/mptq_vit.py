@@ -14,7 +14,10 @@ become integers, code = round(x / D), with D searched as in PTQ4ViT (`hessian`).
 Linear layers between integers run on int8 matrix products, fine and coarse codes as two; attention and convolutions are simulated, which
 is slower than float32. There is no public code: the paper's outline is followed; base quantizer, search and softmax split are PTQ4ViT's
 (its numbers are reproduced). Our choices: g^2 is the Fisher diagonal; one step per weight row by default (granularity="block": PTQ4ViT's);
-an input with few values below zero counts as post-GELU by its range. Left out: integer layer norm, softmax and GELU.
+an input with few values below zero counts as post-GELU by its range. PTQ4ViT itself is smooth="none", gelu="twin", granularity="block",
+attention=true; its baseline also search="cosine", gelu="uniform", softmax="uniform". Left out: integer layer norm, softmax and GELU;
+PTQ4ViT's bias correction, steps by column blocks and its other criteria (L1, L2 weighted by the output, Pearson), which its configurations
+leave off.
 Cost of calibration: up to 600 passes over 512 sampled rows of every layer: a few minutes for a ViT-S on a core; search="mse" takes seconds.
 """
 
@@ -43,6 +46,8 @@ from vitarium.efficiency.quantization.ranges import search_step, squared_error, 
 from vitarium.errors import AttachError, UsageError
 from vitarium.ops.number_formats import Integer
 
+GELU_LOWEST = -0.16997124254703522
+"""Minimum of GELU."""
 LOWEST_ACTIVATION = -0.2785
 """Minimum of SiLU (GELU's is -0.16997). An input range above it whose maximum is several times larger is taken for the output of such a
 function."""
@@ -104,6 +109,41 @@ class TwoRegion(Activation):
         return {"bits": self.bits}
 
 
+@activation("twin")
+class TwinUniform(Activation):
+    """PTQ4ViT's grid for values after GELU: positives with a calibrated step, negatives with the fixed step 0.16997 / 2^(bits-1).
+
+    Args:
+        bits: number of bits of a code, 3 to 8; one of them is the sign.
+    """
+
+    step: Tensor
+
+    def __init__(self, bits: int = 8):
+        if not 3 <= bits <= 8:
+            raise UsageError(f"a twin grid needs 3 to 8 bits, got {bits}")
+        super().__init__()
+        self.bits = bits
+        self.register_buffer("step", torch.ones(()))
+
+    @property
+    def integer(self) -> bool:
+        return True
+
+    def terms(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        half, step = 2 ** (self.bits - 1), self.step.to(x.dtype)
+        below = torch.full_like(step, -GELU_LOWEST / half)
+        above = (x / step).round().clamp(0, half - 1)
+        return [(above.to(torch.int8), step), ((x / below).round().clamp(-half, 0).to(torch.int8), below)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        (above, step), (under, below) = self.terms(x)
+        return above * step + under * below
+
+    def describe(self) -> dict[str, Any]:
+        return {"bits": self.bits}
+
+
 def is_post_gelu(low: Tensor, high: Tensor) -> bool:
     """Return whether a range (numbers) is that of values after GELU or SiLU."""
     return LOWEST_ACTIVATION <= float(low) < 0 and float(high) > -4 * float(low)
@@ -129,10 +169,13 @@ class MPTQ(Quantizer):
         cost: saving of a bit in mixed precision: "size" of the weights, or "bops" (MACs * weight bits * input bits).
         smooth: folding after layer norms: "sqb" (scale and shift), "scale" (SmoothQuant), "none".
         alpha: share of the difficulty that moves into the weight, 0 to 1.
-        gelu: grid of inputs after GELU: "opt_m", "uniform", or "auto": opt_m below 8 bits; at 8 one step is fine enough, and faster.
+        gelu: grid of inputs after GELU: "opt_m", "twin" (PTQ4ViT's), "uniform", or "auto": opt_m below 8 bits; at 8 one step is fine
+            enough, and faster.
         attention: whether to round queries, keys, values and attention weights too, in models that anatomy supports. Simulated.
+        softmax: grid of attention weights: "split" at a power of two, or "uniform".
         granularity: steps of a weight: per "row", "block" (three for a joint layer of queries, keys and values, else one) or "tensor".
-        search: criterion for steps: "hessian" (weighted error of the output), "mse" (error of the layer's own values) or "minmax".
+        search: criterion for steps: "hessian" (weighted error of the output), "cosine" (angle of the output, PTQ4ViT's baseline; for
+            granularity "block" or "tensor"), "mse" (error of the layer's own values) or "minmax".
         skip: shell patterns of layers to leave out, such as ["head"].
         images: largest number of calibration images.
         calibration: tensor (n, C, H, W) or loader of training images, or batches of inputs by name; not saved.
@@ -147,10 +190,11 @@ class MPTQ(Quantizer):
     cost: Literal["size", "bops"] = "size"
     smooth: Literal["sqb", "scale", "none"] = "sqb"
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
-    gelu: Literal["auto", "opt_m", "uniform"] = "auto"
+    gelu: Literal["auto", "opt_m", "twin", "uniform"] = "auto"
     attention: bool = False
+    softmax: Literal["split", "uniform"] = "split"
     granularity: Literal["row", "block", "tensor"] = "row"
-    search: Literal["hessian", "mse", "minmax"] = "hessian"
+    search: Literal["hessian", "cosine", "mse", "minmax"] = "hessian"
     skip: Patterns = ()
     images: Annotated[int, Field(ge=1)] = 32
     calibration: Any = field(default=None, metadata={"saved": False}, repr=False, compare=False)
@@ -163,6 +207,9 @@ class MPTQ(Quantizer):
             raise UsageError(f"widths must be [narrowest, widest], got {list(self.widths)}")
         if self.mean_bits is not None and not self.widths[0] <= self.mean_bits <= self.widths[1]:
             raise UsageError(f"mean_bits must lie between the widths {self.widths[0]} and {self.widths[1]}, got {self.mean_bits}")
+
+        if self.search == "cosine" and self.granularity == "row":
+            raise UsageError("search=cosine compares the angles of several outputs, and granularity=row has one each; use block or tensor")
 
     def attach(self, model: nn.Module) -> AttachReport:
         """Calibrate, fold, search steps, and replace the layers.
@@ -185,7 +232,8 @@ class MPTQ(Quantizer):
             bits = self._allocate(model, fits, images, reference)
             ready = {name: fit.layer(*bits[name]) for name, fit in fits.items()}
             if self.attention:
-                wrapped, sites, steps = attach_attention(model, images, self._bits("attention")[1], weigh=self.search == "hessian")
+                how = dict(weigh=self.search == "hessian", uniform=self.softmax == "uniform", cosine=self.search == "cosine")
+                wrapped, sites, steps = attach_attention(model, images, self._bits("attention")[1], **how)
             report = exchange(self, model, ready)
             if self.attention:
                 report.replaced = {**wrapped, **report.replaced}
@@ -291,7 +339,8 @@ class _Fit:
         self.options, self.layer_, self.record = options, layer, record
         self.count = layer.weight.numel()
         rows = layer.weight.shape[0]
-        by_rows = options.granularity == "row" or (options.granularity == "block" and not isinstance(layer, nn.Linear))
+        channels = options.granularity == "block" and not isinstance(layer, nn.Linear) and options.search != "cosine"
+        by_rows = options.granularity == "row" or channels
         joint = options.granularity == "block" and "qkv" in name.rpartition(".")[2] and rows % 3 == 0
         self.groups = rows if by_rows else 3 if joint else 1
         self.x, self.y = torch.cat(record.x), torch.cat(record.y)
@@ -314,12 +363,13 @@ class _Fit:
             step = search_step(step, lambda s: squared_error(rows, format.quantize(rows, s), 0))
             if inputs is not None and first is not None and rounding is not None:
                 first = search_step(first, lambda s: squared_error(self.x, rounding(self.x, s)))
-        elif search == "hessian":
-            step, first = fit_layer(
-                self.layer_, self.x, self.y, self.g, format, groups=self.groups, round_input=rounding, first_input=first
-            )
+        elif search in ("hessian", "cosine"):
+            rounded: dict[str, Any] = dict(round_input=rounding, first_input=first, cosine=search == "cosine")
+            step, first = fit_layer(self.layer_, self.x, self.y, self.g, format, groups=self.groups, **rounded)
         if isinstance(inputs, TwoRegion) and first is not None:
             inputs.coarse = first
+        elif isinstance(inputs, TwinUniform) and first is not None:
+            inputs.step = first
         elif isinstance(inputs, Static) and first is not None:
             inputs.step = first.view(1)
         return quantized(self.layer_, Packed.of(weight, format, step), inputs)
@@ -339,6 +389,14 @@ class _Fit:
                 return regions(x)
 
             return regions, regions.coarse, round_regions
+        if self.options.gelu == "twin" and is_post_gelu(ranges.low.min(), ranges.high.max()):
+            twin = TwinUniform(bits).to(self.x.device)
+
+            def round_twin(x: Tensor, step: Tensor) -> Tensor:
+                twin.step = step
+                return twin(x)
+
+            return twin, symmetric_step(ranges.high.max(), bits), round_twin
         format = Integer(bits)
         first = symmetric_step(ranges.amax.max(), bits)
         return Static.of(format, first), first, format.quantize
@@ -367,7 +425,7 @@ def layer_table(model: nn.Module) -> list[dict[str, Any]]:
         if not isinstance(layer, QuantizedLayer):
             continue
         inputs: Any = layer.activation
-        bits = 32 if inputs is None else inputs.bits if isinstance(inputs, TwoRegion) else inputs.format.bits
+        bits = 32 if inputs is None else inputs.bits if isinstance(inputs, TwoRegion | TwinUniform) else inputs.format.bits
         step = getattr(inputs, "coarse", getattr(inputs, "step", None))
         rows.append(
             {
