@@ -11,8 +11,9 @@ block has two, one in each direction, and the class token is placed in the middl
 Follows the authors' code (github hustvl/Vim, its released "bimamba v2, middle class token, divide by 2" models); its checkpoints load by
 name, those of its first release (rotary positions, class token first) too. Left out, since no released model uses them: dropout of
 positions, biases of the mixer's linear layers and other ranks of the step sizes, class tokens at a random place, randomly flipped
-sequences, logits of each token (`forward_features` returns the tokens). Any image size: positions are resampled and incomplete patches are
-padded with zeros (the authors' code refuses other sizes).
+sequences, logits of each token (`forward_features` returns the tokens). Their segmentation and detection backbones are other models: these
+read the outputs of the mixers, without the stream, through transposed convolutions. Any image size: positions are resampled and incomplete
+patches are padded with zeros (the authors' code refuses other sizes).
 Cost: linear in tokens, in time and in memory.
 
 Speed: the memory layout is (batch, tokens, channels) throughout; the backward direction runs its convolution and its scan from the end

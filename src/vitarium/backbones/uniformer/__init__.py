@@ -19,8 +19,8 @@ two it is global and content-based (multi-head self-attention, with layer norm).
 
 Follows the authors' code (github Sense-X/UniFormer); its checkpoints load by name. MixToken and the loss of token labelling are not part of
 the model; `UniFormerTokenLabel.forward_dense` returns the outputs of both heads for them. Left out of the authors' constructors:
-`representation_size`, with which they cannot be built (its layer is given the list of all widths), and divided attention in the light video
-models, which no released model uses.
+`representation_size`, with which they cannot be built (its layer is given the list of all widths), divided attention in the light video
+models, which no released model uses, and the light models of detectors, with a norm on each map.
 Cost: local stages are linear in pixels (and frames), global ones quadratic; windows make stage 3 linear too.
 
 Speed: maps are channels-last in memory, so that 1 x 1 convolutions are linear layers and maps share their memory with tokens.
