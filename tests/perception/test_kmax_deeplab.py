@@ -136,6 +136,20 @@ def test_a_perfect_prediction_is_matched_to_itself():
     assert [s["category_id"] for s in segments_info] == labels.tolist()
 
 
+def test_the_authors_thresholds_of_each_data_set(tmp_path):
+    """A thing of 60 % and stuff of 45 %: neither counts by the thresholds of COCO, both by those of ADE20K; a saved file keeps them."""
+    classes = torch.tensor([[0.6, 0.1, 0.1], [0.1, 0.45, 0.1]])
+    masks = torch.zeros(2, 4, 4)
+    masks[0, :2], masks[1, 2:] = 0.9, 0.9
+    coco, ade = (pico(num_classes=3, things=[0], **options) for options in ({}, dict(thing_threshold=0.4, stuff_threshold=0.4)))
+    assert coco.panoptic(classes, masks)[1] == []
+    vitarium.save(ade, tmp_path / "m.safetensors")
+    for model in (ade, vitarium.load(tmp_path / "m.safetensors")):
+        assert [segment["category_id"] for segment in model.panoptic(classes, masks)[1]] == [0, 1]
+    with pytest.raises(UsageError, match="stuff_threshold must be a probability"):
+        pico(stuff_threshold=1.5)
+
+
 @pytest.mark.identity
 def test_a_picture_alone_and_in_a_batch_is_the_same():
     model = restless(pico()).double().eval()

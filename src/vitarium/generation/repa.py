@@ -9,7 +9,8 @@ token to the features of a frozen self-supervised encoder at the same position o
 Sampling has no extra cost: the MLP is a side branch, stored in the checkpoint only.
 
 Follows the authors' code (sihyun-yu/REPA), whose checkpoints load by name. `Alignment` adds the same term to any denoiser with any frozen
-encoder; the learner uses it for models without projectors.
+encoder; the learner uses it for models without projectors. Left out: the text-to-image variant (MMDiT), and early runs that dropped
+labels twice.
 Cost: the encoder's forward pass in training.
 
 Notation: N tokens, D embed_dim, Z channels of an encoder.

@@ -17,7 +17,8 @@ prompts and head, 195 thousand numbers for ViT-S, are all that is saved beside t
 
 Follows the authors' code (Noahsark/ParameterEfficient-DML). Differences: prompts are additional keys and values of the attention, which is
 the same function for less work (retrieval/prompts.py); the container of the h_c is a buffer, so that a training can be resumed (in the
-authors' code it is not saved); images of a class need not be adjacent. Cost: two forward passes per step, without weight gradients of the
+authors' code it is not saved); images of a class need not be adjacent. Left out: BitFit and adapters, the baselines of its tables (LoRA is
+here), and the bank that keeps prompts of many classes in host memory. Cost: two forward passes per step, without weight gradients of the
 ViT; at test time 10 more keys per block.
 
 Notation: B batch, C channels, E length of an embedding, K classes.

@@ -13,7 +13,8 @@ again: with k = 0.7 at blocks 4, 7 and 10 (3, 6, 9 from 0), 196 image tokens bec
 The authors train with the method: the rate falls from 1 to k (`annealed_keep`); `report.tune(keep=...)` sets it at each step.
 
 Source: the authors' code (youweiliang/evit), equal to rounding. Differences: the distillation token and registers are protected like the
-class token; equal attentions keep their order; a fused token has no position, so rotary models need fuse=False. Cost: one attention row.
+class token; equal attentions keep their order; a fused token has no position, so rotary models need fuse=False. At another image size than
+the model's, our ViTs resample positions as the authors' code does (plain bicubic) and timm's as timm does. Cost: one attention row.
 """
 
 from __future__ import annotations

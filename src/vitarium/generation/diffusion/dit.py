@@ -8,7 +8,8 @@ Flow and Diffusion-based Generative Models with Scalable Interpolant Transformer
     x <- x + gate2 * MLP(LN(x) (1 + scale2) + shift2)
 
 The last linear layer of every condition is initialised to 0, so that each block is initially the identity and the output is 0.
-Follows the authors' code (facebookresearch/DiT, willisma/SiT), whose checkpoints load by name, as do diffusers'.
+Follows the authors' code (facebookresearch/DiT, willisma/SiT), whose checkpoints load by name, as do diffusers'. Left out: likelihoods of
+images by the flow (no number of SiT's tables needs them).
 Cost: quadratic in tokens. A third of DiT's parameters are in the layers of the conditions.
 
 Notation: B batch, C channels of x, H W its sides (latent cells, or pixels), N tokens, D embed_dim.

@@ -14,6 +14,8 @@ divide each pixel among the queries, so they do not overlap; queries without a m
     matching: argmax of sum of p(class) * dice, once, on the last prediction, for all layers
 
 Follows the authors' PyTorch code (github bytedance/kmax-deeplab), whose checkpoints load by name, with ConvNeXt or ResNet-50 below.
+Left out: separate matchings of the layers, losses without deep supervision, other kinds of layers in the pixel decoder, and powers in the
+order of the segments; no configuration of theirs uses them.
 Cost: k-means is linear in pixels; axial attention is linear in pixels times the side of its map, and only at strides 32 and 16.
 
 Notation: B batch, L queries, K classes, C channels, H W image, h w a map, D mask_dim.

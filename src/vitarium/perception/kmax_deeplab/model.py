@@ -79,6 +79,8 @@ class KMaXDeepLab(Segmenter):
         cross_attention: "kmeans", or "softmax" over the pixels, its baseline.
         drop_path_rate: stochastic depth of the layers' branches.
         norm_momentum: of the batch norms' running statistics.
+        thing_threshold, stuff_threshold: least class probability of a segment in `panoptic`; the authors: 0.7 and 0.5 for COCO and
+            Cityscapes, 0.4 and 0.4 for ADE20K.
 
     Raises:
         UsageError: another cross_attention, things that are not classes, or a backbone without four maps.
@@ -103,11 +105,17 @@ class KMaXDeepLab(Segmenter):
         cross_attention: str = "kmeans",
         drop_path_rate: float = 0.0,
         norm_momentum: float = 0.01,
+        thing_threshold: float = 0.7,
+        stuff_threshold: float = 0.5,
         in_chans: int = 3,
-    ):
+    ):  # many arguments: they are the authors' configuration
         if cross_attention not in CROSS_ATTENTIONS:
             raise ValueError(f"cross_attention must be one of {', '.join(CROSS_ATTENTIONS)}, got {cross_attention!r}")
+        for name, threshold in (("thing_threshold", thing_threshold), ("stuff_threshold", stuff_threshold)):
+            if not 0 <= threshold < 1:
+                raise ValueError(f"{name} must be a probability from 0 to below 1, got {threshold}")
         super().__init__(num_classes=num_classes, things=things, in_chans=in_chans)
+        self.thresholds = {"thing_threshold": thing_threshold, "stuff_threshold": stuff_threshold}
         self.backbone = create_pyramid(backbone, backbone_arguments, in_chans=in_chans)
         _pad_downsampling(self.backbone)
         same_batch_norm(self.backbone, eps=BN_EPS, momentum=norm_momentum)
@@ -159,7 +167,7 @@ class KMaXDeepLab(Segmenter):
 
     def panoptic(self, classes: Tensor, masks: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         """Return the segments of probabilities (L, K) and (L, H, W); see `merge_by_probability`."""
-        return merge_by_probability(classes, masks, self.things)
+        return merge_by_probability(classes, masks, self.things, **self.thresholds)
 
     # ---- heads, groups, checks
 
