@@ -47,7 +47,12 @@ PLAIN = ("convit_pico", "t2t_vit_pico", "tinyvit_pico", "crossvit_pico", "transn
 """Models whose options change layers and numbers, and no step of the forward pass."""
 
 
-@pytest.fixture(params=OPTIONS, ids=lambda case: f"{case[0]}-{next(iter(case[1]))}")
+def label(case: tuple[str, dict]) -> str:
+    """Return the name of the model and of its first option."""
+    return f"{case[0]}-{next(iter(case[1]))}"
+
+
+@pytest.fixture(params=OPTIONS, ids=label)
 def model(request: pytest.FixtureRequest) -> Backbone:
     """Return a model with its new options, away from its initial zeros and ones, in evaluation mode."""
     torch.manual_seed(0)
@@ -77,7 +82,7 @@ def test_saves_and_loads(model: Backbone, tmp_path: Path):
     assert torch.equal(loaded(image_for(model)), model(image_for(model)))
 
 
-@pytest.mark.parametrize("model", [case for case in TRACED if case[0] not in PLAIN], indirect=True)
+@pytest.mark.parametrize("model", [case for case in TRACED if case[0] not in PLAIN], ids=label, indirect=True)
 def test_compiles_without_a_break(model: Backbone):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
@@ -86,7 +91,7 @@ def test_compiles_without_a_break(model: Backbone):
         assert largest_error(compiled(image), model(image)) < 1e-4
 
 
-@pytest.mark.parametrize("model", TRACED, indirect=True)
+@pytest.mark.parametrize("model", TRACED, ids=label, indirect=True)
 def test_exports(model: Backbone):
     program = torch.export.export(model, (image_for(model),), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
     image = image_for(model, batch=5)
