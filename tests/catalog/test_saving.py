@@ -296,5 +296,15 @@ def test_a_training_record_comes_back(tmp_path):
     assert training_of(vitarium.load(tmp_path / "m.safetensors")) == record
 
 
+def test_names_that_are_not_utf8_are_saved_escaped(tmp_path):
+    model = vitarium.create_model("convnext_pico", num_classes=2)
+    model.labels = ["a", os.fsdecode(b"caf\xe9")]
+    training_of(model).data = DataRecord(source=os.fsdecode(b"caf\xe9/"), name="caf\udce9")
+    vitarium.save(model, tmp_path / "m.safetensors")
+    again = vitarium.load(tmp_path / "m.safetensors")
+    assert again.labels == ["a", "caf\\udce9"]
+    assert training_of(again).data.source == "caf\\udce9/"
+
+
 def test_there_is_such_a_file():
     assert list(FIXTURES.glob("saved-*.safetensors"))

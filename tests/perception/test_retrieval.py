@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import vitarium
@@ -156,6 +160,20 @@ def test_files_that_are_no_index_are_refused(pictures):
     for file, told in (("0.png", "is not an index"), ("m.safetensors", "is not an index"), ("none.index", "there is no file")):
         with pytest.raises(CheckpointError, match=told):
             Index.load(pictures / file)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(files=3), dict(files=[1]), dict(stamps=[[1]]), dict(stamps=None), dict(model=None), dict(more=1), dict(broken=[1]), None],
+)
+def test_a_forged_record_of_an_index_is_refused(tmp_path, changes):
+    Index("m", "f", ["a.png"], [(1, 1)], torch.ones(1, 4)).save(tmp_path / "i.index")
+    with safe_open(tmp_path / "i.index", "pt") as file:
+        record = json.loads(file.metadata()["vitarium_index"])
+    forged = json.dumps([1] if changes is None else {**record, **changes})
+    save_file({"embeddings": torch.ones(1, 4)}, tmp_path / "i.index", {"vitarium_index": forged})
+    with pytest.raises(CheckpointError, match="damaged index"):
+        Index.load(tmp_path / "i.index")
 
 
 def test_a_sheet_has_a_row_a_query():

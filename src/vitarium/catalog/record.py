@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from torch import nn
 
 from vitarium.catalog.classes import known_names
@@ -46,6 +46,10 @@ def _plain_table(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def _encodable(value: Any) -> Any:
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+
+
 def _preparation(value: dict[str, Any]) -> dict[str, Any]:
     fields = list(Preprocessing.__dataclass_fields__)
     if unknown := [key for key in value if key not in fields]:
@@ -66,7 +70,8 @@ def _check_known(registry: Registry, word: str, name: str) -> str:
 Table = Annotated[dict[str, Any], AfterValidator(_plain_table)]
 """A table of plain values."""
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
-Words = Annotated[str, Field(max_length=10_000)]
+Words = Annotated[str, BeforeValidator(_encodable), Field(max_length=10_000)]
+"""Text; bytes of a file name that are not UTF-8 are escaped, because JSON cannot hold them."""
 
 
 def _task(value: dict[str, Any]) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def train(
         KeyboardInterrupt: the run was interrupted; its state is saved.
     """
     import vitarium
-    from vitarium.catalog.saving import check_trained_only
+    from vitarium.catalog.saving import check_trained_only, is_partial
     from vitarium.reports.folder import slug
     from vitarium.reports.trial import is_main_process
     from vitarium.training import find_learner, fit
@@ -127,9 +127,11 @@ def train(
     if given is None:
         raise UsageError(f"the recipe {recipe if named else ''} names no model; choose one with --model ('vitarium models' lists them)")
     name, kind = name_of(given), find_learner(settings.objective["name"])
-    if is_model_file(given) and (pretrained or checkpoint is not None):
+    if is_model_file(given) and (pretrained or (checkpoint is not None and not is_partial(given))):  # type: ignore[arg-type]
         raise UsageError(f"{name} holds its own weights; give --pretrained or --checkpoint only with a model's name")
-    source_model: Any = open_model(given) if is_model_file(given) else given
+    source_model: Any = given
+    if is_model_file(given):
+        source_model, checkpoint = open_model(given, checkpoint), None  # of the trained part of a model: the weights below it
     check_suits(kind, name, None if isinstance(source_model, str) else source_model)
     task = kind.task_for(settings.settings_of(kind))
     source = os.fspath(data) if data is not None else settings.data

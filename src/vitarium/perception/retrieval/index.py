@@ -89,8 +89,11 @@ class Index:
                 raise CheckpointError(f"{path} was written by a newer vitarium: pip install --upgrade vitarium")
             record["stamps"] = [(int(size), int(changed)) for size, changed in record["stamps"]]
             record["broken"] = [(str(file), str(reason)) for file, reason in record["broken"]]
+            texts, vectors = [record["model"], record["fingerprint"], *record["files"]], tensors["embeddings"]
+            if not all(isinstance(text, str) for text in texts) or vectors.ndim != 2 or not vectors.is_floating_point():
+                raise ValueError("a field of another type")
             index = cls(**record, embeddings=tensors["embeddings"])
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{path} is a damaged index; delete it and make it again") from error
