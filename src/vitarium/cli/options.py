@@ -10,7 +10,7 @@ from vitarium.cli.completion import complete_method
 
 MACHINE = "Machine"
 
-DATA_HELP = "Images: digits, photos, scenes, a folder of class folders, WebDataset shards, or a saved Hugging Face dataset."
+DATA_HELP = "Images: digits, photos, scenes, a folder of class folders, a CSV file, WebDataset shards, or a saved Hugging Face dataset."
 DataSpec = Annotated[str, typer.Option(help=DATA_HELP)]
 Apply = Annotated[
     list[str] | None,
