@@ -107,10 +107,11 @@ def divide(
     everything = [sample for samples in parts.values() for sample in samples]
     if split == "all" or (split == "auto" and held_out is None) or (split == "val" and undivided is not None and val_fraction == 1):
         return Divided(train, everything, "all", ())
+    asked = split
     if split == "auto" or (split == "val" and "val" not in parts and held_out is not None):
         split = str(held_out)
     if split in parts:
-        return Divided(train, list(parts[split]), split, _others(parts, {split, "train"}))
+        return Divided(train, list(parts[split]), split, _others(parts, {split, "train"}) if asked == "auto" else ())
     whole = undivided if undivided is not None else parts.get("train")
     if split == "test" or whole is None:
         has = f"it has {', '.join(part for part in parts if part)}" if undivided is None else "it has no parts"
