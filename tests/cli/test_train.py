@@ -282,3 +282,13 @@ def test_a_method_that_cannot_be_applied_says_why(run, trained, method, message)
     assert result.code == 2
     assert message in result.err
     assert "Traceback" not in result.err
+
+
+def test_a_finished_run_says_that_nothing_was_trained(run):
+    command = ("train", "pico", "--data", "digits", "--set", "budget.steps=2", "--set", "num_workers=0", "--out", "r")
+    first = run(*command)
+    assert first.code == 0, first.err
+    assert "nothing was trained" not in first.err
+    again = run(*command)
+    assert again.code == 0, again.err
+    assert "r holds a finished run of 2 steps: nothing was trained, and this is its result" in again.err

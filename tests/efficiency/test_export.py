@@ -12,7 +12,10 @@ from vitarium.catalog.calling import call, example_inputs
 from vitarium.efficiency import export as exporting
 from vitarium.efficiency.export import compare, export
 from vitarium.efficiency.profiler import example_image
+from vitarium.efficiency.quantization.layers import Packed, QuantizedLinear
+from vitarium.efficiency.quantization.mptq_vit import MPTQ
 from vitarium.errors import CheckpointError, MissingExtra, UsageError
+from vitarium.ops.number_formats import parse_format
 
 onnx = pytest.importorskip("onnx")
 
@@ -171,3 +174,93 @@ def test_a_named_tuple_of_outputs_keeps_its_names_or_is_refused_with_a_way_out(t
     with pytest.raises(UsageError, match="choose --format onnx"):
         export(model, tmp_path / "mae.pt2", format="torch-export")
     assert [path.name for path in tmp_path.iterdir()] == ["mae.onnx"]
+
+
+CALIBRATION = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "integer", "fused"),
+    [
+        ("int8", 13, "MatMulInteger"),
+        ("int4w", 13, None),
+        ("bits=8", 14, "MatMulIntegerToFloat"),
+        ("bits=4,gelu=opt_m", 14, "MatMulInteger"),
+    ],
+)
+def test_a_quantized_model_runs_in_integers_in_onnxruntime(options, integer, fused, tmp_path):
+    """int8 weights with our steps in the file; integer products where the layer has them, after onnxruntime's optimization, too."""
+    import onnxruntime
+
+    torch.manual_seed(0)
+    model = vitarium.create_model("timm/vit_pico", num_classes=10, image_size=16).eval()
+    if options.startswith("int"):
+        vitarium.apply(model, options, quiet=True)
+    else:
+        bits, _, gelu = options.partition(",gelu=")
+        vitarium.apply(model, MPTQ(bits=int(bits[5:]), gelu=gelu or "auto", search="minmax", calibration=CALIBRATION), quiet=True)
+    done = export(model, tmp_path / "q.onnx")
+    assert done.error < 1e-5
+    assert done.integer == integer
+    graph = onnx.load(done.path).graph
+    assert sum(tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) >= 2 for tensor in graph.initializer) == integer
+    assert {"DequantizeLinear"} <= {node.op_type for node in graph.node}
+    settings = onnxruntime.SessionOptions()
+    settings.optimized_model_filepath, settings.log_severity_level = str(tmp_path / "run.onnx"), 3
+    onnxruntime.InferenceSession(done.path, settings, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "run.onnx").graph.node]
+    assert fused is None or kinds.count(fused) >= 12 - kinds.count("MatMulIntegerToFloat") * (fused == "MatMulInteger")
+
+
+def test_a_number_format_that_onnx_lacks_is_refused_with_what_works(tmp_path):
+    model = vitarium.create_model("timm/vit_pico", num_classes=10, image_size=16).eval()
+    model.head = QuantizedLinear.of(model.head, Packed.of(model.head.weight, parse_format("e2m1"), torch.ones(10)), None)
+    with pytest.raises(UsageError, match=r"the weight of head is e2m1 in 10 groups: .*--format torch-export takes any"):
+        export(model, tmp_path / "q.onnx")
+    assert export(model, tmp_path / "q.pt2", format="torch-export").error < 1e-5
+
+
+def test_one_rounding_that_goes_the_other_way_does_not_fail_a_quantized_graph(model):
+    model = model.eval()
+    calls = iter(range(100))
+
+    def graph(image):
+        out = model(image)
+        return out + 0.02 * out.abs().max() if next(calls) == 0 else out
+
+    assert compare(graph, model, 16, [1], rounded=True) < 1e-6
+    assert compare(lambda image: model(image) * 1.01, model, 16, [1, 3], rounded=True) == pytest.approx(0.01, rel=1e-2)
+    assert compare(lambda image: model(image) * (10 if len(image) == 1 else 1), model, 16, [1, 3], rounded=True) > 1
+
+
+@pytest.mark.parametrize("name", ["drct_pico", "kmax_deeplab_pico"])
+def test_dense_models_are_exported_with_a_variable_batch(name, tmp_path):
+    torch.manual_seed(0)
+    small = dict(depths=[1], embed_dim=16) if name == "drct_pico" else {}
+    model = vitarium.create_model(name, **small).eval()
+    assert export(model, tmp_path / "m.onnx", image_size=32).error < 1e-4
+
+
+def test_advice_is_given_only_where_it_works(tmp_path):
+    class OneImage(nn.Module):
+        """Takes any fixed batch, and no variable one."""
+
+        def forward(self, image):
+            return torch.cat([image[i : i + 1].mean((2, 3)) for i in range(len(image))])
+
+    with pytest.raises(UsageError, match=r"a fixed batch works: --batch 1$"):
+        export(OneImage(), tmp_path / "m.onnx", image_size=8)
+    assert export(OneImage(), tmp_path / "m.onnx", image_size=8, batch=1).error == 0
+    with pytest.raises(UsageError, match=r"cannot be traced") as refused:
+        export(Untraceable(), tmp_path / "m.onnx", image_size=8)
+    assert "--batch" not in str(refused.value)
+    with pytest.raises(UsageError, match=r"ONNX lacks.*--format torch-export writes it"):
+        export(Exotic(), tmp_path / "m.onnx", image_size=8)
+    assert export(Exotic(), tmp_path / "m.pt2", image_size=8, format="torch-export").error == 0
+
+
+class Exotic(nn.Module):
+    """Calls an operator without a counterpart in ONNX."""
+
+    def forward(self, image):
+        return torch.special.bessel_j0(image).mean((2, 3))

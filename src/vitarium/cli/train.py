@@ -10,7 +10,7 @@ import typer
 
 from vitarium.cli.completion import complete_model, complete_recipe
 from vitarium.cli.config import configurable
-from vitarium.cli.console import clock, note, out, pairs
+from vitarium.cli.console import clock, err, note, out, pairs
 from vitarium.cli.options import DATA_HELP, Accelerator, Apply, Devices, NumNodes, Strategy
 
 if TYPE_CHECKING:
@@ -135,6 +135,8 @@ def show(trained: Trained) -> None:
     if result.bad_files:
         rows["not readable"] = f"{len(result.bad_files)} images, listed in {folder / 'bad_files.txt'}"
     console = out()
+    if trained.finished_before:
+        err().print(trained.finished_before, style="yellow", markup=False, soft_wrap=True)
     console.print(pairs(rows))
     console.print()
     drawings = folder / "pictures"

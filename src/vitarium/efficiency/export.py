@@ -160,12 +160,22 @@ def _trace(model: nn.Module, inputs: Inputs, *, dynamic: bool) -> torch.export.E
     except UsageError:
         raise
     except Exception as error:  # torch.export has no common class for its errors
-        first = str(error).strip().splitlines()[0]
-        hint = "; a fixed batch may work: --batch 1" if dynamic else ""
+        first = str(error).strip().splitlines()[0].split("For more information")[0].strip()
+        hint = "; a fixed batch works: --batch 1" if dynamic and _traces(model, inputs) else ""
         given = (
             tuple(next(iter(inputs.values())).shape) if len(inputs) == 1 else ", ".join(f"{k} {tuple(v.shape)}" for k, v in inputs.items())
         )
         raise UsageError(f"{type(model).__name__} cannot be traced at {given}: {first}{hint}") from error
+
+
+def _traces(model: nn.Module, inputs: Inputs) -> bool:
+    """Return whether the model can be traced with the first sample alone."""
+    args, named = arguments(model, {name: value[:1] for name, value in inputs.items()})
+    try:
+        torch.export.export(model, args, named)
+    except Exception:  # torch.export has no common class for its errors
+        return False
+    return True
 
 
 def _record(model: nn.Module, inputs: Inputs, size: int) -> str:

@@ -7,7 +7,7 @@ import copy
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class FitResult:
         bad_files: (path, reason) of images that could not be read.
         skipped: number of steps skipped because a loss or gradient was not finite, over all players.
         skips: the same by player.
+        earlier: number of the steps that were made before this call; equal to `steps` if the run had ended, so that nothing was trained.
     """
 
     metrics: dict[str, float]
@@ -59,6 +60,7 @@ class FitResult:
     bad_files: list[tuple[str, str]] = field(default_factory=list)
     skipped: int = 0
     skips: dict[str, int] = field(default_factory=dict)
+    earlier: int = 0
 
 
 def fit(
@@ -105,9 +107,10 @@ def fit(
     fabric = create_fabric(devices, num_nodes, strategy, accelerator, recipe.precision)
     if spawns(fabric):
         with lock_folder(folder):
-            if not (folder / LAST).exists() or not load_run(folder / LAST)[0].finished:
+            begun = load_run(folder / LAST)[0] if (folder / LAST).exists() else None
+            if begun is None or not begun.finished:
                 run_in_processes(fabric, _fit_here, (learner, data, recipe, folder), progress)
-            result = _result_of(fabric.world_size, learner, data, recipe, folder)
+            result = replace(_result_of(fabric.world_size, learner, data, recipe, folder), earlier=begun.step if begun else 0)
         record_training(learner, data)
         return result
     fabric.launch()
@@ -122,13 +125,14 @@ def _fit_here(
 ) -> FitResult:
     """Run `fit` in one of its processes."""
     run, tensors = _prepare(fabric, learner, data, recipe, folder, progress)
+    earlier = run.state.step
     with lost_processes_named(), _explained_out_of_memory(run), _undone_on_error(run), batch_norms_set(recipe, learner), run.stop:
         if run.state.finished:
             run.restore(tensors or {})
         else:
             _set_up(run, tensors)
             train(run)
-    return _finish(run)
+    return replace(_finish(run), earlier=earlier)
 
 
 @contextlib.contextmanager

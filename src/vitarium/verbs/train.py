@@ -41,8 +41,26 @@ class Trained(Result):
     use: str
     notes: tuple[str, ...] = ()
 
+    @property
+    def finished_before(self) -> str:
+        """What to know if the run had ended before this call, so that nothing was trained; "" if something was."""
+        if self.fit.earlier < self.fit.steps:
+            return ""
+        folder = self.file.parent
+        return (
+            f"{folder} holds a finished run of {self.fit.steps} steps: nothing was trained, and this is its result. To train again: "
+            "another --out; to train on: --model FILE with another --out"
+        )
+
     def facts(self) -> dict[str, Any]:
-        return {"file": self.file, **self.task.texts(self.fit.metrics), "steps": self.fit.steps, "seconds": round(self.fit.seconds, 1)}
+        before = {"note": self.finished_before} if self.finished_before else {}
+        return {
+            **before,
+            "file": self.file,
+            **self.task.texts(self.fit.metrics),
+            "steps": self.fit.steps,
+            "seconds": round(self.fit.seconds, 1),
+        }
 
     def tables(self) -> list[TableData]:
         names = [name for name in (self.fit.history[-1] if self.fit.history else {}) if name != "epoch"]
