@@ -105,6 +105,21 @@ def test_the_readmes_table_runs(workspace):
             trained = trained or here
 
 
+@pytest.mark.parametrize("name", ["swin_pico", "convnext_pico", "timm/vit_pico"])
+def test_the_readmes_compression_runs_on_each_of_its_models(name, workspace, monkeypatch):
+    from typer.testing import CliRunner
+
+    monkeypatch.setattr("vitarium.verbs.compress.ROUNDS", 1)
+    monkeypatch.setattr("vitarium.verbs.compress.SECONDS", 0.0)
+    monkeypatch.setattr("vitarium.verbs.compress.slower", lambda *_: [])
+    (line,) = [line for row in table_rows() for line in row if line.startswith("vitarium compress ")]
+    model = vitarium.create_model(name, num_classes=2, image_size=16)
+    model.labels = ["cat", "dog"]
+    vitarium.save(model, "m.safetensors")
+    result = CliRunner().invoke(app, ["m.safetensors" if part == "FILE" else part for part in shlex.split(line)[1:]], prog_name="vitarium")
+    assert result.exit_code == 0, result.stderr
+
+
 def commands_of(path: Path) -> list[str]:
     """The command lines in the code blocks of a Markdown file."""
     found, fenced = [], False
