@@ -182,10 +182,10 @@ CALIBRATION = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(
 @pytest.mark.parametrize(
     ("options", "integer", "fused"),
     [
-        ("int8", 13, "MatMulInteger"),
-        ("int4w", 13, None),
-        ("bits=8", 14, "MatMulIntegerToFloat"),
-        ("bits=4,gelu=opt_m", 14, "MatMulInteger"),
+        ("int8", 5, {"MatMulInteger": 5}),
+        ("int4w", 5, {}),
+        ("bits=8", 6, {"MatMulIntegerToFloat": 4}),
+        ("bits=4,gelu=opt_m", 6, {"MatMulIntegerToFloat": 4}),
     ],
 )
 def test_a_quantized_model_runs_in_integers_in_onnxruntime(options, integer, fused, tmp_path):
@@ -193,7 +193,7 @@ def test_a_quantized_model_runs_in_integers_in_onnxruntime(options, integer, fus
     import onnxruntime
 
     torch.manual_seed(0)
-    model = vitarium.create_model("timm/vit_pico", num_classes=10, image_size=16).eval()
+    model = vitarium.create_model("timm/vit_pico", num_classes=10, image_size=16, depth=1).eval()
     if options.startswith("int"):
         vitarium.apply(model, options, quiet=True)
     else:
@@ -209,7 +209,7 @@ def test_a_quantized_model_runs_in_integers_in_onnxruntime(options, integer, fus
     settings.optimized_model_filepath, settings.log_severity_level = str(tmp_path / "run.onnx"), 3
     onnxruntime.InferenceSession(done.path, settings, providers=["CPUExecutionProvider"])
     kinds = [node.op_type for node in onnx.load(tmp_path / "run.onnx").graph.node]
-    assert fused is None or kinds.count(fused) >= 12 - kinds.count("MatMulIntegerToFloat") * (fused == "MatMulInteger")
+    assert {kind: kinds.count(kind) for kind in fused} == fused
 
 
 def test_a_number_format_that_onnx_lacks_is_refused_with_what_works(tmp_path):
@@ -234,11 +234,12 @@ def test_one_rounding_that_goes_the_other_way_does_not_fail_a_quantized_graph(mo
 
 
 @pytest.mark.parametrize("name", ["drct_pico", "kmax_deeplab_pico"])
-def test_dense_models_are_exported_with_a_variable_batch(name, tmp_path):
+def test_dense_models_are_traced_with_a_variable_batch(name):
     torch.manual_seed(0)
     small = dict(depths=[1], embed_dim=16) if name == "drct_pico" else {}
     model = vitarium.create_model(name, **small).eval()
-    assert export(model, tmp_path / "m.onnx", image_size=32).error < 1e-4
+    program = exporting._trace(model, example_inputs(model, 2, 32), dynamic=True)
+    assert program.range_constraints
 
 
 def test_advice_is_given_only_where_it_works(tmp_path):
