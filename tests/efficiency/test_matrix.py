@@ -26,6 +26,12 @@ MODELS = {
     "var_pico": ("digits", {}, PLAIN),
     "var_tokenizer_pico": ("digits", {}, PLAIN | {"sparse_prune:structure=channels", "sparse_prune:score=activation", "int8", "int4w"}),
     "dcgan_pico": ("digits", {}, PLAIN | {"sparse_prune:structure=channels"}),
+    "drct_pico": ("photos", {"depths": [1], "embed_dim": 16}, PLAIN),
+    "kmax_deeplab_pico": ("scenes:length=24", {}, PLAIN),
+    "uniformer_video_pico": ("scenes:length=24,task=action", {"num_classes": 6}, PLAIN),
+    "t_tame_pico": ("digits", {"num_classes": 10}, {"evit", "pitome", "tome:r=2", "vpt_proxies"}),
+    "thorax_mae_pretrain_pico": ("digits", {}, set()),
+    "vpt_proxies_pico": ("scenes:length=60", {}, set()),
 }
 """Model -> data for its calibration, arguments, and the methods that it refuses."""
 
