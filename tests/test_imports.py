@@ -60,7 +60,7 @@ def test_listing_models_imports_no_other():
     ],
 )
 def test_commands_that_list_import_only_the_terminal(arguments, expected):
-    code = "from typer.testing import CliRunner; from vitarium.cli import app\n"
+    code = "from typer.testing import CliRunner; from vitarium.cli.app import app\n"
     code += f"result = CliRunner().invoke(app, {arguments!r}); assert {expected!r} in result.output, result.output"
     modules = modules_after(code)
     assert not [m for m in ("torch", "numpy", "yaml", "PIL", *HEAVY) if m in modules]

@@ -13,7 +13,7 @@ import typer
 from PIL import Image
 
 import vitarium
-from vitarium.cli import app
+from vitarium.cli.app import app
 from vitarium.cli.app import app as application
 
 ROOT = Path(__file__).parents[1]

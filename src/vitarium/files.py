@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import socket
 import stat
 import tempfile
@@ -70,9 +71,13 @@ def is_model_file(source: Any) -> bool:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write UTF-8 text atomically."""
+    """Write UTF-8 text atomically.
+
+    Bytes of file names that are not UTF-8, which Python holds as lone surrogates, are written as "\\udce9". In JSON this reads back as the
+    same name.
+    """
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -119,3 +124,69 @@ def lock_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
     finally:
         holder.unlink(missing_ok=True)
         lock.release()
+
+
+MARK = "vitarium"
+"""Word in the content of every file that a command writes, by which the next call recognises it."""
+
+_LOOKED_AT = 2**20  # bytes at the beginning and at the end of a file
+
+
+def check_output(*paths: str | os.PathLike[str] | None) -> None:
+    """Check that files may be written: each is missing, a folder, or was written by a command before. The rule of all commands.
+
+    Raises:
+        UsageError: a path is an image, a model or another file that no command has written; nothing is replaced.
+    """
+    for path in paths:
+        if path is not None and os.path.isfile(path) and not written_by_us(path):
+            raise UsageError(
+                f"{path} exists and was not written by vitarium, so it is not replaced; choose another output, or remove the file first"
+            )
+
+
+def written_by_us(path: str | os.PathLike[str]) -> bool:
+    """Return whether a command wrote a file: `MARK` in its content, or the form of the results in .json and .csv files."""
+    path = Path(path)
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        content = file.read(_LOOKED_AT)
+        if size > _LOOKED_AT:
+            file.seek(max(_LOOKED_AT, size - _LOOKED_AT))
+            content += file.read()
+    if path.suffix.lower() == ".csv":
+        first = content.partition(b"\n")[0].rstrip()
+        return first.startswith(b"image,") and first.endswith(b",error")
+    if path.suffix.lower() == ".json":
+        return bool(re.match(rb'\s*(\[\s*)?\{\s*"(image|model|file|index)":', content)) or content.strip() == b"[]"
+    return MARK.encode() in content
+
+
+def save_image(image: Any, path: str | os.PathLike[str], format: str = "png") -> None:
+    """Write an image atomically, with `MARK` in its metadata.
+
+    Args:
+        image: a PIL image.
+        path: file to write.
+        format: "png", "jpeg" or "webp".
+
+    Raises:
+        UsageError: see `check_output`.
+        OSError: it cannot be written.
+    """
+    from PIL import Image, PngImagePlugin
+
+    check_output(path)
+    options: dict[str, Any]
+    if format == "png":
+        text = PngImagePlugin.PngInfo()
+        text.add_text("Software", MARK)
+        options = {"pnginfo": text}
+    elif format == "jpeg":
+        options = {"comment": MARK.encode()}
+    else:
+        exif = Image.Exif()
+        exif[0x0131] = MARK  # Software
+        options = {"exif": exif}
+    with atomic_path(path) as temporary:
+        image.save(temporary, format=format, **options)

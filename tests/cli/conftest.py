@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from vitarium.cli import app
+from vitarium.cli.app import app
 
 
 @pytest.fixture

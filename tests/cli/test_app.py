@@ -6,7 +6,7 @@ import sys
 import pytest
 import typer
 
-from vitarium.cli import app
+from vitarium.cli.app import app
 from vitarium.errors import CheckpointError, DataError, TrainingStopped, UsageError
 
 # The names that scripts of users rely on. Change them on purpose, and tell it in the changelog.
@@ -69,7 +69,7 @@ def test_help_shows(run, command):
 def test_help_imports_nothing_heavy():
     heavy = ("torch", "timm", "numpy", "sklearn", "torchvision", "plotly", "lightning_fabric", "pydantic")
     code = (
-        "import sys; from vitarium.cli import app\n"
+        "import sys; from vitarium.cli.app import app\n"
         "try: app(['--help'])\n"
         f"except SystemExit as e: print('LOADED', [m for m in {heavy!r} if m in sys.modules], e.code)"
     )

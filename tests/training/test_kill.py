@@ -29,6 +29,7 @@ def in_child(work: Callable[..., Any], *arguments: Any) -> multiprocessing.Proce
     """Start `work` in a forked process (everything is imported already); its exit code is that of the command line."""
 
     def run() -> None:
+        os.setsid()  # a group of its own, as a terminal or a scheduler starts one
         torch.set_num_threads(1)  # a forked process must not use its parent's pool
         os.close(2)
         os.open(os.devnull, os.O_WRONLY)
@@ -81,11 +82,12 @@ def test_killed_at_twenty_random_points(tmp_path, unbroken):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_saves_within_ten_seconds_and_leaves_as_interrupted(tmp_path, unbroken, number):
-    child = in_child(train, tmp_path, "num_workers=1")
+    """The signal reaches the data workers, too: they must not die of it."""
+    child = in_child(train, tmp_path, "num_workers=2", "budget.steps=24")
     deadline = time.monotonic() + 30
     while not (tmp_path / "log.csv").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.kill(child.pid, number)
+    os.killpg(child.pid, number)
     child.join(10)
     assert child.exitcode == 130
     assert 0 < load_run(tmp_path / "last.ckpt")[0].step < 24

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import sys
 import time
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 
 from tests.training.tiny import Quadrants
 from vitarium.catalog import Preprocessing
-from vitarium.data import BadFiles, BrokenImage
+from vitarium.data import BadFiles, BrokenImage, workers
 from vitarium.data.loader import Loader, seed_generators
 from vitarium.errors import DataError
 
@@ -174,3 +176,33 @@ def test_what_is_not_random_is_read_once():
     first, second = batches(plain, 0), batches(plain, 1)
     assert len(dataset.read) == 30
     assert_equal(first, second)
+
+
+class Slow(Quadrants):
+    """Takes 0.2 seconds for a sample."""
+
+    def __getitem__(self, index):
+        time.sleep(0.2)
+        return super().__getitem__(index)
+
+
+def test_a_slow_worker_is_no_stuck_one(caplog):
+    assert len(batches(loader(Slow(16), num_workers=1, batch_size=8, timeout=1))) == 2
+    assert "no batch for 1 seconds: waiting for the data workers, reading sample" in caplog.text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="states of processes in /proc")
+def test_a_stopped_worker_is_told_although_torch_waits_for_its_tensors(monkeypatch, caplog):
+    """It has announced batches, whose memory can be fetched only from the process itself."""
+    monkeypatch.setattr(workers, "GRACE_SECONDS", 0.5)
+    ours = loader(Quadrants(32), num_workers=1, timeout=1)
+    epoch = ours.epoch(0)
+    next(epoch)
+    time.sleep(0.5)
+    (process,) = workers.workers_of(ours._workers)
+    os.kill(process.pid, signal.SIGSTOP)
+    with pytest.raises(DataError, match=r"no batch for 1 seconds; process \d+ is stopped by a signal"):
+        list(epoch)
+    assert "is stopped by a signal" in caplog.text
+    process.join(5)
+    assert process.exitcode == -signal.SIGKILL

@@ -29,25 +29,43 @@ from vitarium.cli import (
     systems,
     train,
 )
-from vitarium.cli.console import err
+from vitarium.cli.console import err, prepare_output
 from vitarium.cli.explain import explain as explain_images
+from vitarium.cli.interrupts import MESSAGE, settle
 from vitarium.errors import VitariumError
+from vitarium.texts import printable
 
 
 class Commands(TyperGroup):
     """Group whose commands end with a result, or with one message on stderr and an exit code (see vitarium.errors)."""
 
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            return super().make_context(*arguments, **options)
+        except Exception as error:  # an unknown option before the command
+            raise _safe(error) from None
+
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            done = super().invoke(ctx)
+            settle()
+            return done
         except KeyboardInterrupt as interrupt:  # the message of a training has the step at which it stopped and the command to continue
-            err().print(f"[yellow]{str(interrupt) or 'interrupted'}[/]", soft_wrap=True)
+            settle()
+            err().print(str(interrupt) or MESSAGE, style="yellow", markup=False, soft_wrap=True)
             raise typer.Exit(130) from None
         except Exception as error:
             if type(error).__module__.split(".")[0] in ("typer", "click") or isinstance(error, BrokenPipeError):
-                raise  # typer's exits and its usage errors (exit code 2)
+                raise _safe(error) from None  # typer's exits and its usage errors (exit code 2)
             explain(error, debug=ctx.params.get("debug", False))
             raise typer.Exit(getattr(error, "exit_code", 1) if isinstance(error, VitariumError) else 1) from None
+
+
+def _safe(error: Exception) -> Exception:
+    """Return an error of typer with a message that is safe to print: it quotes arguments, which may be names of files of others."""
+    if isinstance(message := getattr(error, "message", None), str):
+        error.message = printable(message)  # type: ignore[attr-defined]
+    return error
 
 
 def explain(error: Exception, *, debug: bool = False) -> None:
@@ -114,6 +132,7 @@ for command in (
     app.command()(command)
 
 
-def main() -> None:
-    """Entry point of the `vitarium` command."""
+def run() -> None:
+    """Run the application; see `vitarium.cli.main`."""
+    prepare_output()
     app(prog_name="vitarium")

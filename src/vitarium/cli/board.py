@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.live import Live
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
     from vitarium.reports.events import Event
 
 BAR_WIDTH = 20  # characters
+LINE_SECONDS = 30.0
+"""Seconds after which a line is written to a log although neither state nor score has changed."""
 WORDS = {
     "started": "[cyan]starting[/]",
     "step": "[cyan]training[/]",
@@ -37,6 +42,7 @@ class Board:
 
     def __init__(self, models: list[str]):
         self.latest: dict[str, Event | None] = dict.fromkeys(models)
+        self.printed: dict[str, float] = {}  # times of the last lines of a log
         self.console = err()
         self.live = Live(self, console=self.console, refresh_per_second=8, transient=False)
 
@@ -52,7 +58,11 @@ class Board:
         """Record an event."""
         before = self.latest.get(event.model)
         self.latest[event.model] = event
-        if not self.console.is_terminal and (before is None or (before.kind, score_of(before)) != (event.kind, score_of(event))):
+        if self.console.is_terminal:
+            return
+        new = before is None or (before.kind, score_of(before)) != (event.kind, score_of(event))
+        if new or time.monotonic() - self.printed.get(event.model, 0.0) > LINE_SECONDS:
+            self.printed[event.model] = time.monotonic()
             self.console.print(line(event), markup=False, soft_wrap=True)
 
     def finish(self, model: str) -> None:
@@ -64,18 +74,18 @@ class Board:
         rows = table("~model", "", "state", ">step", ">loss", ">held out", ">left")
         for model, event in self.latest.items():
             if event is None:
-                rows.add_row(f"[dim]{model}", "", "[dim]waiting[/]")
+                rows.add_row(f"[dim]{escape(model)}", "", "[dim]waiting[/]")
                 continue
             done = 1.0 if event.kind in ("measuring", "finished", "kept") else event.fraction
             bar = ProgressBar(total=1.0, completed=done, width=BAR_WIDTH, complete_style="cyan", finished_style="green")
-            rows.add_row(model, bar, WORDS[event.kind], *numbers(event))
+            rows.add_row(escape(model), bar, WORDS[event.kind], *numbers(event))
         return rows
 
 
 def numbers(event: Event) -> list[str]:
     """Return step, loss, score and time left as text, "" where unknown."""
     step = f"{event.step}/{event.steps}" if event.steps else str(event.step or "")
-    loss = "" if event.loss is None else f"{event.loss:.3f}"
+    loss = "" if event.loss is None or math.isnan(event.loss) else f"{event.loss:.3f}"
     left = clock(event.seconds_left) if event.kind == "step" and event.seconds_left is not None else ""
     return [step, loss, score_of(event), left]
 

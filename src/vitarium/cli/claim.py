@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
+from rich.text import Text
 
 from vitarium.cli.completion import complete_claim
 from vitarium.cli.console import err, out, pairs, print_json, print_tables, table
@@ -57,7 +58,7 @@ def show(found: Claims) -> None:
     console.print(f"{escape(entry.says)}\n[dim]{escape(entry.method)}[/]", highlight=False)
     print_tables([arm_table(entry)])
     console.print()
-    console.print(pairs({c["says"]: f"{gain_of(c)}  {styled(c['verdict'])}" for c in entry.comparisons}))
+    console.print(pairs({c["says"]: Text.from_markup(f"{gain_of(c)}  {styled(c['verdict'])}") for c in entry.comparisons}))
     console.print(f"\n{entry.seconds:.0f} s, {entry.date}, {entry.commit or 'no commit'}", style="dim")
 
 

@@ -95,11 +95,11 @@ def show(comparison: Comparison) -> None:
     console.print()
     console.print(rows)
     for failure in comparison.failures:
-        console.print(f"[red]{failure.name} failed:[/] ", end="")
+        console.print(f"{failure.name} failed: ", style="red", markup=False, end="")
         console.print(failure.error, markup=False)
     if bad := comparison.bad_files:
         console.print(f"[yellow]{len(bad)} images could not be read[/], the first: ", end="")
         console.print(f"{bad[0]['path']} ({bad[0]['reason']})", markup=False)
-    console.print(f"\n[bold]{comparison.recommendation}[/]\n")
+    console.print(f"\n{comparison.recommendation}\n", style="bold", markup=False)
     file = next(comparison.folder / trial.file for trial in comparison.trials if trial.name == winner)
     console.print(pairs({"report": comparison.report, "model": file, "use it": comparison.parsed_task().usage.format(file=file)}))

@@ -50,9 +50,10 @@ def compress(
     A result that is slower is said first, with the size from which each method pays on this machine. Methods that calibrate see training
     images; the metric is taken on the held-out part, of the model as loaded from the file.
     """
-    from vitarium.files import write_json
+    from vitarium.files import check_output, write_json
     from vitarium.verbs.compress import compress as run
 
+    check_output(report)
     with status() as notify:
         found = run(
             model,

@@ -1,9 +1,14 @@
-"""Output of the commands: tables and messages on a terminal, or JSON."""
+"""Output of the commands: tables and messages on a terminal, or JSON.
+
+File names, labels and messages of others reach the terminal only through these consoles, which show control characters as escapes. In
+markup they are escaped by `rich.markup.escape` in addition.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -13,9 +18,11 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from vitarium.numbers import clock as clock
 from vitarium.numbers import short as short
+from vitarium.texts import printable
 
 if TYPE_CHECKING:
     from vitarium.training.tasks import TableData
@@ -23,10 +30,33 @@ if TYPE_CHECKING:
 PIPED_WIDTH = 160  # columns; a pipe has no width, and tables of 80 columns would lose text
 
 
+class SafeConsole(Console):
+    """Console that shows control characters in the texts that it is given as escapes."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return the text as rich's `Text`, for which tables, too, call this method."""
+        return super().render_str(printable(text), **options)
+
+
+class _LogLines(logging.Handler):
+    """Prints the library's warnings as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        err().print(record.getMessage(), markup=False, soft_wrap=True)
+
+
+def prepare_output() -> None:
+    """Make the streams print texts that their encoding lacks as escapes (an ASCII locale), and the library's warnings pass a console."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    logging.getLogger("vitarium").addHandler(_LogLines())
+
+
 def _console(*, stderr: bool) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     wide = None if stream.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH
-    return Console(stderr=stderr, width=wide, highlight=False)
+    return SafeConsole(stderr=stderr, width=wide, highlight=False)
 
 
 def out() -> Console:
@@ -41,7 +71,8 @@ def err() -> Console:
 
 def print_json(value: Any) -> None:
     """Print JSON on stdout, neither wrapped nor coloured."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    sys.stdout.write("".join(c if c == "\n" or c == printable(c) else f"\\u{ord(c):04x}" for c in text) + "\n")
 
 
 def table(*columns: str, title: str | None = None) -> Table:
@@ -62,7 +93,7 @@ def pairs(rows: dict[str, Any], title: str | None = None) -> Table:
     result.add_column(style="cyan", no_wrap=True)
     result.add_column(overflow="fold")
     for name, value in rows.items():
-        result.add_row(name, value if hasattr(value, "__rich_console__") else str(value))
+        result.add_row(name, value if hasattr(value, "__rich_console__") else escape(str(value)))
     return result
 
 
@@ -81,7 +112,7 @@ def status() -> Iterator[Callable[[str], None]]:
             if text.endswith("\n"):
                 note(text)
             else:
-                shown.update(escape(text))
+                shown.update(escape(printable(text)))
 
         yield notify
 

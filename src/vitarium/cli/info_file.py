@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.markup import escape
+
 from vitarium.cli.console import out, pairs, short, table
 
 
@@ -42,15 +44,15 @@ def print_file(report: dict[str, Any]) -> None:
         "tensors": f"{report['tensors']} with {short(report['values'])} values ({', '.join(report['dtypes'])})",
     }
     if record is None:
-        console.print(f"[bold]{report['file']}[/]  [dim]weights without a record[/]\n")
+        console.print(f"[bold]{escape(str(report['file']))}[/]  [dim]weights without a record[/]\n")
         rows |= {"inside": " > ".join(report["inside"])} if report["inside"] else {}
         rows["fits"] = ", ".join(report["fits"]) or "no model of ours"
         console.print(pairs(rows))
         first = table("tensor", "shape", title="The first tensors")
         for name, shape in report["first_tensors"].items():
-            first.add_row(name, " x ".join(map(str, shape)) or "scalar")
+            first.add_row(escape(name), " x ".join(map(str, shape)) or "scalar")
         return console.print(first)
-    console.print(f"[bold]{report['file']}[/]  [dim]saved by vitarium {record['vitarium']}[/]\n")
+    console.print(f"[bold]{escape(str(report['file']))}[/]  [dim]saved by vitarium {escape(str(record['vitarium']))}[/]\n")
     labels, pre = record["labels"] or [], record["preprocessing"]
     rows |= {
         "model": record["name"],

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vitarium.errors import DataError
 from vitarium.files import write_text
+from vitarium.texts import printable
 
 
 class BrokenImage(DataError):
@@ -29,13 +30,14 @@ class BadFiles:
     """Record of the unreadable images of a run, without duplicates.
 
     Args:
-        limit: share of all images that may be unreadable before the run stops.
+        limit: share of all images that may be unreadable before the run stops. One may be, whatever its share.
+        total: number of images of the whole data set, of which a loader reads a part; None: the number that `check` is given.
     """
 
-    def __init__(self, limit: float = 0.01):
+    def __init__(self, limit: float = 0.01, total: int | None = None):
         if not 0 <= limit <= 1:
             raise DataError(f"the share of images that may be broken must be from 0 to 1, got {limit}")
-        self.limit = limit
+        self.limit, self.total = limit, total
         self._reasons: dict[str, str] = {}
 
     def __len__(self) -> int:
@@ -50,21 +52,27 @@ class BadFiles:
         return list(self._reasons.items())
 
     def check(self, total: int) -> None:
-        """Stop if more than `limit` of `total` images are broken.
+        """Stop if more than one image, and more than `limit` of all, are broken.
+
+        Args:
+            total: number of images, if the record was not made for a whole data set.
 
         Raises:
             DataError: too many; lists the first twenty.
         """
-        if len(self) > self.limit * total:
+        total = self.total or total
+        if len(self) > max(self.limit * total, min(1, total - 1)):
             listed = "\n".join(f"  {path}: {reason}" for path, reason in self.items()[:20])
             more = f"\n  and {len(self) - 20} more" if len(self) > 20 else ""
             share = f"{100 * len(self) / max(total, 1):.1f} %"
             raise DataError(
-                f"{len(self)} of {total} images cannot be read ({share}; at most {100 * self.limit:g} % may be broken):\n{listed}{more}\n"
+                f"{len(self)} of {total} images cannot be read ({share}; at most {100 * self.limit:g} %, or one image, may be broken):\n"
+                f"{listed}{more}\n"
                 "repair or remove them"
             )
 
     def write(self, folder: Path) -> None:
-        """Write bad_files.txt into `folder`: path, tab, reason per line. Nothing is written if there are none."""
+        """Write bad_files.txt into `folder`: path, tab, reason per line, with control characters as escapes; no file if there are none."""
         if self._reasons:
-            write_text(folder / "bad_files.txt", "".join(f"{path}\t{reason}\n" for path, reason in self.items()))
+            lines = (f"{printable(path, '')}\t{printable(reason, '')}\n" for path, reason in self.items())
+            write_text(folder / "bad_files.txt", "".join(lines))

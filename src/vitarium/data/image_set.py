@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from vitarium.data.sample import Sample
+from vitarium.texts import encodable
 
 
 @runtime_checkable
@@ -46,6 +48,11 @@ class ImageData:
     image_size: int | None = None
     notes: tuple[str, ...] = ()
     part: str = "val"
+
+    def __post_init__(self) -> None:
+        """Escape what is not UTF-8 in names of folders, because both names go into files."""
+        object.__setattr__(self, "name", encodable(self.name))
+        object.__setattr__(self, "classes", [encodable(label) for label in self.classes])
 
 
 class Samples:
@@ -145,6 +152,32 @@ class Joined:
         """Return the name that the sample has in its part."""
         part, i = self._places[index]
         return part.describe(i)
+
+
+def distinct(images: Any) -> int:
+    """Return the number of different samples of an image set: a view may repeat some."""
+    return len(set(images.indices)) if isinstance(images, View) else len(images)
+
+
+def files_of(images: Any) -> list[str]:
+    """Return the paths of all files from which an image set reads its samples, each once; those of samples in archives are left out."""
+    found: dict[str, None] = {}
+    for index in range(len(images)):
+        found.update(dict.fromkeys(path for path in _files_at(images, index) if os.path.isfile(path)))
+    return list(found)
+
+
+def _files_at(images: Any, index: int) -> tuple[Any, ...]:
+    if isinstance(images, View):
+        return _files_at(images.images, images.indices[index])
+    if isinstance(images, Joined):
+        part, inner = images._places[index]
+        return _files_at(part, inner)
+    if isinstance(images, Samples):
+        sample = images.samples[index]
+        return tuple(part for part in (sample if isinstance(sample, tuple) else (sample,)) if isinstance(part, str))
+    describe = getattr(images, "describe", None)
+    return (describe(index),) if describe else ()
 
 
 class Subset(View):

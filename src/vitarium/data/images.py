@@ -8,7 +8,7 @@ import os
 import re
 import time
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from vitarium.catalog.preprocessing import BRIGHTNESS, check_brightness
 from vitarium.data.bad_files import BrokenImage
@@ -72,6 +72,19 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     return decode_image(read_bytes(path), os.fspath(path))
 
 
+def check_header(path: str | os.PathLike[str]) -> None:
+    """Check that a file is there and begins like an image of an accepted format and size; a file that is cut off later passes.
+
+    Raises:
+        BrokenImage: it is not.
+    """
+    try:
+        with open(path, "rb") as file:
+            _open(file, os.fspath(path)).close()
+    except Exception:  # decoders raise all kinds of errors; the second, complete attempt finds the reason
+        open_image(path)
+
+
 def decode_image(content: bytes, name: str) -> Image.Image:
     """Decode the bytes of an image file; `name` is used in messages. See `open_image`."""
     image = _decode(content, name)
@@ -96,11 +109,8 @@ def _decode(content: bytes, name: str) -> Image.Image:
     if not content:
         raise BrokenImage(name, "the file is empty")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns from 89 megapixels on; our limit is an error
-            image = Image.open(io.BytesIO(content), formats=FORMATS)
-            _check_size(image, name)
-            image.load()
+        image = _open(io.BytesIO(content), name)
+        image.load()
     except BrokenImage:
         raise
     except Image.DecompressionBombError as error:
@@ -109,6 +119,17 @@ def _decode(content: bytes, name: str) -> Image.Image:
         raise BrokenImage(name, _reason(content, error)) from error
     with contextlib.suppress(Exception):  # broken EXIF data does not make an image unusable
         ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
+def _open(file: BinaryIO, name: str) -> Image.Image:
+    """Open an image without decoding it, and check its size."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns from 89 megapixels on; our limit is an error
+        image = Image.open(file, formats=FORMATS)
+        _check_size(image, name)
     return image
 
 

@@ -14,9 +14,9 @@ differ by one batch).
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing.connection
 import random
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from vitarium.catalog.preprocessing import Preprocessing
 from vitarium.data.bad_files import BadFiles, BrokenImage
 from vitarium.data.fields import PAIRS, Collate, Sample
+from vitarium.data.workers import WaitingWatch, end_at_exit, end_workers, signals_held_back, start_worker, workers_of
 from vitarium.errors import DataError
 
 MEMORY_BYTES = 256 * 2**20
@@ -205,7 +206,7 @@ class Loader:
         bad_files: record of unreadable images; more than it allows stop the epoch.
         repeats: number of differently augmented copies of a sample in an epoch (repeated augmentation; the epoch keeps its length and sees
             fewer different samples).
-        timeout: seconds without a batch after which the workers are considered stuck.
+        timeout: seconds without a batch, or any worker going on to another sample, after which the workers are considered stuck.
 
     Raises:
         DataError: no samples; or with `drop_last` fewer than one global batch.
@@ -292,7 +293,9 @@ class Loader:
 
     def close(self) -> None:
         """Stop the workers; the next epoch starts new ones."""
-        self._workers = None
+        processes = workers_of(self._workers)
+        self._workers = None  # they are asked to end, and have a few seconds
+        end_workers(processes)
 
     def _in_process(self, plans: list[_Plan]) -> Iterator[dict[str, Any] | _Failure]:
         for plan in plans:
@@ -311,33 +314,43 @@ class Loader:
                 persistent_workers=True,
                 timeout=self.timeout,
                 pin_memory=torch.cuda.is_available(),
-                worker_init_fn=_start_worker,
+                worker_init_fn=functools.partial(start_worker, of_main_thread=threading.current_thread() is threading.main_thread()),
                 generator=torch.Generator(),  # otherwise each epoch would draw a number from the global generator
             )
         self._reader.reading.fill_(-1)
-        with _without_signals_of_children():
+        with signals_held_back():
             batches = iter(self._workers)
-        while True:
-            try:
-                yield next(batches)
-            except StopIteration:
-                return
-            except (RuntimeError, EOFError, OSError) as error:  # readers return errors, so a worker was killed or is stuck
-                message = self._post_mortem(batches, error)
-                for process in getattr(batches, "_workers", []):
-                    process.kill()  # do not wait for a stuck worker
-                self.close()
-                raise DataError(message) from error
+        processes = workers_of(self._workers)
+        end_at_exit(processes)
+        with WaitingWatch(self.timeout, self._reader.reading, processes, self._where) as watch:
+            while True:
+                try:
+                    with watch.waiting():
+                        batch = next(batches)
+                except StopIteration:
+                    return
+                except (RuntimeError, EOFError, OSError) as error:  # readers return errors, so a worker was killed or is stuck
+                    hangs = "timed out" in str(error)
+                    if hangs and watch.busy():
+                        continue  # slow, but no worker is stuck; the watch has said so
+                    message = self._post_mortem(processes, error, hangs=hangs or watch.ended, found=watch.found)
+                    end_workers(processes)  # do not wait for a stuck worker
+                    self.close()
+                    raise DataError(message) from error
+                yield batch
 
-    def _post_mortem(self, batches: Any, error: Exception) -> str:
-        processes = getattr(batches, "_workers", [])
-        hangs = "timed out" in str(error)
+    def _where(self) -> str:
+        """Return in words which samples the workers are reading."""
+        samples = [index for index in self._reader.reading.tolist() if index >= 0]
+        return f"reading {', '.join(_name(self.dataset, index) for index in samples)}" if samples else "not reading a sample"
+
+    def _post_mortem(self, processes: list[Any], error: Exception, *, hangs: bool, found: str) -> str:
         if not hangs:  # a connection breaks a moment before its process has ended
             ended = multiprocessing.connection.wait([process.sentinel for process in processes], timeout=5)
             for process in processes:
                 if process.sentinel in ended:
                     process.join(timeout=5)  # its pipes close a moment before it can be reaped
-        dead = [i for i, process in enumerate(processes) if not process.is_alive()]
+        dead = [] if hangs else [i for i, process in enumerate(processes) if not process.is_alive()]
         reading = self._reader.reading.tolist()
         samples = [reading[i] for i in dead or range(len(reading)) if reading[i] >= 0]
         if dead:
@@ -348,30 +361,7 @@ class Loader:
         else:
             what = f"the data workers failed ({error})"
         where = f" while reading {', '.join(_name(self.dataset, i) for i in samples)}" if samples else ""
-        return f"{what}{where}; num_workers=0 reads in the main process and shows what happens (too little memory is a common cause)"
-
-
-@contextlib.contextmanager
-def _without_signals_of_children() -> Iterator[None]:
-    """Start workers without torch's SIGCHLD handler, which raises at an arbitrary point of the main program when a worker dies.
-
-    Without it the death of a worker is detected within five seconds, when the next batch is requested.
-    """
-    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGCHLD)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
-
-
-def _start_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which then ends the workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # otherwise a forked worker would inherit the main process's handler
+        return f"{what}{where}{found}; num_workers=0 reads in the main process and shows what happens (too little memory is a common cause)"
 
 
 def _unchanged(batch: Any) -> Any:

@@ -127,10 +127,10 @@ def compare(
     source = DataSource.of(images, spec, labels=task.data_kind, **opening)
     main = is_main_process() or not where.in_process
     plan = plan_of(images, names, settings, pretrained, processes=devices * num_nodes)
-    folder = Path(out) if out is not None else default_folder(Path("runs"), images.name, plan)
+    folder = Path(out) if out is not None else default_folder(Path("runs"), images, plan)
     with lock_folder(folder) if main else nullcontext():
         if main:
-            claim(folder, plan)
+            claim(folder, plan, images)
         given = dict(source=source, recipe=settings, pretrained=pretrained, devices=Devices(devices, num_nodes, strategy, accelerator))
         trials, failures = _run(names, folder, given, where, progress or (lambda event: None))
         if not main:

@@ -14,7 +14,7 @@ from vitarium.data import ImageData
 from vitarium.errors import UsageError
 from vitarium.files import write_json
 from vitarium.training import Recipe
-from vitarium.training.checkpoint import check_same_run, fingerprint
+from vitarium.training.identity import check_same_run, fingerprint, fingerprint_like
 from vitarium.version import __version__
 
 PLAN = "comparison.json"
@@ -33,17 +33,23 @@ def plan_of(images: ImageData, names: Sequence[str], recipe: Recipe, pretrained:
     }
 
 
-def default_folder(root: Path, data: str, plan: dict[str, Any]) -> Path:
+def default_folder(root: Path, images: ImageData, plan: dict[str, Any]) -> Path:
     """Return the newest folder of this very comparison, else a new one: runs/digits-2026-01-31, then -2, -3 ..."""
-    found = [path for path in root.glob(f"*/{PLAN}") if read_json(path) == plan]
+    found = [path for path in root.glob(f"*/{PLAN}") if (there := read_json(path)) is not None and there == _like(there, plan, images)]
     if found:
         return max(found, key=lambda path: path.stat().st_mtime_ns).parent
-    name = f"{slug(data)}-{datetime.date.today()}"
+    name = f"{slug(images.name)}-{datetime.date.today()}"
     candidates = (root / (name if i == 1 else f"{name}-{i}") for i in itertools.count(1))
     return next(folder for folder in candidates if not folder.exists())
 
 
-def claim(folder: Path, plan: dict[str, Any]) -> None:
+def _like(there: Any, plan: dict[str, Any], images: ImageData) -> dict[str, Any]:
+    """Return a plan with the fingerprint of its data in the form of a recorded plan."""
+    recorded = there.get("data") if isinstance(there, dict) else None
+    return {**plan, "data": fingerprint_like(recorded, images)} if isinstance(recorded, dict) else plan
+
+
+def claim(folder: Path, plan: dict[str, Any], images: ImageData) -> None:
     """Record a comparison in its folder, or check that the folder records the same one.
 
     Raises:
@@ -51,7 +57,7 @@ def claim(folder: Path, plan: dict[str, Any]) -> None:
     """
     there = read_json(folder / PLAN)
     if there is not None:
-        return check_same_run(folder, there, plan)
+        return check_same_run(folder, there, _like(there, plan, images))
     if any(not path.name.startswith(".lock") and not path.name.endswith(".tmp") for path in folder.iterdir()):
         raise UsageError(f"{folder} holds other files and no comparison; choose a new or empty folder")
     write_json(folder / PLAN, plan)

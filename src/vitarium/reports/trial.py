@@ -18,12 +18,13 @@ from vitarium.catalog import preprocessing_of
 from vitarium.catalog.calling import example_inputs
 from vitarium.catalog.saving import save
 from vitarium.data import BadFiles, ImageData, open_data
+from vitarium.data.image_set import distinct
 from vitarium.efficiency.profiler import Profile, count_macs, profile
 from vitarium.engine.machine import describe_device
 from vitarium.errors import DataError, TrainingStopped, UsageError
 from vitarium.reports.results import Trial
 from vitarium.training import Learner, Progress, Recipe, evaluate, find_learner, fit
-from vitarium.training.checkpoint import fingerprint
+from vitarium.training.identity import fingerprint, in_words
 from vitarium.training.learners import check_suits
 from vitarium.training.recording import record_training
 from vitarium.training.tasks import Metric
@@ -71,7 +72,8 @@ class DataSource:
             given: dict[str, Any] = dict(seed=self.seed, val_fraction=self.val_fraction, image_size=self.image_size)
             images = open_data(self.spec, task=self.labels, **given)
             if (now := fingerprint(images)) != self.fingerprint:
-                raise DataError(f"{self.spec} differs here from what the comparison began with ({now}, not {self.fingerprint})")
+                differences = in_words({"data": self.fingerprint}, {"data": now})
+                raise DataError(f"{self.spec} differs here from what the comparison began with: {differences}")
             _OPENED.clear()
             _OPENED[self] = images
         return _OPENED[self]
@@ -191,7 +193,7 @@ def metric_of(learner: Learner) -> Metric:
 
 def held_out(learner: Learner, data: ImageData, batch_size: int) -> tuple[dict[str, float], dict[str, Any], int]:
     """Return the finite metrics on the held-out part, what the task keeps beside them, and the number of images that could be read."""
-    bad_files, task = BadFiles(), learner.task
+    bad_files, task = BadFiles(total=distinct(data.train) + distinct(data.val)), learner.task
     values = evaluate(learner, data.val, batch_size=batch_size, bad_files=bad_files)
     extras = task.extras(learner.eval_model(), data, values, batch_size=batch_size)
     numbers = {name: float(v) for name, v in {**values, **extras}.items() if isinstance(v, int | float) and math.isfinite(v)}

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from vitarium.errors import CheckpointError, UsageError
 from vitarium.files import atomic_path
 from vitarium.training.players import ONLY
-from vitarium.training.recipe import EARLIER_KEYS, Recipe
+from vitarium.training.recipe import Recipe
 from vitarium.training.settings import check
 
 LAST = "last.ckpt"
@@ -62,52 +60,6 @@ class RunState:
     def skipped(self) -> int:
         """Number of skipped turns of all players."""
         return sum(self.skips.values())
-
-
-def identity_of(recipe: Any, data: Any, learner: nn.Module, processes: int) -> dict[str, Any]:
-    """Return the values that a run and a checkpoint must have in common for resuming: recipe, data, model, number of processes."""
-    model = getattr(learner, "model", learner)
-    spec = getattr(model, "spec", None)
-    shapes = [(name, list(tensor.shape)) for name, tensor in learner.state_dict().items()]
-    numbers = recipe.identity()
-    return {
-        "recipe": {**numbers, "objective": whole_objective(numbers["objective"], learner)},
-        "data": fingerprint(data),
-        "model": {
-            "learner": type(learner).__name__,
-            "name": spec.name if spec else type(model).__name__,
-            "arguments": json.loads(json.dumps(spec.arguments if spec else {}, default=str)),
-            "tensors": _digest(shapes),
-        },
-        "processes": processes,
-    }
-
-
-def whole_objective(objective: dict[str, Any], learner: nn.Module) -> dict[str, Any]:
-    """Return an objective of a recipe with all of its settings, including those at their defaults, as plain values."""
-    settings = getattr(learner, "Settings", None)
-    if settings is None:
-        return objective
-    read = {k: v for k, v in objective.items() if k != "name" and (k in settings.model_fields or k not in EARLIER_KEYS)}
-    try:
-        return {"name": objective["name"], **check(settings, read, "the objective").model_dump(mode="json")}
-    except UsageError:
-        return objective  # differs from all others; the error lists the differences
-
-
-def fingerprint(data: Any) -> dict[str, Any]:
-    """Return the name, sizes and classes of a data set, and digests of the targets and of up to a thousand sample names of each part."""
-    described: dict[str, Any] = {"name": str(data.name), "classes": len(data.classes), "class_names": _digest(list(data.classes))}
-    for part, images in (("train", data.train), ("val", data.val)):
-        count = len(images)
-        names = [images.describe(i) for i in range(0, count, max(1, count // 1000))] if hasattr(images, "describe") else []
-        targets = [t if isinstance(t, int) else str(t) for t in getattr(images, "targets", [])]
-        described[part] = {"pictures": count, "targets": _digest(targets), "files": _digest([str(name) for name in names])}
-    return described
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def save_run(path: Path, state: RunState, tensors: dict[str, Any]) -> None:
@@ -181,22 +133,3 @@ def _digest_of_first(file: Any, count: int) -> str:
         digest.update(block)
         count -= len(block)
     return digest.hexdigest()
-
-
-def check_same_run(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    """Check that a checkpoint belongs to this run.
-
-    Raises:
-        UsageError: it is another run's; the message lists the differences.
-    """
-    differences = [f"{name}: {a} there, {b} now" for name, a, b in _differences("", there, here)]
-    if differences:
-        more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
-        raise UsageError(f"{folder} holds another run; choose another folder (--out). They differ in " + "; ".join(differences[:5]) + more)
-
-
-def _differences(prefix: str, a: Any, b: Any) -> list[tuple[str, Any, Any]]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        keys = list(dict.fromkeys([*a, *b]))
-        return [d for key in keys for d in _differences(f"{prefix}.{key}" if prefix else str(key), a.get(key), b.get(key))]
-    return [] if a == b else [(prefix, a, b)]

@@ -38,8 +38,8 @@ from vitarium.files import atomic_path, is_model_file, lock_folder, write_json
 from vitarium.nn.modes import evaluating
 from vitarium.training.base import Batch, Learner
 from vitarium.training.building import build_model
-from vitarium.training.checkpoint import fingerprint
 from vitarium.training.classification import ClassificationLearner
+from vitarium.training.identity import earlier_fingerprint, fingerprint
 from vitarium.training.learners import learner
 from vitarium.training.settings import Section
 
@@ -345,6 +345,8 @@ class DistillationLearner(ClassificationLearner):
             save_logits(teacher, self.model, data, recipe, self.settings.store, k=self.settings.k)
         header = self.store.header
         now = {"classes": len(data.classes), **conditions(self.model, data, recipe)}
+        if "first" not in header["data"]:  # stored by version 0.1.0
+            now["data"] = earlier_fingerprint(data)["train"]
         if differ := [name for name, value in now.items() if header[name] != value]:
             raise UsageError(f"the answers in {self.settings.store} were stored with another {', '.join(differ)} than this training has")
 

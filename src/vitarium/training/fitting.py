@@ -16,12 +16,14 @@ from lightning_fabric import Fabric
 
 from vitarium.catalog.create import preprocessing_of
 from vitarium.data.bad_files import BadFiles
-from vitarium.data.image_set import ImageData
+from vitarium.data.headers import check_headers
+from vitarium.data.image_set import ImageData, distinct
 from vitarium.data.loader import Loader
 from vitarium.errors import DataError, TrainingStopped, UsageError
 from vitarium.files import lock_folder
 from vitarium.training.base import Learner
-from vitarium.training.checkpoint import LAST, RunState, check_same_run, identity_of, load_run, whole_objective
+from vitarium.training.checkpoint import LAST, RunState, load_run
+from vitarium.training.identity import check_same_run, fingerprint_like, identity_of, whole_objective
 from vitarium.training.logs import Logs
 from vitarium.training.loop import take_step, train
 from vitarium.training.phases import Plan
@@ -94,7 +96,8 @@ def fit(
 
     Raises:
         UsageError: the folder holds another run (the message names the differences) or is in use.
-        DataError: no data, fewer images than a batch, or too many that cannot be read.
+        DataError: no data, fewer images than a batch, or too many that cannot be read (for sets of up to `CHECKED_FILES`, before the first
+            step; otherwise the state is saved first).
         CheckpointError: last.ckpt is damaged.
         TrainingStopped: losses were not finite, memory ran out, a process was lost, or the last checkpoint could not be written.
         KeyboardInterrupt: SIGINT or SIGTERM was received; the state is saved.
@@ -126,10 +129,19 @@ def _fit_here(
     """Run `fit` in one of its processes."""
     run, tensors = _prepare(fabric, learner, data, recipe, folder, progress)
     earlier = run.state.step
-    with lost_processes_named(), _explained_out_of_memory(run), _undone_on_error(run), batch_norms_set(recipe, learner), run.stop:
+    with (
+        lost_processes_named(),
+        _explained_out_of_memory(run),
+        _undone_on_error(run),
+        _ended(run),
+        batch_norms_set(recipe, learner),
+        run.stop,
+    ):
         if run.state.finished:
             run.restore(tensors or {})
         else:
+            if fabric.is_global_zero:
+                check_headers(data, run.bad_files)
             _set_up(run, tensors)
             train(run)
     return replace(_finish(run), earlier=earlier)
@@ -143,6 +155,21 @@ def _undone_on_error(run: Run) -> Iterator[None]:
     except BaseException:
         run.plan.undo(run.averages())
         raise
+
+
+@contextlib.contextmanager
+def _ended(run: Run) -> Iterator[None]:
+    """End the data workers with the training; whatever error ends it, save a checkpoint, except for errors whose message is about it."""
+    try:
+        yield
+    except TrainingStopped:
+        raise
+    except BaseException:
+        run.save_after_error()
+        raise
+    finally:
+        run.loader.close()
+        run.val_loader.close()
 
 
 def _prepare(
@@ -163,7 +190,9 @@ def _prepare(
         recorded = state.identity.get("recipe", {})
         if "objective" in recorded:
             recorded["objective"] = whole_objective(recorded["objective"], learner)
-        check_same_run(folder, state.identity, identity)
+        like = fingerprint_like(state.identity.get("data", {}), data)
+        check_same_run(folder, state.identity, {**identity, "data": like})
+        state.identity = identity
     shared: dict[str, Any] = dict(
         batch_size=recipe.batch_size,
         collate=learner.collate,
@@ -173,11 +202,13 @@ def _prepare(
         num_workers=_workers(recipe, data, fabric),
     )
 
+    bad_files = BadFiles(total=distinct(data.train) + distinct(data.val))
+
     def loaders() -> tuple[Loader, Loader]:
         order: dict[str, Any] = dict(shuffle=True, drop_last=True, repeats=recipe.repeats)
         return (
-            Loader(data.train, learner.transform(recipe.augment), bad_files=BadFiles(), **order, **shared),
-            Loader(data.val, learner.transform(None), bad_files=BadFiles(), **shared),
+            Loader(data.train, learner.transform(recipe.augment), bad_files=bad_files, **order, **shared),
+            Loader(data.val, learner.transform(None), bad_files=bad_files, **shared),
         )
 
     def sample() -> Loader:
@@ -268,8 +299,6 @@ def _steps_in(run: Run, seconds: float) -> int:
 
 def _finish(run: Run) -> FitResult:
     """Load the final weights into the learner, and return the result."""
-    run.loader.close()
-    run.val_loader.close()
     if run.logs:
         run.logs.close()
     for seat in run.seats:

@@ -18,6 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from vitarium.errors import TrainingStopped
 from vitarium.files import write_json
 from vitarium.training.base import Batch
@@ -58,6 +61,7 @@ def train(run: Run) -> None:
     """
     state = run.state
     suspects: dict[str, list[dict[str, Any]]] = {}
+    run.report(None)  # the first step may take long
     while True:
         if run.evaluation_due:
             run.evaluate()
@@ -68,6 +72,7 @@ def train(run: Run) -> None:
         step = take_step(run, run.stream())
         state.seconds += time.perf_counter() - began
         state.step += 1
+        run.changed = False
         for outcome in step.outcomes:
             judge(run, outcome, step, suspects.setdefault(outcome.seat.name, []))
         run.note(step.outcomes)
@@ -114,16 +119,27 @@ def take_turn(run: Run, seat: Seat, batches: StepBatches) -> tuple[Outcome, bool
     run.listen_to(seat)
     kept = [statistic.clone() for statistic in run.statistics]  # of batch norms, which the forward pass changes
     guarded = kept_buffers(seat.guarded)
-    losses, norm = Turn(run, seat, batches).take()
-    restore_buffers(guarded)
+    try:
+        losses, norm = Turn(run, seat, batches).take()
+    except BaseException:  # the checkpoint after it is that of the step before
+        _restore(run.statistics, kept)
+        raise
+    finally:
+        restore_buffers(guarded)
     broken = not math.isfinite(float(norm + losses["loss"]))
     broken, stop, save = same_on_all(run.fabric, broken, run.stop.requested, run.save_due)
     if broken:
-        for statistic, value in zip(run.statistics, kept, strict=True):
-            statistic.copy_(value)
+        _restore(run.statistics, kept)
     else:
+        run.changed = True
         seat.optimizer.step()
     return Outcome(seat, losses, norm, not broken), stop, save
+
+
+@torch.no_grad()
+def _restore(statistics: list[Tensor], kept: list[Tensor]) -> None:
+    for statistic, value in zip(statistics, kept, strict=True):
+        statistic.copy_(value)
 
 
 def judge(run: Run, outcome: Outcome, step: Step, suspects: list[dict[str, Any]]) -> None:

@@ -76,6 +76,10 @@ def parameter_groups(learner: nn.Module, settings: Optimizer, parameters: Iterab
     return list(groups.values())
 
 
+NESTEROV = ("sgd", "nesterov", "sgdw", "nesterovw", "nlars")
+"""Names under which timm makes SGD with Nesterov's momentum."""
+
+
 def create_optimizer(learner: nn.Module, settings: Optimizer, parameters: Iterable[Tensor] | None = None) -> torch.optim.Optimizer:
     """Create the recipe's optimizer over a learner's parameters, or some of them; fused if torch supports it."""
     from timm.optim import create_optimizer_v2
@@ -83,6 +87,8 @@ def create_optimizer(learner: nn.Module, settings: Optimizer, parameters: Iterab
     given: dict[str, Any] = {name: getattr(settings, name) for name in ("betas", "eps", "momentum") if getattr(settings, name) is not None}
     if settings.name in ("adamw", "adam", "sgd"):
         given["fused"] = True
+    if settings.momentum == 0 and settings.name in NESTEROV:
+        given["nesterov"] = False  # torch refuses it without momentum; what is left is plain SGD
     groups = parameter_groups(learner, settings, parameters)
     shared: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay, **given}
     optimizer: torch.optim.Optimizer

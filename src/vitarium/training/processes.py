@@ -28,6 +28,9 @@ from vitarium.training.sharding import sharded_strategy
 
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it logs every process, before our code runs in it
 
+LISTENING_SECONDS, LEAVING_SECONDS = 0.05, 5.0
+"""Seconds between looks for messages of other processes, and of waiting for the last one."""
+
 LOST = ("connection closed", "connection reset", "connection refused", "nccl", "gloo", "broken pipe", "timed out", "process group")
 """Words in a RuntimeError of torch.distributed that indicate that another process has ended."""
 
@@ -78,10 +81,13 @@ def run_in_processes(fabric: Fabric, work: Callable[..., Any], arguments: tuple[
         ) from error
     channel = torch.multiprocessing.get_context("spawn").SimpleQueue()
     endings: list[tuple[str, str]] = []
+    over = threading.Event()  # not a message: a killed process may keep the lock for writing
 
     def listen() -> None:
-        while (message := channel.get()) is not None:
-            kind, content = message
+        while not channel.empty() or not over.wait(LISTENING_SECONDS):
+            if channel.empty():
+                continue
+            kind, content = channel.get()
             if kind == "progress":
                 if progress:
                     progress(content)
@@ -98,8 +104,8 @@ def run_in_processes(fabric: Fabric, work: Callable[..., Any], arguments: tuple[
         except (torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException) as error:
             failure = error
         finally:
-            channel.put(None)
-            listener.join()
+            over.set()
+            listener.join(LEAVING_SECONDS)  # half a message of a killed process has no end
             if port is None:
                 os.environ.pop("MASTER_PORT", None)  # Fabric leaves it set, and the next run would use a port that may be taken
     if endings:
@@ -126,12 +132,20 @@ def _work_in_child(fabric: Fabric, *given: Any) -> None:
     try:
         work(fabric, *arguments, report)
     except KeyboardInterrupt as error:
+        _ignore_signals()
         channel.put(("KeyboardInterrupt", str(error)))
         os._exit(130)
     except VitariumError as error:
+        _ignore_signals()
         kind = next(cls.__name__ for cls in type(error).__mro__ if cls.__module__ == errors.__name__)
         channel.put((kind, str(error)))
         os._exit(error.exit_code)
+
+
+def _ignore_signals() -> None:
+    """Ignore the signals that end a process, so that its last message is sent as a whole."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def same_on_all(fabric: Fabric, *flags: bool) -> tuple[bool, ...]:

@@ -7,8 +7,9 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from vitarium.catalog.record import DataRecord, LearnerRecord, Training, training_of
-from vitarium.training.checkpoint import fingerprint
+from vitarium.texts import encodable
 from vitarium.training.fingerprints import fingerprint_images
+from vitarium.training.identity import earlier_fingerprint, fingerprint
 
 if TYPE_CHECKING:
     from vitarium.data import ImageData
@@ -32,11 +33,16 @@ def record_training(learner: Learner, data: ImageData, *, source: str | None = N
     before = record.data
     known = before.images if before is not None and before.fingerprint == digest else None  # `fit` has recorded this training already
     images = known or fingerprint_images(data.train)
-    where: dict[str, Any] = {"source": source or data.name, "name": data.name, "seed": seed, "val_fraction": val_fraction}
+    where: dict[str, Any] = {"source": encodable(source or data.name), "name": data.name, "seed": seed, "val_fraction": val_fraction}
     record.data = DataRecord(**where, fingerprint=digest, images=images)
     return record
 
 
-def digest_of(data: ImageData) -> str:
-    """Return the digest of names, classes, targets and sample names of both parts that a record holds."""
-    return hashlib.sha256(json.dumps(fingerprint(data), sort_keys=True).encode()).hexdigest()[:16]
+def digest_of(data: ImageData, *, earlier: bool = False) -> str:
+    """Return the digest of classes, targets and sample names of both parts that a record holds.
+
+    Args:
+        earlier: as in version 0.1.0, with the data's name and the names as they are spelled.
+    """
+    values = earlier_fingerprint(data) if earlier else fingerprint(data)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

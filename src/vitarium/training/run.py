@@ -59,7 +59,9 @@ class Run:
     logs: Logs | None = None  # in the first process
     save_error: str | None = None
     last_saved: float = field(default_factory=time.monotonic)
+    changed: bool = False  # whether weights were changed by a step that is not complete
     _shown: tuple[float, int] = (0.0, 0)
+    _saved: int = -1  # the step of the last checkpoint of this session
     _phase: int = 0
     _batches: Iterator[Batch] | None = None
     _last: dict[str, Outcome] = field(default_factory=dict)
@@ -139,11 +141,9 @@ class Run:
         size = plan.image_size(number)
         if size != preprocessing_of(self.learner.model).image_size:
             plan.set_image_size(number, self.averages())
-            bad = [(self.loader.bad_files, self.val_loader.bad_files)]
             self.loader.close()
             self.val_loader.close()
             self.loader, self.val_loader = self.make_loaders()
-            self.loader.bad_files, self.val_loader.bad_files = bad[0]
             self._batches = None
 
     # ---- sizes and data
@@ -278,9 +278,15 @@ class Run:
             means = dict(zip(means, together.tolist(), strict=True))
         return means
 
+    @property
+    def bad_files(self) -> BadFiles:
+        """The record of unreadable images, which both loaders share."""
+        assert self.loader.bad_files is not None
+        return self.loader.bad_files
+
     def note_bad_files(self, *, everywhere: bool = False) -> None:
         """Add the images that could not be read, of this process or of all, to the state; the first process lists them in a file."""
-        here = [pair for loader in (self.loader, self.val_loader) if loader.bad_files for pair in loader.bad_files.items()]
+        here = self.bad_files.items()
         if everywhere and self.fabric.world_size > 1:
             parts: list[Any] = [None] * self.fabric.world_size
             torch.distributed.all_gather_object(parts, here)
@@ -309,10 +315,22 @@ class Run:
         self.note_bad_files()
         try:
             save_run(self.folder / LAST, self.state, tensors)
-            self.save_error = None
+            self.save_error, self._saved = None, self.state.step
         except OSError as error:
             self.save_error = str(error)
             log.warning("cannot write %s (%s); training continues with the old checkpoint intact", self.folder / LAST, error)
+
+    def save_after_error(self) -> None:
+        """Write last.ckpt from the first process after an error, unless that would replace a better one or need the other processes."""
+        unready = self.seats[0].optimizer is None or self.whole is not None or not self.fabric.is_global_zero
+        if unready or self._saved == self.state.step or (self.changed and (self.folder / LAST).exists()):
+            return
+        try:
+            self.save()
+        except Exception as error:  # the first error is the one to report
+            log.warning("the state could not be saved: %s", error)
+        else:
+            log.warning("the state of step %d is saved; the same command resumes from there", self.state.step)
 
     def tensors(self) -> dict[str, Any]:
         """Return the state dicts of the learner and, by player, of moving averages and (until the end) optimizers."""

@@ -9,7 +9,13 @@ from typing import Any
 
 
 class StopSignals:
-    """Context in which the first SIGINT or SIGTERM sets `requested`; a second Ctrl-C interrupts at once."""
+    """Context in which the first SIGINT or SIGTERM sets `requested`; a second Ctrl-C interrupts at once.
+
+    A request that came too late for the steps inside, such as during the last save, takes effect at the end of the context.
+
+    Raises:
+        KeyboardInterrupt: at the end, if a request came and nothing was raised inside.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -21,9 +27,11 @@ class StopSignals:
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if kind is None and self.requested:
+            raise KeyboardInterrupt("interrupted after the last step; the same command finishes the run")
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitarium.errors import CheckpointError, UsageError
+from vitarium.files import check_output
 from vitarium.training.tasks.base import Metric, TableData
 from vitarium.verbs.opening import Notify, apply_methods, find_device, name_of, open_for, open_model, open_unlabelled, quiet
 from vitarium.verbs.result import Result
@@ -120,6 +121,7 @@ def compress(
         raise UsageError(f"--output must end in {ENDING}, got {output}")
     if isinstance(model, str | os.PathLike) and path.exists() and Path(model).exists() and path.samefile(model):
         raise UsageError(f"--output {output} is the model itself; choose another file, so that the original stays")
+    check_output(path)
     for method in apply:
         if isinstance(method, str):
             parse_method(method)  # raises before anything is opened

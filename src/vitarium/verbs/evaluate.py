@@ -108,9 +108,10 @@ def evaluate(
         MissingExtra: engine="ray" without Ray.
     """
     from vitarium.catalog.heads import require_head
-    from vitarium.files import write_json
+    from vitarium.files import check_output, write_json
     from vitarium.training.tasks import task_of
 
+    check_output(output)
     opened = open_model(model, checkpoint)
     require_head(opened)
     task = task_of(opened)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitarium.errors import DataError, UsageError
+from vitarium.files import check_output, save_image
 from vitarium.training.tasks.base import TableData
 from vitarium.verbs.opening import Notify, apply_methods, find_device, find_images, name_of, open_model, quiet
 from vitarium.verbs.result import SHOWN_DRAWINGS, Result, html_drawing
@@ -98,8 +99,8 @@ def explain(
         notify: called with messages about progress.
 
     Raises:
-        UsageError: unknown method, option or class, a model that is no classifier, a head that was never trained, or an output that is a
-            file.
+        UsageError: unknown method, option or class, a model that is no classifier, a head that was never trained, an output that is a
+            file, or one that would replace files of others.
         DataError: a folder without images, or no image could be explained.
         CheckpointError: weights that are not available.
     """
@@ -110,17 +111,19 @@ def explain(
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output is a folder for overlays and {REPORT}, and {folder} is a file")
-    files = find_images(images)
+    texts = list(dict.fromkeys([method] if isinstance(method, str) else method))
+    if not texts:
+        raise UsageError("no method to explain by; name one, such as grad_cam")
+    files = find_images(images, folder, notify)
+    overlays = overlay_names(files, texts)
+    check_output(folder / REPORT, *(folder / name for names in overlays for name in names.values()))
     opened = open_model(model, checkpoint)
     require_head(opened)
     opened = apply_methods(opened, apply, None, notify).to(find_device(device))
     number = None if target is None else class_number(opened, target)
     if number is not None:
         target_numbers(opened, number, 1)
-    texts = [method] if isinstance(method, str) else method
-    if not texts:
-        raise UsageError("no method to explain by; name one, such as grad_cam")
-    explainers = {text: create_explainer(text, opened) for text in dict.fromkeys(texts)}
+    explainers = {text: create_explainer(text, opened) for text in texts}
     notify(f"Explaining {len(files)} images")
     rows = explain_files(opened, explainers, files, number, folder, batch_size, measure=measure)
     found = Explanations(name_of(model), folder, rows, means(rows) if measure else None)
@@ -192,11 +195,9 @@ def draw(explainer: Explainer, file: str, image: Tensor, maps: Tensor, preparati
     """Write the overlay of a map (H, W) and return the pixel [x, y] of the image at which the map is largest."""
     from vitarium.data.images import open_image
     from vitarium.explanation.heatmap import seen_box
-    from vitarium.files import atomic_path
 
     original, heat = open_image(file), maps.float().cpu().numpy()
-    with atomic_path(path) as temporary:
-        explainer.picture(original, image, maps, preparation).save(temporary, format="png")
+    save_image(explainer.picture(original, image, maps, preparation), path)
     left, top, right, lower = seen_box(original.size, preparation)
     row, column = divmod(int(heat.argmax()), heat.shape[1])
     return [int(left + (column + 0.5) * (right - left) / heat.shape[1]), int(top + (row + 0.5) * (lower - top) / heat.shape[0])]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vitarium.errors import UsageError, nearest
-from vitarium.files import is_model_file
+from vitarium.files import check_output, is_model_file
 from vitarium.verbs.opening import Notify, name_of, open_model, quiet
 from vitarium.verbs.result import Result
 
@@ -77,7 +77,8 @@ def export(
         notify: called with messages about progress.
 
     Raises:
-        UsageError: unknown model or format, a model that cannot be traced, or one that is too large for the format.
+        UsageError: unknown model or format, an output of another ending or that would replace a file of others, a model that cannot be
+            traced, or one that is too large for the format.
         CheckpointError: weights that are not available, or a graph with outputs that differ from the model's; nothing is written.
         MissingExtra: onnx is not installed.
     """
@@ -92,6 +93,9 @@ def export(
     opened, name = open_model(model, checkpoint), name_of(model)
     stem = Path(name).stem if is_model_file(model) else name.replace("/", "_")
     path = Path(output) if output is not None else Path(stem + ENDINGS[format])
+    if path.suffix != ENDINGS[format]:
+        raise UsageError(f"the output of the format {format} must end in {ENDINGS[format]}, got {path}")
+    check_output(path)
     notify(f"Tracing {name} and checking the graph")
     count = None if number == "dynamic" else int(number)
     done = write(opened, path, format=format, image_size=image_size, batch=count, tolerance=tolerance)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitarium.errors import UsageError
+from vitarium.files import check_output, save_image
 from vitarium.verbs.opening import Notify, apply_methods, find_device, name_of, open_model, quiet
 from vitarium.verbs.result import Result, html_drawing
 
@@ -143,6 +144,7 @@ def generate(
     wanted = choose_classes(classes, opened.num_classes, names)
     wanted = wanted[:MOST_CLASSES] if classes is None else wanted
     labels, total = wanted * count, count * len(wanted)
+    check_output(*output_files(labels, names, path))
     notify(f"Generating {total} images of {describe_classes(wanted, names)}")
     given |= {"steps": steps, "guidance": guidance, "seed": seed}
     start = time.perf_counter()
@@ -238,20 +240,24 @@ def write(images: Tensor, labels: list[int], names: list[str] | None, output: Pa
     """Write images as one sheet, as an .npz with the keys of FID evaluators (arr_0: (N, H, W, 3) uint8), or each as a file of a folder."""
     import numpy as np
 
-    from vitarium.files import atomic_path
+    from vitarium.files import MARK, atomic_path
     from vitarium.generation.grids import grid, to_image
 
     if output.suffix == ".npz":
         pixels = images.mul(255).round().byte().permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
         with atomic_path(output) as temporary, open(temporary, "wb") as file:
-            np.savez(file, arr_0=pixels, arr_1=np.array(labels))
+            np.savez(file, arr_0=pixels, arr_1=np.array(labels), written_by=np.array(MARK.encode()))
         return
     if output.suffix:
-        with atomic_path(output) as temporary:
-            grid(images, columns).save(temporary, format={".jpg": "jpeg"}.get(output.suffix, output.suffix[1:]))
+        save_image(grid(images, columns), output, {".jpg": "jpeg"}.get(output.suffix, output.suffix[1:]))
         return
-    output.mkdir(parents=True, exist_ok=True)
-    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-        word = "".join(c if c.isalnum() else "_" for c in str(names[label] if names else label))
-        with atomic_path(output / f"{i:05d}-{word}.png") as temporary:
-            to_image(image).save(temporary, format="png")
+    for image, path in zip(images, output_files(labels, names, output), strict=True):
+        save_image(to_image(image), path)
+
+
+def output_files(labels: list[int], names: list[str] | None, output: Path | None) -> list[Path]:
+    """Return the files that `write` writes: one with an ending, or one for each image of a folder."""
+    if output is None or output.suffix:
+        return [output] if output is not None else []
+    words = ["".join(c if c.isalnum() else "_" for c in str(names[label] if names else label)) for label in labels]
+    return [output / f"{i:05d}-{word}.png" for i, word in enumerate(words)]

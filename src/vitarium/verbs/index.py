@@ -108,7 +108,7 @@ def index(
     from vitarium.perception.retrieval.index import model_fingerprint, update
 
     path, where = Path(output), as_engine(engine, address=address, jobs=jobs)
-    files = list(dict.fromkeys(find_images(images)))
+    files = list(dict.fromkeys(map(os.path.abspath, find_images(images))))
     opened = open_model(model, checkpoint)
     print_of = model_fingerprint(opened)
     opened.to(find_device(device))

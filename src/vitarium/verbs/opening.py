@@ -135,11 +135,20 @@ def find_device(word: str) -> torch.device:
     return device
 
 
-def find_images(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
+def find_images(
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str] | None = None,
+    notify: Notify = quiet,
+) -> list[str]:
     """Return the given files, and the images (or, if there are none, the videos) below the given folders, in order.
 
+    Args:
+        paths: files and folders.
+        output: where results will be written; files there that were not given by name are results of an earlier call, and left out.
+        notify: called with a note about what was left out.
+
     Raises:
-        UsageError: something other than paths.
+        UsageError: something other than paths, or an output that is one of the folders.
         DataError: a folder without images.
     """
     from vitarium.data.scan import scan
@@ -148,6 +157,7 @@ def find_images(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     several = isinstance(paths, Sequence) and not isinstance(paths, str)
     if odd := [p for p in (paths if several else [paths]) if not isinstance(p, str | os.PathLike)]:  # type: ignore[union-attr]
         raise UsageError(f"images are given as paths of files and folders, got a {type(odd[0]).__name__}; save it to a file first")
+    results = None if output is None else os.path.abspath(output)
     for path in [Path(p) for p in ([paths] if isinstance(paths, str | os.PathLike) else paths)]:
         if not path.is_dir():
             found.append(str(path))
@@ -156,10 +166,23 @@ def find_images(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
         inside = below.images[path] or below.videos[path]
         for note in below.notes(path):
             logging.getLogger("vitarium").warning("%s", note)
+        if inside and results == os.path.abspath(path):
+            raise UsageError(f"{path} is the folder of the images; choose another output, such as {path / 'results'}")
+        if results is not None:
+            given = [file for file in inside if not _is_within(file, results)]
+            if len(given) < len(inside):
+                notify(f"left out: {len(inside) - len(given)} images at {output}, which are results of an earlier call\n")
+            inside = given
         if not inside:
             raise DataError(f"{path} holds no images and no videos")
         found += inside
     return found
+
+
+def _is_within(file: str, place: str) -> bool:
+    """Return whether a file is the absolute path `place`, or lies below it."""
+    whole = os.path.abspath(file)
+    return whole == place or whole.startswith(os.path.join(place, ""))
 
 
 def open_for(
@@ -275,7 +298,7 @@ def open_own(model: nn.Module, data: str | os.PathLike[str] | None) -> ImageData
         images = task.open(os.fspath(data), image_size=preprocessing_of(model).image_size, **division_of(model))
     except (DataError, UsageError):
         return None  # it cannot be trained on, so that the model was not
-    same = digest_of(images) == record.fingerprint or (
+    same = record.fingerprint in (digest_of(images), digest_of(images, earlier=True)) or (
         record.images is not None and len(images.train) == record.images.count and fingerprint_images(images.train) == record.images
     )
     return task.match(model, images) if same else None

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from vitarium.engine import Engine, as_engine, map_images
 from vitarium.engine.images import PART_BATCHES
 from vitarium.errors import DataError, UsageError
+from vitarium.files import check_output, save_image
+from vitarium.texts import printable
 from vitarium.training.tasks.base import TableData, Task
 from vitarium.verbs.opening import Notify, apply_methods, find_device, find_images, name_of, open_model, quiet
 from vitarium.verbs.result import Result
@@ -20,7 +22,7 @@ from vitarium.verbs.result import Result
 if TYPE_CHECKING:
     from torch import nn
 
-ENDINGS = (".csv", ".json")
+ENDINGS, ANSWERS = (".csv", ".json"), "answers.json"
 
 
 @dataclass(repr=False)
@@ -88,7 +90,8 @@ def predict(
         notify: called with messages about progress.
 
     Raises:
-        UsageError: a task that has no answer for one image, a head that was never trained, or an output of another ending.
+        UsageError: a task that has no answer for one image, a head that was never trained, an output of another ending, or one that would
+            replace a file of others.
         DataError: a folder without images, or no image could be read.
         CheckpointError: weights that are not available.
         MissingExtra: engine="ray" without Ray.
@@ -100,7 +103,8 @@ def predict(
     path = None if output is None else Path(output)
     if path is not None and path.suffix and path.suffix not in ENDINGS:
         raise UsageError(f"--output must end in {' or '.join(ENDINGS)}, or be a folder; got {path}")
-    files = find_images(images)
+    check_output(path if path is None or path.suffix else path / ANSWERS)
+    files = find_images(images, path, notify)
     opened = open_model(model, checkpoint)
     require_head(opened)
     task = task_of(opened)
@@ -186,11 +190,7 @@ def answer_files(
 
 def save_drawing(drawn: Any, path: Path) -> Path:
     """Write a drawing as PNG, atomically."""
-    from vitarium.files import atomic_path
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        drawn.save(temporary, format="png")
+    save_image(drawn, path)
     return path
 
 
@@ -202,7 +202,7 @@ def write(rows: list[dict[str, Any]], task: Task, path: Path) -> None:
         return write_text(path, to_csv(rows, task))
     if not path.suffix:
         path.mkdir(parents=True, exist_ok=True)
-    write_json(path if path.suffix else path / "answers.json", rows)
+    write_json(path if path.suffix else path / ANSWERS, rows)
 
 
 def to_csv(rows: list[dict[str, Any]], task: Task) -> str:
@@ -213,7 +213,7 @@ def to_csv(rows: list[dict[str, Any]], task: Task) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", *columns, "error"])
     for row, values in zip(rows, cells, strict=True):
-        writer.writerow([row["image"], *(values.get(name, "") for name in columns), row.get("error", "")])
+        writer.writerow([printable(row["image"], "\n\t"), *(values.get(name, "") for name in columns), row.get("error", "")])
     return text.getvalue()
 
 

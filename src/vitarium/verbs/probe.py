@@ -90,8 +90,9 @@ def probe(
         DataError: no such data, or data without labels.
         CheckpointError: weights that are not available.
     """
-    from vitarium.files import write_json
+    from vitarium.files import check_output, write_json
 
+    check_output(output)
     if task not in TASKS:
         raise UsageError(f"unknown task {task!r}; a probe takes {' or '.join(TASKS)}")
     if neighbours < 1:

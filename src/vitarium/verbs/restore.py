@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitarium.errors import DataError, UsageError
+from vitarium.files import check_output, save_image
 from vitarium.training.tasks.base import TableData
 from vitarium.verbs.opening import Notify, find_device, find_images, name_of, open_model, quiet
 from vitarium.verbs.result import Result
@@ -91,11 +92,12 @@ def restore(
         CheckpointError: weights that are not available.
     """
     folder = Path(output)
-    files = find_images(images)
+    files = find_images(images, folder, notify)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output must be a folder, {folder} is a file")
     named = [Path(p) for p in ([images] if isinstance(images, str | os.PathLike) else images)]
     places = name_results(files, named, folder)
+    check_output(*places)
     opened = open_restorer(model, checkpoint)
     opened.to(find_device(device))
     rows = []
@@ -149,7 +151,6 @@ def restore_file(model: Restorer, file: str, place: Path, tile: int, overlap: in
     from vitarium.data.bad_files import BrokenImage
     from vitarium.data.images import open_image
     from vitarium.errors import InputError
-    from vitarium.files import atomic_path
     from vitarium.generation.restoration.tiling import restore_image
 
     begin = time.perf_counter()
@@ -161,8 +162,7 @@ def restore_file(model: Restorer, file: str, place: Path, tile: int, overlap: in
     except InputError as error:
         return {"image": file, "error": str(error)}
     try:
-        with atomic_path(place) as temporary:
-            restored.save(temporary, format="png")
+        save_image(restored, place)
     except OSError as error:
         raise UsageError(f"cannot write {place}: {error}") from error
     seconds = round(time.perf_counter() - begin, 3)

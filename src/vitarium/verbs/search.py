@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitarium.errors import CheckpointError, DataError, UsageError
+from vitarium.files import check_output, save_image
+from vitarium.texts import printable
 from vitarium.training.tasks.base import TableData
 from vitarium.verbs.opening import Notify, find_device, find_images, name_of, open_model, quiet
 from vitarium.verbs.result import Result
@@ -99,8 +101,9 @@ def search(
         raise UsageError(f"--output must end in {', '.join(ENDINGS)} or .json, got {path}")
     if top_k < 1:
         raise UsageError(f"top_k must be at least 1, got {top_k}")
+    check_output(path)
     found = Index.load(Path(index))
-    files = find_images(images)
+    files = find_images(images, path, notify)
     opened = open_indexed(found, index, model, checkpoint)
     opened.to(find_device(device))
     notify(f"Embedding {len(files)} images")
@@ -147,9 +150,15 @@ def look_up(
     for file, near, where in zip(readable, cosines.tolist(), places.tolist(), strict=True):
         own = os.path.realpath(file)
         pairs = [(found.files[i], value) for value, i in zip(near, where, strict=True)]
-        pairs = [(name, value) for name, value in pairs if itself or os.path.realpath(name) != own][:top_k]
+        pairs = [(below_here(name), value) for name, value in pairs if itself or os.path.realpath(name) != own][:top_k]
         rows[file] = {"image": file, "found": [{"image": name, "similarity": round(value, 6)} for name, value in pairs]}
     return [rows.get(file) or {"image": file, "error": broken.get(file, "not readable")} for file in files]
+
+
+def below_here(path: str) -> str:
+    """Return a path relative to the working folder if it lies below it, else the absolute path."""
+    here = os.path.join(os.getcwd(), "")
+    return path.removeprefix(here)
 
 
 def draw(rows: list[dict[str, Any]], output: Path) -> None:
@@ -158,7 +167,6 @@ def draw(rows: list[dict[str, Any]], output: Path) -> None:
     Raises:
         UsageError: the file cannot be written.
     """
-    from vitarium.files import atomic_path
     from vitarium.perception.retrieval.sheet import Found as Shown
     from vitarium.perception.retrieval.sheet import sheet
 
@@ -166,11 +174,10 @@ def draw(rows: list[dict[str, Any]], output: Path) -> None:
     for row in [row for row in rows if "found" in row][:SHEET_ROWS]:
         query = _opened(row["image"])
         if query is not None:
-            captions = [f"{one['similarity']:.3f} {_short(Path(one['image']).stem)}" for one in row["found"]]
+            captions = [f"{one['similarity']:.3f} {_short(printable(Path(one['image']).stem, ''))}" for one in row["found"]]
             drawn.append((query, [Shown(_opened(one["image"]), text) for one, text in zip(row["found"], captions, strict=True)]))
     try:
-        with atomic_path(output) as temporary:
-            sheet(drawn).save(temporary, format={".png": "png", ".webp": "webp"}.get(output.suffix.lower(), "jpeg"))
+        save_image(sheet(drawn), output, {".png": "png", ".webp": "webp"}.get(output.suffix.lower(), "jpeg"))
     except OSError as error:
         raise UsageError(f"cannot write {output}: {error}") from error
 

@@ -80,12 +80,17 @@ class PairTransform:
 
 def shrunk(high: Tensor, scale: int) -> Tensor:
     """Shrink by bicubic interpolation in 8 bits, as the benchmarks do: (C, H, W) uint8 -> (C, ceil(H / scale), ceil(W / scale)) uint8."""
-    return to_bytes(resize_bicubic(high.float() / 255, 1 / scale))
+    return _by_channel(high, 1 / scale)
 
 
 def enlarged(low: Tensor, scale: int) -> Tensor:
     """Enlarge by bicubic interpolation in 8 bits, the baseline of restoration: (C, H, W) uint8 -> (C, scale H, scale W) uint8."""
-    return to_bytes(resize_bicubic(low.float() / 255, scale))
+    return _by_channel(low, scale)
+
+
+def _by_channel(image: Tensor, scale: float) -> Tensor:
+    """Resize in 8 bits, one channel after the other, because floating-point copies of a whole photograph need gigabytes."""
+    return torch.stack([to_bytes(resize_bicubic(channel.float() / 255, scale)) for channel in image])
 
 
 def mirrored(image: Tensor, least: int) -> Tensor:

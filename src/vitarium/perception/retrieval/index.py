@@ -41,7 +41,8 @@ class Index:
     Args:
         model: file or name of the model that computed the vectors.
         fingerprint: hash of its weights.
-        files: paths of the images, relative to the folder in which the index was made.
+        files: absolute paths of the images. In the file, those below its folder are relative to it, so that both can be moved together and
+            searched from any working folder.
         stamps: (bytes, modification time in ns) of each file.
         embeddings: unit vectors (N, E), float32, on the CPU.
         broken: (path, reason) of files that could not be read.
@@ -62,7 +63,8 @@ class Index:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        record = {"format": FORMAT} | {k: getattr(self, k) for k in ("model", "fingerprint", "files", "stamps", "broken")}
+        record = {"format": FORMAT, "relative_to": "index"} | {k: getattr(self, k) for k in ("model", "fingerprint", "stamps", "broken")}
+        record["files"] = [_inside(file, os.path.dirname(os.path.abspath(path))) for file in self.files]
         with atomic_path(path) as temporary:
             try:
                 save_file({"embeddings": self.embeddings.contiguous()}, temporary, {KEY: json.dumps(record)})
@@ -92,6 +94,7 @@ class Index:
             texts, vectors = [record["model"], record["fingerprint"], *record["files"]], tensors["embeddings"]
             if not all(isinstance(text, str) for text in texts) or vectors.ndim != 2 or not vectors.is_floating_point():
                 raise ValueError("a field of another type")
+            record["files"] = _absolute(record["files"], path, earlier=record.pop("relative_to", None) is None)
             index = cls(**record, embeddings=tensors["embeddings"])
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError) as error:
             if isinstance(error, CheckpointError):
@@ -135,6 +138,25 @@ def _faiss(embeddings: Tensor, queries: Tensor, count: int) -> Tensor:
     flat = require("faiss", "retrieval").IndexFlatIP(embeddings.shape[1])
     flat.add(embeddings.numpy())
     return torch.from_numpy(flat.search(queries.numpy(), count)[1])
+
+
+def _inside(file: str, folder: str) -> str:
+    """Return a path relative to a folder that holds it, else the absolute path."""
+    whole = os.path.abspath(file)
+    return os.path.relpath(whole, folder) if whole.startswith(os.path.join(folder, "")) else whole
+
+
+def _absolute(files: list[str], path: Path, *, earlier: bool) -> list[str]:
+    """Return the absolute paths of an index's images.
+
+    Args:
+        files: relative to the index's folder, or absolute.
+        path: of the index.
+        earlier: relative to the working folder in which the index was made, as in version 0.1.0; tried first.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    here = os.getcwd() if earlier and files and os.path.exists(files[0]) else folder
+    return [os.path.normpath(os.path.join(here, file)) for file in files]
 
 
 def stamp_of(file: str) -> tuple[int, int]:
