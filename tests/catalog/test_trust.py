@@ -216,7 +216,7 @@ GOOD_DATA = dict(source="digits", name="digits", seed=0, val_fraction=0.2, finge
         (dict(methods=[{"slug": "int8", "more": 3}]), r"methods\.0\.more: "),
         (dict(learner={"name": "os.system"}), r"learner\.name: 'os\.system' is no learner"),
         (dict(learner={"name": "classification", "settings": [1]}), r"learner\.settings: "),
-        (dict(learner=None, objective={"name": "os.system"}, format=2), r"objective|learner"),
+        (dict(learner=None, objective={"name": "os.system"}, format=2), r"objective\.name: 'os\.system' is no learner"),
         (dict(objective={"name": "classification"}), "objective is a field of formats 1 and 2"),
         (dict(task={"name": "os.system"}), r"task: 'os\.system' is no task"),
         (dict(task={}), "task: must hold the name"),

@@ -271,7 +271,10 @@ def _check_objective(objective: dict[str, Any]) -> None:
     name = objective.get("name")
     if not isinstance(name, str):
         raise ValueError(f"objective must hold the name of a learner, got {name!r}")
-    _check_known("learners", "learner", name)
+    try:
+        _check_known("learners", "learner", name)
+    except ValueError as error:
+        raise ValueError(f"objective.name: {error}") from error
 
 
 # ---- reading
