@@ -78,3 +78,33 @@ def test_mistakes(run, files, arguments, code, message):
     result = run("explain", *arguments, "--model", "vit.safetensors", *(() if "-o" in arguments else ("-o", "out")))
     assert result.code == code, result.err
     assert message in result.err
+
+
+def test_results_inside_the_input_are_no_input_of_the_next_call(run, files):
+    for times in range(2):
+        result = run("explain", "pictures/a", "--model", "vit.safetensors", "-o", "pictures/a/why", "--json")
+        assert result.code == 0, result.err
+        assert len(json.loads(result.out)["pictures"]) == 1
+        assert ("left out: 1 images at pictures/a/why" in result.err) == bool(times)
+    assert (
+        "is the folder of the images; choose another output"
+        in run("explain", "pictures", "--model", "vit.safetensors", "-o", "pictures").err
+    )
+
+
+def test_an_image_of_others_is_never_replaced(run, files):
+    before = (files / "pictures/two.png").read_bytes()
+    for command in (
+        ["export", "vit.safetensors", "-o", "pictures/two.png"],
+        ["predict", "pictures/a", "--model", "vit.safetensors", "-o", "notes.csv"],
+        ["evaluate", "vit.safetensors", "--data", "digits", "-o", "notes.csv"],
+        ["compress", "vit.safetensors", "--apply", "int8", "-o", "foreign.safetensors"],
+        ["probe", "vit.safetensors", "--data", "digits", "-o", "pictures/two.png"],
+    ):
+        (files / "notes.csv").write_text("image,label\n")
+        (files / "foreign.safetensors").write_bytes(b"weights of others")
+        result = run(*command)
+        assert result.code == 2, (command, result.err)
+        assert "is not replaced" in result.err or "must end in" in result.err
+    assert (files / "pictures/two.png").read_bytes() == before
+    assert (files / "notes.csv").read_text() == "image,label\n"

@@ -87,3 +87,16 @@ def test_mistakes_are_told(run, model, folder, tmp_path):
     gone = run("search", index, folder / "a.png")
     assert (gone.code, "--model FILE" in gone.err) == (4, True)
     assert run("search", index, folder / "a.png", folder / "broken.png", "--model", tmp_path / "moved.safetensors").code == 0
+
+
+def test_an_index_is_used_and_updated_from_another_folder_and_moves_with_its_images(run, model, folder, tmp_path, monkeypatch):
+    assert run("index", "in", "--model", "model.safetensors", "--output", "in/i.index").code == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = run("search", "../in/i.index", "../in/a.png", "--itself", "--json")
+    assert json.loads(found.out)[0]["found"][0]["image"] == str(folder / "a.png")
+    again = json.loads(run("index", "../in", "--model", "../model.safetensors", "--output", "../in/i.index", "--json").out)
+    assert (again["kept"], again["gone"]) == (4, 0)
+    folder.rename(tmp_path / "moved")
+    found = run("search", "../moved/i.index", "../moved/a.png", "--itself", "--json")
+    assert json.loads(found.out)[0]["found"][0]["image"] == str(tmp_path / "moved" / "a.png")
