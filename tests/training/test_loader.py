@@ -116,6 +116,11 @@ def test_training_gives_every_rank_the_same_steps_and_evaluation_every_sample_on
     assert sorted(i for one in evaluation for b in batches(one) for i in b["index"].tolist()) == list(range(count))
 
 
+def test_any_number_of_repeats_takes_the_memory_of_an_epoch():
+    (plan, *_) = loader(repeats=10**15).plan(0)
+    assert (len(set(plan.indices)), plan.copies) == (1, [0, 1, 2, 3])
+
+
 def test_repeated_augmentation_gives_copies_that_differ():
     indices = torch.cat([b["index"] for b in batches(loader(repeats=3))])
     images = torch.cat([b["image"] for b in batches(loader(repeats=3))])

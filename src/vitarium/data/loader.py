@@ -257,8 +257,7 @@ class Loader:
         """Return the batches of an epoch on this rank from a step on, without reading."""
         count = len(self.dataset)
         order = np.random.default_rng([self.seed, epoch]).permutation(count) if self.shuffle else np.arange(count)
-        copies = np.tile(np.arange(self.repeats), -(-count // self.repeats))[:count]
-        order = np.repeat(order, self.repeats)[:count]
+        order, copies = order[np.arange(count) // self.repeats], np.arange(count) % self.repeats  # of any number of repeats
         if self.drop_last:
             shape = self.steps, self.world_size, self.batch_size
             used = self.steps * self.world_size * self.batch_size
