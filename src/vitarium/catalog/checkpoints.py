@@ -52,7 +52,7 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     names_classes: bool = False
-    """Whether the file names the classes of its head."""
+    """True if the file names the classes of its head."""
 
     @property
     def complete(self) -> bool:

@@ -1,4 +1,4 @@
-"""What makes two runs the same: recipe, data, model and number of processes; and in words what differs between two.
+"""The identity of a run: recipe, data, model and number of processes; and in words what differs between two.
 
 Data are identified by their images' names relative to the folder that holds them all, so that a run resumes wherever the folder lies, from
 whichever working folder, and however its path is spelled.

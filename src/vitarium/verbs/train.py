@@ -43,7 +43,7 @@ class Trained(Result):
 
     @property
     def finished_before(self) -> str:
-        """What to know if the run had ended before this call, so that nothing was trained; "" if something was."""
+        """Note for the case that the run had ended before this call, so that nothing was trained; "" if something was."""
         if self.fit.earlier < self.fit.steps:
             return ""
         folder = self.file.parent
