@@ -251,7 +251,7 @@ def test_advice_is_given_only_where_it_works(tmp_path):
 
     with pytest.raises(UsageError, match=r"a fixed batch works: --batch 1$"):
         export(OneImage(), tmp_path / "m.onnx", image_size=8)
-    assert export(OneImage(), tmp_path / "m.onnx", image_size=8, batch=1).error == 0
+    assert export(OneImage(), tmp_path / "m.onnx", image_size=8, batch=1).error < 1e-6
     with pytest.raises(UsageError, match=r"cannot be traced") as refused:
         export(Untraceable(), tmp_path / "m.onnx", image_size=8)
     assert "--batch" not in str(refused.value)
