@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def test_two_processes_equal_one_with_the_double_batch(tmp_path):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
     assert calls[-1].step == 7
     again, loaded = train(tmp_path / "two", "batch_size=8", devices=2)  # finished: no process is started
-    assert again == double
+    assert replace(again, earlier=0) == double
     assert_same_weights(loaded, found)
     with pytest.raises(UsageError, match="processes: 2 there, 1 now"):
         train(tmp_path / "two", "batch_size=8")

