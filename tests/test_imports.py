@@ -64,7 +64,7 @@ def test_commands_that_list_import_only_the_terminal(arguments, expected):
     code += f"result = CliRunner().invoke(app, {arguments!r}); assert {expected!r} in result.output, result.output"
     modules = modules_after(code)
     assert not [m for m in ("torch", "numpy", "yaml", "PIL", *HEAVY) if m in modules]
-    assert rooms(modules) <= {"catalog", "cli", "errors", "files", "numbers", "pages", "verbs", "version"}
+    assert rooms(modules) <= {"catalog", "cli", "errors", "files", "numbers", "pages", "texts", "verbs", "version"}
 
 
 def test_completion_reads_the_index():

@@ -6,9 +6,11 @@ import pytest
 
 from tests.data.pictures import encoded, picture, put
 from vitarium.data import open_data
+from vitarium.data.image_set import distinct
 from vitarium.data.parts import find_parts, part_in, part_of
 from vitarium.data.scan import scan
 from vitarium.errors import DataError, UsageError
+from vitarium.verbs.opening import find_images
 
 
 def fill(root, *names):
@@ -257,6 +259,18 @@ def test_pipes_and_broken_links_do_not_stop_the_listing(tmp_path):
 
 
 # ---- links
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+@pytest.mark.parametrize("task", ["class", "image", "pairs"])
+def test_the_folder_of_the_data_may_be_a_link(tmp_path, task):
+    names = ["a/0.png", "a/1.png", "b/0.png", "b/1.png"]
+    fill(tmp_path / "real", *names)
+    os.symlink(tmp_path / "real", tmp_path / "link")
+    os.symlink(tmp_path / "real", tmp_path / "real/a/again")
+    data = open_data(tmp_path / "link", task=task, val_fraction=0.5)
+    assert (distinct(data.train), len(data.val)) == (2, 2)
+    assert find_images(tmp_path / "link") == [str(tmp_path / "link" / name) for name in names]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need rights there")

@@ -12,7 +12,7 @@ from vitarium.data.clips import open_file
 from vitarium.data.image_set import ImageData, Samples
 from vitarium.data.images import is_image_file
 from vitarium.data.parts import Listing, assemble, few, find_parts, part_of
-from vitarium.data.scan import NOT_DATA, Scan, scan
+from vitarium.data.scan import Scan, scan, subfolders
 from vitarium.data.tables import TableOptions, read_table
 from vitarium.errors import DataError, require
 
@@ -84,11 +84,11 @@ def _shown(parts: Mapping[str, tuple[Path, list[str]]], path: Path) -> list[str]
 
 def _class_folders(path: Path) -> tuple[dict[str, tuple[Path, list[str]]], list[str]]:
     """Return part -> (its folder, the names of its class folders), with "" for data without parts; and the folders that are no part."""
-    names = _subfolders(path)
+    names = subfolders(path)
     found = find_parts(names)
     others = [name for name in names if name not in found.values()]
     inside = {part: _part_folder(path / name) for part, name in found.items()}
-    classes = {part: _subfolders(place) for part, place in inside.items()}
+    classes = {part: subfolders(place) for part, place in inside.items()}
     if "train" not in found:
         if found and not others:
             return {part: (inside[part], classes[part]) for part in found}, []
@@ -106,7 +106,7 @@ def _class_folders(path: Path) -> tuple[dict[str, tuple[Path, list[str]]], list[
 
 def _part_folder(path: Path) -> Path:
     """Return a part's folder, or the folder of the same part inside, as archives have it: test_set/test_set."""
-    inside = _subfolders(path)
+    inside = subfolders(path)
     same = len(inside) == 1 and part_of(inside[0]) is not None and part_of(inside[0]) == part_of(path.name)
     return _part_folder(path / inside[0]) if same else path
 
@@ -172,14 +172,6 @@ def open_table(
         path.stem, FileImages, parts, seed=seed, val_fraction=val_fraction, split=split, groups=owners, notes=[*notes, *more, *unused]
     )
     return data
-
-
-def _subfolders(path: Path) -> list[str]:
-    try:
-        with os.scandir(path) as entries:
-            return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(".") and e.name not in NOT_DATA)
-    except OSError as error:
-        raise DataError(f"cannot read the folder {path}: {error.strerror or error}") from error
 
 
 def _files_in(path: Path) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from vitarium.data.image_set import ImageData
 from vitarium.data.parts import chosen, find_parts
+from vitarium.data.scan import subfolders
 from vitarium.errors import DataError, UsageError, nearest
 
 KINDS_OF_LABELS = {
@@ -21,7 +22,7 @@ KINDS_OF_LABELS = {
     "semantic": "vitarium.data.segments:open_semantic",
     "instance": "vitarium.data.segments:open_instance",
 }
-"""Kinds of labels other than classes -> the function that opens such data: (spec, *, seed, val_fraction, image_size) -> ImageData."""
+"""Kinds of labels other than classes -> the function that opens the data: (spec, *, seed, val_fraction, image_size, split) -> ImageData."""
 
 LABELS_OF_TASKS = {
     "classify": "class",
@@ -155,6 +156,6 @@ def _recognise(path: Path, spec: str) -> str:
         raise DataError(f"there is no data called {spec!r}{nearest(path.name, [*EMBEDDED, *siblings])}\n{ACCEPTED}")
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
         return "hf"
-    folders = [entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    folders = subfolders(path)
     places = [path / part for part in find_parts(folders).values()] if folders else [path]
     return "wds" if any(next(place.glob("*.tar"), None) for place in places) else "folder"

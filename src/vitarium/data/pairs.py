@@ -14,7 +14,7 @@ from vitarium.data.images import open_image
 from vitarium.data.parts import divide, few, find_parts, natural_order, part_in
 from vitarium.data.photos import sample_photos
 from vitarium.data.pictures import image_parts
-from vitarium.data.scan import find_images
+from vitarium.data.scan import find_images, subfolders
 from vitarium.errors import DataError
 
 if TYPE_CHECKING:
@@ -168,8 +168,8 @@ def _split(samples: list, val_fraction: float, seed: int, name: str) -> tuple[li
 
 def _paired_parts(path: Path, scale: str | None) -> dict[str, tuple[Path, Path]]:
     """Return part -> (folder of low resolution, folder of high resolution), with "" for a folder without parts; {} without pairs."""
-    folders = [entry for entry in sorted(path.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
-    if inside := find_parts(entry.name for entry in folders):
+    folders = subfolders(path)
+    if inside := find_parts(folders):
         parts = {part: _two_folders(path / name, scale) for part, name in inside.items()}
         complete = {part: pair for part, pair in parts.items() if pair is not None}
         if complete and len(complete) < len(parts):
@@ -177,7 +177,7 @@ def _paired_parts(path: Path, scale: str | None) -> dict[str, tuple[Path, Path]]
             raise DataError(f"{path} has folders of high and of low resolution in one part, but not below {lone}\n{ACCEPTED}")
         if complete:
             return complete
-    prefixes = {m[1].lower() for entry in folders if (m := _named(entry.name, HIGH_NAMES))}
+    prefixes = {m[1].lower() for name in folders if (m := _named(name, HIGH_NAMES))}
     named = {prefix: pair for prefix in sorted(prefixes) if (pair := _two_folders(path, scale, prefix)) is not None}
     by_part = {part: pair for prefix, pair in named.items() if (part := part_in(prefix)) is not None}
     if "train" in by_part and len(by_part) > 1:
@@ -192,7 +192,7 @@ def _named(name: str, roles: tuple[str, ...]) -> re.Match[str] | None:
 
 def _two_folders(path: Path, scale: str | None, prefix: str = "") -> tuple[Path, Path] | None:
     """Return the folders (low, high) below a folder, or None."""
-    entries = [entry for entry in sorted(path.iterdir()) if entry.is_dir()]
+    entries = [path / name for name in subfolders(path)]
     fits = lambda entry, roles: (m := _named(entry.name, roles)) is not None and m[1].lower() == prefix
     high = next((entry for entry in entries if fits(entry, HIGH_NAMES)), None)
     low = next((entry for entry in entries if fits(entry, LOW_NAMES)), None)

@@ -8,7 +8,7 @@ from vitarium.data.folders import FileImages
 from vitarium.data.image_set import ImageData, View, stratified_split
 from vitarium.data.opening import EMBEDDED, open_classes
 from vitarium.data.parts import divide, few, find_parts
-from vitarium.data.scan import NOT_DATA, scan
+from vitarium.data.scan import scan, subfolders
 from vitarium.errors import DataError
 
 
@@ -46,7 +46,7 @@ def open_pictures(
     name = path.resolve().name
     found = divide(name, listed, random_split, val_fraction=val_fraction, split=split)
     if not found.val:
-        raise DataError(f"{path} holds no images\n")
+        raise DataError(f"{path} holds no images in the part {found.part}")
     sets = [FileImages(files, [0] * len(files)) for files in (found.train, found.val)]
     return ImageData(name, sets[0], sets[1], [], notes=(*notes, *found.notes), part=found.part)
 
@@ -73,12 +73,11 @@ def image_parts(path: Path) -> tuple[dict[str, list[str]], tuple[str, ...]]:
 
 def _part_folders(path: Path) -> dict[str, Path]:
     """Return part -> folder, from the first of the folder and its subfolders that holds some."""
-    folders = lambda place: sorted(e.name for e in place.iterdir() if e.is_dir() and not e.name.startswith(".") and e.name not in NOT_DATA)
-    own = folders(path)
+    own = subfolders(path)
     if at_top := find_parts(own):
         return {part: path / name for part, name in at_top.items()}
     for name in own:
-        below = find_parts(folders(path / name))
+        below = find_parts(subfolders(path / name))
         if len(below) > 1 and "train" in below:
             return {part: path / name / inside for part, inside in below.items()}
     return {}

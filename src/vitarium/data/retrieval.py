@@ -11,6 +11,7 @@ from vitarium.data.folders import FileImages, list_parts
 from vitarium.data.image_set import ImageData, ImageSet, Joined, View
 from vitarium.data.opening import EMBEDDED, open_classes
 from vitarium.data.parts import find_parts, natural_order
+from vitarium.data.scan import subfolders
 from vitarium.errors import DataError
 
 PICTURES_A_GROUP = 4
@@ -101,7 +102,7 @@ def _folders_apart(spec: str, split: str | None) -> ImageData | None:
     path = Path(spec.removeprefix("folder:"))
     if not path.is_dir() or split in ("all", "train"):
         return None
-    if len(find_parts(entry.name for entry in path.iterdir() if entry.is_dir())) < 2 or any(path.glob("*/*.tar")):
+    if len(find_parts(subfolders(path))) < 2 or any(path.glob("*/*.tar")):
         return None
     listings, notes = list_parts(path)
     held_out = next((part for part in ((split,) if split == "test" else ("val", "test")) if part in listings), None)

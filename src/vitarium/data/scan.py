@@ -76,17 +76,31 @@ def scan(folders: Sequence[Path], root: Path | None = None) -> Scan:
 
     Args:
         folders: to list; links among them are followed, too.
-        root: of the data: links to it and to the folders above it are left out. None: the folders themselves are the roots.
+        root: of the data, which may be a link itself: links inside to it and to the folders above it are left out. None: the folders
+            themselves are the roots.
 
     Raises:
         DataError: one of the folders cannot be read.
     """
     found = Scan({folder: [] for folder in folders}, {folder: [] for folder in folders})
     walk = _Walk(found, _identities([root, *root.absolute().resolve().parents] if root else []))
-    walk.run(folders)
+    walk.run(folders, root)
     for listed in (*found.images.values(), *found.videos.values()):
         listed.sort()
     return found
+
+
+def subfolders(path: Path) -> list[str]:
+    """Return the sorted names of the folders in a folder, without hidden ones and those of `NOT_DATA`.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with os.scandir(path) as entries:
+            return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(".") and e.name not in NOT_DATA)
+    except OSError as error:
+        raise DataError(f"cannot read the folder {path}: {error.strerror or error}") from error
 
 
 def find_images(path: Path) -> list[str]:
@@ -107,13 +121,13 @@ class _Walk:
         self.linked_folders: list[tuple[Path, str]] = []
         self.linked_files: list[tuple[Path, str]] = []
 
-    def run(self, folders: Sequence[Path]) -> None:
-        own = [folder for folder in folders if not os.path.islink(folder)]
+    def run(self, folders: Sequence[Path], root: Path | None) -> None:
+        own = [folder for folder in folders if folder == root or not os.path.islink(folder)]
         tops = {_identity(folder): folder for folder in own}
         self.walked -= tops.keys()
         for folder in own:
             self._enter(folder, os.fspath(folder), tops)
-        self.linked_folders += [(folder, os.fspath(folder)) for folder in folders if os.path.islink(folder)]
+        self.linked_folders += [(folder, os.fspath(folder)) for folder in folders if folder not in own]
         while self.linked_folders:
             folder, link = self.linked_folders.pop(0)
             if _identity(link) in self.walked:
