@@ -111,6 +111,14 @@ def test_scenes_have_a_segment_for_every_pixel():
     assert things.train[3][1].labels.max() < 8
 
 
+def test_panoptic_images_of_which_no_pixel_has_a_class_are_evaluated(tmp_path):
+    panoptic(tmp_path, "train2017", 2)
+    panoptic(tmp_path, "val2017", 3, change=set_in("annotations", 1, "segments_info", value=[]))
+    data = open_data(tmp_path, task="panoptic")
+    assert [len(data.val[i][1].labels) for i in range(len(data.val))] == [3, 0, 3]
+    assert any("1 of 3 held out, which are kept" in note for note in data.notes)
+
+
 def test_coco_panoptic(tmp_path):
     for part, count in (("train2017", 3), ("val2017", 2)):
         panoptic(tmp_path, part, count)

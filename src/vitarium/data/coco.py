@@ -44,6 +44,11 @@ class Sample:
     size: tuple[int, int]
     segments: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def files(self) -> tuple[str, str]:
+        """Paths of the image and of its segment map, which is "" for instances."""
+        return self.file, self.png
+
 
 @dataclass
 class Annotations:
@@ -188,7 +193,7 @@ class _Checked:
 
     def samples(self, images: list[Any], notes: list[Any]) -> list[Sample]:
         """Return the images with their valid segments; images all of whose segments are invalid are left out."""
-        root = _picture_folder(self.path, images)
+        root = _image_folder(self.path, images)
         by_id: dict[int | str, Sample] = {}
         known: set[int | str] = set()
         for i, image in enumerate(images):
@@ -235,9 +240,11 @@ class _Checked:
                 self._map(note, name, sample)
             else:
                 self._segment(note, name, sample, {"segmentation": note["segmentation"]})
-        finally:
-            if len(self.problems) > before or not sample.segments:
-                self.spoiled.add(sample.file)
+        except Exception:
+            self.spoiled.add(sample.file)
+            raise  # to be listed with the problems
+        if len(self.problems) > before:
+            self.spoiled.add(sample.file)
 
     def _map(self, note: dict[str, Any], name: str, sample: Sample) -> None:
         """Check the segments of a panoptic annotation."""
@@ -272,7 +279,7 @@ class _Checked:
         sample.segments.append({"label": self.numbers[category], "crowd": bool(crowd), **rest})
 
 
-def _picture_folder(path: Path, images: list[Any]) -> Path:
+def _image_folder(path: Path, images: list[Any]) -> Path:
     """Return the folder to which `file_name` is relative: the first in which an image is found."""
     part = path.stem.split("_", 1)[-1]
     above = path.parent.parent

@@ -155,12 +155,21 @@ class Joined:
 
 
 def distinct(images: Any) -> int:
-    """Return the number of different samples of an image set: a view may repeat some."""
-    return len(set(images.indices)) if isinstance(images, View) else len(images)
+    """Return the number of different images of an image set: a view may repeat some, and samples may be groups of images."""
+    if isinstance(images, View):
+        return len(set(images.indices))
+    return len(images) if (inner := _wrapped(images)) is None else distinct(inner)
+
+
+def _wrapped(images: Any) -> Any:
+    """Return the set that another one, such as groups for retrieval, wraps as a whole; None if it is none of these."""
+    return None if isinstance(images, View) else getattr(images, "images", None)
 
 
 def files_of(images: Any) -> list[str]:
     """Return the paths of all files from which an image set reads its samples, each once; those of samples in archives are left out."""
+    if (inner := _wrapped(images)) is not None:
+        return files_of(inner)
     found: dict[str, None] = {}
     for index in range(len(images)):
         found.update(dict.fromkeys(path for path in _files_at(images, index) if os.path.isfile(path)))
@@ -175,7 +184,8 @@ def _files_at(images: Any, index: int) -> tuple[Any, ...]:
         return _files_at(part, inner)
     if isinstance(images, Samples):
         sample = images.samples[index]
-        return tuple(part for part in (sample if isinstance(sample, tuple) else (sample,)) if isinstance(part, str))
+        parts = sample if isinstance(sample, tuple) else getattr(sample, "files", (sample,))
+        return tuple(part for part in parts if isinstance(part, str))
     describe = getattr(images, "describe", None)
     return (describe(index),) if describe else ()
 

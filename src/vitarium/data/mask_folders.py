@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -16,7 +17,7 @@ from vitarium.data.image_set import Samples
 from vitarium.data.images import open_image, open_mask
 from vitarium.data.joint import Segmentation
 from vitarium.data.parts import few, find_parts
-from vitarium.data.scan import find_images, scan
+from vitarium.data.scan import scan, subfolders
 from vitarium.data.segmented import SegmentedData, divide_samples
 from vitarium.errors import DataError
 
@@ -70,18 +71,19 @@ def open_mask_folder(
     classes_of = {int(a): int(b) for a, b in (pair.split(":") for pair in mapping.split("+"))} if mapping else {}
     numbering: dict[str, Any] = {"zero_is_void": zero_is_void, "classes_of": classes_of}
     read = functools.partial(read_pair, classes=len(classes), **numbering)
-    found = find_parts(entry.name for entry in (path / "images").iterdir() if entry.is_dir())
+    found = find_parts(subfolders(path / "images"))
     places = {part: (path / "images" / name, masks / name) for part, name in found.items()}
     if "train" not in places and len(places) != len([e for e in (path / "images").iterdir() if not e.name.startswith(".")]):
         places = {"": (path / "images", masks)}
-    parts = {part: _pairs(*place, broken) for part, place in places.items()}
+    listed = scan([images for images, _ in places.values()], path / "images")
+    parts = {part: _pairs(images, listed.images[images], own, broken) for part, (images, own) in places.items()}
     name = path.resolve().name
     chosen = divide_samples(name, parts, seed=seed, val_fraction=val_fraction, split=split)
     absent = _check_classes(
         path, [pair for pairs in parts.values() for pair in pairs], classes, functools.partial(class_numbers, **numbering)
     )
     train, val = (Samples(part, read=read, name=lambda pair: pair.file) for part in (chosen.train, chosen.val))
-    notes = (*(note for place, _ in places.values() for note in scan([place]).notes(place)), *absent, *chosen.notes)
+    notes = (*listed.notes(path / "images"), *absent, *chosen.notes)
     return SegmentedData(name, train, val, classes, notes=notes, part=chosen.part)
 
 
@@ -140,17 +142,17 @@ def _ade_names(file: Path) -> list[str]:
     return [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
 
 
-def _pairs(images: Path, masks: Path, broken: str) -> list[Pair]:
-    files = sorted(find_images(images))
+def _pairs(images: Path, files: list[str], masks: Path, broken: str) -> list[Pair]:
+    """Return the image files below `images` with their masks below `masks`; those without one are an error or dropped."""
     pairs = [Pair(file, str((masks / Path(file).relative_to(images)).with_suffix(".png"))) for file in files]
-    alone = [pair for pair in pairs if not Path(pair.mask).is_file()]
+    alone = {pair for pair in pairs if not os.path.isfile(pair.mask)}
     if alone and broken == "refuse":
-        listed = "\n".join(f"  {pair.file}: there is no {pair.mask}" for pair in alone[:SHOWN])
+        listed = "\n".join(f"  {pair.file}: there is no {pair.mask}" for pair in sorted(alone)[:SHOWN])
         more = f"\n  and {len(alone) - SHOWN} more" if len(alone) > SHOWN else ""
         raise DataError(
             f"{len(alone)} of {len(pairs)} images have no mask:\n{listed}{more}\nadd them, or leave these out with masks:PATH,broken=drop"
         )
-    return [pair for pair in pairs if pair not in set(alone)]
+    return [pair for pair in pairs if pair not in alone]
 
 
 def class_numbers(values: NDArray[Any], *, zero_is_void: bool, classes_of: Mapping[int, int]) -> NDArray[np.int64]:
