@@ -50,6 +50,7 @@ def test_an_image_that_a_command_wrote_is_replaced_and_one_of_others_is_not(tmp_
         ("answers.csv", "image,label,error\na.png,cat,\n", True),
         ("settings.json", '{"learning": 1}', False),
         ("answers.json", '[\n  {\n    "image": "a.png"\n  }\n]\n', True),
+        ("captions.json", '[{"image": "a.png", "caption": "a cat"}]', False),
         ("notes", "mine", False),
     ],
 )

@@ -158,7 +158,7 @@ def written_by_us(path: str | os.PathLike[str]) -> bool:
         first = content.partition(b"\n")[0].rstrip()
         return first.startswith(b"image,") and first.endswith(b",error")
     if path.suffix.lower() == ".json":
-        return bool(re.match(rb'\s*(\[\s*)?\{\s*"(image|model|file|index)":', content)) or content.strip() == b"[]"
+        return bool(re.match(rb'(\[\n  )?\{\n +"(image|model|file|index)": ', content)) or content.strip() == b"[]"  # as `write_json` does
     return MARK.encode() in content
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import unicodedata
+import re
 
 KEPT = "\n\t"
 """Control characters that layout needs."""
 
-DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Characters that reorder the text around them, by which one name can look like another."""
+HARMFUL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, the separators of lines and paragraphs, characters that reorder the text around them (by which one name can look like
+another), and lone surrogates."""
+
+SURROGATES = re.compile("[\ud800-\udfff]")
 
 SHORT = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
 
@@ -23,20 +26,12 @@ def printable(text: str, keep: str = KEPT) -> str:
         text: any text, such as a path.
         keep: characters that stay; "" for a name in a list with one line each.
     """
-    if text.isprintable():
-        return text
-    return "".join(c if c in keep or not _harmful(c) else _escape(c) for c in text)
+    return HARMFUL.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), text)
 
 
 def encodable(text: str) -> str:
     """Return a text that UTF-8 can encode: lone surrogates, such as bytes of a folder's name that are not UTF-8, become escapes."""
-    if not any("\ud800" <= c <= "\udfff" for c in text):
-        return text
-    return "".join(_escape(c) if "\ud800" <= c <= "\udfff" else c for c in text)
-
-
-def _harmful(character: str) -> bool:
-    return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in DIRECTIONS
+    return SURROGATES.sub(lambda found: _escape(found[0]), text)
 
 
 def _escape(character: str) -> str:

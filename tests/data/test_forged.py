@@ -177,7 +177,7 @@ def test_run_lengths_are_drawn_as_by_pycocotools(tmp_path):
 
 
 def test_damaged_run_lengths_are_broken_images(tmp_path):
-    """Each sign of a compressed text replaced by others: never pycocotools' error, and never a mask of another size."""
+    """Each character of a compressed text replaced by others: never pycocotools' error, and never a mask of another size."""
     good, reasons = compressed(np.random.default_rng(0).random((HEIGHT, WIDTH)) < 0.5), []
     for position in range(0, len(good), 5):
         for sign in "o?P0~\x7f\u00ff":
@@ -347,13 +347,13 @@ def test_patterns_of_endless_shards_are_refused():
 
 
 @pytest.mark.parametrize("label", ["9" * 5000, "-" + "9" * 5000, "x" * 5000])
-def test_labels_of_thousands_of_signs_are_refused(tmp_path, label):
+def test_labels_of_thousands_of_characters_are_refused(tmp_path, label):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for name, content in (("0.png", encoded(picture())), ("0.cls", label.encode())):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    with pytest.raises(DataError, match=r"its label has 5,00\d signs"):
+    with pytest.raises(DataError, match=r"its label has 5,00\d characters"):
         open_data(f"wds:{tmp_path}")
     (tmp_path / "a.png").write_bytes(encoded(picture()))
     (tmp_path / "b.png").write_bytes(encoded(picture(1)))

@@ -9,7 +9,7 @@ from tests.data.test_segments import panoptic
 from vitarium.data import BadFiles, headers, open_data
 from vitarium.data.headers import check_headers
 from vitarium.data.pairs import open_pairs
-from vitarium.data.pictures import open_pictures
+from vitarium.data.unlabelled import open_images
 from vitarium.errors import DataError
 
 
@@ -22,7 +22,7 @@ def folder(path, count, broken=()):
     return str(path)
 
 
-@pytest.mark.parametrize("opened", [open_pictures, open_pairs])  # pairs repeat nine photographs until an epoch is long enough
+@pytest.mark.parametrize("opened", [open_images, open_pairs])  # pairs repeat nine photographs until an epoch is long enough
 def test_a_small_set_may_hold_one_broken_file(tmp_path, opened):
     bad = BadFiles()
     check_headers(opened(folder(tmp_path / "nine", 9, [4])), bad)
@@ -32,7 +32,7 @@ def test_a_small_set_may_hold_one_broken_file(tmp_path, opened):
 
 
 def test_the_rule_is_by_data_set_and_a_part_without_any_readable_image_is_refused(tmp_path):
-    data = open_pictures(folder(tmp_path / "ten", 10), val_fraction=0.1)
+    data = open_images(folder(tmp_path / "ten", 10), val_fraction=0.1)
     (held_out,) = [data.val.describe(i) for i in range(len(data.val))]
     with open(held_out, "wb") as file:
         file.write(b"no image")
@@ -50,7 +50,7 @@ def test_the_rule_is_by_data_set_and_a_part_without_any_readable_image_is_refuse
 def test_a_large_set_is_looked_at_on_the_way(tmp_path, monkeypatch):
     monkeypatch.setattr(headers, "CHECKED_FILES", 8)
     bad = BadFiles()
-    check_headers(open_pictures(folder(tmp_path / "nine", 9, [1, 2, 3])), bad)
+    check_headers(open_images(folder(tmp_path / "nine", 9, [1, 2, 3])), bad)
     assert not len(bad)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import vitarium
 from vitarium.data.image_set import ImageData
-from vitarium.data.pairs import HighPictures, PairedPictures
+from vitarium.data.pairs import HighImages, PairedImages
 from vitarium.errors import DataError, InputError, UsageError
 from vitarium.generation.restoration import tiling
 from vitarium.generation.restoration.learner import RestorationLearner
@@ -240,7 +240,7 @@ def files(tmp_path) -> list[str]:
 
 
 def test_it_learns_draws_and_measures(files: list[str], tmp_path):
-    data = ImageData("three", HighPictures(files[:2]), HighPictures(files[2:]), [])
+    data = ImageData("three", HighImages(files[:2]), HighImages(files[2:]), [])
     changes = [
         "budget.steps=2",
         "batch_size=2",
@@ -280,12 +280,12 @@ def test_losses_are_what_they_are_called():
 
 
 def test_pairs_of_another_scale_are_refused_before_training(files: list[str]):
-    pairs = PairedPictures([(files[0], files[0])] * 2, scale=4)
+    pairs = PairedImages([(files[0], files[0])] * 2, scale=4)
     recipe = load_recipe("drct_pico")
     with pytest.raises(DataError, match=r"images 2 times.*4 times larger"):
         find_learner("restoration").create("drct_pico", ImageData("p", pairs, pairs, []), recipe)
     with pytest.raises(DataError, match="data of that scale"):
-        evaluate(RestorationLearner(Nearest()), PairedPictures([(files[0], files[0])], scale=1))
+        evaluate(RestorationLearner(Nearest()), PairedImages([(files[0], files[0])], scale=1))
 
 
 def test_what_has_no_meaning_for_pairs_is_refused():

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from vitarium.numbers import clock as clock
 from vitarium.numbers import short as short
-from vitarium.texts import printable
+from vitarium.texts import HARMFUL, printable
 
 if TYPE_CHECKING:
     from vitarium.training.tasks import TableData
@@ -72,7 +72,7 @@ def err() -> Console:
 def print_json(value: Any) -> None:
     """Print JSON on stdout, neither wrapped nor coloured."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
-    sys.stdout.write("".join(c if c == "\n" or c == printable(c) else f"\\u{ord(c):04x}" for c in text) + "\n")
+    sys.stdout.write(HARMFUL.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text) + "\n")
 
 
 def table(*columns: str, title: str | None = None) -> Table:

@@ -85,10 +85,10 @@ def read_counts(text: str, size: Size) -> list[int]:
     """Return the run lengths of COCO's compressed text: groups of five bits, and differences to the length before the last."""
     counts: list[int] = []
     value, shift, limit = 0, 0, size[0] * size[1]
-    for sign in text:
-        bits = ord(sign) - 48
+    for character in text:
+        bits = ord(character) - 48
         if not 0 <= bits < 64 or shift > 30:
-            raise ValueError(f"its run lengths hold the sign {sign!r}, which compressed ones do not have at this place")
+            raise ValueError(f"its run lengths hold the character {character!r}, which compressed ones do not have at this place")
         value |= (bits & 31) << shift
         shift += 5
         if bits & 32:

@@ -187,8 +187,8 @@ class Loader:
 
     "position" (B,) int64 numbers the samples within the batch, counting those that could not be read.
 
-    An image that raises `BrokenImage` is recorded and left out: its batch is smaller by one, it is not replaced, and the order of
-    A batch without any readable image is empty (B = 0).
+    An image that raises `BrokenImage` is recorded and left out: its batch is smaller by one, and it is not replaced. A batch
+    without any readable image is empty (B = 0).
 
     Args:
         dataset: gives (image, target), or a `Sample` with named fields (see `vitarium.data.fields`), by index; its length is fixed.

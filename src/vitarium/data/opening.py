@@ -14,7 +14,7 @@ from vitarium.data.scan import subfolders
 from vitarium.errors import DataError, UsageError, nearest
 
 KINDS_OF_LABELS = {
-    "image": "vitarium.data.pictures:open_pictures",
+    "image": "vitarium.data.unlabelled:open_images",
     "multilabel": "vitarium.data.multilabel:open_multilabel",
     "retrieval": "vitarium.data.retrieval:open_retrieval",
     "pairs": "vitarium.data.pairs:open_pairs",

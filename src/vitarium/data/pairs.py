@@ -13,8 +13,8 @@ from vitarium.data.image_set import ImageData, Samples, Subset, View
 from vitarium.data.images import open_image
 from vitarium.data.parts import divide, few, find_parts, natural_order, part_in
 from vitarium.data.photos import sample_photos
-from vitarium.data.pictures import image_parts
 from vitarium.data.scan import find_images, subfolders
+from vitarium.data.unlabelled import image_parts
 from vitarium.errors import DataError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ ACCEPTED = (
 )
 
 
-class HighPictures(Samples):
+class HighImages(Samples):
     """High-resolution images as (image, None); the low-resolution image is derived from each.
 
     Args:
@@ -49,7 +49,7 @@ class HighPictures(Samples):
         super().__init__(files, read=_read_high)
 
 
-class PairedPictures(Samples):
+class PairedImages(Samples):
     """Pairs of images: (low, high).
 
     Args:
@@ -111,13 +111,13 @@ def open_pairs(
     if paired := _paired_parts(path, scale):
         pairs, ratio = _checked_pairs(name, paired)
         divided = divide(name, pairs, random_split, val_fraction=val_fraction, split=split)
-        return _data(name, PairedPictures(divided.train, ratio), PairedPictures(divided.val, ratio), divided.notes, divided.part)
+        return _data(name, PairedImages(divided.train, ratio), PairedImages(divided.val, ratio), divided.notes, divided.part)
     parts, notes = image_parts(path)
     if not any(parts.values()):
         raise DataError(f"{path} holds no images\n{ACCEPTED}")
     ordered = {part: sorted(files, key=natural_order) for part, files in parts.items()}
     divided = divide(name, ordered, random_split, val_fraction=val_fraction, split=split)
-    return _data(name, HighPictures(divided.train), HighPictures(divided.val), (*notes, *divided.notes), divided.part)
+    return _data(name, HighImages(divided.train), HighImages(divided.val), (*notes, *divided.notes), divided.part)
 
 
 def _open_photos(seed: int, val_fraction: float, split: str | None) -> ImageData:
@@ -150,7 +150,7 @@ def scale_of(images: object) -> int | None:
     return getattr(images, "scale", None)
 
 
-def _pictures(folder: Path) -> list[str]:
+def _images_in(folder: Path) -> list[str]:
     files = sorted(find_images(folder), key=natural_order)
     if not files:
         raise DataError(f"{folder} holds no images\n{ACCEPTED}")
@@ -208,7 +208,7 @@ def _two_folders(path: Path, scale: str | None, prefix: str = "") -> tuple[Path,
 
 def _pairs(low_folder: Path, high_folder: Path) -> tuple[list[tuple[str, str]], int]:
     """Return (low, high) files, and the scale between them."""
-    low, high = ({_stem(file, folder): file for file in _pictures(folder)} for folder in (low_folder, high_folder))
+    low, high = ({_stem(file, folder): file for file in _images_in(folder)} for folder in (low_folder, high_folder))
     low = {name if name in high else re.sub(r"[_-]?x\d$", "", name, flags=re.IGNORECASE): file for name, file in low.items()}
     alone = [f"{high_folder.name}/{name}" for name in high if name not in low]
     alone += [f"{low_folder.name}/{name}" for name in low if name not in high]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
-from vitarium.data.image_set import ImageData, ImageSet, stratified_split
+from vitarium.data.image_set import ImageData, ImageSet, Joined, stratified_split
 from vitarium.errors import DataError, UsageError, nearest
 
 PART_WORDS = {
@@ -146,10 +148,6 @@ def chosen(data: ImageData, split: str | None, val_fraction: float = 0.2) -> Ima
     """Return data with two parts, as `divide` does: for an evaluation of `split`, `val` holds that part."""
     if split is None:
         return data
-    from dataclasses import replace
-
-    from vitarium.data.image_set import Joined
-
     if split == "all" or (split == "val" and val_fraction == 1):
         return replace(data, val=Joined([data.train, data.val]), part="all")
     parts = {"train": [data.train], "val": [data.val]}
@@ -225,8 +223,6 @@ def few(names: Sequence[Any], count: int = 5) -> str:
 
 def split_groups(samples: list[T], groups: Sequence[str], val_fraction: float, seed: int) -> tuple[list[T], list[T]]:
     """Split samples at random into (training, held-out) so that no group is in both. At least two groups are needed."""
-    import random
-
     everyone = sorted(set(groups))
     count = min(max(1, round(val_fraction * len(everyone))), len(everyone) - 1)
     held_out = set(random.Random(f"{seed} multilabel").sample(everyone, count))

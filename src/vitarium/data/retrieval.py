@@ -14,7 +14,7 @@ from vitarium.data.parts import find_parts, natural_order
 from vitarium.data.scan import subfolders
 from vitarium.errors import DataError
 
-PICTURES_A_GROUP = 4
+IMAGES_A_GROUP = 4
 """Number of images of a class that are adjacent in a batch."""
 
 
@@ -29,7 +29,7 @@ class Groups:
         size: images per group.
     """
 
-    def __init__(self, images: ImageSet, size: int = PICTURES_A_GROUP):
+    def __init__(self, images: ImageSet, size: int = IMAGES_A_GROUP):
         self.images, self.size = images, size
         self.members: dict[int, list[int]] = defaultdict(list)
         for index, target in enumerate(images.targets):

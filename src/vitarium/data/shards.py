@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 MAX_LABEL_BYTES = 1 << 20
 MAX_NAME = 1000
-"""Largest number of signs of a label in a shard."""
+"""Largest number of characters of a label in a shard."""
 
 MAX_SHARDS = 100_000
 """Largest number of shards that a pattern may name."""
@@ -248,7 +248,7 @@ def _class_name(label: Any, classes: list[str] | None, where: str) -> str:
     if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
         raise DataError(f"{where}: its label must be a class number or name, got {label!r}")
     if isinstance(label, str) and len(label) > MAX_NAME:
-        raise DataError(f"{where}: its label has {len(label):,} signs; a class name has at most {MAX_NAME}")
+        raise DataError(f"{where}: its label has {len(label):,} characters; a class name has at most {MAX_NAME}")
     number = int(label) if isinstance(label, int) or re.fullmatch(r"-?\d+", label) else None
     if number is not None and (number < 0 or (classes is not None and number >= len(classes))):
         accepted = f"0 to {len(classes) - 1} ({len(classes)} classes are listed)" if classes else "0 and above"

@@ -49,13 +49,12 @@ def signals_held_back() -> Iterator[None]:
         yield
         return
     before = signal.getsignal(signal.SIGCHLD)
-    held = {signal.SIGCHLD, signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def start_worker(_: int, *, of_main_thread: bool = False) -> None:

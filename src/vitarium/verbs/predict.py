@@ -213,7 +213,7 @@ def to_csv(rows: list[dict[str, Any]], task: Task) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", *columns, "error"])
     for row, values in zip(rows, cells, strict=True):
-        writer.writerow([printable(row["image"], "\n\t"), *(values.get(name, "") for name in columns), row.get("error", "")])
+        writer.writerow([printable(row["image"]), *(values.get(name, "") for name in columns), row.get("error", "")])
     return text.getvalue()
 
 

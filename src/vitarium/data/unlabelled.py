@@ -12,7 +12,7 @@ from vitarium.data.scan import scan, subfolders
 from vitarium.errors import DataError
 
 
-def open_pictures(
+def open_images(
     spec: str, *, seed: int = 0, val_fraction: float = 0.2, image_size: int | None = None, split: str | None = None
 ) -> ImageData:
     """Open all images of a data set, with 0 as their class.
