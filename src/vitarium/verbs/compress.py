@@ -107,24 +107,17 @@ def compress(
         notify: called with messages about progress.
 
     Raises:
-        UsageError: unknown methods, a wrong order, an output of another ending, or a method that needs data without any.
+        UsageError: unknown methods or device, a wrong order, an output of another ending or that would replace a file of others, or a
+            method that needs data without any.
         DataError: labels that the model does not have.
         CheckpointError: weights that are not available, or a saved file with different outputs (it is deleted).
     """
     import vitarium
     from vitarium.catalog.heads import has_trained_head
-    from vitarium.catalog.methods import parse_method
     from vitarium.training.tasks import task_of
 
-    path = Path(output)
-    if path.suffix != ENDING:
-        raise UsageError(f"--output must end in {ENDING}, got {output}")
-    if isinstance(model, str | os.PathLike) and path.exists() and Path(model).exists() and path.samefile(model):
-        raise UsageError(f"--output {output} is the model itself; choose another file, so that the original stays")
-    check_output(path)
-    for method in apply:
-        if isinstance(method, str):
-            parse_method(method)  # raises before anything is opened
+    path, place = Path(output), find_device(device)
+    check_arguments(model, apply, path)
     original = open_model(model, checkpoint)
     if not apply:
         raise UsageError(no_methods(original))
@@ -134,7 +127,6 @@ def compress(
     texts = [method if isinstance(method, str) else repr(method) for method in apply]
     notify("Applying " + ", ".join(texts))
     apply_methods(changed, apply, images, notify)
-    place = find_device(device)
     notify("Timing before and after")
     times = timed(original.to(place), changed.to(place), batch, compiled, compile_limit)
     warnings = slower(times["eager"], changed, batch, place)
@@ -149,19 +141,26 @@ def compress(
         for one, side in ((original, before), (loaded, after)):
             side.update(primary_value(one, images, batch_size))
     name, metric = name_of(model), task_of(loaded).primary
-    return Compression(
-        name,
-        texts,
-        str(path),
-        images.name if images is not None else None,
-        before,
-        after,
-        batch,
-        times,
-        quantized(loaded),
-        metric,
-        warnings,
-    )
+    source = images.name if images is not None else None
+    return Compression(name, texts, str(path), source, before, after, batch, times, quantized(loaded), metric, warnings)
+
+
+def check_arguments(model: str | os.PathLike[str] | nn.Module, apply: Sequence[Any], path: Path) -> None:
+    """Check the output and the texts of methods before anything is opened.
+
+    Raises:
+        UsageError: see `compress`.
+    """
+    from vitarium.catalog.methods import parse_method
+
+    if path.suffix != ENDING:
+        raise UsageError(f"--output must end in {ENDING}, got {path}")
+    if isinstance(model, str | os.PathLike) and path.exists() and Path(model).exists() and path.samefile(model):
+        raise UsageError(f"--output {path} is the model itself; choose another file, so that the original stays")
+    check_output(path)
+    for method in apply:
+        if isinstance(method, str):
+            parse_method(method)
 
 
 def no_methods(model: nn.Module) -> str:
