@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 KEPT = "\n\t"
 """Control characters that layout needs."""
@@ -32,6 +33,12 @@ def printable(text: str, keep: str = KEPT) -> str:
 def encodable(text: str) -> str:
     """Return a text that UTF-8 can encode: lone surrogates, such as bytes of a folder's name that are not UTF-8, become escapes."""
     return SURROGATES.sub(lambda found: _escape(found[0]), text)
+
+
+def indented(lines: Sequence[str], count: int = 10) -> str:
+    """Return lines of a message, indented by two spaces: at most `count` of them, and the number of the others."""
+    more = [f"and {len(lines) - count} more"] if len(lines) > count else []
+    return "\n".join(f"  {line}" for line in [*lines[:count], *more])
 
 
 def _escape(character: str) -> str:

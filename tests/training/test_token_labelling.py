@@ -126,7 +126,7 @@ def test_a_teacher_sets_the_targets_and_is_no_part_of_the_learner():
     teacher = vitarium.create_model("swin_pico", num_classes=4, image_size=32)
     learner = made()
     names = set(learner.state_dict())
-    learner.ask(teacher)
+    learner.set_teacher(teacher)
     assert set(learner.state_dict()) == names
     assert not any(p.requires_grad for p in teacher.parameters())
     some = batch()
@@ -142,6 +142,6 @@ def test_models_and_teachers_that_do_not_fit_are_refused():
     with pytest.raises(UsageError, match="which SVT has not"):
         TokenLabellingLearner(vitarium.create_model("svt_pico", num_classes=4))
     with pytest.raises(UsageError, match="the teacher has 5 classes, the data 4"):
-        made().ask(vitarium.create_model("swin_pico", num_classes=5))
+        made().set_teacher(vitarium.create_model("swin_pico", num_classes=5))
     with pytest.raises(UsageError, match="gives no features by place"):
         dense_scores(torch.nn.Linear(2, 2), torch.zeros(1, 2))

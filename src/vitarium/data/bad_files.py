@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vitarium.errors import DataError
 from vitarium.files import write_text
-from vitarium.texts import printable
+from vitarium.texts import indented, printable
 
 
 class BrokenImage(DataError):
@@ -62,13 +62,11 @@ class BadFiles:
         """
         total = self.total or total
         if len(self) > max(self.limit * total, min(1, total - 1)):
-            listed = "\n".join(f"  {path}: {reason}" for path, reason in self.items()[:20])
-            more = f"\n  and {len(self) - 20} more" if len(self) > 20 else ""
+            listed = indented([f"{path}: {reason}" for path, reason in self.items()], 20)
             share = f"{100 * len(self) / max(total, 1):.1f} %"
             raise DataError(
                 f"{len(self)} of {total} images cannot be read ({share}; at most {100 * self.limit:g} %, or one image, may be broken):\n"
-                f"{listed}{more}\n"
-                "repair or remove them"
+                f"{listed}\nrepair or remove them"
             )
 
     def write(self, folder: Path) -> None:

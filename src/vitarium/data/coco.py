@@ -21,11 +21,10 @@ from vitarium.data.joint import Segmentation
 from vitarium.data.parts import few, part_in
 from vitarium.data.segmented import Kind, SegmentedData, divide_samples
 from vitarium.errors import DataError, require
+from vitarium.texts import indented
 
 if TYPE_CHECKING:
     from PIL import Image
-
-SHOWN = 10
 
 
 @dataclass
@@ -163,10 +162,9 @@ def read_annotations(path: Path, broken: str = "refuse") -> Annotations:
     checked = _Checked(path, panoptic, {ids[i]: number for number, i in enumerate(order)})
     samples = checked.samples(images, notes)
     if checked.problems and broken == "refuse":
-        listed = "\n".join(f"  {problem}" for problem in checked.problems[:SHOWN])
-        more = f"\n  and {len(checked.problems) - SHOWN} more" if len(checked.problems) > SHOWN else ""
         raise DataError(
-            f"{path} is wrong in {len(checked.problems)} places:\n{listed}{more}\nrepair it, or leave these out with coco:PATH,broken=drop"
+            f"{path} is wrong in {len(checked.problems)} places:\n{indented(checked.problems)}\n"
+            "repair it, or leave these out with coco:PATH,broken=drop"
         )
     return Annotations([classes[i] for i in order], tuple(number for number, i in enumerate(order) if things[i]), samples)
 

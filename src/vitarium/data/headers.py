@@ -11,6 +11,7 @@ from vitarium.data.bad_files import BadFiles, BrokenImage
 from vitarium.data.image_set import distinct, files_of
 from vitarium.data.images import check_header, is_image_file
 from vitarium.errors import DataError
+from vitarium.texts import indented
 
 CHECKED_FILES = 10_000
 """Largest number of samples of a data set whose files are all looked at; those of a larger set are checked when they are read."""
@@ -37,7 +38,7 @@ def check_headers(data: Any, bad_files: BadFiles) -> None:
     bad_files.check(distinct(data.train) + distinct(data.val))
     for part, files in parts.items():
         if files and all(file in reasons for file in files):
-            listed = "\n".join(f"  {file}: {reasons[file]}" for file in files[:20])
+            listed = indented([f"{file}: {reasons[file]}" for file in files], 20)
             raise DataError(f"no image of the {part} part can be read:\n{listed}\nrepair or remove them")
 
 

@@ -20,12 +20,12 @@ from vitarium.data.parts import few, find_parts
 from vitarium.data.scan import scan, subfolders
 from vitarium.data.segmented import SegmentedData, divide_samples
 from vitarium.errors import DataError
+from vitarium.texts import indented
 
 if TYPE_CHECKING:
     from PIL import Image
 
 IGNORE = 255
-SHOWN = 10
 SEARCHED = 1000
 """Largest number of masks in which classes are looked for when the data is opened."""
 
@@ -147,10 +147,9 @@ def _pairs(images: Path, files: list[str], masks: Path, broken: str) -> list[Pai
     pairs = [Pair(file, str((masks / Path(file).relative_to(images)).with_suffix(".png"))) for file in files]
     alone = {pair for pair in pairs if not os.path.isfile(pair.mask)}
     if alone and broken == "refuse":
-        listed = "\n".join(f"  {pair.file}: there is no {pair.mask}" for pair in sorted(alone)[:SHOWN])
-        more = f"\n  and {len(alone) - SHOWN} more" if len(alone) > SHOWN else ""
+        listed = indented([f"{pair.file}: there is no {pair.mask}" for pair in sorted(alone)])
         raise DataError(
-            f"{len(alone)} of {len(pairs)} images have no mask:\n{listed}{more}\nadd them, or leave these out with masks:PATH,broken=drop"
+            f"{len(alone)} of {len(pairs)} images have no mask:\n{listed}\nadd them, or leave these out with masks:PATH,broken=drop"
         )
     return [pair for pair in pairs if pair not in alone]
 

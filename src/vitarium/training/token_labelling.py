@@ -88,7 +88,7 @@ class TokenLabellingLearner(Learner):
         self.num_classes = int(model.num_classes)  # type: ignore[arg-type]
         self._teacher: tuple[nn.Module, ...] = ()  # in a tuple, because its weights are not the learner's
         if teacher is not None:
-            self.ask(teacher)
+            self.set_teacher(teacher)
 
     @classmethod
     def create(
@@ -100,7 +100,7 @@ class TokenLabellingLearner(Learner):
         made.open_teacher()
         return made
 
-    def ask(self, teacher: nn.Module) -> None:
+    def set_teacher(self, teacher: nn.Module) -> None:
         """Use a teacher, which is frozen.
 
         Raises:
@@ -118,7 +118,7 @@ class TokenLabellingLearner(Learner):
         """Open the teacher of the settings, if there is one and it is not open."""
         source = self.settings.teacher
         if source is not None and not self._teacher:
-            self.ask(load(source) if is_model_file(source) else create_model(source, pretrained=True))
+            self.set_teacher(load(source) if is_model_file(source) else create_model(source, pretrained=True))
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Return "loss" and its parts "image" and "tokens". Target: class numbers (B,)."""
