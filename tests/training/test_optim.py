@@ -157,6 +157,32 @@ def test_optimizers_by_name_take_a_step(name):
     assert not torch.equal(before, net.head.weight)
 
 
+@pytest.mark.parametrize("name", ["sgd", "sgdw", "sgdp", "nesterov", "nesterovw", "momentum"])
+def test_sgd_without_momentum_is_plain_sgd(name):
+    net = tiny_net(dropout=0.0)
+    optimizer = create_optimizer(net, Optimizer(name=name, lr=0.1, momentum=0, weight_decay=0.0))
+    for _ in range(3):
+        optimizer.zero_grad()
+        net(torch.randn(2, 3, 8, 8)).square().sum().backward()
+        expected = [(p - 0.1 * p.grad).detach() for p in net.parameters()]
+        optimizer.step()
+        for ours, theirs in zip(net.parameters(), expected, strict=True):
+            torch.testing.assert_close(ours.detach(), theirs)
+
+
+def test_every_optimizer_that_takes_a_momentum_takes_0():
+    """Nesterov's, which torch refuses without momentum, becomes plain; others may lack the key, or need a GPU."""
+    from timm.optim import list_optimizers
+
+    refused = {}
+    for name in [*list_optimizers(), "lars_mae"]:
+        try:
+            create_optimizer(tiny_net(), Optimizer(name=name, lr=0.1, momentum=0))
+        except UsageError as error:
+            refused[name] = str(error)
+    assert not [name for name, message in refused.items() if "Nesterov" in message]
+
+
 def test_an_optimizer_that_lacks_an_option_says_so():
     with pytest.raises(UsageError, match="'adan' refuses its settings"):
         create_optimizer(tiny_net(), Optimizer(name="adan", lr=1, betas=(0.9, 0.9)))  # it has three

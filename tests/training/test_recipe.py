@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 import re
+import time
 
 import pytest
 import yaml
 
-from vitarium.catalog import find_model
+from tests.training.tiny import tiny_data
+from vitarium.catalog import Preprocessing, find_model
+from vitarium.data.loader import Loader
 from vitarium.errors import UsageError
 from vitarium.training import Recipe, list_recipes, load_recipe
 from vitarium.training.opening import with_changes
+from vitarium.training.schedules import Rates
 from vitarium.training.settings import check, override, parse_yaml
 
 
@@ -58,6 +63,21 @@ def test_each_recipe_tells_its_command_in_its_header(name):
         ("budget={}", r"given: none"),
         ("clip={norm: 1, value: 1}", r"at most one of norm, tensor_norm, value"),
         ("schedule.warmup=7", r"a share of the training from 0 to 1, 'N epochs' or 'N steps', got 7"),
+        ("budget.steps=1000000000001", r"budget.steps: input should be less than or equal to 1000000000000, got 1000000000001"),
+        ("budget.epochs=1e300", r"budget.epochs: input should be less than or equal to 1000000000, got 1e\+300"),
+        ("budget.minutes=1e300", r"budget.minutes: input should be less than or equal to 100000000, got 1e\+300"),
+        ("eval_every=1e308 epochs", r"eval_every: must be at most 1,000,000,000,000 epochs, got '1e308 epochs'"),
+        ("schedule.warmup=1e999999999 steps", r"schedule.warmup: must be at most 1,000,000,000,000 steps, got"),
+        ("schedule.hold={amount: 1e300, unit: steps}", r"schedule.hold.amount: input should be less than or equal to 1000000000000"),
+        ("schedule.cooldown={amount: 2, unit: share}", r"schedule.cooldown: a share must be from 0 to 1"),
+        ("augment.policy=rand-m9-n1000000000", r"augment.policy: augmentation policy .*'n1000000000' is out of range; n .* at most 64"),
+        ("model_arguments={depth: 100000}", r"model_arguments: depth must be at most 1,000 "),
+        ("model_arguments={depths: [2, 1000000000]}", r"model_arguments: depths must be at most 1,000 "),
+        ("model_arguments={embed_dim: 1000000000}", r"model_arguments: embed_dim must be at most 1,000,000 "),
+        ("augment.policy=augmix-m3-w100000", r"'w100000' is out of range"),
+        ("augment.policy=augmix-w3-d100000", r"'d100000' is out of range"),
+        (f"schedule={{name: step, milestones: [{'0.5, ' * 1001}]}}", r"schedule.milestones: tuple should have at most 1000 items"),
+        (f"phases=[{{freeze: [{'a, ' * 1001}]}}]", r"phases.0.freeze: tuple should have at most 1000 items"),
         ("precision=16", r"'32-true', 'bf16-mixed' or '64-true', got 16"),
         ("version=2", r"version: input should be 1, got 2"),
         ("optimizer", r"has the form KEY=VALUE"),
@@ -235,3 +255,50 @@ def test_changes_of_a_recipe_with_values_by_step():
     """`from`, which is no name in Python, survives the way through plain values."""
     changed = with_changes(load_recipe("evit"), ["batch_size=8"])
     assert (changed.batch_size, changed.values) == (8, load_recipe("evit").values)
+
+
+EXTREMES = [
+    "0",
+    "-1",
+    "1",
+    "1000000000",
+    "1000000000000000000",
+    "1e300",
+    "1e-300",
+    ".nan",
+    ".inf",
+    "x",
+    "[]",
+    "{}",
+    "1e18 steps",
+    "1e300 epochs",
+]
+PATHS = [
+    *("accumulate", "repeats", "log_every", "seed", "eval_every", "num_workers", "checkpoint_minutes"),
+    *("budget.steps", "budget.epochs", "budget.minutes", "optimizer.lr", "optimizer.weight_decay", "optimizer.momentum"),
+    *("optimizer.reference_batch", "optimizer.layer_decay", "schedule.warmup", "schedule.hold", "schedule.cooldown", "schedule.min_lr"),
+    *("augment.pad_crop", "augment.color_jitter", "augment.erase", "clip.norm", "ema.decay", "batch_norm.momentum"),
+]
+
+
+def test_extreme_settings_are_refused_or_cost_nothing():
+    """Plans of an epoch and rates of an accepted recipe are computed at once, and in little memory, whatever its numbers."""
+    rng = random.Random(0)
+    images, accepted = tiny_data().train, 0
+    for _ in range(150):
+        assignments = [f"{rng.choice(PATHS)}={rng.choice(EXTREMES)}"]
+        if rng.random() < 0.3:
+            assignments.append(f"schedule={{name: step, every: {rng.choice(EXTREMES)}}}")
+        try:
+            recipe = load_recipe("pico", assignments)
+        except UsageError:
+            continue
+        accepted += 1
+        began = time.perf_counter()
+        loader = Loader(images, Preprocessing(8), batch_size=recipe.batch_size, seed=recipe.seed, repeats=recipe.repeats, shuffle=True)
+        total, per_epoch = recipe.budget.steps or 10**12, max(1, len(loader.plan(0)) // recipe.accumulate)
+        rates = Rates(recipe.schedule, recipe.optimizer, total_steps=total, steps_per_epoch=per_epoch, total_batch=recipe.batch_size)
+        assert all(math.isfinite(rates.at(step)) for step in (0, 1, total // 2, total))
+        recipe.eval_every.steps(total, per_epoch)
+        assert time.perf_counter() - began < 2, assignments
+    assert accepted > 20

@@ -168,3 +168,12 @@ def test_a_schedule_whose_parts_exceed_the_training_ends_at_its_end():
     found = rates(warmup=0.5, hold=0.4, cooldown=0.9, min_lr=0.01)
     assert found[59] < found[60] == found[107] == 0.1
     assert found[108:] == [0.01] * 13
+
+
+def test_any_number_of_regular_milestones_takes_no_time_and_equals_their_list():
+    schedule, optimizer = Schedule(name="step", warmup="0 steps", every="7 steps", gamma=0.9, milestones=("30 steps",)), Optimizer(lr=1.0)
+    some = Rates(schedule, optimizer, total_steps=100, steps_per_epoch=10, total_batch=1)
+    listed = [30, *range(7, 100, 7)]
+    assert [some.at(step) for step in range(120)] == [0.9 ** sum(step >= m for m in listed) for step in range(120)]
+    every = Schedule(name="step", warmup="0 steps", every="1 steps", gamma=0.5)
+    assert Rates(every, optimizer, total_steps=10**12, steps_per_epoch=10, total_batch=1).at(3) == 0.125

@@ -96,3 +96,27 @@ def test_a_comparison_records_its_data(trained: tuple[Path, Path], tmp_path: Pat
     assert record is not None
     assert (record.source, record.seed, record.val_fraction) == (str(data), 5, 0.4)
     assert vitarium.evaluate(file, data).facts()["trained on"] == "0 of 12 images"
+
+
+def test_broken_images_are_counted_by_data_set_as_in_training(trained: tuple[Path, Path], tmp_path: Path):
+    for i in range(190):
+        put(tmp_path / "data" / "train" / ("ant", "bee", "cat")[i % 3] / f"{i}.png")
+    for i in range(20):
+        put(tmp_path / "data" / "val" / ("ant", "bee", "cat")[i % 3] / f"{i}.png")
+    for i in range(2):  # 10 % of the part, 1 % of the set
+        (tmp_path / "data" / "val" / "ant" / f"{3 * i}.png").write_bytes(b"no image")
+    found = vitarium.evaluate(trained[0], tmp_path / "data")
+    assert (found.images, len(found.broken), found.split) == (18, 2, "val")
+    assert len(vitarium.evaluate(trained[0], tmp_path / "data", split="all").broken) == 2
+    (tmp_path / "data" / "val" / "ant" / "6.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"3 of 210 images cannot be read \(1\.4 %"):
+        vitarium.evaluate(trained[0], tmp_path / "data")
+    with pytest.raises(DataError, match="3 of 210 images"):
+        vitarium.evaluate(trained[0], tmp_path / "data", split="all")
+
+
+def test_a_small_set_may_hold_one_broken_image(trained: tuple[Path, Path], tmp_path: Path):
+    for i in range(4):
+        put(tmp_path / "ant" / f"{i}.png")
+    (tmp_path / "ant" / "2.png").write_bytes(b"no image")
+    assert (len((found := vitarium.evaluate(trained[0], tmp_path)).broken), found.images) == (1, 3)

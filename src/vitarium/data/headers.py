@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from vitarium.data.bad_files import BadFiles, BrokenImage
-from vitarium.data.image_set import distinct, files_of
+from vitarium.data.image_set import files_of, size_of
 from vitarium.data.images import check_header, is_image_file
 from vitarium.errors import DataError
 from vitarium.texts import indented
@@ -29,13 +29,13 @@ def check_headers(data: Any, bad_files: BadFiles) -> None:
     Raises:
         DataError: more are broken than the record allows, or all files of one part.
     """
-    if distinct(data.train) + distinct(data.val) > CHECKED_FILES:
+    if size_of(data) > CHECKED_FILES:
         return
     parts = {"training": files_of(data.train), "held-out": files_of(data.val)}
     reasons = broken_headers(file for files in parts.values() for file in files)
     for file, reason in reasons.items():
         bad_files.record(file, reason)
-    bad_files.check(distinct(data.train) + distinct(data.val))
+    bad_files.check(size_of(data))
     for part, files in parts.items():
         if files and all(file in reasons for file in files):
             listed = indented([f"{file}: {reasons[file]}" for file in files], 20)

@@ -166,6 +166,12 @@ def _wrapped(images: Any) -> Any:
     return None if isinstance(images, View) else getattr(images, "images", None)
 
 
+def size_of(data: ImageData) -> int:
+    """Return the number of different samples of a data set, of which the part that is evaluated may contain the training part."""
+    held_out = distinct(data.val)
+    return held_out if data.part == "all" else held_out + (0 if data.part == "train" else distinct(data.train))
+
+
 def files_of(images: Any) -> list[str]:
     """Return the paths of all files from which an image set reads its samples, each once; those of samples in archives are left out."""
     if (inner := _wrapped(images)) is not None:

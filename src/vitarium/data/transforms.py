@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 Share = Annotated[float, Field(ge=0, le=1)]
 Box = tuple[float, float, float, float]
 POLICIES = ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
+MOST_LAYERS = 64
+"""Largest number of operations that a policy applies to an image; published ones have 2 or 3."""
 
 
 class Augment(BaseModel):
@@ -181,6 +183,9 @@ def _policy(name: str, preprocessing: Preprocessing) -> Callable[[Image.Image], 
     sections = name.split("-")[1:]
     if kind != "3a" and (ignored := [s for s in sections if not re.fullmatch(r"[a-z]+[\d.]+|t\w+", s)]):  # timm ignores these
         raise UsageError(f"augmentation policy {name!r}: {ignored[0]!r} is not in timm's form, such as 'rand-m9-mstd0.5-inc1'")
+    if excess := [s for s in sections if (count := re.fullmatch(r"[nwd](\d+)", s)) and int(count[1]) > MOST_LAYERS]:
+        counts = "n (operations), w and d (width and depth of augmix)"
+        raise UsageError(f"augmentation policy {name!r}: {excess[0]!r} is out of range; {counts} are at most {MOST_LAYERS}")
     try:
         if kind == "rand":
             return _posterising(auto_augment.rand_augment_transform(name, hints))

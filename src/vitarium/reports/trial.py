@@ -18,7 +18,7 @@ from vitarium.catalog import preprocessing_of
 from vitarium.catalog.calling import example_inputs
 from vitarium.catalog.saving import save
 from vitarium.data import BadFiles, ImageData, open_data
-from vitarium.data.image_set import distinct
+from vitarium.data.image_set import size_of
 from vitarium.efficiency.profiler import Profile, count_macs, profile
 from vitarium.engine.machine import describe_device
 from vitarium.errors import DataError, TrainingStopped, UsageError
@@ -193,7 +193,7 @@ def metric_of(learner: Learner) -> Metric:
 
 def held_out(learner: Learner, data: ImageData, batch_size: int) -> tuple[dict[str, float], dict[str, Any], int]:
     """Return the finite metrics on the held-out part, what the task keeps beside them, and the number of images that could be read."""
-    bad_files, task = BadFiles(total=distinct(data.train) + distinct(data.val)), learner.task
+    bad_files, task = BadFiles(total=size_of(data)), learner.task
     values = evaluate(learner, data.val, batch_size=batch_size, bad_files=bad_files)
     extras = task.extras(learner.eval_model(), data, values, batch_size=batch_size)
     numbers = {name: float(v) for name, v in {**values, **extras}.items() if isinstance(v, int | float) and math.isfinite(v)}

@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from vitarium.catalog.create import create_model, preprocessing_of
 from vitarium.catalog.saving import load
 from vitarium.data.bad_files import BadFiles
+from vitarium.data.image_set import size_of
 from vitarium.data.loader import Loader, seed_generators, stack
 from vitarium.errors import DataError, UsageError
 from vitarium.files import atomic_path, is_model_file, lock_folder, write_json
@@ -230,7 +231,7 @@ def save_logits(
     folder = Path(folder)
     with lock_folder(folder):
         _check_same(folder, header)
-        bad_files = BadFiles()
+        bad_files = BadFiles(total=size_of(data))
         for epoch in range(header["epochs"]):
             if (path := folder / f"epoch-{epoch:04d}.npy").exists():
                 continue
@@ -293,7 +294,7 @@ def check_store(
     """Run the teacher again on the first images; return the mean absolute error of the values and the share of differing classes."""
     errors: list[Tensor] = []
     others: list[Tensor] = []
-    asked = _answers(teacher, student, data, recipe, 0, BadFiles())
+    asked = _answers(teacher, student, data, recipe, 0, BadFiles(total=size_of(data)))
     for (batch, answers), _ in zip(asked, range(batches), strict=False):
         classes, values = store.find(batch["index"], batch["seed"])
         errors.append((answers.gather(1, classes) - values).abs().flatten())

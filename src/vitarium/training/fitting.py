@@ -17,7 +17,7 @@ from lightning_fabric import Fabric
 from vitarium.catalog.create import preprocessing_of
 from vitarium.data.bad_files import BadFiles
 from vitarium.data.headers import check_headers
-from vitarium.data.image_set import ImageData, distinct
+from vitarium.data.image_set import ImageData, size_of
 from vitarium.data.loader import Loader
 from vitarium.errors import DataError, TrainingStopped, UsageError
 from vitarium.files import lock_folder
@@ -38,6 +38,10 @@ from vitarium.training.statistics import batch_norms_set
 
 TINY = 64
 """Images up to this side, in pixels, are read in the main process: workers would take longer to start than they save."""
+
+
+MOST_WORKERS, WORKERS_PER_CORE = 16, 4
+"""Upper limit on the workers of a process, whichever is larger: 256 of them take minutes to start on 2 cores, and give nothing."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,7 @@ def _prepare(
         num_workers=_workers(recipe, data, fabric),
     )
 
-    bad_files = BadFiles(total=distinct(data.train) + distinct(data.val))
+    bad_files = BadFiles(total=size_of(data))
 
     def loaders() -> tuple[Loader, Loader]:
         order: dict[str, Any] = dict(shuffle=True, drop_last=True, repeats=recipe.repeats)
@@ -324,7 +328,7 @@ def _result_of(processes: int, learner: Learner, data: ImageData, recipe: Recipe
 
 def _workers(recipe: Recipe, data: ImageData, fabric: Fabric) -> int:
     if recipe.num_workers is not None:
-        return recipe.num_workers
+        return min(recipe.num_workers, max(MOST_WORKERS, WORKERS_PER_CORE * (os.cpu_count() or 1)))
     if data.image_size is not None and data.image_size <= TINY:
         return 0
     return max(1, min(8, (os.cpu_count() or 1) // max(1, fabric.world_size) - 1))

@@ -76,27 +76,21 @@ def parameter_groups(learner: nn.Module, settings: Optimizer, parameters: Iterab
     return list(groups.values())
 
 
-NESTEROV = ("sgd", "nesterov", "sgdw", "nesterovw", "nlars")
-"""Names under which timm makes SGD with Nesterov's momentum."""
-
-
 def create_optimizer(learner: nn.Module, settings: Optimizer, parameters: Iterable[Tensor] | None = None) -> torch.optim.Optimizer:
     """Create the recipe's optimizer over a learner's parameters, or some of them; fused if torch supports it."""
-    from timm.optim import create_optimizer_v2
+    from timm.optim import create_optimizer_v2, get_optimizer_info
 
     given: dict[str, Any] = {name: getattr(settings, name) for name in ("betas", "eps", "momentum") if getattr(settings, name) is not None}
     if settings.name in ("adamw", "adam", "sgd"):
         given["fused"] = True
-    if settings.momentum == 0 and settings.name in NESTEROV:
+    own = settings.name in OWN_OPTIMIZERS
+    if settings.momentum == 0 and not own and (get_optimizer_info(settings.name).defaults or {}).get("nesterov"):
         given["nesterov"] = False  # torch refuses it without momentum; what is left is plain SGD
     groups = parameter_groups(learner, settings, parameters)
     shared: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay, **given}
     optimizer: torch.optim.Optimizer
     try:
-        if settings.name in OWN_OPTIMIZERS:
-            optimizer = OWN_OPTIMIZERS[settings.name](groups, **shared)
-        else:
-            optimizer = create_optimizer_v2(groups, settings.name, **shared)
+        optimizer = OWN_OPTIMIZERS[settings.name](groups, **shared) if own else create_optimizer_v2(groups, settings.name, **shared)
     except (TypeError, ValueError, IndexError, AssertionError, ImportError) as error:  # each optimizer raises its own error type
         raise UsageError(f"optimizer {settings.name!r} refuses its settings: {error} (try without betas, eps, momentum)") from error
     for group in optimizer.param_groups:

@@ -13,12 +13,25 @@ from vitarium.data.transforms import Augment
 from vitarium.errors import nearest
 from vitarium.training.settings import Count, Positive, Section, check, merged
 
+MOST_STEPS, MOST_EPOCHS, MOST_MINUTES = 10**12, 10**9, 10**8
+"""Largest lengths of a training; beyond them numbers of steps would overflow."""
+MOST_ENTRIES = 1000
+"""Largest number of milestones, of patterns of a phase, and of items in a model's argument."""
+MOST_BLOCKS, MOST_SIZE = 1000, 10**6
+"""Largest number of blocks, and largest other number, in a model's arguments: a larger model takes hours to build."""
+
 
 class Span(Section):
     """A stretch of training: "5 epochs", "200 steps", or a share of the whole such as 0.05."""
 
-    amount: Annotated[float, Field(ge=0)]
+    amount: Annotated[float, Field(ge=0, le=MOST_STEPS)]
     unit: Literal["epochs", "steps", "share"]
+
+    @model_validator(mode="after")
+    def _share_is_at_most_one(self) -> Span:
+        if self.unit == "share" and self.amount > 1:
+            raise ValueError("a share must be from 0 to 1")
+        return self
 
     def steps(self, total: int, per_epoch: int) -> int:
         """Return its length in optimizer steps, for a training of `total` steps."""
@@ -33,11 +46,13 @@ def _span(value: Any) -> Any:
     )
     if not found:
         raise ValueError("must be a share of the training from 0 to 1, 'N epochs' or 'N steps'")
-    amount = float(found[1]) * 10.0 ** int(found[2] or 0)
+    amount = float(f"{found[1]}e{found[2] or 0}")
     unit = (found[3] or "share").rstrip("s")
     amount, unit = (amount / 100, "share") if unit == "%" else (amount, unit)
     if unit == "share" and amount > 1:
         raise ValueError("must be a share of the training from 0 to 1, 'N epochs' or 'N steps'")
+    if amount > MOST_STEPS:
+        raise ValueError(f"must be at most {MOST_STEPS:,} {unit}s")
     return {"amount": amount, "unit": unit if unit == "share" else unit + "s"}
 
 
@@ -50,9 +65,9 @@ class Budget(Section):
     Minutes are converted to steps once, from the speed of the first steps, so that a resumed run ends at the same step.
     """
 
-    steps: Count | None = None
-    epochs: Positive | None = None
-    minutes: Positive | None = None
+    steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
+    epochs: Annotated[float, Field(gt=0, le=MOST_EPOCHS)] | None = None
+    minutes: Annotated[float, Field(gt=0, le=MOST_MINUTES)] | None = None
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Budget:
@@ -145,7 +160,7 @@ class Schedule(Section):
     hold: Stretch = Span(amount=0, unit="share")
     cooldown: Stretch = Span(amount=0, unit="share")
     power: Positive = 1.0
-    milestones: tuple[Stretch, ...] = ()
+    milestones: Annotated[tuple[Stretch, ...], Field(max_length=MOST_ENTRIES)] = ()
     every: Stretch | None = None
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     warmup_prefix: bool = True
@@ -235,8 +250,8 @@ class Phase(Section):
     """
 
     until: Stretch | None = None
-    freeze: tuple[str, ...] = ()
-    train: tuple[str, ...] = ()
+    freeze: Annotated[tuple[str, ...], Field(max_length=MOST_ENTRIES)] = ()
+    train: Annotated[tuple[str, ...], Field(max_length=MOST_ENTRIES)] = ()
     image_size: Annotated[int, Field(ge=1, le=8192)] | None = None
     values: dict[str, float] = Field(default_factory=dict)
 
@@ -297,6 +312,7 @@ class Recipe(Section):
         log_every: optimizer steps between lines of log.csv.
         checkpoint_minutes: minutes between checkpoints of the run.
         num_workers: number of processes that read images; None: 0 for small images in memory, else by the number of cores.
+            At most 4 per core (or 16) are started.
         seed: random seed of the sample order, the augmentation and everything else.
     """
 
@@ -340,6 +356,18 @@ class Recipe(Section):
         except (TypeError, ValueError) as error:
             raise ValueError("must hold plain finite values") from error
         return {"name": str(given.pop("name", "classification")), **given}
+
+    @field_validator("model_arguments")
+    @classmethod
+    def _model_can_be_built(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for key, value in given.items():
+            most = MOST_BLOCKS if "depth" in key or "layers" in key else MOST_SIZE
+            numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int | float)]
+            if any(abs(number) > most for number in numbers) or len(numbers) > MOST_ENTRIES:
+                raise ValueError(
+                    f"{key} must be at most {most:,} (and a list have at most {MOST_ENTRIES} items), else no model can be built"
+                )
+        return given
 
     @model_validator(mode="after")
     def _parts_are_whole(self) -> Recipe:

@@ -64,9 +64,8 @@ class Rates:
             self.warmup, last = max(0, self.warmup - 1), max(1, last - 1)
         self.fall = self.warmup + hold if schedule.warmup_prefix else 0
         self.end = max(last - cooldown, self.fall)
-        every = schedule.every.steps(total_steps, steps_per_epoch) if schedule.every else 0
-        regular = range(every, total_steps, every) if every else ()
-        self.milestones = [*(m.steps(total_steps, steps_per_epoch) for m in schedule.milestones), *regular]
+        self.every = schedule.every.steps(total_steps, steps_per_epoch) if schedule.every else 0
+        self.milestones = [m.steps(total_steps, steps_per_epoch) for m in schedule.milestones]
 
     def at(self, step: int) -> float:
         """Return the rate of step 0, 1, ... (of a group with lr_scale 1)."""
@@ -75,11 +74,16 @@ class Rates:
         if step < self.warmup:
             return self._rise(step)
         if self.schedule.name == "step":
-            return max(self.final, self.base * self.schedule.gamma ** sum(step >= milestone for milestone in self.milestones))
+            return max(self.final, self.base * self.schedule.gamma ** self._lowered(step))
         if step < self.fall or self.schedule.name == "constant":
             return self.base
         share = min(1.0, (step - self.fall) / (self.end - self.fall)) if self.end > self.fall else 1.0
         return self.final + (self.base - self.final) * SHAPES[self.schedule.name](share, self.schedule.power)
+
+    def _lowered(self, step: int) -> int:
+        """Return how many milestones a step has reached; regular ones, of which there may be many, end before the training does."""
+        regular = min(step, self.total - 1) // self.every if self.every else 0
+        return regular + sum(step >= milestone for milestone in self.milestones)
 
     def _rise(self, step: int) -> float:
         if self.schedule.name == "one_cycle":

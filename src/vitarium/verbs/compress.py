@@ -180,11 +180,12 @@ def no_methods(model: nn.Module) -> str:
 
 def primary_value(model: nn.Module, images: ImageData, batch_size: int) -> dict[str, float]:
     """Return the primary metric of the model's task on the held-out part, by its name."""
+    from vitarium.data.image_set import size_of
     from vitarium.training.tasks import task_of
     from vitarium.verbs.evaluate import measure
 
     name = task_of(model).primary.name
-    return {name: measure(model, images.val, batch_size)[0][name]}
+    return {name: measure(model, images.val, batch_size, total=size_of(images))[0][name]}
 
 
 def costs(model: nn.Module, path: Path | None) -> dict[str, Any]:

@@ -108,6 +108,7 @@ def evaluate(
         MissingExtra: engine="ray" without Ray.
     """
     from vitarium.catalog.heads import require_head
+    from vitarium.data.image_set import size_of
     from vitarium.files import check_output, write_json
     from vitarium.training.tasks import task_of
 
@@ -128,7 +129,8 @@ def evaluate(
         opened.to(find_device(device))
     part = images.val
     notify(f"Evaluating on {len(part)} images")
-    values, broken = measure(opened, part, batch_size, where, parts=None if output is None else f"{output}.parts", notify=notify)
+    parts = None if output is None else f"{output}.parts"
+    values, broken = measure(opened, part, batch_size, where, total=size_of(images), parts=parts, notify=notify)
     found = Evaluation(name_of(model), images.name, images.part, len(part) - len(broken), task.report(values, images), broken, task)
     found.notes, found.trained = images.notes, trained_on(opened, part)
     if corruptions:
@@ -154,10 +156,14 @@ def measure(
     batch_size: int,
     engine: str | Engine = "local",
     *,
+    total: int | None = None,
     parts: str | None = None,
     notify: Notify = quiet,
 ) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """Return the metrics of a model's task and learner, and the images that could not be read.
+
+    Args:
+        total: number of images of the whole data set, of which 1 % may be broken, as in training; None: that of `images`.
 
     Raises:
         UsageError: the task has no metrics.
@@ -170,7 +176,7 @@ def measure(
     from vitarium.training.parts import evaluate_in_parts
     from vitarium.training.tasks import task_of
 
-    bad_files, where = BadFiles(), as_engine(engine)
+    bad_files, where = BadFiles(total=total), as_engine(engine)
     if where.kind == "local":
         values = run(model, images, batch_size=batch_size, bad_files=bad_files)
     else:
@@ -193,6 +199,7 @@ def measure(
 def measure_corrupted(model: Any, images: ImageSet, data: ImageData, batch_size: int, seed: int, notify: Notify = quiet) -> dict[str, Any]:
     """Return the errors of a classifier under each corruption; with ImageNet's 1000 classes also relative to AlexNet's."""
     from vitarium.data import BadFiles
+    from vitarium.data.image_set import size_of
     from vitarium.robustness.benchmark import ALEXNET, corruption_errors
 
     found = corruption_errors(
@@ -200,7 +207,7 @@ def measure_corrupted(model: Any, images: ImageSet, data: ImageData, batch_size:
         images,
         batch_size=batch_size,
         seed=seed,
-        bad_files=BadFiles(),
+        bad_files=BadFiles(total=size_of(data)),
         progress=lambda done: notify(f"Corrupting images: {done} of {len(images)}"),
     )
     whole = len(data.classes) == 1000 and len(found.errors) == len(ALEXNET)
