@@ -18,7 +18,7 @@ from torch import nn
 import vitarium
 from tests.catalog.forging import forge, forge_text, record_of
 from vitarium.catalog.create import ModelSpec
-from vitarium.catalog.rebuilding import rebuilding
+from vitarium.catalog.rebuilding import Contents, rebuilding
 from vitarium.catalog.registry import families
 from vitarium.cli.info_file import describe_file, print_file
 from vitarium.errors import CheckpointError, UsageError, VitariumError
@@ -137,7 +137,12 @@ def test_no_argument_of_a_nested_model_makes_load_ask_the_network(name, tmp_path
 
 
 @pytest.mark.parametrize(
-    "source", ["ADDRESS", "hf:someone/else", "hf:someone/else/model.bin", "timm:vit_tiny_patch16_224", "pretrained:", "PATH"]
+    "source",
+    [
+        *("ADDRESS", "hf:someone/else", "hf:someone/else/model.bin", "timm:vit_tiny_patch16_224", "pretrained:", "PATH"),
+        *("x" * 5000, "hf:a/b/../../x", "hf:a/" + "y" * 200, "http://[::1/x", "https://host/" + "y" * 3000),
+    ],
+    ids=lambda source: source[:20],
 )
 def test_a_base_is_neither_fetched_nor_opened_unasked(source, tmp_path, listener, opened, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
@@ -288,6 +293,31 @@ def test_a_forged_configuration_of_transformers_is_refused_by_its_field(changes,
     assert not requests()
 
 
+@pytest.mark.parametrize("forged", [{"attn_implementation": "evil/kernel"}, {"auto_map": {"AutoConfig": "evil--x.Y"}}])
+def test_forged_arguments_of_transformers_are_refused_by_their_field(forged, tmp_path, listener, monkeypatch):
+    """The weights of a trained part's base are read by transformers with the recorded arguments."""
+    transformers = pytest.importorskip("transformers")
+    _, requests = listener
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8)
+    transformers.ViTConfig(**sizes, num_labels=2).save_pretrained(tmp_path / "vit")
+    monkeypatch.chdir(tmp_path)
+    path = saved("hf/./vit", tmp_path)
+    forge(path, arguments=forged)
+    with pytest.raises(CheckpointError, match=rf"arguments\.{next(iter(forged))}"):
+        vitarium.load(path)
+    assert not requests()
+
+
+def test_a_token_is_not_saved_with_a_model_of_transformers(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8)
+    transformers.ViTConfig(**sizes, num_labels=2).save_pretrained(tmp_path / "vit")
+    monkeypatch.chdir(tmp_path)
+    path = saved("hf/./vit", tmp_path, token="hf_secret", trust_remote_code=False)
+    assert b"hf_secret" not in path.read_bytes()
+    assert vitarium.load(path).num_classes == 2
+
+
 def test_the_command_info_reads_the_record_in_the_same_way(tmp_path):
     path = saved("convnext_pico", tmp_path, num_classes=3)
     report = describe_file(str(path))
@@ -339,6 +369,21 @@ def _peak() -> float:
     except ImportError:
         return 0.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def test_empty_tensors_and_tied_names_do_not_raise_the_bounds():
+    matrix = torch.zeros(2, 3)
+    assert Contents.of([matrix, torch.empty(10**12, 0)]).axis == 3
+    assert Contents.of([matrix] * 1000).bytes == matrix.nbytes
+
+
+def test_the_scales_of_var_take_no_memory_beyond_the_file(tmp_path):
+    path = saved("var_pico", tmp_path)
+    forge(path, arguments={"image_size": 10_000, "tokenizer_arguments": {"image_size": 10_000, "scales": [1, 2, 3, *range(2490, 2501)]}})
+    before = _peak()
+    with pytest.raises(CheckpointError):
+        vitarium.load(path)
+    assert _peak() - before < 200
 
 
 @pytest.mark.parametrize("size", [10**6, 2**14, "224", 2.5, True, None])

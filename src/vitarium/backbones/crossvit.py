@@ -144,7 +144,7 @@ class Encoder(nn.Module):
         def fusion(branch: int) -> nn.Module:
             part = lambda: Fusion(dims[branch], num_heads[branch], rates[-1], qkv_bias=qkv_bias, scale=qk_scale)
             count = depths[2] if len(depths) > 2 else 0
-            return nn.Sequential(*(part() for _ in range(count))) if count else part()  # 0 is the authors' older name of 1
+            return nn.Sequential(*(part() for _ in range(count))) if count else part()  # 0: one, under the names of the releases
 
         self.blocks = nn.ModuleList(nn.ModuleList(block(branch, rates[i]) for i in range(depths[branch])) for branch in (0, 1))
         self.fuse = fuse

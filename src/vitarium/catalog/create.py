@@ -119,7 +119,13 @@ def _create_ours(name: str, **given: Any) -> nn.Module:
         raise UsageError(f"{name} takes no argument {wrong[0]!r}{hint} (it takes {', '.join(parameters)})")
     try:
         model = family.cls(**{**family.arguments(variant), **given})
-    except (ValueError, TypeError, RuntimeError) as error:  # from the constructor's checks, or torch's checks of a size or type
+    except (
+        ValueError,
+        TypeError,
+        RuntimeError,
+        ArithmeticError,
+        IndexError,
+    ) as error:  # checks of the constructor or torch, or a size of 0
         raise UsageError(f"{name} cannot be built with {given}: {error}") from error
     if getattr(model, "preprocessing", None) is None:  # else it wraps a model with its own preprocessing
         model.preprocessing = family.preprocessing(variant, in_chans=getattr(model, "in_chans", 3), **about_input)  # type: ignore[assignment]

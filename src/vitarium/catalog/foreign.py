@@ -17,7 +17,7 @@ from torch import nn
 from vitarium.catalog.dialects import VIT_DIALECTS, from_google_mixer
 from vitarium.catalog.heads import head_names, mark_fresh
 from vitarium.catalog.preprocessing import Preprocessing
-from vitarium.catalog.rebuilding import WEIGHT_KEYS, refuse_files
+from vitarium.catalog.rebuilding import WEIGHT_KEYS, is_rebuilding, refuse_files
 from vitarium.catalog.registry import Renamer, State, chain
 from vitarium.catalog.transformers_models import TOWERS, TransformersClassifier, VisionTower, wrap
 from vitarium.errors import CheckpointError, UsageError, nearest, require
@@ -49,7 +49,7 @@ def create_timm(name: str, *, pretrained: bool = False, image_size: int | None =
         arguments["img_size"] = image_size
     try:
         model = _timm_create(architecture, pretrained, image_size, arguments)
-    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+    except (TypeError, AssertionError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
         raise UsageError(f"timm refuses {name!r} with {arguments or 'no arguments'}: {error}") from error
     except OSError as error:
         raise CheckpointError(f"cannot fetch timm's weights of {name!r}: {error}; pass checkpoint=PATH to a file you have") from error
@@ -128,6 +128,8 @@ def create_transformers(
         CheckpointError: the weights lack more than a classifier.
     """
     refuse_files(f"the configuration of hf/{name}", configuration=True)
+    if is_rebuilding():
+        check_configuration(arguments, "arguments")
     transformers = require("transformers", "transformers")
     try:
         with quiet_transformers():

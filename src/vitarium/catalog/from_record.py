@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vitarium.catalog.applying import rebuild_methods
 from vitarium.catalog.create import ModelSpec, create_model
-from vitarium.catalog.foreign import is_foreign, rebuild_transformers
+from vitarium.catalog.foreign import check_configuration, is_foreign, rebuild_transformers
 from vitarium.catalog.preprocessing import Preprocessing
 from vitarium.catalog.rebuilding import WEIGHT_KEYS, Contents, Limits, TooLarge, check_counts, rebuilding
 from vitarium.catalog.record import ModelRecord, Record
@@ -32,6 +32,7 @@ def build(record: ModelRecord) -> nn.Module:
         raise UsageError(f"arguments: a saved model takes no {', '.join(sorted(forbidden))}")
     name = record.name
     if name.startswith("hf/"):
+        check_configuration(record.arguments, "arguments")  # the weights of a base are read with them
         model: nn.Module = rebuild_transformers(record.config or {})
         model.spec = ModelSpec(name, record.arguments)  # type: ignore[assignment]
     else:

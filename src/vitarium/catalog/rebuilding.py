@@ -28,6 +28,11 @@ from vitarium.errors import CheckpointError, UsageError
 
 WEIGHT_KEYS = ("checkpoint", "checkpoint_path", "pretrained", "strict", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 """Arguments of `create_model` and of timm that name weights or files; they are not part of a model's architecture."""
+READING_KEYS = (
+    *("token", "use_auth_token", "proxies", "subfolder", "gguf_file", "trust_remote_code", "code_revision", "local_files_only"),
+    *("force_download", "return_unused_kwargs", "_configuration_file", "_from_auto", "_from_pipeline"),
+)
+"""Arguments of transformers' `from_pretrained` that say how and where files are read (a token is secret); they are not part of a model."""
 SIDES = ("image_size", "img_size", "input_size", "resolution", "input_resolution")
 """Arguments in pixels, which no tensor of the file bounds."""
 NO_SIZES = re.compile(r"(_id|_ids|_token|theta|temperature|seed|^id2label|^label2id|max_length|vocab_size|max_position_embeddings)$")
@@ -78,8 +83,8 @@ def refuse_files(what: str, *, configuration: bool = False) -> None:
 
 
 def without_weights(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return constructor arguments without those that name weights, in nested tables either."""
-    kept = {key: value for key, value in arguments.items() if key not in WEIGHT_KEYS}
+    """Return constructor arguments without those that name weights or say how files are read, in nested tables either."""
+    kept = {key: value for key, value in arguments.items() if key not in WEIGHT_KEYS + READING_KEYS}
     return {key: without_weights(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
 
 
@@ -104,8 +109,9 @@ class Contents:
     def of(cls, tensors: Iterable[Tensor], names: int = 0) -> Contents:
         """Return the contents of tensors, and of `names` further names for them."""
         found = list(tensors)
-        axis = max((max(t.shape, default=1) for t in found), default=1)
-        return cls(len(found) + names, axis, sum(t.nbytes for t in found))
+        axis = max((max(t.shape, default=1) for t in found if t.numel()), default=1)  # an empty tensor may have an axis of any length
+        distinct = {(t.data_ptr(), t.nbytes) for t in found}  # tied tensors once
+        return cls(len(found) + names, axis, sum(size for _, size in distinct))
 
     def __add__(self, other: Contents) -> Contents:
         return Contents(self.tensors + other.tensors, max(self.axis, other.axis), self.bytes + other.bytes)
@@ -210,7 +216,6 @@ def _values(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> floa
     if func is torch.linspace:
         return float(kwargs.get("steps", args[2] if len(args) > 2 else 0))
     size = kwargs.get("size", args)
-    if len(size) == 1 and isinstance(size[0], tuple | list):
-        size = size[0]
+    size = next((one for one in size if isinstance(one, tuple | list)), size)  # torch.full and randint take numbers beside it
     numbers = [abs(n) for n in size if isinstance(n, int | float)]
     return max(numbers, default=0) if func is torch.arange else math.prod(numbers)

@@ -290,7 +290,7 @@ def _find_base(path: Path, record: Record, given: str | Path | None, fetch: bool
         if not place:
             raise CheckpointError("they are in no cache" if published or is_address(source) else "a path in a file is not opened unasked")
         weights = read_together(place)
-    except VitariumError as error:
+    except (VitariumError, OSError, ValueError) as error:  # a forged source can be a name that the disk or the hub's client rejects
         raise CheckpointError(
             f"{path} holds only the weights trained on top of {record.name}, and its base is missing: the weights from {source} ({error}); "
             f"put the file beside it, or name it: vitarium.load(path, checkpoint=FILE) (base=FILE in earlier versions; --checkpoint FILE); "

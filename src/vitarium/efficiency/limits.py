@@ -34,8 +34,11 @@ def time_limit(seconds: float) -> Iterator[None]:
 
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again each second, in case a destructor swallows the first
-        yield
+        try:
+            signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again each second, in case a destructor swallows the first
+            yield
+        finally:  # inside, so that an interrupt at the very end is handled, too
+            signal.setitimer(signal.ITIMER_REAL, 0)
     except Overdue:
         raise TimeoutError(f"not finished within {seconds:g} s") from None
     finally:

@@ -155,7 +155,7 @@ class ScaleTransformer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6, elementwise_affine=False)
         self.head_ada = Linear(embed_dim, 2 * embed_dim)
         self.head = Linear(embed_dim, vocab_size)
-        levels = torch.repeat_interleave(torch.arange(len(lengths), device="cpu"), torch.tensor(lengths, device="cpu"))
+        levels = torch.cat([torch.full((length,), k) for k, length in enumerate(lengths)])
         self.register_buffer("levels", levels, persistent=False)
         self.init_weights(init_gate)
 
