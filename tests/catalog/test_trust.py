@@ -18,7 +18,7 @@ from torch import nn
 import vitarium
 from tests.catalog.forging import forge, forge_text, record_of
 from vitarium.catalog.create import ModelSpec
-from vitarium.catalog.rebuilding import Contents, rebuilding
+from vitarium.catalog.rebuilding import Contents, Limits, TooLarge, rebuilding
 from vitarium.catalog.registry import families
 from vitarium.cli.info_file import describe_file, print_file
 from vitarium.errors import CheckpointError, UsageError, VitariumError
@@ -375,6 +375,14 @@ def test_empty_tensors_and_tied_names_do_not_raise_the_bounds():
     matrix = torch.zeros(2, 3)
     assert Contents.of([matrix, torch.empty(10**12, 0)]).axis == 3
     assert Contents.of([matrix] * 1000).bytes == matrix.nbytes
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments"), [(torch.full, ((10_000, 10_000), 0.0)), (torch.randint, (0, 9, (10_000, 10_000))), (torch.zeros, (10**8,))]
+)
+def test_a_constructor_may_not_make_more_values_than_the_file_allows(make, arguments):
+    with pytest.raises(TooLarge), Limits(Contents(tensors=1, axis=10, bytes=40)):
+        make(*arguments)
 
 
 def test_the_scales_of_var_take_no_memory_beyond_the_file(tmp_path):
