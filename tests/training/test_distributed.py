@@ -3,10 +3,12 @@ message."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -15,9 +17,9 @@ import torch
 from tests.training.test_fit import PLAIN, timeless
 from tests.training.tiny import assert_same_weights, tiny_data, tiny_net, tiny_recipe, weights
 from vitarium.errors import DataError, TrainingStopped, UsageError
-from vitarium.training import ClassificationLearner, fit
+from vitarium.training import ClassificationLearner, fit, processes
 from vitarium.training.checkpoint import load_run
-from vitarium.training.processes import create_fabric, spawns
+from vitarium.training.processes import _StoppedWatch, create_fabric, spawns
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo's processes are tested on POSIX")
 
@@ -79,6 +81,23 @@ def test_a_killed_process_ends_the_run_with_a_reason_and_it_can_go_on(tmp_path):
     with pytest.raises(TrainingStopped, match="process"):
         train(tmp_path, "checkpoint_minutes=1e-9", kind=Dies, devices=2)
     assert load_run(tmp_path / "last.ckpt")[0].step == 3
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="the states of processes are Linux's")
+def test_a_stopped_process_is_reported(monkeypatch, caplog):
+    monkeypatch.setattr(processes, "STOPPED_SECONDS", 0.2)
+    child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    child.start()
+    try:
+        watch, end = _StoppedWatch(), time.monotonic() + 30
+        os.kill(child.pid, signal.SIGSTOP)
+        while not caplog.messages and time.monotonic() < end:
+            time.sleep(0.02)
+            watch.look()
+        assert f"process {child.pid} is stopped by a signal" in caplog.messages[0]
+    finally:
+        child.kill()
+        child.join()
 
 
 def test_an_error_in_any_process_comes_out_as_itself(tmp_path):

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,10 +162,16 @@ class WaitingWatch:
 
     def _stopped(self) -> str:
         """Return which workers are stopped by a signal or wait for a disk, where the system shows it."""
-        states = {"T": "stopped by a signal", "t": "stopped by a debugger", "D": "waiting for a disk"}
-        found = []
-        for process in self.processes:
-            with contextlib.suppress(OSError, IndexError):
-                state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
-                found += [f"process {process.pid} is {states[state]}"] if state in states else []
+        found = stopped_among(self.processes)
         return f"; {', '.join(found)}" if found else ""
+
+
+def stopped_among(processes: Iterable[Any]) -> list[str]:
+    """Return which processes are stopped by a signal or wait for a disk, in words; nothing where the system does not show it."""
+    states = {"T": "stopped by a signal", "t": "stopped by a debugger", "D": "waiting for a disk"}
+    found = []
+    for process in processes:
+        with contextlib.suppress(OSError, IndexError):
+            state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            found += [f"process {process.pid} is {states[state]}"] if state in states else []
+    return found

@@ -14,6 +14,7 @@ import pickle
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,13 +24,18 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import MPIEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
 from vitarium import errors
+from vitarium.data.workers import stopped_among
 from vitarium.errors import TrainingStopped, UsageError, VitariumError
 from vitarium.training.sharding import sharded_strategy
 
+log = logging.getLogger("vitarium")
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it logs every process, before our code runs in it
 
 LISTENING_SECONDS, LEAVING_SECONDS = 0.05, 5.0
 """Seconds between looks for messages of other processes, and of waiting for the last one."""
+
+STOPPED_SECONDS = 50.0
+"""Seconds after which a process that is stopped is reported, and then again."""
 
 LOST = ("connection closed", "connection reset", "connection refused", "nccl", "gloo", "broken pipe", "timed out", "process group")
 """Words in a RuntimeError of torch.distributed that indicate that another process has ended."""
@@ -81,10 +87,12 @@ def run_in_processes(fabric: Fabric, work: Callable[..., Any], arguments: tuple[
         ) from error
     channel = torch.multiprocessing.get_context("spawn").SimpleQueue()
     endings: list[tuple[str, str]] = []
+    watch = _StoppedWatch()
     over = threading.Event()  # not a message: a killed process may keep the lock for writing
 
     def listen() -> None:
         while not channel.empty() or not over.wait(LISTENING_SECONDS):
+            watch.look()
             if channel.empty():
                 continue
             kind, content = channel.get()
@@ -118,6 +126,30 @@ def run_in_processes(fabric: Fabric, work: Callable[..., Any], arguments: tuple[
         ) from failure
     if failure:
         raise failure
+
+
+class _StoppedWatch:
+    """Warn of spawned processes that are stopped, for which the others wait in silence until torch.distributed's time-out."""
+
+    def __init__(self) -> None:
+        self._processes: list[Any] = []
+        self._found: list[str] = []
+        self._since = self._looked = time.monotonic()
+
+    def look(self) -> None:
+        """Look at the processes at intervals of `STOPPED_SECONDS` / 10, and warn of those that were stopped for `STOPPED_SECONDS`."""
+        now = time.monotonic()
+        if now - self._looked < STOPPED_SECONDS / 10:
+            return
+        self._processes = self._processes or multiprocessing.active_children()  # once, because it also collects ended ones
+        self._looked, found = now, stopped_among(self._processes)
+        if not found or found != self._found:
+            self._found, self._since = found, now
+        elif now - self._since > STOPPED_SECONDS:
+            log.warning(
+                "the training waits: for %.0f seconds %s; kill -CONT continues a stopped process", now - self._since, ", ".join(found)
+            )
+            self._since = now
 
 
 def _work_in_child(fabric: Fabric, *given: Any) -> None:
