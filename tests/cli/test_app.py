@@ -26,7 +26,7 @@ SURFACE = {
     "index": "folders --model --output --checkpoint --batch-size --device --engine --address --jobs --json --config --print-config",
     "search": "index images --top-k --model --checkpoint --itself --batch-size --device --output --json --config --print-config",
     "explain": "images --model --output --method --target --measure --checkpoint --apply --batch-size --device --json",
-    "restore": "images --model --output --checkpoint --tile --overlap --device --json --config --print-config",
+    "restore": "images --model --output --checkpoint --tile --overlap --ensemble --device --json --config --print-config",
     "compress": "model --apply --output --data --checkpoint --val-fraction --seed --batch-size --batch --compile --compile-limit "
     "--device --report --json --config --print-config",
     "generate": "model --classes --count --output --steps --guidance --seed --set --image --mask --checkpoint --apply --batch-size "
