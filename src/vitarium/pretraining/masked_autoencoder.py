@@ -146,7 +146,7 @@ class MaskedAutoencoder(nn.Module):
         if noise is None:
             noise = torch.rand(image.shape[0], count, device=image.device)
         else:
-            check_floats(self, noise, (len(image), count), "noise")
+            check_floats(self, noise, (image.shape[0], count), "noise")
         mask = mask_by_noise(noise, keep)
         latent = self.encode(patchify(image, self.patch_size), mask.kept, grid)
         positions = self._table(self.decoder.pos_embed, grid)

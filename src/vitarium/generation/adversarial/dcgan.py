@@ -90,7 +90,7 @@ class Generator(nn.Module):
 
     def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
         check_floats(self, noise, ("B", self.stem.in_features), "noise")
-        check_classes(self, labels, len(noise), self.embed.num_embeddings - 1, noise.device)
+        check_classes(self, labels, noise.shape[0], self.embed.num_embeddings - 1, noise.device)
         x = self.stem(noise + self.embed(labels))
         return self.head(self.blocks(x.unflatten(1, (-1, self.side, self.side))))
 

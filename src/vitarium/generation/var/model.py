@@ -132,7 +132,7 @@ class VAR(nn.Module):
 
     def forward(self, image: Tensor, labels: Tensor) -> Tensor:
         self.tokenizer.check_image(image)
-        check_classes(self, labels, len(image), self.num_classes, image.device)
+        check_classes(self, labels, image.shape[0], self.num_classes, image.device)
         with torch.no_grad():
             views = self.tokenizer.inputs(self.tokenizer.encode(image))
         return self.transformer(views, labels)
