@@ -52,7 +52,8 @@ def check_image(model: nn.Module, image: Any, in_chans: int | None, *, axes: str
     if not image.is_floating_point():
         raise InputError(f"{accepted}, got {image.dtype}; divide by 255 and normalise (model.preprocessing does it)")
     if min(shape[2:]) < 1 or min(shape[-2:]) < min_size:
-        raise InputError(f"{name} takes images of at least {min_size}x{min_size} pixels, got {'x'.join(map(str, shape[2:]))}")
+        frames = f" and {shape[2]} frames" if len(axes) == 3 else ""
+        raise InputError(f"{name} takes images of at least {min_size}x{min_size} pixels, got {shape[-2]}x{shape[-1]}{frames}")
     check_placement(model, image, kind)
 
 
