@@ -34,17 +34,17 @@ def test_overlays_and_measures(run, files):
     assert "1 of 4 images could not be explained" in result.err
     assert "average drop 50 % of the map" in result.out
     report = json.loads((files / "out/explanations.json").read_text())
-    assert [("error" in row) for row in report["pictures"]] == [False, False, True, False]
-    drawn = {e["overlay"] for row in report["pictures"] for e in row.get("explanations", [])}
+    assert [("error" in row) for row in report["images"]] == [False, False, True, False]
+    drawn = {e["overlay"] for row in report["images"] for e in row.get("explanations", [])}
     assert drawn == {path.name for path in (files / "out").glob("*.png")}
     assert len(drawn) == 6  # two pictures of one name do not overwrite each other
-    for row in report["pictures"]:
+    for row in report["images"]:
         for e in row.get("explanations", []):
             width, height = Image.open(files / row["image"]).size
             assert 0 <= e["peak"][0] < width
             assert 0 <= e["peak"][1] < height
             assert set(e["measures"]) >= {"average_drop_50", "increase_15", "insertion", "deletion", "road"}
-    one = [row["explanations"][0]["measures"]["deletion"] for row in report["pictures"] if "error" not in row]
+    one = [row["explanations"][0]["measures"]["deletion"] for row in report["images"] if "error" not in row]
     assert report["measures"]["t_tame"]["deletion"] == pytest.approx(sum(one) / 3)
 
 
@@ -54,8 +54,8 @@ def test_a_class_by_name_and_by_number(run, files):
         for t in ("hen", "2")
     )
     assert by_name == by_number
-    assert by_name["pictures"][0]["target"]["label"] == "hen"
-    assert by_name["pictures"][0]["explanations"][0]["method"] == "grad_cam"
+    assert by_name["images"][0]["target"]["label"] == "hen"
+    assert by_name["images"][0]["explanations"][0]["method"] == "grad_cam"
     assert (files / "out/two-grad_cam.png").is_file()
 
 
@@ -84,7 +84,7 @@ def test_results_inside_the_input_are_no_input_of_the_next_call(run, files):
     for times in range(2):
         result = run("explain", "pictures/a", "--model", "vit.safetensors", "-o", "pictures/a/why", "--json")
         assert result.code == 0, result.err
-        assert len(json.loads(result.out)["pictures"]) == 1
+        assert len(json.loads(result.out)["images"]) == 1
         assert ("left out: 1 images at pictures/a/why" in result.err) == bool(times)
     assert (
         "is the folder of the images; choose another output"

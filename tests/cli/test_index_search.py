@@ -33,7 +33,7 @@ def test_pictures_are_indexed_and_found(run, model, folder, tmp_path):
     assert made.code == 0, made.err
     assert json.loads(made.out) | {"seconds": 0} == {
         "index": str(index),
-        "pictures": 4,
+        "images": 4,
         "read": 4,
         "kept": 0,
         "gone": 0,

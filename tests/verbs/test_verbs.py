@@ -116,7 +116,7 @@ def test_explain(files: Path, tmp_path: Path):
 def test_generate(files: Path, tmp_path: Path):
     model = files / "generator.safetensors"
     made = vitarium.generate(model, [0, 2], 2, tmp_path / "sheet.png", steps=2, seed=1)
-    assert checked(made)["pictures"] == 4
+    assert checked(made)["images"] == 4
     assert made.labels == [0, 2, 0, 2]
     assert made.images.shape == (4, 3, 16, 16)
     assert Image.open(tmp_path / "sheet.png").size == made.sheet().size

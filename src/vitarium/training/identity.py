@@ -26,7 +26,9 @@ WORDS = {
     "data.classes": "number of classes",
     "data.class_names": "names of the classes",
     "data.name": "name of the data",
-    "data.train.pictures": "training images",
+    "data.train.images": "training images",
+    "data.val.images": "held-out images",
+    "data.train.pictures": "training images",  # in runs of version 0.1.0
     "data.val.pictures": "held-out images",
     "data.train.targets": "labels of the training images",
     "data.val.targets": "labels of the held-out images",
@@ -86,7 +88,7 @@ def fingerprint(data: Any) -> dict[str, Any]:
     for part, images in _parts(data):
         inside = [os.path.relpath(name, root).replace(os.sep, "/") if root else name for name in names[part]]
         first = {"first": printable(inside[0], "")} if inside else {}
-        described[part] = {"pictures": len(images), "targets": _targets(images), "files": _digest(inside), **first}
+        described[part] = {"images": len(images), "targets": _targets(images), "files": _digest(inside), **first}
     return described
 
 

@@ -63,7 +63,7 @@ class Explanations(Result):
         return super()._repr_html_() + "".join(html_drawing(Image.open(file), file.name) for file in files)
 
     def to_dict(self) -> dict[str, Any]:
-        report = {"model": self.model, "pictures": self.rows}
+        report = {"model": self.model, "images": self.rows}
         return report | ({} if self.measures is None else {"measures": self.measures})
 
 

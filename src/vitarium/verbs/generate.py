@@ -56,7 +56,7 @@ class Generated(Result):
 
     def to_dict(self) -> dict[str, Any]:
         output = None if self.output is None else str(self.output)
-        return {"pictures": len(self.images), "classes": ", ".join(self.classes), "output": output, "seconds a picture": self.pace}
+        return {"images": len(self.images), "classes": ", ".join(self.classes), "output": output, "seconds per image": self.pace}
 
     def sheet(self) -> Image.Image:
         """Return all images side by side, a column per class."""

@@ -64,7 +64,7 @@ class Indexed(Result):
         return [TableData("Not readable", ["image", "reason"], rows)] if rows else []
 
     def to_dict(self) -> dict[str, Any]:
-        report = {"index": str(self.output), "pictures": self.images, "read": self.read, "kept": self.kept, "gone": self.gone}
+        report = {"index": str(self.output), "images": self.images, "read": self.read, "kept": self.kept, "gone": self.gone}
         return report | {"seconds": self.seconds, "numbers": self.numbers, "broken": self.broken}
 
 
