@@ -19,6 +19,7 @@ from vitarium.nn import Backbone, DropPath, VideoBackbone
 
 FAMILIES = [f for f in families() if issubclass(f.cls, Backbone)]
 NAMES = [f"{f.name}_pico" for f in FAMILIES]
+IMAGE_NAMES = [f"{f.name}_pico" for f in FAMILIES if not issubclass(f.cls, VideoBackbone)]
 CLASSES = 5
 
 
@@ -182,16 +183,16 @@ def test_forward_intermediates(model: Backbone):
         model.forward_intermediates(image, indices=[99])
 
 
-def test_features_only_through_timm(model: Backbone):
+@pytest.mark.parametrize("name", IMAGE_NAMES)
+def test_features_only_through_timm(name: str):
     import timm
 
-    if isinstance(model, VideoBackbone):
-        pytest.skip("timm has no models of clips")
+    model = _built(name)
     vitarium.register_with_timm()
-    backbone = timm.create_model(f"vitarium_{model.spec.name}", features_only=True).eval()
+    backbone = timm.create_model(f"vitarium_{name}", features_only=True).eval()
     maps = backbone(image_for(model))
     assert [m.shape[1] for m in maps] == backbone.feature_info.channels() == [info["num_chs"] for info in model.feature_info]
-    classifier = timm.create_model(f"vitarium_{model.spec.name}", num_classes=3, in_chans=1).eval()
+    classifier = timm.create_model(f"vitarium_{name}", num_classes=3, in_chans=1).eval()
     assert classifier(image_for(model)[:, :1]).shape == (2, 3)
 
 
@@ -324,9 +325,6 @@ def test_default_cfg_is_timms(model: Backbone):
     assert model.get_submodule(model.default_cfg["classifier"]) is model.get_classifier()
     if first := model.default_cfg["first_conv"]:
         assert model.get_submodule(first).in_channels == model.in_chans
-
-
-IMAGE_NAMES = [f"{f.name}_pico" for f in FAMILIES if not issubclass(f.cls, VideoBackbone)]
 
 
 @pytest.mark.parametrize("name", IMAGE_NAMES)
