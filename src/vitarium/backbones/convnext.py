@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitarium.catalog import chain, family, part_of, rename
+from vitarium.catalog import chain, family, rename
+from vitarium.catalog.dialects import CONVNEXT, CONVNEXT_MLP
 from vitarium.nn import (
     Backbone,
     DropPath,
@@ -66,20 +67,6 @@ class ConvNeXtBlock(nn.Module):
         return x + self.drop_path(branch.permute(0, 3, 1, 2))
 
 
-_MLP = ((r"\.pwconv1\.", ".mlp.fc1."), (r"\.pwconv2\.", ".mlp.fc2."))
-OFFICIAL = chain(
-    part_of("backbone."),  # of a detector or segmenter
-    rename(
-        (r"^downsample_layers\.0\.0\.", "stem.conv."),
-        (r"^downsample_layers\.0\.1\.", "stem.norm."),
-        (r"^downsample_layers\.(\d)\.0\.", r"stages.\1.downsample.norm."),
-        (r"^downsample_layers\.(\d)\.1\.", r"stages.\1.downsample.conv."),
-        (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
-        (r"^norm\.", "head_norm."),
-        (r"^norm(\d)\.", r"stage_norms.\1."),
-    ),
-    rename(*_MLP),
-)
 TIMM = rename(
     (r"^stem\.0\.", "stem.conv."),
     (r"^stem\.1\.", "stem.norm."),
@@ -123,7 +110,7 @@ TRANSFORMERS = chain(
         (r"^(?:convnext\.)?layernorm\.", "head_norm."),
         (r"^classifier\.", "head."),
     ),
-    rename((r"\.layer_scale_parameter$", ".gamma"), (r"\.layernorm\.", ".norm."), *_MLP),
+    rename((r"\.layer_scale_parameter$", ".gamma"), (r"\.layernorm\.", ".norm."), *CONVNEXT_MLP),
 )
 
 
@@ -142,7 +129,7 @@ def _tags(timm_name: str, *tags: str, hf: str = "") -> dict[str, tuple[str, ...]
         "large": dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536)),  # 198 M, 84.3 %
         "xlarge": dict(depths=(3, 3, 27, 3), dims=(256, 512, 1024, 2048)),  # 350 M, 87.0 % from 22K
     },
-    official=OFFICIAL,
+    official=CONVNEXT,
     dialects={"timm": TIMM, "torchvision": _torchvision, "transformers": TRANSFORMERS},
     weights={
         "tiny": _tags("convnext_tiny", "in1k", "in22k", "in22k_ft_in1k", "in22k_ft_in1k_384", hf="convnext-tiny-224"),
@@ -235,7 +222,7 @@ class ConvNeXt(Backbone):
         "base": dict(dim=768, depth=18),  # 87 M, 82.0 %
         "large": dict(dim=1024, depth=36, layer_scale_init_value=1e-6),  # 306 M, 82.6 %
     },
-    official=chain(rename((r"^norm\.", "head_norm.")), rename(*_MLP)),
+    official=chain(rename((r"^norm\.", "head_norm.")), rename(*CONVNEXT_MLP)),
 )
 class ConvNeXtIsotropic(Backbone):
     """Isotropic ConvNeXt classifier, with one resolution and width: images (B, in_chans, H, W) -> logits (B, num_classes).

@@ -27,7 +27,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from vitarium.catalog import chain, family, part_of, rename
+from vitarium.catalog import family
+from vitarium.catalog.dialects import CONVNEXT
 from vitarium.nn import (
     Backbone,
     DropPath,
@@ -133,20 +134,6 @@ class HorNetBlock(nn.Module):
         return x + self.drop_path(branch.permute(0, 3, 1, 2))
 
 
-OFFICIAL = chain(
-    part_of("backbone."),  # of a detector or segmenter
-    rename(
-        (r"^downsample_layers\.0\.0\.", "stem.conv."),
-        (r"^downsample_layers\.0\.1\.", "stem.norm."),
-        (r"^downsample_layers\.(\d)\.0\.", r"stages.\1.downsample.norm."),
-        (r"^downsample_layers\.(\d)\.1\.", r"stages.\1.downsample.conv."),
-        (r"^stages\.(\d+)\.(\d+)\.pwconv1\.", r"stages.\1.blocks.\2.mlp.fc1."),
-        (r"^stages\.(\d+)\.(\d+)\.pwconv2\.", r"stages.\1.blocks.\2.mlp.fc2."),
-        (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
-        (r"^norm(\d)\.", r"stage_norms.\1."),
-        (r"^norm\.", "head_norm."),
-    ),
-)
 DEPTHS, ORDERS = (2, 3, 18, 2), (2, 3, 4, 5)
 FILTERS = (None, None, (14, 8), (7, 4))
 """Filter sizes of the GF models for images of 224 pixels."""
@@ -173,7 +160,7 @@ def _variant(dim: int, filters: Sequence[tuple[int, int] | None] | None = None, 
         "large_gf": _variant(192, FILTERS),  # 211 M
         "large_gf_384": _variant(192, FILTERS_384, image_size=384),  # 216 M
     },
-    official=OFFICIAL,
+    official=CONVNEXT,
 )
 class HorNet(Backbone):
     """HorNet classifier: images (B, in_chans, H, W), H and W at least the stride of the last stage (32), -> logits (B, num_classes).

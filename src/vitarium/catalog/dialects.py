@@ -1,4 +1,5 @@
-"""Renaming of plain vision transformers' tensors in other libraries' checkpoints to timm's names, which nn/vit.py shares.
+"""Renaming of checkpoints of more than one system: of ConvNeXt's and HorNet's authors, and of plain vision transformers in other libraries
+to timm's names, which nn/vit.py shares.
 
 Each renamer is a pure function from state dict to state dict, and also works on meta tensors. A file in another dialect is renamed only in
 part; the loader tries all renamers and takes the one that fits most tensors.
@@ -10,7 +11,7 @@ import re
 
 import torch
 
-from vitarium.catalog.registry import Renamer, State, chain, join, rename
+from vitarium.catalog.registry import Renamer, State, chain, join, part_of, rename
 
 _TRANSFORMERS = chain(
     rename(
@@ -165,3 +166,20 @@ VIT_DIALECTS: dict[str, Renamer] = {
     "mae": rename((r"^decoder[._]|^mask_token$", None)),
 }
 """Name of a dialect -> renamer to timm's names. DeiT's and DINOv2's authors use timm's names, or names that timm converts itself."""
+
+
+CONVNEXT_MLP = ((r"\.pwconv1\.", ".mlp.fc1."), (r"\.pwconv2\.", ".mlp.fc2."))
+CONVNEXT = chain(
+    part_of("backbone."),  # of a detector or segmenter
+    rename(
+        (r"^downsample_layers\.0\.0\.", "stem.conv."),
+        (r"^downsample_layers\.0\.1\.", "stem.norm."),
+        (r"^downsample_layers\.(\d)\.0\.", r"stages.\1.downsample.norm."),
+        (r"^downsample_layers\.(\d)\.1\.", r"stages.\1.downsample.conv."),
+        (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
+        (r"^norm\.", "head_norm."),
+        (r"^norm(\d)\.", r"stage_norms.\1."),
+    ),
+    rename(*CONVNEXT_MLP),
+)
+"""Names of ConvNeXt's authors, which HorNet's code, built on theirs, has too."""
