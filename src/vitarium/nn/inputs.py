@@ -101,7 +101,7 @@ def check_classes(model: nn.Module, labels: Any, batch: int, last: int, device: 
     if torch.compiler.is_compiling():
         return
     accepted = f"{type(model).__name__} takes one class number per sample, an integer tensor ({batch},) of 0 to {last}"
-    _check_numbers(labels, batch, device, accepted, integers=True)
+    check_numbers(labels, (batch,), device, accepted, integers=True)
     if labels.device.type == "cpu" and batch and not (int(labels.min()) >= 0 and int(labels.max()) <= last):
         raise InputError(f"{accepted}, got {next(v for v in labels.tolist() if not 0 <= v <= last)}")
 
@@ -112,17 +112,27 @@ def check_times(model: nn.Module, t: Any, batch: int, device: torch.device) -> N
     Raises:
         InputError: no tensor, or another shape, dtype or device.
     """
+    check_numbers(t, (batch,), device, f"{type(model).__name__} takes one time per sample, a tensor ({batch},)")
+
+
+def check_numbers(value: Any, shape: tuple[int, ...], device: torch.device, accepted: str, *, integers: bool = False) -> None:
+    """Check a dense tensor of real numbers, of any dtype, or with `integers` of an integer dtype.
+
+    Args:
+        accepted: beginning of the message, with the shape.
+
+    Raises:
+        InputError: no tensor, or another shape, dtype or device.
+    """
     if torch.compiler.is_compiling():
         return
-    _check_numbers(t, batch, device, f"{type(model).__name__} takes one time per sample, a tensor ({batch},)", integers=False)
-
-
-def _check_numbers(value: Any, batch: int, device: torch.device, accepted: str, *, integers: bool) -> None:
     if not isinstance(value, Tensor):
         raise InputError(f"{accepted}, got {describe(value)}; {_conversion(value)}")
+    if value.shape != shape:
+        raise InputError(f"{accepted}, got {tuple(value.shape)}")
     wrong = value.is_complex() or value.dtype == torch.bool or (integers and value.is_floating_point())
-    if value.shape != (batch,) or wrong or value.layout != torch.strided:
-        raise InputError(f"{accepted}, got {value.dtype} {tuple(value.shape)}")
+    if wrong or value.layout != torch.strided:
+        raise InputError(f"{accepted}, got {value.dtype} ({value.layout})")
     if value.device != device:
         raise InputError(f"{accepted} on {device}, got one on {value.device}; move it with .to({str(device)!r})")
 

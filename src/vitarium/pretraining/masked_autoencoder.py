@@ -25,7 +25,7 @@ from vitarium.catalog import rename
 from vitarium.catalog.calling import random_normal, random_uniform
 from vitarium.errors import InputError
 from vitarium.nn import Linear, TransformerBlock, VisionTransformer
-from vitarium.nn.inputs import check_floats
+from vitarium.nn.inputs import check_numbers
 from vitarium.nn.vit import EPS, init_as_mae, sincos_table
 from vitarium.ops.masking import mask_by_noise, restore_tokens, take_tokens, visible_count
 from vitarium.ops.patches import patchify
@@ -146,7 +146,8 @@ class MaskedAutoencoder(nn.Module):
         if noise is None:
             noise = torch.rand(image.shape[0], count, device=image.device)
         else:
-            check_floats(self, noise, (image.shape[0], count), "noise")
+            shape = image.shape[0], count
+            check_numbers(noise, shape, image.device, f"{type(self).__name__}: noise must hold one number per patch, {tuple(shape)}")
         mask = mask_by_noise(noise, keep)
         latent = self.encode(patchify(image, self.patch_size), mask.kept, grid)
         positions = self._table(self.decoder.pos_embed, grid)
