@@ -80,15 +80,14 @@ def default_models() -> list[str]:
 
 
 def nearest_variant(family: Family) -> str:
-    """The model of a family whose number of parameters is nearest to the yardstick's, the first of equals; never the pico one."""
+    """The model of a family whose image size, then number of parameters, is nearest to the yardstick's; the first of equals, never pico."""
 
-    def distance(name: str) -> float:
+    def distance(name: str) -> tuple[int, float]:
         with torch.device("meta"):
-            return abs(math.log(count_params(vitarium.create_model(name)) / YARDSTICK_PARAMS))
+            params = count_params(vitarium.create_model(name))
+        return abs(family.preprocessing(find_model(name)[1]).image_size - SIDES[0]), abs(math.log(params / YARDSTICK_PARAMS))
 
-    names = [name for name in family.model_names() if not name.endswith("_pico")]
-    least = min(family.preprocessing(variant).image_size for variant in family.variants if variant != "pico")
-    return min((n for n in names if family.preprocessing(find_model(n)[1]).image_size == least), key=distance)
+    return min((name for name in family.model_names() if not name.endswith("_pico")), key=distance)
 
 
 def plan(models: Sequence[str], device: str) -> list[Cell]:
