@@ -42,6 +42,8 @@ def test_takes_every_mode(mode, channels):
         image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
     elif mode == "LAB":
         image = Image.new("LAB", (60, 40))
+    elif mode == "F":
+        image = Image.fromarray(np.asarray(image.convert("L"), np.float32) / 255)
     else:
         image = image.convert(mode)
     converted = to_mode(image, channels)

@@ -107,9 +107,12 @@ def calibration_batches(model: nn.Module, data: ImageData, batch_size: int = 32)
 
     from vitarium.data import BadFiles, Subset
     from vitarium.data.loader import Loader
-    from vitarium.training.learners import learner_of
+    from vitarium.training.base import Learner
+    from vitarium.training.learners import learner_class_of, learner_of
 
-    learner = learner_of(model)
+    classifies = learner_class_of(model)[0].task_name in ("classify", "multilabel")
+    headless = classifies and not getattr(model, "num_classes", 0)
+    learner = Learner(model) if headless else learner_of(model)  # those of classifiers refuse a model without classes
     step = max(1, len(data.train) // CALIBRATION_IMAGES)
     some = Subset(data.train, range(0, len(data.train), step)[:CALIBRATION_IMAGES])
     loader = Loader(some, learner.transform(None), collate=learner.collate, batch_size=batch_size, bad_files=BadFiles())
