@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional as T
 
 from vitarium.catalog import Preprocessing
 from vitarium.catalog.preprocessing import to_mode
@@ -26,6 +27,16 @@ def test_equals_timms_evaluation_transform(size, interpolation):
         (3, 32, 32), is_training=False, interpolation=interpolation, mean=ours.mean, std=ours.std, crop_pct=ours.crop_pct
     )
     torch.testing.assert_close(ours(picture(*size)), theirs(picture(*size)))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_normalises_bit_for_bit_as_torchvision(channels):
+    preprocessing = Preprocessing(24, (0.485, 0.456, 0.406)[:channels], (0.229, 0.224, 0.225)[:channels], crop_pct=1.0)
+    values = np.random.default_rng(0).integers(0, 256, (24, 24, channels), dtype=np.uint8)
+    image = Image.fromarray(values if channels == 3 else values[..., 0])
+    expected = T.normalize(T.to_dtype(T.to_image(image), scale=True), list(preprocessing.mean), list(preprocessing.std))
+    assert torch.equal(preprocessing(image), expected)
+    assert preprocessing(image).stride() == expected.stride()
 
 
 def test_gives_float32_of_the_asked_shape():

@@ -37,6 +37,13 @@ def test_turns_a_picture_upright():
     assert values[:6].mean() < 20 < 90 < values[10:].mean()
 
 
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "JPEG"])
+def test_turns_an_image_of_every_format_upright(kind):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    assert decode_image(encoded(picture(size=(24, 16)), kind, exif=exif), "x").size == (16, 24)
+
+
 def test_takes_the_first_frame():
     frames = [Image.new("RGB", (6, 6), colour) for colour in ("red", "lime")]
     image = decode_image(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), "x")

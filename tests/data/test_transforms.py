@@ -6,11 +6,12 @@ import pytest
 import torch
 from PIL import Image
 from pydantic import ValidationError
+from torchvision.transforms import RandomResizedCrop
 
 from tests.data.pictures import picture
 from vitarium.catalog.preprocessing import Preprocessing
 from vitarium.data.loader import seed_generators
-from vitarium.data.transforms import POLICIES, Augment, TrainTransform, train_transform
+from vitarium.data.transforms import POLICIES, Augment, TrainTransform, random_box, train_transform
 from vitarium.errors import UsageError
 from vitarium.training.settings import check
 
@@ -38,6 +39,19 @@ def test_without_a_random_crop_the_middle_is_seen(size):
     image = Image.fromarray(ramp.astype(np.uint8))
     seen = [pixels(t(image), preprocessing) for t in (TrainTransform(preprocessing, Augment()), preprocessing)]
     assert (seen[0] - seen[1]).abs().max() < 12, "the same part, to about a pixel"
+
+
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.9, 1.0)])
+@pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (2.0, 3.0)])
+def test_the_random_crop_is_torchvisions_with_the_same_random_numbers(scale, ratio):
+    sizes = [(32, 32), (1, 1), (57, 20), (3, 60), (60, 3)]  # the last two have no crop of these aspect ratios
+    for seed, (width, height) in enumerate(10 * sizes):
+        torch.manual_seed(seed)
+        top, left, h, w = RandomResizedCrop.get_params(Image.new("L", (width, height)), list(scale), list(ratio))
+        after = torch.get_rng_state()
+        torch.manual_seed(seed)
+        assert random_box(width, height, scale, ratio) == (left, top, left + w, top + h)
+        assert torch.equal(torch.get_rng_state(), after)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "CMYK", "P", "1", "I;16"])

@@ -34,6 +34,9 @@ OTHER_SIGNATURES = (
 )
 """First bytes of JPEG 2000 and of the PPM formats. AVIF has its name at the fifth byte."""
 
+ORIENTATION_KEYS = frozenset(["exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"])
+"""Entries of Pillow's `info` in which it looks for the orientation of an image; TIFF has it among its tags."""
+
 MAX_PIXELS = 128_000_000
 """Largest number of pixels, checked before decoding: Pillow needs up to 4 bytes per pixel, so this is half a gigabyte."""
 
@@ -117,8 +120,9 @@ def _decode(content: bytes, name: str) -> Image.Image:
         raise BrokenImage(name, _too_large(int(re.findall(r"\d+", str(error))[0]))) from error
     except Exception as error:  # decoders raise all kinds of errors on broken bytes
         raise BrokenImage(name, _reason(content, error)) from error
-    with contextlib.suppress(Exception):  # broken EXIF data does not make an image unusable
-        ImageOps.exif_transpose(image, in_place=True)
+    if image.format == "TIFF" or not ORIENTATION_KEYS.isdisjoint(image.info):
+        with contextlib.suppress(Exception):  # broken EXIF data does not make an image unusable
+            ImageOps.exif_transpose(image, in_place=True)
     return image
 
 

@@ -6,6 +6,7 @@ All geometry is done in one resampling by Pillow, so that small images cost litt
 from __future__ import annotations
 
 import functools
+import math
 import random
 import re
 from collections.abc import Callable
@@ -116,10 +117,42 @@ class TrainTransform:
             side = self.preprocessing.crop_pct * min(image.size)
             left, top = (image.width - side) / 2, (image.height - side) / 2
             return left, top, left + side, top + side
-        from torchvision.transforms import RandomResizedCrop
+        return random_box(image.width, image.height, self.augment.scale, self.augment.ratio)
 
-        top, left, height, width = RandomResizedCrop.get_params(image, list(self.augment.scale), list(self.augment.ratio))
-        return left, top, left + width, top + height
+
+def random_box(width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float]) -> Box:
+    """Return a random crop of an image: left, top, right, bottom.
+
+    It is torchvision's `RandomResizedCrop.get_params`, with the same numbers from torch's global generator, at half its time.
+
+    Args:
+        width, height: of the image, pixels.
+        scale, ratio: ranges of the crop's share of the area, and of its aspect ratio.
+    """
+    import torch
+
+    low, high = _log_ratio(ratio)
+    for _ in range(10):
+        area = width * height * torch.empty(1).uniform_(*scale).item()
+        aspect = torch.empty(1).uniform_(low, high).exp_().item()
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top = torch.randint(0, height - h + 1, (1,)).item()
+            left = torch.randint(0, width - w + 1, (1,)).item()
+            return left, top, left + w, top + h
+    w = min(width, round(height * max(ratio)))  # the largest part in the middle whose aspect ratio is within the range
+    h = min(height, round(w / min(ratio)))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+@functools.cache
+def _log_ratio(ratio: tuple[float, float]) -> tuple[float, float]:
+    """Return the logarithms of both ends in torch's float32."""
+    import torch
+
+    low, high = torch.log(torch.tensor(ratio)).tolist()
+    return low, high
 
 
 class _Finish:
@@ -128,8 +161,8 @@ class _Finish:
     def __init__(self, preprocessing: Preprocessing, erase: float):
         import torch
 
-        self.mean = 255 * torch.tensor(preprocessing.mean).view(-1, 1, 1)
-        self.std = 255 * torch.tensor(preprocessing.std).view(-1, 1, 1)
+        # as arrays: on one small image NumPy's calls take a third of the time of torch's, and give the same float32
+        self.mean, self.std = ((255 * torch.tensor(values)).numpy() for values in (preprocessing.mean, preprocessing.std))
         self.erase: Callable[[Tensor], Tensor] | None = None
         if erase:
             from timm.data.random_erasing import RandomErasing
@@ -140,8 +173,10 @@ class _Finish:
         import numpy as np
         import torch
 
-        pixels = torch.from_numpy(np.array(image)).view(image.height, image.width, -1).permute(2, 0, 1)
-        tensor = pixels.float().sub_(self.mean).div_(self.std)
+        values = np.array(image, dtype=np.float32).reshape(image.height, image.width, -1)
+        values -= self.mean
+        values /= self.std
+        tensor = torch.from_numpy(values).permute(2, 0, 1)
         return self.erase(tensor) if self.erase else tensor
 
 
