@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as T
 
-from vitarium.catalog import Preprocessing
+from vitarium.catalog import Preprocessing, preprocessing
 from vitarium.catalog.preprocessing import to_mode
 from vitarium.errors import UsageError
 
@@ -60,6 +60,24 @@ def test_takes_every_mode(mode, channels):
     converted = to_mode(image, channels)
     assert converted.mode == {1: "L", 3: "RGB"}[channels]
     assert converted.size == (60, 40)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr", "I", "F", "LA", "RGBA", "I;16"])
+def test_large_images_are_converted_in_strips(mode, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 4), dtype=np.uint8)
+    grey = Image.fromarray(pixels[..., 0])
+    special = {
+        "I;16": pixels[..., 0].astype(np.uint16) * 257,
+        "I": pixels[..., 0].astype(np.int32) * 257,
+        "F": pixels[..., 0] / np.float32(255),
+    }
+    image = (
+        Image.fromarray(special[mode]) if mode in special else Image.fromarray(pixels).convert(mode) if mode != "1" else grey.convert("1")
+    )
+    whole = [np.asarray(to_mode(image, channels)) for channels in (1, 3)]
+    monkeypatch.setattr(preprocessing, "STRIP", 7 * 60)
+    for channels, wanted in zip((1, 3), whole, strict=True):
+        np.testing.assert_array_equal(np.asarray(to_mode(image, channels)), wanted)
 
 
 def test_sixteen_bits_keep_their_relative_brightness():

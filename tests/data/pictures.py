@@ -32,15 +32,15 @@ def put(path, content=None):
     return path
 
 
-def bomb(width, height):
-    """A black PNG of one bit a pixel: small on disk, large in memory."""
+def bomb(width, height, depth=1, colour=0):
+    """A black PNG, small on disk, large in memory; of one bit a pixel, else cut off (it is for checks that read the header)."""
 
     def chunk(name, body):
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
     pack = zlib.compressobj(9)
     rows = b"".join(pack.compress(bytes(width // 8 + 1)) for _ in range(height)) + pack.flush()
-    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from tests.data.pictures import bomb, broken_kinds, encoded, exif_turned, odd_kinds, picture, put
 from vitarium.catalog.preprocessing import Preprocessing, to_mode
 from vitarium.data import BadFiles, BrokenImage, images
-from vitarium.data.images import decode_image, is_image_file, open_image, open_mask
+from vitarium.data.images import decode_image, is_image_file, memory_of, open_image, open_mask
 from vitarium.errors import DataError, InputError
 
 
@@ -66,15 +66,23 @@ def test_refuses_broken_pictures(tmp_path, name):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no resource module")
-@pytest.mark.parametrize("size", [(30_000, 30_000), (12_000, 11_000)])  # above and below Pillow's own limit
-def test_a_bomb_takes_no_memory(size, recwarn):
-    content = bomb(*size)
+@pytest.mark.parametrize("kind", [(30_000, 30_000), (13_000, 12_000, 8, 6), (13_000, 13_000, 16, 6)])  # above and below Pillow's own limit
+def test_a_bomb_takes_no_memory(kind, recwarn):
+    content = bomb(*kind)
     unit = 1 if sys.platform == "darwin" else 1024
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     with pytest.raises(BrokenImage, match=r"megapixels would need .* GB"):
         decode_image(content, "bomb.png")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before < 100e6
     assert not recwarn.list
+
+
+def test_the_limit_is_of_memory():
+    """151 megapixels of a large camera are read as RGB, and not with alpha, for which a second form is in memory at the same time."""
+    for mode, memory in (("RGB", 4), ("L", 5), ("P", 5), ("1", 5), ("I;16", 7), ("RGBA", 8), ("CMYK", 8), ("F", 9)):
+        image = Image.new(mode, (100, 10))
+        assert memory_of(image) == 1000 * memory
+        assert (151_000_000 * memory > images.MAX_MEMORY) == (memory > 6)
 
 
 def test_refuses_a_strip_that_resizing_would_blow_up():

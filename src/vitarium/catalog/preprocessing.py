@@ -206,18 +206,39 @@ def check_brightness(image: Image.Image) -> None:
         raise InputError(f"values from {values.min():g} to {values.max():g}; {BRIGHTNESS}")
 
 
+STRIP = 4_000_000
+"""Pixels that are converted at a time, so that a large image needs little more memory than itself and its result."""
+
+
 def to_mode(image: Image.Image, channels: int) -> Image.Image:
     """Convert any of Pillow's modes to "L" (channels 1) or "RGB" (3). 16-bit grey keeps its brightness; alpha is blended over white.
+
+    An image of that mode is returned itself.
 
     Raises:
         InputError: see `check_brightness`.
     """
+    from PIL import Image
+
+    mode = "L" if channels == 1 else "RGB"
+    if image.mode == mode and "transparency" not in image.info:
+        return image
+    if image.mode in ("I", "F"):
+        check_brightness(image)
+    rows = max(1, STRIP // max(1, image.width))
+    if image.height <= rows:
+        return _converted(image, mode)
+    found = Image.new(mode, image.size)
+    for top in range(0, image.height, rows):
+        found.paste(_converted(image.crop((0, top, image.width, min(top + rows, image.height))), mode), (0, top))
+    return found
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
     import numpy as np
     from PIL import Image
 
     if image.mode.startswith("I") or image.mode == "F":
-        if image.mode in ("I", "F"):
-            check_brightness(image)
         values, top = np.asarray(image, dtype=np.float64), 1.0 if image.mode == "F" else 65535.0
         image = Image.fromarray((values.clip(0, top) / top * 255).round().astype(np.uint8))
     elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -225,4 +246,4 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if image.mode not in ("1", "L", "RGB"):
         image = image.convert("RGB")  # Pillow has no direct conversion from some modes (LAB) to grey
-    return image.convert("L" if channels == 1 else "RGB")
+    return image.convert(mode)

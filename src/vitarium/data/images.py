@@ -38,7 +38,14 @@ ORIENTATION_KEYS = frozenset(["exif", "Raw profile type exif", "XML:com.adobe.xm
 """Entries of Pillow's `info` in which it looks for the orientation of an image; TIFF has it among its tags."""
 
 MAX_PIXELS = 128_000_000
-"""Largest number of pixels, checked before decoding: Pillow needs up to 4 bytes per pixel, so this is half a gigabyte."""
+"""Largest number of pixels of a mask or a video's frame."""
+
+MAX_MEMORY = 1_030_000_000
+"""Largest memory of an image in bytes, checked before decoding: of its pixels as stored and as a model takes them, which are in memory at the
+same time (see `memory_of`)."""
+
+BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
+"""Bytes per pixel of Pillow's modes; of all others 4."""
 
 MAX_ASPECT = 200
 """Largest aspect ratio: the shorter side may be scaled up to the model's input, and the longer side grows with it."""
@@ -116,8 +123,9 @@ def _decode(content: bytes, name: str) -> Image.Image:
         image.load()
     except BrokenImage:
         raise
-    except Image.DecompressionBombError as error:
-        raise BrokenImage(name, _too_large(int(re.findall(r"\d+", str(error))[0]))) from error
+    except Image.DecompressionBombError as error:  # beyond Pillow's own limit, 179 megapixels
+        pixels = int(re.findall(r"\d+", str(error))[0])
+        raise BrokenImage(name, _too_large(pixels, 4 * pixels)) from error
     except Exception as error:  # decoders raise all kinds of errors on broken bytes
         raise BrokenImage(name, _reason(content, error)) from error
     if image.format == "TIFF" or not ORIENTATION_KEYS.isdisjoint(image.info):
@@ -165,15 +173,20 @@ def read_bytes(path: str | os.PathLike[str], offset: int = 0, size: int | None =
 
 def _check_size(image: Image.Image, name: str) -> None:
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise BrokenImage(name, _too_large(width * height))
+    if memory_of(image) > MAX_MEMORY:
+        raise BrokenImage(name, _too_large(width * height, memory_of(image)))
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise BrokenImage(name, f"{width} x {height} pixels: one side is more than {MAX_ASPECT} times the other; crop it")
 
 
-def _too_large(pixels: int) -> str:
-    limit = f"at most {MAX_PIXELS / 1e6:.0f} ({4 * MAX_PIXELS / 1e9:.1f} GB) are read"
-    return f"{pixels / 1e6:.0f} megapixels would need {4 * pixels / 1e9:.1f} GB of memory; {limit}: make it smaller"
+def memory_of(image: Image.Image) -> int:
+    """Return the bytes that an image needs: decoded and, unless it is stored so, converted to RGB (see `to_mode`)."""
+    converted = 0 if image.mode == "RGB" else BYTES["L"] + 4 if image.mode.startswith("I") or image.mode == "F" else 4
+    return image.size[0] * image.size[1] * (BYTES.get(image.mode, 4) + converted)
+
+
+def _too_large(pixels: int, memory: int) -> str:
+    return f"{pixels / 1e6:.0f} megapixels would need {memory / 1e9:.1f} GB of memory; at most {MAX_MEMORY / 1e9:.1f} GB is used: make it smaller"
 
 
 def _reason(content: bytes, error: Exception) -> str:
