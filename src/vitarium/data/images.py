@@ -41,8 +41,8 @@ MAX_PIXELS = 128_000_000
 """Largest number of pixels of a mask or a video's frame."""
 
 MAX_MEMORY = 1_030_000_000
-"""Largest memory of an image in bytes, checked before decoding: of its pixels as stored and as a model takes them, which are in memory at the
-same time (see `memory_of`)."""
+"""Largest memory of an image in bytes, checked before decoding: of its pixels as stored and of those in the model's mode, which are held at
+the same time (see `memory_of`)."""
 
 BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
 """Bytes per pixel of Pillow's modes; of all others 4."""
@@ -186,7 +186,8 @@ def memory_of(image: Image.Image) -> int:
 
 
 def _too_large(pixels: int, memory: int) -> str:
-    return f"{pixels / 1e6:.0f} megapixels would need {memory / 1e9:.1f} GB of memory; at most {MAX_MEMORY / 1e9:.1f} GB is used: make it smaller"
+    limit = f"at most {MAX_MEMORY / 1e9:.1f} GB is used"
+    return f"{pixels / 1e6:.0f} megapixels would need {memory / 1e9:.1f} GB of memory; {limit}: make it smaller"
 
 
 def _reason(content: bytes, error: Exception) -> str:
