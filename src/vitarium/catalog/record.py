@@ -184,7 +184,8 @@ class Training(Part):
         task: name and options of its task (`Task.record`); None: that of its learner or family.
         learner: None: its family's.
         data: None: unknown.
-        temperature: by which logits are divided before the softmax, where the model was calibrated.
+        temperature: by which logits are divided before the softmax, where the model was calibrated (see `catalog.calibration`). Methods
+            keep it, because they approximate the same logits; training drops it.
     """
 
     task: TaskTable | None = None

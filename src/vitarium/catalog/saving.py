@@ -59,23 +59,46 @@ def save(model: nn.Module, path: str | Path, *, trained_only: bool = False) -> N
             frozen, or no file holds the frozen weights.
         OSError: the disk is full or read-only; an older file stays intact.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     state, record = model.state_dict(), _record(model)
     if trained_only:
         state, record = _without_base(model, state, record)
     tensors, tied = _stored(state)
-    record = record.model_copy(update=dict(tied=tied))
+    _write(path, tensors, record.model_copy(update=dict(tied=tied)))
+    if record.base is not None:
+        _note_base(record.base)
+
+
+def change_record(path: str | Path, **changes: Any) -> None:
+    """Change fields of the record of a file that `save` wrote, atomically. Its tensors stay as they are; its hash becomes the new one.
+
+    Args:
+        path: the file, of this or an earlier version; its record is then one of this version.
+        changes: fields of `Record`, such as temperature.
+
+    Raises:
+        CheckpointError: as `load`.
+        OSError: the disk is full or read-only; the file stays intact.
+    """
+    path = existing(path).resolve()
+    state, metadata = read_safetensors(path)
+    if RECORD not in metadata:
+        raise _foreign(path)
+    record = _parse(path, metadata[RECORD], state)
+    now = {"vitarium": __version__, "format": FORMAT, "objective": None, **record.training().model_dump()}
+    _write(path, state, Record.model_validate({**record.model_dump(), **now, **changes}))
+
+
+def _write(path: str | Path, tensors: Mapping[str, Tensor], record: Record) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     metadata = {"format": "pt", RECORD: record.model_dump_json(exclude={"objective"}), SEAL: "0" * 64}
     with atomic_path(path) as temporary:
         try:
-            save_file(tensors, temporary, metadata)
+            save_file(dict(tensors), temporary, metadata)
         except SafetensorError as error:  # the writer raises it only for errors of the disk
             raise OSError(f"cannot write {path}: {error}") from error
         _seal(temporary)
-    if record.base is not None:
-        _note_base(record.base)
 
 
 def load(

@@ -28,6 +28,8 @@ class Split(StrEnum):
 
 SPLIT_HELP = "Part of the data; auto: what was held out when the model was trained, else the held-out part, or all of data without parts."
 
+CALIBRATE_HELP = "Fit a classifier's temperature on half of the images and write it into FILE, so that its probabilities are right."
+
 
 @configurable
 def evaluate(
@@ -36,6 +38,8 @@ def evaluate(
     checkpoint: Checkpoint = None,
     methods: Apply = None,
     corruptions: Annotated[bool, typer.Option("--corruptions", help="Also under ImageNet-C's corruptions, five severities each.")] = False,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help=CALIBRATE_HELP)] = False,
+    remove_calibration: Annotated[bool, typer.Option("--remove-calibration", help="Remove FILE's temperature.")] = False,
     split: Annotated[Split, typer.Option(help=SPLIT_HELP)] = Split.AUTO,
     val_fraction: Annotated[
         float | None, typer.Option(min=0, max=1, help="Measure only this share of data without parts.", show_default="all")
@@ -61,6 +65,8 @@ def evaluate(
             checkpoint=checkpoint,
             apply=methods,
             corruptions=corruptions,
+            calibrate=calibrate,
+            remove_calibration=remove_calibration,
             split=split.value,
             val_fraction=val_fraction,
             seed=seed,
@@ -82,7 +88,7 @@ def show(found: Evaluation) -> None:
     """Print the metrics as tables."""
     console = out()
     console.print(pairs(found.facts()))
-    print_tables(found.task.tables(found.metrics))
+    print_tables(found.tables()[: -1 if found.corruptions else None])
     if found.trained is not None and found.trained.trained and found.split != "train":
         err().print(f"[yellow]the model was trained on {found.trained} of these images: the numbers are too good for new ones[/]")
     if found.broken:

@@ -3,7 +3,8 @@
     export(model, "swin.onnx").error        # root mean square of the difference over that of the logits
 
 The graph's inputs have the names of the model's (`vitarium.catalog.calling.example_inputs`): "image" of a classifier, "x", "t" and "labels"
-of a DiT. The file carries the model's labels, preprocessing and inputs under the key "vitarium", as JSON.
+of a DiT. The file carries the model's labels, preprocessing and inputs under the key "vitarium", as JSON; for a calibrated classifier also
+its "temperature", by which the logits are divided before the softmax (`vitarium.catalog.calibration`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_unflat
 
 from vitarium.catalog import preprocessing_of
 from vitarium.catalog.calling import Inputs, arguments, call, example_inputs
+from vitarium.catalog.record import training_of
 from vitarium.efficiency.profiler import weight_bytes
 from vitarium.efficiency.quantization.onnx import exportable, translations
 from vitarium.errors import CheckpointError, UsageError, nearest, require
@@ -179,9 +181,11 @@ def _traces(model: nn.Module, inputs: Inputs) -> bool:
 
 
 def _record(model: nn.Module, inputs: Inputs, size: int) -> str:
-    spec = getattr(model, "spec", None)
+    spec, temperature = getattr(model, "spec", None), training_of(model).temperature
     preprocessing = preprocessing_of(model).to_dict() | {"image_size": size}
     found: dict[str, Any] = {"name": spec.name if spec else None, "labels": getattr(model, "labels", None), "preprocessing": preprocessing}
+    if temperature is not None:
+        found["temperature"] = temperature
     if len(inputs) > 1:
         found["inputs"] = {name: {"shape": list(value.shape[1:]), "dtype": str(value.dtype)[6:]} for name, value in inputs.items()}
     return json.dumps(found)

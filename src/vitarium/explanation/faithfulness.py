@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitarium.catalog.calibration import probabilities
 from vitarium.errors import InputError, UsageError
 from vitarium.explanation.reading import logits_of
 from vitarium.nn.modes import evaluating
@@ -61,7 +62,7 @@ def measure(
     if unknown := [name for name in measures if name not in MEASURES]:
         raise UsageError(f"unknown measure {unknown[0]!r} (measures: {', '.join(MEASURES)})")
     with evaluating(model):
-        before = logits_of(model, model(image)).softmax(dim=1)
+        before = probabilities(model, logits_of(model, model(image)))
         target = before.argmax(dim=1) if target is None else target
         p = before.gather(1, target[:, None])[:, 0]
         found: dict[str, Tensor] = {}
@@ -80,8 +81,8 @@ def measure(
 
 
 def probability(model: nn.Module, image: Tensor, target: Tensor) -> Tensor:
-    """Return the softmax probability of each image's class, (B,)."""
-    return logits_of(model, model(image)).softmax(dim=1).gather(1, target[:, None])[:, 0]
+    """Return the probability of each image's class, (B,)."""
+    return probabilities(model, logits_of(model, model(image))).gather(1, target[:, None])[:, 0]
 
 
 def largest(maps: Tensor, share: float) -> Tensor:

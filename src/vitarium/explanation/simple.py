@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitarium import anatomy
+from vitarium.catalog.calibration import probabilities
 from vitarium.errors import InputError
 from vitarium.explanation.explainers import Explainer, explainer, share, whole
 from vitarium.explanation.reading import as_map, covered, find_taps, logits_of, plain, read
@@ -173,7 +174,7 @@ class RISE(Explainer):
         for start in range(0, self.masks, self.batch_size):
             masks = self.draw(min(self.batch_size, self.masks - start), (image.shape[-2], image.shape[-1]), generator).to(image)
             for i, (one, label) in enumerate(zip(image, wanted.tolist(), strict=True)):
-                probability = self.logits(one * masks[:, None]).softmax(dim=1)[:, label]
+                probability = probabilities(self.model, self.logits(one * masks[:, None]))[:, label]
                 total[i] += torch.einsum("m,mhw->hw", probability, masks)
         return total / (self.masks * self.keep)
 

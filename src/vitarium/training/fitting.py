@@ -15,6 +15,7 @@ import torch
 from lightning_fabric import Fabric
 
 from vitarium.catalog.create import preprocessing_of
+from vitarium.catalog.record import training_of
 from vitarium.data.bad_files import BadFiles
 from vitarium.data.headers import check_headers
 from vitarium.data.image_set import ImageData, size_of
@@ -83,6 +84,8 @@ def fit(
 ) -> FitResult:
     """Train a learner; afterwards `learner.eval_model()` has the final weights (or their moving average) and its record.
 
+    The temperature of an earlier calibration is dropped.
+
     The folder receives last.ckpt (the state of the run), log.csv, evaluations.jsonl, TensorBoard's events if it is installed, and
     bad_files.txt if images could not be read. Called again after a kill, it resumes from last.ckpt and ends with the weights of an
     uninterrupted run, bit for bit (same machine, same number of threads); called again after the end, it returns the result.
@@ -111,6 +114,7 @@ def fit(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot use {folder} as the folder of the run: {error}") from error
+    training_of(learner.eval_model()).temperature = None  # it was fitted to the logits of before
     fabric = create_fabric(devices, num_nodes, strategy, accelerator, recipe.precision)
     if spawns(fabric):
         with lock_folder(folder):

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vitarium.engine import Engine, as_engine
-from vitarium.errors import UsageError
+from vitarium.errors import DataError, UsageError
+from vitarium.files import is_model_file
 from vitarium.training.tasks.base import TableData, Task
 from vitarium.verbs.opening import Notify, apply_methods, find_device, name_of, open_model, open_to_evaluate, quiet
 from vitarium.verbs.result import Result
@@ -18,7 +19,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vitarium.data import ImageData, ImageSet
+    from vitarium.training.calibration import Calibration
     from vitarium.training.fingerprints import Seen
+
+
+MOST_TRAINED = 0.1
+"""Largest share of images of the training among those of a calibration."""
 
 
 @dataclass(repr=False)
@@ -36,6 +42,8 @@ class Evaluation(Result):
         task: the model's task.
         notes: what was left out, ignored or assumed when the data was opened.
         trained: how many of the evaluated images the model was trained on; None: its file does not say.
+        temperature: of the model's calibration; None: it is not calibrated.
+        calibration: the fit of the temperature, if requested.
     """
 
     model: str
@@ -48,19 +56,26 @@ class Evaluation(Result):
     corruptions: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
     trained: Seen | None = None
+    temperature: float | None = None
+    calibration: Calibration | None = None
 
     def facts(self) -> dict[str, Any]:
         known = {} if self.trained is None else {"trained on": f"{self.trained} images"}
-        return {"images": f"{self.images} ({self.data}, {self.split})", **known, **self.task.texts(self.metrics)}
+        where = f", fitted on {self.calibration.fitted} of the images" if self.calibration else ""
+        scaled = {} if self.temperature is None else {"temperature": f"{self.temperature:.3f}{where}"}
+        return {"images": f"{self.images} ({self.data}, {self.split})", **known, **self.task.texts(self.metrics), **scaled}
 
     def tables(self) -> list[TableData]:
+        fitted = [calibration_table(self.calibration)] if self.calibration else []
         corrupted = [corruption_table(self.corruptions)] if self.corruptions else []
-        return [*self.task.tables(self.metrics), *corrupted]
+        return [*self.task.tables(self.metrics), *fitted, *corrupted]
 
     def to_dict(self) -> dict[str, Any]:
         report = {"model": self.model, "task": self.task.name, "data": self.data, "split": self.split, **self.metrics}
         report |= {"images": self.images, "broken": self.broken, "notes": list(self.notes)}
         report |= {"trained_on": self.trained and {"images": self.trained.estimate, "compared": self.trained.compared}}
+        report |= {"temperature": self.temperature} if self.task.classifies else {}
+        report |= {"calibration": self.calibration.to_dict()} if self.calibration else {}
         return report | ({"corruptions": self.corruptions} if self.corruptions else {})
 
 
@@ -71,6 +86,8 @@ def evaluate(
     checkpoint: str | None = None,
     apply: Sequence[Any] | None = None,
     corruptions: bool = False,
+    calibrate: bool = False,
+    remove_calibration: bool = False,
     split: Literal["auto", "all", "val", "test", "train"] = "auto",
     val_fraction: float | None = None,
     seed: int | None = None,
@@ -90,6 +107,10 @@ def evaluate(
         checkpoint: weights for a name.
         apply: methods to apply first, as "evit:keep=0.7".
         corruptions: also measure a classifier's error under ImageNet-C's corruptions, at five severities each.
+        calibrate: fit a classifier's temperature on half of the images (chosen by the seed), measure it on the other half, and write it
+            into the model's file, or into the record of a model that is given as an object; its probabilities then agree with how often
+            they are right, while its logits stay as they are.
+        remove_calibration: remove the temperature again.
         split: part of the data; "auto": of the data that the model was trained on what was held out then, else the held-out part, or
             every labelled image of data without one.
         val_fraction, seed: of the part that is held out of data without parts, instead of every image.
@@ -102,20 +123,30 @@ def evaluate(
         notify: called with messages about progress.
 
     Raises:
-        UsageError: unknown name or method, a head that was never trained, or corruptions for a model that is no classifier.
-        DataError: no such data, labels that the model does not have, or too many images that cannot be read.
+        UsageError: unknown name or method, a head that was never trained, corruptions or calibration for a model that is no classifier,
+            or a calibration of what is no file or model.
+        DataError: no such data, labels that the model does not have, too many images that cannot be read, or images from which no
+            temperature follows.
         CheckpointError: weights that are not available.
         MissingExtra: engine="ray" without Ray.
     """
     from vitarium.catalog.heads import require_head
+    from vitarium.catalog.record import training_of
+    from vitarium.catalog.saving import change_record
     from vitarium.data.image_set import size_of
     from vitarium.files import check_output, write_json
     from vitarium.training.tasks import task_of
 
     check_output(output)
+    if calibrate and remove_calibration:
+        raise UsageError("calibrate and remove_calibration exclude each other; give one of them")
+    if calibrate or remove_calibration:
+        check_calibration(model, apply, engine)
     opened = open_model(model, checkpoint)
     require_head(opened)
     task = task_of(opened)
+    if calibrate and not task.classifies:
+        raise UsageError(f"a temperature scales the softmax over exclusive classes; this model's task is {task.name}")
     if corruptions and not task.classifies:
         raise UsageError(f"corruptions count the errors of a classifier; this model's task is {task.name}")
     images = open_to_evaluate(opened, data, split=split, seed=seed, val_fraction=val_fraction, calibrated=bool(apply), notify=notify)
@@ -128,16 +159,69 @@ def evaluate(
     if where.kind == "local":
         opened.to(find_device(device))
     part = images.val
+    seen = trained_on(opened, part)
+    fitted = calibrated(opened, images, seen, seed or 0, batch_size, notify) if calibrate else None
+    if calibrate or remove_calibration:
+        training_of(opened).temperature = fitted.temperature if fitted else None
     notify(f"Evaluating on {len(part)} images")
     parts = None if output is None else f"{output}.parts"
     values, broken = measure(opened, part, batch_size, where, total=size_of(images), parts=parts, notify=notify)
     found = Evaluation(name_of(model), images.name, images.part, len(part) - len(broken), task.report(values, images), broken, task)
-    found.notes, found.trained = images.notes, trained_on(opened, part)
+    found.notes, found.trained = images.notes, seen
+    found.temperature, found.calibration = training_of(opened).temperature, fitted
     if corruptions:
         found.corruptions = measure_corrupted(opened, part, images, batch_size, seed or 0, notify)
+    if (calibrate or remove_calibration) and isinstance(model, str | os.PathLike):
+        change_record(os.fspath(model), temperature=found.temperature)
     if output is not None:
         write_json(Path(output), found.to_dict())
     return found
+
+
+def check_calibration(model: str | os.PathLike[str] | nn.Module, apply: Sequence[Any] | None, engine: str | Engine) -> None:
+    """Refuse a calibration that has no place for its result.
+
+    Raises:
+        UsageError: a name, methods of this call alone, or an engine of several processes.
+    """
+    if isinstance(model, str | os.PathLike) and not is_model_file(model):
+        raise UsageError(
+            f"a calibration is written into the model's file, and {model} is a name; 'vitarium.save' writes a file, as every training does"
+        )
+    if apply:
+        raise UsageError(
+            "a calibration is written into the model's file, which lacks the methods of --apply; calibrate the output of compress"
+        )
+    if as_engine(engine).kind != "local":
+        raise UsageError("a calibration is fitted by the local engine only; leave out calibrate or engine")
+
+
+def calibrated(opened: nn.Module, images: ImageData, seen: Seen | None, seed: int, batch_size: int, notify: Notify) -> Calibration:
+    """Fit a classifier's temperature on half of the images; the model is unchanged.
+
+    Raises:
+        DataError: images that the model was trained on, or from which no temperature follows.
+    """
+    from vitarium.data import BadFiles
+    from vitarium.data.image_set import size_of
+    from vitarium.training.calibration import calibrate
+
+    if seen is not None and seen.trained > MOST_TRAINED * seen.compared:
+        raise DataError(
+            f"the model was trained on {seen} of these images, on which it is more often right than on new ones, so they cannot calibrate "
+            "it; give images that were held out (--split auto)"
+        )
+    notify(f"Fitting the temperature on half of {len(images.val)} images")
+    return calibrate(opened, images.val, seed=seed, batch_size=batch_size, bad_files=BadFiles(total=size_of(images)))
+
+
+def calibration_table(found: Calibration) -> TableData:
+    """Return the calibration error and the cross entropy before and after the fit."""
+    rows = [
+        ["calibration error", f"{100 * found.error_before:.2f} %", f"{100 * found.error_after:.2f} %"],
+        ["cross entropy", f"{found.loss_before:.4f}", f"{found.loss_after:.4f}"],
+    ]
+    return TableData(f"Calibration, the other {found.measured} images", ["", ">before", ">after"], rows)
 
 
 def trained_on(model: nn.Module, images: ImageSet) -> Seen | None:
@@ -169,6 +253,7 @@ def measure(
         UsageError: the task has no metrics.
         DataError: too many images cannot be read.
     """
+    from vitarium.catalog.record import training_of
     from vitarium.data import BadFiles
     from vitarium.perception.retrieval.index import model_fingerprint
     from vitarium.training import evaluate as run
@@ -180,6 +265,8 @@ def measure(
     if where.kind == "local":
         values = run(model, images, batch_size=batch_size, bad_files=bad_files)
     else:
+        temperature = training_of(model).temperature
+        identity = {"weights": model_fingerprint(model), "batch_size": batch_size, "first": images.describe(0), "count": len(images)}
         values = evaluate_in_parts(
             learner_of(model),
             images,
@@ -187,7 +274,7 @@ def measure(
             bad_files=bad_files,
             engine=where,
             parts=parts,
-            identity={"weights": model_fingerprint(model), "batch_size": batch_size, "first": images.describe(0), "count": len(images)},
+            identity=identity if temperature is None else {**identity, "temperature": temperature},
             progress=lambda done, total: notify(f"Evaluating: {done} of {total} images"),
         )
     if not values:

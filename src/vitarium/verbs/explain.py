@@ -157,6 +157,7 @@ def explain_files(
     import torch
 
     from vitarium.catalog import preprocessing_of
+    from vitarium.catalog.calibration import probabilities
     from vitarium.data import BadFiles
     from vitarium.data.folders import FileImages
     from vitarium.data.loader import Loader
@@ -172,10 +173,10 @@ def explain_files(
             continue
         image = batch["image"].to(place)
         with torch.no_grad():
-            probabilities = logits_of(model, model(image)).softmax(dim=1)
-        finite = probabilities.isfinite().all(dim=1)
-        wanted = probabilities.argmax(dim=1) if number is None else torch.full_like(batch["index"], number, device=image.device)
-        for index, fine, p, label in zip(batch["index"].tolist(), finite.tolist(), probabilities, wanted.tolist(), strict=True):
+            shares = probabilities(model, logits_of(model, model(image)))
+        finite = shares.isfinite().all(dim=1)
+        wanted = shares.argmax(dim=1) if number is None else torch.full_like(batch["index"], number, device=image.device)
+        for index, fine, p, label in zip(batch["index"].tolist(), finite.tolist(), shares, wanted.tolist(), strict=True):
             rows[index] |= classes_of(model, p, label) if fine else {"error": "the model's output is not finite"}
         indices, image, wanted = batch["index"][finite.cpu()].tolist(), image[finite], wanted[finite]
         for text, explainer in explainers.items() if indices else ():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitarium.catalog.calibration import calibrated, probabilities
 from vitarium.training.tasks.base import (
     Batch,
     ConfusionData,
@@ -59,7 +60,10 @@ class Classify(Task):
         return match_classes(model, data, lambda numbers: numbers.__getitem__)
 
     def metrics(self, model: nn.Module) -> Any:
-        """Return accuracy and top5 (in [0, 1]), loss (cross entropy), calibration_error (15 bins), confusion_matrix (truth, prediction)."""
+        """Return accuracy and top5 (in [0, 1]), loss (cross entropy), calibration_error (15 bins), confusion_matrix (truth, prediction).
+
+        Loss and calibration error are those of the model's `probabilities`, with the temperature of its calibration.
+        """
         from torchmetrics import MeanMetric, MetricCollection
         from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassConfusionMatrix
 
@@ -74,7 +78,7 @@ class Classify(Task):
         return nn.ModuleDict({"classes": MetricCollection(parts, compute_groups=False), "loss": MeanMetric(nan_strategy="disable")})
 
     def update(self, metrics: Any, model: nn.Module, batch: Batch) -> None:
-        logits = model(batch["image"]).float()
+        logits = calibrated(model, model(batch["image"]).float())
         metrics["classes"].update(logits, batch["target"])
         metrics["loss"].update(F.cross_entropy(logits, batch["target"], reduction="none"))
 
@@ -111,6 +115,7 @@ class Classify(Task):
         from vitarium.training.evaluation import predict_logits
 
         logits, targets, indices = predict_logits(model, data.val, batch_size=batch_size)
+        logits = calibrated(model, logits)
         return {
             "accuracy": (logits.argmax(1) == targets).double().mean().item(),
             "loss": F.cross_entropy(logits, targets).item(),
@@ -149,7 +154,9 @@ class Classify(Task):
 
     def answers(self, model: Any, batch: Batch, *, limit: int = 5) -> list[dict[str, Any]]:
         """Return {"predictions": [{"label", "probability"}, ...]}, the most probable first."""
-        return [ranked(row, class_names(model, row.shape[-1]), limit) for row in model(batch["image"]).float().cpu()]
+        logits = model(batch["image"]).float()
+        found = probabilities(model, logits).where(logits.isfinite(), torch.nan).cpu()
+        return [ranked(row, class_names(model, row.shape[-1]), limit) for row in found]
 
     def cells(self, answer: dict[str, Any]) -> dict[str, str]:
         first, *others = answer["predictions"]
@@ -161,12 +168,12 @@ class Classify(Task):
         return {f"{kind}_{i}": p[kind] if kind == "label" else f"{p[kind]:.6f}" for i, p in pairs for kind in ("label", "probability")}
 
 
-def ranked(logits: Tensor, names: list[str], limit: int) -> dict[str, Any]:
-    """Return the most probable classes of logits (num_classes,), or {"error"} where these are not finite."""
-    if not logits.isfinite().all():
+def ranked(shares: Tensor, names: list[str], limit: int) -> dict[str, Any]:
+    """Return the classes of the largest probabilities (num_classes,), or {"error"} where these are not finite."""
+    if not shares.isfinite().all():
         return {"error": "the model's output is not finite"}
-    shares, classes = (found.tolist() for found in logits.softmax(-1).topk(min(limit, len(logits))))
-    return {"predictions": [{"label": names[c], "probability": p} for c, p in zip(classes, shares, strict=True)]}
+    largest, classes = (found.tolist() for found in shares.topk(min(limit, len(shares))))
+    return {"predictions": [{"label": names[c], "probability": p} for c, p in zip(classes, largest, strict=True)]}
 
 
 def class_names(model: Any, count: int) -> list[str]:
