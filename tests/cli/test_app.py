@@ -20,8 +20,8 @@ SURFACE = {
     "--devices --num-nodes --strategy --accelerator --engine --address --jobs --config --print-config",
     "train": "recipe --data --model --pretrained --checkpoint --set --apply --val-fraction --out --trained-only --precision --devices "
     "--num-nodes --strategy --accelerator --config --print-config",
-    "evaluate": "model --data --checkpoint --apply --corruptions --calibrate --remove-calibration --split --val-fraction --seed --batch-size --device --output "
-    "--engine --address --jobs --json --config --print-config",
+    "evaluate": "model --data --checkpoint --apply --corruptions --calibrate --remove-calibration --split --val-fraction --seed "
+    "--batch-size --device --output --engine --address --jobs --json --config --print-config",
     "predict": "images --model --checkpoint --apply --top-k --batch-size --device --output --engine --address --jobs --json",
     "index": "folders --model --output --checkpoint --batch-size --device --engine --address --jobs --json --config --print-config",
     "search": "index images --top-k --model --checkpoint --itself --batch-size --device --output --json --config --print-config",
