@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from vitarium.verbs.recipes import recipes as recipes
     from vitarium.verbs.restore import restore as restore
     from vitarium.verbs.search import search as search
+    from vitarium.verbs.serve import serve as serve
     from vitarium.verbs.train import train as train
 
 VERBS = (
@@ -60,6 +61,7 @@ VERBS = (
     "recipes",
     "restore",
     "search",
+    "serve",
     "train",
 )
 """Functions of `vitarium.verbs`, one per command."""

@@ -36,6 +36,8 @@ SURFACE = {
     "probe": "model --data --task --checkpoint --image-size --neighbours --uniform --val-fraction --seed --batch-size --device "
     "--output --json --config --print-config",
     "claim": "slugs --all --engine --address --jobs --out --json",
+    "serve": "model --checkpoint --apply --device --host --port --token-file --top-k --batch-size --max-wait --max-queue --limit-mb "
+    "--limit-megapixels --timeout",
     "export": "model --checkpoint --format --output --image-size --batch --tolerance",
     "env": "--json",
 }

@@ -255,6 +255,7 @@ PARAMETER = {
     ("index", "folders"): "images",
     ("train", "precision"): None,  # a change of the recipe: changes=["precision=..."]
     ("compress", "report"): None,  # result.to_dict()
+    ("serve", "token_file"): "token",  # an argument would be seen in the list of processes
 }
 """Option of all commands, or (command, option) -> parameter of the verb; None: the verb has none. All others have one name."""
 PYTHON_ONLY = {"notify", "progress", ("claim", "cache")}

@@ -26,6 +26,7 @@ from vitarium.cli import (
     recipes,
     restore,
     search,
+    serve,
     systems,
     train,
 )
@@ -126,6 +127,7 @@ for command in (
     compress.compress,
     bench.bench,
     export.export,
+    serve.serve,
     claim.claim,
     env.env,
 ):

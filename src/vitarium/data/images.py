@@ -64,9 +64,13 @@ def has_signature(path: str | os.PathLike[str]) -> bool:
     """Return whether a file begins as an image in an accepted format, for files without an ending; False if it cannot be read."""
     try:
         with open(path, "rb") as file:
-            head = file.read(16)
+            return begins_like_image(file.read(16))
     except OSError:
         return False
+
+
+def begins_like_image(head: bytes) -> bool:
+    """Return whether a file with these first 16 bytes begins as an image in an accepted format."""
     if head.startswith(b"RIFF"):  # sounds and films begin like this, too
         return head[8:12] == b"WEBP"
     return head.startswith((*SIGNATURES, *OTHER_SIGNATURES)) or head[4:12] in (b"ftypavif", b"ftypavis")
@@ -93,6 +97,19 @@ def check_header(path: str | os.PathLike[str]) -> None:
             _open(file, os.fspath(path)).close()
     except Exception:  # decoders raise all kinds of errors; the second, complete attempt finds the reason
         open_image(path)
+
+
+def image_size(content: bytes, name: str) -> tuple[int, int]:
+    """Return width and height of the bytes of an image file, in pixels as they are stored, without decoding them.
+
+    Raises:
+        BrokenImage: they do not begin as an image of an accepted format and size.
+    """
+    try:
+        with _open(io.BytesIO(content), name) as image:
+            return image.size
+    except Exception:  # the complete attempt finds the reason
+        return decode_image(content, name).size
 
 
 def decode_image(content: bytes, name: str) -> Image.Image:

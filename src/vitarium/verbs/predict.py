@@ -162,30 +162,17 @@ def answer_files(
         folder: for drawings of answers, as NUMBER-NAME.png; None: none.
         first: number of the first file in the names of drawings.
     """
-    import torch
-
-    from vitarium.data import BadFiles
     from vitarium.data.folders import FileImages
-    from vitarium.data.loader import Loader
-    from vitarium.nn.modes import evaluating
-    from vitarium.training.evaluation import to_device
+    from vitarium.training.answering import answers_of, shown
 
-    bad_files, images = BadFiles(1.0), FileImages(files, [0] * len(files))
-    place, transform = next(model.parameters(), torch.empty(0)), task.transform(model)
-    loader = Loader(images, transform, collate=task.collate, batch_size=batch_size, bad_files=bad_files)
+    images = FileImages(files, [0] * len(files))
     rows: list[dict[str, Any]] = [{"image": file} for file in files]
-    with evaluating(model):
-        for batch in loader.epoch(0):
-            if not len(batch["index"]):
-                continue
-            batch = to_device({**batch, "image": batch["image"].to(place.dtype)}, place.device)
-            for index, answer in zip(batch["index"].tolist(), task.answers(model, batch, limit=limit), strict=True):
-                rows[index] |= {name: value for name, value in answer.items() if not name.startswith("_")}
-                drawn = None if folder is None or "error" in answer else task.draw(images[index][0], answer)
-                if folder is not None and drawn is not None:
-                    rows[index]["drawing"] = str(save_drawing(drawn, folder / f"{first + index:04d}-{Path(files[index]).stem}.png"))
-    reasons = dict(bad_files.items())
-    return [row | ({"error": reasons[row["image"]]} if row["image"] in reasons else {}) for row in rows]
+    for index, answer in answers_of(task, model, images, limit=limit, batch_size=batch_size):
+        rows[index] |= shown(answer)
+        drawn = None if folder is None or "error" in answer else task.draw(images[index][0], answer)
+        if folder is not None and drawn is not None:
+            rows[index]["drawing"] = str(save_drawing(drawn, folder / f"{first + index:04d}-{Path(files[index]).stem}.png"))
+    return rows
 
 
 def save_drawing(drawn: Any, path: Path) -> Path:

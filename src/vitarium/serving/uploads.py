@@ -1,0 +1,133 @@
+"""Images that clients send: read into memory within limits, and checked before they wait in the queue."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+
+from vitarium.data.bad_files import BrokenImage
+from vitarium.data.images import begins_like_image, image_size
+from vitarium.serving.limits import Limits
+from vitarium.serving.refusals import Gone, Refusal
+from vitarium.texts import printable
+
+RAW_TYPES = ("", "image/", "application/octet-stream")
+"""Beginnings of the content types of a body that is one image."""
+ACCEPTED = "send one image as the body (Content-Type image/* or application/octet-stream), or files as multipart/form-data"
+LONGEST_NAME = 200
+OVERHEAD = 64_000
+"""Bytes of a multipart body beside its files."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One image of a request.
+
+    Attributes:
+        name: as the client calls it, without folders; it is only repeated in the answer.
+        content: the file's bytes.
+    """
+
+    name: str
+    content: bytes
+
+
+class _InMemory(MultiPartParser):
+    """Parser that keeps files in memory; the whole body is limited."""
+
+    spool_max_size = 2**40
+
+
+async def read_uploads(request: Request, limits: Limits) -> list[Upload]:
+    """Read the images of a request's body.
+
+    Raises:
+        Refusal: a body that is too large (413), too slow (408), of another type (415), or cannot be parsed (400).
+        Gone: the client has closed the connection.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    multipart = kind == "multipart/form-data"
+    if not multipart and not any(kind == known or (known.endswith("/") and kind.startswith(known)) for known in RAW_TYPES):
+        raise Refusal(415, f"a body of the type {printable(kind[:100], '')} is not accepted: {ACCEPTED}")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise Refusal(415, "compressed bodies are not accepted; send the image as it is")
+    _check_length(request, limits)
+    try:
+        async with asyncio.timeout(limits.body_timeout):
+            if multipart:
+                return await _parts(request, limits)
+            return [Upload("", b"".join([chunk async for chunk in _chunks(request, limits)]))]
+    except TimeoutError:
+        raise Refusal(408, f"the body did not arrive within {limits.body_timeout:g} seconds") from None
+    except ClientDisconnect:
+        raise Gone from None
+
+
+def check_image(upload: Upload, limits: Limits) -> None:
+    """Check that bytes begin as an image of an accepted format and size.
+
+    Raises:
+        Refusal: another format (415), a damaged beginning (422), or too many pixels (413).
+    """
+    if not upload.content:
+        raise Refusal(422, "the body is empty" if not upload.name else f"{upload.name} is empty")
+    try:
+        width, height = image_size(upload.content, upload.name)
+    except BrokenImage as error:
+        known = begins_like_image(upload.content[:16])
+        raise Refusal(422 if known else 415, f"{upload.name}: {error.reason}" if upload.name else error.reason) from None
+    if width * height > limits.pixels:
+        has = f"{width} x {height} pixels are {width * height / 1e6:.1f} megapixels"
+        raise Refusal(413, f"{has}; at most {limits.limit_megapixels:g} are accepted: make the image smaller")
+
+
+def _check_length(request: Request, limits: Limits) -> None:
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > limits.bytes + OVERHEAD:
+        raise _too_large(int(length), limits)
+
+
+def _too_large(size: int, limits: Limits) -> Refusal:
+    return Refusal(413, f"the body has {size / 1e6:.1f} MB or more; at most {limits.limit_mb:g} MB are accepted")
+
+
+async def _chunks(request: Request, limits: Limits) -> AsyncGenerator[bytes, None]:
+    """Yield the body; raises Refusal as soon as it is longer than the limit, whatever its headers say."""
+    size, most = 0, limits.bytes + OVERHEAD
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > most:
+            raise _too_large(size, limits)
+        yield chunk
+
+
+async def _parts(request: Request, limits: Limits) -> list[Upload]:
+    parser = _InMemory(request.headers, _chunks(request, limits), max_files=limits.files, max_fields=limits.files)
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise Refusal(400, f"the multipart body cannot be read: {error.message}") from None
+    except (ValueError, LookupError) as error:  # broken headers of parts
+        raise Refusal(400, f"the multipart body cannot be read: {str(error)[:200]}") from None
+    try:
+        uploads = [Upload(plain_name(value.filename), await value.read()) for _, value in form.multi_items() if _is_file(value)]
+    finally:
+        await form.close()
+    if not uploads:
+        raise Refusal(422, f"the form holds no file: {ACCEPTED}")
+    return uploads
+
+
+def _is_file(value: Any) -> bool:
+    return isinstance(value, UploadFile)
+
+
+def plain_name(name: str | None) -> str:
+    """Return a file's name without folders and control characters, for the answer."""
+    return printable((name or "").replace("\\", "/").rpartition("/")[2][:LONGEST_NAME], "") or "image"
