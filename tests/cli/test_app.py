@@ -21,10 +21,11 @@ SURFACE = {
     "train": "recipe --data --model --pretrained --checkpoint --set --apply --val-fraction --out --trained-only --precision --devices "
     "--num-nodes --strategy --accelerator --config --print-config",
     "evaluate": "model --data --checkpoint --apply --corruptions --calibrate --remove-calibration --split --val-fraction --seed "
-    "--batch-size --device --output --engine --address --jobs --json --config --print-config",
-    "predict": "images --model --checkpoint --apply --top-k --batch-size --device --output --engine --address --jobs --json",
-    "index": "folders --model --output --checkpoint --batch-size --device --engine --address --jobs --json --config --print-config",
-    "search": "index images --top-k --model --checkpoint --itself --batch-size --device --output --json --config --print-config",
+    "--batch-size --device --runtime --output --engine --address --jobs --json --config --print-config",
+    "predict": "images --model --checkpoint --apply --top-k --batch-size --device --runtime --output --engine --address --jobs --json",
+    "index": "folders --model --output --checkpoint --batch-size --device --runtime --engine --address --jobs --json --config "
+    "--print-config",
+    "search": "index images --top-k --model --checkpoint --itself --batch-size --device --runtime --output --json --config --print-config",
     "explain": "images --model --output --method --target --measure --checkpoint --apply --batch-size --device --json",
     "restore": "images --model --output --checkpoint --tile --overlap --ensemble --device --json --config --print-config",
     "compress": "model --apply --output --data --checkpoint --val-fraction --seed --batch-size --batch --compile --compile-limit "
@@ -33,7 +34,7 @@ SURFACE = {
     "--device --engine --address --jobs --json --config --print-config",
     "bench": "models --peers --kind --batch --image-size --dtype --device --rounds --threads --compile-limit --json "
     "--config --print-config",
-    "probe": "model --data --task --checkpoint --image-size --neighbours --uniform --val-fraction --seed --batch-size --device "
+    "probe": "model --data --task --checkpoint --image-size --neighbours --uniform --val-fraction --seed --batch-size --device --runtime "
     "--output --json --config --print-config",
     "claim": "slugs --all --engine --address --jobs --out --json",
     "serve": "model --checkpoint --apply --device --host --port --token-file --top-k --batch-size --max-wait --max-queue --limit-mb "

@@ -10,6 +10,12 @@ from torch import Tensor, nn
 from vitarium.errors import UsageError
 
 
+def is_read_by(function: Any, model: nn.Module) -> bool:
+    """Return whether a model is a graph that computes exactly this function of images (see `vitarium.efficiency.runtimes.run_with`): its
+    output is then the function's result."""
+    return getattr(model, "reads", None) is function
+
+
 def pooled_features(model: nn.Module, image: Tensor) -> Tensor:
     """Return the input of a model's classifier for images, (B, C) in the model's dtype.
 
@@ -24,6 +30,8 @@ def pooled_features(model: nn.Module, image: Tensor) -> Tensor:
     Raises:
         UsageError: the model has neither these methods nor a classifier.
     """
+    if is_read_by(pooled_features, model):
+        return model(image)
     if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
         head: Any = model.forward_head
         features: Any = model.forward_features

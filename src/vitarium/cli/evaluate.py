@@ -10,7 +10,7 @@ import typer
 
 from vitarium.cli.config import configurable
 from vitarium.cli.console import err, out, pairs, print_json, print_tables, status
-from vitarium.cli.options import DATA_HELP, Address, Apply, BatchSize, Checkpoint, Device, EngineKind, Jobs
+from vitarium.cli.options import DATA_HELP, Address, Apply, BatchSize, Checkpoint, Device, EngineKind, Jobs, Runtime, RuntimeKind
 
 if TYPE_CHECKING:
     from vitarium.verbs.evaluate import Evaluation
@@ -49,6 +49,7 @@ def evaluate(
     ] = None,
     batch_size: BatchSize = 64,
     device: Device = "auto",
+    runtime: Runtime = RuntimeKind.EAGER,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for all metrics.", show_default="none")] = None,
     engine: EngineKind = "local",
     address: Address = None,
@@ -72,6 +73,7 @@ def evaluate(
             seed=seed,
             batch_size=batch_size,
             device=device,
+            runtime=runtime.value,
             output=output,
             engine=engine,
             address=address,

@@ -9,7 +9,7 @@ import typer
 
 from vitarium.cli.config import configurable
 from vitarium.cli.console import err, out, pairs, print_json, status
-from vitarium.cli.options import Address, BatchSize, Checkpoint, Device, EngineKind, Jobs
+from vitarium.cli.options import Address, BatchSize, Checkpoint, Device, EngineKind, Jobs, Runtime, RuntimeKind
 
 
 @configurable
@@ -20,6 +20,7 @@ def index(
     checkpoint: Checkpoint = None,
     batch_size: BatchSize = 32,
     device: Device = "auto",
+    runtime: Runtime = RuntimeKind.EAGER,
     engine: EngineKind = "local",
     address: Address = None,
     jobs: Jobs = None,
@@ -40,6 +41,7 @@ def index(
             checkpoint=checkpoint,
             batch_size=batch_size,
             device=device,
+            runtime=runtime.value,
             engine=engine,
             address=address,
             jobs=jobs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -9,6 +10,16 @@ import typer
 from vitarium.cli.completion import complete_method
 
 MACHINE = "Machine"
+
+
+class RuntimeKind(StrEnum):
+    """Names of `vitarium.efficiency.runtimes.RUNTIMES`."""
+
+    EAGER = "eager"
+    COMPILE = "compile"
+    ONNXRUNTIME = "onnxruntime"
+    OPENVINO = "openvino"
+
 
 DATA_HELP = "Images: digits, photos, scenes, a folder of class folders, a CSV file, WebDataset shards, or a saved Hugging Face dataset."
 DataSpec = Annotated[str, typer.Option(help=DATA_HELP)]
@@ -23,6 +34,9 @@ Apply = Annotated[
 ]
 ImageSize = Annotated[int | None, typer.Option(min=1, help="Side of the model's input, pixels.", show_default="the images' or model's own")]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps; auto takes an accelerator if there is one.")]
+Runtime = Annotated[
+    RuntimeKind, typer.Option(help="What executes the model: PyTorch, torch.compile, or its exported graph, which is kept beside its file.")
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at once.")]
 Checkpoint = Annotated[
     str | None, typer.Option(help="Weights for a model's name: file, hf:OWNER/NAME, or address.", show_default="the published ones")

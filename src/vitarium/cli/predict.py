@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vitarium.cli.console import err, print_json, print_tables, status
-from vitarium.cli.options import Address, Apply, BatchSize, Checkpoint, Device, EngineKind, Jobs
+from vitarium.cli.options import Address, Apply, BatchSize, Checkpoint, Device, EngineKind, Jobs, Runtime, RuntimeKind
 
 SHOWN = 10
 """Images that could not be read whose reasons are printed."""
@@ -22,6 +22,7 @@ def predict(
     top_k: Annotated[int, typer.Option(min=1, help="Length of ranked answers, such as the most probable classes.")] = 5,
     batch_size: BatchSize = 32,
     device: Device = "auto",
+    runtime: Runtime = RuntimeKind.EAGER,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -46,6 +47,7 @@ def predict(
             top_k=top_k,
             batch_size=batch_size,
             device=device,
+            runtime=runtime.value,
             output=output,
             engine=engine,
             address=address,

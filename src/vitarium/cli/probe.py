@@ -11,7 +11,7 @@ import typer
 from vitarium.cli.completion import complete_weights
 from vitarium.cli.config import configurable
 from vitarium.cli.console import out, pairs, print_json, print_tables, status
-from vitarium.cli.options import DATA_HELP, BatchSize, Checkpoint, Device
+from vitarium.cli.options import DATA_HELP, BatchSize, Checkpoint, Device, Runtime, RuntimeKind
 
 
 class Task(StrEnum):
@@ -39,6 +39,7 @@ def probe(
     seed: Annotated[int, typer.Option(min=0, help="Of the split.")] = 0,
     batch_size: BatchSize = 64,
     device: Device = "auto",
+    runtime: Runtime = RuntimeKind.EAGER,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the numbers.", show_default="none")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -61,6 +62,7 @@ def probe(
             seed=seed,
             batch_size=batch_size,
             device=device,
+            runtime=runtime.value,
             output=output,
             notify=notify,
         )

@@ -9,7 +9,7 @@ import typer
 
 from vitarium.cli.config import configurable
 from vitarium.cli.console import err, print_json, print_tables, status
-from vitarium.cli.options import BatchSize, Checkpoint, Device
+from vitarium.cli.options import BatchSize, Checkpoint, Device, Runtime, RuntimeKind
 
 
 @configurable
@@ -24,6 +24,7 @@ def search(
     itself: Annotated[bool, typer.Option("--itself", help="Also find a query that is in the index itself.")] = False,
     batch_size: BatchSize = 32,
     device: Device = "auto",
+    runtime: Runtime = RuntimeKind.EAGER,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write: .png or .jpg, a sheet of images; .json.", show_default="none")
     ] = None,
@@ -45,6 +46,7 @@ def search(
             itself=itself,
             batch_size=batch_size,
             device=device,
+            runtime=runtime.value,
             output=output,
             notify=notify,
         )

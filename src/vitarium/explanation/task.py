@@ -26,6 +26,7 @@ class Explain(Task):
     data_kind = "image"
     usage = "vitarium explain IMAGE --model {file} --method t_tame --output explained"
     result_kind = "map"
+    eager_only = "an explanation reads the inside of the model"
 
     @property
     def primary(self) -> Metric:

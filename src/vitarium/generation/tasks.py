@@ -34,6 +34,7 @@ class Generate(Task):
 
     usage = "vitarium generate {file}"
     no_answer = "'vitarium generate FILE' makes images with it"
+    eager_only = "a sampler calls the model in many ways"
     conditions = True
     own_models = True
     mergeable = False  # a part has no count of the images that the other parts generate
@@ -82,6 +83,7 @@ class Autoencode(Task):
     data_kind = "image"
     own_models = True
     result_kind = "codes"
+    eager_only = "codes and images are made by two parts of the model, and a graph has one"
 
     @property
     def primary(self) -> Metric:

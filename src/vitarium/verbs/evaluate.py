@@ -12,7 +12,7 @@ from vitarium.engine import Engine, as_engine
 from vitarium.errors import DataError, UsageError
 from vitarium.files import is_model_file
 from vitarium.training.tasks.base import TableData, Task
-from vitarium.verbs.opening import Notify, apply_methods, find_device, name_of, open_model, open_to_evaluate, quiet
+from vitarium.verbs.opening import Notify, apply_methods, execute, name_of, open_model, open_to_evaluate, quiet
 from vitarium.verbs.result import Result
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def evaluate(
     seed: int | None = None,
     batch_size: int = 64,
     device: str = "auto",
+    runtime: str = "eager",
     output: str | os.PathLike[str] | None = None,
     engine: str | Engine = "local",
     address: str | None = None,
@@ -116,6 +117,7 @@ def evaluate(
         val_fraction, seed: of the part that is held out of data without parts, instead of every image.
         batch_size: images per forward pass.
         device: "auto", "cpu", "cuda", ...
+        runtime: what executes the model: "eager", "compile", "onnxruntime" or "openvino" (see `vitarium.efficiency.runtimes`).
         output: JSON file for all metrics.
         engine: where the model runs: "local"; "ray", a Ray cluster, which chooses the device; or a `vitarium.engine.Engine`.
         address: of a running Ray cluster, "auto" or "HOST:PORT".
@@ -156,8 +158,14 @@ def evaluate(
         raise UsageError(f"several processes for images (jobs={where.jobs}) are Ray's: give engine='ray' (--engine ray) with them")
     if corruptions and where.kind != "local":
         raise UsageError("corruptions are measured by the local engine only; leave out corruptions or engine")
-    if where.kind == "local":
-        opened.to(find_device(device))
+    opened = execute(
+        opened,
+        runtime,
+        device=device if where.kind == "local" else None,
+        task=task,
+        source=None if apply else model,
+        notify=notify,
+    )
     part = images.val
     seen = trained_on(opened, part)
     fitted = calibrated(opened, images, seen, seed or 0, batch_size, notify) if calibrate else None

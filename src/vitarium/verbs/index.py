@@ -13,7 +13,7 @@ from vitarium.errors import DataError
 from vitarium.files import is_model_file
 from vitarium.numbers import clock
 from vitarium.training.tasks.base import TableData
-from vitarium.verbs.opening import Notify, find_device, find_images, name_of, open_model, quiet
+from vitarium.verbs.opening import Notify, execute, find_images, name_of, open_model, quiet
 from vitarium.verbs.result import Result
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def index(
     checkpoint: str | None = None,
     batch_size: int = 32,
     device: str = "auto",
+    runtime: str = "eager",
     engine: str | Engine = "local",
     address: str | None = None,
     jobs: int | None = None,
@@ -93,6 +94,7 @@ def index(
         checkpoint: weights for a name.
         batch_size: images per forward pass.
         device: "auto", "cpu", "cuda", ...
+        runtime: what executes the model: "eager", "compile", "onnxruntime" or "openvino" (see `vitarium.efficiency.runtimes`).
         engine: "local", this machine; "ray", a Ray cluster; or an `engine.Engine`.
         address: of a running Ray cluster, "auto" or "HOST:PORT".
         jobs: processes that hold the model.
@@ -105,13 +107,14 @@ def index(
         MissingExtra: engine="ray" without Ray.
     """
     from vitarium.engine import as_engine
+    from vitarium.perception.retrieval.embedding import embeddings_of
     from vitarium.perception.retrieval.index import model_fingerprint, update
 
     path, where = Path(output), as_engine(engine, address=address, jobs=jobs)
     files = list(dict.fromkeys(map(os.path.abspath, find_images(images))))
     opened = open_model(model, checkpoint)
     print_of = model_fingerprint(opened)
-    opened.to(find_device(device))
+    opened = execute(opened, runtime, device=device, reads=embeddings_of, source=model, notify=notify)
     found, replaced = begin(path, model, print_of)
     begun = time.perf_counter()
     notify(f"Embedding {len(files)} images")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vitarium.data import ImageData
+    from vitarium.training.tasks.base import Task
 
 CALIBRATION_IMAGES = 256
 """Largest number of training images for calibration."""
@@ -136,6 +137,48 @@ def find_device(word: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"no device {word!r} here; 'vitarium env' lists those that there are ('auto' picks)") from error
     return device
+
+
+def execute(
+    model: nn.Module,
+    runtime: str = "eager",
+    *,
+    device: str | None = "auto",
+    task: Task | None = None,
+    reads: Callable[..., Any] | None = None,
+    source: Any = None,
+    notify: Notify = quiet,
+) -> nn.Module:
+    """Return a model on its device, executed by a runtime (see `vitarium.efficiency.runtimes`).
+
+    Args:
+        model: in eval mode, with its methods applied.
+        runtime: "eager", "compile", "onnxruntime" or "openvino".
+        device: "auto", "cpu", "cuda", ...; None: an engine chooses it, and the model stays where it is.
+        task: whose answers or metrics are computed; it names what they read from the model.
+        reads: function of (model, images) that is needed, without a task.
+        source: the file that the model was loaded from, if no method was applied since: its graph is kept beside it. Another value is
+            ignored.
+        notify: called with messages about progress.
+
+    Raises:
+        UsageError: unknown runtime or device, a device that the runtime does not have, or a runtime that does not take the model.
+        CheckpointError: the runtime's outputs differ from the model's.
+        MissingExtra: the runtime is not installed.
+    """
+    from vitarium.efficiency.runtimes import GRAPHS, check_runtime, run_with
+
+    check_runtime(runtime)
+    if runtime == "eager":
+        return model if device is None else model.to(find_device(device))
+    if task is not None and task.eager_only:
+        raise UsageError(f"a model of the task {task.name} runs with --runtime eager only: {task.eager_only}")
+    if runtime not in GRAPHS:
+        model = model if device is None else model.to(find_device(device))
+    elif device not in ("auto", "cpu", None):
+        raise UsageError(f"{runtime} runs on the CPU here, and the device is {device}: leave --device out, or choose eager or compile")
+    file = source if is_model_file(source) else None
+    return run_with(model, runtime, source=file, reads=task.reads if task is not None else reads, notify=notify)
 
 
 def find_images(

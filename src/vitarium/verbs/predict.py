@@ -16,7 +16,7 @@ from vitarium.errors import DataError, UsageError
 from vitarium.files import check_output, save_image
 from vitarium.texts import printable
 from vitarium.training.tasks.base import TableData, Task
-from vitarium.verbs.opening import Notify, apply_methods, find_device, find_images, name_of, open_model, quiet
+from vitarium.verbs.opening import Notify, apply_methods, execute, find_images, name_of, open_model, quiet
 from vitarium.verbs.result import Result
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def predict(
     top_k: int = 5,
     batch_size: int = 32,
     device: str = "auto",
+    runtime: str = "eager",
     output: str | os.PathLike[str] | None = None,
     engine: str | Engine = "local",
     address: str | None = None,
@@ -82,6 +83,7 @@ def predict(
         top_k: length of ranked answers.
         batch_size: images per forward pass.
         device: "auto", "cpu", "cuda", ...
+        runtime: what executes the model: "eager", "compile", "onnxruntime" or "openvino" (see `vitarium.efficiency.runtimes`).
         output: a .csv or .json file, or a folder for answers.json and a drawing of each answer that can be drawn. An interrupted call with
             many images and an output resumes.
         engine: where the model runs: "local"; "ray", a Ray cluster, which chooses the device; or a `vitarium.engine.Engine`.
@@ -112,8 +114,14 @@ def predict(
         raise UsageError(task.refusal())
     apply_methods(opened, apply, None, notify)
     where = as_engine(engine, address=address, jobs=jobs)
-    if where.kind == "local":
-        opened.to(find_device(device))
+    opened = execute(
+        opened,
+        runtime,
+        device=device if where.kind == "local" else None,
+        task=task,
+        source=None if apply else model,
+        notify=notify,
+    )
     folder = path.absolute() if path is not None and not path.suffix else None
     size = batch_size * PART_BATCHES
     given: dict[str, Any] = {}
@@ -121,6 +129,7 @@ def predict(
         given["parts"] = path.with_name(f"{path.name}.parts")
         methods = [repr(method) for method in apply or []]
         about = {"task": task.record(), "top_k": top_k, "methods": methods, "folder": str(folder), "batch_size": batch_size}
+        about |= {} if runtime == "eager" else {"runtime": runtime}
         given["identity"] = {"weights": model_fingerprint(opened), **about}
     answers = map_images(
         _answer_part,

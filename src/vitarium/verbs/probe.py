@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vitarium.errors import UsageError
 from vitarium.training.tasks.base import TableData
-from vitarium.verbs.opening import Notify, find_device, name_of, open_model, quiet
+from vitarium.verbs.opening import Notify, execute, name_of, open_model, quiet
 from vitarium.verbs.result import Result
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def probe(
     seed: int = 0,
     batch_size: int = 64,
     device: str = "auto",
+    runtime: str = "eager",
     output: str | os.PathLike[str] | None = None,
     notify: Notify = quiet,
 ) -> Probed:
@@ -82,6 +83,7 @@ def probe(
         val_fraction, seed: of the split of data that has no val/ part.
         batch_size: images per forward pass.
         device: "auto", "cpu", "cuda", ...
+        runtime: what executes the model: "eager", "compile", "onnxruntime" or "openvino" (see `vitarium.efficiency.runtimes`).
         output: JSON file for the numbers.
         notify: called with messages about progress.
 
@@ -90,6 +92,7 @@ def probe(
         DataError: no such data, or data without labels.
         CheckpointError: weights that are not available.
     """
+    from vitarium.catalog.features import pooled_features
     from vitarium.files import check_output, write_json
 
     check_output(output)
@@ -100,7 +103,7 @@ def probe(
     opened, images = open_for_probe(
         model, data, task=task, checkpoint=checkpoint, image_size=image_size, val_fraction=val_fraction, seed=seed
     )
-    opened.to(find_device(device))
+    opened = execute(opened, runtime, device=device, reads=pooled_features, source=model, notify=notify)
     notify(f"Reading {len(images.train)} and {len(images.val)} images")
     metrics = measure(opened, images, neighbours=neighbours, uniform=uniform, batch_size=batch_size)
     found = Probed(name_of(model), images.name, len(images.train), len(images.val), **metrics)

@@ -12,7 +12,7 @@ from vitarium.errors import CheckpointError, DataError, UsageError
 from vitarium.files import check_output, save_image
 from vitarium.texts import printable
 from vitarium.training.tasks.base import TableData
-from vitarium.verbs.opening import Notify, find_device, find_images, name_of, open_model, quiet
+from vitarium.verbs.opening import Notify, execute, find_images, name_of, open_model, quiet
 from vitarium.verbs.result import Result
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def search(
     itself: bool = False,
     batch_size: int = 32,
     device: str = "auto",
+    runtime: str = "eager",
     output: str | os.PathLike[str] | None = None,
     notify: Notify = quiet,
 ) -> Found:
@@ -85,6 +86,7 @@ def search(
         itself: also find a query that is in the index itself.
         batch_size: images per forward pass.
         device: "auto", "cpu", "cuda", ...
+        runtime: what executes the model: "eager", "compile", "onnxruntime" or "openvino" (see `vitarium.efficiency.runtimes`).
         output: a sheet of images (.png, .jpg, .webp), or a .json file.
         notify: called with messages about progress.
 
@@ -94,6 +96,7 @@ def search(
         CheckpointError: there is no index, or its model is missing or has changed.
     """
     from vitarium.files import write_json
+    from vitarium.perception.retrieval.embedding import embeddings_of
     from vitarium.perception.retrieval.index import Index, embed_files
 
     path = None if output is None else Path(output)
@@ -105,7 +108,8 @@ def search(
     found = Index.load(Path(index))
     files = find_images(images, path, notify)
     opened = open_indexed(found, index, model, checkpoint)
-    opened.to(find_device(device))
+    source = found.model if model is None else model
+    opened = execute(opened, runtime, device=device, reads=embeddings_of, source=source, notify=notify)
     notify(f"Embedding {len(files)} images")
     vectors, broken = embed_files(opened, files, batch_size)
     if not vectors:

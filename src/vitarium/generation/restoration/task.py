@@ -41,6 +41,7 @@ class Restore(Task):
     default_data = "photos"
     usage = "vitarium restore IMAGE --model {file} --output FOLDER"
     result_kind = "image"
+    eager_only = "it restores images of every size, and a graph has one"
 
     @property
     def primary(self) -> Metric:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitarium.catalog.features import classifier_input, pooled_features
+from vitarium.catalog.features import classifier_input, is_read_by, pooled_features
 from vitarium.perception.retrieval.prompts import EmbeddingHead
 
 
@@ -15,6 +15,8 @@ def embeddings_of(model: nn.Module, image: Tensor) -> Tensor:
     Raises:
         UsageError: the model returns neither embeddings nor features.
     """
+    if is_read_by(embeddings_of, model):
+        return model(image)
     if any(isinstance(module, EmbeddingHead) for module in model.modules()):
         return F.normalize(model(image).float(), dim=-1)
     read = classifier_input if hasattr(model, "get_classifier") else pooled_features  # an autoencoder has an encoder and no classifier

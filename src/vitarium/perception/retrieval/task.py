@@ -33,6 +33,10 @@ class Retrieve(Task):
     result_kind = "embedding"
 
     @property
+    def reads(self) -> Callable[[nn.Module, Tensor], Tensor]:
+        return embeddings_of
+
+    @property
     def primary(self) -> Metric:
         return Metric("recall_at_1", "max")
 

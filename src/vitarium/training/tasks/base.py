@@ -160,6 +160,17 @@ class Task(Section):
     conditions: ClassVar[bool] = False
     """True if the model takes classes as input."""
 
+    eager_only: ClassVar[str] = ""
+    """Reason why its metrics and answers need the model in PyTorch; "": any runtime may execute it (`vitarium.efficiency.runtimes`)."""
+
+    answers_from_outputs: ClassVar[bool] = False
+    """True if `vitarium.verbs.light` computes the answers from the model's outputs and labels alone, without PyTorch."""
+
+    @property
+    def reads(self) -> Callable[[nn.Module, Tensor], Tensor] | None:
+        """The function of (model, images) that metrics and answers call; None: the model's forward."""
+        return None
+
     @property
     def primary(self) -> Metric:
         """The metric that selects the best evaluation."""

@@ -46,6 +46,7 @@ class Classify(Task):
 
     result_kind = "labels"
     classifies = True
+    answers_from_outputs = True
 
     @property
     def primary(self) -> Metric:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from vitarium.catalog import features
 from vitarium.errors import UsageError
 from vitarium.training.tasks.base import Batch, Task
 from vitarium.training.tasks.registry import task
@@ -18,6 +19,10 @@ class Encode(Task):
     data_kind = "image"
     usage = "vitarium index FOLDER --model {file} --output images.index"
     result_kind = "features"
+
+    @property
+    def reads(self) -> Any:
+        return features.pooled_features
 
     def answers(self, model: Any, batch: Batch, *, limit: int = 5) -> list[dict[str, Any]]:
         """Return {"features": [...]} for each image.
@@ -43,4 +48,4 @@ def pooled_features(model: nn.Module, image: Any) -> Any:
     """
     if not hasattr(model, "forward_features") or not hasattr(model, "forward_head"):
         raise UsageError(f"{type(model).__name__} does not give features (forward_features, forward_head); use a backbone or an encoder")
-    return model.forward_head(model.forward_features(image), pre_logits=True)  # type: ignore[operator]
+    return features.pooled_features(model, image)

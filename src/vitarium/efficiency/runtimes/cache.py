@@ -1,0 +1,171 @@
+"""Graphs that are kept: beside the file of their model, or in the user's cache. Imports no torch.
+
+    FILE.vitarium/forward-224.onnx      the graph
+    FILE.vitarium/forward-224.json      what it was made of: `Entry`
+
+A graph belongs to the content of its model, by sha256, and to the versions that exported it. A changed file gets a new graph, which
+replaces the old one; a damaged one is made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vitarium.files import atomic_path, cache_folder, sha256, write_json
+from vitarium.version import __version__
+
+FORMAT, ENDING, KEPT = 1, ".vitarium", 16
+"""Version of an entry, ending of the folder beside a model's file, and number of graphs that are kept in the user's cache."""
+
+
+@dataclass
+class Entry:
+    """A kept graph.
+
+    Attributes:
+        model: sha256 of the model's file, or of its weights and structure.
+        versions: of the libraries that exported it.
+        graph: sha256 of the ONNX file.
+        stamp: its bytes and modification time in ns, when it was written.
+        inputs: names of the model's arguments, in the order of the graph's inputs.
+        shapes: of one sample of each.
+        batch: number of samples that the graph takes at once; None: any.
+        single: whether the model's output is one tensor.
+        checked: runtime with its version -> error of its outputs (see `vitarium.efficiency.export.Exported`).
+        about: facts on the model for answers without it (see `vitarium.efficiency.runtimes.making`).
+    """
+
+    model: str
+    versions: dict[str, str]
+    graph: str
+    stamp: tuple[int, int]
+    inputs: list[str]
+    shapes: list[list[int]]
+    batch: int | None
+    single: bool
+    checked: dict[str, float] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for a graph.
+
+    Attributes:
+        folder: beside the model's file, or in the user's cache.
+        name: of the graph's file, without ending.
+    """
+
+    folder: Path
+    name: str
+
+    @property
+    def path(self) -> Path:
+        """The graph's file."""
+        return self.folder / f"{self.name}.onnx"
+
+    def read(self, model: str, versions: Mapping[str, str]) -> tuple[Entry, bytes] | None:
+        """Return the entry and the ONNX file of a model, or None if there is none, or a damaged or an outdated one.
+
+        The file's hash is computed only if its size or time is not the recorded one.
+
+        Args:
+            model: see `Entry`.
+            versions: of the libraries that would export it now.
+        """
+        try:
+            record = json.loads(self.path.with_suffix(".json").read_text(encoding="utf-8"))
+            if record.pop("format") != FORMAT:
+                return None
+            entry = Entry(**record)
+            entry.stamp = (int(entry.stamp[0]), int(entry.stamp[1]))
+            if entry.model != model or entry.versions != versions:
+                return None
+            unchanged = _stamp(self.path) == entry.stamp
+            content = self.path.read_bytes()
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            return None
+        return (entry, content) if unchanged or hashlib.sha256(content).hexdigest() == entry.graph else None
+
+    def write(self, entry: Entry) -> None:
+        """Write the entry of a graph whose file is in place; graphs of other contents of the model are removed from the folder.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        entry.stamp = _stamp(self.path)
+        write_json(self.path.with_suffix(".json"), {"format": FORMAT, **asdict(entry)})
+        if self.folder.suffix == ENDING:
+            _remove([file for file in self.folder.glob("*.json") if _model_of(file) != entry.model])
+        else:
+            newest = sorted(self.folder.glob("*.json"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
+            _remove(newest[KEPT:])
+
+
+def slot_beside(source: str | os.PathLike[str], name: str) -> Slot:
+    """Return the place of a file's graph: beside it, or in the user's cache where its folder cannot be written."""
+    path = Path(source).resolve()
+    folder = path.with_name(path.name + ENDING)
+    if os.access(folder if folder.is_dir() else path.parent, os.W_OK):
+        return Slot(folder, name)
+    digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+    return slot_in_cache(f"{name}-{digest}")
+
+
+def slot_in_cache(name: str) -> Slot:
+    """Return a place in the user's cache."""
+    return Slot(cache_folder() / "graphs", name)
+
+
+def slot_name(reads: str, image_size: int) -> str:
+    """Return the name of a graph: of the function that it computes, and the side of its image in pixels."""
+    return f"{reads}-{image_size}"
+
+
+def exporters() -> dict[str, str]:
+    """Return the versions of the libraries that export a graph."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"vitarium": __version__}
+    for package in ("torch", "onnxscript"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def digest_of(source: str | os.PathLike[str]) -> str:
+    """Return the sha256 of a model's file."""
+    return sha256(source)
+
+
+def put(path: Path, content: bytes) -> None:
+    """Write a graph atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _model_of(file: Path) -> str | None:
+    """Return the model of an entry's file; None if it is damaged."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["model"]
+    except (OSError, ValueError, TypeError, LookupError):
+        return None
+
+
+def _remove(entries: list[Path]) -> None:
+    for file in entries:
+        for path in (file, file.with_suffix(".onnx")):
+            with contextlib.suppress(OSError):
+                path.unlink()

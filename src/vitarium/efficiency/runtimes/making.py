@@ -1,0 +1,173 @@
+"""Making of a model's graph for a runtime: exported, compared with the model, and kept."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitarium.catalog.calling import call, example_inputs
+from vitarium.catalog.create import preprocessing_of
+from vitarium.catalog.states import fingerprint
+from vitarium.efficiency.export import compare, export
+from vitarium.efficiency.quantization.layers import QuantizedLayer
+from vitarium.efficiency.runtimes.cache import Entry, Slot, digest_of, exporters, put, slot_beside, slot_in_cache, slot_name
+from vitarium.efficiency.runtimes.graph import KeptGraph
+from vitarium.efficiency.runtimes.running import Reads, executed
+from vitarium.efficiency.runtimes.sessions import open_session, version_of
+from vitarium.errors import CheckpointError, MissingExtra, UsageError, VitariumError
+from vitarium.files import sha256
+
+TOLERANCE = 1e-3
+"""Largest relative error of a graph (root mean square; see `vitarium.efficiency.export.Exported`)."""
+Notify = Callable[[str], None]
+
+
+def find_graph(model: nn.Module, runtime: str, *, source: str | os.PathLike[str] | None, reads: Reads | None, notify: Notify) -> KeptGraph:
+    """Return the kept graph of a model for a runtime; it is made, or checked under this runtime, if it was not yet.
+
+    Args: as for `run_with`.
+
+    Raises:
+        UsageError, CheckpointError: the runtime does not take the model; the message has the reason.
+    """
+    what = reads.__name__ if reads is not None else "forward"
+    name, file = slot_name(what, preprocessing_of(model).image_size), source is not None
+    _check_dtype(model, runtime)
+    if source is not None:
+        digest, slot = digest_of(source), slot_beside(source, name)
+    else:
+        digest = _identity(model)
+        slot = slot_in_cache(f"{digest[:16]}-{name}")
+    versions, this = exporters(), version_of(runtime)
+    kept = slot.read(digest, versions)
+    entry = kept[0] if kept is not None and _opens(runtime, kept[1]) else None
+    if entry is None or this not in entry.checked or not file:
+        module = executed(model, reads)
+        try:
+            if entry is None:
+                notify(f"Exporting the graph for {runtime} (once)")
+                entry = _make(model, module, runtime, slot, Entry(digest, versions, "", (0, 0), [], [], None, True))
+            if this not in entry.checked or not file:
+                notify(f"Comparing the graph with the model in {runtime}")
+                entry.checked[this] = _check(module, runtime, slot, entry)
+        except MissingExtra:
+            raise
+        except VitariumError as error:
+            reason = str(error).partition("; --format")[0]  # advice for an export
+            raise type(error)(f"{runtime} does not take this model: {reason}; --runtime eager works, and compile may") from error
+        slot.write(entry)
+    return KeptGraph(slot.path, entry.inputs, entry.shapes, entry.batch, entry.single)
+
+
+def _check_dtype(model: nn.Module, runtime: str) -> None:
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if odd := [dtype for dtype in dtypes if dtype is not torch.float32]:
+        raise UsageError(
+            f"{runtime} takes float32 models, and this one has {str(odd[0]).removeprefix('torch.')} weights; --runtime eager works"
+        )
+
+
+def _identity(model: nn.Module) -> str:
+    """Return a hash of weights, structure, methods and preprocessing."""
+    digest = hashlib.sha256(fingerprint(model.state_dict()).encode())
+    methods = [str(report.method) for report in getattr(model, "methods", ())]
+    digest.update(f"{getattr(model, 'spec', None)!r} {methods} {preprocessing_of(model)} {model!r}".encode())
+    return digest.hexdigest()
+
+
+def _opens(runtime: str, content: bytes) -> bool:
+    try:
+        open_session(runtime, content)
+    except Exception:  # each runtime raises its own; the graph is made again
+        return False
+    return True
+
+
+def _make(model: nn.Module, module: nn.Module, runtime: str, slot: Slot, entry: Entry) -> Entry:
+    """Export a graph to its place, and describe it. A model that takes no variable batch gets a graph for one sample."""
+    inputs, size = example_inputs(module, 2), preprocessing_of(model).image_size
+    temporary = slot.path.with_suffix(f".{os.getpid()}.onnx")
+    try:
+        if not _write_own(model, runtime, temporary, size):
+            entry.batch, error = _export(module, temporary)
+            entry.checked[version_of("onnxruntime")] = error
+        put(slot.path, temporary.read_bytes())
+    finally:
+        temporary.unlink(missing_ok=True)
+    with torch.no_grad():
+        entry.single = isinstance(call(module.eval(), inputs), Tensor)
+    entry.inputs, entry.shapes = list(inputs), [list(value.shape[1:]) for value in inputs.values()]
+    entry.graph, entry.about = sha256(slot.path), about(model)
+    return entry
+
+
+def _write_own(model: nn.Module, runtime: str, path: Path, image_size: int) -> bool:
+    """Have the last method write its own graph, if it has one (see `vitarium.efficiency.runtimes`)."""
+    reports = getattr(model, "methods", None) or []
+    write = getattr(reports[-1].method, "write_graph", None) if reports else None
+    return write is not None and write(model, runtime, path, image_size) is not None
+
+
+def _export(module: nn.Module, path: Path) -> tuple[int | None, float]:
+    """Export with a variable batch, or else for one sample; return the batch, and the error in ONNX Runtime."""
+    try:
+        done = export(module, path, tolerance=TOLERANCE)
+    except UsageError as error:
+        if "--batch 1" not in str(error):
+            raise
+        done = export(module, path, batch=1, tolerance=TOLERANCE)
+    return done.batch, done.error
+
+
+def _check(module: nn.Module, runtime: str, slot: Slot, entry: Entry) -> float:
+    """Return the error of a graph's outputs in a runtime.
+
+    Raises:
+        UsageError: the runtime cannot open it.
+        CheckpointError: the error is above `TOLERANCE`.
+    """
+    try:
+        session = open_session(runtime, slot.path.read_bytes())
+    except Exception as error:  # each runtime raises its own
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UsageError(f"it cannot open the graph ({first.strip()})") from error
+    twin = copy.deepcopy(module).cpu().eval()
+    rounded = any(isinstance(layer, QuantizedLayer) for layer in twin.modules())
+
+    def run(*values: Tensor) -> Any:
+        return [torch.from_numpy(output) for output in session(*(value.numpy() for value in values))]
+
+    with torch.no_grad():
+        found = compare(run, twin, None, [entry.batch] if entry.batch else [1, 3], rounded=rounded)
+    if not found <= TOLERANCE:
+        raise CheckpointError(f"the outputs of the graph differ by {found:.2g} of their root mean square (accepted: {TOLERANCE:g})")
+    return found
+
+
+def about(model: nn.Module) -> dict[str, Any]:
+    """Return the facts on a model that an answer needs beside its outputs, as JSON values; {} for answers that need the model itself."""
+    from vitarium.catalog.heads import has_trained_head
+    from vitarium.catalog.record import training_of
+    from vitarium.training.tasks import task_of
+
+    try:
+        task = task_of(model)
+    except VitariumError:
+        return {}
+    if not task.answers_from_outputs or not has_trained_head(model):
+        return {}
+    found = {
+        "task": task.record(),
+        "labels": getattr(model, "labels", None),
+        "preprocessing": preprocessing_of(model).to_dict(),
+        "temperature": training_of(model).temperature,
+    }
+    return json.loads(json.dumps(found))
