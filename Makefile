@@ -41,6 +41,7 @@ lint: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict --quiet
+	@echo "documentation: site/ (open it: $(BIN)/python -m http.server --directory site 8000, then http://localhost:8000)"
 
 bench: $(VENV)/.dev
 	$(BIN)/vitarium bench swin_tiny convnext_tiny --peers

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import command_pictures  # mkdocs finds a hook's imports beside it
 import pictures as drawn
@@ -14,15 +16,23 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Add a page for each command to the navigation."""
+    for entry in config.nav or []:
+        if "Commands" in entry:
+            entry["Commands"] = [{"Overview": "commands.md"}, *({name: f"commands/vitarium-{name}.md"} for name in _commands())]
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the computed pages to the written ones."""
     pages = {
         "systems.md": systems_page(),
         "ledger.md": ledger_page(),
-        "commands.md": commands_page(),
         "combinations.md": combinations_page(),
         "speed.md": speed.page(),
     }
+    pages |= command_pages()
     pages |= gallery_pages()
     pages |= system_pages()
     for name, text in pages.items():
@@ -198,34 +208,63 @@ def _entry(entry: object, *, heading: bool = True) -> str:
     return "\n".join([*lines, "", f"{machine['processor']}, {machine['cores']} cores; torch {machine['torch']}; commit {e.commit}.", ""])
 
 
-def commands_page() -> str:
-    """Return the page of every command with its options, from the command line's own description."""
+def command_pages() -> dict[str, str]:
+    """Return commands.md, a table of all commands, and commands/vitarium-<name>.md with the options of each, from the command line's own
+    description and docs/examples/<name>.md. ("commands/index.md" would be the address of the table.)"""
+    rows = [f"| [`{name}`](commands/vitarium-{name}.md) | {_first_sentence(command.help)} |" for name, command in _commands().items()]
+    head = [
+        "# Commands",
+        "",
+        "Every command explains itself with `--help`. Exit codes: 2 usage, 3 data, 4 checkpoint, 5 training stopped for cause,",
+        "130 interrupted. Each is one function in Python, too: [the front door](api/front.md).",
+        "",
+        "| command | |",
+        "|---|---|",
+    ]
+    pages = {f"commands/vitarium-{name}.md": _command_page(name, command) for name, command in _commands().items()}
+    return {"commands.md": "\n".join([*head, *rows, ""]), **pages}
+
+
+def _commands() -> dict[str, Any]:
     import typer
 
     from vitarium.cli.app import app
 
-    command = typer.main.get_command(app)
-    parts = [
-        "# Commands",
-        "",
-        "Every command explains itself with `--help`. Exit codes: 2 usage, 3 data, 4 checkpoint, 5 training stopped for",
-        "cause, 130 interrupted.",
-        "",
-    ]
-    for name, sub in command.commands.items():
-        usage = " ".join(
-            f"{p.metavar or p.name.upper()}{'...' if p.nargs == -1 else ''}" for p in sub.params if p.param_type_name == "argument"
-        )
-        parts += [f"## vitarium {name}", "", sub.help or "", "", "```", f"vitarium {name} {usage} [OPTIONS]".replace("  ", " "), "```", ""]
-        example = Path(__file__).parent / "examples" / f"{name}.md"
-        if example.exists():
-            parts += [example.read_text(encoding="utf-8"), ""]
-        options = [p for p in sub.params if p.param_type_name == "option"]
-        if options:
-            parts += ["| option | meaning |", "|---|---|"]
-            parts += [f"| `{', '.join(p.opts)}` | {(getattr(p, 'help', '') or '').replace('|', chr(92) + '|')} |" for p in options]
-            parts.append("")
+    return dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+def _first_sentence(text: str | None) -> str:
+    return re.split(r"(?<=[.:])\s", text or "")[0].rstrip(":")
+
+
+def _command_page(name: str, command: Any) -> str:
+    usage = " ".join(
+        f"{p.metavar or p.name.upper()}{'...' if p.nargs == -1 else ''}" for p in command.params if p.param_type_name == "argument"
+    )
+    line = f"vitarium {name} {usage} [OPTIONS]".replace("  ", " ")
+    parts = [f"# vitarium {name}", "", inspect.cleandoc(command.help or ""), "", "```", line, "```", ""]
+    example = Path(__file__).parent / "examples" / f"{name}.md"
+    if example.exists():
+        parts += [_from_below(example.read_text(encoding="utf-8")), ""]
+    options = [p for p in command.params if p.param_type_name == "option"]
+    if options:
+        parts += ["## Options", "", "| option | meaning |", "|---|---|"]
+        parts += [f"| `{', '.join(p.opts)}` | {_meaning(p)} |" for p in options]
+        parts.append("")
     return "\n".join(parts)
+
+
+def _meaning(option: Any) -> str:
+    """Return the help of an option with its default, as the command line shows it."""
+    shown = option.show_default if isinstance(option.show_default, str) else option.default
+    default = "" if shown in (None, False, True, "", ()) or callable(shown) else f" *Default: {getattr(shown, 'value', shown)}.*"
+    return f"{getattr(option, 'help', '') or ''}{default}".replace("|", chr(92) + "|")
+
+
+def _from_below(text: str) -> str:
+    """Return Markdown whose links and images are relative to docs/ for a page in docs/commands/."""
+    below = re.sub(r"\]\((?!https?:|#|/|commands/)", "](../", text)
+    return below.replace("](commands/", "](")
 
 
 PICTURES: dict[str, tuple[str, str]] = {

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import vitarium
 from vitarium.cli.app import app
+from vitarium.generation.grids import HEAD, fitted, grid
 
 run = CliRunner().invoke
 
@@ -29,10 +30,22 @@ def test_a_sheet_with_a_column_a_class(model, tmp_path):
     result = run(app, ["generate", model, "--steps", "2", "--classes", "dog,0", "-n", "3", "-o", str(sheet), "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["classes"] == "dog, cat"
-    assert Image.open(sheet).size == (2 * 50 - 2, 3 * 50 - 2)
+    assert Image.open(sheet).size == (2 * 100 - 4, HEAD + 3 * 100 - 4)
     again = tmp_path / "again.png"
     run(app, ["generate", model, "--steps", "2", "--classes", "dog,0", "-n", "3", "-o", str(again)])
     assert again.read_bytes() == sheet.read_bytes()
+
+
+def test_captions_stand_above_their_columns():
+    dark = torch.zeros(4, 1, 8, 8)
+    plain, named = grid(dark, 2, smallest=64), grid(dark, 2, smallest=64, captions=["cat", "a name that is much too long"])
+    assert named.size == (plain.width, plain.height + HEAD)
+    assert named.crop((0, HEAD, *named.size)).tobytes() == plain.tobytes()
+    head = np.asarray(named.crop((0, 0, named.width, HEAD)).convert("L"))
+    assert (head[:, :64].min(), head[:, 66:].min()) < (128, 128)  # both are written
+    assert head[:, 64:66].min() == 255  # and stay in their columns
+    assert fitted("abcdef", 5, len) == "ab..."
+    assert fitted("abcde", 5, len) == "abcde"
 
 
 def test_numbers_that_are_names_are_names(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from vitarium.catalog import Preprocessing
-from vitarium.explanation.heatmap import CAPTION, colours, grid_of, input_picture, overlay, seen_box
+from vitarium.explanation.heatmap import CAPTION, captioned, colours, grid_of, input_picture, overlay, seen_box
 
 
 def lightness(rgb: np.ndarray) -> np.ndarray:
@@ -52,6 +52,19 @@ def test_heat_lies_where_the_model_looked():
 def test_a_grid_with_captions():
     sheet = grid_of([Image.new("RGB", (10, 20))] * 3, ["a", "b", "c"], columns=2, side=50)
     assert sheet.size == (2 * 58 - 8, 2 * (58 + CAPTION) - 8)
+
+
+def test_a_caption_and_a_scale_stand_below_the_drawing():
+    drawn = Image.new("RGB", (240, 100), "blue")
+    sheet = captioned(drawn, ["cat, 35.9 %", "grad_cam"])
+    assert sheet.size == (240, 100 + 3 * CAPTION + 4)
+    assert sheet.crop((0, 0, 240, 100)).tobytes() == drawn.tobytes()
+    last = np.asarray(sheet)[-(CAPTION // 2)]
+    assert (last == colours([0.0])[0]).all(1).any()
+    assert (last == colours([1.0])[0]).all(1).any()
+    plain = captioned(drawn, ["cat", "token_tree"], scale=False)
+    assert plain.height == 100 + 2 * CAPTION + 4
+    assert np.asarray(plain)[100:].min() < 128
 
 
 def test_what_the_model_sees_comes_back():

@@ -14,7 +14,7 @@ import vitarium
 from tests.explanation.known import images
 from vitarium.errors import UnsupportedModel
 from vitarium.explanation.explainers import create_explainer, scaled
-from vitarium.explanation.heatmap import overlay
+from vitarium.explanation.heatmap import CAPTION, overlay
 from vitarium.explanation.simple import attention_of_blocks
 from vitarium.verbs.explain import explain_files
 
@@ -64,7 +64,7 @@ def test_the_command_draws_the_tree(tmp_path: Path):
     explain = create_explainer("token_tree", model)
     (row,) = explain_files(model, {"token_tree": explain}, [str(file)], None, tmp_path, 1, measure=False)
     drawn = Image.open(tmp_path / row["explanations"][0]["overlay"])
-    assert drawn.size == (1120, 672)
+    assert drawn.size == (1120, 672 + 2 * CAPTION + 4)  # class and method below
     image = model.preprocessing(Image.open(file))[None]
     heat = explain(image)[0]
     torch.testing.assert_close(scaled(heat[None])[0], heat)

@@ -44,6 +44,8 @@ class Explainer:
     """True if the map depends on the target class."""
     trained: ClassVar[bool] = False
     """True if the explainer needs the trained model around the classifier; all others get the classifier alone."""
+    has_scale: ClassVar[bool] = True
+    """True if `picture` shows values of the map by `heatmap.colours`."""
 
     def __init__(self, model: nn.Module):
         self.model = model

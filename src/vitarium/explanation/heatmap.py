@@ -12,10 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from vitarium.catalog.preprocessing import Preprocessing, to_mode
+from vitarium.texts import printable
 
 MIN_SIDE, MAX_SIDE = 224, 1024
 """Limits on an overlay's shorter and longer side in pixels: small images are enlarged, large ones reduced."""
@@ -83,6 +84,33 @@ def overlay(image: Image.Image, heat: ArrayLike, preprocessing: Preprocessing | 
     strength = (FAINTEST + (STRONGEST - FAINTEST) * whole)[..., None]
     mixed = np.where(seen[..., None], (1 - strength) * base + strength * colours(whole), 0.25 * base)
     return Image.fromarray(mixed.round().clip(0, 255).astype(np.uint8))
+
+
+def captioned(drawn: Image.Image, lines: Sequence[str], *, scale: bool = True) -> Image.Image:
+    """Add a strip below a drawing: lines of text, and the colours of the values 0 to 1.
+
+    Args:
+        drawn: RGB.
+        lines: texts, such as the class and the method; each is cut at the drawing's width.
+        scale: draw the colours.
+    """
+    font = ImageFont.load_default(12)
+    height = CAPTION * (len(lines) + scale) + 4
+    sheet = Image.new("RGB", (drawn.width, drawn.height + height), "white")
+    sheet.paste(drawn)
+    pen, y = ImageDraw.Draw(sheet), drawn.height + 2
+    for line in lines:
+        pen.text((4, y + 2), printable(line), fill="black", font=font)
+        y += CAPTION
+    if scale:
+        low, high = "0", "1 (largest)"
+        left, right = 10 + round(font.getlength(low)), drawn.width - 10 - round(font.getlength(high))
+        pen.text((4, y + 2), low, fill="black", font=font)
+        pen.text((right + 6, y + 2), high, fill="black", font=font)
+        if right > left:
+            bar = colours(np.linspace(0, 1, right - left))[None].repeat(CAPTION - 8, 0)
+            sheet.paste(Image.fromarray(bar), (left, y + 4))
+    return sheet
 
 
 def input_picture(image: Tensor, preprocessing: Preprocessing | None) -> Image.Image:

@@ -33,6 +33,7 @@ class TreeOfTokens(Explainer):
     """
 
     by_class = False
+    has_scale = False
 
     def __init__(self, model: nn.Module):
         super().__init__(model)

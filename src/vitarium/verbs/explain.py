@@ -183,7 +183,9 @@ def explain_files(
             maps = explainer(image, wanted)
             measured = faithfulness(model, image, maps, wanted) if measure else {}
             for i, index in enumerate(indices):
-                peak = draw(explainer, files[index], image[i], maps[i], preparation, output / names[index][text])
+                target = rows[index]["target"]
+                caption = f"{target['label']}, {100 * target['probability']:.1f} %", text
+                peak = draw(explainer, files[index], image[i], maps[i], preparation, output / names[index][text], caption)
                 found = {"method": text, "overlay": names[index][text], "peak": peak}
                 if measure:
                     found["measures"] = {name: float(values[i]) for name, values in measured.items()}
@@ -192,13 +194,16 @@ def explain_files(
     return [row | ({"error": reasons[row["image"]]} if row["image"] in reasons else {}) for row in rows]
 
 
-def draw(explainer: Explainer, file: str, image: Tensor, maps: Tensor, preparation: Preprocessing, path: Path) -> list[int]:
-    """Write the overlay of a map (H, W) and return the pixel [x, y] of the image at which the map is largest."""
+def draw(
+    explainer: Explainer, file: str, image: Tensor, maps: Tensor, preparation: Preprocessing, path: Path, caption: Sequence[str]
+) -> list[int]:
+    """Write the overlay of a map (H, W) with its caption, and return the pixel [x, y] of the image at which the map is largest."""
     from vitarium.data.images import open_image
-    from vitarium.explanation.heatmap import seen_box
+    from vitarium.explanation.heatmap import captioned, seen_box
 
     original, heat = open_image(file), maps.float().cpu().numpy()
-    save_image(explainer.picture(original, image, maps, preparation), path)
+    drawn = explainer.picture(original, image, maps, preparation).convert("RGB")
+    save_image(captioned(drawn, caption, scale=explainer.has_scale), path)
     left, top, right, lower = seen_box(original.size, preparation)
     row, column = divmod(int(heat.argmax()), heat.shape[1])
     return [int(left + (column + 0.5) * (right - left) / heat.shape[1]), int(top + (row + 0.5) * (lower - top) / heat.shape[0])]

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from vitarium.engine import Engine
 
 SHEETS = (".png", ".jpg", ".webp")
+SIDE = 96
+"""Side in pixels from which the images of a sheet keep their size."""
 MOST_CLASSES = 10
 """Default number of classes."""
 OWN = ("steps", "guidance", "seed")
@@ -59,10 +61,8 @@ class Generated(Result):
         return {"images": len(self.images), "classes": ", ".join(self.classes), "output": output, "seconds per image": self.pace}
 
     def sheet(self) -> Image.Image:
-        """Return all images side by side, a column per class."""
-        from vitarium.generation.grids import grid
-
-        return grid(self.images, len(self.classes))
+        """Return all images side by side, a column per class below its name."""
+        return sheet_of(self.images, self.classes)
 
     def _repr_html_(self) -> str:
         """Return the facts and the sheet as HTML."""
@@ -166,9 +166,10 @@ def generate(
         **given,
     )
     seconds = time.perf_counter() - start
+    shown = [str(names[c] if names else c) for c in wanted]
     if path is not None:
-        write(images, labels, names, path, columns=len(wanted))
-    return Generated(images, labels, [str(names[c] if names else c) for c in wanted], path, seconds)
+        write(images, labels, names, path, classes=shown)
+    return Generated(images, labels, shown, path, seconds)
 
 
 def open_generator(source: str | os.PathLike[str] | nn.Module, checkpoint: str | None) -> Any:
@@ -236,12 +237,19 @@ def read_edit(model: Any, image: str | os.PathLike[str] | None, mask: str | os.P
     return {"image": pixels[None], "mask": region[None]}
 
 
-def write(images: Tensor, labels: list[int], names: list[str] | None, output: Path, *, columns: int) -> None:
+def sheet_of(images: Tensor, classes: Sequence[str]) -> Image.Image:
+    """Draw images (N, C, H, W) in [0, 1], a column for each class below its name, small ones enlarged."""
+    from vitarium.generation.grids import grid
+
+    return grid(images, len(classes), gap=4, smallest=SIDE, captions=classes)
+
+
+def write(images: Tensor, labels: list[int], names: list[str] | None, output: Path, *, classes: Sequence[str]) -> None:
     """Write images as one sheet, as an .npz with the keys of FID evaluators (arr_0: (N, H, W, 3) uint8), or each as a file of a folder."""
     import numpy as np
 
     from vitarium.files import MARK, atomic_path
-    from vitarium.generation.grids import grid, to_image
+    from vitarium.generation.grids import to_image
 
     if output.suffix == ".npz":
         pixels = images.mul(255).round().byte().permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
@@ -249,7 +257,7 @@ def write(images: Tensor, labels: list[int], names: list[str] | None, output: Pa
             np.savez(file, arr_0=pixels, arr_1=np.array(labels), written_by=np.array(MARK.encode()))
         return
     if output.suffix:
-        save_image(grid(images, columns), output, {".jpg": "jpeg"}.get(output.suffix, output.suffix[1:]))
+        save_image(sheet_of(images, classes), output, {".jpg": "jpeg"}.get(output.suffix, output.suffix[1:]))
         return
     for image, path in zip(images, output_files(labels, names, output), strict=True):
         save_image(to_image(image), path)
