@@ -234,7 +234,7 @@ def _commands() -> dict[str, Any]:
 
 
 def _first_sentence(text: str | None) -> str:
-    return re.split(r"(?<=[.:])\s", text or "")[0].rstrip(":")
+    return re.sub(r" \(.*", "", re.split(r"(?<=\.)\s", " ".join((text or "").split()))[0])
 
 
 def _command_page(name: str, command: Any) -> str:
