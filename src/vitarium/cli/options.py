@@ -48,7 +48,7 @@ Accelerator = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.", rich_h
 EngineKind = Annotated[
     str,
     typer.Option(
-        "--engine", help="Where the work runs: local (this machine) or ray (a Ray cluster; needs the extra cluster).", rich_help_panel=MACHINE
+        "--engine", help="Where the work runs: local (this machine) or ray (a Ray cluster; extra: cluster).", rich_help_panel=MACHINE
     ),
 ]
 Address = Annotated[
