@@ -1,4 +1,4 @@
-import builtins
+import os
 import resource
 import sys
 
@@ -11,6 +11,7 @@ from vitarium.catalog.preprocessing import Preprocessing, to_mode
 from vitarium.data import BadFiles, BrokenImage, images
 from vitarium.data.images import decode_image, is_image_file, memory_of, open_image, open_mask
 from vitarium.errors import DataError, InputError
+from vitarium.files import open_regular
 
 
 @pytest.fixture(autouse=True)
@@ -146,9 +147,9 @@ def test_asks_a_flaky_disk_again(tmp_path, monkeypatch):
         tries.append(args)
         if len(tries) < 4:
             raise OSError(5, "Input/output error")
-        return builtins.open(*args, **kwargs)
+        return open_regular(*args, **kwargs)
 
-    monkeypatch.setattr(images, "open", flaky, raising=False)
+    monkeypatch.setattr(images, "open_regular", flaky)
     assert open_image(path).size == (12, 10)
     assert len(tries) == 4
 
@@ -188,3 +189,16 @@ def test_bad_files_are_counted_once_and_listed(tmp_path):
 def test_bad_files_refuse_a_share_that_is_none(limit):
     with pytest.raises(DataError, match="must be from 0 to 1"):
         BadFiles(limit)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.timeout(60)
+def test_a_named_pipe_is_no_image_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    os.symlink(tmp_path / "pipe.png", tmp_path / "link.png")
+    for path in (tmp_path / "pipe.png", tmp_path / "link.png", "/dev/null"):
+        with pytest.raises(BrokenImage, match="a named pipe, a socket or a device, not a file"):
+            open_image(path)
+        with pytest.raises(BrokenImage, match="a named pipe"):
+            images.check_header(path)
+        assert not images.has_signature(path)

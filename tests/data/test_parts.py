@@ -252,10 +252,13 @@ def test_pipes_and_broken_links_do_not_stop_the_listing(tmp_path):
     root = fill(tmp_path, *(f"{kind}/{i}.png" for kind in "ab" for i in range(2)))
     os.mkfifo(root / "a/pipe.png")
     os.mkfifo(root / "a/pipe")
+    os.mkfifo(tmp_path.with_name(f"{tmp_path.name}-pipe"))
+    for name in ("link.png", "link"):  # a link to a pipe is none to a file
+        os.symlink(tmp_path.with_name(f"{tmp_path.name}-pipe"), root / "b" / name)
     os.symlink("nowhere.png", root / "b/gone.png")
     data = open_data(root, split="all")
     assert len(data.val) == 5  # the broken link is listed, and is a broken image when it is read
-    assert any("2 no regular file (such as a/pipe" in note for note in data.notes)
+    assert any("4 no regular file (such as a/pipe" in note for note in data.notes)
 
 
 # ---- links

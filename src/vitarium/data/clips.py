@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vitarium.data.bad_files import BrokenImage
 from vitarium.data.images import MAX_PIXELS, open_image
 from vitarium.errors import require
+from vitarium.files import open_regular
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -95,6 +96,7 @@ class VideoFile:
     def _open(self) -> Any:
         av = require("av", "video")
         try:
+            open_regular(self.path).close()
             return av.open(self.path, metadata_errors="ignore")
         except (av.FFmpegError, OSError, ValueError) as error:
             raise BrokenImage(self.path, f"not a video that can be read ({error})") from error

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from vitarium.catalog.preprocessing import BRIGHTNESS, check_brightness
 from vitarium.data.bad_files import BrokenImage
 from vitarium.errors import InputError
+from vitarium.files import NotRegular, open_regular
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -63,7 +64,7 @@ def is_image_file(path: str | os.PathLike[str]) -> bool:
 def has_signature(path: str | os.PathLike[str]) -> bool:
     """Return whether a file begins as an image in an accepted format, for files without an ending; False if it cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return begins_like_image(file.read(16))
     except OSError:
         return False
@@ -93,7 +94,7 @@ def check_header(path: str | os.PathLike[str]) -> None:
         BrokenImage: it is not.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             _open(file, os.fspath(path)).close()
     except Exception:  # decoders raise all kinds of errors; the second, complete attempt finds the reason
         open_image(path)
@@ -170,12 +171,14 @@ def read_bytes(path: str | os.PathLike[str], offset: int = 0, size: int | None =
     """
     for pause in (*PAUSES, None):
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 wanted = os.fstat(file.fileno()).st_size if size is None else size
                 if wanted > 4 * MAX_PIXELS:
                     raise BrokenImage(path, f"the file has {wanted / 1e9:.1f} GB; at most {4 * MAX_PIXELS / 1e9:.1f} GB are read")
                 file.seek(offset)
                 content = file.read(wanted)
+        except NotRegular as error:
+            raise BrokenImage(path, str(error.strerror)) from error
         except OSError as error:
             if pause is None:
                 tries = f"(tried {len(PAUSES) + 1} times)"

@@ -179,7 +179,9 @@ class _Walk:
             self.found.leave_out(entry.path, "no regular file")
 
     def _file(self, top: Path, file: str, name: str) -> None:
-        if is_image_file(name) or ("." not in name and has_signature(file)):
+        if os.path.exists(file) and not os.path.isfile(file):
+            self.found.leave_out(file, "no regular file")
+        elif is_image_file(name) or ("." not in name and has_signature(file)):
             self.found.images[top].append(file)
         elif is_video_file(name):
             self.found.videos[top].append(file)
