@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vitarium.cli.completion import complete_data, complete_models, complete_recipe
 from vitarium.cli.config import configurable
 from vitarium.cli.console import out, pairs, table
 from vitarium.cli.options import DATA_HELP, Accelerator, Address, Devices, EngineKind, ImageSize, Jobs, NumNodes, Strategy
@@ -19,13 +20,19 @@ BUDGET, OUTPUT = "Budget of each model (one of them)", "Output"
 
 @configurable
 def compare(
-    data: Annotated[str | None, typer.Option(help=DATA_HELP, show_default="the recipe's, else digits")] = None,
+    data: Annotated[
+        str | None, typer.Option(help=DATA_HELP, autocompletion=complete_data, show_default="the recipe's, else digits")
+    ] = None,
     models: Annotated[
         str | None,
-        typer.Option(help="Names and patterns such as '*_pico', with commas.", show_default="six small classifiers, or the recipe's"),
+        typer.Option(
+            help="Names and patterns such as '*_pico', with commas.",
+            autocompletion=complete_models,
+            show_default="six small classifiers, or the recipe's",
+        ),
     ] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from published weights.")] = False,
-    recipe: Annotated[str, typer.Option(help="How to train: a recipe's name, or a YAML file.")] = "pico",
+    recipe: Annotated[str, typer.Option(help="How to train: a recipe's name, or a YAML file.", autocompletion=complete_recipe)] = "pico",
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.", rich_help_panel=BUDGET)] = None,
     epochs: Annotated[float | None, typer.Option(min=0, help="Passes over the training images.", rich_help_panel=BUDGET)] = None,
     minutes: Annotated[float | None, typer.Option(min=0, help="Minutes of training.", rich_help_panel=BUDGET)] = None,

@@ -1,4 +1,7 @@
-"""Shell completion of names, read from the index (`vitarium --install-completion`)."""
+"""Shell completion of names, read from the index (`vitarium --install-completion`).
+
+Where a file may stand as well, shells complete files when no name begins with the text.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,20 @@ def complete_model(incomplete: str) -> list[str]:
     """Return the names of models, ours and the small foreign ones, that begin with `incomplete`."""
     index = read_index()
     return [name for name in (*index.models, *index.foreign) if name.startswith(incomplete)]
+
+
+def complete_models(incomplete: str) -> list[str]:
+    """Return completions of the last name of a list with commas ("swin_tiny,convnext_t")."""
+    before, comma, last = incomplete.rpartition(",")
+    return [f"{before}{comma}{name}" for name in complete_model(last)]
+
+
+def complete_data(incomplete: str) -> list[str]:
+    """Return the embedded data sets, the kinds of files with options, and the folders that begin with `incomplete`."""
+    from glob import escape, glob
+
+    names = ["digits", "photos", "scenes", "folder:", "csv:", "wds:", "hf:"]
+    return [*(name for name in names if name.startswith(incomplete)), *sorted(glob(f"{escape(incomplete)}*/"))]
 
 
 def complete_weights(incomplete: str) -> list[str]:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vitarium.cli.completion import complete_method
+from vitarium.cli.completion import complete_data, complete_method
 from vitarium.cli.config import configurable
 from vitarium.cli.console import err, note, print_json, print_tables, status
-from vitarium.cli.options import DATA_HELP, BatchSize, Checkpoint, Device
+from vitarium.cli.options import DATA_HELP, BatchSize, Checkpoint, Device, ModelArgument
 
 if TYPE_CHECKING:
     from vitarium.verbs.compress import Compression
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @configurable
 def compress(
-    model: Annotated[str, typer.Argument(metavar="MODEL|FILE", help="A file that `vitarium.save` wrote, or a model's name.")],
+    model: ModelArgument,
     methods: Annotated[
         list[str] | None,
         typer.Option(
@@ -30,7 +30,9 @@ def compress(
     ] = None,
     *,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write, .safetensors; `vitarium.load` opens it.")],
-    data: Annotated[str | None, typer.Option(help=f"{DATA_HELP} For calibration and accuracy.", show_default="none")] = None,
+    data: Annotated[
+        str | None, typer.Option(help=f"{DATA_HELP} For calibration and accuracy.", autocompletion=complete_data, show_default="none")
+    ] = None,
     checkpoint: Checkpoint = None,
     val_fraction: Annotated[
         float | None,

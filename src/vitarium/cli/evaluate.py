@@ -8,9 +8,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vitarium.cli.completion import complete_data
 from vitarium.cli.config import configurable
 from vitarium.cli.console import err, out, pairs, print_json, print_tables, status
-from vitarium.cli.options import DATA_HELP, Address, Apply, BatchSize, Checkpoint, Device, EngineKind, Jobs, Runtime, RuntimeKind
+from vitarium.cli.options import (
+    DATA_HELP,
+    Address,
+    Apply,
+    BatchSize,
+    Checkpoint,
+    Device,
+    EngineKind,
+    Jobs,
+    ModelArgument,
+    Runtime,
+    RuntimeKind,
+)
 
 if TYPE_CHECKING:
     from vitarium.verbs.evaluate import Evaluation
@@ -33,8 +46,10 @@ CALIBRATE_HELP = "Fit a classifier's temperature on half of the images and write
 
 @configurable
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL|FILE", help="A file that `vitarium.save` wrote, or a model's name.")],
-    data: Annotated[str | None, typer.Option(help=DATA_HELP, show_default="what the file was trained on")] = None,
+    model: ModelArgument,
+    data: Annotated[
+        str | None, typer.Option(help=DATA_HELP, autocompletion=complete_data, show_default="what the file was trained on")
+    ] = None,
     checkpoint: Checkpoint = None,
     methods: Apply = None,
     corruptions: Annotated[bool, typer.Option("--corruptions", help="Also under ImageNet-C's corruptions, five severities each.")] = False,

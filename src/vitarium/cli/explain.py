@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from vitarium.cli.console import err, print_json, print_tables, status
-from vitarium.cli.options import Apply, Checkpoint, Device
+from vitarium.cli.options import Apply, Checkpoint, Device, ModelOption
 
 
 def explain(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Images, and folders that are searched to the bottom.")],
-    model: Annotated[str, typer.Option(metavar="MODEL|FILE", help="A file that `vitarium.save` wrote, or a model's name.")],
+    model: ModelOption,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder for overlays and explanations.json.")],
     method: Annotated[
         list[str] | None,

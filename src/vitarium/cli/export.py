@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from vitarium.cli.completion import complete_weights
 from vitarium.cli.console import out, pairs, status
-from vitarium.cli.options import Checkpoint
+from vitarium.cli.options import Checkpoint, ModelArgument
 
 
 class Format(StrEnum):
@@ -21,10 +20,7 @@ class Format(StrEnum):
 
 
 def export(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL|FILE", help="A file that `vitarium.save` wrote, or a model's name.", autocompletion=complete_weights),
-    ],
+    model: ModelArgument,
     checkpoint: Checkpoint = None,
     format: Annotated[Format, typer.Option(help="Format of the graph.")] = Format.ONNX,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write.", show_default="MODEL.onnx or MODEL.pt2")] = None,

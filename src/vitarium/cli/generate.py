@@ -9,12 +9,12 @@ import typer
 
 from vitarium.cli.config import configurable
 from vitarium.cli.console import out, pairs, print_json, status
-from vitarium.cli.options import Address, Apply, Checkpoint, Device, EngineKind, Jobs
+from vitarium.cli.options import Address, Apply, Checkpoint, Device, EngineKind, Jobs, ModelArgument
 
 
 @configurable
 def generate(
-    model: Annotated[str, typer.Argument(metavar="MODEL|FILE", help="A file that `vitarium.save` wrote, or a model's name.")],
+    model: ModelArgument,
     classes: Annotated[
         str | None,
         typer.Option(

@@ -9,13 +9,13 @@ import typer
 
 from vitarium.cli.config import configurable
 from vitarium.cli.console import err, out, pairs, print_json, status
-from vitarium.cli.options import Address, BatchSize, Checkpoint, Device, EngineKind, Jobs, Runtime, RuntimeKind
+from vitarium.cli.options import Address, BatchSize, Checkpoint, Device, EngineKind, Jobs, ModelOption, Runtime, RuntimeKind
 
 
 @configurable
 def index(
     folders: Annotated[list[Path], typer.Argument(metavar="FOLDER", help="Folders that are searched to the bottom, and images.")],
-    model: Annotated[str, typer.Option(metavar="MODEL|FILE", help="A file that `vitarium.save` wrote, or a model's name.")],
+    model: ModelOption,
     output: Annotated[Path, typer.Option("--output", "-o", help="File of the index; one that is there is brought up to date.")],
     checkpoint: Checkpoint = None,
     batch_size: BatchSize = 32,

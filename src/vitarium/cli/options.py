@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vitarium.cli.completion import complete_method
+from vitarium.cli.completion import complete_method, complete_weights
 
 MACHINE = "Machine"
 
@@ -20,6 +20,10 @@ class RuntimeKind(StrEnum):
     ONNXRUNTIME = "onnxruntime"
     OPENVINO = "openvino"
 
+
+MODEL_HELP = "A file that `vitarium.save` wrote, or a model's name."
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL|FILE", help=MODEL_HELP, autocompletion=complete_weights)]
+ModelOption = Annotated[str, typer.Option("--model", metavar="MODEL|FILE", help=MODEL_HELP, autocompletion=complete_weights)]
 
 DATA_HELP = "Images: digits, photos, scenes, a folder of class folders, a CSV file, WebDataset shards, or a saved Hugging Face dataset."
 DataSpec = Annotated[str, typer.Option(help=DATA_HELP)]

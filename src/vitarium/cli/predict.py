@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vitarium.cli.console import err, print_json, print_tables, status
-from vitarium.cli.options import Address, Apply, BatchSize, Checkpoint, Device, EngineKind, Jobs, Runtime, RuntimeKind
+from vitarium.cli.options import Address, Apply, BatchSize, Checkpoint, Device, EngineKind, Jobs, ModelOption, Runtime, RuntimeKind
 
 SHOWN = 10
 """Images that could not be read whose reasons are printed."""
@@ -16,7 +16,7 @@ SHOWN = 10
 
 def predict(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Images, and folders that are searched to the bottom.")],
-    model: Annotated[str, typer.Option(metavar="MODEL|FILE", help="A file that `vitarium.save` wrote, or a model's name.")],
+    model: ModelOption,
     checkpoint: Checkpoint = None,
     methods: Apply = None,
     top_k: Annotated[int, typer.Option(min=1, help="Length of ranked answers, such as the most probable classes.")] = 5,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from vitarium.cli.completion import complete_weights
+from vitarium.cli.completion import complete_data, complete_weights
 from vitarium.cli.config import configurable
 from vitarium.cli.console import out, pairs, print_json, print_tables, status
 from vitarium.cli.options import DATA_HELP, BatchSize, Checkpoint, Device, Runtime, RuntimeKind
@@ -29,7 +29,7 @@ def probe(
             metavar="MODEL|FILE", help="A file that `vitarium train` wrote, or a model's name.", autocompletion=complete_weights
         ),
     ],
-    data: Annotated[str, typer.Option(help=DATA_HELP)] = "digits",
+    data: Annotated[str, typer.Option(help=DATA_HELP, autocompletion=complete_data)] = "digits",
     task: Annotated[Task, typer.Option(help="One class per image, or several labels.")] = Task.CLASS,
     checkpoint: Checkpoint = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Side of the image, pixels.", show_default="the model's own")] = None,

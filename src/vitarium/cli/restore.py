@@ -9,13 +9,13 @@ import typer
 
 from vitarium.cli.config import configurable
 from vitarium.cli.console import err, print_json, print_tables, status
-from vitarium.cli.options import Checkpoint, Device
+from vitarium.cli.options import Checkpoint, Device, ModelOption
 
 
 @configurable
 def restore(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Images, and folders that are searched to the bottom.")],
-    model: Annotated[str, typer.Option(metavar="MODEL|FILE", help="A file that `vitarium.save` wrote, or a model's name.")],
+    model: ModelOption,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results, written as PNG.")],
     checkpoint: Checkpoint = None,
     tile: Annotated[int, typer.Option(min=0, help="Side of the tiles, pixels of the input; memory grows with it. 0: no tiles.")] = 256,

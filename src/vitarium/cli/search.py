@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from vitarium.cli.completion import complete_weights
 from vitarium.cli.config import configurable
 from vitarium.cli.console import err, print_json, print_tables, status
 from vitarium.cli.options import BatchSize, Checkpoint, Device, Runtime, RuntimeKind
@@ -18,7 +19,13 @@ def search(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Images, and folders that are searched to the bottom.")],
     top_k: Annotated[int, typer.Option(min=1, help="Images to find for each, the most similar first.")] = 5,
     model: Annotated[
-        str | None, typer.Option(metavar="MODEL|FILE", help="The model of the index.", show_default="where it was when it was indexed")
+        str | None,
+        typer.Option(
+            metavar="MODEL|FILE",
+            autocompletion=complete_weights,
+            help="The model of the index.",
+            show_default="where it was when it was indexed",
+        ),
     ] = None,
     checkpoint: Checkpoint = None,
     itself: Annotated[bool, typer.Option("--itself", help="Also find a query that is in the index itself.")] = False,

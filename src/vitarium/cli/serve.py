@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from vitarium.cli.console import err, status
-from vitarium.cli.options import Apply, Checkpoint, Device
+from vitarium.cli.options import Apply, Checkpoint, Device, ModelArgument
 from vitarium.errors import UsageError
 
 LIMITS = "Limits"
@@ -19,7 +19,7 @@ TOKEN = "VITARIUM_TOKEN"
 
 
 def serve(
-    model: Annotated[str, typer.Argument(metavar="MODEL|FILE", help="A file that `vitarium.save` wrote, or a model's name.")],
+    model: ModelArgument,
     checkpoint: Checkpoint = None,
     methods: Apply = None,
     device: Device = "auto",

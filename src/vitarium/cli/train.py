@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vitarium.cli.completion import complete_model, complete_recipe
+from vitarium.cli.completion import complete_data, complete_model, complete_recipe
 from vitarium.cli.config import configurable
 from vitarium.cli.console import clock, err, note, out, pairs
 from vitarium.cli.options import DATA_HELP, Accelerator, Apply, Devices, NumNodes, Strategy
@@ -34,7 +34,7 @@ def train(
         str,
         typer.Argument(help="A recipe's name ('vitarium recipes' lists them), or a YAML file of your own.", autocompletion=complete_recipe),
     ],
-    data: Annotated[str | None, typer.Option(help=DATA_HELP, show_default="the recipe's")] = None,
+    data: Annotated[str | None, typer.Option(help=DATA_HELP, autocompletion=complete_data, show_default="the recipe's")] = None,
     model: Annotated[
         str | None,
         typer.Option(help="A model's name, or a file to train further.", show_default="the recipe's", autocompletion=complete_model),
