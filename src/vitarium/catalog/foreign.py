@@ -16,6 +16,7 @@ from torch import nn
 
 from vitarium.catalog.dialects import VIT_DIALECTS, from_google_mixer
 from vitarium.catalog.heads import head_names, mark_fresh
+from vitarium.catalog.hub import advice, hub_or_cache
 from vitarium.catalog.preprocessing import Preprocessing
 from vitarium.catalog.rebuilding import WEIGHT_KEYS, is_rebuilding, refuse_files
 from vitarium.catalog.registry import Renamer, State, chain
@@ -47,8 +48,12 @@ def create_timm(name: str, *, pretrained: bool = False, image_size: int | None =
     arguments = {**extra, **arguments}
     if image_size is not None and "img_size" in arguments:
         arguments["img_size"] = image_size
+    repository = _timm_repository(architecture) if pretrained and not arguments.get("pretrained_cfg_overlay") else "."
     try:
-        model = _timm_create(architecture, pretrained, image_size, arguments)
+        with _hub_or_cache(repository, f"cannot fetch timm's weights of {name!r}"):
+            model = _timm_create(architecture, pretrained, image_size, arguments)
+    except CheckpointError:
+        raise
     except (TypeError, AssertionError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
         raise UsageError(f"timm refuses {name!r} with {arguments or 'no arguments'}: {error}") from error
     except OSError as error:
@@ -64,6 +69,29 @@ def create_timm(name: str, *, pretrained: bool = False, image_size: int | None =
     if pretrained and arguments.get("num_classes") not in (None, own):
         mark_fresh(model, head_names(model), f"timm's weights of {name} hold a head of {own or 'no'} classes")
     return model
+
+
+@contextlib.contextmanager
+def _hub_or_cache(repository: str, what: str) -> Iterator[None]:
+    """Read a repository from the hub, or from its cache if the hub is out of reach (see `hub_or_cache`).
+
+    Raises:
+        CheckpointError: the hub is out of reach, and a file is in no cache.
+    """
+    with hub_or_cache(repository) as reason:
+        try:
+            yield
+        except OSError as error:
+            if not reason:
+                raise
+            raise CheckpointError(f"{what}: {advice(repository, reason)}") from error
+
+
+def _timm_repository(architecture: str) -> str:
+    """Return the hub's repository of timm's default weights; "." if they lie elsewhere."""
+    import timm
+
+    return getattr(timm.models.get_pretrained_cfg(architecture), "hf_hub_id", None) or "."
 
 
 def _timm_create(architecture: str, pretrained: bool, image_size: int | None, arguments: dict[str, Any]) -> nn.Module:
@@ -125,14 +153,14 @@ def create_transformers(
     Raises:
         MissingExtra: transformers is not installed.
         UsageError: it is no image model, or cannot be fetched.
-        CheckpointError: the weights lack more than a classifier.
+        CheckpointError: the weights lack more than a classifier, or the hub is out of reach.
     """
     refuse_files(f"the configuration of hf/{name}", configuration=True)
     if is_rebuilding():
         check_configuration(arguments, "arguments")
     transformers = require("transformers", "transformers")
     try:
-        with quiet_transformers():
+        with _hub_or_cache(name, f"cannot open 'hf/{name}'"), quiet_transformers():
             config = _vision_config(transformers.AutoConfig.from_pretrained(name, **arguments))
             if num_classes is not None:
                 config.num_labels = num_classes
@@ -141,6 +169,7 @@ def create_transformers(
                 # with pretrained weights the position table keeps its size and is interpolated for images of another size
                 config.image_size = image_size
             module, lacking = _load(transformers, name, config, num_classes) if pretrained else (_build(transformers, config), [])
+            preprocessing = _preprocessing(transformers, name, config, image_size)
     except CheckpointError:
         raise
     except (OSError, ValueError) as error:
@@ -149,7 +178,7 @@ def create_transformers(
         raise UsageError(
             f"cannot open 'hf/{name}': {first} (without a network, pass a folder in transformers' layout: hf/./FOLDER)"
         ) from error
-    model = wrap(module, _preprocessing(transformers, name, config, image_size))
+    model = wrap(module, preprocessing)
     if lacking:
         mark_fresh(model, [f"model.{n}" for n in lacking], f"the weights of hf/{name} hold no head of {model.num_classes} classes")
     return model

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from vitarium.catalog.hub import TIMEOUT, reason_of
 from vitarium.catalog.rebuilding import refuse_files
 from vitarium.catalog.registry import find_model
 from vitarium.errors import CheckpointError, UsageError, nearest
@@ -186,7 +187,7 @@ def _fetch_hub(place: str) -> Path:
     for file in files:
         url = hub.hf_hub_url(repository, file)
         try:
-            hub.get_hf_file_metadata(url)  # fails at once without a network, whereas the download would retry for half a minute
+            hub.get_hf_file_metadata(url, timeout=TIMEOUT)  # one attempt; the download would retry for half a minute
             return Path(hub.hf_hub_download(repository, file))
         except RepositoryNotFoundError as error:
             raise CheckpointError(
@@ -195,7 +196,7 @@ def _fetch_hub(place: str) -> Path:
         except Exception as error:  # whatever the client's HTTP library of the day raises
             if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
                 continue  # the hub has no such file
-            raise CheckpointError(f"cannot reach the hub for {repository} ({_reason(error)}): {_by_hand(url)}") from error
+            raise CheckpointError(f"cannot reach the hub for {repository} ({reason_of(error)}): {_by_hand(url)}") from error
     raise CheckpointError(f"the hub's {repository} holds no {' or '.join(files)}; name its file: hf:{repository}/FILE")
 
 
@@ -205,10 +206,6 @@ def _hub_files(place: str) -> tuple[str, list[str]]:
     if len(parts) < 2 or not all(re.fullmatch(r"[\w.-]+", part) for part in parts):
         raise UsageError(f"a hub source is hf:OWNER/NAME or hf:OWNER/NAME/FILE, got 'hf:{place}'")
     return "/".join(parts[:2]), ["/".join(parts[2:])] if len(parts) > 2 else list(DEFAULT_FILES)
-
-
-def _reason(error: BaseException) -> str:
-    return next((line.strip()[:120] for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 # ---- addresses
@@ -243,7 +240,7 @@ def _fetch_url(url: str, digest: str) -> Path:
         partial.unlink(missing_ok=True)
         raise
     except Exception as error:  # any error of the client's HTTP library or the disk
-        raise CheckpointError(f"cannot download {name} ({_reason(error)}): {_by_hand(url)}") from error
+        raise CheckpointError(f"cannot download {name} ({reason_of(error)}): {_by_hand(url)}") from error
     return path
 
 
@@ -278,7 +275,7 @@ def _download(url: str, path: Path, name: str) -> None:
 
     size = None
     with contextlib.suppress(HfHubHTTPError):  # the server does not support HEAD; the download reports other errors
-        size = hub.get_hf_file_metadata(url).size  # fails at once without a network, whereas the download would retry for a while
+        size = hub.get_hf_file_metadata(url, timeout=TIMEOUT).size  # one attempt; the download would retry
     have = path.stat().st_size if path.exists() else 0
     if size is not None and have >= size:  # a partial file of another download, or a complete but unverified one
         path.unlink(missing_ok=True)

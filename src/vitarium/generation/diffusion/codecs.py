@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from vitarium.catalog.hub import advice, hub_or_cache
 from vitarium.catalog.record import training_of
 from vitarium.errors import CheckpointError, UsageError, require
 
@@ -84,9 +85,13 @@ def open_autoencoder(source: str) -> Latents:
         CheckpointError: it does not exist, or cannot be downloaded.
     """
     diffusers = require("diffusers", "diffusion")
+    local = Path(source).is_dir()
     try:
-        return Latents(diffusers.AutoencoderKL.from_pretrained(source, local_files_only=Path(source).is_dir()))
+        with hub_or_cache("." if local else source) as reason:
+            return Latents(diffusers.AutoencoderKL.from_pretrained(source, local_files_only=local))
     except (OSError, ValueError) as error:
+        if reason:
+            raise CheckpointError(f"cannot open the autoencoder {source!r}: {advice(source, reason)}") from error
         raise CheckpointError(
             f"cannot open the autoencoder {source!r}: {str(error).splitlines()[0]}; give a folder that AutoencoderKL.save_pretrained wrote"
         ) from error
