@@ -65,6 +65,11 @@ class Board:
             self.printed[event.model] = time.monotonic()
             self.console.print(line(event), markup=False, soft_wrap=True)
 
+    def note(self, text: str) -> None:
+        """Print a sentence above the table, or into the log; progress, which does not end with a line break, is not shown."""
+        if text.endswith("\n"):
+            self.console.print(text.rstrip("\n"), markup=False, style="dim", soft_wrap=not self.console.is_terminal)
+
     def finish(self, model: str) -> None:
         """Mark a model as finished whose training reports no end."""
         if event := self.latest[model]:

@@ -56,7 +56,7 @@ def compare(
     Interrupted or killed, the same command continues, on either engine.
     """
     from vitarium.cli.board import Board
-    from vitarium.reports.compare import default_models
+    from vitarium.reports.names import default_models
     from vitarium.training import load_recipe
     from vitarium.verbs.compare import chosen
     from vitarium.verbs.compare import compare as run
@@ -84,18 +84,19 @@ def compare(
             address=address,
             jobs=jobs,
             progress=board,
+            notify=board.note,
         )
     show(comparison)
 
 
 def show(comparison: Comparison) -> None:
     """Print the table of a comparison, the failures, and the recommendation."""
-    from vitarium.verbs.compare import cells, constant, headers
+    from vitarium.verbs.compare import baselines, cells, headers
 
     console = out()
     winner = comparison.recommendation.model
     rows = table(*headers(comparison))
-    for texts in constant(comparison):
+    for texts in baselines(comparison):
         rows.add_row(*texts, style="dim")
     for row in comparison.table():
         rows.add_row(*cells(row, comparison.metric), style="bold green" if row["name"] == winner else None)
@@ -107,6 +108,8 @@ def show(comparison: Comparison) -> None:
     if bad := comparison.bad_files:
         console.print(f"[yellow]{len(bad)} images could not be read[/], the first: ", end="")
         console.print(f"{bad[0]['path']} ({bad[0]['reason']})", markup=False)
+    for warning in comparison.warnings:
+        console.print(f"{warning[0].upper()}{warning[1:]}.", style="yellow", markup=False)
     console.print(f"\n{comparison.recommendation}\n", style="bold", markup=False)
     file = next(comparison.folder / trial.file for trial in comparison.trials if trial.name == winner)
     console.print(pairs({"report": comparison.report, "model": file, "use it": comparison.parsed_task().usage.format(file=file)}))

@@ -25,28 +25,27 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitarium.catalog import find_model
 from vitarium.data import ImageData, open_data
-from vitarium.data.clips import holds_clips, still_of
 from vitarium.engine import Engine, Job, Outcome, RunEvent, as_engine, run_all
 from vitarium.engine.machine import describe_machine
-from vitarium.errors import DataError, InputError, TrainingStopped, UsageError, VitariumError, nearest
+from vitarium.errors import DataError, InputError, TrainingStopped, UsageError, VitariumError
 from vitarium.files import atomic_path, lock_folder, write_text
 from vitarium.reports.events import Event, Listener
 from vitarium.reports.folder import claim, default_folder, plan_of, slug
+from vitarium.reports.inspection import Inspection, inspect
+from vitarium.reports.looking import still
+from vitarium.reports.names import DEFAULT_MODELS, check_kind, check_names, default_models, task_of_recipe
 from vitarium.reports.page import sections_of, write_report
 from vitarium.reports.results import Comparison, Failure, Trial
 from vitarium.reports.trial import MEASURING_BATCH, MODEL, DataSource, Devices, is_main_process, run_trial, started_together
-from vitarium.training import Progress, Recipe, find_learner, load_recipe
-from vitarium.training.tasks import GalleryData, Metric, Task, parse_task
+from vitarium.training import Progress, Recipe, load_recipe
+from vitarium.training.tasks import GalleryData, Metric
 
 if TYPE_CHECKING:
     from PIL import Image
 
 log = logging.getLogger("vitarium")
 
-DEFAULT_MODELS = ("swin_pico", "convnext_pico", "swin_mlp_pico", "convnext_iso_pico", "timm/vit_pico", "timm/resnet_pico")
-"""Six of different families, small enough to learn the embedded digits in seconds."""
 PICO_SIZE = 32
 """Side of the input of the default models where the images have no natural size, pixels."""
 
@@ -73,6 +72,7 @@ def compare(
     address: str | None = None,
     jobs: int | None = None,
     progress: Listener | None = None,
+    notify: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
     """Train each model under the same budget, evaluate and time it, and write the results to a folder.
 
@@ -101,6 +101,7 @@ def compare(
         jobs: models at a time; by default 1 locally, and as many as the cluster's CPUs and GPUs allow. Models that are timed while others
             train on the same machine look slower than they are; the report mentions it.
         progress: called with an `Event` whenever something happens.
+        notify: called with sentences before the training: duplicates in the data, the expected time, and ways to shorten a long one.
 
     Raises:
         UsageError: unknown names (all at once), more than one budget, or a folder that holds another comparison or is in use.
@@ -120,7 +121,7 @@ def compare(
     side = settings.image_size if task.data_kind != "class" else image_size  # classes: images that keep their size, unless asked for
     opening: dict[str, Any] = dict(seed=seed, val_fraction=val_fraction, image_size=side)
     images = open_data(spec, task=task.data_kind, **opening)
-    _check_kind(names, images)
+    check_kind(names, images)
     if settings.image_size is None:
         size = images.image_size or (PICO_SIZE if models is None and names == list(DEFAULT_MODELS) else None)
         settings = settings.model_copy(update=dict(image_size=size))
@@ -131,6 +132,8 @@ def compare(
     with lock_folder(folder) if main else nullcontext():
         if main:
             claim(folder, plan, images)
+            inspection = inspect(images, classes=task.classifies, seed=seed)
+            announce(inspection, names, images, settings, folder, where, accelerator, notify)
         given = dict(source=source, recipe=settings, pretrained=pretrained, devices=Devices(devices, num_nodes, strategy, accelerator))
         trials, failures = _run(names, folder, given, where, progress or (lambda event: None))
         if not main:
@@ -159,9 +162,34 @@ def compare(
             task=task.record(),
             baseline=task.baseline(images),
             notes=list(images.notes),
+            inspection=inspection,
         )
         finish(comparison, images)
     return comparison
+
+
+def announce(
+    inspection: Inspection,
+    names: Sequence[str],
+    images: ImageData,
+    recipe: Recipe,
+    folder: Path,
+    engine: Engine,
+    accelerator: str,
+    notify: Callable[[str], None],
+) -> None:
+    """Send what is known before the training: duplicates, and the expected time of models that are trained here one after the other."""
+    from vitarium.engine.runs import result_of
+    from vitarium.reports.estimate import estimate
+
+    for sentence in inspection.duplicates.sentences():
+        notify(f"{sentence}\n")
+    waiting = [name for name in names if result_of(_job(name, folder, {})) is None]
+    if waiting and engine.in_process and not started_together():
+        notify("Estimating the time")
+        expected = estimate(waiting, images, recipe, gpu=accelerator != "cpu")
+        if expected.seconds:
+            notify(f"{expected.text()}\n")
 
 
 def _check_engine(engine: Engine, devices: int, num_nodes: int) -> None:
@@ -185,97 +213,14 @@ def finish(comparison: Comparison, images: ImageData) -> None:
     best = comparison.best
     with atomic_path(comparison.folder / "best.safetensors") as temporary:
         shutil.copyfile(comparison.folder / best.file, temporary)
-    write_report(comparison, gallery_images(comparison, images))
+    examples = {shown.index: still(images.train, shown.index) for shown in comparison.inspection.examples}
+    write_report(comparison, gallery_images(comparison, images), examples)
 
 
 def gallery_images(comparison: Comparison, images: ImageData) -> dict[int, Image.Image | None]:
     """Return the held-out images that the report shows, by their place; None where one cannot be read any more."""
     galleries = [section for section in sections_of(comparison) if isinstance(section, GalleryData)]
-    return {shown.index: _image(images, shown.index) for gallery in galleries for shown in gallery.images}
-
-
-def _image(images: ImageData, index: int) -> Image.Image | None:
-    try:
-        return still_of(images.val[index][0])
-    except DataError:  # it could be read before
-        return None
-
-
-def task_of_recipe(recipe: Recipe) -> Task:
-    """Return the task of a recipe's learner."""
-    learner = find_learner(recipe.objective["name"])
-    return learner.task_for(recipe.settings_of(learner))
-
-
-def default_models(recipe: Recipe) -> list[str]:
-    """Return the models that are compared where none are named: those of `DEFAULT_MODELS`, or the recipe's for another task than theirs.
-
-    Raises:
-        UsageError: the recipe names no model.
-    """
-    if trains_like(recipe, "classification"):
-        return list(DEFAULT_MODELS)
-    if recipe.model is None:
-        raise UsageError(f"name the models to compare (--models); the recipe names none, and is for the task {task_of_recipe(recipe).name}")
-    return [recipe.model]
-
-
-def trains_like(recipe: Recipe, learner: str) -> bool:
-    """Return whether a learner trains models for the task of a recipe."""
-    return parse_task(find_learner(learner).task_name).name == task_of_recipe(recipe).name
-
-
-def check_names(names: Sequence[str]) -> None:
-    """Refuse names that no model has, all at once, before anything is built.
-
-    Raises:
-        UsageError: unknown, doubled or no names.
-    """
-    if not names:
-        raise UsageError("no models to compare; give names such as swin_pico or timm/vit_pico ('vitarium models' lists ours)")
-    problems = [f"{name!r} is named twice" for name in sorted({n for n in names if names.count(n) > 1})]
-    for name in dict.fromkeys(names):
-        try:
-            _check_name(name)
-        except VitariumError as error:
-            problems.append(str(error))
-    if problems:
-        raise UsageError("\n".join(problems))
-
-
-def _check_kind(names: Sequence[str], images: ImageData) -> None:
-    """Refuse models of clips on images and the other way round, before anything is trained.
-
-    Raises:
-        UsageError: with the names of those.
-    """
-    clips = holds_clips(images.val)  # training samples may be groups of images
-    if wrong := [name for name in names if sees_clips(name) != clips]:
-        held, seen = ("clips", "single images") if clips else ("single images", "clips")
-        raise UsageError(
-            f"{images.name} holds {held}, and these models take {seen}: {', '.join(wrong)}; leave them out, or give them {seen}"
-        )
-
-
-def sees_clips(name: str) -> bool:
-    """Return whether the model of this name takes clips."""
-    if name.startswith(("timm/", "hf/")):
-        return False
-    family, variant = find_model(name.partition(".")[0])
-    return family.variants[variant].get("frames") is not None
-
-
-def _check_name(name: str) -> None:
-    if name.startswith("timm/"):
-        import timm
-
-        from vitarium.catalog.foreign import TIMM_PICO
-
-        bare = name.removeprefix("timm/")
-        if bare not in TIMM_PICO and not timm.is_model(bare):
-            raise UsageError(f"timm has no model {bare!r}{nearest(bare, [*TIMM_PICO, *timm.list_models()])}")
-    elif not name.startswith("hf/"):  # those are looked up when their turn comes
-        find_model(name.partition(".")[0])
+    return {shown.index: still(images.val, shown.index) for gallery in galleries for shown in gallery.images}
 
 
 def _recipe(name: str | Path, *, pixels: int | None, seed: int, **given: Any) -> Recipe:
@@ -305,7 +250,7 @@ def _run(
         UsageError, TrainingStopped: every model failed; the message has the reason of each.
         DataError, KeyboardInterrupt, OSError (disk full): what would stop the next model as well.
     """
-    jobs = [Job(name, train_and_measure, folder / "models" / slug(name), {"name": name, **settings}, files=(MODEL,)) for name in names]
+    jobs = [_job(name, folder, settings) for name in names]
     retries = 0 if engine.in_process and started_together() else 1  # processes of one training stay in step
     outcomes = run_all(jobs, engine, progress=_Translator(len(names), listener), fatal=stops_all, retries=retries)
     failed = {o.job.name: o.error for o in outcomes if o.error is not None}
@@ -313,6 +258,10 @@ def _run(
         kind = UsageError if all(isinstance(e, UsageError | InputError) for e in failed.values()) else TrainingStopped
         raise kind("no model could be compared:\n" + "\n".join(f"  {name}: {_reason(error)}" for name, error in failed.items()))
     return [trial_of(o) for o in outcomes if o.value is not None], [Failure(name, _reason(error)) for name, error in failed.items()]
+
+
+def _job(name: str, folder: Path, settings: dict[str, Any]) -> Job:
+    return Job(name, train_and_measure, folder / "models" / slug(name), {"name": name, **settings}, files=(MODEL,))
 
 
 def trial_of(outcome: Outcome) -> Trial:

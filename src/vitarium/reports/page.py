@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from vitarium.files import write_text
 from vitarium.pages import Cell, Column, Row, counted, embed_image, lasting, render_page, three
 from vitarium.pages.page import HUES
+from vitarium.reports.baselines import PIXELS
+from vitarium.reports.data_section import describe
 from vitarium.reports.recommend import pareto_front
 from vitarium.reports.results import Comparison, Trial
 from vitarium.training.tasks import ConfusionData, GalleryData, Metric, ReportSection, TableData
@@ -36,16 +38,18 @@ COLUMNS = (
 """Key, label, unit, and which order puts the best first; the primary metric stands before them."""
 DRAWING_SIDE = 1040
 """Longest side of a drawing, pixels."""
-CONSTANT = "constant answer"
+Images = Mapping[int, "Image.Image | None"]
+EMPTY: Images = {}
 
 
-def write_report(comparison: Comparison, images: Mapping[int, Image.Image | None]) -> None:
+def write_report(comparison: Comparison, images: Images, examples: Images = EMPTY) -> None:
     """Write `comparison.report`.
 
     Args:
         images: held-out images of the task's galleries (see `sections_of`), by their place; None where one cannot be read any more.
+        examples: training images of `comparison.inspection.examples`, likewise.
     """
-    write_text(comparison.report, render(comparison, images))
+    write_text(comparison.report, render(comparison, images, examples))
 
 
 def sections_of(comparison: Comparison) -> list[ReportSection]:
@@ -54,11 +58,12 @@ def sections_of(comparison: Comparison) -> list[ReportSection]:
     return comparison.parsed_task().sections(best.name, best.extras, comparison.classes)
 
 
-def render(comparison: Comparison, images: Mapping[int, Image.Image | None]) -> str:
+def render(comparison: Comparison, images: Images, examples: Images = EMPTY) -> str:
     """Return the page as HTML. All values are escaped."""
     assets = resources.files("vitarium.reports") / "assets"
     template, css, js = ((assets / name).read_text(encoding="utf-8") for name in ("report.html.jinja", "report.css", "report.js"))
     values = {**_words(comparison), "sections": _sections(comparison, images), "drawings": _drawings(comparison)}
+    values["shown_data"] = describe(comparison, examples)
     return render_page(template, kind="comparison", created=comparison.created, data=_data(comparison), css=css, js=js, **values)
 
 
@@ -117,6 +122,7 @@ def _words(comparison: Comparison) -> dict[str, Any]:
             f"{comparison.images['train']:,} training images",
             f"{comparison.images['val']:,} held out",
             *([f"{len(comparison.classes)} classes"] if comparison.classes else []),
+            f"input {_input(comparison)} pixels",
             f"{_budget(comparison)} each",
         ],
         recommendation=recommendation,
@@ -140,6 +146,8 @@ def _words(comparison: Comparison) -> dict[str, Any]:
         training_loss=any("train_loss" in point for t in comparison.trials for point in t.history),
         failures=comparison.failures,
         bad_files=comparison.bad_files,
+        warnings=[f"{text[0].upper()}{text[1:]}." for text in comparison.warnings],
+        regression=[row for row in comparison.inspection.baselines if row["name"] == PIXELS],
         costs=[dict(key=key, label=label) for key, label, *_ in COSTS],
         columns=[
             Column("Model", numeric=False),
@@ -166,7 +174,9 @@ def _rows(comparison: Comparison) -> list[Row]:
             Cell(getattr(trial, key), _cell(trial, key), notes.get(key, ""), len(trials) > 1 and getattr(trial, key) == tops[key])
             for key, _ in columns
         ]
-        badges = [word for word, holds in (("recommended", recommended), (_most(metric), trial is best)) if holds]
+        marks = {"recommended": recommended, _most(metric): trial is best, "still improving": trial.still_improving is not None}
+        marks["timed under load"] = trial.disturbed
+        badges = [word for word, holds in marks.items() if holds]
         rows.append(Row(trial.name, cells, place % HUES, badges, recommended))
     return rows
 
@@ -179,12 +189,9 @@ def _cell(trial: Trial, key: str) -> str:
 
 
 def _constant(comparison: Comparison) -> list[Row]:
-    """Return the row of the best constant answer, where the task has one; its costs are empty."""
-    metric = comparison.metric
-    if metric.name not in comparison.baseline:
-        return []
-    value = comparison.baseline[metric.name]
-    return [Row(CONSTANT, [Cell(value, metric.number(value)), *(Cell("", "") for _ in COLUMNS)])]
+    """Return the rows of answers that no model gives, the best constant one first; their costs are empty."""
+    costs = [Cell("", "") for _ in COLUMNS]
+    return [Row(name, [Cell(value, comparison.metric.number(value)), *costs]) for name, value in comparison.baselines().items()]
 
 
 def _title(metric: Metric) -> str:
@@ -211,7 +218,6 @@ def _method(comparison: Comparison) -> list[dict[str, str]]:
     machine, settings = comparison.machine, comparison.settings
     counts = sorted({t.threads for t in comparison.trials})
     threads = f"{' or '.join(map(str, counts))} {'thread' if counts == [1] else 'threads'}"
-    sizes = sorted({t.image_size for t in comparison.trials})
     total, metric = sum(t.seconds for t in comparison.trials), comparison.metric
     calls = sorted({", ".join(t.inputs) for t in comparison.trials if len(t.inputs) > 1})
     one_call = f" Of one call of the model ({'; '.join(calls)})." if calls else ""
@@ -224,7 +230,7 @@ def _method(comparison: Comparison) -> list[dict[str, str]]:
         "Training": f"{_budget(comparison)} for each model, recipe {settings['recipe']}, batches of {settings['batch_size']}, "
         f"{'from published weights' if settings['pretrained'] else 'from random weights'}.{several} {lasting(total)} in all.",
         "Data": f"{comparison.data}: {comparison.images['train']:,} training images; {metric.label} is measured on "
-        f"{comparison.images['val']:,} held-out ones. Input of {' or '.join(f'{s}x{s}' for s in sizes)} pixels.{notes}",
+        f"{comparison.images['val']:,} held-out ones. Input of {_input(comparison)} pixels.{notes}",
         "Seed": f"{settings['seed']}, of the split, the initial weights and the order of the images. One run a model: {chance}.",
         "Latency": "time of one image at batch 1 in evaluation mode, after a warm-up: the best of several medians." + one_call + together,
         "Throughput and memory": f"at {settings['measuring_batch']} images a batch; throughput is the best of several medians, memory is "
@@ -238,6 +244,12 @@ def _method(comparison: Comparison) -> list[dict[str, str]]:
         "Versions": f"Vitarium {machine['vitarium']}, PyTorch {machine['torch']}, timm {machine['timm']}, Python {machine['python']}.",
     }
     return [dict(name=name, value=value[0].upper() + value[1:] if name != "Data" else value) for name, value in values.items()]
+
+
+def _input(comparison: Comparison) -> str:
+    """Return the sides of the models' inputs: "32x32", or "16x16 to 32x32"."""
+    sides = sorted({t.image_size for t in comparison.trials})
+    return " to ".join(f"{side}x{side}" for side in dict.fromkeys((sides[0], sides[-1])))
 
 
 def _machines(comparison: Comparison) -> str:
@@ -257,7 +269,7 @@ def _budget(comparison: Comparison) -> str:
 # ---- what the task shows of the best model
 
 
-def _sections(comparison: Comparison, images: Mapping[int, Image.Image | None]) -> list[dict[str, Any]]:
+def _sections(comparison: Comparison, images: Images) -> list[dict[str, Any]]:
     """Return the task's sections with their images, each with its kind: "confusion", "gallery" or "table"."""
     found: list[dict[str, Any]] = []
     for section in sections_of(comparison):

@@ -9,12 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from vitarium.files import write_json, write_text
+from vitarium.reports.curves import still_improving
+from vitarium.reports.inspection import Inspection
 from vitarium.reports.recommend import Recommendation, recommend, standard_error
 from vitarium.training.tasks import Metric, Task, parse_task
 from vitarium.training.tasks.classify import ACCURACY
 
 COSTS = ("latency_ms", "throughput", "peak_memory_mb", "params", "macs", "image_size", "steps", "seconds")
 """Columns of a table of the results, behind the name and the primary metric."""
+USUAL_SIDE = 224
+"""Side of the input of most published models, pixels; a larger one is not suggested."""
+CONSTANT = "constant answer"
+BUSY = 1.25
+"""Load for each core from which timings are disturbed; a training that uses every core has 1."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,8 @@ class Trial:
         threads: of PyTorch, while it was trained and timed.
         device: name of the processor or accelerator that it was trained and timed on.
         metric: the primary metric.
+        load: processes that were running or waiting for a core while it was timed (the load average of the last minute), over the cores; 0
+            where the system does not count them.
         inputs: names of the arguments of the call that was timed; one, if the model is called with an image.
         extras: what its task keeps beside the metrics, plain values (see `Task.extras`).
     """
@@ -63,6 +72,7 @@ class Trial:
     file: str
     threads: int = 1
     device: str = ""
+    load: float = 0.0
     metric: Metric = ACCURACY
     inputs: list[str] = field(default_factory=list, repr=False)
     extras: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -71,6 +81,16 @@ class Trial:
     def standard_error(self) -> float | None:
         """Standard error of the score, from the number of held-out images; None where it is not known."""
         return standard_error(self.score, self.evaluated) if self.metric.share_of_images else None
+
+    @property
+    def disturbed(self) -> bool:
+        """True if more processes than cores were running when the model was timed, so that it looks slower than it is."""
+        return self.load > BUSY
+
+    @property
+    def still_improving(self) -> float | None:
+        """Gain of the metric over the last third of the learning curve, if it had not flattened (see `curves`); None else."""
+        return still_improving(self.history, self.metric)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values; metrics and extras stand under their own names too, beside the fields."""
@@ -115,6 +135,7 @@ class Comparison:
         task: record of the task, see `Task.record`.
         baseline: scores of the best constant answer on the held-out images; {} where there is none.
         notes: what was left out, ignored or assumed when the data was opened, a sentence each.
+        inspection: what is known about the data.
     """
 
     folder: Path
@@ -130,6 +151,7 @@ class Comparison:
     task: dict[str, Any] = field(default_factory=lambda: {"name": "classify"})
     baseline: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    inspection: Inspection = field(default_factory=Inspection, repr=False)
 
     @property
     def metric(self) -> Metric:
@@ -172,6 +194,17 @@ class Comparison:
         """Each image that could not be read, once."""
         return list({bad["path"]: bad for trial in self.trials for bad in trial.bad_files}.values())
 
+    def baselines(self) -> dict[str, float]:
+        """Return the scores of answers that no model gives, by name: the best constant one, and those of `inspection`."""
+        metric = self.metric.name
+        constant = {CONSTANT: self.baseline[metric]} if metric in self.baseline else {}
+        return constant | {row["name"]: row[metric] for row in self.inspection.baselines if metric in row}
+
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences on what speaks against the numbers: images that the input reduces, duplicates, rising curves, other load."""
+        return warnings_of(self)
+
     def table(self) -> list[dict[str, Any]]:
         """Return a row a finished model, the best first; keys are `columns`, values plain numbers."""
         rows = sorted(self.trials, key=self._order)
@@ -197,6 +230,8 @@ class Comparison:
             "recommendation": self.recommendation.sentence,
             "bad_files": self.bad_files,
             "notes": self.notes,
+            "warnings": self.warnings,
+            "inspection": self.inspection.to_dict(),
             "failed": [asdict(failure) for failure in self.failures],
             "models": [trial.to_dict() for trial in self.trials],
         }
@@ -206,7 +241,8 @@ class Comparison:
         """Make a comparison from the content of a results.json of `folder`."""
         rest = {key: values[key] for key in ("data", "images", "classes", "budget", "settings", "machine", "created")}
         trials, failures = [Trial.from_dict(row) for row in values["models"]], [Failure(**row) for row in values["failed"]]
-        later = {key: values[key] for key in ("task", "baseline", "notes") if key in values}
+        later: dict[str, Any] = {key: values[key] for key in ("task", "baseline", "notes") if key in values}
+        later |= {"inspection": Inspection.from_dict(values["inspection"])} if "inspection" in values else {}
         return cls(folder=folder, **rest, trials=trials, failures=failures, **later)
 
     def write(self) -> None:
@@ -218,3 +254,31 @@ class Comparison:
         writer.writerows(self.table())
         writer.writerows({"name": failure.name, "error": failure.error} for failure in self.failures)
         write_text(self.folder / "results.csv", text.getvalue())
+
+
+def warnings_of(comparison: Comparison) -> list[str]:
+    """Return the sentences of `Comparison.warnings`."""
+    found = _small_input(comparison) + comparison.inspection.duplicates.sentences()
+    if rising := [trial for trial in comparison.trials if trial.still_improving is not None]:
+        ((unit, amount),) = comparison.budget.items()
+        names = ", ".join(trial.name for trial in rising)
+        verb = "was" if len(rising) == 1 else "were"
+        longer = f"train longer, for example with --{unit} {2 * amount:g} (now {amount:g})"
+        found.append(f"{names} {verb} still improving when the training ended: {longer}")
+    if late := [trial for trial in comparison.trials if trial.disturbed]:
+        names = ", ".join(f"{trial.name} ({trial.load:.1f} processes a core)" for trial in late)
+        found.append(f"other programs were running while these were timed, so they look slower than they are: {names}")
+    return found
+
+
+def _small_input(comparison: Comparison) -> list[str]:
+    median = comparison.inspection.sizes.get("median")
+    reduced = [trial for trial in comparison.trials if median and trial.image_size < min(median)]
+    if not median or not reduced:
+        return []
+    sides = sorted({trial.image_size for trial in reduced})
+    which = "the models see" if len(reduced) == len(comparison.trials) else f"{', '.join(trial.name for trial in reduced)} see"
+    pixels = " or ".join(f"{side}x{side}" for side in sides)
+    larger = min(min(median), USUAL_SIDE) // 32 * 32
+    advice = f"a larger input (--image-size {larger}) costs time and may score better" if larger > max(sides) else "small details are lost"
+    return [f"{which} {pixels} pixels, and the images have {median[0]}x{median[1]} (median): {advice}"]

@@ -147,7 +147,7 @@ def run_trial(
         numbers, extras, evaluated = held_out(learner, data, recipe.batch_size)
         if metric.name not in numbers:
             raise TrainingStopped(f"its {metric.label} on the {evaluated} held-out images is missing or not finite")
-        cost, threads = measure(model), torch.get_num_threads()
+        cost, threads, load = measure(model), torch.get_num_threads(), load_of_cores()
     if source is not None:
         record_training(learner, data, source=source.spec, seed=source.seed, val_fraction=source.val_fraction)
     save(model, folder / MODEL)
@@ -170,6 +170,7 @@ def run_trial(
         file=f"models/{folder.name}/{MODEL}",
         threads=threads,
         device=describe_device(accelerator=devices.accelerator),
+        load=load,
         metric=metric,
         inputs=list(example_inputs(model)),
         extras=extras,
@@ -211,6 +212,12 @@ def suitable_threads(macs: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def load_of_cores() -> float:
+    """Return the load average of the last minute over the cores of this process; 0.0 where the system does not count it (Windows)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return round(os.getloadavg()[0] / cores, 2) if hasattr(os, "getloadavg") else 0.0
 
 
 def measure(model: nn.Module) -> Profile:

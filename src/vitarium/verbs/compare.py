@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from vitarium.errors import UsageError
+from vitarium.errors import UsageError, nearest
 from vitarium.numbers import short
 from vitarium.reports.results import Comparison
 from vitarium.training.tasks.base import Metric, TableData
+from vitarium.verbs.opening import Notify, quiet
 from vitarium.verbs.result import Result
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ class Compared(Result, Comparison):
 
     def facts(self) -> dict[str, Any]:
         rows: dict[str, Any] = {"recommendation": self.recommendation.sentence, "report": self.report}
+        rows |= {"warnings": "; ".join(self.warnings)} if self.warnings else {}
         return rows | ({"failed": ", ".join(failure.name for failure in self.failures)} if self.failures else {})
 
     def tables(self) -> list[TableData]:
@@ -54,6 +57,7 @@ def compare(
     address: str | None = None,
     jobs: int | None = None,
     progress: Listener | None = None,
+    notify: Notify = quiet,
 ) -> Compared:
     """Train models on your images under the same budget, measure them, and recommend one; results and an HTML report go to a folder.
 
@@ -77,6 +81,7 @@ def compare(
         address: of a running Ray cluster, "auto" or "HOST:PORT".
         jobs: models at a time; None: 1 locally, as many as the cluster allows under Ray.
         progress: called with each `vitarium.reports.events.Event`.
+        notify: called with what is known before the training: duplicates in the data, the expected time, and ways to shorten a long one.
 
     Raises:
         UsageError: unknown names (all at once), a pattern that nothing matches, more than one budget, or a folder of another comparison.
@@ -107,6 +112,7 @@ def compare(
         address=address,
         jobs=jobs,
         progress=progress,
+        notify=notify,
     )
     return Compared(**{field.name: getattr(found, field.name) for field in fields(Comparison)})
 
@@ -126,17 +132,26 @@ def chosen(models: str | Sequence[str], recipe: str = "pico") -> list[str]:
     for part in filter(None, map(str.strip, models.split(",") if isinstance(models, str) else models)):
         matches = models_like(part, recipe) if any(c in part for c in "*?[") else [part]
         if not matches:
-            raise UsageError(f"no model matches {part!r} for the task of the recipe {recipe} ('vitarium models' lists all)")
+            raise UsageError(
+                f"no model matches {part!r} for the task of the recipe {recipe}{near_pattern(part, recipe)} ('vitarium models' lists all)"
+            )
         names += [name for name in matches if name not in names]
     if not names:
         raise UsageError("--models names no model; write names with commas, such as swin_pico,timm/vit_pico")
     return names
 
 
+def near_pattern(pattern: str, recipe: str) -> str:
+    """Return "; did you mean ...?" with names of the recipe's task that are like a pattern without its wildcards; "" if none is."""
+    names = models_like("*", recipe)
+    letters = re.sub(r"\[[^]]*\]|[*?]", "", pattern).strip("_-/.")
+    return nearest(letters, names) or nearest(letters, sorted({name.partition("_")[0] for name in names}))
+
+
 def models_like(pattern: str, recipe: str) -> list[str]:
     """Return the names of the models of a recipe's task that a shell pattern matches: those of images, or else those of clips."""
     from vitarium.catalog.search import find_models
-    from vitarium.reports.compare import trains_like
+    from vitarium.reports.names import trains_like
     from vitarium.training import load_recipe
 
     found, settings = find_models(pattern, timm=True), load_recipe(recipe)
@@ -151,14 +166,13 @@ def headers(comparison: Comparison) -> list[str]:
 
 
 def all_cells(comparison: Comparison) -> list[list[str]]:
-    """Return the rows of a table of the models: the constant answer, where the task has one, then the models, the best first."""
-    return constant(comparison) + [cells(row, comparison.metric) for row in comparison.table()]
+    """Return the rows of a table of the models: answers that no model gives, such as a constant one, then the models, the best first."""
+    return baselines(comparison) + [cells(row, comparison.metric) for row in comparison.table()]
 
 
-def constant(comparison: Comparison) -> list[list[str]]:
-    """Return the row of the best constant answer; no row where the task has none."""
-    metric, baseline = comparison.metric, comparison.baseline
-    return [["constant answer", metric.short(baseline[metric.name]), *[""] * 5]] if metric.name in baseline else []
+def baselines(comparison: Comparison) -> list[list[str]]:
+    """Return the rows of answers that no model gives: the best constant one, and logistic regression on the pixels; none without any."""
+    return [[name, comparison.metric.short(value), *[""] * 5] for name, value in comparison.baselines().items()]
 
 
 def cells(row: dict[str, Any], metric: Metric) -> list[str]:

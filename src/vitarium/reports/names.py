@@ -1,0 +1,92 @@
+"""Names of the models of a comparison: the default ones, and checks before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vitarium.catalog import find_model
+from vitarium.data import ImageData
+from vitarium.data.clips import holds_clips
+from vitarium.errors import UsageError, VitariumError, nearest
+from vitarium.training import Recipe, find_learner
+from vitarium.training.tasks import Task, parse_task
+
+DEFAULT_MODELS = ("swin_pico", "convnext_pico", "swin_mlp_pico", "convnext_iso_pico", "timm/vit_pico", "timm/resnet_pico")
+"""Six of different families, small enough to learn the embedded digits in seconds."""
+
+
+def task_of_recipe(recipe: Recipe) -> Task:
+    """Return the task of a recipe's learner."""
+    learner = find_learner(recipe.objective["name"])
+    return learner.task_for(recipe.settings_of(learner))
+
+
+def default_models(recipe: Recipe) -> list[str]:
+    """Return the models that are compared where none are named: those of `DEFAULT_MODELS`, or the recipe's for another task than theirs.
+
+    Raises:
+        UsageError: the recipe names no model.
+    """
+    if trains_like(recipe, "classification"):
+        return list(DEFAULT_MODELS)
+    if recipe.model is None:
+        raise UsageError(f"name the models to compare (--models); the recipe names none, and is for the task {task_of_recipe(recipe).name}")
+    return [recipe.model]
+
+
+def trains_like(recipe: Recipe, learner: str) -> bool:
+    """Return whether a learner trains models for the task of a recipe."""
+    return parse_task(find_learner(learner).task_name).name == task_of_recipe(recipe).name
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse names that no model has, all at once, before anything is built.
+
+    Raises:
+        UsageError: unknown, doubled or no names.
+    """
+    if not names:
+        raise UsageError("no models to compare; give names such as swin_pico or timm/vit_pico ('vitarium models' lists ours)")
+    problems = [f"{name!r} is named twice" for name in sorted({n for n in names if names.count(n) > 1})]
+    for name in dict.fromkeys(names):
+        try:
+            _check_name(name)
+        except VitariumError as error:
+            problems.append(str(error))
+    if problems:
+        raise UsageError("\n".join(problems))
+
+
+def check_kind(names: Sequence[str], images: ImageData) -> None:
+    """Refuse models of clips on images and the other way round, before anything is trained.
+
+    Raises:
+        UsageError: with the names of those.
+    """
+    clips = holds_clips(images.val)  # training samples may be groups of images
+    if wrong := [name for name in names if sees_clips(name) != clips]:
+        held, seen = ("clips", "single images") if clips else ("single images", "clips")
+        raise UsageError(
+            f"{images.name} holds {held}, and these models take {seen}: {', '.join(wrong)}; leave them out, or give them {seen}"
+        )
+
+
+def sees_clips(name: str) -> bool:
+    """Return whether the model of this name takes clips."""
+    if name.startswith(("timm/", "hf/")):
+        return False
+    family, variant = find_model(name.partition(".")[0])
+    return family.variants[variant].get("frames") is not None
+
+
+def _check_name(name: str) -> None:
+    if name.startswith("timm/"):
+        import timm
+
+        from vitarium.catalog.foreign import TIMM_PICO
+
+        bare = name.removeprefix("timm/")
+        if bare not in TIMM_PICO and not timm.is_model(bare):
+            raise UsageError(f"timm has no model {bare!r}{nearest(bare, [*TIMM_PICO, *timm.list_models()])}")
+    elif not name.startswith("hf/"):  # those are looked up when their turn comes
+        find_model(name.partition(".")[0])
