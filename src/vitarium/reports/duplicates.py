@@ -144,7 +144,7 @@ def _across(looked: Looked, pairs: list[tuple[int, int, str]]) -> list[tuple[int
 def _near(looked: Looked, repeated: set[int]) -> list[tuple[int, int]]:
     """Return pairs of near duplicates, without images that repeat another one exactly."""
     gray = looked.thumbnails.astype(np.float32).mean(-1) if len(looked) else np.empty((0, 1, 1), np.float32)
-    contrast = gray.reshape(len(gray), -1).std(1)
+    contrast = gray.std((1, 2))
     kept = np.array([i for i in range(len(gray)) if i not in repeated and contrast[i] >= FLAT], np.int64)
     hashes, found, candidates = dhash(gray[kept]), [], 0
     for start in range(0, len(kept), BLOCK):
