@@ -248,13 +248,14 @@ def test_images_outside_of_class_folders_are_counted(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_pipes_and_broken_links_do_not_stop_the_listing(tmp_path):
+def test_pipes_and_broken_links_do_not_stop_the_listing(tmp_path, tmp_path_factory):
     root = fill(tmp_path, *(f"{kind}/{i}.png" for kind in "ab" for i in range(2)))
     os.mkfifo(root / "a/pipe.png")
     os.mkfifo(root / "a/pipe")
-    os.mkfifo(tmp_path.with_name(f"{tmp_path.name}-pipe"))
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
     for name in ("link.png", "link"):  # a link to a pipe is none to a file
-        os.symlink(tmp_path.with_name(f"{tmp_path.name}-pipe"), root / "b" / name)
+        os.mkfifo(elsewhere / name)
+        os.symlink(elsewhere / name, root / "b" / name)
     os.symlink("nowhere.png", root / "b/gone.png")
     data = open_data(root, split="all")
     assert len(data.val) == 5  # the broken link is listed, and is a broken image when it is read

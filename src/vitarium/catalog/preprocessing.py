@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from vitarium.errors import InputError, UsageError, nearest
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
     from torch import Tensor
 
@@ -158,28 +159,38 @@ class Preprocessing:
         return self.normalised(self.square(to_mode(image, self.channels)))
 
     def square(self, image: Image.Image) -> Image.Image:
-        """Resize and crop an image (mode "L" or "RGB") to image_size x image_size."""
-        from torchvision.transforms.v2 import functional as T
+        """Resize and crop an image (mode "L" or "RGB") to image_size x image_size, as torchvision's `resize` and `center_crop` do."""
+        from PIL import Image
 
-        shorter = math.floor(self.image_size / self.crop_pct)
-        if image.size == (shorter, shorter) and shorter == self.image_size:
-            return image
-        mode = T.InterpolationMode(self.interpolation)
-        return T.center_crop(T.resize(image, [shorter], interpolation=mode, antialias=True), [self.image_size, self.image_size])
+        side, shorter = self.image_size, math.floor(self.image_size / self.crop_pct)
+        (width, height), least = image.size, min(image.size)
+        wanted = (int(shorter * width / least), shorter) if height == least else (shorter, int(shorter * height / least))
+        if wanted != image.size:
+            image = image.resize(wanted, Image.Resampling[self.interpolation.upper()])
+        left, top = round((image.width - side) / 2), round((image.height - side) / 2)
+        return image if image.size == (side, side) else image.crop((left, top, left + side, top + side))
+
+    def array(self, image: Image.Image) -> np.ndarray:
+        """Return an image in any of Pillow's modes as a normalised array (channels, image_size, image_size), float32. Imports no torch."""
+        return self._normalised(self.square(to_mode(image, self.channels)))
 
     def normalised(self, image: Image.Image) -> Tensor:
         """Return an image (mode "L" for one channel, "RGB" for three) as a normalised tensor (channels, h, w).
 
         It equals torchvision's `to_image`, `to_dtype(scale=True)` and `normalize`, whose calls take longer than the work on small images.
         """
-        import numpy as np
         import torch
+
+        return torch.from_numpy(self._normalised(image))
+
+    def _normalised(self, image: Image.Image) -> np.ndarray:
+        import numpy as np
 
         values = np.array(image, dtype=np.float32).reshape(image.height, image.width, -1)
         values *= np.float32(1 / 255)
         values -= np.asarray(self.mean, dtype=np.float32)
         values /= np.asarray(self.std, dtype=np.float32)
-        return torch.from_numpy(values).permute(2, 0, 1)
+        return values.transpose(2, 0, 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict for a file's header; `Preprocessing(**d)` restores them."""

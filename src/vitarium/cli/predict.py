@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
-from vitarium.cli.console import err, print_json, print_tables, status
+from vitarium.cli.console import err, out, print_json, print_tables, status
 from vitarium.cli.options import Address, Apply, BatchSize, Checkpoint, Device, EngineKind, Jobs, ModelOption, Runtime, RuntimeKind
 
 SHOWN = 10
 """Images that could not be read whose reasons are printed."""
+ROWS = 20
+"""Rows of the table if all are written to a file."""
 
 
 def predict(
@@ -57,7 +59,10 @@ def predict(
     if as_json:
         print_json(found.rows)
     else:
-        print_tables([answer_table(found.rows, found.task)])
+        first = found.rows if output is None else found.rows[:ROWS]
+        print_tables([answer_table(first, found.task)])
+        if len(first) < len(found.rows):
+            out().print(f"... {len(found.rows) - len(first)} more in {output}", markup=False, soft_wrap=True)
     if found.broken:
         err().print(f"[yellow]{len(found.broken)} of {len(found.rows)} images could not be read[/]")
         for row in found.broken[:SHOWN]:

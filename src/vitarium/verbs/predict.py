@@ -13,16 +13,21 @@ from typing import TYPE_CHECKING, Any
 from vitarium.engine import Engine, as_engine, map_images
 from vitarium.engine.images import PART_BATCHES
 from vitarium.errors import DataError, UsageError
-from vitarium.files import check_output, save_image
+from vitarium.files import check_output, is_model_file, save_image
+from vitarium.pages.tables import TableData
 from vitarium.texts import printable
-from vitarium.training.tasks.base import TableData, Task
 from vitarium.verbs.opening import Notify, apply_methods, execute, find_images, name_of, open_model, quiet
 from vitarium.verbs.result import Result
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from vitarium.catalog.answers import Form
+    from vitarium.training.tasks.base import Task
+
 ENDINGS, ANSWERS = (".csv", ".json"), "answers.json"
+FIRST, SHORT = 3, 40
+"""Answers in the text of a result, and the largest number of characters of a name and of an answer there."""
 
 
 @dataclass(repr=False)
@@ -33,12 +38,12 @@ class Predictions(Result):
         model: file or name.
         rows: one per image, in the order of the files: {"image", ...answer}, or {"image", "error"}. "drawing" is the file of a drawn
             answer.
-        task: the model's task.
+        task: the model's task; for answers that were made without PyTorch, the form of its answers.
     """
 
     model: str
     rows: list[dict[str, Any]]
-    task: Task = field(repr=False)
+    task: Task | Form = field(repr=False)
 
     @property
     def broken(self) -> list[dict[str, Any]]:
@@ -46,7 +51,16 @@ class Predictions(Result):
         return [row for row in self.rows if "error" in row]
 
     def facts(self) -> dict[str, Any]:
-        return {"model": self.model, "images": len(self.rows), "not readable": len(self.broken)}
+        shown = "; ".join(f"{Path(row['image']).name[-SHORT:]}: {self._text(row)}" for row in self.rows[:FIRST])
+        more = len(self.rows) - FIRST
+        answers = f"{shown}; and {more} more" if more > 0 else shown
+        return {"model": self.model, "images": len(self.rows), "not readable": len(self.broken), "answers": answers}
+
+    def _text(self, row: dict[str, Any]) -> str:
+        """Return the beginning of an answer: the label and its probability, of a classifier."""
+        if "error" in row:
+            return "not readable"
+        return " ".join(list(self.task.cells(answer_of(row)).values())[:2])[:SHORT]
 
     def tables(self) -> list[TableData]:
         return [answer_table(self.rows, self.task)]
@@ -98,22 +112,55 @@ def predict(
         CheckpointError: weights that are not available.
         MissingExtra: engine="ray" without Ray.
     """
-    from vitarium.catalog.heads import require_head
-    from vitarium.perception.retrieval.index import model_fingerprint, stamp_of
-    from vitarium.training.tasks import task_of
+    from vitarium.efficiency.runtimes import GRAPHS, check_runtime
+    from vitarium.verbs.light import predict as predict_light
 
+    check_runtime(runtime)
     path = None if output is None else Path(output)
     if path is not None and path.suffix and path.suffix not in ENDINGS:
         raise UsageError(f"--output must end in {' or '.join(ENDINGS)}, or be a folder; got {path}")
     check_output(path if path is None or path.suffix else path / ANSWERS)
     files = find_images(images, path, notify)
+    where = as_engine(engine, address=address, jobs=jobs)
+    few = path is None or len(files) <= batch_size * PART_BATCHES  # longer lists can be resumed
+    plain = checkpoint is None and not apply and where.kind == "local" and where.in_process and device in ("auto", "cpu")
+    found = None
+    if runtime in GRAPHS and is_model_file(model) and few and plain:
+        assert isinstance(model, str | os.PathLike)
+        found = predict_light(files, model, runtime, limit=top_k, batch_size=batch_size, notify=notify)
+    rows, task = found or _answers(files, model, checkpoint, apply, top_k, batch_size, device, runtime, path, where, notify)
+    result = Predictions(name_of(model), rows, task)
+    if len(result.broken) == len(rows):
+        raise DataError("no image could be read:\n" + "\n".join(f"  {row['image']}: {row['error']}" for row in rows[:10]))
+    if path is not None:
+        write(rows, task, path)
+    return result
+
+
+def _answers(
+    files: list[str],
+    model: str | os.PathLike[str] | nn.Module,
+    checkpoint: str | None,
+    apply: Sequence[Any] | None,
+    top_k: int,
+    batch_size: int,
+    device: str,
+    runtime: str,
+    path: Path | None,
+    where: Engine,
+    notify: Notify,
+) -> tuple[list[dict[str, Any]], Task]:
+    """Return the rows of `Predictions` and the model's task. Arguments as for `predict`, `path` its output and `where` its engine."""
+    from vitarium.catalog.heads import require_head
+    from vitarium.perception.retrieval.index import model_fingerprint, stamp_of
+    from vitarium.training.tasks import task_of
+
     opened = open_model(model, checkpoint)
     require_head(opened)
     task = task_of(opened)
     if task.result_kind is None:
         raise UsageError(task.refusal())
     apply_methods(opened, apply, None, notify)
-    where = as_engine(engine, address=address, jobs=jobs)
     opened = execute(
         opened,
         runtime,
@@ -140,13 +187,7 @@ def predict(
         progress=lambda done, total: notify(f"Looking at images: {done} of {total}"),
         **given,
     )
-    rows = [row for part in answers for row in part]
-    found = Predictions(name_of(model), rows, task)
-    if len(found.broken) == len(rows):
-        raise DataError("no image could be read:\n" + "\n".join(f"  {row['image']}: {row['error']}" for row in rows[:10]))
-    if path is not None:
-        write(rows, task, path)
-    return found
+    return [row for part in answers for row in part], task
 
 
 def _answer_part(
@@ -190,7 +231,7 @@ def save_drawing(drawn: Any, path: Path) -> Path:
     return path
 
 
-def write(rows: list[dict[str, Any]], task: Task, path: Path) -> None:
+def write(rows: list[dict[str, Any]], task: Task | Form, path: Path) -> None:
     """Write answers to a .csv or .json file, or to answers.json of a folder."""
     from vitarium.files import write_json, write_text
 
@@ -201,7 +242,7 @@ def write(rows: list[dict[str, Any]], task: Task, path: Path) -> None:
     write_json(path if path.suffix else path / ANSWERS, rows)
 
 
-def to_csv(rows: list[dict[str, Any]], task: Task) -> str:
+def to_csv(rows: list[dict[str, Any]], task: Task | Form) -> str:
     """Return answers as CSV, a line per image: image, the task's columns (`Task.flat`), error."""
     cells = [{} if "error" in row else task.flat({k: v for k, v in row.items() if k != "image"}) for row in rows]
     columns = list(dict.fromkeys(name for row in cells for name in row))
@@ -213,11 +254,16 @@ def to_csv(rows: list[dict[str, Any]], task: Task) -> str:
     return text.getvalue()
 
 
-def answer_table(rows: list[dict[str, Any]], task: Task) -> TableData:
+def answer_of(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the answer in a row of `Predictions`."""
+    return {name: value for name, value in row.items() if name not in ("image", "drawing")}
+
+
+def answer_table(rows: list[dict[str, Any]], task: Task | Form) -> TableData:
     """Return answers as a table for display, one row per image."""
-    cells = [None if "error" in row else task.cells({k: v for k, v in row.items() if k not in ("image", "drawing")}) for row in rows]
+    cells = [None if "error" in row else task.cells(answer_of(row)) for row in rows]
     columns = list(dict.fromkeys(name for row in cells if row for name in row))
-    table = TableData("", ["image", *columns])
+    table = TableData("", ["~image", *(f"~{name}" for name in columns)])
     for row, values in zip(rows, cells, strict=True):
         texts = ["not readable", *[""] * (len(columns) - 1)] if values is None else [values.get(c, "") for c in columns]
         table.rows.append([row["image"], *texts])

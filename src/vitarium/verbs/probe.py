@@ -103,7 +103,8 @@ def probe(
     opened, images = open_for_probe(
         model, data, task=task, checkpoint=checkpoint, image_size=image_size, val_fraction=val_fraction, seed=seed
     )
-    opened = execute(opened, runtime, device=device, reads=pooled_features, source=model, notify=notify)
+    source = model if image_size is None else None  # another size is another graph
+    opened = execute(opened, runtime, device=device, reads=pooled_features, source=source, notify=notify)
     notify(f"Reading {len(images.train)} and {len(images.val)} images")
     metrics = measure(opened, images, neighbours=neighbours, uniform=uniform, batch_size=batch_size)
     found = Probed(name_of(model), images.name, len(images.train), len(images.val), **metrics)

@@ -1,7 +1,7 @@
 """Graphs that are kept: beside the file of their model, or in the user's cache. Imports no torch.
 
-    FILE.vitarium/forward-224.onnx      the graph
-    FILE.vitarium/forward-224.json      what it was made of: `Entry`
+    FILE.vitarium/forward.onnx      the graph of its forward; or of another function, under its name
+    FILE.vitarium/forward.json      what it was made of: `Entry`
 
 A graph belongs to the content of its model, by sha256, and to the versions that exported it. A changed file gets a new graph, which
 replaces the old one; a damaged one is made again.
@@ -122,11 +122,6 @@ def slot_beside(source: str | os.PathLike[str], name: str) -> Slot:
 def slot_in_cache(name: str) -> Slot:
     """Return a place in the user's cache."""
     return Slot(cache_folder() / "graphs", name)
-
-
-def slot_name(reads: str, image_size: int) -> str:
-    """Return the name of a graph: of the function that it computes, and the side of its image in pixels."""
-    return f"{reads}-{image_size}"
 
 
 def exporters() -> dict[str, str]:

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitarium.catalog.answers import FORMS
 from vitarium.catalog.calling import call, example_inputs
 from vitarium.catalog.create import preprocessing_of
 from vitarium.catalog.states import fingerprint
 from vitarium.efficiency.export import compare, export
 from vitarium.efficiency.quantization.layers import QuantizedLayer
-from vitarium.efficiency.runtimes.cache import Entry, Slot, digest_of, exporters, put, slot_beside, slot_in_cache, slot_name
+from vitarium.efficiency.runtimes.cache import Entry, Slot, digest_of, exporters, put, slot_beside, slot_in_cache
 from vitarium.efficiency.runtimes.graph import KeptGraph
 from vitarium.efficiency.runtimes.running import Reads, executed
 from vitarium.efficiency.runtimes.sessions import open_session, version_of
@@ -38,8 +39,7 @@ def find_graph(model: nn.Module, runtime: str, *, source: str | os.PathLike[str]
     Raises:
         UsageError, CheckpointError: the runtime does not take the model; the message has the reason.
     """
-    what = reads.__name__ if reads is not None else "forward"
-    name, file = slot_name(what, preprocessing_of(model).image_size), source is not None
+    name, file = reads.__name__ if reads is not None else "forward", source is not None
     _check_dtype(model, runtime)
     if source is not None:
         digest, slot = digest_of(source), slot_beside(source, name)
@@ -162,7 +162,7 @@ def about(model: nn.Module) -> dict[str, Any]:
         task = task_of(model)
     except VitariumError:
         return {}
-    if not task.answers_from_outputs or not has_trained_head(model):
+    if task.name not in FORMS or not has_trained_head(model):
         return {}
     found = {
         "task": task.record(),

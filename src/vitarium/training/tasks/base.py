@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from vitarium.catalog.answers import plain_cells, plain_flat
 from vitarium.catalog.class_lists import order_note
 from vitarium.data.image_set import View
 from vitarium.errors import DataError, UsageError, nearest
@@ -163,9 +164,6 @@ class Task(Section):
     eager_only: ClassVar[str] = ""
     """Reason why its metrics and answers need the model in PyTorch; "": any runtime may execute it (`vitarium.efficiency.runtimes`)."""
 
-    answers_from_outputs: ClassVar[bool] = False
-    """True if `vitarium.verbs.light` computes the answers from the model's outputs and labels alone, without PyTorch."""
-
     @property
     def reads(self) -> Callable[[nn.Module, Tensor], Tensor] | None:
         """The function of (model, images) that metrics and answers call; None: the model's forward."""
@@ -313,15 +311,11 @@ class Task(Section):
 
     def cells(self, answer: dict[str, Any]) -> dict[str, str]:
         """Return the columns of an answer for a table on the terminal."""
-        said = ", ".join(f"{name} {_short(value)}" for name, value in answer.items() if not name.startswith("_"))
-        return {"answer": said}
+        return plain_cells(answer)
 
     def flat(self, answer: dict[str, Any]) -> dict[str, Any]:
         """Return the columns of an answer for a CSV file: scalars by name; nested values as JSON."""
-        import json
-
-        plain = {name: value for name, value in answer.items() if not name.startswith("_")}
-        return {name: v if isinstance(v, str | int | float | bool) else json.dumps(v) for name, v in plain.items()}
+        return plain_flat(answer)
 
     def draw(self, image: Image.Image, answer: dict[str, Any]) -> Image.Image | None:
         """Draw an answer over its image; return None if there is nothing to draw."""
@@ -376,8 +370,3 @@ def numbers_of(classes: list[str], labels: list[str]) -> list[int]:
         count = f"{len(unknown)} of the data's {len(classes)} classes"
         raise DataError(f"the model does not know {count}, such as {unknown[0]!r}{nearest(unknown[0], labels)} (it knows {known})")
     return [labels.index(name) for name in classes]
-
-
-def _short(value: Any) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 120 else text[:117] + "..."

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitarium.catalog.answers import NOT_FINITE, ranked_cells, ranked_flat
+from vitarium.catalog.answers import class_names as names_of
 from vitarium.catalog.calibration import calibrated, probabilities
 from vitarium.training.tasks.base import (
     Batch,
@@ -46,7 +48,6 @@ class Classify(Task):
 
     result_kind = "labels"
     classifies = True
-    answers_from_outputs = True
 
     @property
     def primary(self) -> Metric:
@@ -160,26 +161,23 @@ class Classify(Task):
         return [ranked(row, class_names(model, row.shape[-1]), limit) for row in found]
 
     def cells(self, answer: dict[str, Any]) -> dict[str, str]:
-        first, *others = answer["predictions"]
-        then = ", ".join(f"{p['label']} {100 * p['probability']:.1f} %" for p in others)
-        return {"label": first["label"], "probability": f"{100 * first['probability']:.1f} %", "then": then}
+        return ranked_cells(answer)
 
     def flat(self, answer: dict[str, Any]) -> dict[str, Any]:
-        pairs = enumerate(answer["predictions"], 1)
-        return {f"{kind}_{i}": p[kind] if kind == "label" else f"{p[kind]:.6f}" for i, p in pairs for kind in ("label", "probability")}
+        return ranked_flat(answer)
 
 
 def ranked(shares: Tensor, names: list[str], limit: int) -> dict[str, Any]:
     """Return the classes of the largest probabilities (num_classes,), or {"error"} where these are not finite."""
     if not shares.isfinite().all():
-        return {"error": "the model's output is not finite"}
+        return dict(NOT_FINITE)
     largest, classes = (found.tolist() for found in shares.topk(min(limit, len(shares))))
     return {"predictions": [{"label": names[c], "probability": p} for c, p in zip(classes, largest, strict=True)]}
 
 
 def class_names(model: Any, count: int) -> list[str]:
     """Return the model's labels, or "class 0", "class 1", ... if it has none."""
-    return list(getattr(model, "labels", None) or [f"class {i}" for i in range(count)])
+    return names_of(getattr(model, "labels", None), count)
 
 
 def confusion_matrix(logits: Tensor, targets: Tensor) -> list[list[int]]:

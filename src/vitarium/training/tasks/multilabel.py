@@ -30,7 +30,6 @@ class Multilabel(Task):
     data_kind = "multilabel"
     default_data = "scenes"
     result_kind = "labels"
-    answers_from_outputs = True
 
     @property
     def primary(self) -> Metric:

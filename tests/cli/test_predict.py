@@ -1,0 +1,43 @@
+"""The table of `vitarium predict`: whole names, and a limit where everything is in a file."""
+
+import json
+
+import pytest
+import torch
+
+import vitarium
+from tests.data.pictures import put
+
+
+@pytest.fixture
+def files(tmp_path):
+    torch.manual_seed(0)
+    model = vitarium.create_model("timm/vit_pico", num_classes=2, image_size=16, depth=1)
+    model.labels = ["cat", "dog"]
+    vitarium.save(model, tmp_path / "model.safetensors")
+    for number in range(23):
+        put(tmp_path / "images" / f"{'a_long_name_of_an_image_' * 3}{number:02d}.png")
+    return tmp_path
+
+
+def test_the_table_is_limited_only_where_all_rows_are_in_a_file(run, files):
+    given = ("predict", "images", "--model", "model.safetensors")
+    assert run(*given).out.count(".png") == 23
+    limited = run(*given, "--output", "answers.json")
+    assert limited.out.count(".png") == 20
+    assert limited.out.rstrip().endswith("... 3 more in answers.json")
+    assert len(json.loads((files / "answers.json").read_text())) == 23
+
+
+def test_names_are_whole_on_a_narrow_terminal(run, files, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    shown = run("predict", files / "images", "--model", "model.safetensors").out
+    lines = "".join(line[:30].strip() for line in shown.splitlines())
+    assert "image_22.png" in lines
+
+
+def test_the_text_of_a_result_has_the_labels(files):
+    found = vitarium.predict(files / "images", files / "model.safetensors")
+    first = found.rows[0]["predictions"][0]
+    assert f"00.png: {first['label']} {100 * first['probability']:.1f} %" in repr(found)
+    assert "and 20 more" in repr(found)
