@@ -32,7 +32,7 @@ SURFACE = {
     "--device --report --json --config --print-config",
     "generate": "model --classes --count --output --steps --guidance --seed --set --image --mask --checkpoint --apply --batch-size "
     "--device --engine --address --jobs --json --config --print-config",
-    "bench": "models --peers --kind --batch --image-size --dtype --device --rounds --threads --compile-limit --json "
+    "bench": "models --peers --kind --runtime --batch --image-size --dtype --device --rounds --threads --compile-limit --json "
     "--config --print-config",
     "probe": "model --data --task --checkpoint --image-size --neighbours --uniform --val-fraction --seed --batch-size --device --runtime "
     "--output --json --config --print-config",

@@ -12,7 +12,9 @@ import vitarium
 from vitarium.catalog import create_model, find_model
 from vitarium.efficiency import bench as module
 from vitarium.efficiency.bench import OutputsDiffer, Row, bench, measure, paired, peer_of, prepare
+from vitarium.efficiency.export import export
 from vitarium.errors import CheckpointError, UsageError
+from vitarium.verbs.bench import kinds_of
 
 
 @pytest.fixture(autouse=True)
@@ -136,3 +138,26 @@ def test_saved_files_are_timed_with_their_methods(tmp_path):
         list(bench(names[:1], image_size=32, rounds=3))
     with pytest.raises(CheckpointError):
         list(bench([str(tmp_path / "gone.safetensors")], rounds=3))
+
+
+def test_exported_graphs_beside_the_peers(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("onnxscript")
+    family, _ = find_model("convnext_pico")
+    monkeypatch.setattr(module, "peer_of", lambda *_: "convnext_pico")
+    monkeypatch.setitem(family.dialects, "timm", lambda state: state)
+    exports = []
+    monkeypatch.setattr(module, "export", lambda *given, **options: exports.append(given[0]) or export(*given, **options))
+    rows = list(bench(["convnext_pico"], kinds=["onnxruntime"], batches=(1, 3), rounds=3))
+    assert [(r.kind, r.batch, r.peer) for r in rows] == [("onnxruntime", 1, "convnext_pico"), ("onnxruntime", 3, "convnext_pico")]
+    assert all(r.ratio > 0 and r.aa > 0 for r in rows)
+    assert len(exports) == 2  # ours and the peer, for both batches
+    with pytest.raises(UsageError, match="timed in float32 on the CPU, and convnext_pico is float16"):
+        list(bench(["convnext_pico"], kinds=["onnxruntime"], batches=(1,), rounds=3, dtype=torch.float16, peers=False))
+
+
+def test_runtimes_are_short_for_kinds():
+    assert kinds_of(None, None) == ["inference", "training"]
+    assert kinds_of(None, ["eager", "openvino", "compile"]) == ["inference", "openvino", "compiled"]
+    assert kinds_of(["training", "onnxruntime"], "onnxruntime") == ["training", "onnxruntime"]
+    with pytest.raises(UsageError, match="unknown runtime 'onnx'"):
+        kinds_of(None, "onnx")

@@ -13,7 +13,7 @@ from vitarium.cli.completion import complete_model
 from vitarium.cli.config import configurable
 from vitarium.cli.console import err, out, print_json, table
 from vitarium.cli.opening import quiet
-from vitarium.cli.options import Device
+from vitarium.cli.options import Device, RuntimeKind
 
 if TYPE_CHECKING:
     from vitarium.efficiency.bench import Row
@@ -25,6 +25,8 @@ class Kind(StrEnum):
     INFERENCE = "inference"
     TRAINING = "training"
     COMPILED = "compiled"
+    ONNXRUNTIME = "onnxruntime"
+    OPENVINO = "openvino"
 
 
 class Dtype(StrEnum):
@@ -46,10 +48,17 @@ def bench(
         ),
     ],
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Time the peer too, on the same weights.")] = True,
-    kind: Annotated[list[Kind], typer.Option(help="Forward, forward and backward, or forward under torch.compile. Repeatable.")] = [  # noqa: B006
-        Kind.INFERENCE,
-        Kind.TRAINING,
-    ],
+    kind: Annotated[
+        list[Kind] | None,
+        typer.Option(
+            help="Forward, forward and backward, or forward in another runtime. Repeatable.",
+            show_default="the runtimes, else inference and training",
+        ),
+    ] = None,
+    runtime: Annotated[
+        list[RuntimeKind] | None,
+        typer.Option(help="What executes the forward passes, of the peer, too: short for a kind. Repeatable.", show_default="eager"),
+    ] = None,
     batch: Annotated[list[int], typer.Option(min=1, help="Images per call; training takes the largest. Repeatable.")] = [1, 8],  # noqa: B006
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Side of the image, pixels.", show_default="what each model was made for")
@@ -68,7 +77,8 @@ def bench(
         found = run(
             models,
             peers=peers,
-            kind=[k.value for k in kind],
+            kind=[k.value for k in kind or ()],
+            runtime=[r.value for r in runtime or ()],
             batch=batch,
             image_size=image_size,
             dtype=dtype.value,

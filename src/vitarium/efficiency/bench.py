@@ -13,9 +13,11 @@ import copy
 import inspect
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -28,14 +30,19 @@ from vitarium.catalog.calling import Inputs, arguments, call, example_inputs
 from vitarium.catalog.create import preprocessing_of
 from vitarium.catalog.foreign import is_foreign
 from vitarium.catalog.saving import load
+from vitarium.efficiency.export import export
 from vitarium.efficiency.limits import time_limit
 from vitarium.efficiency.profiler import count_macs, count_params, device_of, weight_bytes
+from vitarium.efficiency.runtimes import GRAPHS, check_runtime
+from vitarium.efficiency.runtimes.sessions import open_session
 from vitarium.errors import InputError, UsageError
 from vitarium.files import is_model_file
 from vitarium.nn import Backbone
 
-Kind = Literal["inference", "training", "compiled"]
-KINDS: tuple[Kind, ...] = ("inference", "training", "compiled")
+Kind = Literal["inference", "training", "compiled", "onnxruntime", "openvino"]
+KINDS: tuple[Kind, ...] = ("inference", "training", "compiled", "onnxruntime", "openvino")
+KIND_OF: dict[str, Kind] = {"eager": "inference", "compile": "compiled", "onnxruntime": "onnxruntime", "openvino": "openvino"}
+"""The kind that times inference in each of `vitarium.efficiency.runtimes.RUNTIMES`."""
 Forward = Callable[..., Any]
 WRITTEN_OUT = "its equations, written out"
 """Name of the peer if no public implementation is known and a reference stands in."""
@@ -51,7 +58,8 @@ class Row:
 
     Attributes:
         model, peer: names; `peer` is "" if no public peer is known.
-        kind: "inference", "training" (forward and backward) or "compiled" (inference under torch.compile).
+        kind: "inference", "training" (forward and backward), "compiled" (inference under torch.compile), "onnxruntime" or "openvino"
+            (inference of the exported graph, on the CPU).
         batch, image_size, dtype, device, threads: the setting.
         params, bytes, macs: of our model before it is fused; macs for one image.
         error: largest difference of the logits over the peer's standard deviation, in this dtype.
@@ -125,7 +133,7 @@ def bench(
     Args:
         models: names: ours, "timm/NAME", "hf/OWNER/NAME" or "hf/./folder"; or files of `vitarium.save`. Only our names have a peer.
         peers: whether to time the peer as well.
-        kinds: any of "inference", "training", "compiled".
+        kinds: any of `KINDS`.
         batches: images per call; training takes the largest.
         image_size: side in pixels; by default the native size of each variant.
         dtype: of weights and image: float32, bfloat16 or float16.
@@ -142,6 +150,9 @@ def bench(
         raise UsageError(f"rounds must be at least 3, got {rounds}")
     if wrong := [k for k in kinds if k not in KINDS]:
         raise UsageError(f"unknown kind {wrong[0]!r} (accepted: {', '.join(KINDS)})")
+    for kind in kinds:
+        if kind in GRAPHS:
+            check_runtime(kind)
     for name in models:
         if not is_foreign(name) and not is_model_file(name):
             find_model(name)
@@ -171,6 +182,7 @@ class Contest:
         ours, trained: our model after `fuse()`, and in training.
         peer: a module, or a function of an image, which cannot be trained; None for none.
         error: see `Row`.
+        graphs: exported graphs of the modules that were timed as such, by the module's id.
     """
 
     model: str
@@ -180,6 +192,23 @@ class Contest:
     trained: nn.Module
     peer: nn.Module | Forward | None
     error: float | None
+    graphs: dict[int, bytes] = field(default_factory=dict, repr=False)
+
+    def graph_of(self, module: nn.Module) -> bytes:
+        """Return the ONNX graph of one of the modules, which is exported and compared with it once.
+
+        Raises:
+            UsageError: the module is not float32 on the CPU, or cannot be exported.
+        """
+        if id(module) not in self.graphs:
+            place = next(module.parameters(), torch.empty(0))
+            if place.dtype is not torch.float32 or place.device.type != "cpu":
+                raise UsageError(
+                    f"exported graphs are timed in float32 on the CPU, and {self.model} is {str(place.dtype)[6:]} on {place.device}"
+                )
+            with tempfile.TemporaryDirectory() as folder:
+                self.graphs[id(module)] = export(module, Path(folder) / "model.onnx", image_size=self.image_size).path.read_bytes()
+        return self.graphs[id(module)]
 
 
 def prepare(
@@ -305,8 +334,9 @@ def measure(
         The others as for `bench`.
     """
     ours, size = contest.trained if kind == "training" else contest.ours, contest.image_size
-    peer = contest.peer if kind != "training" or isinstance(contest.peer, nn.Module) else None
-    arms: dict[str, nn.Module | Forward] = {"ours": ours, "again": copy.deepcopy(ours)}
+    plain = kind in ("inference", "compiled")
+    peer = contest.peer if plain or isinstance(contest.peer, nn.Module) else None
+    arms: dict[str, nn.Module | Forward] = {"ours": ours, "again": ours if kind in GRAPHS else copy.deepcopy(ours)}
     arms |= {"peer": peer} if peer is not None else {}
     inputs = example_inputs(ours, batch, size)
     given, macs, work = dict.fromkeys(arms, inputs), count_macs(contest.trained, size), 1.0
@@ -318,7 +348,10 @@ def measure(
     torch.set_num_threads(threads)
     torch.compiler.reset()  # otherwise many models in one process reach the recompilation limit and run eagerly
     try:
-        calls = {arm: _call(model, given[arm], kind) for arm, model in arms.items()}
+        if kind in GRAPHS:
+            calls = {arm: _graph_call(contest.graph_of(model), given[arm], kind, threads) for arm, model in arms.items()}  # type: ignore[arg-type]
+        else:
+            calls = {arm: _call(model, given[arm], kind) for arm, model in arms.items()}
         if kind == "compiled":
             _compile(calls, contest, compile_limit)
         times = paired(calls, rounds=rounds, device=device_of(inputs))
@@ -406,6 +439,12 @@ def _call(model: nn.Module | Forward, inputs: Inputs, kind: Kind) -> Callable[[]
             run(*args, **named)
 
     return forward
+
+
+def _graph_call(content: bytes, inputs: Inputs, runtime: str, threads: int) -> Callable[[], Any]:
+    """One call of an exported graph, opened for this arm alone."""
+    session, values = open_session(runtime, content, threads), [value.numpy() for value in inputs.values()]
+    return lambda: session(*values)
 
 
 def _objective(output: Any) -> Tensor:

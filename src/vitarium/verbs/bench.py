@@ -46,7 +46,8 @@ def bench(
     models: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     peers: bool = True,
-    kind: Kind | Sequence[Kind] = ("inference", "training"),
+    kind: Kind | Sequence[Kind] | None = None,
+    runtime: str | Sequence[str] | None = None,
     batch: int | Sequence[int] = (1, 8),
     image_size: int | None = None,
     dtype: str | torch.dtype = "float32",
@@ -61,7 +62,10 @@ def bench(
     Args:
         models: names: ours, "timm/NAME", "hf/OWNER/NAME" or "hf/./folder"; or files of `vitarium.save`. Only our names have a peer.
         peers: time the peers too.
-        kind: what to time: "inference" (forward), "training" (forward and backward), "compiled" (forward under torch.compile).
+        kind: what to time: "inference" (forward), "training" (forward and backward), "compiled" (forward under torch.compile),
+            "onnxruntime", "openvino" (forward of the exported graph); one or several. None: the runtimes, else inference and training.
+        runtime: the same forward passes by the names of the runtimes (`vitarium.efficiency.runtimes`): "eager", "compile",
+            "onnxruntime", "openvino"; one or several. The peer is executed by the same one.
         batch: images per call, one number or several; training takes the largest.
         image_size: side of the image, pixels; None: each model's native size.
         dtype: of weights and image: float32, bfloat16 or float16.
@@ -79,6 +83,7 @@ def bench(
 
     from vitarium.efficiency.bench import bench as run
 
+    kinds = kinds_of(kind, runtime)
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise UsageError(f"unknown dtype {name!r}{nearest(name, DTYPES)} (accepted: {', '.join(DTYPES)})")
@@ -91,7 +96,7 @@ def bench(
     measured = run(
         names,
         peers=peers,
-        kinds=[kind] if isinstance(kind, str) else list(kind),  # type: ignore[list-item]
+        kinds=kinds,
         batches=batches,
         image_size=image_size,
         dtype=getattr(torch, name),
@@ -105,6 +110,22 @@ def bench(
         rows.append(row)
         progress(row)
     return Benchmark(rows)
+
+
+def kinds_of(kind: Kind | Sequence[Kind] | None, runtime: str | Sequence[str] | None) -> list[Kind]:
+    """Return the kinds to time, each once; arguments as for `bench`.
+
+    Raises:
+        UsageError: unknown runtime.
+    """
+    from vitarium.efficiency.bench import KIND_OF
+    from vitarium.efficiency.runtimes import check_runtime
+
+    runtimes = [runtime] if isinstance(runtime, str) else list(runtime or ())
+    for name in runtimes:
+        check_runtime(name)
+    given: list[Any] = [kind] if isinstance(kind, str) else list(kind or ())
+    return list(dict.fromkeys([*given, *(KIND_OF[name] for name in runtimes)])) or ["inference", "training"]
 
 
 def cells(row: Row) -> list[str]:
