@@ -1,4 +1,4 @@
-"""Test that the Python examples in the data guide run."""
+"""Test that the Python examples in the guides run."""
 
 from __future__ import annotations
 
@@ -14,3 +14,13 @@ BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), r
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_an_example_of_the_guide_runs(number: int):
     exec(compile(BLOCKS[number], f"data.md, example {number}", "exec"), {})
+
+
+@pytest.mark.parametrize("name", ["runtimes"])
+def test_the_examples_of_a_guide_run_one_after_the_other(name: str):
+    """Later examples use the names of earlier ones."""
+    pytest.importorskip("onnxscript")
+    guide = GUIDE.with_name(f"{name}.md")
+    scope: dict[str, object] = {}
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL)):
+        exec(compile(block, f"{name}.md, example {number}", "exec"), scope)
