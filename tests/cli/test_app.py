@@ -17,7 +17,7 @@ SURFACE = {
     "methods": "model --family --training --options --json",
     "recipes": "model --task --json",
     "compare": "--data --models --pretrained --recipe --steps --epochs --minutes --image-size --batch-size --val-fraction --seed --out "
-    "--devices --num-nodes --strategy --accelerator --engine --address --jobs --config --print-config",
+    "--devices --num-nodes --strategy --accelerator --engine --address --jobs --runtime --config --print-config",
     "train": "recipe --data --model --pretrained --checkpoint --set --apply --val-fraction --out --trained-only --precision --devices "
     "--num-nodes --strategy --accelerator --config --print-config",
     "evaluate": "model --data --checkpoint --apply --corruptions --calibrate --remove-calibration --split --val-fraction --seed "

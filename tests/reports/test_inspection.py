@@ -169,7 +169,7 @@ def test_what_speaks_against_the_numbers_is_said_everywhere(tmp_path: Path, mess
     assert "the models see 16x16 pixels, and the images have 64x64 (median): a larger input (--image-size 64)" in small
     assert "held-out" in leak
     assert "another label" in against
-    assert "swin_pico was still improving" in rising
+    assert "still improving when the training ended: swin_pico; train longer" in rising
     assert "--steps 1200 (now 600)" in rising
     assert "swin_pico (2.0 processes a core)" in load
     page = render(comparison, make_images(comparison), {0: drawn(0)})
@@ -220,3 +220,33 @@ def test_trials_of_earlier_versions_have_no_load():
     again = type(trial).from_dict(values)
     assert not again.disturbed
     assert again == trial
+
+
+# ---- a runtime
+
+
+def test_a_runtime_has_a_column_and_decides_the_recommendation(tmp_path: Path):
+    from dataclasses import replace
+
+    from vitarium.verbs.compare import all_cells, headers
+
+    plain = make_comparison(tmp_path, baseline={"accuracy": 0.1})
+    fast = {trial.name: 10.0 for trial in plain.trials} | {"convnext_pico": 0.01}
+    trials = [replace(t, runtime="openvino", runtime_latency_ms=fast[t.name], runtime_throughput=5.0) for t in plain.trials]
+    comparison = replace(plain, trials=trials)
+    assert plain.recommendation.model == "timm/resnet_pico"
+    assert comparison.recommendation.model == "convnext_pico"
+    assert headers(comparison)[3] == ">openvino"
+    assert {len(row) for row in all_cells(comparison)} == {len(headers(comparison))}
+    assert comparison.table()[0]["runtime_latency_ms"] == 0.01
+    page = render(comparison, make_images(comparison))
+    assert "OpenVINO" in page
+    assert "OpenVINO" not in render(plain, make_images(plain))
+
+    refused = [replace(trials[0], runtime_latency_ms=None, runtime_throughput=None, runtime_refusal="no such operator"), *trials[1:]]
+    comparison = replace(plain, trials=refused)
+    assert comparison.warnings == ["no timing of swin_pico with openvino: no such operator"]
+    assert comparison.recommendation.model == "timm/resnet_pico", "then by PyTorch's latency"
+    assert any("-" in row for row in all_cells(comparison))
+    render(comparison, make_images(comparison))
+    comparison.write()

@@ -10,11 +10,12 @@ import typer
 from vitarium.cli.completion import complete_data, complete_models, complete_recipe
 from vitarium.cli.config import configurable
 from vitarium.cli.console import out, pairs, table
-from vitarium.cli.options import DATA_HELP, Accelerator, Address, Devices, EngineKind, ImageSize, Jobs, NumNodes, Strategy
+from vitarium.cli.options import DATA_HELP, Accelerator, Address, Devices, EngineKind, ImageSize, Jobs, NumNodes, RuntimeKind, Strategy
 
 if TYPE_CHECKING:
     from vitarium.reports.results import Comparison
 
+RUNTIME_HELP = "Time the trained models with it as well, and recommend by that latency."
 BUDGET, OUTPUT = "Budget of each model (one of them)", "Output"
 
 
@@ -50,6 +51,7 @@ def compare(
     engine: EngineKind = "local",
     address: Address = None,
     jobs: Jobs = None,
+    runtime: Annotated[RuntimeKind, typer.Option(help=RUNTIME_HELP)] = RuntimeKind.EAGER,
 ) -> None:
     """Train models on your images under the same budget, measure them, and recommend one.
 
@@ -83,6 +85,7 @@ def compare(
             engine=engine,
             address=address,
             jobs=jobs,
+            runtime=runtime.value,
             progress=board,
             notify=board.note,
         )

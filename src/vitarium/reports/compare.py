@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitarium.data import ImageData, open_data
+from vitarium.efficiency.runtimes import check_runtime
 from vitarium.engine import Engine, Job, Outcome, RunEvent, as_engine, run_all
 from vitarium.engine.machine import describe_machine
 from vitarium.errors import DataError, InputError, TrainingStopped, UsageError, VitariumError
@@ -71,6 +72,7 @@ def compare(
     engine: str | Engine = "local",
     address: str | None = None,
     jobs: int | None = None,
+    runtime: str = "eager",
     progress: Listener | None = None,
     notify: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
@@ -100,6 +102,7 @@ def compare(
         address: of a running Ray cluster, "auto" or "HOST:PORT"; by default Ray is started on this machine.
         jobs: models at a time; by default 1 locally, and as many as the cluster's CPUs and GPUs allow. Models that are timed while others
             train on the same machine look slower than they are; the report mentions it.
+        runtime: "compile", "onnxruntime" or "openvino": the trained models are timed with it as well, and recommended by that latency.
         progress: called with an `Event` whenever something happens.
         notify: called with sentences before the training: duplicates in the data, the expected time, and ways to shorten a long one.
 
@@ -107,16 +110,19 @@ def compare(
         UsageError: unknown names (all at once), more than one budget, or a folder that holds another comparison or is in use.
         DataError: data that cannot be used; before any model is built.
         TrainingStopped: every model failed.
-        MissingExtra: engine="ray" without Ray.
+        MissingExtra: engine="ray" without Ray, or a runtime that is not installed.
     """
     settings = _recipe(recipe, pixels=image_size, seed=seed, steps=steps, epochs=epochs, minutes=minutes, batch_size=batch_size)
     names = list(models) if models is not None else default_models(settings)
     check_names(names)
+    check_runtime(runtime)
     where = as_engine(engine, address=address, jobs=jobs)
     _check_engine(where, devices, num_nodes)
     if out is None and where.in_process and started_together():
         raise UsageError("several processes were started, and all need the same folder: name it with out (--out), on a shared disk")
     task = task_of_recipe(settings)
+    if runtime != "eager" and task.eager_only:
+        raise UsageError(f"models of the task {task.name} run with --runtime eager only: {task.eager_only}")
     spec = data if data is not None else settings.data or task.default_data
     side = settings.image_size if task.data_kind != "class" else image_size  # classes: images that keep their size, unless asked for
     opening: dict[str, Any] = dict(seed=seed, val_fraction=val_fraction, image_size=side)
@@ -127,7 +133,7 @@ def compare(
         settings = settings.model_copy(update=dict(image_size=size))
     source = DataSource.of(images, spec, labels=task.data_kind, **opening)
     main = is_main_process() or not where.in_process
-    plan = plan_of(images, names, settings, pretrained, processes=devices * num_nodes)
+    plan = plan_of(images, names, settings, pretrained, processes=devices * num_nodes, runtime=runtime)
     folder = Path(out) if out is not None else default_folder(Path("runs"), images, plan)
     with lock_folder(folder) if main else nullcontext():
         if main:
@@ -135,6 +141,7 @@ def compare(
             inspection = inspect(images, classes=task.classifies, seed=seed)
             announce(inspection, names, images, settings, folder, where, accelerator, notify)
         given = dict(source=source, recipe=settings, pretrained=pretrained, devices=Devices(devices, num_nodes, strategy, accelerator))
+        given["runtime"] = runtime
         trials, failures = _run(names, folder, given, where, progress or (lambda event: None))
         if not main:
             raise SystemExit(0)  # a helper process has nothing to return
@@ -279,6 +286,7 @@ def train_and_measure(
     recipe: Recipe,
     pretrained: bool,
     devices: Devices,
+    runtime: str = "eager",
 ) -> dict[str, Any] | None:
     """Train, evaluate and measure one model: a run of an engine.
 
@@ -303,6 +311,7 @@ def train_and_measure(
         progress=hear,
         measuring=lambda: report({"kind": "measuring", **last}),
         source=source,
+        runtime=runtime,
     )
     return None if trial is None else trial.to_dict()
 

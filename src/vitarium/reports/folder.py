@@ -20,7 +20,9 @@ from vitarium.version import __version__
 PLAN = "comparison.json"
 
 
-def plan_of(images: ImageData, names: Sequence[str], recipe: Recipe, pretrained: bool, *, processes: int) -> dict[str, Any]:
+def plan_of(
+    images: ImageData, names: Sequence[str], recipe: Recipe, pretrained: bool, *, processes: int, runtime: str = "eager"
+) -> dict[str, Any]:
     """Return everything that decides the outcome as plain values; two comparisons are the same if these are equal."""
     return {
         "vitarium": __version__,
@@ -30,6 +32,7 @@ def plan_of(images: ImageData, names: Sequence[str], recipe: Recipe, pretrained:
         "model_arguments": recipe.model_arguments,
         "pretrained": pretrained,
         "processes": processes,
+        **({} if runtime == "eager" else {"runtime": runtime}),
     }
 
 

@@ -36,6 +36,8 @@ COLUMNS = (
     ("seconds", "Training", "s", "ascending"),
 )
 """Key, label, unit, and which order puts the best first; the primary metric stands before them."""
+RUNTIME_NAMES = {"compile": "torch.compile", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+"""Headers of the columns of runtimes."""
 DRAWING_SIDE = 1040
 """Longest side of a drawing, pixels."""
 Images = Mapping[int, "Image.Image | None"]
@@ -152,7 +154,7 @@ def _words(comparison: Comparison) -> dict[str, Any]:
         columns=[
             Column("Model", numeric=False),
             Column(_title(metric), metric.unit, _first(metric), sorted=_first(metric)),
-            *(Column(label, unit, first) for key, label, unit, first in COLUMNS),
+            *(Column(label, unit, first) for key, label, unit, first in columns_of(comparison)),
         ],
         rows=sorted(rows, key=lambda row: order[row.name]),
         in_order=rows,
@@ -164,14 +166,16 @@ def _words(comparison: Comparison) -> dict[str, Any]:
 def _rows(comparison: Comparison) -> list[Row]:
     """Return a row a finished model, in the order asked for, which decides the colours."""
     trials, best = comparison.trials, comparison.best
-    metric, columns = comparison.metric, [("score", _first(comparison.metric)), *((key, first) for key, _, _, first in COLUMNS)]
-    tops = {key: (min if first == "ascending" else max)(getattr(t, key) for t in trials) for key, first in columns}
+    metric = comparison.metric
+    columns = [("score", _first(metric)), *((key, first) for key, _, _, first in columns_of(comparison))]
+    known = {key: [value for t in trials if (value := getattr(t, key)) is not None] for key, _ in columns}
+    tops = {key: (min if first == "ascending" else max)(known[key], default=None) for key, first in columns}
     rows = []
     for place, trial in enumerate(trials):
         recommended = trial.name == comparison.recommendation.model
         notes = {"score": f"± {_error(trial)}"} if _error(trial) else {}
         cells = [
-            Cell(getattr(trial, key), _cell(trial, key), notes.get(key, ""), len(trials) > 1 and getattr(trial, key) == tops[key])
+            Cell(_value(trial, key), _cell(trial, key), notes.get(key, ""), len(trials) > 1 and getattr(trial, key) == tops[key])
             for key, _ in columns
         ]
         marks = {"recommended": recommended, _most(metric): trial is best, "still improving": trial.still_improving is not None}
@@ -181,8 +185,24 @@ def _rows(comparison: Comparison) -> list[Row]:
     return rows
 
 
+def columns_of(comparison: Comparison) -> list[tuple[str, str, str, str]]:
+    """Return `COLUMNS`, with the latency of a runtime behind PyTorch's where one was asked for."""
+    if comparison.runtime == "eager":
+        return list(COLUMNS)
+    first, *others = COLUMNS
+    return [first, ("runtime_latency_ms", RUNTIME_NAMES.get(comparison.runtime, comparison.runtime), "ms", "ascending"), *others]
+
+
+def _value(trial: Trial, key: str) -> float:
+    """Return a number to sort by; a very large one where there is none."""
+    value = getattr(trial, key)
+    return 1e12 if value is None else value
+
+
 def _cell(trial: Trial, key: str) -> str:
     value = getattr(trial, key)
+    if value is None:
+        return "-"
     if key == "score":
         return trial.metric.number(value)
     return f"{value:.0f}" if key == "seconds" else counted(value) if key == "throughput" else three(value)
@@ -190,7 +210,7 @@ def _cell(trial: Trial, key: str) -> str:
 
 def _constant(comparison: Comparison) -> list[Row]:
     """Return the rows of answers that no model gives, the best constant one first; their costs are empty."""
-    costs = [Cell("", "") for _ in COLUMNS]
+    costs = [Cell("", "") for _ in columns_of(comparison)]
     return [Row(name, [Cell(value, comparison.metric.number(value)), *costs]) for name, value in comparison.baselines().items()]
 
 
@@ -232,7 +252,10 @@ def _method(comparison: Comparison) -> list[dict[str, str]]:
         "Data": f"{comparison.data}: {comparison.images['train']:,} training images; {metric.label} is measured on "
         f"{comparison.images['val']:,} held-out ones. Input of {_input(comparison)} pixels.{notes}",
         "Seed": f"{settings['seed']}, of the split, the initial weights and the order of the images. One run a model: {chance}.",
-        "Latency": "time of one image at batch 1 in evaluation mode, after a warm-up: the best of several medians." + one_call + together,
+        "Latency": "time of one image at batch 1 in evaluation mode, after a warm-up: the best of several medians."
+        + one_call
+        + together
+        + _deployed(comparison),
         "Throughput and memory": f"at {settings['measuring_batch']} images a batch; throughput is the best of several medians, memory is "
         "weights, images and activations alive at once in a forward pass.",
         "MACs": "multiply-accumulates for one image, counted in the operations that really run.",
@@ -244,6 +267,12 @@ def _method(comparison: Comparison) -> list[dict[str, str]]:
         "Versions": f"Vitarium {machine['vitarium']}, PyTorch {machine['torch']}, timm {machine['timm']}, Python {machine['python']}.",
     }
     return [dict(name=name, value=value[0].upper() + value[1:] if name != "Data" else value) for name, value in values.items()]
+
+
+def _deployed(comparison: Comparison) -> str:
+    """Return a sentence on the column of a runtime; "" without one."""
+    name = RUNTIME_NAMES.get(comparison.runtime)
+    return f" In the column {name}, it executes the saved model, and its latency decides the recommendation." if name else ""
 
 
 def _input(comparison: Comparison) -> str:

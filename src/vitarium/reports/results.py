@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ COSTS = ("latency_ms", "throughput", "peak_memory_mb", "params", "macs", "image_
 USUAL_SIDE = 224
 """Side of the input of most published models, pixels; a larger one is not suggested."""
 CONSTANT = "constant answer"
+RUNTIME_COSTS = ("runtime_latency_ms", "runtime_throughput")
+"""Further columns, where a runtime was asked for."""
 BUSY = 1.25
 """Load for each core from which timings are disturbed; a training that uses every core has 1."""
 
@@ -48,6 +50,9 @@ class Trial:
         threads: of PyTorch, while it was trained and timed.
         device: name of the processor or accelerator that it was trained and timed on.
         metric: the primary metric.
+        runtime: what executed the model for the next two, such as "onnxruntime"; "eager": nothing else was asked for.
+        runtime_latency_ms, runtime_throughput: as latency_ms and throughput, with this runtime; None where it does not take the model.
+        runtime_refusal: the reason why not; "" else.
         load: processes that were running or waiting for a core while it was timed (the load average of the last minute), over the cores; 0
             where the system does not count them.
         inputs: names of the arguments of the call that was timed; one, if the model is called with an image.
@@ -73,6 +78,10 @@ class Trial:
     threads: int = 1
     device: str = ""
     load: float = 0.0
+    runtime: str = "eager"
+    runtime_latency_ms: float | None = None
+    runtime_throughput: float | None = None
+    runtime_refusal: str = ""
     metric: Metric = ACCURACY
     inputs: list[str] = field(default_factory=list, repr=False)
     extras: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -168,13 +177,19 @@ class Comparison:
 
     @property
     def recommendation(self) -> Recommendation:
-        """Model to use, and why."""
-        return recommend(self.trials, self.metric)
+        """Model to use, and why; by the latency of the runtime that was asked for, where it takes every model."""
+        deployed = [replace(t, latency_ms=t.runtime_latency_ms) for t in self.trials if t.runtime_latency_ms is not None]
+        return recommend(deployed if len(deployed) == len(self.trials) else self.trials, self.metric)
+
+    @property
+    def runtime(self) -> str:
+        """What the models were timed with beside PyTorch; "eager" for nothing."""
+        return self.trials[0].runtime
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns of `table`: name, primary metric, costs."""
-        return ("name", self.metric.name, *COSTS)
+        """Columns of `table`: name, primary metric, costs; at the end those of a runtime."""
+        return ("name", self.metric.name, *COSTS, *(RUNTIME_COSTS if self.runtime != "eager" else ()))
 
     def parsed_task(self) -> Task:
         """Return the task.
@@ -208,9 +223,8 @@ class Comparison:
     def table(self) -> list[dict[str, Any]]:
         """Return a row a finished model, the best first; keys are `columns`, values plain numbers."""
         rows = sorted(self.trials, key=self._order)
-        return [
-            {"name": trial.name, self.metric.name: trial.score, **{column: getattr(trial, column) for column in COSTS}} for trial in rows
-        ]
+        columns = self.columns[2:]
+        return [{"name": trial.name, self.metric.name: trial.score, **{c: getattr(trial, c) for c in columns}} for trial in rows]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of results.json: `models` holds the finished ones, `failed` the others."""
@@ -262,9 +276,9 @@ def warnings_of(comparison: Comparison) -> list[str]:
     if rising := [trial for trial in comparison.trials if trial.still_improving is not None]:
         ((unit, amount),) = comparison.budget.items()
         names = ", ".join(trial.name for trial in rising)
-        verb = "was" if len(rising) == 1 else "were"
         longer = f"train longer, for example with --{unit} {2 * amount:g} (now {amount:g})"
-        found.append(f"{names} {verb} still improving when the training ended: {longer}")
+        found.append(f"still improving when the training ended: {names}; {longer}")
+    found += [f"no timing of {t.name} with {t.runtime}: {t.runtime_refusal}" for t in comparison.trials if t.runtime_refusal]
     if late := [trial for trial in comparison.trials if trial.disturbed]:
         names = ", ".join(f"{trial.name} ({trial.load:.1f} processes a core)" for trial in late)
         found.append(f"other programs were running while these were timed, so they look slower than they are: {names}")
@@ -277,7 +291,7 @@ def _small_input(comparison: Comparison) -> list[str]:
     if not median or not reduced:
         return []
     sides = sorted({trial.image_size for trial in reduced})
-    which = "the models see" if len(reduced) == len(comparison.trials) else f"{', '.join(trial.name for trial in reduced)} see"
+    which = "the models see" if len(reduced) == len(comparison.trials) else f"some models ({', '.join(t.name for t in reduced)}) see"
     pixels = " or ".join(f"{side}x{side}" for side in sides)
     larger = min(min(median), USUAL_SIDE) // 32 * 32
     advice = f"a larger input (--image-size {larger}) costs time and may score better" if larger > max(sides) else "small details are lost"

@@ -15,19 +15,21 @@ import torch
 from torch import nn
 
 from vitarium.catalog import preprocessing_of
-from vitarium.catalog.calling import example_inputs
+from vitarium.catalog.calling import call, example_inputs
 from vitarium.catalog.saving import save
 from vitarium.data import BadFiles, ImageData, open_data
 from vitarium.data.image_set import size_of
 from vitarium.efficiency.profiler import Profile, count_macs, profile
+from vitarium.efficiency.runtimes import run_with
 from vitarium.engine.machine import describe_device
-from vitarium.errors import DataError, TrainingStopped, UsageError
+from vitarium.errors import DataError, TrainingStopped, UsageError, VitariumError
+from vitarium.nn.modes import evaluating
 from vitarium.reports.results import Trial
 from vitarium.training import Learner, Progress, Recipe, evaluate, find_learner, fit
 from vitarium.training.identity import fingerprint, in_words
 from vitarium.training.learners import check_suits
 from vitarium.training.recording import record_training
-from vitarium.training.tasks import Metric
+from vitarium.training.tasks import Metric, Task
 
 MEASURING_BATCH = 32
 """Images at once for throughput and peak memory, the same for every model."""
@@ -116,6 +118,7 @@ def run_trial(
     progress: Callable[[Progress, Metric], None] | None,
     measuring: Callable[[], None],
     source: DataSource | None = None,
+    runtime: str = "eager",
 ) -> Trial | None:
     """Train a model (or resume its training), then evaluate and measure it. The model's file is written last.
 
@@ -124,6 +127,7 @@ def run_trial(
         progress: called as training proceeds, with the primary metric.
         measuring: called when training is over.
         source: where the data come from, for the model's record.
+        runtime: that executes the saved model for its further timings (see `vitarium.efficiency.runtimes`).
 
     Returns:
         the result; None in the helper processes of data-parallel training.
@@ -151,6 +155,7 @@ def run_trial(
     if source is not None:
         record_training(learner, data, source=source.spec, seed=source.seed, val_fraction=source.val_fraction)
     save(model, folder / MODEL)
+    timed = {} if runtime == "eager" else runtime_times(model, runtime, folder / MODEL, learner.task)
     return Trial(
         name=name,
         score=numbers[metric.name],
@@ -174,6 +179,8 @@ def run_trial(
         metric=metric,
         inputs=list(example_inputs(model)),
         extras=extras,
+        runtime=runtime,
+        **timed,
     )
 
 
@@ -212,6 +219,37 @@ def suitable_threads(macs: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def runtime_times(model: nn.Module, runtime: str, file: Path, task: Task) -> dict[str, Any]:
+    """Return latency and throughput of a saved model that a runtime executes, as fields of a `Trial`, or the reason why it does not.
+
+    The graph is kept beside the file, where `predict --runtime` finds it.
+    """
+    try:
+        with suitable_threads(count_macs(model)):
+            running = run_with(model, runtime, source=file, reads=task.reads)
+            one, many = (best_seconds(running, count) for count in (1, MEASURING_BATCH))
+    except (VitariumError, RuntimeError) as error:
+        return {"runtime_refusal": str(error).strip().splitlines()[0][:300] or type(error).__name__}
+    return {"runtime_latency_ms": 1e3 * one, "runtime_throughput": MEASURING_BATCH / many}
+
+
+def best_seconds(model: nn.Module, count: int) -> float:
+    """Return the seconds of a call with `count` samples: the shortest of several medians, since other load only makes them longer."""
+    inputs = example_inputs(model, count)
+    medians: list[float] = []
+    with evaluating(model, inference=True):
+        call(model, inputs)
+        end = time.perf_counter() + MEASURING_SECONDS / 2
+        while len(medians) < 3 or time.perf_counter() < end:
+            times = []
+            for _ in range(3):
+                begin = time.perf_counter()
+                call(model, inputs)
+                times.append(time.perf_counter() - begin)
+            medians.append(sorted(times)[1])
+    return min(medians)
 
 
 def load_of_cores() -> float:

@@ -56,6 +56,7 @@ def compare(
     engine: str | Engine = "local",
     address: str | None = None,
     jobs: int | None = None,
+    runtime: str = "eager",
     progress: Listener | None = None,
     notify: Notify = quiet,
 ) -> Compared:
@@ -80,6 +81,7 @@ def compare(
         engine: "local", this machine; "ray", a Ray cluster; or an `engine.Engine`.
         address: of a running Ray cluster, "auto" or "HOST:PORT".
         jobs: models at a time; None: 1 locally, as many as the cluster allows under Ray.
+        runtime: "compile", "onnxruntime" or "openvino": the trained models are timed with it as well, and recommended by that latency.
         progress: called with each `vitarium.reports.events.Event`.
         notify: called with what is known before the training: duplicates in the data, the expected time, and ways to shorten a long one.
 
@@ -87,7 +89,7 @@ def compare(
         UsageError: unknown names (all at once), a pattern that nothing matches, more than one budget, or a folder of another comparison.
         DataError: data that cannot be used; before any model is built.
         TrainingStopped: every model failed.
-        MissingExtra: engine="ray" without Ray.
+        MissingExtra: engine="ray" without Ray, or a runtime that is not installed.
     """
     from vitarium.reports.compare import compare as run
 
@@ -111,6 +113,7 @@ def compare(
         engine=engine,
         address=address,
         jobs=jobs,
+        runtime=runtime,
         progress=progress,
         notify=notify,
     )
@@ -162,7 +165,8 @@ def models_like(pattern: str, recipe: str) -> list[str]:
 
 def headers(comparison: Comparison) -> list[str]:
     """Return the headers of a table of the models; ">" aligns to the right, "~" marks names that may be cut."""
-    return ["~model", f">{comparison.metric.label}", ">latency", ">images/s", ">memory", ">params", ">MACs"]
+    deployed = [] if comparison.runtime == "eager" else [f">{comparison.runtime}"]
+    return ["~model", f">{comparison.metric.label}", ">latency", *deployed, ">images/s", ">memory", ">params", ">MACs"]
 
 
 def all_cells(comparison: Comparison) -> list[list[str]]:
@@ -172,15 +176,20 @@ def all_cells(comparison: Comparison) -> list[list[str]]:
 
 def baselines(comparison: Comparison) -> list[list[str]]:
     """Return the rows of answers that no model gives: the best constant one, and logistic regression on the pixels; none without any."""
-    return [[name, comparison.metric.short(value), *[""] * 5] for name, value in comparison.baselines().items()]
+    return [
+        [name, comparison.metric.short(value), *[""] * (len(headers(comparison)) - 2)] for name, value in comparison.baselines().items()
+    ]
 
 
 def cells(row: dict[str, Any], metric: Metric) -> list[str]:
     """Return a row of `Comparison.table` as text with units."""
+    times = [row["runtime_latency_ms"]] if "runtime_latency_ms" in row else []
+    deployed = ["-" if value is None else f"{value:.2f} ms" for value in times]
     return [
         row["name"],
         metric.short(row[metric.name]),
         f"{row['latency_ms']:.2f} ms",
+        *deployed,
         short(row["throughput"]),
         f"{row['peak_memory_mb']:.1f} MB",
         short(row["params"]),
