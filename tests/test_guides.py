@@ -16,7 +16,7 @@ def test_an_example_of_the_guide_runs(number: int):
     exec(compile(BLOCKS[number], f"data.md, example {number}", "exec"), {})
 
 
-@pytest.mark.parametrize("name", ["runtimes"])
+@pytest.mark.parametrize("name", ["runtimes", "first", "evaluate"])
 def test_the_examples_of_a_guide_run_one_after_the_other(name: str):
     """Later examples use the names of earlier ones."""
     pytest.importorskip("onnxscript")

@@ -183,7 +183,7 @@ class Comparison:
 
     @property
     def runtime(self) -> str:
-        """What the models were timed with beside PyTorch; "eager" for nothing."""
+        """Name of the runtime that the models were timed with beside PyTorch; "eager" for none."""
         return self.trials[0].runtime
 
     @property
