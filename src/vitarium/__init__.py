@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vitarium.catalog.systems import systems as systems
     from vitarium.catalog.timm_registry import register_with_timm as register_with_timm
     from vitarium.data import open_data as open_data
+    from vitarium.reports.card import card as card
     from vitarium.verbs.bench import bench as bench
     from vitarium.verbs.claim import claim as claim
     from vitarium.verbs.compare import compare as compare
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from vitarium.verbs.methods import methods as methods
     from vitarium.verbs.predict import predict as predict
     from vitarium.verbs.probe import probe as probe
+    from vitarium.verbs.push import push as push
     from vitarium.verbs.recipes import recipes as recipes
     from vitarium.verbs.restore import restore as restore
     from vitarium.verbs.search import search as search
@@ -58,6 +60,7 @@ VERBS = (
     "methods",
     "predict",
     "probe",
+    "push",
     "recipes",
     "restore",
     "search",
@@ -76,6 +79,7 @@ _FRONT_DOOR = {
     "systems": "vitarium.catalog.systems",
     "register_with_timm": "vitarium.catalog.timm_registry",
     "open_data": "vitarium.data",
+    "card": "vitarium.reports.card",
     **{verb: f"vitarium.verbs.{verb}" for verb in VERBS},
 }
 

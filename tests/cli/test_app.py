@@ -37,8 +37,9 @@ SURFACE = {
     "probe": "model --data --task --checkpoint --image-size --neighbours --uniform --val-fraction --seed --batch-size --device --runtime "
     "--output --json --config --print-config",
     "claim": "slugs --all --engine --address --jobs --out --json",
-    "serve": "model --checkpoint --apply --device --host --port --token-file --top-k --batch-size --max-wait --max-queue --limit-mb "
-    "--limit-megapixels --timeout",
+    "serve": "model --checkpoint --apply --device --runtime --host --port --token-file --top-k --batch-size --max-wait --max-queue "
+    "--limit-mb --limit-megapixels --timeout",
+    "push": "file repository --private --license --message --output --json",
     "export": "model --checkpoint --format --output --image-size --batch --tolerance",
     "env": "--json",
 }

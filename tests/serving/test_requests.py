@@ -20,6 +20,9 @@ from PIL import Image
 import vitarium
 from tests.serving.conftest import png, running
 from vitarium.errors import UsageError
+from vitarium.serving.answers import answer_jobs
+from vitarium.serving.worker import Job
+from vitarium.verbs.serve import create_app
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +77,19 @@ def test_batches_keep_the_order_and_answers_up_to_the_last_bits(model, tmp_path)
         found = answer_of(response)["predictions"]
         assert [row["label"] for row in found] == [row["label"] for row in rows]
         assert [row["probability"] for row in found] == pytest.approx([row["probability"] for row in rows], abs=1e-6)
+
+
+def test_a_runtime_answers_as_predict_does_with_it(model, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    (tmp_path / "one.png").write_bytes(png(7))
+    vitarium.save(model, tmp_path / "small.safetensors")
+    [wanted] = vitarium.predict(tmp_path / "one.png", tmp_path / "small.safetensors", runtime="onnxruntime", device="cpu").rows
+    app = create_app(tmp_path / "small.safetensors", runtime="onnxruntime", device="cpu")
+    state = app.state.vitarium
+    assert state.info["runtime"] == "onnxruntime"
+    [answer] = answer_jobs(state.task, state.model, [Job(png(7), 5, False, deadline=float("inf"))])
+    assert answer.values["predictions"] == wanted["predictions"]
 
 
 def test_several_files_of_one_form_and_one_that_is_broken(served, model, tmp_path):

@@ -17,9 +17,9 @@ from vitarium.catalog.preprocessing import Preprocessing
 from vitarium.errors import CheckpointError, UsageError, nearest
 from vitarium.version import __version__
 
-FORMAT = 3
+FORMAT = 4
 """Version of the record in a file. Raised when older versions of vitarium cannot read the file: 1 whole models, 2 files without base
-weights, 3 task, learner, data and temperature."""
+weights, 3 task, learner, data and temperature, 4 run and results."""
 LONGEST_RECORD = 2**24
 """Largest record in characters."""
 DEEPEST = 16
@@ -177,6 +177,34 @@ class MethodRecord(Part):
     state: Table = {}
 
 
+class RunRecord(Part):
+    """The training run.
+
+    Attributes:
+        recipe: the settings that were given, as in a recipe's file.
+        steps: optimizer steps. Times are not recorded: equal runs make equal files.
+    """
+
+    recipe: Table = {}
+    steps: int = Field(ge=0)
+
+
+class Results(Part):
+    """Numbers that were measured on held-out images.
+
+    Attributes:
+        metrics: of the task; numbers that are not finite are left out.
+        images: number of images.
+        part: of the data: "val" or "test".
+        methods: slugs of the methods that the model had when it was measured.
+    """
+
+    metrics: dict[Name, float]
+    images: int = Field(ge=0)
+    part: Words = "val"
+    methods: list[Name] = []
+
+
 class Training(Part):
     """Task, learner and data of a model's training. It is `model.training_record`, and part of a saved file's record.
 
@@ -186,12 +214,16 @@ class Training(Part):
         data: None: unknown.
         temperature: by which logits are divided before the softmax, where the model was calibrated (see `catalog.calibration`). Methods
             keep it, because they approximate the same logits; training drops it.
+        run: None: unknown.
+        results: None: nothing was measured.
     """
 
     task: TaskTable | None = None
     learner: LearnerRecord | None = None
     data: DataRecord | None = None
     temperature: float | None = Field(default=None, gt=0)
+    run: RunRecord | None = None
+    results: Results | None = None
 
 
 class ModelRecord(Part):
@@ -233,7 +265,7 @@ class Record(ModelRecord):
         library: other library that the model comes from, such as "timm 1.0.31"; "" for ours.
         untrained: parameters of a head that no weights filled and no training changed (see `heads`).
         base: weights that the file leaves out; None: it is complete.
-        task, learner, data, temperature: see `Training`.
+        task, learner, data, temperature, run, results: see `Training`.
         objective: formats 1 and 2 only: the learner's name and settings in one table.
     """
 
@@ -243,6 +275,8 @@ class Record(ModelRecord):
     learner: LearnerRecord | None = None
     data: DataRecord | None = None
     temperature: float | None = Field(default=None, gt=0)
+    run: RunRecord | None = None
+    results: Results | None = None
     tied: dict[str, str] = {}
     library: Words = ""
     untrained: list[Name] = []
@@ -265,7 +299,7 @@ class Record(ModelRecord):
         if learner is None and self.objective is not None:
             settings = dict(self.objective)
             learner = LearnerRecord(name=settings.pop("name"), settings=settings)
-        return Training(task=self.task, learner=learner, data=self.data, temperature=self.temperature)
+        return Training(task=self.task, learner=learner, data=self.data, temperature=self.temperature, run=self.run, results=self.results)
 
 
 def _check_objective(objective: dict[str, Any]) -> None:

@@ -116,7 +116,7 @@ def load(
     `vitarium.files.cache_folder()`), or published weights in the hub's or torch's cache.
 
     Args:
-        path: the file.
+        path: the file; or "hf:OWNER/NAME[/FILE]", a file on the hub, which is taken from its cache or, with `fetch`, downloaded.
         device: device of the model.
         checkpoint: for a file of the trained part only: the weights that it leaves out.
         fetch: whether weights that such a file leaves out are downloaded, or read from the path that it records; and whether the
@@ -130,7 +130,7 @@ def load(
     """
     refuse_files(f"the model {path}")
     checkpoint = base if checkpoint is None else checkpoint
-    path = existing(path)
+    path = existing(_from_hub(str(path), fetch) if str(path).startswith("hf:") else path)
     if not looks_like_safetensors(path):
         raise _foreign(path)
     state, metadata = read_safetensors(path)
@@ -152,6 +152,18 @@ def load(
     mark_fresh(model, record.untrained, f"{path.name} was saved before it was trained")
     model.weights_from = found.source if record.base else str(path.resolve())  # type: ignore[assignment]
     return model.eval().to(device) if device is not None else model.eval()
+
+
+def _from_hub(source: str, fetch: bool) -> Path:
+    """Return the local file of "hf:OWNER/NAME[/FILE]".
+
+    Raises:
+        CheckpointError: it is in no cache, and may not be downloaded, or cannot be.
+    """
+    found = fetch_weights(source) if fetch else cached(source)
+    if found is None:
+        raise CheckpointError(f"{source} is in no cache: vitarium.load({source!r}, fetch=True) downloads it")
+    return found
 
 
 def is_partial(path: str | os.PathLike[str]) -> bool:

@@ -23,6 +23,7 @@ from vitarium.cli import (
     models,
     predict,
     probe,
+    push,
     recipes,
     restore,
     search,
@@ -128,6 +129,7 @@ for command in (
     bench.bench,
     export.export,
     serve.serve,
+    push.push,
     claim.claim,
     env.env,
 ):

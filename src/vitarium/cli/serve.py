@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from vitarium.cli.console import err, status
-from vitarium.cli.options import Apply, Checkpoint, Device, ModelArgument
+from vitarium.cli.options import Apply, Checkpoint, Device, ModelArgument, Runtime, RuntimeKind
 from vitarium.errors import UsageError
 
 LIMITS = "Limits"
@@ -23,6 +23,7 @@ def serve(
     checkpoint: Checkpoint = None,
     methods: Apply = None,
     device: Device = "auto",
+    runtime: Runtime = RuntimeKind.EAGER,
     host: Annotated[str, typer.Option(help="Address to listen on; 127.0.0.1 is this machine only.", rich_help_panel=ACCESS)] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.", rich_help_panel=ACCESS)] = 8000,
     token_file: Annotated[
@@ -52,6 +53,7 @@ def serve(
             checkpoint=checkpoint,
             apply=methods,
             device=device,
+            runtime=runtime.value,
             token=read_token(token_file),
             notify=notify,
             top_k=top_k,

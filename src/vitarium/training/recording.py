@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from vitarium.catalog.record import DataRecord, LearnerRecord, Training, training_of
+from torch import nn
+
+from vitarium.catalog.record import DataRecord, LearnerRecord, Results, RunRecord, Training, training_of
 from vitarium.texts import encodable
 from vitarium.training.fingerprints import fingerprint_images
 from vitarium.training.identity import earlier_fingerprint, fingerprint
@@ -46,3 +50,29 @@ def digest_of(data: ImageData, *, earlier: bool = False) -> str:
     """
     values = earlier_fingerprint(data) if earlier else fingerprint(data)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def record_run(model: nn.Module, recipe: dict[str, Any], steps: int) -> None:
+    """Record the run of a training.
+
+    Args:
+        model: trained.
+        recipe: plain values of its settings.
+        steps: optimizer steps.
+    """
+    training_of(model).run = RunRecord(recipe=recipe, steps=steps)
+
+
+def record_results(model: nn.Module, metrics: Mapping[str, Any], data: ImageData) -> Results:
+    """Record metrics of the held-out part of data, and return the record.
+
+    Args:
+        model: that was measured, with its methods.
+        metrics: by name; only finite numbers are kept.
+        data: whose `val` was measured.
+    """
+    numbers = {name: float(v) for name, v in metrics.items() if isinstance(v, float | int) and math.isfinite(v)}
+    methods = [report.method.slug for report in getattr(model, "methods", [])]
+    results = Results(metrics=numbers, images=len(data.val), part=data.part, methods=methods)
+    training_of(model).results = results
+    return results

@@ -114,6 +114,9 @@ def compress(
     """
     import vitarium
     from vitarium.catalog.heads import has_trained_head
+    from vitarium.catalog.saving import change_record
+    from vitarium.reports.card import write_card
+    from vitarium.training.recording import record_results
     from vitarium.training.tasks import task_of
 
     path, place = Path(output), find_device(device)
@@ -140,6 +143,9 @@ def compress(
     if images is not None and answers:
         for one, side in ((original, before), (loaded, after)):
             side.update(primary_value(one, images, batch_size))
+        metric_name = task_of(loaded).primary.name
+        change_record(path, results=record_results(loaded, {metric_name: after[metric_name]}, images))
+    write_card(path)
     name, metric = name_of(model), task_of(loaded).primary
     source = images.name if images is not None else None
     return Compression(name, texts, str(path), source, before, after, batch, times, quantized(loaded), metric, warnings)

@@ -34,7 +34,8 @@ def open_model(source: str | os.PathLike[str] | nn.Module, checkpoint: str | Non
     """Open a trained model in eval mode.
 
     Args:
-        source: a file of `vitarium.save`; a name, with `checkpoint` or else its published weights; or a model, which is returned as it is.
+        source: a file of `vitarium.save`, on the hub as "hf:OWNER/NAME[/FILE]"; a name, with `checkpoint` or else its published weights; or
+            a model, which is returned as it is.
         checkpoint: weights for a name: file, "hf:OWNER/NAME", or address; for a file of the trained part only, the weights below it.
         options: for `create_model`, with a name.
 
@@ -48,6 +49,11 @@ def open_model(source: str | os.PathLike[str] | nn.Module, checkpoint: str | Non
         if checkpoint is not None:
             raise UsageError("a model that is given as an object has its own weights; give checkpoint only with a model's name")
         return source.eval()
+    if os.fspath(source).startswith("hf:"):
+        from vitarium.catalog.weights import fetch
+
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        return vitarium.load(fetch(os.fspath(source)), checkpoint=checkpoint)
     inside = Path(source) / "model.safetensors"
     if inside.is_file():
         raise UsageError(f"{source} is a folder; name its file: {inside}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitarium.errors import UsageError, require
 from vitarium.files import is_model_file
-from vitarium.verbs.opening import Notify, apply_methods, find_device, name_of, open_model, quiet
+from vitarium.verbs.opening import Notify, apply_methods, execute, name_of, open_model, quiet
 from vitarium.verbs.result import Result
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def serve(
     checkpoint: str | None = None,
     apply: Sequence[Any] | None = None,
     device: str = "auto",
+    runtime: str = "eager",
     token: str | None = None,
     top_k: int = 5,
     batch_size: int = 1,
@@ -72,6 +73,7 @@ def serve(
         checkpoint: weights for a name.
         apply: methods to apply first, as "evit:keep=0.7".
         device: "auto", "cpu", "cuda", ...
+        runtime: what executes the model: "eager", "compile", "onnxruntime" or "openvino" (see `vitarium.efficiency.runtimes`).
         token: that clients have to send as "Authorization: Bearer TOKEN"; None: none is needed.
         top_k: length of ranked answers where a request sets none.
         batch_size: most images per forward pass. 1: each answer has the bits of `vitarium predict` for that image; more: its last bits can
@@ -93,10 +95,11 @@ def serve(
 
     with bind(host, port) as made:  # before the model is opened: a taken port is known at once
         notify("Opening the model")
-        opened, local = apply_methods(open_model(model, checkpoint), apply, None, notify), is_loopback(made)
+        local = is_loopback(made)
         limits: dict[str, Any] = dict(top_k=top_k, batch_size=batch_size, max_wait=max_wait, max_queue=max_queue, timeout=timeout)
         limits |= dict(limit_mb=limit_mb, limit_megapixels=limit_megapixels)
-        app = create_app(opened, device=device, token=token, name=name_of(model), local=local, **limits)
+        given: dict[str, Any] = dict(checkpoint=checkpoint, apply=apply, device=device, runtime=runtime, token=token, notify=notify)
+        app = create_app(model, **given, local=local, **limits)
         address, state, begin = url_of(made), app.state.vitarium, time.monotonic()
         if not local and token is None:
             notify("Without a token, everybody who reaches this machine can use the server\n")
@@ -115,15 +118,17 @@ def create_app(
     checkpoint: str | None = None,
     apply: Sequence[Any] | None = None,
     device: str = "auto",
+    runtime: str = "eager",
     token: str | None = None,
     name: str | None = None,
     local: bool = True,
+    notify: Notify = quiet,
     **limits: Any,
 ) -> Any:
     """Return the FastAPI application that `serve` runs, for a server of your own.
 
     Args:
-        model, checkpoint, apply, device, token: see `serve`.
+        model, checkpoint, apply, device, runtime, token, notify: see `serve`.
         name: of the model in answers; None: file or name as it was given.
         local: without a token, accept only requests to this machine's own names (localhost, 127.0.0.1, ::1).
         limits: fields of `vitarium.serving.limits.Limits`.
@@ -146,14 +151,15 @@ def create_app(
     if token is not None and (not token.strip() or not token.isascii() or any(c.isspace() for c in token)):
         raise UsageError("the token must be ASCII text without spaces")
     checked = Limits(**limits)
-    place = find_device(device)
-    opened = apply_methods(open_model(model, checkpoint), apply, None).to(place)
+    opened = apply_methods(open_model(model, checkpoint), apply, None, notify)
     require_head(opened)
     task, preprocessing = task_of(opened), preprocessing_of(opened)
     if task.result_kind is None:
         raise UsageError(task.refusal())
     if preprocessing.frames is not None:
         raise UsageError("this model takes clips, and the server takes single images; 'vitarium predict' takes videos")
+    source = model if is_model_file(model) and not apply else None
+    opened = execute(opened, runtime, device=device, task=task, source=source, notify=notify)
     shown = name or name_of(model)
     about = {
         "vitarium": __version__,
@@ -162,6 +168,7 @@ def create_app(
         "task": task.name,
         "labels": getattr(opened, "labels", None),
         "preprocessing": preprocessing.to_dict(),
+        "runtime": runtime,
         "methods": [report.method.slug for report in getattr(opened, "methods", [])],
         "limits": checked.to_dict(),
     }

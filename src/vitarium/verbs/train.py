@@ -131,13 +131,14 @@ def train(
     """
     import vitarium
     from vitarium.catalog.saving import check_trained_only, is_partial
+    from vitarium.reports.card import write_card
     from vitarium.reports.folder import slug
     from vitarium.reports.trial import is_main_process
     from vitarium.training import find_learner, fit
     from vitarium.training.learners import check_suits
     from vitarium.training.opening import load_recipe, with_changes
     from vitarium.training.phases import settled
-    from vitarium.training.recording import record_training
+    from vitarium.training.recording import record_results, record_run, record_training
 
     named = isinstance(recipe, str | os.PathLike)
     settings = load_recipe(os.fspath(recipe), list(changes or [])) if named else with_changes(recipe, list(changes or []))  # type: ignore[arg-type]
@@ -171,7 +172,11 @@ def train(
         return None
     record_training(learner, images, source=source or task.default_data, seed=settings.seed, val_fraction=val_fraction)
     trained, file = learner.eval_model().eval(), folder / "model.safetensors"
+    recipe_used = settings.model_copy(update=dict(model=None, data=None)).model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    record_run(trained, recipe_used, result.steps)  # the record has the model's name and its data, which may be other ones
+    record_results(trained, {key: value for key, value in result.metrics.items() if key != "train_loss"}, images)
     vitarium.save(trained, file, trained_only=trained_only)
+    write_card(file)
     return Trained(trained, file, result, task, (learner.usage or task.usage).format(file=file), images.notes)
 
 
