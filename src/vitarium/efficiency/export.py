@@ -273,12 +273,14 @@ FORMATS: dict[str, tuple[Writer, Callable[[Path], Runner], tuple[str, ...]]] = {
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
     """Silence exporters' output; the graph is checked by running it."""
-    logger: Any = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
