@@ -171,7 +171,10 @@ def test_what_speaks_against_the_numbers_is_said_everywhere(tmp_path: Path, mess
     assert "another label" in against
     assert "still improving when the training ended: swin_pico; train longer" in rising
     assert "--steps 1200 (now 600)" in rising
-    assert "swin_pico (2.0 processes a core)" in load
+    assert "up to 2.0 processes a core) while swin_pico were timed" in load
+    every = replace(quiet, trials=[replace(trial, load=2.0) for trial in quiet.trials])
+    assert "while the models were timed" in every.warnings[0]
+    assert "timed under load" not in render(every, make_images(every)), "no news in the table"
     page = render(comparison, make_images(comparison), {0: drawn(0)})
     assert all(text in page for text in ("still improving", "timed under load", "input 16x16 pixels", "train/2.png = val/0.png"))
     assert page.count('alt="A training image of cat"') == 1, "examples that can be read"

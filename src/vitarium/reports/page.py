@@ -179,7 +179,7 @@ def _rows(comparison: Comparison) -> list[Row]:
             for key, _ in columns
         ]
         marks = {"recommended": recommended, _most(metric): trial is best, "still improving": trial.still_improving is not None}
-        marks["timed under load"] = trial.disturbed
+        marks["timed under load"] = trial.disturbed and not all(t.disturbed for t in trials)
         badges = [word for word, holds in marks.items() if holds]
         rows.append(Row(trial.name, cells, place % HUES, badges, recommended))
     return rows

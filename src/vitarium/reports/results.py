@@ -280,8 +280,11 @@ def warnings_of(comparison: Comparison) -> list[str]:
         found.append(f"still improving when the training ended: {names}; {longer}")
     found += [f"no timing of {t.name} with {t.runtime}: {t.runtime_refusal}" for t in comparison.trials if t.runtime_refusal]
     if late := [trial for trial in comparison.trials if trial.disturbed]:
-        names = ", ".join(f"{trial.name} ({trial.load:.1f} processes a core)" for trial in late)
-        found.append(f"other programs were running while these were timed, so they look slower than they are: {names}")
+        which = "the models" if len(late) == len(comparison.trials) else ", ".join(trial.name for trial in late)
+        most = max(trial.load for trial in late)
+        found.append(
+            f"other programs were running (up to {most:.1f} processes a core) while {which} were timed: they look slower than they are"
+        )
     return found
 
 
