@@ -330,7 +330,7 @@ def test_an_answer_that_takes_too_long(model):
         assert one.post(png(0)).status_code == 200
 
 
-def test_a_model_that_fails_is_an_error_without_its_details(model):
+def test_a_model_that_fails_is_an_error_whose_reason_is_in_the_log_alone(model, caplog):
     def fail(*_):
         raise RuntimeError("secret/path")
 
@@ -340,6 +340,7 @@ def test_a_model_that_fails_is_an_error_without_its_details(model):
         handle.remove()
         assert response.status_code == 500
         assert "secret" not in response.text
+        assert "/predict failed: RuntimeError: secret/path" in caplog.text
         assert one.post(png(0)).status_code == 200
 
 

@@ -69,7 +69,7 @@ class Guard:
         except Exception as error:
             if isinstance(error, TimeoutError) and status:
                 raise  # the client does not read; uvicorn closes the connection
-            log.exception("%s %s failed", scope["method"], scope["path"])
+            log.exception("%s %s failed: %s: %s", scope["method"], self._route(scope), type(error).__name__, error)
             if status:
                 raise
             await refuse(sending, Refusal(500, "the server failed; its log has the reason"))
