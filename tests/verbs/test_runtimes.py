@@ -13,16 +13,16 @@ from PIL import Image
 from torch.utils._pytree import tree_leaves
 
 import vitarium
-from vitarium.catalog import families
+from vitarium.catalog import list_models
 from vitarium.catalog.calling import call, example_inputs
 from vitarium.efficiency.runtimes import GRAPHS, run_with
-from vitarium.errors import UsageError
+from vitarium.errors import CheckpointError, UsageError
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 EVERY = bool(os.environ.get("EVERY_VARIANT"))
 RUNTIMES = [name for name in GRAPHS if importlib.util.find_spec(name)] if EVERY else ["onnxruntime"]
-PICO = sorted(name for family in families() for name in family.variants if name.endswith("pico"))
+PICO = list_models("*_pico")
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,10 @@ KINDS = {
 def test_answers_are_those_of_pytorch(kind, runtime, images, tmp_path):
     name, options = KINDS[kind]
     file = saved(name, tmp_path, **options)
+    if runtime == "openvino" and "apply" in options:  # its rounding with a step per row (2026.4) changes the shape
+        with pytest.raises(CheckpointError, match="openvino does not take this model: its outputs have other shapes"):
+            vitarium.predict(images, file, runtime=runtime)
+        return
     wanted, found = vitarium.predict(images, file), vitarium.predict(images, file, runtime=runtime)
     assert numbers(found.rows) == pytest.approx(numbers(wanted.rows), rel=2e-2 if "apply" in options else 1e-3, abs=1e-4)
 

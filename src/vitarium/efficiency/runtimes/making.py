@@ -147,6 +147,8 @@ def _check(module: nn.Module, runtime: str, slot: Slot, entry: Entry) -> float:
 
     with torch.no_grad():
         found = compare(run, twin, None, [entry.batch] if entry.batch else [1, 3], rounded=rounded)
+    if found == float("inf"):
+        raise CheckpointError("its outputs have other shapes than the model's")
     if not found <= TOLERANCE:
         raise CheckpointError(f"the outputs of the graph differ by {found:.2g} of their root mean square (accepted: {TOLERANCE:g})")
     return found
