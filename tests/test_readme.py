@@ -36,8 +36,8 @@ SMALLER = [
 STEPS = "budget.steps=2 batch_size=4 image_size=16 num_workers=0 precision=32-true eval_every=1.0"
 SETTINGS = {"deit": STEPS, "thorax_mae_pico": STEPS, "kmax_deeplab_pico": STEPS.replace("16", "32") + " objective.samples=16"}
 SETTINGS["repa_pico"] = STEPS + " objective.encoders=[CLASSIFIER] objective.samples=4 objective.steps=2"
-PARSED = ("bench", "claim")
-"""Commands that take minutes even on small models; their lines are parsed."""
+PARSED = ("bench", "claim", "serve")
+"""Commands that take minutes even on small models, or do not end; their lines are parsed. (tests/test_path.py starts a server.)"""
 RESTORED = "restore"
 
 
