@@ -7,20 +7,30 @@ from pathlib import Path
 
 import pytest
 
-GUIDE = Path(__file__).parents[1] / "docs/guides/data.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+GUIDES = Path(__file__).parents[1] / "docs/guides"
+LONG = "class Duel"
+"""An example of the training guide that is a sketch of a class."""
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_an_example_of_the_guide_runs(number: int):
-    exec(compile(BLOCKS[number], f"data.md, example {number}", "exec"), {})
+def examples() -> list[tuple[str, int, str]]:
+    found = []
+    for name in ("data", "training"):
+        blocks = re.findall(r"```python\n(.*?)```", (GUIDES / f"{name}.md").read_text(encoding="utf-8"), re.DOTALL)
+        found += [(name, number, block) for number, block in enumerate(blocks) if LONG not in block]
+    return found
+
+
+@pytest.mark.parametrize(("name", "number", "block"), examples())
+def test_an_example_of_the_guide_runs(name: str, number: int, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)  # runs are written to the working folder
+    exec(compile(block.replace("budget.steps=500", "budget.steps=20"), f"{name}.md, example {number}", "exec"), {})
 
 
 @pytest.mark.parametrize("name", ["runtimes", "first", "evaluate"])
 def test_the_examples_of_a_guide_run_one_after_the_other(name: str):
     """Later examples use the names of earlier ones."""
     pytest.importorskip("onnxscript")
-    guide = GUIDE.with_name(f"{name}.md")
     scope: dict[str, object] = {}
-    for number, block in enumerate(re.findall(r"```python\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL)):
+    text = (GUIDES / f"{name}.md").read_text(encoding="utf-8")
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL)):
         exec(compile(block, f"{name}.md, example {number}", "exec"), scope)

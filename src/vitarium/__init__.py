@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from vitarium.verbs.evaluate import evaluate as evaluate
     from vitarium.verbs.explain import explain as explain
     from vitarium.verbs.export import export as export
+    from vitarium.verbs.find_lr import find_lr as find_lr
     from vitarium.verbs.generate import generate as generate
     from vitarium.verbs.index import index as index
     from vitarium.verbs.methods import methods as methods
@@ -80,6 +81,7 @@ _FRONT_DOOR = {
     "register_with_timm": "vitarium.catalog.timm_registry",
     "open_data": "vitarium.data",
     "card": "vitarium.reports.card",
+    "find_lr": "vitarium.verbs.find_lr",
     **{verb: f"vitarium.verbs.{verb}" for verb in VERBS},
 }
 

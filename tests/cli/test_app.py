@@ -15,10 +15,11 @@ SURFACE = {
     "models": "pattern --room --fits --macs --image-size --measure --json",
     "info": "model --image-size --measure --json",
     "methods": "model --family --training --options --json",
-    "recipes": "model --task --json",
+    "recipes": "name --task --json",
     "compare": "--data --models --pretrained --recipe --steps --epochs --minutes --image-size --batch-size --val-fraction --seed --out "
     "--devices --num-nodes --strategy --accelerator --engine --address --jobs --runtime --config --print-config",
-    "train": "recipe --data --model --pretrained --checkpoint --set --apply --val-fraction --out --trained-only --precision --devices "
+    "train": "recipe --data --model --pretrained --checkpoint --epochs --steps --lr --batch-size --image-size --find-lr --set --apply "
+    "--log --val-fraction --out --trained-only --precision --devices "
     "--num-nodes --strategy --accelerator --config --print-config",
     "evaluate": "model --data --checkpoint --apply --corruptions --calibrate --remove-calibration --split --val-fraction --seed "
     "--batch-size --device --runtime --output --engine --address --jobs --json --config --print-config",

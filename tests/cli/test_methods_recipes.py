@@ -10,7 +10,7 @@ from vitarium.catalog.methods import find_method, list_methods
 from vitarium.catalog.recipes import recipe_rows
 from vitarium.errors import UsageError
 from vitarium.training.learners import find_learner
-from vitarium.training.opening import list_recipes, load_recipe
+from vitarium.training.opening import list_recipes, load_recipe, with_changes
 from vitarium.verbs.methods import FAMILIES
 
 
@@ -87,3 +87,28 @@ def test_recipes_are_chosen_by_model_and_task():
         vitarium.recipes(task="panoptik")
     with pytest.raises(UsageError, match="did you mean swin_pico"):
         vitarium.recipes("swim_pico")
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_the_settings_of_a_recipe_are_all_of_its_numbers(name):
+    """Given as changes, they make the same recipe of any other that has none of its own."""
+    shown = vitarium.recipes(name)
+    recipe = load_recipe(name)
+    again = with_changes(recipe, [f"{row.key}={row.value}" for row in shown.settings])
+    assert again.model_dump(exclude={"objective"}) == recipe.model_dump(exclude={"objective"})
+    learner = find_learner(recipe.objective["name"])
+    assert again.settings_of(learner) == recipe.settings_of(learner)
+
+
+def test_settings_are_shown_with_their_source(run):
+    rows = {row["key"]: row for row in json.loads(run("recipes", "pico", "--json").out)["settings"]}
+    assert rows["budget.steps"] == {"key": "budget.steps", "value": "900", "source": "recipe"}
+    assert rows["objective.loss.label_smoothing"]["source"] == "recipe"
+    assert rows["optimizer.weight_decay"]["value"] == "0.05"
+    assert rows["objective.mixing.cutmix"] == {"key": "objective.mixing.cutmix", "value": "0", "source": "default"}
+    assert rows["schedule.hold"]["source"] == "default"
+    table = run("recipes", "pico").out
+    assert "eval_every" in table
+    assert run("recipes", "picco").code == 2
+    assert "did you mean pico" in run("recipes", "picco").err
+    assert run("recipes", "pico", "--task", "classify").code == 2

@@ -9,6 +9,7 @@ from PIL import Image
 
 import vitarium
 from vitarium.data import open_data
+from vitarium.training.checkpoint import load_run
 from vitarium.training.tasks import find_task, parse_task
 
 SHORT = ["--set", "budget.steps=2", "--set", "eval_every=1.0"]
@@ -53,6 +54,77 @@ def test_a_trained_model_is_one_file_with_labels_and_preprocessing(run, tmp_path
     again = run("train", "pico", "--model", "timm/resnet_pico", *SHORT, "--out", "r")
     assert again.code == 0, again.err
     assert again.out == result.out  # the run was finished: its result is told again
+
+
+def test_without_a_recipe_those_that_fit_are_listed(run):
+    result = run("train", "--model", "dit_pico", "--data", "digits")
+    assert result.code == 2
+    for text in ("a recipe is missing", "sit_flow_pico", "--epochs or --steps, --lr, --batch-size, --image-size"):
+        assert text in result.err
+    assert "  deit " not in result.err, "of another task"
+    assert "  pico " in run("train").err
+
+
+def test_short_options_change_the_recipe(run, tmp_path):
+    options = ["--steps", 2, "--lr", 1e-3, "--batch-size", 16, "--image-size", 12]
+    result = run("train", "pico", "--model", "timm/resnet_pico", *options, "--set", "eval_every=1.0", "--out", "r")
+    assert result.code == 0, result.err
+    state, _ = load_run(tmp_path / "r" / "last.ckpt")
+    recipe = state.identity["recipe"]
+    assert (state.step, recipe["batch_size"], recipe["image_size"], recipe["optimizer"]["lr"]) == (2, 16, 12, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--epochs", 2, "--steps", 3], "not both"),
+        (
+            ["--epochs", 2, "--set", "budget.steps=3"],
+            "--epochs is short for --set budget.epochs=..., and --set budget.steps=... is given too",
+        ),
+        (["--lr", 1e-3, "--set", "optimizer.lr=1e-4"], "--lr is short for --set optimizer.lr"),
+        (["--lr", 1e-3, "--set", "optimizer={lr: 1e-4}"], "--set optimizer=... is given too"),
+        (["--batch-size", "auto", "--set", "batch_size=4"], "--batch-size is short for"),
+        (["--batch-size", "many"], "whole number from 1 up, or auto"),
+        (["--epochs", 0], "budget.epochs"),
+        (["--log", "tensorbord"], "log.0"),
+        (["--find-lr", "--steps", 5], "leave out --steps"),
+        (["--find-lr", "--batch-size", "auto"], "leave out --batch-size auto"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(run, tmp_path, options, message):
+    result = run("train", "pico", *options, "--out", "r")
+    assert result.code == 2
+    assert message in " ".join(result.err.split())
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_log_has_a_line_per_evaluation_and_ends_with_the_final_metric(run, monkeypatch, tmp_path):
+    changes = ["--set", "eval_every=2 steps", "--set", "stopping={patience: 1}", "--steps", 6]
+    result = run("train", "pico", "--model", "timm/resnet_pico", *changes, "--out", "r")
+    assert result.code == 0, result.err
+    history = [json.loads(line) for line in (tmp_path / "r" / "evaluations.jsonl").read_text().splitlines()]
+    lines = [line for line in result.err.splitlines() if line.startswith("timm/resnet_pico: ")]
+    between = [entry for entry in history if entry["step"] < 6]
+    assert len(lines) == 2 + len(between)
+    for line, entry in zip(lines[1:], between, strict=False):
+        assert f"step {entry['step']}/6, loss " in line
+        assert f"accuracy {100 * entry['accuracy']:.1f} %" in line
+        assert "left" in line
+    best = max(entry["accuracy"] for entry in history)
+    assert lines[-1].startswith("timm/resnet_pico: done, step ")
+    assert f"accuracy {100 * best:.1f} %" in lines[-1]
+    assert "kept" in result.out
+
+
+def test_a_rate_is_found_and_nothing_is_trained(run, tmp_path):
+    result = run("train", "pico", "--model", "timm/resnet_pico", "--find-lr", "--out", "r")
+    assert result.code == 0, result.err
+    rate = float(result.out.split()[1])
+    assert 1e-5 < rate < 1
+    assert f"vitarium train pico --lr {rate:.2g}" in result.out
+    assert [path.name for path in (tmp_path / "r").iterdir()] == ["find_lr.html"]
+    assert "optimizer.lr" in (tmp_path / "r" / "find_lr.html").read_text(encoding="utf-8")
 
 
 def test_training_goes_to_a_folder_of_its_own_by_default(run, tmp_path):

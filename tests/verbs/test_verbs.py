@@ -254,6 +254,7 @@ PARAMETER = {
     "as_json": None,  # how the command prints
     ("index", "folders"): "images",
     ("train", "precision"): None,  # a change of the recipe: changes=["precision=..."]
+    ("train", "find_lr"): None,  # vitarium.find_lr
     ("compress", "report"): None,  # result.to_dict()
     ("serve", "token_file"): "token",  # an argument would be seen in the list of processes
 }

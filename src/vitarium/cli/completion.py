@@ -69,6 +69,11 @@ def complete_recipe(incomplete: str) -> list[str]:
     return [row.name for row in recipe_rows() if row.name.startswith(incomplete)]
 
 
+def complete_recipe_or_model(incomplete: str) -> list[str]:
+    """Return the names of recipes and of models that begin with `incomplete`."""
+    return list(dict.fromkeys([*complete_recipe(incomplete), *complete_model(incomplete)]))
+
+
 def complete_method(incomplete: str) -> list[str]:
     """Return the slugs of methods that begin with `incomplete`."""
     return [name for name in read_index().names("methods") if name.startswith(incomplete)]

@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from vitarium.catalog.preprocessing import Preprocessing
 from vitarium.data.bad_files import BadFiles, BrokenImage
 from vitarium.data.fields import PAIRS, Collate, Sample
+from vitarium.data.order import balanced, class_numbers, shuffled
 from vitarium.data.workers import WaitingWatch, end_at_exit, end_workers, signals_held_back, start_worker, workers_of
 from vitarium.errors import DataError
 
@@ -206,10 +207,12 @@ class Loader:
         bad_files: record of unreadable images; more than it allows stop the epoch.
         repeats: number of differently augmented copies of a sample in an epoch (repeated augmentation; the epoch keeps its length and sees
             fewer different samples).
+        balance: an order in which every class occurs equally often (see `vitarium.data.order.balanced`); the set has class numbers as
+            `targets`.
         timeout: seconds without a batch, or any worker going on to another sample, after which the workers are considered stuck.
 
     Raises:
-        DataError: no samples; or with `drop_last` fewer than one global batch.
+        DataError: no samples; with `drop_last` fewer than one global batch; with `balance` no class numbers.
     """
 
     def __init__(
@@ -227,6 +230,7 @@ class Loader:
         num_workers: int = 0,
         bad_files: BadFiles | None = None,
         repeats: int = 1,
+        balance: bool = False,
         timeout: float = 50.0,
     ):
         if len(dataset) == 0:
@@ -238,6 +242,7 @@ class Loader:
             )
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.shuffle, self.drop_last, self.repeats = shuffle, drop_last, repeats
+        self._classes = class_numbers(dataset.targets) if balance else None
         self.rank, self.world_size = rank, world_size
         self.num_workers, self.timeout, self.bad_files = num_workers, timeout, bad_files
         keep = num_workers == 0 and isinstance(transform, Preprocessing) and _bytes(transform) * len(dataset) <= MEMORY_BYTES
@@ -256,7 +261,10 @@ class Loader:
     def plan(self, epoch: int, start_step: int = 0) -> list[_Plan]:
         """Return the batches of an epoch on this rank from a step on, without reading."""
         count = len(self.dataset)
-        order = np.random.default_rng([self.seed, epoch]).permutation(count) if self.shuffle else np.arange(count)
+        if self._classes is not None:
+            order = balanced(self._classes, self.seed, epoch)
+        else:
+            order = shuffled(count, self.seed, epoch) if self.shuffle else np.arange(count)
         order, copies = order[np.arange(count) // self.repeats], np.arange(count) % self.repeats  # of any number of repeats
         if self.drop_last:
             shape = self.steps, self.world_size, self.batch_size

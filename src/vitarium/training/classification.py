@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitarium.errors import UsageError
+from vitarium.errors import UsageError, nearest
 from vitarium.training.base import Batch, Learner
 from vitarium.training.learners import learner
 from vitarium.training.settings import Section, Share
 
+if TYPE_CHECKING:
+    from vitarium.data import ImageData
+    from vitarium.training.recipe import Recipe
+
 
 class Loss(Section):
-    """Settings of the loss: cross entropy on hard or soft targets, or binary cross entropy per class (DeiT-III)."""
+    """Settings of the loss: cross entropy on hard or soft targets, or binary cross entropy per class (DeiT-III).
+
+    Args:
+        name: which of them.
+        label_smoothing: share of the target that is spread over all classes.
+        class_weights: factor of each class in the cross entropy: "balanced", for images / (classes x images of the class), which is 1 on
+            average; or {name: factor}, 1 for classes that are not named. None: all are 1.
+    """
 
     name: Literal["cross_entropy", "binary"] = "cross_entropy"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(ge=0)]] | None = None
+
+    @model_validator(mode="after")
+    def _weights_have_their_loss(self) -> Loss:
+        if self.class_weights is not None and self.name != "cross_entropy":
+            raise ValueError("class_weights belong to name: cross_entropy")
+        return self
 
 
 class Mixing(Section):
@@ -63,6 +83,8 @@ class ClassificationLearner(Learner):
         loss: Loss = Loss()
         mixing: Mixing = Mixing()
 
+    class_weights: Tensor | None
+
     def __init__(self, model: nn.Module, settings: Any = None):
         super().__init__(model, settings)
         self.num_classes = int(getattr(model, "num_classes", 0))
@@ -70,6 +92,17 @@ class ClassificationLearner(Learner):
             raise UsageError(f"{type(model).__name__} has no classes to learn; create it with num_classes=N")
         self._mix: Any = None
         self._mix_settings: Any = None
+        self.register_buffer("class_weights", None, persistent=False)  # a function of settings and data, which a run identifies anyway
+
+    @classmethod
+    def create(
+        cls, name: str | nn.Module, data: ImageData, recipe: Recipe, *, pretrained: bool = False, checkpoint: str | None = None
+    ) -> Learner:
+        """Create the learner with its model, and the weights of the classes from the training data; see `Learner.create`."""
+        learner = super().create(name, data, recipe, pretrained=pretrained, checkpoint=checkpoint)
+        if isinstance(learner, ClassificationLearner) and (wanted := learner.criterion_settings.class_weights) is not None:
+            learner.class_weights = class_weights(wanted, data.train.targets, data.classes)
+        return learner
 
     @property
     def criterion_settings(self) -> Loss:
@@ -96,6 +129,12 @@ class ClassificationLearner(Learner):
         """Return the mean loss of logits (B, num_classes) for classes (B,) or shares (B, num_classes); mixed targets are already
         smoothed."""
         smoothing = self.criterion_settings.label_smoothing if target.ndim == 1 else 0.0
+        if self.criterion_settings.class_weights is not None:
+            if self.class_weights is None:
+                raise UsageError("class_weights need the training data: create the learner by its method create(name, data, recipe)")
+            # a mean over the images, not over their weights, which would depend on how a batch is divided among processes
+            weight = self.class_weights.to(logits.dtype)
+            return F.cross_entropy(logits, target, weight, label_smoothing=smoothing, reduction="none").mean()
         if self.criterion_settings.name == "cross_entropy":
             return F.cross_entropy(logits, target, label_smoothing=smoothing)
         if target.ndim == 1:
@@ -131,3 +170,23 @@ class ClassificationLearner(Learner):
             image = image.clone()  # timm mixes in place
             shares[:even] = self._mix(image[:even].flatten(1, -3), target[:even])[1]  # all frames of a clip are mixed in the same way
         return image, shares.gt(0).to(shares.dtype) if binary else shares
+
+
+def class_weights(wanted: str | Mapping[str, float], targets: Sequence[int], classes: Sequence[str]) -> Tensor:
+    """Return the factor of each class in the loss, (C,) float32.
+
+    Args:
+        wanted: "balanced", or factors by name (see `Loss`).
+        targets: class numbers of the training images.
+        classes: names of the classes.
+
+    Raises:
+        UsageError: a name that is none of the classes'.
+    """
+    if isinstance(wanted, str):
+        counts = Counter(targets)
+        return torch.tensor([len(targets) / (len(classes) * counts[number]) if counts[number] else 0.0 for number in range(len(classes))])
+    if unknown := [name for name in wanted if name not in classes]:
+        known = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
+        raise UsageError(f"class_weights: no class is called {unknown[0]!r}{nearest(unknown[0], classes)} (there are: {known})")
+    return torch.tensor([float(wanted.get(name, 1.0)) for name in classes])

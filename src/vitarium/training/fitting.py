@@ -22,7 +22,9 @@ from vitarium.data.image_set import ImageData, size_of
 from vitarium.data.loader import Loader
 from vitarium.errors import DataError, TrainingStopped, UsageError
 from vitarium.files import lock_folder
+from vitarium.texts import printable
 from vitarium.training.base import Learner
+from vitarium.training.boards import check_boards
 from vitarium.training.checkpoint import LAST, RunState, load_run
 from vitarium.training.identity import check_same_run, fingerprint_like, identity_of, whole_objective
 from vitarium.training.logs import Logs
@@ -35,7 +37,9 @@ from vitarium.training.recording import record_training
 from vitarium.training.run import Run
 from vitarium.training.schedules import Rates
 from vitarium.training.sharding import check_shardable, is_sharded
+from vitarium.training.signals import StopSignals
 from vitarium.training.statistics import batch_norms_set
+from vitarium.training.stopping import best_of, check_stopping, load_best
 
 TINY = 64
 """Images up to this side, in pixels, are read in the main process: workers would take longer to start than they save."""
@@ -50,7 +54,7 @@ class FitResult:
     """Result of a training.
 
     Attributes:
-        metrics: numbers of the last evaluation.
+        metrics: numbers of the evaluation of the final weights.
         history: one entry per evaluation: step, epoch, seconds, lr, train_loss and the metrics.
         steps: optimizer steps in total.
         seconds: time of these steps, over all sessions.
@@ -58,6 +62,8 @@ class FitResult:
         skipped: number of steps skipped because a loss or gradient was not finite, over all players.
         skips: the same by player.
         earlier: number of the steps that were made before this call; equal to `steps` if the run had ended, so that nothing was trained.
+        best_step: with early stopping, the step whose weights are kept, and whose evaluation is in `metrics`.
+        stopped_early: whether it ended before its budget.
     """
 
     metrics: dict[str, float]
@@ -68,6 +74,8 @@ class FitResult:
     skipped: int = 0
     skips: dict[str, int] = field(default_factory=dict)
     earlier: int = 0
+    best_step: int | None = None
+    stopped_early: bool = False
 
 
 def fit(
@@ -135,7 +143,7 @@ def _fit_here(
     fabric: Fabric, learner: Learner, data: ImageData, recipe: Recipe, folder: Path, progress: Callable[[Progress], None] | None
 ) -> FitResult:
     """Run `fit` in one of its processes."""
-    run, tensors = _prepare(fabric, learner, data, recipe, folder, progress)
+    run, tensors = prepare_run(fabric, learner, data, recipe, folder, progress)
     earlier = run.state.step
     with (
         lost_processes_named(),
@@ -150,7 +158,7 @@ def _fit_here(
         else:
             if fabric.is_global_zero:
                 check_headers(data, run.bad_files)
-            _set_up(run, tensors)
+            set_up_run(run, tensors)
             train(run)
     return replace(_finish(run), earlier=earlier)
 
@@ -180,7 +188,7 @@ def _ended(run: Run) -> Iterator[None]:
         run.val_loader.close()
 
 
-def _prepare(
+def prepare_run(
     fabric: Fabric,
     learner: Learner,
     data: ImageData,
@@ -213,7 +221,7 @@ def _prepare(
     bad_files = BadFiles(total=size_of(data))
 
     def loaders() -> tuple[Loader, Loader]:
-        order: dict[str, Any] = dict(shuffle=True, drop_last=True, repeats=recipe.repeats)
+        order: dict[str, Any] = dict(shuffle=True, drop_last=True, repeats=recipe.repeats, balance=recipe.sampling == "balanced")
         return (
             Loader(data.train, learner.transform(recipe.augment), bad_files=bad_files, **order, **shared),
             Loader(data.val, learner.transform(None), bad_files=bad_files, **shared),
@@ -224,13 +232,16 @@ def _prepare(
 
     if is_sharded(fabric):
         check_shardable(learner, recipe)
+    check_stopping(learner, recipe)
+    check_boards(recipe)
     plan = Plan(learner, recipe)
     if recipe.precision == "64-true":
         learner.double()  # as Fabric would, but before the moving average is copied
     fabric.to_device(learner)
     whole = copy.deepcopy(learner.model) if is_sharded(fabric) else None
     shown = progress if fabric.is_global_zero else None
-    run = Run(fabric, learner, recipe, state, folder, plan, loaders, sample, whole, shown)
+    stop = StopSignals(f"stopping after this step, saving to {printable(str(folder / LAST))}" if fabric.is_global_zero else "")
+    run = Run(fabric, learner, recipe, state, folder, plan, loaders, sample, whole, shown, stop)
     if not run.steps_per_epoch:
         raise DataError(
             f"{len(data.train)} training images are fewer than one step takes ({run.images_per_step} = batch_size x accumulate x "
@@ -239,7 +250,7 @@ def _prepare(
     return run, tensors
 
 
-def _set_up(run: Run, tensors: dict[str, Any] | None) -> None:
+def set_up_run(run: Run, tensors: dict[str, Any] | None) -> None:
     """Create optimizers, wrappers, rates, phases and logs of a run that has steps to take."""
     fabric, state = run.fabric, run.state
     run.set_up()
@@ -251,7 +262,7 @@ def _set_up(run: Run, tensors: dict[str, Any] | None) -> None:
     if fabric.is_global_zero:
         for litter in run.folder.glob(".*.tmp"):  # partial files of a run that was killed while writing
             litter.unlink(missing_ok=True)
-        run.logs = Logs(run.folder, state.step)
+        run.logs = Logs(run.folder, state.step, run.recipe)
 
 
 def _place(run: Run) -> None:
@@ -317,15 +328,29 @@ def _finish(run: Run) -> FitResult:
     run.plan.leave(run.averages())
     if run.whole is not None and run.seats[0].module is not None:
         run.learner.model = run.whole  # its last evaluation gathered the final weights
-    last = state.history[-1] if state.history else {}
-    metrics = {name: value for name, value in last.items() if name not in ("step", "epoch", "seconds", "lr")}
+    entry = _kept_entry(run)
+    metrics = {name: value for name, value in entry.items() if name not in ("step", "epoch", "seconds", "lr")}
     bad_files = [(path, reason) for path, reason in state.bad_files]
-    return FitResult(metrics, state.history, state.step, state.seconds, bad_files, state.skipped, dict(state.skips))
+    result = FitResult(metrics, state.history, state.step, state.seconds, bad_files, state.skipped, dict(state.skips))
+    if run.recipe.stopping is None:
+        return result
+    return replace(result, best_step=entry.get("step"), stopped_early=state.step < state.total_steps)
+
+
+def _kept_entry(run: Run) -> dict[str, Any]:
+    """Return the evaluation of the weights that the learner ends with; with early stopping, load those of the best one."""
+    history = run.state.history
+    place = best_of(history, *run.learner.primary_metric) if run.recipe.stopping is not None else None
+    if place is not None and history[place] is not history[-1]:
+        run.fabric.barrier()  # the first process has written them
+        if load_best(run.folder, history[place]["step"], run.learner.eval_model()):
+            return history[place]
+    return history[-1] if history else {}
 
 
 def _result_of(processes: int, learner: Learner, data: ImageData, recipe: Recipe, folder: Path) -> FitResult:
     """Return the result of a run that other processes have finished."""
-    run, tensors = _prepare(Fabric(accelerator="cpu", devices=1), learner, data, recipe, folder, None, processes=processes)
+    run, tensors = prepare_run(Fabric(accelerator="cpu", devices=1), learner, data, recipe, folder, None, processes=processes)
     run.restore(tensors or {})
     return _finish(run)
 

@@ -1,10 +1,9 @@
-"""Log files of a run: log.csv, evaluations.jsonl and, if TensorBoard is installed, its events."""
+"""Log files of a run: log.csv, evaluations.jsonl, and what its loggers write."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import importlib.util
 import json
 import logging
 from collections.abc import Iterator
@@ -16,6 +15,8 @@ from torch import Tensor
 
 from vitarium.data.bad_files import BadFiles
 from vitarium.files import write_text
+from vitarium.training.boards import Boards
+from vitarium.training.recipe import Recipe
 
 log = logging.getLogger("vitarium")
 
@@ -58,9 +59,10 @@ class Logs:
     Args:
         folder: of the run.
         step: at which the run resumes.
+        recipe: names the loggers that are used beside the files (see `vitarium.training.boards`).
     """
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, step: int, recipe: Recipe):
         self.path = folder / "log.csv"
         self.evaluations = folder / "evaluations.jsonl"
         self.columns: list[str] = []
@@ -70,9 +72,7 @@ class Logs:
         else:
             self.columns = []
             self.path.unlink(missing_ok=True)
-        self._board: Any = None
-        self._board_folder = folder / "tensorboard" if importlib.util.find_spec("tensorboard") else None
-        self._purge = step + 1 if step else None
+        self.boards = Boards(folder, step, recipe)
 
     def _kept_rows(self, step: int) -> list[dict[str, Any]]:
         with open(self.path, encoding="utf-8", newline="") as file:
@@ -107,16 +107,10 @@ class Logs:
             bad.write(self.path.parent)
 
     def _plot(self, group: str, values: dict[str, Any]) -> None:
-        if self._board_folder is None:
-            return
-        with self._forgiven(self._board_folder):
-            if self._board is None:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._board = SummaryWriter(self._board_folder, purge_step=self._purge)
-            for name, value in values.items():
-                if name not in ("step", "epoch") and isinstance(value, int | float):
-                    self._board.add_scalar(f"{group}/{name}", value, values["step"])
+        numbers = {
+            f"{group}/{name}": value for name, value in values.items() if name not in ("step", "epoch") and isinstance(value, int | float)
+        }
+        self.boards.add(numbers, values["step"])
 
     @contextlib.contextmanager
     def _forgiven(self, path: Path) -> Iterator[None]:
@@ -124,14 +118,10 @@ class Logs:
             yield
         except OSError as error:
             log.warning("cannot write %s (%s); training continues", path, error)
-            if path == self._board_folder:  # its writer does not recover from errors
-                self._board_folder = self._board = None
 
     def close(self) -> None:
-        """Flush and close TensorBoard's writer."""
-        if self._board is not None and self._board_folder is not None:
-            with self._forgiven(self._board_folder):
-                self._board.close()
+        """Close the loggers."""
+        self.boards.close()
 
 
 def _csv_text(columns: list[str], rows: list[dict[str, Any]], *, header: bool) -> str:

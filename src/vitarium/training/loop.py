@@ -65,7 +65,7 @@ def train(run: Run) -> None:
     while True:
         if run.evaluation_due:
             run.evaluate()
-        if state.step == state.total_steps:
+        if state.step == state.total_steps or run.stalled:
             break
         run.enter(state.step)
         began = time.perf_counter()

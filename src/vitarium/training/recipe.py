@@ -4,77 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from vitarium.data.transforms import Augment
 from vitarium.errors import nearest
+from vitarium.training.lengths import Budget as Budget
+from vitarium.training.lengths import Span as Span
+from vitarium.training.lengths import Stopping as Stopping
+from vitarium.training.lengths import Stretch as Stretch
 from vitarium.training.settings import Count, Positive, Section, check, merged
 
-MOST_STEPS, MOST_EPOCHS, MOST_MINUTES = 10**12, 10**9, 10**8
-"""Largest lengths of a training; beyond them numbers of steps would overflow."""
 MOST_ENTRIES = 1000
 """Largest number of milestones, of patterns of a phase, and of items in a model's argument."""
 MOST_BLOCKS, MOST_SIZE = 1000, 10**6
 """Largest number of blocks, and largest other number, in a model's arguments: a larger model takes hours to build."""
-
-
-class Span(Section):
-    """A stretch of training: "5 epochs", "200 steps", or a share of the whole such as 0.05."""
-
-    amount: Annotated[float, Field(ge=0, le=MOST_STEPS)]
-    unit: Literal["epochs", "steps", "share"]
-
-    @model_validator(mode="after")
-    def _share_is_at_most_one(self) -> Span:
-        if self.unit == "share" and self.amount > 1:
-            raise ValueError("a share must be from 0 to 1")
-        return self
-
-    def steps(self, total: int, per_epoch: int) -> int:
-        """Return its length in optimizer steps, for a training of `total` steps."""
-        return round(self.amount * {"epochs": per_epoch, "steps": 1, "share": total}[self.unit])
-
-
-def _span(value: Any) -> Any:
-    if isinstance(value, dict | Span):
-        return value
-    found = (
-        re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)(?:e(-?\d+))?\s*(epochs?|steps?|%)?\s*", str(value)) if not isinstance(value, bool) else None
-    )
-    if not found:
-        raise ValueError("must be a share of the training from 0 to 1, 'N epochs' or 'N steps'")
-    amount = float(f"{found[1]}e{found[2] or 0}")
-    unit = (found[3] or "share").rstrip("s")
-    amount, unit = (amount / 100, "share") if unit == "%" else (amount, unit)
-    if unit == "share" and amount > 1:
-        raise ValueError("must be a share of the training from 0 to 1, 'N epochs' or 'N steps'")
-    if amount > MOST_STEPS:
-        raise ValueError(f"must be at most {MOST_STEPS:,} {unit}s")
-    return {"amount": amount, "unit": unit if unit == "share" else unit + "s"}
-
-
-Stretch = Annotated[Span, BeforeValidator(_span)]
-
-
-class Budget(Section):
-    """Length of a training: exactly one of optimizer steps, passes over the data, or minutes of training (evaluation comes on top).
-
-    Minutes are converted to steps once, from the speed of the first steps, so that a resumed run ends at the same step.
-    """
-
-    steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
-    epochs: Annotated[float, Field(gt=0, le=MOST_EPOCHS)] | None = None
-    minutes: Annotated[float, Field(gt=0, le=MOST_MINUTES)] | None = None
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Budget:
-        given = [name for name in ("steps", "epochs", "minutes") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of steps, epochs, minutes (given: {', '.join(given) or 'none'})")
-        return self
 
 
 KNOWN_OPTIMIZERS = ("adamw", "sgd", "lamb", "lars", "lars_mae", "lion", "muon", "adan")
@@ -303,13 +248,16 @@ class Recipe(Section):
         batch_size: images that one process holds in memory per batch.
         accumulate: number of batches per optimizer step; the total batch is batch_size x accumulate x processes.
         repeats: augmented copies of an image in an epoch (repeated augmentation).
+        sampling: "shuffled", every training image once an epoch; or "balanced", every class equally often in an epoch of the same length.
         batch_norm: momentum and statistics of batch norms (see `BatchNorm`).
         players: for a learner with several players: name -> settings that differ from the root's (see `PlayerRecipe`).
         phases: consecutive parts of the training with their own settings; after the last one the root's settings apply.
         values: numbers that change with the step, by path (see `Course`).
         precision: "32-true", "bf16-mixed" or "64-true".
         eval_every: interval between evaluations; the final model is always evaluated.
+        stopping: early stopping (see `Stopping`); None: the whole budget is used.
         log_every: optimizer steps between lines of log.csv.
+        log: where numbers are logged beside log.csv, see `vitarium.training.boards`; TensorBoard only if it is installed.
         checkpoint_minutes: minutes between checkpoints of the run.
         num_workers: number of processes that read images; None: 0 for small images in memory, else by the number of cores.
             At most 4 per core (or 16) are started.
@@ -327,6 +275,7 @@ class Recipe(Section):
     batch_size: Count = 64
     accumulate: Count = 1
     repeats: Count = 1
+    sampling: Literal["shuffled", "balanced"] = "shuffled"
     optimizer: Optimizer
     schedule: Schedule = Schedule()
     augment: Augment = Augment()
@@ -338,7 +287,9 @@ class Recipe(Section):
     values: dict[str, Course] = Field(default_factory=dict)
     precision: Literal["32-true", "bf16-mixed", "64-true"] = "32-true"
     eval_every: Stretch = Span(amount=1, unit="epochs")
+    stopping: Stopping | None = None
     log_every: Count = 50
+    log: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     checkpoint_minutes: Positive = 10.0
     num_workers: Annotated[int, Field(ge=0, le=256)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -394,8 +345,16 @@ class Recipe(Section):
     def identity(self) -> dict[str, Any]:
         """Return the settings that determine the result of a run, as plain values: not logging and checkpoint intervals, nor
         num_workers."""
-        excluded = {"log_every", "checkpoint_minutes", "num_workers", "model", "model_arguments", "data"}
-        unset = {"apply": (), "players": {}, "phases": (), "values": {}, "batch_norm": BatchNorm()}
+        excluded = {"log_every", "log", "checkpoint_minutes", "num_workers", "model", "model_arguments", "data"}
+        unset = {
+            "apply": (),
+            "players": {},
+            "phases": (),
+            "values": {},
+            "batch_norm": BatchNorm(),
+            "stopping": None,
+            "sampling": "shuffled",
+        }
         excluded |= {name for name, usual in unset.items() if getattr(self, name) == usual}  # so that recipes without keep their digest
         values = self.model_dump(mode="json", by_alias=True, exclude=excluded)
         for section, keys in LATER_KEYS.items():

@@ -33,6 +33,7 @@ from vitarium.training.progress import PROGRESS_SECONDS, Progress, line_of, prog
 from vitarium.training.recipe import Recipe
 from vitarium.training.sharding import gather_model, restore_whole, whole_states
 from vitarium.training.signals import StopSignals
+from vitarium.training.stopping import best_of, is_over, save_best
 from vitarium.training.tasks import Task
 from vitarium.training.turns import Outcome, Seat, foreign_buffers
 
@@ -194,6 +195,12 @@ class Run:
         every = max(1, self.recipe.eval_every.steps(state.total_steps, self.steps_per_epoch))
         return state.evaluated != state.step and (state.step == state.total_steps or (state.step > 0 and state.step % every == 0))
 
+    @property
+    def stalled(self) -> bool:
+        """Return whether the recipe stops the training early, after the last evaluation."""
+        stopping = self.recipe.stopping
+        return stopping is not None and is_over(self.state.history, *self.learner.primary_metric, stopping)
+
     def evaluate(self) -> None:
         """Evaluate the moving average, or the model if there is none, in the phase of the previous step, and record the metrics."""
         state = self.state
@@ -217,6 +224,8 @@ class Run:
         if name in numbers:
             state.best = (max if better == "max" else min)(numbers[name], numbers[name] if state.best is None else state.best)
         self.note_bad_files(everywhere=True)
+        if self.recipe.stopping is not None and self.logs and best_of(state.history, name, better) == len(state.history) - 1:
+            save_best(self.folder, state.step, model)
         if self.logs:
             self.logs.evaluation(state.history)
             self.draw(model)

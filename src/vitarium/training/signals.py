@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import signal
 import threading
 from types import FrameType
 from typing import Any
+
+log = logging.getLogger("vitarium")
 
 
 class StopSignals:
@@ -13,12 +17,15 @@ class StopSignals:
 
     A request that came too late for the steps inside, such as during the last save, takes effect at the end of the context.
 
+    Args:
+        announce: message that is logged at once with the first request; "" for none.
+
     Raises:
         KeyboardInterrupt: at the end, if a request came and nothing was raised inside.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, announce: str = "") -> None:
+        self.requested, self.announce = False, announce
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -36,4 +43,7 @@ class StopSignals:
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self.announce and not self.requested:
+            with contextlib.suppress(RuntimeError):  # the signal came while another line was being written
+                log.warning("%s", self.announce)
         self.requested = True

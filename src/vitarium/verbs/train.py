@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vitarium.data import ImageData
-    from vitarium.training import FitResult, Progress, Recipe
+    from vitarium.training import FitResult, Learner, Progress, Recipe
 
 
 @dataclass(repr=False)
@@ -32,6 +32,7 @@ class Trained(Result):
         task: its task.
         use: the command to use it.
         notes: what was left out, ignored or assumed when the data was opened.
+        page: the run's report, a self-contained HTML page; None if it could not be written.
     """
 
     model: nn.Module = field(repr=False)
@@ -40,6 +41,7 @@ class Trained(Result):
     task: Task = field(repr=False)
     use: str
     notes: tuple[str, ...] = ()
+    page: Path | None = None
 
     @property
     def finished_before(self) -> str:
@@ -79,18 +81,49 @@ class Trained(Result):
             "broken": [{"path": path, "reason": reason} for path, reason in done.bad_files],
             "history": done.history,
             "notes": list(self.notes),
+            "best_step": done.best_step,
+            "page": None if self.page is None else str(self.page),
         }
 
 
+@dataclass
+class Job:
+    """A training that is ready to begin.
+
+    Attributes:
+        recipe: with the changes, and the image size that is used.
+        learner: with its model, methods applied.
+        images: the data, in the model's numbering of the labels.
+        task: of the learner.
+        name: of the model, for reports.
+        source: the data as it was given.
+        folder: of the run.
+    """
+
+    recipe: Recipe
+    learner: Learner
+    images: ImageData
+    task: Task
+    name: str
+    source: str | None
+    folder: Path
+
+
 def train(
-    recipe: str | os.PathLike[str] | Recipe,
+    recipe: str | os.PathLike[str] | Recipe | None = None,
     data: str | os.PathLike[str] | None = None,
     *,
     model: str | os.PathLike[str] | nn.Module | None = None,
     pretrained: bool = False,
     checkpoint: str | None = None,
+    epochs: float | None = None,
+    steps: int | None = None,
+    lr: float | None = None,
+    batch_size: int | str | None = None,
+    image_size: int | None = None,
     changes: Sequence[str] | None = None,
     apply: Sequence[Any] | None = None,
+    log: Sequence[str] | str | None = None,
     val_fraction: float = 0.2,
     out: str | os.PathLike[str] | None = None,
     trained_only: bool = False,
@@ -110,38 +143,90 @@ def train(
             For other classes than a file's, give its name and `checkpoint`.
         pretrained: start from published weights.
         checkpoint: start from these weights: file, "hf:OWNER/NAME", or address.
-        changes: changes of the recipe, as "optimizer.lr=1e-4".
+        epochs, steps: length of the training, in place of the recipe's.
+        lr, image_size: the recipe's `optimizer.lr` and `image_size`.
+        batch_size: the recipe's; "auto": the largest that fits, which a resumed run uses again (see `vitarium.training.batch_finder`).
+        changes: further changes of the recipe, as "optimizer.weight_decay=0.1".
         apply: methods to apply before training, as "evit:keep=0.7"; None: the recipe's.
+        log: loggers beside log.csv: "tensorboard", "wandb", "mlflow", several as a list or separated by commas; None: the recipe's.
         val_fraction: share held out of data that has no val/ part.
         out: folder of the run; None: runs/RECIPE-MODEL-DATA.
         trained_only: save only the trained part; the file then needs the weights that the model started from.
         devices, num_nodes, strategy, accelerator: see `vitarium.training.fit`.
         progress: called several times per second with the model's name, its task and the progress.
-        notify: called with the reports of methods.
+        notify: called with the reports of methods, and the batch that was found.
 
     Returns:
         the trained model; None in processes other than the first.
 
     Raises:
-        UsageError: no such recipe, model, setting or method; or the folder holds another run.
+        UsageError: no such recipe, model, setting or method; a setting that is given twice; or the folder holds another run.
         DataError: the data cannot be used, or has labels that a given model does not have.
         CheckpointError: the weights cannot be used.
         TrainingStopped: see `fit`.
         KeyboardInterrupt: the run was interrupted; its state is saved.
     """
     import vitarium
-    from vitarium.catalog.saving import check_trained_only, is_partial
+    from vitarium.catalog.saving import check_trained_only
     from vitarium.reports.card import write_card
-    from vitarium.reports.folder import slug
     from vitarium.reports.trial import is_main_process
-    from vitarium.training import find_learner, fit
-    from vitarium.training.learners import check_suits
-    from vitarium.training.opening import load_recipe, with_changes
+    from vitarium.training import fit
     from vitarium.training.phases import settled
     from vitarium.training.recording import record_results, record_run, record_training
+    from vitarium.training.report import write_run_report
+    from vitarium.training.shorthands import names_of_loggers, with_shorthands
 
+    found = batch_size == "auto"
+    short = dict(
+        epochs=epochs, steps=steps, lr=lr, batch_size=None if found else batch_size, image_size=image_size, log=names_of_loggers(log)
+    )
+    given = with_shorthands(list(changes or []), short, searched="batch_size" if found else None)
+    job = open_job(recipe, data, model, pretrained, checkpoint, given, apply, val_fraction, out, notify)
+    learner, images, folder = job.learner, job.images, job.folder
+    if trained_only:
+        with settled(learner, job.recipe):
+            check_trained_only(learner.eval_model())
+    if found:
+        job.recipe = _with_batch(job, accelerator, devices * num_nodes, notify)
+    report = None if progress is None else lambda at: progress(job.name, job.task, at)
+    where: dict[str, Any] = dict(devices=devices, num_nodes=num_nodes, strategy=strategy, accelerator=accelerator)
+    result = fit(learner, images, job.recipe, folder, **where, progress=report)
+    if not is_main_process():
+        return None
+    record_training(learner, images, source=job.source or job.task.default_data, seed=job.recipe.seed, val_fraction=val_fraction)
+    trained, file = learner.eval_model().eval(), folder / "model.safetensors"
+    recipe_used = job.recipe.model_copy(update=dict(model=None, data=None)).model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    record_run(trained, recipe_used, result.best_step or result.steps)  # the record has the model's name and its data, maybe other ones
+    record_results(trained, {key: value for key, value in result.metrics.items() if key != "train_loss"}, images)
+    vitarium.save(trained, file, trained_only=trained_only)
+    write_card(file)
+    page = write_run_report(folder, job.name, trained, job.task, images, job.recipe, result)
+    return Trained(trained, file, result, job.task, (learner.usage or job.task.usage).format(file=file), images.notes, page)
+
+
+def open_job(
+    recipe: str | os.PathLike[str] | Recipe | None,
+    data: str | os.PathLike[str] | None,
+    model: str | os.PathLike[str] | nn.Module | None,
+    pretrained: bool,
+    checkpoint: str | None,
+    changes: list[str],
+    apply: Sequence[Any] | None,
+    val_fraction: float,
+    out: str | os.PathLike[str] | None,
+    notify: Notify,
+) -> Job:
+    """Read the recipe, open the data, and create the learner of a training; see `train` for the arguments and errors."""
+    from vitarium.catalog.saving import is_partial
+    from vitarium.reports.folder import slug
+    from vitarium.training import find_learner
+    from vitarium.training.learners import check_suits
+    from vitarium.training.opening import load_recipe, with_changes
+
+    if recipe is None:
+        raise UsageError(no_recipe(model))
     named = isinstance(recipe, str | os.PathLike)
-    settings = load_recipe(os.fspath(recipe), list(changes or [])) if named else with_changes(recipe, list(changes or []))  # type: ignore[arg-type]
+    settings = load_recipe(os.fspath(recipe), changes) if named else with_changes(recipe, changes)  # type: ignore[arg-type]
     given = model if model is not None else settings.model
     if given is None:
         raise UsageError(f"the recipe {recipe if named else ''} names no model; choose one with --model ('vitarium models' lists them)")
@@ -162,22 +247,44 @@ def train(
         images = matched(source_model, task, images, pretrained, name)
     learner = kind.create(source_model, images, settings, pretrained=pretrained, checkpoint=checkpoint)
     apply_methods(learner.model, settings.apply if apply is None else apply, images, notify)
-    if trained_only:
-        with settled(learner, settings):
-            check_trained_only(learner.eval_model())
-    report = None if progress is None else lambda at: progress(name, task, at)
-    where: dict[str, Any] = dict(devices=devices, num_nodes=num_nodes, strategy=strategy, accelerator=accelerator)
-    result = fit(learner, images, settings, folder, **where, progress=report)
-    if not is_main_process():
-        return None
-    record_training(learner, images, source=source or task.default_data, seed=settings.seed, val_fraction=val_fraction)
-    trained, file = learner.eval_model().eval(), folder / "model.safetensors"
-    recipe_used = settings.model_copy(update=dict(model=None, data=None)).model_dump(mode="json", exclude_unset=True, exclude_none=True)
-    record_run(trained, recipe_used, result.steps)  # the record has the model's name and its data, which may be other ones
-    record_results(trained, {key: value for key, value in result.metrics.items() if key != "train_loss"}, images)
-    vitarium.save(trained, file, trained_only=trained_only)
-    write_card(file)
-    return Trained(trained, file, result, task, (learner.usage or task.usage).format(file=file), images.notes)
+    return Job(settings, learner, images, task, name, source, folder)
+
+
+def no_recipe(model: Any) -> str:
+    """Return the message for a call without a recipe: the recipes that fit, and the options that change one."""
+    from vitarium.verbs.recipes import recipes
+
+    name = None if model is None or is_model_file(model) or not isinstance(model, str) else model
+    rows = [row for row in recipes(name).rows if name is not None or row.task == "classify"]
+    rows.sort(key=lambda row: row.name != "pico")  # the one to begin with
+    width = max(len(row.name) for row in rows) if rows else 0
+    which = f"for {name}" if name is not None else "for classification ('vitarium recipes' lists those for other tasks, too)"
+    lines = [f"  {row.name:{width}}  {row.summary}" for row in rows]
+    return "\n".join(
+        [
+            f"a recipe is missing: vitarium train RECIPE --data DIR. Recipes {which}:",
+            *lines,
+            "options that change it: --epochs or --steps, --lr, --batch-size, --image-size, and --set KEY=VALUE for any other key "
+            "('vitarium recipes RECIPE' shows all of them)",
+        ]
+    )
+
+
+def _with_batch(job: Job, accelerator: str, processes: int, notify: Notify) -> Recipe:
+    """Return the recipe with the largest batch that fits, which is recorded in the run's folder.
+
+    Raises:
+        UsageError: several processes, each of which would find its own.
+    """
+    from vitarium.training.batch_finder import batch_size_for
+    from vitarium.training.processes import create_fabric
+
+    if processes > 1:
+        raise UsageError("--batch-size auto searches in one process; find it with --devices 1, and give the number for several")
+    device = create_fabric(1, 1, "auto", accelerator, job.recipe.precision).device
+    choice = batch_size_for(job.folder, job.learner, job.images, job.recipe, device)
+    notify(f"batch_size={choice.batch_size}: {choice.reason}\n")
+    return job.recipe.model_copy(update={"batch_size": choice.batch_size})
 
 
 def matched(model: Any, task: Task, images: ImageData, pretrained: bool, name: str) -> ImageData:

@@ -1,0 +1,94 @@
+"""Find a learning rate for a model, a recipe and data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vitarium.pages.tables import TableData
+from vitarium.verbs.opening import Notify, quiet
+from vitarium.verbs.result import Result
+from vitarium.verbs.train import open_job
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vitarium.training import Recipe
+
+SHOWN = 12
+"""Number of rates in the table."""
+
+
+@dataclass(repr=False)
+class FoundRate(Result):
+    """A learning rate.
+
+    Attributes:
+        lr: the suggestion, a value of the recipe's `optimizer.lr`.
+        clear: whether the loss fell clearly; else the suggestion may be chance.
+        rates, losses, means: of the sweep's steps: rate, loss, and exponential mean of the losses.
+        page: the curve, a self-contained HTML page.
+    """
+
+    lr: float
+    clear: bool
+    rates: list[float] = field(repr=False)
+    losses: list[float] = field(repr=False)
+    means: list[float] = field(repr=False)
+    page: Path
+
+    def facts(self) -> dict[str, Any]:
+        note = {} if self.clear else {"note": "the loss did not fall clearly during the sweep, so that this rate may be chance"}
+        return {"lr": f"{self.lr:.2g}", **note, "curve": self.page}
+
+    def tables(self) -> list[TableData]:
+        places = range(0, len(self.rates), max(1, len(self.rates) // SHOWN))
+        rows = [[f"{self.rates[i]:.2g}", f"{self.losses[i]:.3f}", f"{self.means[i]:.3f}"] for i in places]
+        return [TableData("Sweep", [">lr", ">loss", ">mean"], rows)]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"lr": self.lr, "clear": self.clear, "rates": self.rates, "losses": self.losses, "means": self.means, "page": str(self.page)}
+
+
+def find_lr(
+    recipe: str | os.PathLike[str] | Recipe,
+    data: str | os.PathLike[str] | None = None,
+    *,
+    model: str | os.PathLike[str] | nn.Module | None = None,
+    pretrained: bool = False,
+    checkpoint: str | None = None,
+    batch_size: int | None = None,
+    image_size: int | None = None,
+    changes: Sequence[str] | None = None,
+    apply: Sequence[Any] | None = None,
+    val_fraction: float = 0.2,
+    out: str | os.PathLike[str] | None = None,
+    steps: int = 100,
+    accelerator: str = "auto",
+    notify: Notify = quiet,
+) -> FoundRate:
+    """Find a learning rate: train a copy of the model while the rate rises exponentially, and suggest the one of the steepest fall.
+
+    The run's folder receives find_lr.html with the curve; a training that was begun there is not touched.
+
+    Args:
+        recipe, data, model, pretrained, checkpoint, batch_size, image_size, changes, apply, val_fraction, out: as for `vitarium.train`.
+        steps: of the sweep, from a rate of 1e-5 to 1; it ends early where the loss diverges.
+        accelerator: "auto", "cpu", "cuda" or "mps".
+        notify: called with the reports of methods.
+
+    Raises:
+        UsageError, DataError, CheckpointError: as for `vitarium.train`; several players; or a loss that is never finite.
+    """
+    from vitarium.training.rate_finder import sweep_rates
+    from vitarium.training.report import write_rate_page
+    from vitarium.training.shorthands import with_shorthands
+
+    given = with_shorthands(list(changes or []), dict(batch_size=batch_size, image_size=image_size))
+    job = open_job(recipe, data, model, pretrained, checkpoint, given, apply, val_fraction, out, notify)
+    sweep = sweep_rates(job.learner, job.images, job.recipe, steps=steps, accelerator=accelerator)
+    page = write_rate_page(job.folder, job.name, job.images.name, sweep, job.recipe)
+    return FoundRate(sweep.suggestion, sweep.clear, sweep.rates, sweep.losses, sweep.means, page)
