@@ -7,7 +7,8 @@
 Both train the same model on the same files: a random crop and flip, Mixup or CutMix, cross entropy on soft targets, AdamW, gradient
 clipping, and a moving average of the weights. The plain loop is what a user of torchvision, timm and PyTorch writes; it neither saves,
 logs, resumes, nor checks for losses that are not finite. The arms run in turns, each in a copy of one process in which everything is
-imported; its processor time includes that of its workers. The ratio is plain over ours (above 1: ours is faster), and plain over plain beside it is the noise.
+imported; its processor time includes that of its workers. The ratio is plain over ours (above 1: ours is faster), and plain over plain
+beside it is the noise.
 """
 
 from __future__ import annotations
