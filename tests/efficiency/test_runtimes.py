@@ -98,7 +98,7 @@ def test_a_graph_is_made_once_and_again_for_a_changed_or_damaged_one(file, model
     assert found_again()[1] == whole  # another time and the same content
     record = graph.with_suffix(".json")
     text = record.read_text()
-    for damaged in ("[]", "{}", "no json", text.replace('"format": 1', '"format": 2'), text.replace('"torch": "', '"torch": "9')):
+    for damaged in ("[]", "{}", "no json", text.replace('"format": 2', '"format": 3'), text.replace('"torch": "', '"torch": "9')):
         record.write_text(damaged)
         assert found_again() is None
     graph.write_bytes(whole[:-100])
@@ -119,6 +119,37 @@ def test_a_graph_is_made_once_and_again_for_a_changed_or_damaged_one(file, model
         assert sorted(path.name for path in place.iterdir()) == ["forward.json", "forward.onnx"]
     finally:
         vitarium.save(model, file)
+
+
+def test_a_graph_that_was_not_made_here_is_not_used(file, model, exports, tmp_path, monkeypatch):
+    """A folder that came with a download, whose entry has the right hashes."""
+    monkeypatch.setenv("VITARIUM_CACHE", str(tmp_path / "theirs"))
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(file.read_bytes())
+    run_with(model, "onnxruntime", source=path)
+    assert len(exports) == 1
+    monkeypatch.setenv("VITARIUM_CACHE", str(tmp_path / "ours"))
+    assert cache.slot_beside(path, "forward").read(cache.digest_of(path), cache.exporters()) is None
+    run_with(model, "onnxruntime", source=path)
+    assert len(exports) == 2
+    assert cache.slot_beside(path, "forward").read(cache.digest_of(path), cache.exporters()) is not None
+    record = path.with_name("model.safetensors.vitarium") / "forward.json"
+    values = json.loads(record.read_text())
+    values["checked"] = dict.fromkeys(["onnxruntime of tomorrow", *values["checked"]], 0.0)
+    record.write_text(json.dumps(values))
+    assert cache.slot_beside(path, "forward").read(cache.digest_of(path), cache.exporters()) is None
+
+
+def test_a_graph_that_is_replaced_after_its_check_is_not_opened(file, model):
+    fast = run_with(model, "onnxruntime", source=file)
+    [graph] = file.with_name("model.safetensors.vitarium").glob("forward.onnx")
+    content = graph.read_bytes()
+    graph.write_bytes(content + b"\0")
+    try:
+        with pytest.raises(CheckpointError, match="was replaced since"):
+            fast(torch.zeros(1, 3, 16, 16))
+    finally:
+        graph.write_bytes(content)
 
 
 def test_a_model_without_a_file_is_kept_under_its_weights(model, exports, tmp_path, monkeypatch):

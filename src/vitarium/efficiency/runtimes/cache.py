@@ -4,13 +4,16 @@
     FILE.vitarium/forward.json      what it was made of: `Entry`
 
 A graph belongs to the content of its model, by sha256, and to the versions that exported it. A changed file gets a new graph, which
-replaces the old one; a damaged one is made again.
+replaces the old one; a damaged one is made again. So is one that was not made here: a folder that came with a download could hold a graph
+of other answers, or one that reads other files (OpenVINO opens what a graph names as external data). Entries are therefore signed with a
+key of the user's cache, and an entry without its signature is not used.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import hmac
 import json
 import os
 from collections.abc import Mapping
@@ -21,8 +24,10 @@ from typing import Any
 from vitarium.files import atomic_path, cache_folder, sha256, write_json
 from vitarium.version import __version__
 
-FORMAT, ENDING, KEPT = 1, ".vitarium", 16
+FORMAT, ENDING, KEPT = 2, ".vitarium", 16
 """Version of an entry, ending of the folder beside a model's file, and number of graphs that are kept in the user's cache."""
+KEY, KEY_BYTES = "graphs.key", 32
+"""File in the user's cache with the key of signatures, and its length."""
 
 
 @dataclass
@@ -33,7 +38,6 @@ class Entry:
         model: sha256 of the model's file, or of its weights and structure.
         versions: of the libraries that exported it.
         graph: sha256 of the ONNX file.
-        stamp: its bytes and modification time in ns, when it was written.
         inputs: names of the model's arguments, in the order of the graph's inputs.
         shapes: of one sample of each.
         batch: number of samples that the graph takes at once; None: any.
@@ -45,7 +49,6 @@ class Entry:
     model: str
     versions: dict[str, str]
     graph: str
-    stamp: tuple[int, int]
     inputs: list[str]
     shapes: list[list[int]]
     batch: int | None
@@ -72,9 +75,7 @@ class Slot:
         return self.folder / f"{self.name}.onnx"
 
     def read(self, model: str, versions: Mapping[str, str]) -> tuple[Entry, bytes] | None:
-        """Return the entry and the ONNX file of a model, or None if there is none, or a damaged or an outdated one.
-
-        The file's hash is computed only if its size or time is not the recorded one.
+        """Return the entry and the ONNX file of a model, or None if there is none, or a damaged, an outdated or a foreign one.
 
         Args:
             model: see `Entry`.
@@ -82,26 +83,24 @@ class Slot:
         """
         try:
             record = json.loads(self.path.with_suffix(".json").read_text(encoding="utf-8"))
-            if record.pop("format") != FORMAT:
+            if not hmac.compare_digest(record.pop("signature"), _signature(record)) or record.pop("format") != FORMAT:
                 return None
             entry = Entry(**record)
-            entry.stamp = (int(entry.stamp[0]), int(entry.stamp[1]))
             if entry.model != model or entry.versions != versions:
                 return None
-            unchanged = _stamp(self.path) == entry.stamp
             content = self.path.read_bytes()
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
             return None
-        return (entry, content) if unchanged or hashlib.sha256(content).hexdigest() == entry.graph else None
+        return (entry, content) if hashlib.sha256(content).hexdigest() == entry.graph else None
 
     def write(self, entry: Entry) -> None:
         """Write the entry of a graph whose file is in place; graphs of other contents of the model are removed from the folder.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: it, or the key of its signature, cannot be written.
         """
-        entry.stamp = _stamp(self.path)
-        write_json(self.path.with_suffix(".json"), {"format": FORMAT, **asdict(entry)})
+        record = {"format": FORMAT, **asdict(entry)}
+        write_json(self.path.with_suffix(".json"), {**record, "signature": _signature(record)})
         if self.folder.suffix == ENDING:
             _remove([file for file in self.folder.glob("*.json") if _model_of(file) != entry.model])
         else:
@@ -146,9 +145,22 @@ def put(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
+def _signature(record: Mapping[str, Any]) -> str:
+    """Return the signature of an entry, without it, under the user's key."""
+    return hmac.new(_key(), json.dumps(record, sort_keys=True).encode(), "sha256").hexdigest()
+
+
+def _key() -> bytes:
+    """Return the user's key; it is made at its first use."""
+    path = cache_folder() / KEY
+    with contextlib.suppress(FileNotFoundError):
+        found = path.read_bytes()
+        if len(found) == KEY_BYTES:
+            return found
+    made = os.urandom(KEY_BYTES)
+    put(path, made)
+    path.chmod(0o600)
+    return made
 
 
 def _model_of(file: Path) -> str | None:

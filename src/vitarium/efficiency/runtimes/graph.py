@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,10 +26,12 @@ class KeptGraph:
 
     Attributes:
         path: of the ONNX file.
+        digest: its sha256.
         inputs, shapes, batch, single: see `vitarium.efficiency.runtimes.cache.Entry`.
     """
 
     path: Path
+    digest: str
     inputs: list[str]
     shapes: list[list[int]]
     batch: int | None
@@ -115,12 +118,16 @@ class Graph(Running):
 
     def _opened(self) -> Session:
         try:
-            return open_session(self.runtime, self.graph.path.read_bytes())
+            content = self.graph.path.read_bytes()
         except OSError as error:
             raise CheckpointError(
                 f"the graph {self.graph.path} is not on this machine ({error.strerror}): on several machines, keep the model's file on a "
                 "disk that all of them share, or choose --runtime eager"
             ) from error
+        if hashlib.sha256(content).hexdigest() != self.graph.digest:
+            raise CheckpointError(f"the graph {self.graph.path} was replaced since it was compared with the model; open the model again")
+        try:
+            return open_session(self.runtime, content)
         except Exception as error:  # each runtime raises its own
             first = str(error).strip().partition("\n")[0]
             raise UsageError(f"{self.runtime} cannot open the graph {self.graph.path} ({first}); choose --runtime eager") from error

@@ -54,7 +54,7 @@ def find_graph(model: nn.Module, runtime: str, *, source: str | os.PathLike[str]
         try:
             if entry is None:
                 notify(f"Exporting the graph for {runtime} (once)")
-                entry = _make(model, module, runtime, slot, Entry(digest, versions, "", (0, 0), [], [], None, True))
+                entry = _make(model, module, runtime, slot, Entry(digest, versions, "", [], [], None, True))
             if this not in entry.checked or not file:
                 notify(f"Comparing the graph with the model in {runtime}")
                 entry.checked[this] = _check(module, runtime, slot, entry)
@@ -64,7 +64,7 @@ def find_graph(model: nn.Module, runtime: str, *, source: str | os.PathLike[str]
             reason = str(error).partition("; --format")[0]  # advice for an export
             raise type(error)(f"{runtime} does not take this model: {reason}; --runtime eager works, and compile may") from error
         slot.write(entry)
-    return KeptGraph(slot.path, entry.inputs, entry.shapes, entry.batch, entry.single)
+    return KeptGraph(slot.path, entry.graph, entry.inputs, entry.shapes, entry.batch, entry.single)
 
 
 def _check_dtype(model: nn.Module, runtime: str) -> None:
