@@ -3,10 +3,12 @@
     OMP_NUM_THREADS=1 python benchmarks/backbones.py                                   # what the docs' page shows
     OMP_NUM_THREADS=1 python benchmarks/backbones.py --models swin_tiny --kinds inference --batches 1 --rounds 9
     OMP_NUM_THREADS=1 python benchmarks/backbones.py --kinds compiled --models tinyvit_21m maxvit_tiny
+    OMP_NUM_THREADS=1 python benchmarks/backbones.py --kinds onnxruntime openvino --batches 8 --rounds 21
     python benchmarks/backbones.py --device cuda --dtypes bfloat16 --kinds inference training compiled
 
 Every measurement is written to the file at once; one that is there is not made again (unless with --again), so a run that was stopped goes
 on where it was. Timing is that of `vitarium bench`: equal weights, outputs proven equal first, arms in turns, ours against ours beside it.
+Of exported graphs (`deployed.py`), only the models with a public implementation are measured unless `--models` names others.
 The peer is timm's model, or what `reference` in the system's own test gives: transformers' model, or the equations written out.
 """
 
@@ -38,6 +40,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # the references are in tests/
 
 import vitarium  # noqa: E402
+from benchmarks.deployed import RUNTIMES, Graphs  # noqa: E402
 from vitarium.catalog import Family, families, find_model  # noqa: E402
 from vitarium.efficiency.bench import KINDS, Contest, OutputsDiffer, measure, paired, prepare  # noqa: E402
 from vitarium.efficiency.profiler import count_params, example_image, peak_memory, weight_bytes  # noqa: E402
@@ -51,6 +54,10 @@ YARDSTICK_PARAMS = 22e6
 SCALING = "scaling"
 SIDES = (224, 448, 896)
 """Images by which growth is measured, pixels a side."""
+EXPORTED = (
+    "swin_tiny", "tnt_s_patch16", "maxvit_tiny", "convit_small", "convnext_tiny", "tinyvit_5m", "tinyvit_21m", "crossvit_small", "cvt_13",
+)  # fmt: skip
+"""Models whose exported graphs are compared with a public implementation's."""
 COMPILED = ("swin_tiny",)
 """Compiled without being asked: it takes minutes a model."""
 
@@ -224,6 +231,7 @@ def run(cells: Sequence[Cell], results: Results, rounds: int, until: float) -> I
     rulers: dict[str, nn.Module] = {}
     for (model, dtype, scaling), group in itertools.groupby(cells, lambda c: (c.model, c.dtype, c.kind == SCALING)):
         contest: Contest | None = None
+        graphs: Graphs | None = None
         for cell in group:
             if time.monotonic() > until:
                 return
@@ -233,10 +241,14 @@ def run(cells: Sequence[Cell], results: Results, rounds: int, until: float) -> I
                 else:
                     if contest is None:
                         contest, remark = open_contest(model, dtype, cell.device)
-                    if dtype not in rulers:
-                        rulers[dtype] = vitarium.create_model(YARDSTICK).to(cell.device, getattr(torch, dtype)).eval()
-                    ruler = dict(yardstick=rulers[dtype], yardstick_name=YARDSTICK)
-                    row = measure(contest, cell.kind, cell.batch, rounds=rounds, **ruler).to_dict() | {"remark": remark}
+                    if cell.kind in RUNTIMES:
+                        graphs = graphs or Graphs(contest)
+                        row = graphs.measure(cell.kind, cell.batch, rounds) | {"remark": remark}
+                    else:
+                        if dtype not in rulers:
+                            rulers[dtype] = vitarium.create_model(YARDSTICK).to(cell.device, getattr(torch, dtype)).eval()
+                        ruler = dict(yardstick=rulers[dtype], yardstick_name=YARDSTICK)
+                        row = measure(contest, cell.kind, cell.batch, rounds=rounds, **ruler).to_dict() | {"remark": remark}
             except Exception as error:  # one that fails must not stop the others
                 row = {"failed": first_line(error)}
             results.add(cell, row)
@@ -246,7 +258,7 @@ def run(cells: Sequence[Cell], results: Results, rounds: int, until: float) -> I
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", help="default: one of each system")
-    parser.add_argument("--kinds", nargs="+", choices=[*KINDS, SCALING])
+    parser.add_argument("--kinds", nargs="+", choices=[*KINDS, *RUNTIMES, SCALING])
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--batches", nargs="+", type=int)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each arm (two fewer for growth)")
@@ -257,7 +269,8 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="only say what would be measured")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    models = options.models or default_models()
+    deployed = bool(options.kinds) and set(options.kinds) <= set(RUNTIMES)
+    models = options.models or (list(EXPORTED) if deployed else default_models())
     cells = plan(models, options.device)
     if options.kinds or options.dtypes or options.batches:
         product = options.kinds or ["inference"], options.dtypes or ["float32"], options.batches or [1, 8]
@@ -280,6 +293,9 @@ def told(row: dict[str, Any]) -> str:
     if "cost" in row:
         sizes = ", ".join(f"{side}: {ms:.0f} ms {mb:.0f} MB" for side, ms, mb in zip(row["image_sizes"], row["ms"], row["mb"], strict=True))
         return f"time area^{row['time_exponent']:.2f}, memory area^{row['memory_exponent']:.2f} ({sizes})"
+    if "nodes" in row:
+        spread = ", ".join(f"{k} {row[k]:.3f} [{row[f'{k}_low']:.2f}, {row[f'{k}_high']:.2f}]" for k in ("ratio", "aa"))
+        return f"{row['ours_ms']:.0f} ms, {spread}, {sum(row['nodes']['ours'].values())} nodes, peer {sum(row['nodes']['peer'].values())}"
     beside = f", {row['verdict']} ({row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}])" if row["ratio"] else ""
     aa = f"ours/ours {row['aa']:.2f} [{row['aa_low']:.2f}, {row['aa_high']:.2f}]"
     return f"{row['ours_ms']:.1f} ms, {100 * row['share']:.0f} % of the ViT's rate{beside}, {aa} {row['peer']} {row['remark']}"

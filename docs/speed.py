@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ JUDGED = ("inference", "float32", 8)
 """Kind, dtype and batch of the judged measurements."""
 KINDS, DTYPES, BATCHES = ("inference", "training", "compiled"), ("float32", "bfloat16"), (1, 8)
 EQUATIONS = "its equations, written out"
+RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
 def page(rows: Sequence[Row] | None = None) -> str:
@@ -26,13 +28,14 @@ def page(rows: Sequence[Row] | None = None) -> str:
     if rows is None:
         rows = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.exists() else []
     failed = [r for r in rows if "failed" in r]
-    timed = sorted((r for r in rows if "ours_ms" in r), key=_order)
+    deployed = [r for r in rows if r["kind"] in RUNTIMES and "ours_ms" in r]
+    timed = sorted((r for r in rows if "ours_ms" in r and r["kind"] not in RUNTIMES), key=_order)
     grown = [r for r in rows if "cost" in r]
     parts = ["# Speed of the backbones", "", INTRODUCTION, "", *_summary(timed, grown), ""]
     devices = dict.fromkeys(r["device"] for r in timed)
     for device in devices:
         parts += [*_goals([r for r in timed if r["device"] == device], device), ""]
-    parts += [*_growth(grown), "", *(_left_out(timed, failed) if rows else []), ""]
+    parts += [*_deployed(deployed), "", *_growth(grown), "", *(_left_out(timed, failed) if rows else []), ""]
     for model in dict.fromkeys(r["model"] for r in timed):
         parts += [*_details([r for r in timed if r["model"] == model]), ""]
     return "\n".join(parts)
@@ -50,6 +53,16 @@ ratio to the peer lies inside its spread there is no verdict. On a CPU, processo
 
 ```
 OMP_NUM_THREADS=1 python benchmarks/backbones.py
+```"""
+
+
+DEPLOYED = """\
+`vitarium export` against `torch.onnx.export` of the public implementation, in float32 at batch 8: processor time of one thread, each graph
+in a process of its own, with its memory in huge pages. Nodes are those that the runtime executes after its own optimization; ours are more
+where an MLP takes its tokens in pieces (see `vitarium.efficiency.graphs`).
+
+```
+OMP_NUM_THREADS=1 python benchmarks/backbones.py --kinds onnxruntime openvino --batches 8 --rounds 21
 ```"""
 
 
@@ -159,6 +172,35 @@ def _goals(timed: Sequence[Row], device: str) -> list[str]:
         ratio = _spread(r["ratio"], r["ratio_low"], r["ratio_high"])
         body.append([f"`{r['model']}`", _peer(r), *size, share, peer_share, goal, reached, ratio, r["verdict"]])
     return [f"## Inference in float32 at batch 8, {device}", "", *_table(head, body)]
+
+
+def _deployed(rows: Sequence[Row]) -> list[str]:
+    """Return the tables of exported graphs, ours beside those of the public implementation."""
+    if not rows:
+        return []
+    lines = ["## Exported graphs", "", DEPLOYED, ""]
+    for kind, title in RUNTIMES.items():
+        some = sorted((r for r in rows if r["kind"] == kind), key=lambda r: -r["ratio"])
+        if not some:
+            continue
+        middle = statistics.median(r["ratio"] for r in some)
+        body = []
+        for r in some:
+            spreads = (_spread(r[k], r[f"{k}_low"], r[f"{k}_high"]) for k in ("ratio", "aa"))
+            ours, peer = r["nodes"]["ours"], r["nodes"]["peer"]
+            counts = f"{sum(ours.values())} / {sum(peer.values())}"
+            body.append([f"`{r['model']}`", _peer(r), f"{r['ours_ms']:.0f} ms", *spreads, counts, _moves(ours, peer), str(r["rounds"])])
+        head = ["model", "peer", "ours", "peer / ours", "ours / ours", "nodes, ours / peer", "of these", "rounds"]
+        lines += [f"### {title}", "", f"Median over {len(some)} pairs: {middle:.2f}.", "", *_table(head, body), ""]
+        slower = [r for r in some if r["ratio_high"] < 1]
+        lines += [f"- Slower: `{r['model']}`; {r.get('reason') or 'the node counts are above'}." for r in slower]
+    return lines
+
+
+def _moves(ours: dict[str, int], peer: dict[str, int]) -> str:
+    """Return the counts of nodes that move or combine values, where there are any."""
+    shown = ("Transpose", "Gather", "Reshape", "Slice", "Split", "Concat", "Where", "Expand", "Add", "Mul", "Reorder", "Subgraph")
+    return ", ".join(f"{name} {ours.get(name, 0)} / {peer.get(name, 0)}" for name in shown if ours.get(name) or peer.get(name))
 
 
 def _growth(grown: Sequence[Row]) -> list[str]:

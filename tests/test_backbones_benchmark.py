@@ -135,3 +135,21 @@ def test_the_page_says_what_the_rows_say():
     ):
         assert words in text
     assert "Nothing has been measured yet" in speed.page([])
+
+
+def test_exported_graphs_are_measured_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / "rows.json"
+    cell = Cell("cvt_pico", "onnxruntime", "float32", 2, "cpu")
+    assert [text for _, found in backbones.run([cell], Results(path), 3, until=float("inf")) if (text := found.get("failed"))] == []
+    (found,) = json.loads(path.read_text())
+    assert found["peer"] == "transformers"
+    assert found["error"] < 1e-3
+    assert found["nodes"]["ours"]["Conv"] >= 1
+    assert found["ratio_low"] <= found["ratio"] <= found["ratio_high"]
+    assert "onnxruntime" not in speed.page([])
+    text = speed.page([found])
+    assert "Median over 1 pairs" in text
+    assert "| `cvt_pico` | transformers |" in text
+    assert "Slower: `cvt_pico`; the reason" in speed.page([found | {"ratio_high": 0.9, "reason": "the reason"}])

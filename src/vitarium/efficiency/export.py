@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_unflat
 from vitarium.catalog import preprocessing_of
 from vitarium.catalog.calling import Inputs, arguments, call, example_inputs
 from vitarium.catalog.record import training_of
+from vitarium.efficiency.graphs import lighten
 from vitarium.efficiency.profiler import weight_bytes
 from vitarium.efficiency.quantization.onnx import exportable, translations
 from vitarium.errors import CheckpointError, UsageError, nearest, require
@@ -101,6 +102,8 @@ def export(
     with torch.no_grad(), _silent():
         inputs = example_inputs(twin, batch or 2, size)
         program = _trace(traced, inputs, dynamic=batch is None)
+        if format == "onnx":
+            program = _trace(lighten(program.module()), inputs, dynamic=batch is None, like=traced)
         with atomic_path(path) as temporary:
             write(program, temporary, _record(model, inputs, size))
             error = compare(read(temporary), twin, size, [batch] if batch else [1, 3], rounded=integer > 0)
@@ -153,8 +156,13 @@ def outputs_of(result: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
-def _trace(model: nn.Module, inputs: Inputs, *, dynamic: bool) -> torch.export.ExportedProgram:
-    args, named = arguments(model, inputs)
+def _trace(model: nn.Module, inputs: Inputs, *, dynamic: bool, like: nn.Module | None = None) -> torch.export.ExportedProgram:
+    """Trace a model, called as `like` (itself by default).
+
+    Raises:
+        UsageError: it cannot be traced.
+    """
+    args, named = arguments(like or model, inputs)
     batch = torch.export.Dim("batch")
     shapes: Any = {name: {0: batch} for name in inputs} if named else tuple({0: batch} for _ in args)
     try:
