@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from pathlib import Path
 
 import pytest
 
+import vitarium
 from benchmarks import backbones
 from benchmarks.backbones import Cell, Results, chosen, exponent, nearest_variant, plan
 from docs import speed
 from vitarium.catalog import find_model
+from vitarium.efficiency.bench import Contest
 
 CELL = Cell("swin_pico", "inference", "float32", 8, "cpu")
 
@@ -141,15 +144,19 @@ def test_exported_graphs_are_measured_and_shown(tmp_path: Path, monkeypatch: pyt
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     path = tmp_path / "rows.json"
-    cell = Cell("cvt_pico", "onnxruntime", "float32", 2, "cpu")
+    cell = Cell("convnext_pico", "onnxruntime", "float32", 2, "cpu")
+    model = vitarium.create_model("convnext_pico", num_classes=5).eval()
+    contest = Contest("convnext_pico", "timm/one", 16, model, model, copy.deepcopy(model), 0.0)
+    monkeypatch.setattr(backbones, "open_contest", lambda *_: (contest, ""))
     assert [text for _, found in backbones.run([cell], Results(path), 3, until=float("inf")) if (text := found.get("failed"))] == []
     (found,) = json.loads(path.read_text())
-    assert found["peer"] == "transformers"
+    assert found["peer"] == "timm/one"
     assert found["error"] < 1e-3
-    assert found["nodes"]["ours"]["Conv"] >= 1
+    assert found["nodes"]["ours"]["Conv"] == found["nodes"]["peer"]["Conv"] == 6
+    assert found["nodes"]["ours"].get("Mul", 0) < found["nodes"]["peer"]["Mul"]  # the factors of the layer scales
     assert found["ratio_low"] <= found["ratio"] <= found["ratio_high"]
     assert "onnxruntime" not in speed.page([])
     text = speed.page([found])
     assert "Median over 1 pairs" in text
-    assert "| `cvt_pico` | transformers |" in text
-    assert "Slower: `cvt_pico`; the reason" in speed.page([found | {"ratio_high": 0.9, "reason": "the reason"}])
+    assert "| `convnext_pico` | timm: one |" in text
+    assert "Slower: `convnext_pico`; the reason" in speed.page([found | {"ratio_high": 0.9, "reason": "the reason"}])

@@ -42,7 +42,13 @@ def _mlp(editor: Editor, layer: Node) -> set[Node] | None:
         if node in found:
             continue
         first = layer_of(editor, node)
-        if not is_rowwise(node) or not _aligned(node, layer) or len(found) > 8 or is_call(node, aten.layer_norm.default):
+        if (
+            not isinstance(node, Node)
+            or not is_rowwise(node)
+            or not _aligned(node, layer)
+            or len(found) > 8
+            or is_call(node, aten.layer_norm.default)
+        ):
             return None
         found.add(node)  # type: ignore[arg-type]
         if first is None:
