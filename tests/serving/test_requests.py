@@ -176,7 +176,15 @@ def test_what_is_no_image_is_refused_with_the_reason(served, content, status, re
     assert reason in response.json()["error"]
 
 
-@pytest.mark.parametrize("kind", ["text/html", "application/json", "application/zip", "application/x-www-form-urlencoded", "\x7f"])
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "application/octet-stream", "image/webp"])
+def test_a_body_is_read_by_its_bytes_whatever_a_client_calls_it(served, kind):
+    """`curl --data-binary` calls it a form unless it is asked for another type."""
+    response = served.post(png(0), headers={"Content-Type": kind})
+    assert answer_of(response) == answer_of(served.post(png(0)))
+    assert served.post(b"a=1&b=2", headers={"Content-Type": kind}).status_code == 415
+
+
+@pytest.mark.parametrize("kind", ["text/html", "application/json", "application/zip", "\x7f"])
 def test_other_content_types_are_refused(served, kind):
     response = served.post(png(0), headers={"Content-Type": kind})
     assert response.status_code == 415

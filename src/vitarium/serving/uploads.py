@@ -17,8 +17,9 @@ from vitarium.serving.limits import Limits
 from vitarium.serving.refusals import Gone, Refusal
 from vitarium.texts import printable
 
-RAW_TYPES = ("", "image/", "application/octet-stream")
-"""Beginnings of the content types of a body that is one image."""
+RAW_TYPES = ("", "image/", "application/octet-stream", "application/x-www-form-urlencoded")
+"""Beginnings of the content types of a body that is one image. The last is what `curl --data-binary` sends unless another is given; what
+the bytes are is found from the bytes."""
 ACCEPTED = "send one image as the body (Content-Type image/* or application/octet-stream), or files as multipart/form-data"
 LONGEST_NAME = 200
 OVERHEAD = 64_000
