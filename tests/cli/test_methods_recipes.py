@@ -103,7 +103,7 @@ def test_the_settings_of_a_recipe_are_all_of_its_numbers(name):
 def test_settings_are_shown_with_their_source(run):
     rows = {row["key"]: row for row in json.loads(run("recipes", "pico", "--json").out)["settings"]}
     assert rows["budget.steps"] == {"key": "budget.steps", "value": "900", "source": "recipe"}
-    assert rows["objective.loss.label_smoothing"]["source"] == "recipe"
+    assert rows["objective.mixing.until"] == {"key": "objective.mixing.until", "value": "0.6", "source": "recipe"}
     assert rows["optimizer.weight_decay"]["value"] == "0.05"
     assert rows["objective.mixing.cutmix"] == {"key": "objective.mixing.cutmix", "value": "0", "source": "default"}
     assert rows["schedule.hold"]["source"] == "default"

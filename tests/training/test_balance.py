@@ -94,7 +94,7 @@ def imbalanced():
 
 
 def recall_of_eight(data, folder, *changes):
-    steps = ["budget.steps=100", "eval_every=1.0", "image_size=16", "objective.mixing.mixup=0", "ema=null"]
+    steps = ["budget.steps=200", "eval_every=1.0", "image_size=16", "objective.mixing.mixup=0", "ema=null"]
     recipe = load_recipe("pico", [*steps, *changes])
     torch.manual_seed(0)
     learner = ClassificationLearner.create("timm/resnet_pico", data, recipe)

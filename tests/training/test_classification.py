@@ -129,3 +129,13 @@ def test_images_that_cannot_be_read_do_not_count():
     assert len(logits) == 11
     assert 3 not in indices.tolist()
     assert len(bad) == 1
+
+
+def test_mixing_ends_at_its_share_of_the_training():
+    half = learner(mixing=Mixing(mixup=0.8, until=0.5))
+    plain, found = half.criterion(half.model(IMAGE), TARGET), []
+    for step in (0, 4, 5, 9):
+        seed_generators(0)
+        half.before_step(step, 10)
+        found.append(torch.equal(half.loss({"image": IMAGE, "target": TARGET})["loss"], plain))
+    assert found == [False, False, True, True]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vitarium import anatomy
 from vitarium.catalog import create_model
 from vitarium.claims import Comparison, Measured, claim
+from vitarium.claims.experiment import TO_THE_END
 from vitarium.data.image_set import ImageData, Samples
 from vitarium.explanation.simple import attention_of_blocks
 from vitarium.training import ClassificationLearner, evaluate, fit, load_recipe
@@ -86,7 +87,7 @@ def _draw_creature(
 def trained(model: nn.Module, images: ImageData, seed: int, steps: int, lr: float = 3e-3) -> nn.Module:
     """Train on the class alone."""
     common = [f"seed={seed}", "eval_every=1.0", "batch_size=32", "mixing.mixup=0", f"budget.steps={steps}", f"optimizer.lr={lr}"]
-    recipe = load_recipe("pico", common)
+    recipe = load_recipe("pico", [*TO_THE_END, *common])
     learner = ClassificationLearner.create(model, images, recipe)
     with tempfile.TemporaryDirectory() as folder:
         fit(learner, images, recipe, Path(folder))

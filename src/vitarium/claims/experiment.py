@@ -16,6 +16,10 @@ from vitarium.errors import UsageError
 Verdict = Literal["held", "not held", "inconclusive"]
 
 
+TO_THE_END = ("objective.loss.label_smoothing=0.1", "objective.mixing.until=1.0")
+"""Changes of the recipe "pico" under which the claims were calibrated: smoothed labels, and mixing to the end of the training."""
+
+
 @dataclass(frozen=True)
 class Arm:
     """A model trained from scratch, once per seed; its value is the accuracy on the held-out part, in percent.

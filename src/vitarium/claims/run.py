@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitarium.claims.experiment import Arm, Comparison, Measured, find_claim, gain_and_error, judge, together
+from vitarium.claims.experiment import TO_THE_END, Arm, Comparison, Measured, find_claim, gain_and_error, judge, together
 from vitarium.claims.ledger import Entry, read_ledger, write_entry
 from vitarium.engine import Engine, Job, RunEvent, as_engine, run_all
 from vitarium.files import write_json
@@ -216,7 +216,8 @@ def train_arm(arm: Arm, seed: int) -> float:
 
     budget = f"budget.steps={arm.steps}" if arm.steps else f"budget.minutes={(arm.seconds or 0) / 60}"
     rest = [f"{key}={json.dumps(value)}" for key, value in arm.overrides.items()]
-    recipe = load_recipe(arm.recipe, [budget, f"seed={seed}", "eval_every=1.0", *rest])
+    calibrated = TO_THE_END if arm.recipe == "pico" else ()
+    recipe = load_recipe(arm.recipe, [*calibrated, budget, f"seed={seed}", "eval_every=1.0", *rest])
     data = open_data(arm.data, val_fraction=arm.val_fraction)
     torch.manual_seed(seed)
     model = create_model(arm.model, num_classes=len(data.classes), image_size=arm.image_size or data.image_size, **arm.options)

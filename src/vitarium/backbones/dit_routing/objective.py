@@ -51,6 +51,7 @@ class RoutingLearner(ClassificationLearner):
         self.target = model.budget
 
     def before_step(self, step: int, total_steps: int) -> None:
+        super().before_step(step, total_steps)
         done, (first, last) = step / max(1, total_steps - 1), self.settings.temperatures
         self.model.temperature.fill_(first * (last / first) ** done)
         fallen = 1.0 if self.settings.warmup == 0 else min(1.0, done / self.settings.warmup)

@@ -353,6 +353,7 @@ class SparsePruneLearner(ClassificationLearner):
         return s.amount * (1 - left**3)
 
     def before_step(self, step: int, total_steps: int) -> None:
+        super().before_step(step, total_steps)
         amount = self.amount_at(step, total_steps)
         if self.pruning and amount is not None:
             set_zeros(dict(self.model.named_parameters(remove_duplicate=False)), self.pruning.masks(self.model, amount))
