@@ -291,6 +291,10 @@ def test_a_method_may_write_its_own_graph(model, monkeypatch, tmp_path):
     fast = run_with(changed, "onnxruntime")
     assert seen == [("onnxruntime", 16)]
     assert_same(changed, fast)
+    run_with(changed, "onnxruntime", reads=embeddings_of)
+    assert seen == [("onnxruntime", 16)], "features are another function"
+    digest = making._identity(changed)
+    assert cache.slot_in_cache(f"{digest[:16]}-forward-onnxruntime").read(digest, cache.exporters()) is not None, "of this runtime alone"
 
 
 def test_compile_gives_the_outputs_and_refuses_the_rest(monkeypatch):

@@ -253,3 +253,10 @@ def test_a_runtime_has_a_column_and_decides_the_recommendation(tmp_path: Path):
     assert any("-" in row for row in all_cells(comparison))
     render(comparison, make_images(comparison))
     comparison.write()
+
+
+def test_thousands_of_equal_images_are_one_pair_each():
+    blank = Image.new("RGB", (8, 8))
+    data = ImageData("blank", Shown("train", [blank] * 1500, [0] * 1500), Shown("val", [blank] * 1500, [0] * 1500), ["x"])
+    found = find_duplicates(data, look(data))
+    assert (found.equal, found.leaked) == (2999, 1500)

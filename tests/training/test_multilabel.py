@@ -15,6 +15,7 @@ from vitarium.data import open_data
 from vitarium.errors import DataError, UsageError
 from vitarium.training import evaluate
 from vitarium.training.multilabel import MultilabelLearner, binary_loss
+from vitarium.training.tasks.multilabel import Multilabel
 
 
 def measured(logits: torch.Tensor, target: torch.Tensor, batches: int = 3) -> dict:
@@ -82,3 +83,11 @@ def test_refuses():
         MultilabelLearner.create("vim_pico", data, tiny_recipe("objective={name: multilabel, mixing: {mixup: 0.8}}"))
     with pytest.raises(DataError, match="the data has 3 labels per image, the model has 4: class 0"):
         measured(torch.zeros(4, 4), torch.zeros(4, 3), 1)
+
+
+def test_outputs_that_are_not_finite_are_an_error_and_no_probability():
+    """NaN would be no JSON."""
+    model = lambda image: torch.tensor([[0.0, float("nan")], [0.0, 2.0]])
+    broken, fine = Multilabel().answers(model, {"image": torch.zeros(2, 3, 4, 4)})
+    assert broken == {"error": "the model's output is not finite"}
+    assert fine == pytest.approx({"class 1": 0.880797, "class 0": 0.5})

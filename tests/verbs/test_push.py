@@ -111,7 +111,9 @@ def test_a_folder_is_written_and_nothing_is_pushed(hub, file, tmp_path):
         vitarium.push(file, "me/bees", output=folder)
 
 
-@pytest.mark.parametrize("name", ["bees", "me/bees/x", "../x", "me/..", "me/", "https://huggingface.co/me/bees", "me/b ees", "me/b\nees"])
+@pytest.mark.parametrize(
+    "name", ["bees", "me/bees/x", "../x", "me/..", "me/", "https://huggingface.co/me/bees", "me/b ees", "me/b\nees", "me/bées"]
+)
 def test_names_of_another_form(hub, file, name):
     with pytest.raises(UsageError, match="OWNER/NAME"):
         vitarium.push(file, name)

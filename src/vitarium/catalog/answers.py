@@ -46,12 +46,14 @@ def decided(logits: np.ndarray, names: list[str], limit: int, temperature: float
     """Return the probability of each of independent labels, the most probable first.
 
     Args:
-        logits: (num_classes,) float32.
+        logits: (num_classes,) float32; an answer {"error"} where they are not finite.
         names: of the labels.
         limit, temperature: not used; all labels are returned.
     """
     import numpy as np
 
+    if not np.isfinite(logits).all():
+        return dict(NOT_FINITE)
     with np.errstate(over="ignore"):
         shares = 1 / (1 + np.exp(-logits))
     return dict(sorted(zip(names, shares.tolist(), strict=True), key=lambda pair: -pair[1]))

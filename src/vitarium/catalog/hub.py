@@ -42,11 +42,11 @@ def hub_or_cache(repository: str) -> Iterator[str]:
 def unreachable(repository: str) -> str:
     """Return the reason why the hub gives no answer within `TIMEOUT`; "" if it answers, whatever it answers."""
     import huggingface_hub as hub
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         hub.get_hf_file_metadata(hub.hf_hub_url(repository, "config.json"), timeout=TIMEOUT)  # one attempt, through the user's proxy
-    except HfHubHTTPError:
+    except (HfHubHTTPError, HFValidationError):  # a name that is no repository's: the caller's library names that
         return ""
     except Exception as error:  # whatever the client's HTTP library of the day raises
         return reason_of(error)

@@ -84,6 +84,7 @@ def change_record(path: str | Path, **changes: Any) -> None:
     if RECORD not in metadata:
         raise _foreign(path)
     record = _parse(path, metadata[RECORD], state)
+    state = {name: tensor.clone() for name, tensor in state.items()}  # they are mapped, and Windows replaces no mapped file
     now = {"vitarium": __version__, "format": FORMAT, "objective": None, **record.training().model_dump()}
     _write(path, state, Record.model_validate({**record.model_dump(), **now, **changes}))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -238,7 +239,7 @@ def use_words(facts: Facts, repository: str | None) -> str:
     """Return commands and Python."""
     source = f"hf:{repository}" if repository else facts.file
     load = f"vitarium.load({source!r}, fetch=True)" if repository else f"vitarium.load({source!r})"
-    command = facts.task.usage.format(file=f"'{source}'" if re.search(r"[^\w:./-]", source) else source)
+    command = facts.task.usage.format(file=shlex.quote(plain(source)))
     lines = ["import vitarium", "", f"model = {load}"]
     if facts.task.result_kind is not None:
         lines.append(f"print(vitarium.predict(['image.jpg'], {source!r}))")

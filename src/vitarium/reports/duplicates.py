@@ -134,7 +134,10 @@ def _across(looked: Looked, pairs: list[tuple[int, int, str]]) -> list[tuple[int
     for a, b, kind in pairs:
         if kind == "equal":
             groups.setdefault(a, [a]).append(b)
-    found = [(t, v, "equal") for group in groups.values() for t in group[:] if not looked.part[t] for v in group if looked.part[v]]
+    found: list[tuple[int, int, str]] = []
+    for group in groups.values():
+        first = next((i for i in group if not looked.part[i]), None)  # one for each: thousands of equal images would make millions of pairs
+        found += [(first, i, "equal") for i in group if first is not None and looked.part[i]]
     for a, b, kind in pairs:
         if kind == "near" and looked.part[a] != looked.part[b]:
             found.append((b, a, kind) if looked.part[a] else (a, b, kind))

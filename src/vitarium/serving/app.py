@@ -204,11 +204,14 @@ def result_of(job: Job) -> Answer:
     """Return the answer of a job that is done.
 
     Raises:
-        Refusal: the model cannot take the image (422), or the server stopped (503).
+        Refusal: the model cannot take the image (422), its time was over before it began (504), or the server stopped (503).
         Exception: an error of the model.
     """
     if job.answer.cancelled():
-        raise Refusal(503, "the server is stopping", retry=5)
+        late = time.monotonic() > job.deadline
+        raise (
+            Refusal(504, "the image waited too long and was dropped", retry=5) if late else Refusal(503, "the server is stopping", retry=5)
+        )
     error = job.answer.exception()
     if isinstance(error, VitariumError):
         raise Refusal(422, str(error))

@@ -134,7 +134,9 @@ def bind(host: str, port: int) -> socket.socket:
         raise UsageError(f"host must be an address or a name of this machine, got {host!r} ({error})") from error
     made = socket.socket(family, kind, protocol)
     try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # on Windows, SO_REUSEADDR would let two programs share a port, without an error for either
+        exclusive = getattr(socket, "SO_EXCLUSIVEADDRUSE", None)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR if exclusive is None else exclusive, 1)
         made.bind(address)
     except OSError as error:
         made.close()

@@ -36,7 +36,8 @@ class Evaluation(Result):
         data: name of the data.
         split: "val", "test", "train" or "all".
         images: number of evaluated images.
-        metrics: metrics by name: numbers or lists. Rates are in [0, 1].
+        metrics: metrics by name: numbers or lists. Rates are in [0, 1]. Beside a fit of the temperature, loss and calibration_error are of
+            the other half of the images, on which it was not fitted.
         broken: {"path", "reason"} of images that could not be read.
         corruptions: errors under corruptions, if requested.
         task: the model's task.
@@ -61,7 +62,8 @@ class Evaluation(Result):
 
     def facts(self) -> dict[str, Any]:
         known = {} if self.trained is None else {"trained on": f"{self.trained} images"}
-        where = f", fitted on {self.calibration.fitted} of the images" if self.calibration else ""
+        fit = self.calibration
+        where = f", fitted on {fit.fitted} of the images (loss and calibration error: the other {fit.measured})" if fit else ""
         scaled = {} if self.temperature is None else {"temperature": f"{self.temperature:.3f}{where}"}
         return {"images": f"{self.images} ({self.data}, {self.split})", **known, **self.task.texts(self.metrics), **scaled}
 
@@ -174,6 +176,7 @@ def evaluate(
     notify(f"Evaluating on {len(part)} images")
     parts = None if output is None else f"{output}.parts"
     values, broken = measure(opened, part, batch_size, where, total=size_of(images), parts=parts, notify=notify)
+    values |= {"loss": fitted.loss_after, "calibration_error": fitted.error_after} if fitted else {}
     found = Evaluation(name_of(model), images.name, images.part, len(part) - len(broken), task.report(values, images), broken, task)
     found.notes, found.trained = images.notes, seen
     found.temperature, found.calibration = training_of(opened).temperature, fitted

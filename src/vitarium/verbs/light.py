@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitarium.catalog.answers import FORMS, Form, class_names
 from vitarium.catalog.preprocessing import Preprocessing
-from vitarium.efficiency.runtimes.cache import Entry, digest_of, exporters, slot_beside
+from vitarium.efficiency.runtimes.cache import Entry, digest_of, exporters, own_name, slot_beside
 from vitarium.efficiency.runtimes.sessions import Session, open_session, version_of
 from vitarium.errors import VitariumError
 from vitarium.verbs.opening import Notify
@@ -36,7 +36,8 @@ def predict(
 
     if not os.path.isfile(model) or any(map(is_video_file, files)):
         return None
-    kept = slot_beside(model, "forward").read(digest_of(model), exporters())
+    digest, versions = digest_of(model), exporters()
+    kept = next(filter(None, (slot_beside(model, name).read(digest, versions) for name in (own_name(runtime), "forward"))), None)
     if kept is None or version_of(runtime) not in kept[0].checked:
         return None
     entry, content = kept

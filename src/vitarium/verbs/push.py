@@ -87,7 +87,7 @@ def push(
     """
     from vitarium.reports.card import card
 
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", repository) or ".." in repository:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", repository, re.ASCII) or ".." in repository:
         raise UsageError(f"the repository must have the form OWNER/NAME, got {repository!r}")
     if license is not None and not LICENSE.fullmatch(license):
         raise UsageError(f"the licence must be an identifier of the hub, such as apache-2.0, mit or cc-by-nc-4.0; got {license!r}")
@@ -155,7 +155,7 @@ def upload(file: Path, repository: str, text: str, *, private: bool, message: st
                     f"the hub does not let you write {repository}: log in with 'hf auth login' and a token that may write"
                 ) from None
             raise CheckpointError(f"the hub refuses to take {repository}: {reason_of(error)}") from error
-        except OSError as error:
+        except Exception as error:  # whatever the client's HTTP library of the day raises
             raise CheckpointError(
                 f"the connection to the hub broke while {repository} was pushed: {reason_of(error)}; push again"
             ) from error

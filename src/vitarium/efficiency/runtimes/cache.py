@@ -1,6 +1,6 @@
 """Graphs that are kept: beside the file of their model, or in the user's cache. Imports no torch.
 
-    FILE.vitarium/forward.onnx      the graph of its forward; or of another function, under its name
+    FILE.vitarium/forward.onnx      the graph of its forward; or of another function, under its name; or for one runtime (`own_name`)
     FILE.vitarium/forward.json      what it was made of: `Entry`
 
 A graph belongs to the content of its model, by sha256, and to the versions that exported it. A changed file gets a new graph, which
@@ -106,6 +106,11 @@ class Slot:
         else:
             newest = sorted(self.folder.glob("*.json"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
             _remove(newest[KEPT:])
+
+
+def own_name(runtime: str) -> str:
+    """Return the name of the forward's graph that a method writes itself for one runtime (see `vitarium.efficiency.runtimes`)."""
+    return f"forward-{runtime}"
 
 
 def slot_beside(source: str | os.PathLike[str], name: str) -> Slot:

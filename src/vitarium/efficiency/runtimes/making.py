@@ -19,7 +19,7 @@ from vitarium.catalog.create import preprocessing_of
 from vitarium.catalog.states import fingerprint
 from vitarium.efficiency.export import compare, export
 from vitarium.efficiency.quantization.layers import QuantizedLayer
-from vitarium.efficiency.runtimes.cache import Entry, Slot, digest_of, exporters, put, slot_beside, slot_in_cache
+from vitarium.efficiency.runtimes.cache import Entry, Slot, digest_of, exporters, own_name, put, slot_beside, slot_in_cache
 from vitarium.efficiency.runtimes.graph import KeptGraph
 from vitarium.efficiency.runtimes.running import Reads, executed
 from vitarium.efficiency.runtimes.sessions import open_session, version_of
@@ -40,6 +40,8 @@ def find_graph(model: nn.Module, runtime: str, *, source: str | os.PathLike[str]
         UsageError, CheckpointError: the runtime does not take the model; the message has the reason.
     """
     name, file = reads.__name__ if reads is not None else "forward", source is not None
+    if _writer(model, reads) is not None:  # its graph is of one runtime
+        name = own_name(runtime)
     _check_dtype(model, runtime)
     if source is not None:
         digest, slot = digest_of(source), slot_beside(source, name)
@@ -54,7 +56,7 @@ def find_graph(model: nn.Module, runtime: str, *, source: str | os.PathLike[str]
         try:
             if entry is None:
                 notify(f"Exporting the graph for {runtime} (once)")
-                entry = _make(model, module, runtime, slot, Entry(digest, versions, "", [], [], None, True))
+                entry = _make(model, reads, runtime, slot, Entry(digest, versions, "", [], [], None, True))
             if this not in entry.checked or not file:
                 notify(f"Comparing the graph with the model in {runtime}")
                 entry.checked[this] = _check(module, runtime, slot, entry)
@@ -91,12 +93,13 @@ def _opens(runtime: str, content: bytes) -> bool:
     return True
 
 
-def _make(model: nn.Module, module: nn.Module, runtime: str, slot: Slot, entry: Entry) -> Entry:
+def _make(model: nn.Module, reads: Reads | None, runtime: str, slot: Slot, entry: Entry) -> Entry:
     """Export a graph to its place, and describe it. A model that takes no variable batch gets a graph for one sample."""
+    module, write = executed(model, reads), _writer(model, reads)
     inputs, size = example_inputs(module, 2), preprocessing_of(model).image_size
     temporary = slot.path.with_suffix(f".{os.getpid()}.onnx")
     try:
-        if not _write_own(model, runtime, temporary, size):
+        if write is None or write(model, runtime, temporary, size) is None:
             entry.batch, error = _export(module, temporary)
             entry.checked[version_of("onnxruntime")] = error
         put(slot.path, temporary.read_bytes())
@@ -109,11 +112,10 @@ def _make(model: nn.Module, module: nn.Module, runtime: str, slot: Slot, entry: 
     return entry
 
 
-def _write_own(model: nn.Module, runtime: str, path: Path, image_size: int) -> bool:
-    """Have the last method write its own graph, if it has one (see `vitarium.efficiency.runtimes`)."""
+def _writer(model: nn.Module, reads: Reads | None) -> Callable[..., float | None] | None:
+    """Return the function by which the last method writes its own graph of the model's forward (see `vitarium.efficiency.runtimes`)."""
     reports = getattr(model, "methods", None) or []
-    write = getattr(reports[-1].method, "write_graph", None) if reports else None
-    return write is not None and write(model, runtime, path, image_size) is not None
+    return getattr(reports[-1].method, "write_graph", None) if reports and reads is None else None
 
 
 def _export(module: nn.Module, path: Path) -> tuple[int | None, float]:

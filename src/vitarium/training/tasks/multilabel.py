@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitarium.catalog.answers import decided
 from vitarium.errors import DataError
 from vitarium.training.tasks.base import Batch, Metric, TableData, Task, match_classes
 from vitarium.training.tasks.classify import class_names
@@ -111,10 +112,9 @@ class Multilabel(Task):
         return {"auroc": 0.5}
 
     def answers(self, model: Any, batch: Batch, *, limit: int = 5) -> list[dict[str, Any]]:
-        """Return the probability of each label, the most probable first."""
-        rows = model(batch["image"]).float().sigmoid().tolist()
-        names = class_names(model, len(rows[0]) if rows else 0)
-        return [dict(sorted(zip(names, row, strict=True), key=lambda pair: -pair[1])) for row in rows]
+        """Return the probability of each label, the most probable first; {"error"} where the outputs are not finite."""
+        rows = model(batch["image"]).float().detach().cpu().numpy()
+        return [decided(row, class_names(model, len(row)), limit) for row in rows]
 
 
 def binary_loss(logits: Tensor, target: Tensor) -> Tensor:
