@@ -163,7 +163,7 @@ def test_what_speaks_against_the_numbers_is_said_everywhere(tmp_path: Path, mess
 
     quiet = make_comparison(tmp_path)
     assert warnings_of(quiet) == []
-    trials = [replace(quiet.trials[0], load=2.0, history=history([0.1 * i for i in range(10)])), *quiet.trials[1:]]
+    trials = [replace(quiet.trials[0], load=0.4, history=history([0.1 * i for i in range(10)])), *quiet.trials[1:]]
     comparison = replace(quiet, trials=trials, inspection=inspect(messy, classes=True))
     small, leak, against, rising, load = comparison.warnings
     assert "the models see 16x16 pixels, and the images have 64x64 (median): a larger input (--image-size 64)" in small
@@ -171,8 +171,8 @@ def test_what_speaks_against_the_numbers_is_said_everywhere(tmp_path: Path, mess
     assert "another label" in against
     assert "still improving when the training ended: swin_pico; train longer" in rising
     assert "--steps 1200 (now 600)" in rising
-    assert "up to 2.0 processes a core) while swin_pico were timed" in load
-    every = replace(quiet, trials=[replace(trial, load=2.0) for trial in quiet.trials])
+    assert "up to 40 % of the processor while swin_pico were timed" in load
+    every = replace(quiet, trials=[replace(trial, load=0.4) for trial in quiet.trials])
     assert "while the models were timed" in every.warnings[0]
     assert "timed under load" not in render(every, make_images(every)), "no news in the table"
     page = render(comparison, make_images(comparison), {0: drawn(0)})

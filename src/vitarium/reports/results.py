@@ -22,8 +22,8 @@ USUAL_SIDE = 224
 CONSTANT = "constant answer"
 RUNTIME_COSTS = ("runtime_latency_ms", "runtime_throughput")
 """Further columns, where a runtime was asked for."""
-BUSY = 1.25
-"""Load for each core from which timings are disturbed; a training that uses every core has 1."""
+BUSY = 0.15
+"""Share of the processor for other programs from which timings are disturbed."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Trial:
         runtime: what executed the model for the next two, such as "onnxruntime"; "eager": nothing else was asked for.
         runtime_latency_ms, runtime_throughput: as latency_ms and throughput, with this runtime; None where it does not take the model.
         runtime_refusal: the reason why not; "" else.
-        load: processes that were running or waiting for a core while it was timed (the load average of the last minute), over the cores; 0
-            where the system does not count them.
+        load: share of the processor time of the cores that other programs used while it was timed, 0 to 1; 0 where the system does not
+            count it.
         inputs: names of the arguments of the call that was timed; one, if the model is called with an image.
         extras: what its task keeps beside the metrics, plain values (see `Task.extras`).
     """
@@ -93,7 +93,7 @@ class Trial:
 
     @property
     def disturbed(self) -> bool:
-        """True if more processes than cores were running when the model was timed, so that it looks slower than it is."""
+        """True if other programs used much of the processor when the model was timed, so that it looks slower than it is."""
         return self.load > BUSY
 
     @property
@@ -283,7 +283,7 @@ def warnings_of(comparison: Comparison) -> list[str]:
         which = "the models" if len(late) == len(comparison.trials) else ", ".join(trial.name for trial in late)
         most = max(trial.load for trial in late)
         found.append(
-            f"other programs were running (up to {most:.1f} processes a core) while {which} were timed: they look slower than they are"
+            f"other programs used up to {100 * most:.0f} % of the processor while {which} were timed: they look slower than they are"
         )
     return found
 

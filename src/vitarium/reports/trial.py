@@ -21,7 +21,7 @@ from vitarium.data import BadFiles, ImageData, open_data
 from vitarium.data.image_set import size_of
 from vitarium.efficiency.profiler import Profile, count_macs, profile
 from vitarium.efficiency.runtimes import run_with
-from vitarium.engine.machine import describe_device
+from vitarium.engine.machine import OtherPrograms, describe_device
 from vitarium.errors import DataError, TrainingStopped, UsageError, VitariumError
 from vitarium.nn.modes import evaluating
 from vitarium.reports.results import Trial
@@ -151,7 +151,8 @@ def run_trial(
         numbers, extras, evaluated = held_out(learner, data, recipe.batch_size)
         if metric.name not in numbers:
             raise TrainingStopped(f"its {metric.label} on the {evaluated} held-out images is missing or not finite")
-        cost, threads, load = measure(model), torch.get_num_threads(), load_of_cores()
+        others = OtherPrograms()
+        cost, threads, load = measure(model), torch.get_num_threads(), others.share()
     if source is not None:
         record_training(learner, data, source=source.spec, seed=source.seed, val_fraction=source.val_fraction)
     save(model, folder / MODEL)
@@ -250,12 +251,6 @@ def best_seconds(model: nn.Module, count: int) -> float:
                 times.append(time.perf_counter() - begin)
             medians.append(sorted(times)[1])
     return min(medians)
-
-
-def load_of_cores() -> float:
-    """Return the load average of the last minute over the cores of this process; 0.0 where the system does not count it (Windows)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return round(os.getloadavg()[0] / cores, 2) if hasattr(os, "getloadavg") else 0.0
 
 
 def measure(model: nn.Module) -> Profile:
