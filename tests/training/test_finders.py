@@ -13,7 +13,7 @@ import vitarium
 from tests.training.tiny import tiny_data, tiny_net, tiny_recipe
 from vitarium.errors import DataError, TrainingStopped, UsageError
 from vitarium.training import ClassificationLearner, Player
-from vitarium.training.batch_finder import FILE, TrainingSteps, Trial, batch_size_for, best_batch_on_cpu, largest_batch
+from vitarium.training.batch_finder import FILE, TrainingSteps, Trial, _left_in_container, batch_size_for, best_batch_on_cpu, largest_batch
 from vitarium.training.rate_finder import judged, sweep_rates
 
 GIGABYTE = 10**9
@@ -162,3 +162,13 @@ def _choice(size):
     from vitarium.training.batch_finder import BatchChoice
 
     return BatchChoice(size, "as given")
+
+
+def test_the_limit_of_a_container_counts(tmp_path):
+    assert _left_in_container(tmp_path) == []
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 150\n")
+    assert _left_in_container(tmp_path) == []
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert _left_in_container(tmp_path) == [450]

@@ -193,13 +193,32 @@ class TrainingSteps:
 
 
 def available_memory() -> int:
-    """Return the memory that is free for this process, in bytes; half of the machine's where the system does not report it."""
+    """Return the memory that is free for this process, in bytes; half of the machine's where the system does not report it.
+
+    A container's limit counts where it is smaller than the machine's memory.
+    """
     if (free := _kilobytes("/proc/meminfo", "MemAvailable:")) is not None:
-        return 1024 * free
+        return min([1024 * free, *_left_in_container()])
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     except (AttributeError, ValueError, OSError):
         return 4 * 2**30
+
+
+CONTAINER = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
+"""Files of Linux's control groups, version 2 and 1: limit, use, and details with the name of the cached files, which make room; bytes."""
+
+
+def _left_in_container(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Return the bytes below the limit of this process's container; [] without a limit ("max")."""
+    for limit, used, details, cached in CONTAINER:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            cache = int(dict(line.split() for line in (root / details).read_text().splitlines())[cached])
+            return [max(0, int((root / limit).read_text()) - int((root / used).read_text()) + cache)]
+    return []
 
 
 def _kilobytes(file: str, name: str) -> int | None:
