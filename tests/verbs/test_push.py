@@ -109,6 +109,8 @@ def test_a_folder_is_written_and_nothing_is_pushed(hub, file, tmp_path):
     (folder / "README.md").write_text("mine, made with vitarium")
     with pytest.raises(UsageError, match=r"README.md exists and is no card"):
         vitarium.push(file, "me/bees", output=folder)
+    with pytest.raises(UsageError, match=r"is a file; give a folder"):
+        vitarium.push(file, "me/bees", output=file)
 
 
 @pytest.mark.parametrize(

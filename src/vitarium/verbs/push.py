@@ -109,6 +109,8 @@ def write_folder(file: Path, repository: str, text: str, folder: Path) -> Pushed
     """
     from vitarium.reports.card import is_card
 
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; give a folder for {WEIGHTS} and {README}")
     weights, readme = folder / WEIGHTS, folder / README
     if weights.exists() and not weights.samefile(file) and not written_by_us(weights):
         raise UsageError(f"{weights} exists and was not written by vitarium; choose another folder")
