@@ -251,7 +251,7 @@ def test_a_runtime_has_a_column_and_decides_the_recommendation(tmp_path: Path):
     assert comparison.warnings == ["no timing of swin_pico with openvino: no such operator"]
     assert comparison.recommendation.model == "timm/resnet_pico", "then by PyTorch's latency"
     assert any("-" in row for row in all_cells(comparison))
-    render(comparison, make_images(comparison))
+    assert "PyTorch&#39;s latency decides" in render(comparison, make_images(comparison))
     comparison.write()
 
 

@@ -64,6 +64,22 @@ def test_what_is_pushed_is_loaded_back(hub, file, tmp_path, capsys):
     assert "hf_secret" not in shown.out + shown.err + text + repr(done)
 
 
+def test_a_file_on_the_hub_runs_as_a_graph_and_is_not_calibrated(hub, file, tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    from PIL import Image
+
+    monkeypatch.setenv("VITARIUM_CACHE", str(tmp_path / "cache"))
+    vitarium.push(file, "me/bees")
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "red.png")
+    [row] = vitarium.predict(tmp_path / "red.png", "hf:me/bees/model.safetensors", runtime="onnxruntime").rows
+    [wanted] = vitarium.predict(tmp_path / "red.png", file, device="cpu").rows
+    assert row["predictions"][0]["label"] == wanted["predictions"][0]["label"]
+    for source in ("hf:me/bees", "hf:me/bees/model.safetensors"):
+        with pytest.raises(UsageError, match="is on the hub"):
+            vitarium.evaluate(source, "digits", calibrate=True)
+
+
 def test_a_readme_of_the_user_stays(hub, file):
     hub.repositories["me/bees"] = {"README.md": b"# My bees, made with vitarium\n"}
     done = vitarium.push(file, "me/bees")

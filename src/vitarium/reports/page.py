@@ -272,7 +272,11 @@ def _method(comparison: Comparison) -> list[dict[str, str]]:
 def _deployed(comparison: Comparison) -> str:
     """Return a sentence on the column of a runtime; "" without one."""
     name = RUNTIME_NAMES.get(comparison.runtime)
-    return f" In the column {name}, it executes the saved model, and its latency decides the recommendation." if name else ""
+    if name is None:
+        return ""
+    every = all(trial.runtime_latency_ms is not None for trial in comparison.trials)
+    decides = "its latency decides the recommendation" if every else "since it does not take every model, PyTorch's latency decides"
+    return f" In the column {name}, it executes the saved model; {decides}."
 
 
 def _input(comparison: Comparison) -> str:

@@ -195,9 +195,11 @@ def check_calibration(model: str | os.PathLike[str] | nn.Module, apply: Sequence
     Raises:
         UsageError: a name, methods of this call alone, or an engine of several processes.
     """
-    if isinstance(model, str | os.PathLike) and not is_model_file(model):
+    on_hub = str(model).startswith("hf:")
+    if isinstance(model, str | os.PathLike) and (on_hub or not is_model_file(model)):
+        what = "on the hub" if on_hub else "a name"
         raise UsageError(
-            f"a calibration is written into the model's file, and {model} is a name; 'vitarium.save' writes a file, as every training does"
+            f"a calibration is written into the model's file, and {model} is {what}; 'vitarium.save' writes a file, as every training does"
         )
     if apply:
         raise UsageError(

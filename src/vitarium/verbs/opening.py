@@ -183,7 +183,7 @@ def execute(
         model = model if device is None else model.to(find_device(device))
     elif device not in ("auto", "cpu", None):
         raise UsageError(f"{runtime} runs on the CPU here, and the device is {device}: leave --device out, or choose eager or compile")
-    file = source if is_model_file(source) else None
+    file = source if is_model_file(source) and Path(source).is_file() else None  # a file on the hub has no place for a graph
     return run_with(model, runtime, source=file, reads=task.reads if task is not None else reads, notify=notify)
 
 
