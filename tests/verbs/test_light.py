@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as T
 
 import vitarium
 from tests.data.pictures import exif_turned, odd_kinds, picture, put
-from vitarium.catalog.answers import decided, ranked
+from vitarium.catalog.answers import FORMS, decided, ranked
 from vitarium.catalog.preprocessing import INTERPOLATIONS, Preprocessing, to_mode
 from vitarium.data.images import open_image
 from vitarium.training.tasks.classify import ranked as ranked_by_torch
@@ -126,3 +126,10 @@ def test_what_needs_the_model_takes_the_usual_path(folder, tmp_path):
     assert light.predict(images, tmp_path / "none.safetensors", "onnxruntime", **options) is None  # no graph
     assert light.predict(images, "swin_pico", "onnxruntime", **options) is None  # no file
     assert light.predict(["clip.mp4"], folder / "model.safetensors", "onnxruntime", **options) is None
+
+
+def test_a_label_in_a_csv_file_controls_no_terminal():
+    rows = [{"image": "a.png", "predictions": [{"label": "\x1b[31mred\n", "probability": 1.0}]}]
+    text = predict.to_csv(rows, FORMS["classify"])
+    assert "\x1b" not in text
+    assert len(text.splitlines()) == 2

@@ -250,7 +250,8 @@ def to_csv(rows: list[dict[str, Any]], task: Task | Form) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", *columns, "error"])
     for row, values in zip(rows, cells, strict=True):
-        writer.writerow([printable(row["image"]), *(values.get(name, "") for name in columns), row.get("error", "")])
+        texts = [row["image"], *(values.get(name, "") for name in columns), row.get("error", "")]
+        writer.writerow([printable(text) if isinstance(text, str) else text for text in texts])  # labels are a file's, too
     return text.getvalue()
 
 
