@@ -126,7 +126,7 @@ def measure(folder: Path, model: str, steps: int, workers: int, rounds: int) -> 
     """Return the processor seconds of each arm in each round; the arms run in turns, after a short run of each."""
     found: dict[str, list[float]] = {name: [] for name in ARMS}
     for arm in (plain, ours):
-        arm(folder, model, 5, workers)
+        arm(folder, model, 5, 0)
     for number in range(rounds):
         order = list(ARMS) if number % 2 == 0 else list(reversed(ARMS))
         for name in order:

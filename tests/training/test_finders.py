@@ -98,12 +98,14 @@ def test_a_model_that_never_fits_is_an_error():
 
 
 def test_on_a_cpu_the_batch_grows_while_that_is_faster():
-    device = Device(10**6, seconds=lambda size: 0.1 + 0.001 * max(size, 64))  # faster per image up to about 64
+    device = Device(10**6, seconds=lambda size: 0.001 * max(size, 64))  # faster per image up to 64
     choice = best_batch_on_cpu(device, 10_000, 64 * GIGABYTE)
-    slow = Device(10**6, seconds=lambda size: 0.01 * size)
-    assert best_batch_on_cpu(slow, 10_000, 64 * GIGABYTE).batch_size == 8
-    assert "not faster" in best_batch_on_cpu(slow, 10_000, 64 * GIGABYTE).reason
-    assert choice.batch_size > 64
+    assert choice.batch_size == 64
+    assert device.tried == [8, 16, 32, 64, 128, 256]
+    assert choice.reason == "1000 images/s; larger ones are not faster"
+    assert best_batch_on_cpu(Device(10**6, seconds=lambda size: 0.01 * size), 10_000, 64 * GIGABYTE).batch_size == 8
+    once_slow = Device(10**6, seconds=lambda size: 0.064 if size != 16 else 0.2)  # one slow step does not end the search
+    assert best_batch_on_cpu(once_slow, 64, 64 * GIGABYTE).batch_size == 64
 
 
 def test_on_a_cpu_no_batch_is_tried_that_would_not_fit():
@@ -112,6 +114,8 @@ def test_on_a_cpu_no_batch_is_tried_that_would_not_fit():
     assert choice.batch_size == 64  # 5 GB; 128 would need 9
     assert max(device.tried) == 64
     assert "128 would need about 9.0 of 8.0 GB" in choice.reason
+    with pytest.raises(TrainingStopped, match="batch of 8"):
+        best_batch_on_cpu(Device(4), 100, GIGABYTE)
 
 
 def test_an_allocator_that_fails_is_a_size_that_does_not_fit(monkeypatch):

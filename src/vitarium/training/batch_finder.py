@@ -30,6 +30,8 @@ FIRST, LARGEST = 8, 4096
 """Smallest and largest batch that are tried, unless even the smallest does not fit."""
 GAIN = 1.05
 """On a CPU, a batch twice as large must bring this factor of images per second."""
+TIMED = 3
+"""Number of timed steps of a size, of which the fastest counts."""
 SHARE = 0.8
 """Share of the available memory that a batch may need."""
 
@@ -116,35 +118,55 @@ def largest_batch(step: Step, most: int) -> BatchChoice:
 def best_batch_on_cpu(step: Step, most: int, available: int) -> BatchChoice:
     """Return the batch, doubled while that makes training faster and the memory suffices.
 
-    The memory of a larger batch is estimated from the two sizes before, along a line, so that none is tried that would not fit.
+    The memory of a larger batch is estimated from the two sizes before, along a line, so that none is tried that would not fit. Two sizes
+    in a row that bring nothing end the search, because the time of one step varies.
 
     Args:
         step: as for `largest_batch`.
         most: largest batch.
         available: memory in bytes.
+
+    Raises:
+        TrainingStopped: not even the first batch fits.
     """
+    most = min(most, LARGEST)
     trials = [step(min(FIRST, most))]
-    while trials[-1].fits and trials[-1].batch_size < min(most, LARGEST):
-        last = trials[-1]
-        size = min(2 * last.batch_size, most, LARGEST)
-        if len(trials) > 1:
-            before = trials[-2]
-            slope = max(0.0, (last.memory - before.memory) / (last.batch_size - before.batch_size))
-            if (needed := last.memory + slope * (size - last.batch_size)) > SHARE * available:
-                return BatchChoice(last.batch_size, f"{size} would need about {needed / 1e9:.1f} of {available / 1e9:.1f} GB", trials)
-        trials.append(step(size))
-        if not trials[-1].fits:
-            return BatchChoice(last.batch_size, f"{size} does not fit", trials)
-        speeds = [trial.batch_size / max(trial.seconds, 1e-9) for trial in (last, trials[-1])]
-        if speeds[1] < GAIN * speeds[0]:
-            return BatchChoice(last.batch_size, f"{size} is not faster ({speeds[1]:.0f} images/s after {speeds[0]:.0f})", trials)
-    if not trials[-1].fits:
-        raise TrainingStopped(f"out of memory with a batch of {trials[-1].batch_size}: take a smaller model or image_size")
-    return BatchChoice(trials[-1].batch_size, f"the data or the limit of {LARGEST} allow no more", trials)
+    if not trials[0].fits:
+        raise TrainingStopped(f"out of memory with a batch of {trials[0].batch_size}: take a smaller model or image_size")
+    reason = f"the data or the limit of {LARGEST} allow no more"
+    while trials[-1].batch_size < most:
+        size = min(2 * trials[-1].batch_size, most)
+        if (needed := _memory_of(size, trials)) > SHARE * available:
+            reason = f"{size} would need about {needed / 1e9:.1f} of {available / 1e9:.1f} GB"
+            break
+        trial = step(size)
+        if not trial.fits:
+            reason = f"{size} does not fit"
+            break
+        trials.append(trial)
+        if len(trials) > 2 and max(map(_speed, trials[-2:])) < GAIN * max(map(_speed, trials[:-2])):
+            reason = "larger ones are not faster"
+            break
+    fastest = max(map(_speed, trials))
+    chosen = next(trial for trial in trials if _speed(trial) * GAIN >= fastest)
+    return BatchChoice(chosen.batch_size, f"{_speed(chosen):.0f} images/s; {reason}", trials)
+
+
+def _memory_of(size: int, trials: list[Trial]) -> float:
+    """Return the memory that a batch needs, from the line through the last two sizes; 0 after one."""
+    if len(trials) < 2:
+        return 0.0
+    before, last = trials[-2:]
+    slope = max(0.0, (last.memory - before.memory) / (last.batch_size - before.batch_size))
+    return last.memory + slope * (size - last.batch_size)
+
+
+def _speed(trial: Trial) -> float:
+    return trial.batch_size / max(trial.seconds, 1e-9)
 
 
 class TrainingSteps:
-    """Steps of a copy of a learner at any batch size, with the recipe's optimizer; each is made twice, and the second is timed."""
+    """Steps of a copy of a learner at any batch size, with the recipe's optimizer."""
 
     def __init__(self, learner: Learner, data: ImageData, recipe: Recipe, device: torch.device):
         self.data, self.device = data, device
@@ -160,10 +182,13 @@ class TrainingSteps:
         try:
             batch = self._batch(size)
             before = reset_peak()
-            self._step(batch)
-            began = time.perf_counter()
-            self._step(batch)
-            return Trial(size, True, time.perf_counter() - began, max(0, peak() - before))
+            self._step(batch)  # allocates
+            times = []
+            for _ in range(TIMED):
+                began = time.perf_counter()
+                self._step(batch)
+                times.append(time.perf_counter() - began)
+            return Trial(size, True, min(times), max(0, peak() - before))
         except (RuntimeError, MemoryError) as error:
             text = str(error).lower()
             if (
