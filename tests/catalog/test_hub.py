@@ -78,3 +78,9 @@ def test_folders_and_the_offline_mode_ask_nobody(attempts, monkeypatch):
         assert "HF_HUB_OFFLINE" in reason
     assert constants.HF_HUB_OFFLINE
     assert attempts == []
+
+
+def test_a_name_that_no_repository_can_have_is_not_called_out_of_reach(attempts):
+    with hub_or_cache("not a/na me") as reason:
+        assert reason == ""
+    assert attempts == []
