@@ -7,6 +7,7 @@ import torch
 
 import vitarium
 from tests.verbs.hub_server import running_hub
+from vitarium.catalog.record import DataRecord, RunRecord, Training
 from vitarium.errors import CheckpointError, UsageError
 from vitarium.reports.card import CARD_MARK
 
@@ -112,6 +113,27 @@ def test_a_hub_out_of_reach_is_asked_once(file, monkeypatch, tmp_path):
     with pytest.raises(CheckpointError, match=r"cannot reach the hub.*--output FOLDER.*hf upload me/bees FOLDER"):
         vitarium.push(file, "me/bees")
     assert 1 <= len(asked) <= 2  # the client retries 5 times
+
+
+def test_no_path_of_this_machine_is_pushed(hub, tmp_path):
+    model = vitarium.create_model("swin_pico", num_classes=3)
+    recipe = {
+        "model": "swin_pico",
+        "checkpoint": "/home/annika/secret/base.pth",
+        "objective": {"teachers": ["C:\\annika\\t.pth", "hf:o/n"]},
+    }
+    model.training_record = Training(
+        data=DataRecord(source="csv:/home/annika/secret/labels.csv,fold=3", name="labels"), run=RunRecord(recipe=recipe, steps=3)
+    )
+    vitarium.save(model, tmp_path / "m.safetensors")
+    vitarium.push(tmp_path / "m.safetensors", "me/paths")
+    sent = hub.repositories["me/paths"]
+    assert not any(b"secret" in content or b"annika" in content for content in sent.values())
+    (tmp_path / "back.safetensors").write_bytes(sent["model.safetensors"])
+    record = vitarium.load(tmp_path / "back.safetensors").training_record
+    assert record.data.source == "csv:labels.csv,fold=3"
+    assert record.run.recipe == {"model": "swin_pico", "checkpoint": "base.pth", "objective": {"teachers": ["t.pth", "hf:o/n"]}}
+    assert vitarium.load(tmp_path / "m.safetensors").training_record.data.source.startswith("csv:/home/annika")
 
 
 def test_a_folder_is_written_and_nothing_is_pushed(hub, file, tmp_path):

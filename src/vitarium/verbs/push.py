@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +72,7 @@ def push(
     """Push a file of `vitarium.save` and its model card to the Hugging Face hub; `vitarium.load("hf:OWNER/NAME", fetch=True)` reads it.
 
     The repository is created if it does not exist. Its model.safetensors is replaced, and its README.md if it is a card of vitarium. The
-    hub client's own login is used (`hf auth login`).
+    hub client's own login is used (`hf auth login`). Absolute paths of the data and in the recipe are shortened to their last part.
 
     Args:
         file: the file.
@@ -92,17 +94,68 @@ def push(
     if license is not None and not LICENSE.fullmatch(license):
         raise UsageError(f"the licence must be an identifier of the hub, such as apache-2.0, mit or cc-by-nc-4.0; got {license!r}")
     text = card(file, license=license, repository=repository)
-    if output is not None:
-        return write_folder(Path(file), repository, text, Path(output))
-    notes = upload(Path(file), repository, text, private=private, message=message, notify=notify)
+    with without_paths(Path(file)) as public:
+        if output is not None:
+            return write_folder(Path(file), public, repository, text, Path(output))
+        notes = upload(public, repository, text, private=private, message=message, notify=notify)
     from huggingface_hub import constants
 
     files = [WEIGHTS] if notes else [WEIGHTS, README]
     return Pushed(repository, f"{constants.ENDPOINT}/{repository}", None, files, notes)
 
 
-def write_folder(file: Path, repository: str, text: str, folder: Path) -> Pushed:
+@contextlib.contextmanager
+def without_paths(file: Path) -> Iterator[Path]:
+    """Yield a file whose record names no folders of this machine: of paths of data and in the recipe only the last part is kept.
+
+    It is the file itself if there are none, else a copy that is removed afterwards.
+    """
+    from vitarium.catalog.saving import change_record
+    from vitarium.reports.card import read_facts
+
+    record = read_facts(file).record
+    changes: dict[str, Any] = {}
+    if record.data is not None and bare(record.data.source) != record.data.source:
+        changes["data"] = record.data.model_copy(update={"source": bare(record.data.source)})
+    if record.run is not None and bare(record.run.recipe) != record.run.recipe:
+        changes["run"] = record.run.model_copy(update={"recipe": bare(record.run.recipe)})
+    if record.base is not None and bare(record.base.weights_from) != record.base.weights_from:
+        changes["base"] = record.base.model_copy(update={"weights_from": bare(record.base.weights_from)})
+    if not changes:
+        yield file
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, WEIGHTS)
+        shutil.copyfile(file, copy)
+        change_record(copy, **changes)
+        yield copy
+
+
+def bare(value: Any) -> Any:
+    """Return a plain value in which each absolute path is replaced by its last part."""
+    if isinstance(value, dict):
+        return {key: bare(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [bare(entry) for entry in value]
+    if not isinstance(value, str):
+        return value
+    kind, colon, rest = value.partition(":")
+    if colon and len(kind) > 1 and is_absolute(rest):  # "csv:/data/labels.csv,separator=comma"
+        return f"{kind}:{bare(rest)}"
+    return re.split(r"[/\\]", value.rstrip("/\\"))[-1] if is_absolute(value) else value
+
+
+def is_absolute(path: str) -> bool:
+    """Return whether a text is an absolute path or one below a home folder, on any system; addresses are not."""
+    return path.startswith(("~", "\\")) or (path.startswith("/") and not path.startswith("//")) or bool(re.match(r"[A-Za-z]:[/\\]", path))
+
+
+def write_folder(file: Path, public: Path, repository: str, text: str, folder: Path) -> Pushed:
     """Write the files of a push into a folder.
+
+    Args:
+        file: the model's file, which may be the folder's model.safetensors already.
+        public: what is written (see `without_paths`).
 
     Raises:
         UsageError: the folder holds a file of one of the names that is not this model or a card.
@@ -118,7 +171,7 @@ def write_folder(file: Path, repository: str, text: str, folder: Path) -> Pushed
         raise UsageError(f"{readme} exists and is no card of vitarium; choose another folder")
     if not (weights.exists() and weights.samefile(file)):
         with atomic_path(weights) as temporary:
-            shutil.copyfile(file, temporary)
+            shutil.copyfile(public, temporary)
     write_text(readme, text)
     return Pushed(repository, "", folder, [WEIGHTS, README], [])
 
