@@ -93,8 +93,8 @@ def push(
         raise UsageError(f"the repository must have the form OWNER/NAME, got {repository!r}")
     if license is not None and not LICENSE.fullmatch(license):
         raise UsageError(f"the licence must be an identifier of the hub, such as apache-2.0, mit or cc-by-nc-4.0; got {license!r}")
-    text = card(file, license=license, repository=repository)
     with without_paths(Path(file)) as public:
+        text = card(public, license=license, repository=repository)
         if output is not None:
             return write_folder(Path(file), public, repository, text, Path(output))
         notes = upload(public, repository, text, private=private, message=message, notify=notify)
