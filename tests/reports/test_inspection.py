@@ -172,6 +172,11 @@ def test_what_speaks_against_the_numbers_is_said_everywhere(tmp_path: Path, mess
     assert "still improving when the training ended: swin_pico; train longer" in rising
     assert "--steps 1200 (now 600)" in rising
     assert "up to 40 % of the processor while swin_pico were timed" in load
+    assert not any("no model is better" in text for text in comparison.warnings)
+    weak = replace(comparison, inspection=replace(comparison.inspection, baselines=[{"name": "regression", "accuracy": 0.999}]))
+    (below,) = [text for text in weak.warnings if "no model is better" in text]
+    assert below.startswith("no model is better than regression (99.9")
+    assert "train longer" in below
     every = replace(quiet, trials=[replace(trial, load=0.4) for trial in quiet.trials])
     assert "while the models were timed" in every.warnings[0]
     assert "timed under load" not in render(every, make_images(every)), "no news in the table"

@@ -272,7 +272,7 @@ class Comparison:
 
 def warnings_of(comparison: Comparison) -> list[str]:
     """Return the sentences of `Comparison.warnings`."""
-    found = _small_input(comparison) + comparison.inspection.duplicates.sentences()
+    found = _small_input(comparison) + comparison.inspection.duplicates.sentences() + _below_baseline(comparison)
     if rising := [trial for trial in comparison.trials if trial.still_improving is not None]:
         ((unit, amount),) = comparison.budget.items()
         names = ", ".join(trial.name for trial in rising)
@@ -286,6 +286,15 @@ def warnings_of(comparison: Comparison) -> list[str]:
             f"other programs used up to {100 * most:.0f} % of the processor while {which} were timed: they look slower than they are"
         )
     return found
+
+
+def _below_baseline(comparison: Comparison) -> list[str]:
+    """Return a sentence if an answer that no model gives is better than the best model."""
+    metric, best = comparison.metric, comparison.best.score
+    name, value = min(comparison.baselines().items(), key=lambda pair: metric.rank(pair[1]), default=("", best))
+    if metric.rank(value) >= metric.rank(best):
+        return []
+    return [f"no model is better than {name} ({metric.text(value)} against {metric.text(best)}): train longer, or check the labels"]
 
 
 def _small_input(comparison: Comparison) -> list[str]:
