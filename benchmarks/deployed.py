@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 
 RUNTIMES = ("onnxruntime", "openvino")
+IDLE = {"Const", "Input", "Output"}
+"""Nodes of OpenVINO's that do nothing."""
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 OPENVINO = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1}
 
@@ -157,7 +159,7 @@ def count_nodes(kind: str, file: Path) -> dict[str, int]:
         with tempfile.TemporaryDirectory() as folder:
             _session(str(file), f"{folder}/optimized.onnx")
             types = [node.op_type for node in onnx.load(f"{folder}/optimized.onnx", load_external_data=False).graph.node]
-    return dict(Counter(types).most_common())
+    return dict(Counter(name for name in types if name not in IDLE).most_common())
 
 
 if __name__ == "__main__":
