@@ -27,6 +27,7 @@ def test_nearest():
     names = ["swin_tiny", "swin_small", "convnext_tiny"]
     assert nearest("swin_tinny", names) == "; did you mean swin_tiny, convnext_tiny, swin_small?"
     assert nearest("swin_tinny", names, count=1) == "; did you mean swin_tiny?"
+    assert nearest("photo", ["photos", "photos"]) == "; did you mean photos?"
     assert nearest("vnex", names) == "; did you mean convnext_tiny?"
     assert nearest("xyz", names) == ""
     assert nearest("", names) == ""

@@ -69,7 +69,7 @@ class TrainingStopped(VitariumError, RuntimeError):
 
 def nearest(name: str, names: Iterable[str], *, count: int = 3) -> str:
     """Return '; did you mean a, b?' for a misspelt name, or '' if no name is similar, as the end of an error message."""
-    names = list(names)
+    names = list(dict.fromkeys(names))
     near = difflib.get_close_matches(name, names, n=count, cutoff=0.5) or [n for n in names if name and name.lower() in n.lower()][:count]
     return f"; did you mean {', '.join(near)}?" if near else ""
 

@@ -122,7 +122,7 @@ def test_a_rate_is_found_and_nothing_is_trained(run, tmp_path):
     assert result.code == 0, result.err
     rate = float(result.out.split()[1])
     assert 1e-5 < rate < 1
-    assert f"vitarium train pico --lr {rate:.2g}" in result.out
+    assert f"vitarium train pico --model timm/resnet_pico --lr {rate:.2g}" in result.out, "the same model on the same data"
     assert [path.name for path in (tmp_path / "r").iterdir()] == ["find_lr.html"]
     assert "optimizer.lr" in (tmp_path / "r" / "find_lr.html").read_text(encoding="utf-8")
 
@@ -364,3 +364,13 @@ def test_a_finished_run_says_that_nothing_was_trained(run):
     again = run(*command)
     assert again.code == 0, again.err
     assert "r holds a finished run of 2 steps: nothing was trained, and this is its result" in again.err
+
+
+def test_the_command_with_a_found_rate_repeats_what_was_asked():
+    from vitarium.cli.train import command_with
+
+    weights = dict(model="swin_pico", checkpoint=None, pretrained=True)
+    options = dict(batch_size=16, image_size=None, changes=["clip.norm=1"], apply=["evit:keep=0.7"])
+    asked = command_with(0.00123, "pico", "my photos/", weights, options)
+    rest = "--batch-size 16 --pretrained --set clip.norm=1 --apply evit:keep=0.7 --lr 0.0012"
+    assert asked == f"vitarium train pico --data 'my photos/' --model swin_pico {rest}"

@@ -217,3 +217,15 @@ def test_the_command_fits_shows_and_removes(folder: Path, tmp_path: Path):
     assert temperature_of(vitarium.load(file)) == 1
     both = CliRunner().invoke(app, ["evaluate", str(file), "--data", str(folder / "data"), "--remove-calibration", "--calibrate"])
     assert both.exit_code != 0
+
+
+def test_a_finished_run_that_is_asked_for_again_keeps_the_temperature(tmp_path: Path):
+    asked = dict(changes=["budget.steps=2", "batch_size=8", "image_size=8"], out=tmp_path, accelerator="cpu")
+    file = vitarium.train("pico", "digits", **asked).file
+    change_record(file, temperature=0.5)
+    before = file.read_bytes()
+    assert vitarium.train("pico", "digits", **asked).finished_before
+    assert file.read_bytes() == before
+    file.write_bytes(before[: len(before) // 2])
+    vitarium.train("pico", "digits", **asked)
+    assert vitarium.load(file).training_record.temperature is None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitarium.errors import DataError, UsageError
+from vitarium.errors import CheckpointError, DataError, UsageError
 from vitarium.files import is_model_file
 from vitarium.training.tasks.base import TableData, Task
 from vitarium.verbs.opening import Notify, apply_methods, name_of, open_model, quiet
@@ -198,10 +199,22 @@ def train(
     recipe_used = job.recipe.model_copy(update=dict(model=None, data=None)).model_dump(mode="json", exclude_unset=True, exclude_none=True)
     record_run(trained, recipe_used, result.best_step or result.steps)  # the record has the model's name and its data, maybe other ones
     record_results(trained, {key: value for key, value in result.metrics.items() if key != "train_loss"}, images)
+    if result.earlier >= result.steps:
+        keep_calibration(trained, file)
     vitarium.save(trained, file, trained_only=trained_only)
     write_card(file)
     page = write_run_report(folder, job.name, trained, job.task, images, job.recipe, result)
     return Trained(trained, file, result, job.task, (learner.usage or job.task.usage).format(file=file), images.notes, page)
+
+
+def keep_calibration(model: nn.Module, file: Path) -> None:
+    """Give a model the temperature of its file, if there is one: that of a finished run may have been calibrated since."""
+    from vitarium.catalog.record import training_of
+    from vitarium.reports.card import read_facts
+
+    with contextlib.suppress(CheckpointError):  # missing or damaged: it is written again
+        temperature = read_facts(file).record.temperature
+        model.training_record = training_of(model).model_copy(update={"temperature": temperature})  # type: ignore[assignment]
 
 
 def open_job(
