@@ -23,7 +23,7 @@ class Refusal(Exception):
 
 
 class Gone(Exception):
-    """The client has closed the connection; there is nobody to answer."""
+    """The client has closed the connection; no answer can be sent."""
 
 
 GONE = 499

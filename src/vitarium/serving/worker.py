@@ -23,7 +23,7 @@ class Job:
         content: the file's bytes.
         top_k: length of a ranked answer.
         draw: whether the answer is drawn.
-        deadline: `time.monotonic()` after which nobody waits for it.
+        deadline: `time.monotonic()` after which its answer is no longer wanted.
         answer: of `run` (see `Worker`); it is cancelled when the client has gone.
     """
 

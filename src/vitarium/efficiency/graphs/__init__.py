@@ -7,7 +7,7 @@ Each pass looks for operators, not for models: it works on ours and on other lib
     norms       a batch norm goes into the convolution beside it
     scales      a factor per channel after a linear layer goes into its weight, gamma (W x) = (gamma W) x
     resizing    bicubic resizing between fixed sizes is two constant matrices, A x B^T
-    reading     rows that nobody reads are not computed: the last block of a model that reads its class token needs one query and one row
+    reading     rows that are not used are not computed: the last block of a model that reads its class token needs one query and one row
     attention   one projection for each of q, k and v, without the parts that softmax ignores
     pieces      layers that work on each token alone take the tokens in pieces, so that an MLP's wide hidden tensor stays in the cache
 """

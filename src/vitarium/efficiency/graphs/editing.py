@@ -58,7 +58,7 @@ class Editor:
         return found.detach() if isinstance(found, Tensor) else None
 
     def clean(self) -> None:
-        """Remove what has no effect: checks, dropout in evaluation mode, slices of everything, and nodes that nobody reads."""
+        """Remove what has no effect: checks, dropout in evaluation mode, slices of everything, and unused nodes."""
         for node in list(self.graph.nodes):
             if (node.op == "call_module" and node.target == "_guards_fn") or is_call(node, *CHECKS):
                 self.graph.erase_node(node)
@@ -73,7 +73,7 @@ def is_call(node: Any, *targets: Any) -> bool:
 
 
 def has_effect(node: Node) -> bool:
-    """Return whether a node matters although nobody reads it. Dropout and attention count as random elsewhere, and would be kept."""
+    """Return whether a node matters although its result is not used. Dropout and attention count as random elsewhere, and would be kept."""
     schema = getattr(node.target, "_schema", None)
     return node.op in ("placeholder", "output", "call_module") or (schema is not None and schema.is_mutable)
 
