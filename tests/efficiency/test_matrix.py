@@ -11,6 +11,7 @@ import vitarium
 from vitarium.catalog.methods import list_methods, parse_method
 from vitarium.efficiency import bench as benchmarks
 from vitarium.errors import AttachError, UnsupportedModel, UsageError
+from vitarium.training.tasks import task_of
 
 METHODS = (
     "evit", "pitome", "tome:r=2", "sparse_prune", "sparse_prune:structure=channels", "sparse_prune:structure=both",
@@ -42,7 +43,7 @@ def quick(monkeypatch, tmp_path) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("vitarium.verbs.compress.ROUNDS", 1)
     monkeypatch.setattr("vitarium.verbs.compress.SECONDS", 0.0)
-    monkeypatch.setattr("vitarium.verbs.compress.primary_value", lambda *_: {})
+    monkeypatch.setattr("vitarium.verbs.compress.primary_value", lambda model, *_: {task_of(model).primary.name: 0.0})
     monkeypatch.setattr("vitarium.verbs.compress.slower", lambda *_: [])
     monkeypatch.setattr("vitarium.verbs.opening.CALIBRATION_IMAGES", 4)
     monkeypatch.setattr(benchmarks, "paired", functools.partial(benchmarks.paired, least_seconds=0.0))

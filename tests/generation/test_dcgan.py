@@ -16,6 +16,7 @@ from vitarium.errors import UsageError
 from vitarium.generation import Generator
 from vitarium.generation.adversarial.dcgan import DCGANLearner, halvings
 from vitarium.generation.frechet import FrechetDistance, extractor
+from vitarium.generation.grids import HEAD
 from vitarium.training import find_learner, fit, load_recipe
 
 run = CliRunner().invoke
@@ -99,7 +100,7 @@ def test_from_training_to_a_sheet(tmp_path, monkeypatch):
     made = run(app, ["generate", "run/model.safetensors", "--classes", "0-2", "-n", "2", "-o", "sheet.png", "--json"])
     assert made.exit_code == 0, made.output
     assert json.loads(made.stdout)["classes"] == "0, 1, 2"
-    assert Image.open("sheet.png").size == (3 * 50 - 2, 2 * 50 - 2)
+    assert Image.open("sheet.png").size == (3 * 100 - 4, HEAD + 2 * 100 - 4)  # 48 pixels, twice as large, below the names
     assert not any(name.startswith("discriminator") for name in vitarium.load("run/model.safetensors").state_dict())
     refused = run(app, ["generate", "run/model.safetensors", "--guidance", "3"])
     assert refused.exit_code == 2
