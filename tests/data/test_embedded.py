@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from vitarium.data import ImageSet, digits, open_data, photos, stratified_split
-from vitarium.errors import DataError
+from vitarium.errors import DataError, UsageError
 
 
 def test_digits():
@@ -71,3 +71,42 @@ def test_says_what_brings_photographs(monkeypatch):
 def test_importing_the_room_imports_nothing_heavy():
     code = "import sys, vitarium.data; print([m for m in ('torch', 'numpy', 'PIL', 'sklearn', 'pydantic', 'timm') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("digits", "class"),
+        ("photos", "class"),
+        ("photos", "restore"),
+        ("scenes", "multilabel"),
+        ("scenes", "segment"),
+        ("digits", "image"),
+        ("digits", "retrieve"),
+    ],
+)
+def test_a_folder_of_the_name_is_asked_for(tmp_path, monkeypatch, name, task):
+    """Neither the embedded set nor the user's folder is taken without a question."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    with pytest.raises(UsageError, match=rf"write embedded:{name} for the data set, or \.[/\\\\]{name} for the folder"):
+        open_data(name, task=task)
+    assert len(open_data(f"embedded:{name}", task=task, image_size=32).train) > 1
+    with pytest.raises(DataError, match=r"no |does not"):  # the empty folder
+        open_data(f"./{name}", task=task)
+
+
+def test_a_default_is_the_embedded_set(tmp_path, monkeypatch):
+    from vitarium.training.tasks.classify import Classify
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    assert Classify().open().name == "digits"
+
+
+def test_names_of_embedded_sets():
+    assert len(open_data("embedded:scenes:length=40").train) == 32
+    with pytest.raises(UsageError, match=r"no embedded data set 'fashoin' .* digits, photos, scenes"):
+        open_data("embedded:fashoin")
+    with pytest.raises(UsageError, match=r"no embedded data set 'photos' has labels of the kind 'panoptic'; those that have: scenes"):
+        open_data("embedded:photos", task="segment")

@@ -25,7 +25,10 @@ MODEL_HELP = "A file that `vitarium.save` wrote, or a model's name."
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL|FILE", help=MODEL_HELP, autocompletion=complete_weights)]
 ModelOption = Annotated[str, typer.Option("--model", metavar="MODEL|FILE", help=MODEL_HELP, autocompletion=complete_weights)]
 
-DATA_HELP = "Images: digits, photos, scenes, a folder of class folders, a CSV file, WebDataset shards, or a saved Hugging Face dataset."
+DATA_HELP = (
+    "Images: digits, photos, scenes (embedded:NAME where a folder has the name), a folder of class folders, a CSV file, WebDataset shards, "
+    "or a saved Hugging Face dataset."
+)
 DataSpec = Annotated[str, typer.Option(help=DATA_HELP)]
 Apply = Annotated[
     list[str] | None,

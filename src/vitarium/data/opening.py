@@ -41,11 +41,15 @@ log = logging.getLogger("vitarium")
 _logged: set[str] = set()
 
 EMBEDDED = ("digits", "photos", "scenes")
+EMBEDDED_PREFIX = "embedded:"
+"""Begins the name of an embedded data set where a folder of the same name exists."""
+EMBEDDED_OF_KIND = {"multilabel": ("scenes",), "pairs": ("photos",), **dict.fromkeys(("panoptic", "semantic", "instance"), ("scenes",))}
+"""Kinds of labels that not all embedded data sets have -> those that have them."""
 KINDS = ("folder", "csv", "wds", "hf")
 ACCEPTED = (
-    "accepted: digits, photos, scenes[:KEY=VALUE,...]; or a path to a folder of class folders (or of train/ and val/ or test/), "
-    "to WebDataset shards (a folder of .tar files, or name-{000..009}.tar), to a Hugging Face data set written by save_to_disk, "
-    "or to a CSV file with columns path and label"
+    "accepted: digits, photos, scenes[:KEY=VALUE,...], or embedded:NAME of these; or a path to a folder of class folders (or of train/ "
+    "and val/ or test/), to WebDataset shards (a folder of .tar files, or name-{000..009}.tar), to a Hugging Face data set written by "
+    "save_to_disk, or to a CSV file with columns path and label"
 )
 
 
@@ -66,7 +70,8 @@ def open_data(
         spec: "digits" (scikit-learn's handwriting), "photos" (crops of real photographs), "scenes" (rendered on demand, with options:
             "scenes:length=5000,task=class"); or a path: a folder of class folders, one with train/ and val/ of them, WebDataset shards
             ("shards/", "x-{000..009}.tar"), a Hugging Face data set saved with `save_to_disk`, a CSV file with columns path and label.
-            The kind of a path is recognised; a prefix "folder:", "csv:", "wds:" or "hf:" forces it.
+            The kind of a path is recognised; a prefix "folder:", "csv:", "wds:" or "hf:" forces it. Where a folder has the name of an
+            embedded data set, "embedded:photos" is the data set and "./photos" the folder; "photos" alone is refused.
         task: a kind of labels ("class", "image": none, or another of `KINDS_OF_LABELS`, each documented in its
             function), or the name of a task ("classify", "segment", "restore", ...).
         seed: of the split, if the data has none, and of rendered data.
@@ -77,14 +82,14 @@ def open_data(
 
     Raises:
         DataError: there is no such data, or it cannot be trained on or evaluated.
-        UsageError: an option of "scenes", a task, or a part that does not exist.
+        UsageError: an option of "scenes", a task, or a part that does not exist; or a name that is both an embedded data set and a folder.
     """
-    text = os.fspath(spec)
     labels = LABELS_OF_TASKS.get(task, task)
+    if labels != "class" and labels not in KINDS_OF_LABELS:
+        known = ["class", *KINDS_OF_LABELS, *LABELS_OF_TASKS]
+        raise UsageError(f"no data has labels of the kind {task!r}{nearest(task, known)} (accepted: {', '.join(known)})")
+    text = _meant(os.fspath(spec), labels)
     if labels != "class":
-        if labels not in KINDS_OF_LABELS:
-            known = ["class", *KINDS_OF_LABELS, *LABELS_OF_TASKS]
-            raise UsageError(f"no data has labels of the kind {task!r}{nearest(task, known)} (accepted: {', '.join(known)})")
         module, _, function = KINDS_OF_LABELS[labels].partition(":")
         opened = getattr(importlib.import_module(module), function)
         data: ImageData = opened(text, seed=seed, val_fraction=val_fraction, image_size=image_size, split=split)
@@ -97,11 +102,34 @@ def open_data(
     return data
 
 
+def embedded(name: str) -> str:
+    """Return the data that a default names: "embedded:NAME" where a folder has the name of an embedded data set, else the name."""
+    return f"{EMBEDDED_PREFIX}{name}" if name in EMBEDDED and Path(name).is_dir() else name
+
+
+def _meant(spec: str, labels: str) -> str:
+    """Return the data that are meant: without the prefix "embedded:".
+
+    Raises:
+        UsageError: an embedded data set that does not exist or lacks labels of this kind, or the name of one that is a folder, too.
+    """
+    known = EMBEDDED_OF_KIND.get(labels, EMBEDDED)
+    if spec.startswith(EMBEDDED_PREFIX):
+        name = spec.removeprefix(EMBEDDED_PREFIX)
+        if (bare := name.partition(":")[0]) not in known:
+            raise UsageError(f"no embedded data set {bare!r} has labels of the kind {labels!r}; those that have: {', '.join(known)}")
+        return name
+    if spec in known and Path(spec).is_dir():
+        raise UsageError(
+            f"{spec!r} is the name of an embedded data set and of a folder here: write {EMBEDDED_PREFIX}{spec} for the data set, or "
+            f".{os.sep}{spec} for the folder"
+        )
+    return spec
+
+
 def open_classes(text: str, *, seed: int, val_fraction: float, image_size: int | None, split: str | None) -> ImageData:
     """Open data with one class per image. See `open_data`."""
     kind, colon, rest = text.partition(":")
-    if text in EMBEDDED and Path(text).is_dir():
-        log.warning("%s is the data set of this name; for the folder of this name write ./%s", text, text)
     if kind == "scenes" or (kind in EMBEDDED and not colon):
         share = 0.2 if split is not None and val_fraction == 1 else val_fraction
         return chosen(_embedded(kind, rest, seed, share, image_size), split, val_fraction)

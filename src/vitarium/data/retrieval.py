@@ -100,7 +100,7 @@ def open_retrieval(
 def _folders_apart(spec: str, split: str | None) -> ImageData | None:
     """Return the parts of a folder with train/ and val/ without common classes; None for anything else."""
     path = Path(spec.removeprefix("folder:"))
-    if not path.is_dir() or split in ("all", "train"):
+    if spec in EMBEDDED or not path.is_dir() or split in ("all", "train"):
         return None
     if len(find_parts(subfolders(path))) < 2 or any(path.glob("*/*.tar")):
         return None

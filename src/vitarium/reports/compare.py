@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitarium.data import ImageData, open_data
+from vitarium.data.opening import embedded
 from vitarium.efficiency.runtimes import check_runtime
 from vitarium.engine import Engine, Job, Outcome, RunEvent, as_engine, run_all
 from vitarium.engine.machine import describe_machine
@@ -123,7 +124,7 @@ def compare(
     task = task_of_recipe(settings)
     if runtime != "eager" and task.eager_only:
         raise UsageError(f"models of the task {task.name} run with --runtime eager only: {task.eager_only}")
-    spec = data if data is not None else settings.data or task.default_data
+    spec = data if data is not None else embedded(settings.data or task.default_data)
     side = settings.image_size if task.data_kind != "class" else image_size  # classes: images that keep their size, unless asked for
     opening: dict[str, Any] = dict(seed=seed, val_fraction=val_fraction, image_size=side)
     images = open_data(spec, task=task.data_kind, **opening)

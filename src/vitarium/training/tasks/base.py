@@ -201,10 +201,11 @@ class Task(Section):
             DataError: there is no such data, or it has no labels of this kind.
         """
         from vitarium.data import open_data
+        from vitarium.data.opening import embedded
 
         size = None if self.data_kind == "class" else image_size
         division: dict[str, Any] = {"seed": seed, "val_fraction": val_fraction, "split": split}
-        return open_data(source or self.default_data, task=self.data_kind, image_size=size, **division)
+        return open_data(source or embedded(self.default_data), task=self.data_kind, image_size=size, **division)
 
     def match(self, model: nn.Module, data: ImageData) -> ImageData:
         """Return the data with its targets in the model's numbering of the labels. The default changes nothing.
