@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import copy
 import inspect
 import json
 import random
@@ -464,13 +465,13 @@ def mutate(table: dict, rng: random.Random) -> None:
         if not isinstance(inner, dict | list) or not inner or rng.random() < 0.3:
             break
         place = inner
-    kind = rng.random()
+    kind, value = rng.random(), copy.deepcopy(rng.choice(VALUES))  # a copy, since a later mutation may change it
     if not keys or kind < 0.1:
-        place.update(extra=rng.choice(VALUES)) if isinstance(place, dict) else place.append(rng.choice(VALUES))
+        place.update(extra=value) if isinstance(place, dict) else place.append(value)
     elif kind < 0.25:
         del place[key]
     else:
-        place[key] = rng.choice(VALUES)
+        place[key] = value
 
 
 def test_a_thread_that_builds_models_meanwhile_is_not_limited(tmp_path):

@@ -146,6 +146,57 @@ def test_the_file_remembers_and_every_probability_follows(folder: Path, tmp_path
     assert file.read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
+@pytest.fixture
+def uncertain(tmp_path: Path) -> Path:
+    """A briefly trained file with its card."""
+    changes = ["budget.steps=30", "eval_every=1.0", "ema=null", "num_workers=0"]
+    return vitarium.train("pico", "digits", model="timm/vit_pico", changes=changes, out=tmp_path).file
+
+
+def test_card_and_info_show_the_calibration(uncertain: Path):
+    card, call = uncertain.parent / "README.md", ["evaluate", str(uncertain)]
+    uncalibrated = card.read_text()
+    assert "not calibrated" in uncalibrated
+    done = CliRunner().invoke(app, [*call, "--calibrate", "--json"])
+    assert done.exit_code == 0, done.output
+    fit = training_of(vitarium.load(uncertain)).calibration
+    assert (fit.fitted, fit.measured) == (179, 180)
+    text = card.read_text()
+    row = f"| calibration error | {100 * fit.error_before:.2f} % | {100 * fit.error_after:.2f} % |"
+    assert row in text
+    assert "not calibrated" not in text
+    shown = " ".join(CliRunner().invoke(app, ["info", str(uncertain)]).stdout.split())
+    assert f"calibration error {100 * fit.error_before:.2f} % before, {100 * fit.error_after:.2f} % after" in shown
+    assert CliRunner().invoke(app, [*call, "--remove-calibration"]).exit_code == 0
+    assert card.read_text().partition("values in its tensors")[0] == uncalibrated.partition("values in its tensors")[0]
+    assert "calibration error" not in CliRunner().invoke(app, ["info", str(uncertain)]).stdout
+    card.write_text("notes of mine")
+    done = CliRunner().invoke(app, [*call, "--calibrate"])
+    assert done.exit_code == 0
+    assert "was edited, so it stays as it is" in " ".join(done.stderr.split())
+    assert card.read_text() == "notes of mine"
+
+
+def test_a_file_without_a_card_gets_none(uncertain: Path):
+    (uncertain.parent / "README.md").unlink()
+    vitarium.evaluate(uncertain, calibrate=True)
+    assert not (uncertain.parent / "README.md").exists()
+
+
+def test_a_calibration_is_undone_if_measuring_fails(sure: nn.Module, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    import vitarium.verbs.evaluate
+
+    def fail(*_: object, **__: object) -> None:
+        raise DataError("the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vitarium.verbs.evaluate, "measure", fail)
+        with pytest.raises(DataError, match="disk is gone"):
+            vitarium.evaluate(sure, folder / "data", calibrate=True)
+        assert training_of(sure).temperature is None
+        assert training_of(sure).calibration is None
+
+
 def test_training_drops_it(folder: Path, tmp_path: Path):
     from vitarium.data import open_data
     from vitarium.training import find_learner, fit, load_recipe
@@ -222,7 +273,8 @@ def test_the_command_fits_shows_and_removes(folder: Path, tmp_path: Path):
 def test_a_finished_run_that_is_asked_for_again_keeps_the_temperature(tmp_path: Path):
     asked = dict(changes=["budget.steps=2", "batch_size=8", "image_size=8"], out=tmp_path, accelerator="cpu")
     file = vitarium.train("pico", "digits", **asked).file
-    change_record(file, temperature=0.5)
+    effect = dict(fitted=20, measured=20, error_before=0.2, error_after=0.1, loss_before=0.5, loss_after=0.4)
+    change_record(file, temperature=0.5, calibration=effect)
     before = file.read_bytes()
     assert vitarium.train("pico", "digits", **asked).finished_before
     assert file.read_bytes() == before

@@ -205,6 +205,23 @@ class Results(Part):
     methods: list[Name] = []
 
 
+class CalibrationRecord(Part):
+    """What a temperature did to the probabilities, on held-out images that it was not fitted on.
+
+    Attributes:
+        fitted, measured: numbers of images of the fit, and of the others, on which the rest was measured.
+        error_before, error_after: expected calibration error, 0 to 1, with temperature 1 and with the fitted one.
+        loss_before, loss_after: mean cross entropy in nats, likewise.
+    """
+
+    fitted: int = Field(ge=0)
+    measured: int = Field(ge=0)
+    error_before: float = Field(ge=0)
+    error_after: float = Field(ge=0)
+    loss_before: float = Field(ge=0)
+    loss_after: float = Field(ge=0)
+
+
 class Training(Part):
     """Task, learner and data of a model's training. It is `model.training_record`, and part of a saved file's record.
 
@@ -214,6 +231,7 @@ class Training(Part):
         data: None: unknown.
         temperature: by which logits are divided before the softmax, where the model was calibrated (see `catalog.calibration`). Methods
             keep it, because they approximate the same logits; training drops it.
+        calibration: what the temperature did when it was fitted; None: unknown, or no temperature.
         run: None: unknown.
         results: None: nothing was measured.
     """
@@ -222,6 +240,7 @@ class Training(Part):
     learner: LearnerRecord | None = None
     data: DataRecord | None = None
     temperature: float | None = Field(default=None, gt=0)
+    calibration: CalibrationRecord | None = None
     run: RunRecord | None = None
     results: Results | None = None
 
@@ -265,7 +284,7 @@ class Record(ModelRecord):
         library: other library that the model comes from, such as "timm 1.0.31"; "" for ours.
         untrained: parameters of a head that no weights filled and no training changed (see `heads`).
         base: weights that the file leaves out; None: it is complete.
-        task, learner, data, temperature, run, results: see `Training`.
+        task, learner, data, temperature, calibration, run, results: see `Training`.
         objective: formats 1 and 2 only: the learner's name and settings in one table.
     """
 
@@ -275,6 +294,7 @@ class Record(ModelRecord):
     learner: LearnerRecord | None = None
     data: DataRecord | None = None
     temperature: float | None = Field(default=None, gt=0)
+    calibration: CalibrationRecord | None = None
     run: RunRecord | None = None
     results: Results | None = None
     tied: dict[str, str] = {}
@@ -299,7 +319,8 @@ class Record(ModelRecord):
         if learner is None and self.objective is not None:
             settings = dict(self.objective)
             learner = LearnerRecord(name=settings.pop("name"), settings=settings)
-        return Training(task=self.task, learner=learner, data=self.data, temperature=self.temperature, run=self.run, results=self.results)
+        kept = {name: getattr(self, name) for name in Training.model_fields if name != "learner"}
+        return Training(learner=learner, **kept)
 
 
 def _check_objective(objective: dict[str, Any]) -> None:

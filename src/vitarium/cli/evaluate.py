@@ -108,6 +108,9 @@ def show(found: Evaluation) -> None:
     print_tables(found.tables()[: -1 if found.corruptions else None])
     if found.trained is not None and found.trained.trained and found.split != "train":
         err().print(f"[yellow]the model was trained on {found.trained} of these images: the numbers are too good for new ones[/]")
+    if found.kept_card is not None:
+        text = f"{found.kept_card} was edited, so it stays as it is and does not mention the change; 'vitarium info' shows the calibration"
+        err().print(text, style="yellow", markup=False)
     if found.broken:
         err().print(f"[yellow]{len(found.broken)} images could not be read[/]")
     if found.corruptions:

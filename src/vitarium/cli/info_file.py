@@ -62,7 +62,17 @@ def print_file(report: dict[str, Any]) -> None:
         "methods": ", ".join(m["slug"] for m in record["methods"]) or "none",
         "trained on": _data(record["data"]),
     }
+    rows |= {"calibration": _calibration(record)} if record["temperature"] is not None else {}
     console.print(pairs(rows))
+
+
+def _calibration(record: dict[str, Any]) -> str:
+    """Describe the temperature of a classifier, and what it did to the calibration error."""
+    found, temperature = record["calibration"], f"temperature {record['temperature']:.3f}"
+    if found is None:
+        return temperature
+    errors = f"calibration error {100 * found['error_before']:.2f} % before, {100 * found['error_after']:.2f} % after"
+    return f"{temperature}, fitted on {found['fitted']} held-out images; on the other {found['measured']}: {errors}"
 
 
 def _data(record: dict[str, Any] | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,6 +121,7 @@ def render(facts: Facts, license: str | None, repository: str | None) -> str:
         f"---\n{head}---\n{CARD_MARK}\n\n# {escaped(name)}",
         introduction(facts),
         section("Measured", measured(facts)),
+        section("Calibration", calibration_words(facts)),
         section("Data", data_words(facts)),
         section("Training", training_words(facts)),
         section("Methods", method_words(facts)),
@@ -187,6 +189,25 @@ def measured(facts: Facts) -> str:
     before = "" if results.methods == slugs(facts) else f" **before** the methods below were applied (then: {listed(results.methods)})"
     where = f"On {results.images:,} images of the part {escaped(results.part)}{before}:"
     return f"{where}\n\n{table([(title, text) for _, title, _, text in shown_metrics(facts)], ('metric', 'value'))}"
+
+
+def calibration_words(facts: Facts) -> str:
+    """Return the temperature, and what it did to the probabilities; "" without one."""
+    temperature, found = facts.record.temperature, facts.record.calibration
+    if temperature is None:
+        return ""
+    words = f"The logits are divided by the temperature {temperature:.3f} before the softmax"
+    if found is None:
+        return f"{words}."
+    rows = [
+        ("calibration error", f"{100 * found.error_before:.2f} %", f"{100 * found.error_after:.2f} %"),
+        ("cross entropy", f"{found.loss_before:.4f}", f"{found.loss_after:.4f}"),
+    ]
+    results = facts.record.results
+    earlier = " The same metrics above were measured without it." if results and not facts.record.methods else ""
+    return f"{words}; it was fitted on {found.fitted:,} held-out images. On the other {found.measured:,} of them:{earlier}\n\n" + table(
+        rows, ("metric", "without", "with")
+    )
 
 
 def data_words(facts: Facts) -> str:
@@ -279,9 +300,9 @@ def section(title: str, text: str) -> str:
     return f"## {title}\n\n{text}" if text else ""
 
 
-def table(rows: list[tuple[str, str]], head: tuple[str, str] = ("", "")) -> str:
-    """Return a table of two columns."""
-    lines = [f"| {head[0]} | {head[1]} |", "|---|---|", *(f"| {escaped(name)} | {escaped(value)} |" for name, value in rows)]
+def table(rows: Sequence[Sequence[str]], head: Sequence[str] = ("", "")) -> str:
+    """Return a table, whose first row is `head`."""
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(map(escaped, row))} |" for row in rows)]
     return "\n".join(lines)
 
 

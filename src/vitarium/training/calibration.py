@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitarium.catalog.record import CalibrationRecord
 from vitarium.data.bad_files import BadFiles
 from vitarium.data.image_set import ImageSet
 from vitarium.errors import DataError
@@ -49,6 +50,10 @@ class Calibration:
     def to_dict(self) -> dict[str, Any]:
         """Return the values as plain values."""
         return asdict(self)
+
+    def record(self) -> CalibrationRecord:
+        """Return what a saved file records of it, beside the temperature."""
+        return CalibrationRecord(**{name: value for name, value in asdict(self).items() if name != "temperature"})
 
 
 def calibrate(model: nn.Module, images: ImageSet, *, seed: int = 0, batch_size: int = 64, bad_files: BadFiles | None = None) -> Calibration:

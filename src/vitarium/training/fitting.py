@@ -122,7 +122,8 @@ def fit(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot use {folder} as the folder of the run: {error}") from error
-    training_of(learner.eval_model()).temperature = None  # it was fitted to the logits of before
+    record = training_of(learner.eval_model())
+    record.temperature = record.calibration = None  # they were fitted to the logits of before
     fabric = create_fabric(devices, num_nodes, strategy, accelerator, recipe.precision)
     if spawns(fabric):
         with lock_folder(folder):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +19,7 @@ from vitarium.verbs.result import Result
 if TYPE_CHECKING:
     from torch import nn
 
+    from vitarium.catalog.record import Training
     from vitarium.data import ImageData, ImageSet
     from vitarium.training.calibration import Calibration
     from vitarium.training.fingerprints import Seen
@@ -45,6 +47,7 @@ class Evaluation(Result):
         trained: how many of the evaluated images the model was trained on; None: its file does not say.
         temperature: of the model's calibration; None: it is not calibrated.
         calibration: the fit of the temperature, if requested.
+        kept_card: the card beside the file, if it has been edited by its user and so lacks a calibration that was changed; None otherwise.
     """
 
     model: str
@@ -59,6 +62,7 @@ class Evaluation(Result):
     trained: Seen | None = None
     temperature: float | None = None
     calibration: Calibration | None = None
+    kept_card: Path | None = None
 
     def facts(self) -> dict[str, Any]:
         known = {} if self.trained is None else {"trained on": f"{self.trained} images"}
@@ -136,7 +140,6 @@ def evaluate(
     """
     from vitarium.catalog.heads import require_head
     from vitarium.catalog.record import training_of
-    from vitarium.catalog.saving import change_record
     from vitarium.data.image_set import size_of
     from vitarium.files import check_output, write_json
     from vitarium.training.tasks import task_of
@@ -171,22 +174,49 @@ def evaluate(
     part = images.val
     seen = trained_on(opened, part)
     fitted = calibrated(opened, images, seen, seed or 0, batch_size, notify) if calibrate else None
-    if calibrate or remove_calibration:
-        training_of(opened).temperature = fitted.temperature if fitted else None
-    notify(f"Evaluating on {len(part)} images")
-    parts = None if output is None else f"{output}.parts"
-    values, broken = measure(opened, part, batch_size, where, total=size_of(images), parts=parts, notify=notify)
-    values |= {"loss": fitted.loss_after, "calibration_error": fitted.error_after} if fitted else {}
-    found = Evaluation(name_of(model), images.name, images.part, len(part) - len(broken), task.report(values, images), broken, task)
-    found.notes, found.trained = images.notes, seen
-    found.temperature, found.calibration = training_of(opened).temperature, fitted
-    if corruptions:
-        found.corruptions = measure_corrupted(opened, part, images, batch_size, seed or 0, notify)
-    if (calibrate or remove_calibration) and isinstance(model, str | os.PathLike):
-        change_record(os.fspath(model), temperature=found.temperature)
-    if output is not None:
-        write_json(Path(output), found.to_dict())
+    changed = calibrate or remove_calibration
+    with _undone_on_error(training_of(opened)) as record:
+        if changed:
+            record.temperature, record.calibration = (fitted.temperature, fitted.record()) if fitted else (None, None)
+        notify(f"Evaluating on {len(part)} images")
+        parts = None if output is None else f"{output}.parts"
+        values, broken = measure(opened, part, batch_size, where, total=size_of(images), parts=parts, notify=notify)
+        values |= {"loss": fitted.loss_after, "calibration_error": fitted.error_after} if fitted else {}
+        found = Evaluation(name_of(model), images.name, images.part, len(part) - len(broken), task.report(values, images), broken, task)
+        found.notes, found.trained = images.notes, seen
+        found.temperature, found.calibration = record.temperature, fitted
+        if corruptions:
+            found.corruptions = measure_corrupted(opened, part, images, batch_size, seed or 0, notify)
+        if changed and isinstance(model, str | os.PathLike):
+            found.kept_card = _write_calibration(model, record)
+        if output is not None:
+            write_json(Path(output), found.to_dict())
     return found
+
+
+@contextlib.contextmanager
+def _undone_on_error(record: Training) -> Iterator[Training]:
+    """Give a model's record its calibration of before if something fails inside, so that a model object stays as it was."""
+    before = record.temperature, record.calibration
+    try:
+        yield record
+    except BaseException:
+        record.temperature, record.calibration = before
+        raise
+
+
+def _write_calibration(file: str | os.PathLike[str], record: Training) -> Path | None:
+    """Write a calibration into a saved file, and into the card beside it if there is one.
+
+    Returns:
+        a card that its user has edited, which stays as it is; None otherwise.
+    """
+    from vitarium.catalog.saving import change_record
+    from vitarium.reports.card import card_path, write_card
+
+    change_record(os.fspath(file), temperature=record.temperature, calibration=record.calibration)
+    card = card_path(file)
+    return card if card.exists() and write_card(file) is None else None
 
 
 def check_calibration(model: str | os.PathLike[str] | nn.Module, apply: Sequence[Any] | None, engine: str | Engine) -> None:

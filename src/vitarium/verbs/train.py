@@ -208,13 +208,14 @@ def train(
 
 
 def keep_calibration(model: nn.Module, file: Path) -> None:
-    """Give a model the temperature of its file, if there is one: that of a finished run may have been calibrated since."""
+    """Give a model the calibration of its file, if there is one: that of a finished run may have been calibrated since."""
     from vitarium.catalog.record import training_of
     from vitarium.reports.card import read_facts
 
     with contextlib.suppress(CheckpointError):  # missing or damaged: it is written again
-        temperature = read_facts(file).record.temperature
-        model.training_record = training_of(model).model_copy(update={"temperature": temperature})  # type: ignore[assignment]
+        there = read_facts(file).record
+        known = {"temperature": there.temperature, "calibration": there.calibration}
+        model.training_record = training_of(model).model_copy(update=known)  # type: ignore[assignment]
 
 
 def open_job(
