@@ -106,7 +106,7 @@ def test_a_default_is_the_embedded_set(tmp_path, monkeypatch):
 
 def test_names_of_embedded_sets():
     assert len(open_data("embedded:scenes:length=40").train) == 32
-    with pytest.raises(UsageError, match=r"no embedded data set 'fashoin' .* digits, photos, scenes"):
+    with pytest.raises(UsageError, match=r"no embedded data set 'fashoin' .*; did you mean fashion\? .* fashion, digits, photos, scenes"):
         open_data("embedded:fashoin")
-    with pytest.raises(UsageError, match=r"no embedded data set 'photos' has labels of the kind 'panoptic'; those that have: scenes"):
+    with pytest.raises(UsageError, match=r"no embedded data set 'photos' has labels of the kind 'panoptic' \(those that have: scenes\)"):
         open_data("embedded:photos", task="segment")

@@ -25,7 +25,7 @@ def complete_data(incomplete: str) -> list[str]:
     """Return the embedded data sets, the kinds of files with options, and the folders that begin with `incomplete`."""
     from glob import escape, glob
 
-    names = ["digits", "photos", "scenes", "embedded:", "folder:", "csv:", "wds:", "hf:"]
+    names = ["fashion", "digits", "photos", "scenes", "embedded:", "folder:", "csv:", "wds:", "hf:"]
     return [*(name for name in names if name.startswith(incomplete)), *sorted(glob(f"{escape(incomplete)}*/"))]
 
 

@@ -26,8 +26,8 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL|FILE", help=MODEL_H
 ModelOption = Annotated[str, typer.Option("--model", metavar="MODEL|FILE", help=MODEL_HELP, autocompletion=complete_weights)]
 
 DATA_HELP = (
-    "Images: digits, photos, scenes (embedded:NAME where a folder has the name), a folder of class folders, a CSV file, WebDataset shards, "
-    "or a saved Hugging Face dataset."
+    "Images: fashion, digits, photos, scenes (embedded:NAME where a folder has the name), a folder of class folders, a CSV file, "
+    "WebDataset shards, or a saved Hugging Face dataset."
 )
 DataSpec = Annotated[str, typer.Option(help=DATA_HELP)]
 Apply = Annotated[

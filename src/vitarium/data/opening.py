@@ -40,16 +40,18 @@ LABELS_OF_TASKS = {
 log = logging.getLogger("vitarium")
 _logged: set[str] = set()
 
-EMBEDDED = ("digits", "photos", "scenes")
+EMBEDDED = ("fashion", "digits", "photos", "scenes")
+WITH_OPTIONS = ("fashion", "scenes")
+"""Embedded data sets that take options after a colon."""
 EMBEDDED_PREFIX = "embedded:"
 """Begins the name of an embedded data set where a folder of the same name exists."""
 EMBEDDED_OF_KIND = {"multilabel": ("scenes",), "pairs": ("photos",), **dict.fromkeys(("panoptic", "semantic", "instance"), ("scenes",))}
 """Kinds of labels that not all embedded data sets have -> those that have them."""
 KINDS = ("folder", "csv", "wds", "hf")
 ACCEPTED = (
-    "accepted: digits, photos, scenes[:KEY=VALUE,...], or embedded:NAME of these; or a path to a folder of class folders (or of train/ "
-    "and val/ or test/), to WebDataset shards (a folder of .tar files, or name-{000..009}.tar), to a Hugging Face data set written by "
-    "save_to_disk, or to a CSV file with columns path and label"
+    "accepted: fashion[:all], digits, photos, scenes[:KEY=VALUE,...], or embedded:NAME of these; or a path to a folder of class folders "
+    "(or of train/ and val/ or test/), to WebDataset shards (a folder of .tar files, or name-{000..009}.tar), to a Hugging Face data "
+    "set written by save_to_disk, or to a CSV file with columns path and label"
 )
 
 
@@ -67,11 +69,12 @@ def open_data(
     What was left out, ignored or assumed is logged, each sentence once in a process, and is in the data's `notes`.
 
     Args:
-        spec: "digits" (scikit-learn's handwriting), "photos" (crops of real photographs), "scenes" (rendered on demand, with options:
-            "scenes:length=5000,task=class"); or a path: a folder of class folders, one with train/ and val/ of them, WebDataset shards
-            ("shards/", "x-{000..009}.tar"), a Hugging Face data set saved with `save_to_disk`, a CSV file with columns path and label.
-            The kind of a path is recognised; a prefix "folder:", "csv:", "wds:" or "hf:" forces it. Where a folder has the name of an
-            embedded data set, "embedded:photos" is the data set and "./photos" the folder; "photos" alone is refused.
+        spec: "fashion" (10,000 images of clothes; "fashion:all" 70,000), "digits" (scikit-learn's handwriting), "photos" (crops of real
+            photographs), "scenes" (rendered on demand, with options: "scenes:length=5000,task=class"); or a path: a folder of class
+            folders, one with train/ and val/ of them, WebDataset shards ("shards/", "x-{000..009}.tar"), a Hugging Face data set saved with
+            `save_to_disk`, a CSV file with columns path and label. The kind of a path is recognised; a prefix "folder:", "csv:", "wds:" or
+            "hf:" forces it. Where a folder has the name of an embedded data set, "embedded:photos" is the data set and "./photos" the
+            folder; "photos" alone is refused.
         task: a kind of labels ("class", "image": none, or another of `KINDS_OF_LABELS`, each documented in its
             function), or the name of a task ("classify", "segment", "restore", ...).
         seed: of the split, if the data has none, and of rendered data.
@@ -82,7 +85,8 @@ def open_data(
 
     Raises:
         DataError: there is no such data, or it cannot be trained on or evaluated.
-        UsageError: an option of "scenes", a task, or a part that does not exist; or a name that is both an embedded data set and a folder.
+        UsageError: an option of "fashion" or "scenes", a task, or a part that does not exist; or a name that is both an embedded data set
+            and a folder.
     """
     labels = LABELS_OF_TASKS.get(task, task)
     if labels != "class" and labels not in KINDS_OF_LABELS:
@@ -117,7 +121,8 @@ def _meant(spec: str, labels: str) -> str:
     if spec.startswith(EMBEDDED_PREFIX):
         name = spec.removeprefix(EMBEDDED_PREFIX)
         if (bare := name.partition(":")[0]) not in known:
-            raise UsageError(f"no embedded data set {bare!r} has labels of the kind {labels!r}; those that have: {', '.join(known)}")
+            hint = f"{nearest(bare, known)} (those that have: {', '.join(known)})"
+            raise UsageError(f"no embedded data set {bare!r} has labels of the kind {labels!r}{hint}")
         return name
     if spec in known and Path(spec).is_dir():
         raise UsageError(
@@ -130,7 +135,7 @@ def _meant(spec: str, labels: str) -> str:
 def open_classes(text: str, *, seed: int, val_fraction: float, image_size: int | None, split: str | None) -> ImageData:
     """Open data with one class per image. See `open_data`."""
     kind, colon, rest = text.partition(":")
-    if kind == "scenes" or (kind in EMBEDDED and not colon):
+    if kind in WITH_OPTIONS or (kind in EMBEDDED and not colon):
         share = 0.2 if split is not None and val_fraction == 1 else val_fraction
         return chosen(_embedded(kind, rest, seed, share, image_size), split, val_fraction)
     division: dict[str, Any] = {"seed": seed, "val_fraction": val_fraction, "split": split}
@@ -156,6 +161,10 @@ def open_classes(text: str, *, seed: int, val_fraction: float, image_size: int |
 
 
 def _embedded(kind: str, options: str, seed: int, val_fraction: float, image_size: int | None) -> ImageData:
+    if kind == "fashion":
+        from vitarium.data.fashion import open_fashion
+
+        return open_fashion(options)
     if kind == "digits":
         from vitarium.data.digits import open_digits
 

@@ -150,7 +150,7 @@ def chosen(data: ImageData, split: str | None, val_fraction: float = 0.2) -> Ima
         return data
     if split == "all" or (split == "val" and val_fraction == 1):
         return replace(data, val=Joined([data.train, data.val]), part="all")
-    parts = {"train": [data.train], "val": [data.val]}
+    parts = {"train": [data.train], data.part: [data.val]}
     found = divide(data.name, parts, lambda samples: (samples, samples), split=split)
     return replace(data, val=found.val[0], part=found.part)
 
