@@ -99,6 +99,14 @@ def test_models_that_name_nothing(text):
         chosen(text)
 
 
+def test_names_are_separated_by_commas(run):
+    with pytest.raises(UsageError, match=r"separated by commas: --models swin_pico,timm/vit_pico, got 'swin_pico timm/vit_pico'"):
+        chosen("swin_pico timm/vit_pico,convnext_pico")
+    result = run("compare", "--models", "swin_pico", "timm/vit_pico")
+    assert result.code == 2
+    assert "separated by commas, as in --models a,b" in " ".join(result.err.replace("│", " ").split())
+
+
 def test_an_error_of_the_comparison_keeps_its_exit_code(run, monkeypatch):
     def compare(*args, **kwargs):
         raise DataError("photos/ holds no images")

@@ -190,6 +190,38 @@ def test_folder_of_another_comparison_is_refused(tmp_path, recipe, images):
         compare("images", ["timm/vit_pico"], recipe=recipe, out=other)
 
 
+def test_a_folder_in_which_nothing_was_trained_is_taken_over(tmp_path, recipe, images, monkeypatch):
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match="--batch-size 160"):
+        compare("images", ["timm/vit_pico"], recipe=recipe, out=out, batch_size=200)
+
+    def stop(*_, **__):
+        raise TrainingStopped("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "run_trial", stop)
+        with pytest.raises(TrainingStopped):
+            compare("images", ["timm/resnet_pico"], recipe=recipe, out=out, seed=3)
+    assert (out / "models/timm-resnet_pico/error.txt").exists()
+    result = compare("images", ["timm/vit_pico"], recipe=recipe, out=out)
+    assert [trial.name for trial in result.trials] == ["timm/vit_pico"]
+    assert not (out / "models/timm-resnet_pico/error.txt").exists()
+    with pytest.raises(UsageError, match=r"recipe\.batch_size: 16 there, 8 now \(--batch-size\)"):
+        compare("images", ["timm/vit_pico"], recipe=recipe, out=out, batch_size=8)
+
+
+def test_a_folder_with_a_checkpoint_is_not_taken_over(tmp_path, recipe, images, monkeypatch):
+    def interrupt(event):
+        if event.kind == "step" and event.step:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt, match="out was interrupted; the same command continues it"):
+        compare("images", ["timm/vit_pico"], recipe=recipe, out=out, progress=interrupt)
+    with pytest.raises(UsageError, match="holds another run"):
+        compare("images", ["timm/vit_pico"], recipe=recipe, out=out, seed=1)
+
+
 def test_folder_in_use_is_refused(tmp_path, recipe, images):
     from vitarium.files import lock_folder
 

@@ -195,6 +195,18 @@ def test_the_regression_is_a_row_and_no_candidate(tmp_path: Path):
     assert "Logistic regression: on 16x16 pixels of 100 training images" in render(comparison, {})
 
 
+def test_models_that_do_not_beat_the_baseline_are_not_praised(tmp_path: Path):
+    inspection = Inspection(baselines=[{"name": PIXELS, "accuracy": 0.985, "side": 16, "train": 100, "val": 50}])
+    comparison = make_comparison(tmp_path, inspection=inspection)
+    assert comparison.best.score > 0.985
+    assert comparison.recommendation.sentence.startswith(f"No model is clearly better than {PIXELS} (98.50 % against 98.60 %")
+    page = render(comparison, make_images(comparison))
+    assert 'class="badge">recommended' not in page
+    assert "Use " not in comparison.recommendation.sentence
+    alone = make_comparison(tmp_path, trials=comparison.trials[:1])
+    assert 'class="badge"' not in render(alone, make_images(alone)), "one model is neither recommended nor the most accurate"
+
+
 # ---- the expected time
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from vitarium.reports.recommend import pareto_front, recommend, standard_error
+from vitarium.reports.recommend import Baseline, pareto_front, recommend, standard_error, unbeaten
+from vitarium.training.tasks import Metric
 
 
 @dataclass
@@ -56,6 +57,31 @@ def test_of_equals_the_faster_is_best():
 
 def test_a_single_model_is_not_praised():
     assert "no other model" in recommend([Model("only", 0.97, 1.0)]).sentence
+
+
+@pytest.mark.parametrize(("score", "beaten"), [(0.5, False), (0.6, False), (19 / 30, False), (0.75, True), (0.9, True)])
+def test_a_lead_within_the_noise_is_none(score, beaten):
+    regression = Baseline("regression", 0.6, 30)
+    assert (unbeaten([Model("a", score, 1.0, 30), Model("b", 0.4, 1.0, 30)], [regression, Baseline("constant", 0.3, 30)]) is None) == beaten
+    choice = recommend([Model("a", score, 1.0, 30)], baselines=[regression])
+    assert choice.model == "a"
+    assert choice.beats_baselines == beaten
+    if not beaten:
+        assert "better than regression (60.00 %" in choice.sentence
+        assert "Train longer" in choice.sentence
+        assert not any(word in choice.sentence for word in ("Use a", "most accurate", "reaches"))
+
+
+def test_a_lead_of_one_image_is_told_with_its_error():
+    sentence = recommend([Model("a", 19 / 30, 1.0, 30), Model("b", 0.4, 1.0, 30)], baselines=[Baseline("regression", 0.6, 30)]).sentence
+    assert sentence.startswith("No model is clearly better than regression (60.00 % against 63.33 % of a, the best; ")
+    assert "the standard error of the difference is 12.4 points on 30 held-out images" in sentence
+
+
+def test_other_metrics_must_be_better_than_a_baseline():
+    loss = Metric("loss", "min")
+    assert unbeaten([Model("a", 0.5, 1.0)], [Baseline("constant", 0.6, 400)], loss) is None
+    assert unbeaten([Model("a", 0.5, 1.0)], [Baseline("constant", 0.5, 400)], loss) is not None
 
 
 def test_pareto_front():

@@ -37,6 +37,8 @@ from vitarium.cli.interrupts import MESSAGE, settle
 from vitarium.errors import VitariumError
 from vitarium.texts import printable
 
+SEVERAL = ". Names of one option are separated by commas, as in --models a,b; a path with blanks needs quotes."
+
 
 class Commands(TyperGroup):
     """Group whose commands end with a result, or with one message on stderr and an exit code (see vitarium.errors)."""
@@ -66,7 +68,8 @@ class Commands(TyperGroup):
 def _safe(error: Exception) -> Exception:
     """Return an error of typer with a message that is safe to print: it quotes arguments, which may be names of files of others."""
     if isinstance(message := getattr(error, "message", None), str):
-        error.message = printable(message)  # type: ignore[attr-defined]
+        hint = SEVERAL if message.startswith("Got unexpected extra argument") else ""
+        error.message = printable(message) + hint  # type: ignore[attr-defined]
     return error
 
 

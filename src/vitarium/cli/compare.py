@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -97,12 +98,12 @@ def show(comparison: Comparison) -> None:
     from vitarium.verbs.compare import baselines, cells, headers
 
     console = out()
-    winner = comparison.recommendation.model
+    winner, worth = comparison.recommendation.model, comparison.recommendation.beats_baselines
     rows = table(*headers(comparison))
     for texts in baselines(comparison):
         rows.add_row(*texts, style="dim")
     for row in comparison.table():
-        rows.add_row(*cells(row, comparison.metric), style="bold green" if row["name"] == winner else None)
+        rows.add_row(*cells(row, comparison.metric), style="bold green" if worth and row["name"] == winner else None)
     console.print()
     console.print(rows)
     for failure in comparison.failures:
@@ -115,4 +116,5 @@ def show(comparison: Comparison) -> None:
         console.print(f"{warning[0].upper()}{warning[1:]}.", style="yellow", markup=False)
     console.print(f"\n{comparison.recommendation}\n", style="bold", markup=False)
     file = next(comparison.folder / trial.file for trial in comparison.trials if trial.name == winner)
-    console.print(pairs({"report": comparison.report, "model": file, "use it": comparison.parsed_task().usage.format(file=file)}))
+    use = {"use it": comparison.parsed_task().usage.format(file=shlex.quote(str(file)))} if worth else {}
+    console.print(pairs({"report": comparison.report, "model": file, **use}))

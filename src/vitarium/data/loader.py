@@ -236,9 +236,10 @@ class Loader:
         if len(dataset) == 0:
             raise DataError("the data holds no samples")
         if drop_last and len(dataset) < batch_size * world_size:
+            fit = max(1, len(dataset) // world_size)
             raise DataError(
                 f"{len(dataset)} training images are fewer than one batch ({batch_size} a process, {world_size} process"
-                f"{'es' if world_size > 1 else ''}); use batch_size={max(1, len(dataset) // world_size)} or less, or more data"
+                f"{'es' if world_size > 1 else ''}); use batch_size={fit} (--batch-size {fit}) or less, or more data"
             )
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.shuffle, self.drop_last, self.repeats = shuffle, drop_last, repeats

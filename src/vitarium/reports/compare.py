@@ -16,11 +16,12 @@ In the output folder:
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ from vitarium.engine.machine import describe_machine
 from vitarium.errors import DataError, InputError, TrainingStopped, UsageError, VitariumError
 from vitarium.files import atomic_path, lock_folder, write_text
 from vitarium.reports.events import Event, Listener
-from vitarium.reports.folder import claim, default_folder, plan_of, slug
+from vitarium.reports.folder import ERROR, claim, default_folder, plan_of, slug
 from vitarium.reports.inspection import Inspection, inspect
 from vitarium.reports.looking import still
 from vitarium.reports.names import DEFAULT_MODELS, check_kind, check_names, default_models, task_of_recipe
@@ -41,7 +42,7 @@ from vitarium.reports.page import sections_of, write_report
 from vitarium.reports.results import Comparison, Failure, Trial
 from vitarium.reports.trial import MEASURING_BATCH, MODEL, DataSource, Devices, is_main_process, run_trial, started_together
 from vitarium.training import Progress, Recipe, load_recipe
-from vitarium.training.tasks import GalleryData, Metric
+from vitarium.training.tasks import GalleryData, Metric, Task
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -111,32 +112,26 @@ def compare(
         UsageError: unknown names (all at once), more than one budget, or a folder that holds another comparison or is in use.
         DataError: data that cannot be used; before any model is built.
         TrainingStopped: every model failed.
+        KeyboardInterrupt: the message says that the same call continues.
         MissingExtra: engine="ray" without Ray, or a runtime that is not installed.
     """
     settings = _recipe(recipe, pixels=image_size, seed=seed, steps=steps, epochs=epochs, minutes=minutes, batch_size=batch_size)
     names = list(models) if models is not None else default_models(settings)
     check_names(names)
     check_runtime(runtime)
-    where = as_engine(engine, address=address, jobs=jobs)
-    _check_engine(where, devices, num_nodes)
-    if out is None and where.in_process and started_together():
-        raise UsageError("several processes were started, and all need the same folder: name it with out (--out), on a shared disk")
-    task = task_of_recipe(settings)
+    where, task = as_engine(engine, address=address, jobs=jobs), task_of_recipe(settings)
+    _check_engine(where, devices * num_nodes, out)
     if runtime != "eager" and task.eager_only:
         raise UsageError(f"models of the task {task.name} run with --runtime eager only: {task.eager_only}")
-    spec = data if data is not None else embedded(settings.data or task.default_data)
-    side = settings.image_size if task.data_kind != "class" else image_size  # classes: images that keep their size, unless asked for
-    opening: dict[str, Any] = dict(seed=seed, val_fraction=val_fraction, image_size=side)
-    images = open_data(spec, task=task.data_kind, **opening)
+    images, source = _opened(data, task, settings, seed, val_fraction, image_size)
     check_kind(names, images)
     if settings.image_size is None:
         size = images.image_size or (PICO_SIZE if models is None and names == list(DEFAULT_MODELS) else None)
         settings = settings.model_copy(update=dict(image_size=size))
-    source = DataSource.of(images, spec, labels=task.data_kind, **opening)
     main = is_main_process() or not where.in_process
     plan = plan_of(images, names, settings, pretrained, processes=devices * num_nodes, runtime=runtime)
     folder = Path(out) if out is not None else default_folder(Path("runs"), images, plan)
-    with lock_folder(folder) if main else nullcontext():
+    with lock_folder(folder) if main else nullcontext(), _continued_by_the_same_command(folder):
         if main:
             claim(folder, plan, images)
             inspection = inspect(images, classes=task.classifies, seed=seed)
@@ -146,34 +141,66 @@ def compare(
         trials, failures = _run(names, folder, given, where, progress or (lambda event: None))
         if not main:
             raise SystemExit(0)  # a helper process has nothing to return
-        comparison = Comparison(
-            folder=folder,
-            data=images.name,
-            images={"train": len(images.train), "val": len(images.val)},
-            classes=list(images.classes),
-            budget=settings.budget.model_dump(exclude_none=True),
-            settings={
-                "recipe": str(recipe),
-                "batch_size": settings.batch_size,
-                "seed": seed,
-                "pretrained": pretrained,
-                "devices": devices * num_nodes,
-                "accelerator": accelerator,
-                "measuring_batch": MEASURING_BATCH,
-                "engine": where.kind,
-                "at_a_time": where.jobs or (1 if where.in_process else "several"),
-            },
-            machine=describe_machine(),
-            created=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-            trials=trials,
-            failures=failures,
-            task=task.record(),
-            baseline=task.baseline(images),
-            notes=list(images.notes),
-            inspection=inspection,
-        )
+        shared = dict(recipe=str(recipe), pretrained=pretrained, devices=devices * num_nodes, accelerator=accelerator)
+        comparison = _compared(folder, images, settings, task, trials, failures, inspection, _settings(shared, settings, where))
         finish(comparison, images)
     return comparison
+
+
+def _opened(
+    data: str | Path | None, task: Task, recipe: Recipe, seed: int, val_fraction: float, image_size: int | None
+) -> tuple[ImageData, DataSource]:
+    """Open the data of a comparison, and return it with the arguments by which other processes open it."""
+    spec = data if data is not None else embedded(recipe.data or task.default_data)
+    side = recipe.image_size if task.data_kind != "class" else image_size  # classes: images that keep their size, unless asked for
+    opening: dict[str, Any] = dict(seed=seed, val_fraction=val_fraction, image_size=side)
+    images = open_data(spec, task=task.data_kind, **opening)
+    return images, DataSource.of(images, spec, labels=task.data_kind, **opening)
+
+
+@contextlib.contextmanager
+def _continued_by_the_same_command(folder: Path) -> Iterator[None]:
+    """Say in the message of an interruption how the comparison goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"the comparison in {folder} was interrupted; the same command continues it") from None
+
+
+def _settings(shared: dict[str, Any], recipe: Recipe, engine: Engine) -> dict[str, Any]:
+    """Return `Comparison.settings`."""
+    at_a_time = engine.jobs or (1 if engine.in_process else "several")
+    numbers = dict(batch_size=recipe.batch_size, seed=recipe.seed, measuring_batch=MEASURING_BATCH)
+    return {**shared, **numbers, "engine": engine.kind, "at_a_time": at_a_time}
+
+
+def _compared(
+    folder: Path,
+    images: ImageData,
+    recipe: Recipe,
+    task: Task,
+    trials: list[Trial],
+    failures: list[Failure],
+    inspection: Inspection,
+    settings: dict[str, Any],
+) -> Comparison:
+    """Return the comparison of trained models."""
+    return Comparison(
+        folder=folder,
+        data=images.name,
+        images={"train": len(images.train), "val": len(images.val)},
+        classes=list(images.classes),
+        budget=recipe.budget.model_dump(exclude_none=True),
+        settings=settings,
+        machine=describe_machine(),
+        created=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        trials=trials,
+        failures=failures,
+        task=task.record(),
+        baseline=task.baseline(images),
+        notes=list(images.notes),
+        inspection=inspection,
+    )
 
 
 def announce(
@@ -200,13 +227,15 @@ def announce(
             notify(f"{expected.text()}\n")
 
 
-def _check_engine(engine: Engine, devices: int, num_nodes: int) -> None:
-    """Refuse data-parallel training of models that run side by side.
+def _check_engine(engine: Engine, processes: int, out: str | Path | None) -> None:
+    """Refuse data-parallel training of models that run side by side, and processes that would each choose a folder.
 
     Raises:
-        UsageError: several devices a model with Ray, or several machines with several jobs.
+        UsageError: several devices a model with Ray, several machines with several jobs, or processes of one training without a folder.
     """
-    if devices * num_nodes > 1 and not engine.in_process:
+    if out is None and engine.in_process and started_together():
+        raise UsageError("several processes were started, and all need the same folder: name it with out (--out), on a shared disk")
+    if processes > 1 and not engine.in_process:
         raise UsageError(
             "with --engine ray or several --jobs each model is trained on one device; for one training over several devices or machines "
             "take --devices and --num-nodes with the local engine (torchrun, SLURM)"
@@ -355,7 +384,7 @@ class _Translator:
 
     def _note(self, event: RunEvent) -> None:
         """Write the traceback to error.txt."""
-        path = event.job.folder / "error.txt"
+        path = event.job.folder / ERROR
         verb = "failed" if event.kind == "failed" else "failed and is tried once more"
         assert event.error is not None
         log.warning("%s %s: %s (more in %s)", event.job.name, verb, _reason(event.error), path)

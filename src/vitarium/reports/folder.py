@@ -17,7 +17,20 @@ from vitarium.training import Recipe
 from vitarium.training.identity import check_same_run, fingerprint, fingerprint_like
 from vitarium.version import __version__
 
-PLAN = "comparison.json"
+PLAN, ERROR = "comparison.json", "error.txt"
+OPTIONS = {
+    "models": "--models",
+    "pretrained": "--pretrained",
+    "runtime": "--runtime",
+    "processes": "--devices",
+    "recipe.seed": "--seed",
+    "recipe.batch_size": "--batch-size",
+    "recipe.image_size": "--image-size",
+    "recipe.budget.steps": "--steps",
+    "recipe.budget.epochs": "--epochs",
+    "recipe.budget.minutes": "--minutes",
+}
+"""Keys of `plan_of` -> the option of `vitarium compare` that sets them."""
 
 
 def plan_of(
@@ -53,17 +66,25 @@ def _like(there: Any, plan: dict[str, Any], images: ImageData) -> dict[str, Any]
 
 
 def claim(folder: Path, plan: dict[str, Any], images: ImageData) -> None:
-    """Record a comparison in its folder, or check that the folder records the same one.
+    """Record a comparison in its folder, or check that the folder records the same one. One that has trained nothing is replaced.
 
     Raises:
         UsageError: it holds another comparison (the message names the differences), or other files.
     """
     there = read_json(folder / PLAN)
-    if there is not None:
-        return check_same_run(folder, there, _like(there, plan, images))
-    if any(not path.name.startswith(".lock") and not path.name.endswith(".tmp") for path in folder.iterdir()):
+    if there is not None and _has_trained(folder):
+        return check_same_run(folder, there, _like(there, plan, images), OPTIONS)
+    for path in folder.glob(f"models/*/{ERROR}"):  # of a comparison that failed before its first step
+        path.unlink()
+    if there is None and any(not path.name.startswith(".lock") and not path.name.endswith(".tmp") for path in folder.iterdir()):
         raise UsageError(f"{folder} holds other files and no comparison; choose a new or empty folder")
     write_json(folder / PLAN, plan)
+
+
+def _has_trained(folder: Path) -> bool:
+    """Return whether a model of a comparison has left anything but locks and an error."""
+    kept = lambda name: not name.startswith(".lock") and not name.endswith(".tmp") and name != ERROR
+    return any(kept(path.name) for path in folder.glob("models/*/*"))
 
 
 def read_json(path: Path) -> Any:

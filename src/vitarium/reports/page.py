@@ -128,8 +128,8 @@ def _words(comparison: Comparison) -> dict[str, Any]:
             f"{_budget(comparison)} each",
         ],
         recommendation=recommendation,
-        recommended_file=(comparison.folder / chosen.file).as_posix(),
         recommended_is_not_best=chosen is not best,
+        code=f"import vitarium\nmodel = vitarium.load({(comparison.folder / chosen.file).as_posix()!r})",
         figures=[
             dict(
                 name=_title(metric),
@@ -171,14 +171,16 @@ def _rows(comparison: Comparison) -> list[Row]:
     known = {key: [value for t in trials if (value := getattr(t, key)) is not None] for key, _ in columns}
     tops = {key: (min if first == "ascending" else max)(known[key], default=None) for key, first in columns}
     rows = []
+    chosen = comparison.recommendation.model if comparison.recommendation.beats_baselines else None
     for place, trial in enumerate(trials):
-        recommended = trial.name == comparison.recommendation.model
+        recommended = len(trials) > 1 and trial.name == chosen
         notes = {"score": f"± {_error(trial)}"} if _error(trial) else {}
         cells = [
             Cell(_value(trial, key), _cell(trial, key), notes.get(key, ""), len(trials) > 1 and getattr(trial, key) == tops[key])
             for key, _ in columns
         ]
-        marks = {"recommended": recommended, _most(metric): trial is best, "still improving": trial.still_improving is not None}
+        leads = len(trials) > 1 and trial is best
+        marks = {"recommended": recommended, _most(metric): leads, "still improving": trial.still_improving is not None}
         marks["timed under load"] = trial.disturbed and not all(t.disturbed for t in trials)
         badges = [word for word, holds in marks.items() if holds]
         rows.append(Row(trial.name, cells, place % HUES, badges, recommended))
@@ -263,10 +265,17 @@ def _method(comparison: Comparison) -> list[dict[str, str]]:
         "if it is clearly faster; else the most accurate."
         if metric.share_of_images
         else f"the model with the best {metric.label}; of equals the one with the lowest latency.",
+        **(dict(Baselines=_rule_of_baselines(metric)) if comparison.baselines() else {}),
         "Machine": _machines(comparison) or f"{device}, {machine['cores']} cores, {threads} for PyTorch; {machine['system']}.",
         "Versions": f"Vitarium {machine['vitarium']}, PyTorch {machine['torch']}, timm {machine['timm']}, Python {machine['python']}.",
     }
     return [dict(name=name, value=value[0].upper() + value[1:] if name != "Data" else value) for name, value in values.items()]
+
+
+def _rule_of_baselines(metric: Metric) -> str:
+    """Return a sentence on answers that no model gives."""
+    margin = " by more than one standard error of the difference" if metric.share_of_images else ""
+    return f"no model is recommended unless it is better than the answers that no model gives{margin}."
 
 
 def _deployed(comparison: Comparison) -> str:

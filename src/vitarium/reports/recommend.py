@@ -2,6 +2,9 @@
 
 Accuracies on a few hundred images are noisy: every model within one standard error of the most accurate counts as equally good, and the
 fastest of those is recommended if it is clearly faster. Of other metrics one run gives no spread: the best model is recommended.
+
+No model is recommended that is not better than an answer which no model gives (the constant one, or regression on the pixels): a lead that
+is no larger than one standard error of the difference counts as none.
 """
 
 from __future__ import annotations
@@ -32,11 +35,33 @@ class Measured(Protocol):
 
 
 @dataclass(frozen=True)
+class Baseline:
+    """Score of an answer that no model gives.
+
+    Attributes:
+        name: such as "constant answer".
+        score: value of the primary metric.
+        evaluated: number of held-out images.
+    """
+
+    name: str
+    score: float
+    evaluated: int
+
+
+@dataclass(frozen=True)
 class Recommendation:
-    """Name of a model, and a sentence that gives the reason."""
+    """Name of a model, and a sentence that gives the reason.
+
+    Attributes:
+        model: the recommended one; the best one, where no model beats the baselines.
+        sentence: the reason, or what to do.
+        beats_baselines: whether the model is worth using.
+    """
 
     model: str
     sentence: str
+    beats_baselines: bool = True
 
     def __str__(self) -> str:
         return self.sentence
@@ -60,14 +85,35 @@ def pareto_front(costs: Sequence[float], scores: Sequence[float], metric: Metric
     return [i for i in range(len(pairs)) if not dominated(i)]
 
 
-def recommend(models: Sequence[Measured], metric: Metric = ACCURACY) -> Recommendation:
+def unbeaten(models: Sequence[Measured], baselines: Sequence[Baseline], metric: Metric = ACCURACY) -> Baseline | None:
+    """Return the best of the baselines if no model is better by more than one standard error of the difference; None otherwise."""
+    if not baselines:
+        return None
+    best, strongest = (min(rows, key=lambda row: metric.rank(row.score)) for rows in (models, baselines))
+    lead = metric.rank(strongest.score) - metric.rank(best.score)
+    return None if lead > error_of_difference(best, strongest, metric) else strongest
+
+
+def error_of_difference(model: Measured, baseline: Baseline, metric: Metric) -> float:
+    """Return the standard error of the difference of two shares of images; 0 for other metrics, whose error is not known."""
+    if not metric.share_of_images or min(model.evaluated, baseline.evaluated) < 1:
+        return 0.0
+    return math.hypot(standard_error(model.score, model.evaluated), standard_error(baseline.score, baseline.evaluated))
+
+
+def recommend(models: Sequence[Measured], metric: Metric = ACCURACY, baselines: Sequence[Baseline] = ()) -> Recommendation:
     """Return the recommended model.
 
     Args:
         models: at least one, evaluated on the same images.
         metric: of their scores.
+        baselines: answers that a model must beat.
     """
     best = min(models, key=lambda m: (metric.rank(m.score), m.latency_ms))
+    if (above := unbeaten(models, baselines, metric)) is not None:
+        advice = "Train longer, start from published weights (--pretrained), or give more images; and check the labels"
+        words = not_better(best, above, metric)
+        return Recommendation(best.name, f"{words[0].upper()}{words[1:]}. {advice}.", beats_baselines=False)
     if len(models) == 1:
         reached = metric.short(best.score) if metric.share_of_images else f"{metric.label} {metric.short(best.score)}"
         return Recommendation(best.name, f"{best.name} reaches {reached}; there is no other model to compare it with.")
@@ -78,6 +124,18 @@ def recommend(models: Sequence[Measured], metric: Metric = ACCURACY) -> Recommen
         best.name,
         f"Use {best.name}: it has the best {metric.label}, {metric.short(best.score)}, before {second.name} with "
         f"{metric.short(second.score)}. The spread between runs is not known: with one run a model, a small difference may be chance.",
+    )
+
+
+def not_better(best: Measured, baseline: Baseline, metric: Metric) -> str:
+    """Return the words for a best model that does not beat a baseline."""
+    scores = f"{metric.text(baseline.score)} against {metric.text(best.score)}"
+    if metric.rank(best.score) >= metric.rank(baseline.score):
+        return f"no model is better than {baseline.name} ({scores} of {best.name}, the best)"
+    error, images = 100 * error_of_difference(best, baseline, metric), min(best.evaluated, baseline.evaluated)
+    return (
+        f"no model is clearly better than {baseline.name} ({scores} of {best.name}, the best; the standard error of the difference is "
+        f"{error:.1f} points on {images} held-out images)"
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from vitarium.files import write_json, write_text
 from vitarium.reports.curves import still_improving
 from vitarium.reports.inspection import Inspection
-from vitarium.reports.recommend import Recommendation, recommend, standard_error
+from vitarium.reports.recommend import Baseline, Recommendation, not_better, recommend, standard_error, unbeaten
 from vitarium.training.tasks import Metric, Task, parse_task
 from vitarium.training.tasks.classify import ACCURACY
 
@@ -179,7 +179,7 @@ class Comparison:
     def recommendation(self) -> Recommendation:
         """Model to use, and why; by the latency of the runtime that was asked for, where it takes every model."""
         deployed = [replace(t, latency_ms=t.runtime_latency_ms) for t in self.trials if t.runtime_latency_ms is not None]
-        return recommend(deployed if len(deployed) == len(self.trials) else self.trials, self.metric)
+        return recommend(deployed if len(deployed) == len(self.trials) else self.trials, self.metric, baselines_of(self))
 
     @property
     def runtime(self) -> str:
@@ -270,6 +270,14 @@ class Comparison:
         write_text(self.folder / "results.csv", text.getvalue())
 
 
+def baselines_of(comparison: Comparison) -> list[Baseline]:
+    """Return the answers that no model gives, with the numbers of held-out images they were measured on."""
+    metric, images = comparison.metric.name, comparison.images["val"]
+    measured = {row["name"]: int(row.get("val", images)) for row in comparison.inspection.baselines if metric in row}
+    named = lambda name: f"the {name}" if name == CONSTANT else name
+    return [Baseline(named(name), score, measured.get(name, images)) for name, score in comparison.baselines().items()]
+
+
 def warnings_of(comparison: Comparison) -> list[str]:
     """Return the sentences of `Comparison.warnings`."""
     found = _small_input(comparison) + comparison.inspection.duplicates.sentences() + _below_baseline(comparison)
@@ -289,12 +297,9 @@ def warnings_of(comparison: Comparison) -> list[str]:
 
 
 def _below_baseline(comparison: Comparison) -> list[str]:
-    """Return a sentence if an answer that no model gives is better than the best model."""
-    metric, best = comparison.metric, comparison.best.score
-    name, value = min(comparison.baselines().items(), key=lambda pair: metric.rank(pair[1]), default=("", best))
-    if metric.rank(value) >= metric.rank(best):
-        return []
-    return [f"no model is better than {name} ({metric.text(value)} against {metric.text(best)}): train longer, or check the labels"]
+    """Return a sentence if no model is better than an answer that no model gives, by more than chance."""
+    above = unbeaten(comparison.trials, baselines_of(comparison), comparison.metric)
+    return [] if above is None else [f"{not_better(comparison.best, above, comparison.metric)}: train longer, or check the labels"]
 
 
 def _small_input(comparison: Comparison) -> list[str]:

@@ -246,7 +246,7 @@ def prepare_run(
     if not run.steps_per_epoch:
         raise DataError(
             f"{len(data.train)} training images are fewer than one step takes ({run.images_per_step} = batch_size x accumulate x "
-            f"processes); use a smaller batch_size or accumulate={run.loader.steps}"
+            f"processes); use a smaller batch_size (--batch-size) or accumulate={run.loader.steps}, in a recipe or by --set"
         )
     return run, tensors
 
@@ -374,7 +374,7 @@ def _explained_out_of_memory(run: Run) -> Iterator[None]:
             raise
         size, batch = preprocessing_of(run.learner.model).image_size, run.recipe.batch_size
         half = (
-            f"batch_size={max(1, batch // 2)} accumulate={run.recipe.accumulate * 2} (the same total batch)"
+            f"batch_size={max(1, batch // 2)} accumulate={run.recipe.accumulate * 2} (the same total batch) in the recipe or by --set"
             if batch > 1
             else "a smaller model"
         )

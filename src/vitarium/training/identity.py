@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,16 @@ WORDS = {
     "vitarium": "version of vitarium",
 }
 """Keys of identities whose values, or whose names, are not readable -> their names in messages."""
+
+OPTIONS = {
+    "recipe.batch_size": "--batch-size",
+    "recipe.image_size": "--image-size",
+    "recipe.budget.steps": "--steps",
+    "recipe.budget.epochs": "--epochs",
+    "recipe.optimizer.lr": "--lr",
+    "processes": "--devices",
+}
+"""Keys of the identity of a run of `vitarium train` -> the option that sets them."""
 
 DIGESTS = frozenset(["data.class_names", "data.train.targets", "data.val.targets", "data.train.files", "data.val.files", "model.tensors"])
 
@@ -130,23 +141,28 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def check_same_run(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+def check_same_run(folder: Path, there: dict[str, Any], here: dict[str, Any], options: Mapping[str, str] = OPTIONS) -> None:
     """Check that a checkpoint belongs to this run.
+
+    Args:
+        folder: of the run.
+        there, here: identities.
+        options: keys of identities -> the command line option that sets them.
 
     Raises:
         UsageError: it is another run's; the message lists the differences.
     """
-    if differences := in_words(there, here):
+    if differences := in_words(there, here, options):
         raise UsageError(f"{folder} holds another run; choose another folder (--out). They differ in {differences}")
 
 
-def in_words(there: dict[str, Any], here: dict[str, Any]) -> str:
+def in_words(there: dict[str, Any], here: dict[str, Any], options: Mapping[str, str] = OPTIONS) -> str:
     """Return the first five differences between two identities in words; "" for none."""
     found = _differences("", there, here)
     names = {name for name, _, _ in found}
     found = [row for row in found if row[0].replace(".files", ".first") not in names or not row[0].endswith(".files")]  # a name says more
     more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-    return "; ".join(_in_words(*row) for row in found[:5]) + more
+    return "; ".join(_in_words(*row) + (f" ({options[row[0]]})" if row[0] in options else "") for row in found[:5]) + more
 
 
 def _in_words(name: str, there: Any, here: Any) -> str:

@@ -133,6 +133,8 @@ def chosen(models: str | Sequence[str], recipe: str = "pico") -> list[str]:
     """
     names: list[str] = []
     for part in filter(None, map(str.strip, models.split(",") if isinstance(models, str) else models)):
+        if any(c.isspace() for c in part):
+            raise UsageError(f"--models takes names separated by commas: --models {','.join(part.split())}, got {part!r}")
         matches = models_like(part, recipe) if any(c in part for c in "*?[") else [part]
         if not matches:
             raise UsageError(
