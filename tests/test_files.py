@@ -1,14 +1,17 @@
 """Atomic writing of files with the permissions of the umask, and locks of run folders."""
 
+import errno
 import os
+import pickle
 import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
 
 import pytest
 
-from vitarium.errors import UsageError
+from vitarium.errors import UsageError, WriteError
 from vitarium.files import atomic_path, lock_folder, sha256, write_json, write_text
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="POSIX")
@@ -109,3 +112,42 @@ def test_one_run_a_folder(tmp_path):
         pass
     with lock_folder(tmp_path):
         pass
+
+
+def failing(error):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("writer", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("[enforce fail at x.cc]")])
+def test_a_full_disk_is_named_with_its_room(tmp_path, monkeypatch, writer):
+    """torch's writer raises a RuntimeError without the system's reason, which one more write finds."""
+    write_text(tmp_path / "x", "old")
+    monkeypatch.setattr(os, "fsync", failing(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(WriteError) as caught, atomic_path(tmp_path / "x"):
+        raise writer
+    message = str(caught.value)
+    assert message.startswith(f"cannot write {tmp_path / 'x'}: No space left on device; ")
+    assert f" MB are free in {tmp_path}; make room there, or choose another place" in message
+    assert "enforce" not in message
+    assert (caught.value.errno, caught.value.strerror) == (errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.errno) == (message, errno.ENOSPC)
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+def test_a_place_without_permission_is_named(tmp_path, monkeypatch, code):
+    monkeypatch.setattr(tempfile, "mkstemp", failing(OSError(code, os.strerror(code))))
+    with pytest.raises(WriteError, match=rf"^cannot write .*x: {os.strerror(code)}; choose a place where you may write$"):
+        write_text(tmp_path / "x", "")
+    monkeypatch.setattr(os, "open", failing(OSError(code, os.strerror(code))))
+    with pytest.raises(WriteError, match="cannot write"), lock_folder(tmp_path / "run"):
+        pass
+
+
+def test_errors_of_other_files_stay_as_they_are(tmp_path):
+    with pytest.raises(PermissionError), atomic_path(tmp_path / "x"):
+        raise PermissionError(errno.EACCES, "Permission denied", "/elsewhere/read.me")

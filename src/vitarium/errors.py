@@ -2,7 +2,7 @@
 
 | exit code | kind |
 |---|---|
-| 2 | usage or configuration (`UsageError`, `InputError`, `UnsupportedModel`, `AttachError`, `MissingExtra`) |
+| 2 | usage or configuration (`UsageError` and its kinds, `InputError`, `MissingExtra`), a file that cannot be written (`WriteError`) |
 | 3 | data (`DataError`) |
 | 4 | checkpoint (`CheckpointError`) |
 | 5 | training stopped for cause (`TrainingStopped`) |
@@ -15,6 +15,7 @@ import difflib
 import importlib
 from collections.abc import Iterable
 from types import ModuleType
+from typing import Any
 
 
 class VitariumError(Exception):
@@ -41,6 +42,32 @@ class UnsupportedModel(UsageError, TypeError):
 
 class AttachError(UsageError):
     """A method found no module to change, or its neutral form changed the model's outputs; the model is unchanged."""
+
+
+class WriteError(VitariumError, OSError):
+    """A file that cannot be written: the disk is full or read-only, or a permission is missing. `vitarium.files.write_error` makes it.
+
+    Args:
+        message: names the file, the reason, and what to do.
+        code: the system's number of the error, kept in `errno`; None: not known.
+        reason: kept in `strerror`.
+
+    Attributes:
+        result: what had been computed for the file, which the command line then prints; None: nothing.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, code: int | None = None, reason: str = ""):
+        super().__init__(message)
+        self.errno, self.strerror = code, reason
+        self.result: Any = None
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.errno, self.strerror)
 
 
 class MissingExtra(VitariumError, ImportError):

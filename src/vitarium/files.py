@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import stat
 import tempfile
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vitarium.errors import UsageError
+from vitarium.errors import UsageError, VitariumError, WriteError
 
 
 @contextlib.contextmanager
@@ -27,13 +28,16 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         UsageError: `path` exists and is not a regular file (replacing a device or a folder by rename would destroy it).
-        OSError: no space, no permission, read-only disk; the old file is intact.
+        WriteError: no space, no permission, read-only disk; the old file is intact.
     """
     path = Path(path)
     if path.exists() and not stat.S_ISREG(path.stat().st_mode):
         raise UsageError(f"{path} exists and is not a regular file; choose another path")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise write_error(path, error) from error
     os.close(handle)
     temporary = Path(name)
     try:
@@ -45,9 +49,64 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(written.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
+    except Exception as error:
+        failure = _failure_of(temporary, error)
+        _remove(temporary)  # before its room is measured
+        if failure is None:
+            raise
+        raise write_error(path, failure) from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        _remove(temporary)
+
+
+def _remove(file: Path) -> None:
+    with contextlib.suppress(OSError):
+        file.unlink()
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of the errors of a disk, or of a user's share of it, that is full."""
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+"""Numbers of the errors of a place in which nothing may be written."""
+
+
+def _failure_of(temporary: Path, error: Exception) -> OSError | None:
+    """Return the system's error by which the writing of a temporary file failed; None for an error of another kind.
+
+    The writers of torch, safetensors and Pillow do not pass on the number of the system's error; one more write shows it.
+    """
+    if isinstance(error, VitariumError):
+        return None
+    if isinstance(error, OSError) and error.errno is not None:
+        elsewhere = error.filename is not None and Path(os.fsdecode(error.filename)).parent != temporary.parent
+        return None if elsewhere and error.errno not in FULL else error
+    try:
+        with open(temporary, "ab") as file:
+            file.write(bytes(2**16))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as found:
+        return found
+    return error if isinstance(error, OSError) or type(error).__name__ == "SafetensorError" else None
+
+
+def write_error(path: str | os.PathLike[str], error: BaseException) -> WriteError:
+    """Return the error of a file that cannot be written: with the reason, the room on its disk, and what to do.
+
+    Args:
+        path: the file, or its folder.
+        error: of the writer.
+    """
+    path, code = Path(path), getattr(error, "errno", None)
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    reason = os.strerror(code) if code is not None else first
+    advice = "choose another place"
+    if code in FULL:
+        folder = next((place for place in path.absolute().parents if place.is_dir()), Path.cwd())
+        advice = f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free in {folder}; make room there, or choose another place"
+    elif code in READ_ONLY:
+        advice = "choose a place where you may write"
+    return WriteError(f"cannot write {path}: {reason}; {advice}", code, reason)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -128,18 +187,21 @@ def lock_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
 
     Raises:
         UsageError: another process holds the folder.
+        WriteError: nothing can be written into it.
     """
     from filelock import FileLock, Timeout
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     holder = folder / ".lock.holder"
-    lock = FileLock(folder / ".lock", timeout=0)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
         lock.acquire()
     except Timeout:
         name = holder.read_text(encoding="utf-8").strip() if holder.exists() else "unknown process"
         raise UsageError(f"{folder} is in use by another run ({name}); choose another folder or wait") from None
+    except OSError as error:
+        raise write_error(folder, error) from error
     try:
         write_text(holder, f"process {os.getpid()} on {socket.gethostname()}\n")
         yield

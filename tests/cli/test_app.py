@@ -109,7 +109,9 @@ def failing(error):
         (DataError("a [bold] folder"), 3, "error: a [bold] folder"),  # what looks like markup is printed as it is
         (CheckpointError("cut off"), 4, "error: cut off"),
         (TrainingStopped("not finite"), 5, "error: not finite"),
-        (OSError(28, "No space left on device"), 1, "No space left on device"),
+        (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (OSError(28, "No space left on device", "/tmp/x"), 2, "cannot write /tmp/x: No space left on device; "),
+        (PermissionError(13, "Permission denied", "secret.png"), 2, "error: secret.png: Permission denied; choose another file"),
         (ZeroDivisionError("by zero"), 1, "ZeroDivisionError: by zero"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (KeyboardInterrupt("interrupted at step 3"), 130, "interrupted at step 3"),

@@ -1,6 +1,8 @@
 """The table of `vitarium predict`: whole names, and a limit where everything is in a file."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -41,3 +43,16 @@ def test_the_text_of_a_result_has_the_labels(files):
     first = found.rows[0]["predictions"][0]
     assert f"00.png: {first['label']} {100 * first['probability']:.1f} %" in repr(found)
     assert "and 20 more" in repr(found)
+
+
+@pytest.mark.parametrize("given", [("--output", "answers.json"), ("--output", "answers.csv", "--json")])
+def test_what_was_computed_is_printed_when_its_file_cannot_be_written(run, files, monkeypatch, given):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = run("predict", "images", "--model", "model.safetensors", *given)
+    assert result.code == 2
+    assert f"error: cannot write {given[1]}: No space left on device; " in result.err
+    assert not (files / given[1]).exists()
+    assert len(json.loads(result.out)["images"]) == 23 if "--json" in given else result.out.count("image_22.png") == 1

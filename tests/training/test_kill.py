@@ -130,6 +130,17 @@ def test_a_save_that_fails_once_is_tried_again(tmp_path, unbroken, monkeypatch, 
     assert load_run(tmp_path / "last.ckpt")[0].finished
 
 
+def test_a_full_disk_from_the_beginning_is_reported_as_it_is(tmp_path, monkeypatch, caplog):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(TrainingStopped, match=r"No space left on device.*Then run the same command: it begins again, as there is no"):
+        train(tmp_path, EAGER)
+    assert "training continues without a checkpoint" in caplog.text
+    assert "intact" not in caplog.text
+
+
 def test_two_runs_at_once_in_one_folder(tmp_path):
     """Exactly one runs; the other leaves with a usage error."""
     children = [in_child(train, tmp_path, "budget.steps=60") for _ in range(2)]

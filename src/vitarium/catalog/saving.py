@@ -57,7 +57,7 @@ def save(model: nn.Module, path: str | Path, *, trained_only: bool = False) -> N
     Raises:
         UsageError: the model cannot be rebuilt from its name and arguments, or the path is no regular file; with `trained_only`: nothing is
             frozen, or no file holds the frozen weights.
-        OSError: the disk is full or read-only; an older file stays intact.
+        WriteError: the disk is full or read-only; an older file stays intact.
     """
     state, record = model.state_dict(), _record(model)
     if trained_only:
@@ -77,7 +77,7 @@ def change_record(path: str | Path, **changes: Any) -> None:
 
     Raises:
         CheckpointError: as `load`.
-        OSError: the disk is full or read-only; the file stays intact.
+        WriteError: the disk is full or read-only; the file stays intact.
     """
     path = existing(path).resolve()
     state, metadata = read_safetensors(path)
@@ -90,15 +90,11 @@ def change_record(path: str | Path, **changes: Any) -> None:
 
 
 def _write(path: str | Path, tensors: Mapping[str, Tensor], record: Record) -> None:
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     metadata = {"format": "pt", RECORD: record.model_dump_json(exclude={"objective"}), SEAL: "0" * 64}
     with atomic_path(path) as temporary:
-        try:
-            save_file(dict(tensors), temporary, metadata)
-        except SafetensorError as error:  # the writer raises it only for errors of the disk
-            raise OSError(f"cannot write {path}: {error}") from error
+        save_file(dict(tensors), temporary, metadata)
         _seal(temporary)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from typing import Annotated, Any
 
@@ -31,10 +33,11 @@ from vitarium.cli import (
     systems,
     train,
 )
-from vitarium.cli.console import err, prepare_output
+from vitarium.cli.console import err, out, pairs, prepare_output, print_json, print_tables
 from vitarium.cli.explain import explain as explain_images
 from vitarium.cli.interrupts import MESSAGE, settle
-from vitarium.errors import VitariumError
+from vitarium.errors import UsageError, VitariumError, WriteError
+from vitarium.files import FULL, write_error
 from vitarium.texts import printable
 
 SEVERAL = ". Names of one option are separated by commas, as in --models a,b; a path with blanks needs quotes."
@@ -61,8 +64,42 @@ class Commands(TyperGroup):
         except Exception as error:
             if type(error).__module__.split(".")[0] in ("typer", "click") or isinstance(error, BrokenPipeError):
                 raise _safe(error) from None  # typer's exits and its usage errors (exit code 2)
-            explain(error, debug=ctx.params.get("debug", False))
-            raise typer.Exit(getattr(error, "exit_code", 1) if isinstance(error, VitariumError) else 1) from None
+            shown = _of_disk(error)
+            if isinstance(shown, WriteError) and shown.result is not None:  # what was computed is not lost
+                print_result(shown.result, as_json=ctx.meta.get(AS_JSON, False))
+            explain(shown, debug=ctx.params.get("debug", False))
+            raise typer.Exit(shown.exit_code if isinstance(shown, VitariumError) else 1) from None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        ctx.meta[AS_JSON] = "--json" in args
+        return super().resolve_command(ctx, args)
+
+
+AS_JSON = "vitarium.cli.json"
+"""Key in the context of whether a command was given --json."""
+
+
+def _of_disk(error: Exception) -> Exception:
+    """Return the error of a full or read-only disk, or of a missing permission, as one that says what to do; others as they are.
+
+    The files of a result have theirs from `atomic_path`; these are of other files, such as temporary ones.
+    """
+    if not isinstance(error, OSError) or isinstance(error, VitariumError):
+        return error
+    if error.errno in (*FULL, errno.EROFS):
+        return write_error(os.fsdecode(error.filename) if error.filename is not None else "a file", error)
+    if isinstance(error, PermissionError) and error.filename is not None:
+        return UsageError(f"{os.fsdecode(error.filename)}: {error.strerror}; choose another file, or change who may read and write it")
+    return error
+
+
+def print_result(result: Any, *, as_json: bool) -> None:
+    """Print a result whose file could not be written."""
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        out().print(pairs(result.facts()))
+        print_tables(result.tables())
 
 
 def _safe(error: Exception) -> Exception:

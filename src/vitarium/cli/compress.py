@@ -54,6 +54,7 @@ def compress(
     """
     from vitarium.files import check_output, write_json
     from vitarium.verbs.compress import compress as run
+    from vitarium.verbs.result import kept
 
     check_output(report)
     with status() as notify:
@@ -73,7 +74,8 @@ def compress(
             notify=notify,
         )
     if report is not None:
-        write_json(report, found.to_dict())
+        with kept(found):
+            write_json(report, found.to_dict())
     if as_json:
         print_json(found.to_dict())
     else:

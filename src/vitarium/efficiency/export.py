@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import json
 import logging
 import math
@@ -250,11 +251,12 @@ def _read_onnx(path: Path) -> Runner:
 
 
 def _write_program(program: torch.export.ExportedProgram, path: Path, record: str) -> None:
+    content = io.BytesIO()  # on a full disk, torch's own writer would end the process
     try:
-        with open(path, "wb") as file:
-            torch.export.save(program, file, extra_files={"vitarium": record})
+        torch.export.save(program, content, extra_files={"vitarium": record})
     except NotImplementedError as error:  # outputs of a type that torch cannot write
         raise UsageError(f"torch-export cannot write this model's outputs ({error}); choose --format onnx") from error
+    path.write_bytes(content.getbuffer())
 
 
 def _read_program(path: Path) -> Runner:

@@ -69,13 +69,10 @@ def save_run(path: Path, state: RunState, tensors: dict[str, Any]) -> None:
         tensors: "learner" -> a state dict; "optimizers", "averages" -> state dicts by player.
 
     Raises:
-        OSError: no space, no permission, read-only disk; the old file is intact and no temporary file remains.
+        WriteError: no space, no permission, read-only disk; the old file is intact and no temporary file remains.
     """
     with atomic_path(path) as temporary:
-        try:
-            torch.save({"run": asdict(state), **tensors}, temporary)
-        except RuntimeError as error:  # torch's writer reports a full disk as a RuntimeError
-            raise OSError(f"{error}".splitlines()[0]) from error
+        torch.save({"run": asdict(state), **tensors}, temporary)
         with open(temporary, "rb+") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0, os.SEEK_END)

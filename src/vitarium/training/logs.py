@@ -117,7 +117,7 @@ class Logs:
         try:
             yield
         except OSError as error:
-            log.warning("cannot write %s (%s); training continues", path, error)
+            log.warning("cannot write %s (%s); training continues", path, error.strerror or error)
 
     def close(self) -> None:
         """Close the loggers."""

@@ -269,7 +269,7 @@ class Run:
                 with atomic_path(self.folder / "pictures" / f"{name}-{self.state.step:06d}.png") as temporary:
                     drawing.save(temporary, format="png")
         except OSError as error:
-            log.warning("cannot write the drawings of step %d (%s); training continues", self.state.step, error)
+            log.warning("cannot write the drawings of step %d (%s); training continues", self.state.step, error.strerror or error)
 
     def model_to_evaluate(self) -> nn.Module:
         """Return the moving average, the gathered weights, or the model itself; called in all processes."""
@@ -327,7 +327,8 @@ class Run:
             self.save_error, self._saved = None, self.state.step
         except OSError as error:
             self.save_error = str(error)
-            log.warning("cannot write %s (%s); training continues with the old checkpoint intact", self.folder / LAST, error)
+            kept = "with the old checkpoint intact" if (self.folder / LAST).exists() else "without a checkpoint"
+            log.warning("%s; training continues %s", error, kept)
 
     def save_after_error(self) -> None:
         """Write last.ckpt from the first process after an error, unless that would replace a better one or need the other processes."""
@@ -390,10 +391,9 @@ class Run:
             TrainingStopped: it could not be written.
         """
         if self.save_error:
-            raise TrainingStopped(
-                f"the last checkpoint could not be written: {self.folder / LAST}: {self.save_error}; make room, then run again: "
-                "training continues from the previous checkpoint"
-            )
+            kept = (self.folder / LAST).exists()
+            after = "training continues from the previous checkpoint" if kept else "it begins again, as there is no earlier checkpoint"
+            raise TrainingStopped(f"the last checkpoint is not saved: {self.save_error}. Then run the same command: {after}")
 
     # ---- logs and progress
 

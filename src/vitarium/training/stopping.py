@@ -76,8 +76,8 @@ def save_best(folder: Path, step: int, model: nn.Module) -> None:
     try:
         with atomic_path(folder / BEST) as temporary:
             torch.save({"step": step, "weights": model.state_dict()}, temporary)
-    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
-        log.warning("cannot write %s (%s); training continues", folder / BEST, error)
+    except OSError as error:
+        log.warning("cannot write %s (%s); training continues", folder / BEST, error.strerror or error)
 
 
 def load_best(folder: Path, step: int, model: nn.Module) -> bool:

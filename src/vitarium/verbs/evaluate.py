@@ -14,7 +14,7 @@ from vitarium.errors import DataError, UsageError
 from vitarium.files import is_model_file
 from vitarium.training.tasks.base import TableData, Task
 from vitarium.verbs.opening import Notify, apply_methods, execute, name_of, open_model, open_to_evaluate, quiet
-from vitarium.verbs.result import Result
+from vitarium.verbs.result import Result, kept
 
 if TYPE_CHECKING:
     from torch import nn
@@ -133,6 +133,7 @@ def evaluate(
     Raises:
         UsageError: unknown name or method, a head that was never trained, corruptions or calibration for a model that is no classifier,
             or a calibration of what is no file or model.
+        WriteError: a file cannot be written; `error.result` is what would be returned.
         DataError: no such data, labels that the model does not have, too many images that cannot be read, or images from which no
             temperature follows.
         CheckpointError: weights that are not available.
@@ -188,9 +189,11 @@ def evaluate(
         if corruptions:
             found.corruptions = measure_corrupted(opened, part, images, batch_size, seed or 0, notify)
         if changed and isinstance(model, str | os.PathLike):
-            found.kept_card = _write_calibration(model, record)
+            with kept(found):
+                found.kept_card = _write_calibration(model, record)
         if output is not None:
-            write_json(Path(output), found.to_dict())
+            with kept(found):
+                write_json(Path(output), found.to_dict())
     return found
 
 

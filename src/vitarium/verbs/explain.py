@@ -13,7 +13,7 @@ from vitarium.errors import DataError, UsageError
 from vitarium.files import check_output, save_image
 from vitarium.training.tasks.base import TableData
 from vitarium.verbs.opening import Notify, apply_methods, find_device, find_images, name_of, open_model, quiet
-from vitarium.verbs.result import SHOWN_DRAWINGS, Result, html_drawing
+from vitarium.verbs.result import SHOWN_DRAWINGS, Result, html_drawing, kept
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -129,7 +129,8 @@ def explain(
     found = Explanations(name_of(model), folder, rows, means(rows) if measure else None)
     if len(found.broken) == len(rows):
         raise DataError("no image could be explained:\n" + "\n".join(f"  {row['image']}: {row['error']}" for row in found.broken[:10]))
-    write_json(folder / REPORT, found.to_dict())
+    with kept(found):
+        write_json(folder / REPORT, found.to_dict())
     return found
 
 

@@ -17,7 +17,7 @@ from vitarium.files import check_output, is_model_file, save_image
 from vitarium.pages.tables import TableData
 from vitarium.texts import printable
 from vitarium.verbs.opening import Notify, apply_methods, execute, find_images, name_of, open_model, quiet
-from vitarium.verbs.result import Result
+from vitarium.verbs.result import Result, kept
 
 if TYPE_CHECKING:
     from torch import nn
@@ -108,6 +108,7 @@ def predict(
     Raises:
         UsageError: a task that has no answer for one image, a head that was never trained, an output of another ending, or one that would
             replace a file of others.
+        WriteError: the output cannot be written; `error.result` is what would be returned.
         DataError: a folder without images, or no image could be read.
         CheckpointError: weights that are not available.
         MissingExtra: engine="ray" without Ray.
@@ -133,7 +134,8 @@ def predict(
     if len(result.broken) == len(rows):
         raise DataError("no image could be read:\n" + "\n".join(f"  {row['image']}: {row['error']}" for row in rows[:10]))
     if path is not None:
-        write(rows, task, path)
+        with kept(result):
+            write(rows, task, path)
     return result
 
 

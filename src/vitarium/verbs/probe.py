@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vitarium.errors import UsageError
 from vitarium.training.tasks.base import TableData
 from vitarium.verbs.opening import Notify, execute, name_of, open_model, quiet
-from vitarium.verbs.result import Result
+from vitarium.verbs.result import Result, kept
 
 if TYPE_CHECKING:
     from torch import nn
@@ -109,7 +109,8 @@ def probe(
     metrics = measure(opened, images, neighbours=neighbours, uniform=uniform, batch_size=batch_size)
     found = Probed(name_of(model), images.name, len(images.train), len(images.val), **metrics)
     if output is not None:
-        write_json(Path(output), found.to_dict())
+        with kept(found):
+            write_json(Path(output), found.to_dict())
     return found
 
 

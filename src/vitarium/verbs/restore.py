@@ -146,7 +146,8 @@ def restore_file(model: Restorer, file: str, place: Path, tile: int, overlap: in
     """Restore one image and return its row of `Restored`.
 
     Raises:
-        UsageError: tiles too small for the model, or a result that cannot be written.
+        UsageError: tiles too small for the model.
+        WriteError: the result cannot be written.
     """
     from vitarium.data.bad_files import BrokenImage
     from vitarium.data.images import open_image
@@ -161,9 +162,6 @@ def restore_file(model: Restorer, file: str, place: Path, tile: int, overlap: in
         return {"image": file, "error": error.reason}
     except InputError as error:
         return {"image": file, "error": str(error)}
-    try:
-        save_image(restored, place)
-    except OSError as error:
-        raise UsageError(f"cannot write {place}: {error}") from error
+    save_image(restored, place)
     seconds = round(time.perf_counter() - begin, 3)
     return {"image": file, "size": list(original.size), "restored": str(place), "restored_size": list(restored.size), "seconds": seconds}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from vitarium.errors import WriteError
 from vitarium.pages.tables import TableData
 
 if TYPE_CHECKING:
@@ -18,6 +20,16 @@ SHOWN_ROWS = 50
 """Number of rows of a table in a notebook; further ones are counted."""
 SHOWN_DRAWINGS, SHOWN_SIDE = 12, 320
 """Largest number of drawings in a notebook, and the longest side of one in pixels."""
+
+
+@contextlib.contextmanager
+def kept(result: Result) -> Iterator[None]:
+    """Keep a result in the error of its file, so that what was computed is not lost with it: `error.result`, which the commands print."""
+    try:
+        yield
+    except WriteError as error:
+        error.result = result
+        raise
 
 
 class Result:

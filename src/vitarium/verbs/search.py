@@ -13,7 +13,7 @@ from vitarium.files import check_output, save_image
 from vitarium.texts import printable
 from vitarium.training.tasks.base import TableData
 from vitarium.verbs.opening import Notify, execute, find_images, name_of, open_model, quiet
-from vitarium.verbs.result import Result
+from vitarium.verbs.result import Result, kept
 
 if TYPE_CHECKING:
     from torch import nn
@@ -115,9 +115,11 @@ def search(
     if not vectors:
         raise DataError("no image could be read:\n" + "\n".join(f"  {file}: {reason}" for file, reason in broken[:10]))
     rows = look_up(found, files, vectors, dict(broken), top_k, itself)
+    result = Found(os.fspath(index), rows)
     if path is not None:
-        write_json(path, rows) if path.suffix == ".json" else draw(rows, path)
-    return Found(os.fspath(index), rows)
+        with kept(result):
+            write_json(path, rows) if path.suffix == ".json" else draw(rows, path)
+    return result
 
 
 def open_indexed(
@@ -169,7 +171,7 @@ def draw(rows: list[dict[str, Any]], output: Path) -> None:
     """Write a sheet with a row for each query, at most `SHEET_ROWS`.
 
     Raises:
-        UsageError: the file cannot be written.
+        WriteError: the file cannot be written.
     """
     from vitarium.perception.retrieval.sheet import Found as Shown
     from vitarium.perception.retrieval.sheet import sheet
@@ -180,10 +182,7 @@ def draw(rows: list[dict[str, Any]], output: Path) -> None:
         if query is not None:
             captions = [f"{one['similarity']:.3f} {_short(printable(Path(one['image']).stem, ''))}" for one in row["found"]]
             drawn.append((query, [Shown(_opened(one["image"]), text) for one, text in zip(row["found"], captions, strict=True)]))
-    try:
-        save_image(sheet(drawn), output, {".png": "png", ".webp": "webp"}.get(output.suffix.lower(), "jpeg"))
-    except OSError as error:
-        raise UsageError(f"cannot write {output}: {error}") from error
+    save_image(sheet(drawn), output, {".png": "png", ".webp": "webp"}.get(output.suffix.lower(), "jpeg"))
 
 
 def _opened(file: str) -> Any:

@@ -60,16 +60,12 @@ class Index:
 
     def save(self, path: str | Path) -> None:
         """Write the file atomically."""
-        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         record = {"format": FORMAT, "relative_to": "index"} | {k: getattr(self, k) for k in ("model", "fingerprint", "stamps", "broken")}
         record["files"] = [_inside(file, os.path.dirname(os.path.abspath(path))) for file in self.files]
         with atomic_path(path) as temporary:
-            try:
-                save_file({"embeddings": self.embeddings.contiguous()}, temporary, {KEY: json.dumps(record)})
-            except SafetensorError as error:
-                raise OSError(f"cannot write {path}: {error}") from error
+            save_file({"embeddings": self.embeddings.contiguous()}, temporary, {KEY: json.dumps(record)})
 
     @classmethod
     def load(cls, path: str | Path) -> Index:
