@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -114,6 +115,26 @@ print([name for name in ("torch", "torchvision", "timm", "sklearn", "scipy", "on
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip().endswith("[]")
+    [row] = json.loads(done.stdout)
+    assert row["predictions"][0]["label"] == vitarium.predict(image, model).rows[0]["predictions"][0]["label"]
+
+
+@pytest.mark.skipif(find_spec("openvino") is None, reason="no openvino")
+def test_a_command_imports_openvino_without_its_converter(folder):
+    model, image = folder / "model.safetensors", put(folder / "one.jpg", exif_turned(picture()))
+    vitarium.predict(image, model, runtime="openvino")  # keeps the graph
+    code = f"""
+import sys
+from vitarium.cli import main
+sys.argv = ["vitarium", "predict", {str(image)!r}, "--model", {str(model)!r}, "--runtime", "openvino", "--json"]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+print([name for name in ("openvino", "torch", "openvino_telemetry") if name in sys.modules], file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip().endswith("['openvino']")
     [row] = json.loads(done.stdout)
     assert row["predictions"][0]["label"] == vitarium.predict(image, model).rows[0]["predictions"][0]["label"]
 
