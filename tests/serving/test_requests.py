@@ -293,6 +293,61 @@ def test_200_requests_in_20_connections_are_answered_or_may_come_again(model, tm
         assert answer_of(responses[0]) == first
 
 
+def test_the_bytes_of_all_bodies_together_are_bounded(model):
+    """Each body is within its limit, four of them are not; those that were refused may come again, and nothing stays counted."""
+    body = png(0) + bytes(300_000)  # what follows the image is not read
+    with running(model, limit_mb=0.5, held_mb=1) as one, ThreadPoolExecutor(20) as pool:
+        one.gate.clear()
+        pending = [pool.submit(one.post, body) for _ in range(200)]
+        until(lambda: one.state.metrics.by_status().get(429, 0) >= 17)
+        assert 0 < one.state.held <= 1e6
+        one.gate.set()
+        responses = [future.result() for future in pending]
+        until(lambda: one.state.held == 0)
+        assert one.post(body).status_code == 200
+    assert {response.status_code for response in responses} == {200, 429}
+    for response in responses:
+        if response.status_code == 429:
+            assert int(response.headers["retry-after"]) >= 1
+            assert "all together may take 1 MB" in response.json()["error"]
+
+
+def test_bodies_without_a_length_count_as_they_arrive(model):
+    def parts():
+        yield png(0)
+        for _ in range(4):
+            yield bytes(100_000)
+
+    with running(model, limit_mb=0.5, held_mb=0.1) as one, ThreadPoolExecutor(1) as pool:
+        one.gate.clear()
+        first = pool.submit(one.post, png(0) + bytes(300_000))
+        assert one.entered.wait(60)
+        second = one.post(parts())
+        assert second.status_code == 429
+        assert second.headers["retry-after"] == "1"
+        one.gate.set()
+        assert first.result().status_code == 200
+        assert one.post(parts()).status_code == 200
+        until(lambda: one.state.held == 0)
+
+
+def test_a_refused_body_of_an_accepted_size_is_received_to_its_end(model):
+    """The client reads its answer after it has sent everything, and uses the connection again."""
+    body = png(0) + bytes(19_000_000)
+    with running(model, held_mb=0.1) as one, ThreadPoolExecutor(1) as pool:
+        one.gate.clear()
+        first = pool.submit(one.post, png(1) + bytes(10_000_000))
+        assert one.entered.wait(60)
+        with socket.create_connection(one.address, timeout=60) as client:
+            client.sendall(request_bytes(body))
+            assert client.recv(65536).startswith(b"HTTP/1.1 429")
+            one.gate.set()
+            assert first.result().status_code == 200
+            until(lambda: one.state.held == 0)
+            client.sendall(request_bytes(png(0)))
+            assert b"HTTP/1.1 200" in client.recv(65536)
+
+
 def request_bytes(content):
     return b"POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n" % len(content) + content
 

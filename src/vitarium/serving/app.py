@@ -6,7 +6,7 @@ import asyncio
 import base64
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Annotated, Any
 
@@ -23,7 +23,7 @@ from vitarium.serving.limits import LONGEST_RANKING
 from vitarium.serving.page import page_of
 from vitarium.serving.refusals import Gone, Refusal
 from vitarium.serving.state import State
-from vitarium.serving.uploads import Upload, check_image, read_uploads
+from vitarium.serving.uploads import Upload, check_image, entered, read_uploads
 from vitarium.serving.worker import Job, Worker
 from vitarium.version import __version__
 
@@ -110,16 +110,16 @@ def routes(state: State) -> dict[str, Callable[..., Any]]:
         with `Accept: image/png` gives the drawing itself."""
         if "image/png" in request.headers.get("accept", ""):
             return await drawing(request, top_k)
-        with entered(state):
-            uploads = await read_uploads(request, state.limits)
+        with entered(state) as share:
+            uploads = await read_uploads(request, share)
             answers = await answers_for(state, request, uploads, top_k or state.limits.top_k, draw)
         rows = [{"image": upload.name, **values_of(answer)} for upload, answer in zip(uploads, answers, strict=True)]
         return JSONResponse({"model": state.info["model"], "task": state.task.name, "images": rows})
 
     async def drawing(request: Request, top_k: TopK = None) -> Response:
         """Answer one image with the drawing as PNG: segments over it, or the restored image."""
-        with entered(state):
-            uploads = await read_uploads(request, state.limits)
+        with entered(state) as share:
+            uploads = await read_uploads(request, share)
             if len(uploads) > 1:
                 raise Refusal(422, f"a drawing shows one image, got {len(uploads)}; send them one by one")
             [answer] = await answers_for(state, request, uploads, top_k or state.limits.top_k, True)
@@ -135,18 +135,6 @@ def routes(state: State) -> dict[str, Callable[..., Any]]:
         "/predict": predict,
         "/draw": drawing,
     }
-
-
-@contextlib.contextmanager
-def entered(state: State) -> Iterator[None]:
-    """Count an open request; raises Refusal where there are too many, before its body is read."""
-    if state.open_requests >= state.limits.open_requests:
-        raise Refusal(429, f"{state.open_requests} requests are open, which is the limit", retry=1)
-    state.open_requests += 1
-    try:
-        yield
-    finally:
-        state.open_requests -= 1
 
 
 async def answers_for(state: State, request: Request, uploads: list[Upload], top_k: int, draw: bool) -> list[Answer]:
@@ -197,7 +185,8 @@ async def finished(jobs: list[Job], request: Request, timeout: float) -> None:
         if not all_done.done():
             all_done.cancel()
         for job in jobs:
-            job.answer.cancel()
+            if job.answer.cancel():
+                job.content = b""  # the job may stay in the queue for a while, and its bytes no longer count
 
 
 def result_of(job: Job) -> Answer:

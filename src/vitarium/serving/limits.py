@@ -19,6 +19,7 @@ class Limits:
         max_wait: milliseconds that an image waits for others to fill a batch.
         max_queue: images that may wait; requests beyond it get 429.
         limit_mb: largest body of a request, megabytes.
+        held_mb: megabytes of all bodies that are received or answered at a time, and room for one at least; requests beyond it get 429.
         limit_megapixels: largest image in megapixels, checked before it is decoded.
         files: most images of a request.
         timeout: seconds from the end of a request's body to its answer; then 504.
@@ -33,6 +34,7 @@ class Limits:
     max_wait: float = 5.0
     max_queue: int = 64
     limit_mb: float = 20.0
+    held_mb: float = 400.0
     limit_megapixels: float = 50.0
     files: int = 16
     timeout: float = 60.0
@@ -49,8 +51,18 @@ class Limits:
 
     @property
     def bytes(self) -> int:
-        """Largest body in bytes."""
+        """Largest sum of the files of a body in bytes."""
         return int(self.limit_mb * 1e6)
+
+    @property
+    def body_bytes(self) -> int:
+        """Largest body in bytes."""
+        return self.bytes + OVERHEAD
+
+    @property
+    def held_bytes(self) -> int:
+        """Largest number of bytes of all bodies that are held at a time."""
+        return max(int(self.held_mb * 1e6), self.body_bytes)
 
     @property
     def pixels(self) -> int:
@@ -69,3 +81,5 @@ class Limits:
 
 LONGEST_RANKING = 1000
 """Largest `top_k`."""
+OVERHEAD = 64_000
+"""Bytes of a multipart body beside its files."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import ipaddress
 import signal
 import socket
@@ -22,15 +23,25 @@ from vitarium.serving.state import State
 HEAD_SECONDS = 15.0
 """Seconds after which a connection that has begun no (further) request is closed."""
 DISCARDED = 2**24
-"""Bytes of a body that are received and thrown away after its refusal, while the client reads the reason; then the connection is closed."""
+"""Bytes of a body that are received and thrown away after its refusal, while the client reads the reason; then the connection is closed. A
+body of an accepted size is received to its end: many clients read no answer before."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class TimedProtocol(H11Protocol):
-    """HTTP/1.1 that closes connections whose client is slow to begin a request, or goes on to send a large body that was refused."""
+    """HTTP/1.1 that closes connections whose client is slow to begin a request, or goes on to send a large body that was refused.
+
+    Args:
+        most: bytes of a refused body that are received.
+        given: see `H11Protocol`.
+    """
 
     timer: asyncio.TimerHandle | None = None
     discarded = 0
+
+    def __init__(self, *given: Any, most: int = DISCARDED, **named: Any):
+        super().__init__(*given, **named)
+        self.most = most
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -39,7 +50,7 @@ class TimedProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         if self.cycle is not None and self.cycle.response_complete:
             self.discarded += len(data)
-            if self.discarded > DISCARDED:
+            if self.discarded > self.most:
                 self.transport.close()
                 return
         super().data_received(data)
@@ -76,7 +87,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=TimedProtocol,
+                http=functools.partial(TimedProtocol, most=max(DISCARDED, limits.body_bytes)),  # type: ignore[arg-type]
                 ws="none",
                 lifespan="on",
                 log_config=None,

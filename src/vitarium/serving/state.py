@@ -34,6 +34,7 @@ class State:
         ready: whether the warm-up forward has succeeded.
         stopping: whether new requests are refused.
         open_requests: requests for answers that are read or answered.
+        held: bytes of their bodies.
         routes: known paths, for metrics.
     """
 
@@ -48,4 +49,5 @@ class State:
     ready: bool = False
     stopping: bool = False
     open_requests: int = 0
+    held: int = 0
     routes: frozenset[str] = frozenset()

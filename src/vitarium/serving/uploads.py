@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import contextlib
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from vitarium.data.bad_files import BrokenImage
 from vitarium.data.images import begins_like_image, image_size
 from vitarium.serving.limits import Limits
 from vitarium.serving.refusals import Gone, Refusal
+from vitarium.serving.state import State
 from vitarium.texts import printable
 
 RAW_TYPES = ("", "image/", "application/octet-stream", "application/x-www-form-urlencoded")
@@ -22,8 +24,6 @@ RAW_TYPES = ("", "image/", "application/octet-stream", "application/x-www-form-u
 the bytes are is found from the bytes."""
 ACCEPTED = "send one image as the body (Content-Type image/* or application/octet-stream), or files as multipart/form-data"
 LONGEST_NAME = 200
-OVERHEAD = 64_000
-"""Bytes of a multipart body beside its files."""
 
 
 @dataclass(frozen=True)
@@ -39,31 +39,73 @@ class Upload:
     content: bytes
 
 
+class Share:
+    """The bytes of one request's body among those that a server holds.
+
+    Args:
+        state: of the server.
+    """
+
+    def __init__(self, state: State):
+        self.state, self.bytes = state, 0
+
+    def check(self, more: int) -> None:
+        """Raise Refusal (429) if there is no room for so many further bytes."""
+        most = self.state.limits.held_bytes
+        if self.state.held + more > most:
+            held = f"the bodies of other requests take {(self.state.held - self.bytes) / 1e6:.1f} MB"
+            raise Refusal(429, f"{held}, and all together may take {most / 1e6:g} MB; send it again later", retry=1)
+
+    def take(self, more: int) -> None:
+        """Count bytes that arrived; raises as `check`, and then none are counted."""
+        self.check(more)
+        self.bytes += more
+        self.state.held += more
+
+
+@contextlib.contextmanager
+def entered(state: State) -> Iterator[Share]:
+    """Count an open request, and what its body takes until it is answered; raises Refusal where too many are open, before its body is read."""
+    if state.open_requests >= state.limits.open_requests:
+        raise Refusal(429, f"{state.open_requests} requests are open, which is the limit", retry=1)
+    state.open_requests += 1
+    share = Share(state)
+    try:
+        yield share
+    finally:
+        state.open_requests -= 1
+        state.held -= share.bytes
+
+
 class _InMemory(MultiPartParser):
     """Parser that keeps files in memory; the whole body is limited."""
 
     spool_max_size = 2**40
 
 
-async def read_uploads(request: Request, limits: Limits) -> list[Upload]:
+async def read_uploads(request: Request, share: Share) -> list[Upload]:
     """Read the images of a request's body.
 
+    A body counts as it arrives, not as its header announces it: clients that announce much and send nothing take no room from others.
+
     Raises:
-        Refusal: a body that is too large (413), too slow (408), of another type (415), or cannot be parsed (400).
+        Refusal: a body that is too large (413), too slow (408), of another type (415), cannot be parsed (400), or for which there is no room
+            beside others (429).
         Gone: the client has closed the connection.
     """
+    limits = share.state.limits
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     multipart = kind == "multipart/form-data"
     if not multipart and not any(kind == known or (known.endswith("/") and kind.startswith(known)) for known in RAW_TYPES):
         raise Refusal(415, f"a body of the type {printable(kind[:100], '')} is not accepted: {ACCEPTED}")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise Refusal(415, "compressed bodies are not accepted; send the image as it is")
-    _check_length(request, limits)
+    _check_length(request, share)
     try:
         async with asyncio.timeout(limits.body_timeout):
             if multipart:
-                return await _parts(request, limits)
-            return [Upload("", b"".join([chunk async for chunk in _chunks(request, limits)]))]
+                return await _parts(request, share)
+            return [Upload("", b"".join([chunk async for chunk in _chunks(request, share)]))]
     except TimeoutError:
         raise Refusal(408, f"the body did not arrive within {limits.body_timeout:g} seconds") from None
     except ClientDisconnect:
@@ -88,28 +130,31 @@ def check_image(upload: Upload, limits: Limits) -> None:
         raise Refusal(413, f"{has}; at most {limits.limit_megapixels:g} are accepted: make the image smaller")
 
 
-def _check_length(request: Request, limits: Limits) -> None:
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > limits.bytes + OVERHEAD:
-        raise _too_large(int(length), limits)
+def _check_length(request: Request, share: Share) -> None:
+    length, limits = request.headers.get("content-length", ""), share.state.limits
+    if length.isdecimal():
+        if int(length) > limits.body_bytes:
+            raise _too_large(int(length), limits)
+        share.check(int(length))
 
 
 def _too_large(size: int, limits: Limits) -> Refusal:
     return Refusal(413, f"the body has {size / 1e6:.1f} MB or more; at most {limits.limit_mb:g} MB are accepted")
 
 
-async def _chunks(request: Request, limits: Limits) -> AsyncGenerator[bytes, None]:
-    """Yield the body; raises Refusal as soon as it is longer than the limit, whatever its headers say."""
-    size, most = 0, limits.bytes + OVERHEAD
+async def _chunks(request: Request, share: Share) -> AsyncGenerator[bytes, None]:
+    """Yield the body; raises Refusal as soon as it is longer than the limit, whatever its headers say, or there is no room for it."""
+    limits = share.state.limits
     async for chunk in request.stream():
-        size += len(chunk)
-        if size > most:
-            raise _too_large(size, limits)
+        if share.bytes + len(chunk) > limits.body_bytes:
+            raise _too_large(share.bytes + len(chunk), limits)
+        share.take(len(chunk))
         yield chunk
 
 
-async def _parts(request: Request, limits: Limits) -> list[Upload]:
-    parser = _InMemory(request.headers, _chunks(request, limits), max_files=limits.files, max_fields=limits.files)
+async def _parts(request: Request, share: Share) -> list[Upload]:
+    limits = share.state.limits
+    parser = _InMemory(request.headers, _chunks(request, share), max_files=limits.files, max_fields=limits.files)
     try:
         form = await parser.parse()
     except MultiPartException as error:
