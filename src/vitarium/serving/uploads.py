@@ -65,7 +65,11 @@ class Share:
 
 @contextlib.contextmanager
 def entered(state: State) -> Iterator[Share]:
-    """Count an open request, and what its body takes until it is answered; raises Refusal where too many are open, before its body is read."""
+    """Count an open request, and what its body takes until it is answered.
+
+    Raises:
+        Refusal: too many are open (429); the body is not read.
+    """
     if state.open_requests >= state.limits.open_requests:
         raise Refusal(429, f"{state.open_requests} requests are open, which is the limit", retry=1)
     state.open_requests += 1
@@ -89,8 +93,8 @@ async def read_uploads(request: Request, share: Share) -> list[Upload]:
     A body counts as it arrives, not as its header announces it: clients that announce much and send nothing take no room from others.
 
     Raises:
-        Refusal: a body that is too large (413), too slow (408), of another type (415), cannot be parsed (400), or for which there is no room
-            beside others (429).
+        Refusal: a body that is too large (413), too slow (408), of another type (415), cannot be parsed (400), or has no room beside those
+            of other requests (429).
         Gone: the client has closed the connection.
     """
     limits = share.state.limits
