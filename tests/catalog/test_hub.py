@@ -59,6 +59,28 @@ def test_a_source_on_the_hub_is_asked_once(attempts):
     assert 1 <= len(attempts) <= FEW
 
 
+def test_a_model_on_the_hub_out_of_reach_is_named_as_it_was_given(attempts):
+    """There is no option checkpoint to give: the whole model is on the hub."""
+    from vitarium.verbs.opening import open_model
+
+    for ask in (open_model, lambda source: vitarium.load(source, fetch=True)):
+        with pytest.raises(
+            CheckpointError, match=r"cannot reach the hub for some/thing.*give the file in place of hf:some/thing$"
+        ) as caught:
+            ask("hf:some/thing")
+        assert "checkpoint=" not in str(caught.value)
+
+
+def test_the_offline_mode_ends_with_an_error(attempts):
+    from huggingface_hub import constants
+
+    with pytest.raises(ZeroDivisionError), hub_or_cache("some/thing") as reason:  # noqa: PT012
+        assert reason
+        assert constants.HF_HUB_OFFLINE
+        raise ZeroDivisionError
+    assert not constants.HF_HUB_OFFLINE
+
+
 def test_an_autoencoder_out_of_reach(attempts):
     pytest.importorskip("diffusers")
     from vitarium.generation.diffusion.codecs import open_autoencoder

@@ -167,3 +167,15 @@ def test_files_that_are_no_model_of_ours(hub, tmp_path):
     with pytest.raises(UsageError, match="licence must be an identifier"):
         vitarium.push(tmp_path / "w.pth", "me/bees", license="MIT: do what you like")
     assert hub.calls == []
+
+
+@pytest.mark.parametrize(("given", "near"), [("apache-2", "apache-2.0"), ("MIT", "mit"), ("foo", "got 'foo'$"), ("", "got ''$")])
+def test_a_licence_that_the_hub_does_not_know(hub, file, given, near):
+    with pytest.raises(UsageError, match=rf"identifier of the hub, such as apache-2\.0.*{near}"):
+        vitarium.push(file, "me/bees", license=given)
+    assert hub.calls == []
+
+
+def test_a_licence_of_ones_own(file, tmp_path):
+    done = vitarium.push(file, "me/bees", license="other", output=tmp_path / "out")
+    assert "license: other" in (done.folder / "README.md").read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ def hub_or_cache(repository: str) -> Iterator[str]:
     """Yield "" if the hub can be reached, else the reason, with the hub's client in its offline mode until the context ends.
 
     Without a connection the client retries every file for half a minute, and timm and transformers ask for several; in offline mode they
-    take cached files or raise an error at once.
+    take cached files or raise an error at once. The mode is the process's: other threads' requests fail at once too until the context ends.
 
     Args:
         repository: "OWNER/NAME" that will be read; a folder ("./..." or "/...") needs no hub.
@@ -32,6 +32,8 @@ def hub_or_cache(repository: str) -> Iterator[str]:
     if not reason:
         yield ""
         return
+    # A switch of the whole process: transformers and diffusers take local_files_only, but timm has no argument for it, and each of them
+    # asks for several files by functions of its own. The client reads it at each request, so that it can be set and restored here.
     constants.HF_HUB_OFFLINE = True
     try:
         yield reason

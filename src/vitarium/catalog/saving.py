@@ -38,7 +38,7 @@ from vitarium.catalog.heads import fresh_names, mark_fresh
 from vitarium.catalog.rebuilding import Contents, check_counts, rebuilding, refuse_files, without_weights
 from vitarium.catalog.record import FORMAT, Base, MethodRecord, Record, is_plain, read_record, training_of
 from vitarium.catalog.states import RECORD, SEAL, Weights, existing, fingerprint, looks_like_safetensors, read_safetensors, seal_of
-from vitarium.catalog.weights import TOGETHER, cached, fetch_pretrained, is_address, published_sources
+from vitarium.catalog.weights import TOGETHER, cached, fetch_pretrained, in_place_of, is_address, published_sources
 from vitarium.catalog.weights import fetch as fetch_weights
 from vitarium.errors import CheckpointError, UsageError, VitariumError
 from vitarium.files import atomic_path, cache_folder, write_text
@@ -157,7 +157,7 @@ def _from_hub(source: str, fetch: bool) -> Path:
     Raises:
         CheckpointError: it is in no cache, and may not be downloaded, or cannot be.
     """
-    found = fetch_weights(source) if fetch else cached(source)
+    found = fetch_weights(source, remedy=in_place_of(source)) if fetch else cached(source)
     if found is None:
         raise CheckpointError(f"{source} is in no cache: vitarium.load({source!r}, fetch=True) downloads it")
     return found

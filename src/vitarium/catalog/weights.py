@@ -54,12 +54,13 @@ def fetch_pretrained(name: str, tag: str | None = None) -> Path | str:
     raise CheckpointError(f"cannot fetch the weights of {name}: " + "; ".join(failures))
 
 
-def fetch(source: str) -> Path:
+def fetch(source: str, *, remedy: str = "pass checkpoint=PATH (--checkpoint PATH)") -> Path:
     """Return the local file of a source, downloaded unless it is in a cache.
 
     Args:
         source: a path; "hf:OWNER/NAME[/FILE]"; "timm:NAME.TAG" (looked up in timm's registry); or an http(s) address. All but the path
             may end in "#sha256=HEX" (at least the first 8 digits), which is checked.
+        remedy: what to do with a file that was fetched by other means, for the message.
 
     Raises:
         CheckpointError: it cannot be fetched, or does not have the given hash.
@@ -72,10 +73,15 @@ def fetch(source: str) -> Path:
     if place.startswith("timm:"):
         return _fetch_timm(place.removeprefix("timm:"), digest)
     if place.startswith("hf:"):
-        path = _fetch_hub(place.removeprefix("hf:"))
+        path = _fetch_hub(place.removeprefix("hf:"), remedy)
         _check_digest(path, digest, place)
         return path
-    return _fetch_url(place, digest)
+    return _fetch_url(place, digest, remedy)
+
+
+def in_place_of(source: str) -> str:
+    """Return the `remedy` of `fetch` for a source that is the whole model."""
+    return f"give the file in place of {source}"
 
 
 def is_address(source: str) -> bool:
@@ -144,8 +150,8 @@ def _check_digest(path: Path, digest: str, place: str) -> None:
             raise CheckpointError(f"{path} is not the file that {place} names: expected sha256 {digest}, got {got}; delete it, fetch again")
 
 
-def _by_hand(url: str) -> str:
-    return f"fetch {url} on a machine with a network and pass checkpoint=PATH"
+def _by_hand(url: str, remedy: str) -> str:
+    return f"fetch {url} on a machine with a network and {remedy}"
 
 
 # ---- timm's registry
@@ -174,7 +180,7 @@ def _timm_address(name: str, digest: str) -> str:
 # ---- the Hugging Face hub
 
 
-def _fetch_hub(place: str) -> Path:
+def _fetch_hub(place: str, remedy: str) -> Path:
     """Return OWNER/NAME[/FILE] from the hub client's cache, else from the hub."""
     import huggingface_hub as hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -196,7 +202,7 @@ def _fetch_hub(place: str) -> Path:
         except Exception as error:  # whatever the client's HTTP library of the day raises
             if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
                 continue  # the hub has no such file
-            raise CheckpointError(f"cannot reach the hub for {repository} ({reason_of(error)}): {_by_hand(url)}") from error
+            raise CheckpointError(f"cannot reach the hub for {repository} ({reason_of(error)}): {_by_hand(url, remedy)}") from error
     raise CheckpointError(f"the hub's {repository} holds no {' or '.join(files)}; name its file: hf:{repository}/FILE")
 
 
@@ -211,7 +217,7 @@ def _hub_files(place: str) -> tuple[str, list[str]]:
 # ---- addresses
 
 
-def _fetch_url(url: str, digest: str) -> Path:
+def _fetch_url(url: str, digest: str, remedy: str) -> Path:
     """Return the file of an address from torch's hub cache, else download it there: the file is verified and moved there only when
     complete.
 
@@ -225,7 +231,7 @@ def _fetch_url(url: str, digest: str) -> Path:
         _check_digest(path, digest, url)
         return path
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise CheckpointError(f"offline (HF_HUB_OFFLINE is set), and {path} is not there: {_by_hand(url)}")
+        raise CheckpointError(f"offline (HF_HUB_OFFLINE is set), and {path} is not there: {_by_hand(url, remedy)}")
     partial = path.with_name(f"{name}.incomplete")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -240,7 +246,7 @@ def _fetch_url(url: str, digest: str) -> Path:
         partial.unlink(missing_ok=True)
         raise
     except Exception as error:  # any error of the client's HTTP library or the disk
-        raise CheckpointError(f"cannot download {name} ({reason_of(error)}): {_by_hand(url)}") from error
+        raise CheckpointError(f"cannot download {name} ({reason_of(error)}): {_by_hand(url, remedy)}") from error
     return path
 
 

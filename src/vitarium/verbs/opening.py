@@ -50,10 +50,10 @@ def open_model(source: str | os.PathLike[str] | nn.Module, checkpoint: str | Non
             raise UsageError("a model that is given as an object has its own weights; give checkpoint only with a model's name")
         return source.eval()
     if os.fspath(source).startswith("hf:"):
-        from vitarium.catalog.weights import fetch
+        from vitarium.catalog.weights import fetch, in_place_of
 
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-        return vitarium.load(fetch(os.fspath(source)), checkpoint=checkpoint)
+        return vitarium.load(fetch(os.fspath(source), remedy=in_place_of(os.fspath(source))), checkpoint=checkpoint)
     inside = Path(source) / "model.safetensors"
     if inside.is_file():
         raise UsageError(f"{source} is a folder; name its file: {inside}")

@@ -18,7 +18,6 @@ from vitarium.verbs.opening import Notify, quiet
 from vitarium.verbs.result import Result
 
 WEIGHTS, README = "model.safetensors", "README.md"
-LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 
 
 @dataclass(repr=False)
@@ -78,21 +77,21 @@ def push(
         file: the file.
         repository: "OWNER/NAME".
         private: of a repository that is created.
-        license: of the weights, an identifier of the hub such as "apache-2.0"; None: the card says that it is not recorded.
+        license: of the weights, an identifier of the hub such as "apache-2.0", or "other"; None: the card says that it is not recorded.
         message: of the commit.
         output: write what would be pushed into this folder, and push nothing.
         notify: called with messages about progress.
 
     Raises:
-        UsageError: a name or a licence of another form, no login, or no right to write.
+        UsageError: a name of another form, a licence that the hub does not know, no login, or no right to write.
         CheckpointError: a file that was not written by `save`, or the hub is out of reach.
     """
     from vitarium.reports.card import card
+    from vitarium.reports.licenses import check_license
 
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", repository, re.ASCII) or ".." in repository:
         raise UsageError(f"the repository must have the form OWNER/NAME, got {repository!r}")
-    if license is not None and not LICENSE.fullmatch(license):
-        raise UsageError(f"the licence must be an identifier of the hub, such as apache-2.0, mit or cc-by-nc-4.0; got {license!r}")
+    check_license(license)
     with without_paths(Path(file)) as public:
         text = card(public, license=license, repository=repository)
         if output is not None:
