@@ -6,6 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
+from tests.reports.fixtures import make_comparison
 from vitarium.cli.board import Board
 from vitarium.cli.console import clock
 from vitarium.errors import DataError, UsageError
@@ -97,6 +98,14 @@ def test_patterns_become_names_once():
 def test_models_that_name_nothing(text):
     with pytest.raises(UsageError, match=r"no model"):
         chosen(text)
+
+
+def test_the_command_to_use_the_model_is_quoted_for_a_shell(tmp_path, capsys):
+    from vitarium.cli.compare import show
+
+    show(make_comparison(tmp_path / "my runs"))
+    shown = "".join(capsys.readouterr().out.split())
+    assert f"vitarium predict IMAGE --model '{tmp_path}/my runs/".replace(" ", "") in shown
 
 
 def test_names_are_separated_by_commas(run):

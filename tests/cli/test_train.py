@@ -118,11 +118,13 @@ def test_a_log_has_a_line_per_evaluation_and_ends_with_the_final_metric(run, mon
 
 
 def test_a_rate_is_found_and_nothing_is_trained(run, tmp_path):
-    result = run("train", "pico", "--model", "timm/resnet_pico", "--find-lr", "--out", "r")
+    result = run("train", "pico", "--model", "timm/resnet_pico", "--find-lr", "--out", "r", "--val-fraction", 0.3)
     assert result.code == 0, result.err
     rate = float(result.out.split()[1])
     assert 1e-5 < rate < 1
-    assert f"vitarium train pico --model timm/resnet_pico --lr {rate:.2g}" in result.out, "the same model on the same data"
+    command = f"vitarium train pico --model timm/resnet_pico --val-fraction 0.3 --lr {rate:.2g} --out r"
+    assert command in result.out, "the same model on the same data"
+    assert command in (tmp_path / "r" / "find_lr.html").read_text(encoding="utf-8")
     assert [path.name for path in (tmp_path / "r").iterdir()] == ["find_lr.html"]
     assert "optimizer.lr" in (tmp_path / "r" / "find_lr.html").read_text(encoding="utf-8")
 
@@ -367,10 +369,20 @@ def test_a_finished_run_says_that_nothing_was_trained(run):
 
 
 def test_the_command_with_a_found_rate_repeats_what_was_asked():
-    from vitarium.cli.train import command_with
+    from vitarium.verbs.find_lr import command_with
 
     weights = dict(model="swin_pico", checkpoint=None, pretrained=True)
     options = dict(batch_size=16, image_size=None, changes=["clip.norm=1"], apply=["evit:keep=0.7"])
     asked = command_with(0.00123, "pico", "my photos/", weights, options)
     rest = "--batch-size 16 --pretrained --set clip.norm=1 --apply evit:keep=0.7 --lr 0.0012"
     assert asked == f"vitarium train pico --data 'my photos/' --model swin_pico {rest}"
+    objects = command_with(0.001, object(), None, dict(weights, model=object()), {"out": "my runs/$1", "accelerator": "cpu"})
+    assert objects == "vitarium train RECIPE --model MODEL --pretrained --lr 0.001 --out 'my runs/$1' --accelerator cpu"
+
+
+def test_the_command_to_use_a_model_is_quoted_for_a_shell(run, tmp_path):
+    result = run("train", "pico", "--model", "timm/resnet_pico", "--set", "budget.steps=1", "--out", "my $run")
+    assert result.code == 0, result.err
+    assert "vitarium predict IMAGE --model 'my $run/model.safetensors'" in result.out
+    page = (tmp_path / "my $run" / "report.html").read_text(encoding="utf-8")
+    assert "model = vitarium.load(&#39;my $run/model.safetensors&#39;)" in page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +76,9 @@ def require_head(model: nn.Module) -> None:
     """
     name = getattr(getattr(model, "spec", None), "name", type(model).__name__)
     start = "--pretrained" if getattr(model, "weights_from", None) in (None, "pretrained:") else "--checkpoint FILE"
-    advice = f"train one (vitarium train mae_finetune --model {name} {start} --data DATA) or use probe or index, which need none"
+    advice = (
+        f"train one (vitarium train mae_finetune --model {shlex.quote(name)} {start} --data DATA) or use probe or index, which need none"
+    )
     if names := fresh_names(model):
         mark: Any = model.fresh_head
         raise UsageError(f"the classifier of {name} is untrained ({', '.join(names)}: {mark.reason}); {advice}")

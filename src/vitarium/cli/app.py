@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import sys
 from typing import Annotated, Any
 
@@ -119,7 +120,7 @@ def explain(error: Exception, *, debug: bool = False) -> None:
     console.print("[bold red]error:[/] ", end="")
     console.print(f"{name}{str(error).strip() or 'no message'}", markup=False, soft_wrap=not console.is_terminal)
     if not debug and not isinstance(error, VitariumError):
-        console.print(f"  vitarium --debug {' '.join(sys.argv[1:])}", style="dim", markup=False, soft_wrap=True)
+        console.print(f"  {shlex.join(['vitarium', '--debug', *sys.argv[1:]])}", style="dim", markup=False, soft_wrap=True)
 
 
 app = typer.Typer(

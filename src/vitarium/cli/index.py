@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -52,4 +53,4 @@ def index(
     if as_json:
         print_json(found.to_dict())
     else:
-        out().print(pairs({**found.facts(), "use it": f"vitarium search {output} IMAGE"}))
+        out().print(pairs({**found.facts(), "use it": f"vitarium search {shlex.quote(str(output))} IMAGE"}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -149,7 +150,7 @@ def _print(report: dict[str, Any]) -> None:
     rows["preprocessing"] = f"{pre['image_size']} px, {pre['interpolation']}, crop {pre['crop_pct']:g}, {scale}"
     console.print(pairs(rows))
     if unknown:
-        command = f"vitarium info {report['name']} --image-size {report['image_size']} --measure"
+        command = f"vitarium info {shlex.quote(report['name'])} --image-size {report['image_size']} --measure"
         console.print(f"? is not in the index; to measure it: {command}", style="dim", markup=False, soft_wrap=True)
     if report["stages"]:
         stages = table("map", ">channels", ">stride", title="Stages")

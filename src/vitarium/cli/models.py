@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -95,7 +96,7 @@ def _print_notes(pattern: str, image_size: int | None, costs: dict[str, Cost], r
         err().print(f"Left out, as they cannot be built for {image_size} pixels: {', '.join(refused)}", style="dim", markup=False)
     unknown = [name for name, cost in costs.items() if cost.unknown & ({"params", "bytes"} | ({"macs"} if macs else set()))]
     if unknown:
-        command = f"vitarium models {pattern!r} --image-size {image_size} --measure"
+        command = f"vitarium models {shlex.quote(pattern)} --image-size {image_size} --measure"
         few = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
         note = f"Not in the index at {image_size} pixels, shown as ?: {few}. To measure them: {command}"
         err().print(note, style="dim", markup=False, soft_wrap=True)

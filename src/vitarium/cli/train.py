@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -146,18 +145,7 @@ def show_rate(recipe: str | None, data: str | None, weights: dict[str, Any], opt
     console = out()
     console.print(pairs(found.facts()))
     console.print()
-    console.print(pairs({"use it": command_with(found.lr, recipe, data, weights, options)}))
-
-
-def command_with(lr: float, recipe: str, data: str | None, weights: dict[str, Any], options: dict[str, Any]) -> str:
-    """Return the command that trains what the search trained, with a learning rate."""
-    values = {"--data": data, "--model": weights["model"], "--checkpoint": weights["checkpoint"]}
-    values |= {"--batch-size": options["batch_size"], "--image-size": options["image_size"]}
-    words = ["vitarium", "train", recipe, *(word for name, value in values.items() if value is not None for word in (name, str(value)))]
-    words += ["--pretrained"] if weights["pretrained"] else []
-    words += [word for change in options["changes"] for word in ("--set", change)]
-    words += [word for method in options["apply"] or () for word in ("--apply", method)]
-    return shlex.join([*words, "--lr", f"{lr:.2g}"])
+    console.print(pairs({"use it": found.use}))
 
 
 class Shown:

@@ -84,14 +84,21 @@ def render_run(
         drawn=plots,
         verdict=verdict,
         figures=[dict(name=key.capitalize(), **_parts(text)) for key, text in task.texts(result.metrics).items()][:MOST_FIGURES],
-        file=(folder / "model.safetensors").as_posix(),
+        code=f"import vitarium\nmodel = vitarium.load({(folder / 'model.safetensors').as_posix()!r})",
         sections=[*(_values(section, data) for section in sections), _values(evaluations(task, result), data)],
         method=_method(data, recipe, result),
     )
 
 
-def write_rate_page(folder: Path, name: str, data: str, sweep: Sweep, recipe: Recipe) -> Path:
+def write_rate_page(folder: Path, name: str, data: str, sweep: Sweep, recipe: Recipe, use: str) -> Path:
     """Write find_lr.html into a folder, and return its path.
+
+    Args:
+        folder: of the run.
+        name, data: of the model and the data.
+        sweep: the losses by rate.
+        recipe: of the sweep.
+        use: the command that trains with the suggestion.
 
     Raises:
         OSError: it cannot be written.
@@ -107,7 +114,7 @@ def write_rate_page(folder: Path, name: str, data: str, sweep: Sweep, recipe: Re
         facts=[f"{len(sweep.rates)} steps", f"batches of {recipe.batch_size}", f"optimizer {recipe.optimizer.name}"],
         data={"plots": [plot]},
         verdict=f"Learning rate {sweep.suggestion:.2g}; the recipe has {recipe.optimizer.lr:g}.{doubt}",
-        use=f"vitarium train RECIPE --lr {sweep.suggestion:.2g}",
+        use=use,
     )
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / RATE_PAGE, text)

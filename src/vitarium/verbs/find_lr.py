@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
     from vitarium.training import Recipe
 
+VAL_FRACTION = 0.2
+"""Share that is held out by default."""
 SHOWN = 12
 """Number of rates in the table."""
 
@@ -31,6 +34,7 @@ class FoundRate(Result):
         clear: whether the loss fell clearly; else the suggestion may be chance.
         rates, losses, means: of the sweep's steps: rate, loss, and exponential mean of the losses.
         page: the curve, a self-contained HTML page.
+        use: the command that trains with this rate what the search trained.
     """
 
     lr: float
@@ -39,6 +43,7 @@ class FoundRate(Result):
     losses: list[float] = field(repr=False)
     means: list[float] = field(repr=False)
     page: Path
+    use: str = ""
 
     def facts(self) -> dict[str, Any]:
         note = {} if self.clear else {"note": "the loss did not fall clearly during the sweep, so that this rate may be chance"}
@@ -64,7 +69,7 @@ def find_lr(
     image_size: int | None = None,
     changes: Sequence[str] | None = None,
     apply: Sequence[Any] | None = None,
-    val_fraction: float = 0.2,
+    val_fraction: float = VAL_FRACTION,
     out: str | os.PathLike[str] | None = None,
     steps: int = 100,
     accelerator: str = "auto",
@@ -90,5 +95,33 @@ def find_lr(
     given = with_shorthands(list(changes or []), dict(batch_size=batch_size, image_size=image_size))
     job = open_job(recipe, data, model, pretrained, checkpoint, given, apply, val_fraction, out, notify)
     sweep = sweep_rates(job.learner, job.images, job.recipe, steps=steps, accelerator=accelerator)
-    page = write_rate_page(job.folder, job.name, job.images.name, sweep, job.recipe)
-    return FoundRate(sweep.suggestion, sweep.clear, sweep.rates, sweep.losses, sweep.means, page)
+    weights = dict(model=model, pretrained=pretrained, checkpoint=checkpoint)
+    options = dict(batch_size=batch_size, image_size=image_size, changes=changes, apply=apply, out=out, accelerator=accelerator)
+    options["val_fraction"] = val_fraction if val_fraction != VAL_FRACTION else None
+    use = command_with(sweep.suggestion, recipe, data, weights, options)
+    page = write_rate_page(job.folder, job.name, job.images.name, sweep, job.recipe, use)
+    return FoundRate(sweep.suggestion, sweep.clear, sweep.rates, sweep.losses, sweep.means, page, use)
+
+
+def command_with(lr: float, recipe: Any, data: Any, weights: dict[str, Any], options: dict[str, Any]) -> str:
+    """Return the command, quoted for a shell, that trains what the search trained, with a learning rate.
+
+    Args:
+        lr: the rate.
+        recipe, data: as for `find_lr`; a recipe or a model that is an object is written RECIPE or MODEL.
+        weights: model, pretrained and checkpoint.
+        options: further arguments of `find_lr`; those that are missing or None are left out.
+    """
+    text = lambda value, other: os.fspath(value) if isinstance(value, str | os.PathLike) else other
+    model = None if weights["model"] is None else text(weights["model"], "MODEL")
+    values = {"--data": data, "--model": model, "--checkpoint": weights["checkpoint"]}
+    values |= {f"--{name.replace('_', '-')}": options.get(name) for name in ("batch_size", "image_size", "val_fraction")}
+    words = ["vitarium", "train", text(recipe, "RECIPE")]
+    words += [word for name, value in values.items() if value is not None for word in (name, str(value))]
+    words += ["--pretrained"] if weights["pretrained"] else []
+    words += [word for change in options.get("changes") or () for word in ("--set", change)]
+    words += [word for method in options.get("apply") or () for word in ("--apply", str(method))]
+    words += ["--lr", f"{lr:.2g}"]
+    words += ["--out", os.fspath(options["out"])] if options.get("out") is not None else []
+    words += ["--accelerator", options["accelerator"]] if options.get("accelerator", "auto") != "auto" else []
+    return shlex.join(words)

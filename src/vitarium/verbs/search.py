@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +140,7 @@ def open_indexed(
     if model_fingerprint(opened) != found.fingerprint:
         raise CheckpointError(
             f"{index} was made by another model than {name_of(source)} (or before its weights changed); make it again: "
-            f"vitarium index FOLDER --model {name_of(source)} --output {index}"
+            f"vitarium index FOLDER --model {shlex.quote(name_of(source))} --output {shlex.quote(str(index))}"
         )
     return opened
 

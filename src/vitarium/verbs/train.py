@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,7 +205,8 @@ def train(
     vitarium.save(trained, file, trained_only=trained_only)
     write_card(file)
     page = write_run_report(folder, job.name, trained, job.task, images, job.recipe, result)
-    return Trained(trained, file, result, job.task, (learner.usage or job.task.usage).format(file=file), images.notes, page)
+    use = (learner.usage or job.task.usage).format(file=shlex.quote(str(file)))
+    return Trained(trained, file, result, job.task, use, images.notes, page)
 
 
 def keep_calibration(model: nn.Module, file: Path) -> None:
@@ -314,7 +316,7 @@ def matched(model: Any, task: Task, images: ImageData, pretrained: bool, name: s
         images = task.match(model, images)
     except DataError as error:
         spec = getattr(getattr(model, "spec", None), "name", "NAME")
-        raise DataError(f"{error}; for a new head on these weights: --model {spec} --checkpoint {name}") from error
+        raise DataError(f"{error}; for a new head on these weights: --model {spec} --checkpoint {shlex.quote(name)}") from error
     if task.classifies and getattr(model, "labels", None) is None:
         model.labels = list(images.classes)
     return images

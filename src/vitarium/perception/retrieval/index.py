@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,7 +76,7 @@ class Index:
             CheckpointError: missing, damaged, not an index, or of a newer version.
         """
         path = existing(path)
-        advice = f"{path} is not an index of images; 'vitarium index FOLDER --model FILE --output {path}' makes one"
+        advice = f"{path} is not an index of images; 'vitarium index FOLDER --model FILE --output {shlex.quote(str(path))}' makes one"
         if not looks_like_safetensors(path):
             raise CheckpointError(advice)
         tensors, metadata = read_safetensors(path)
