@@ -285,7 +285,8 @@ def test_a_method_may_write_its_own_graph(model, monkeypatch, tmp_path):
 
     def write(self, given, runtime, path, image_size):
         seen.append((runtime, image_size))
-        return making.export(given, path).error
+        making.export(given, path)
+        return True
 
     monkeypatch.setattr(type(changed.methods[-1].method), "write_graph", write, raising=False)
     fast = run_with(changed, "onnxruntime")
@@ -295,6 +296,59 @@ def test_a_method_may_write_its_own_graph(model, monkeypatch, tmp_path):
     assert seen == [("onnxruntime", 16)], "features are another function"
     digest = making._identity(changed)
     assert cache.slot_in_cache(f"{digest[:16]}-forward-onnxruntime").read(digest, cache.exporters()) is not None, "of this runtime alone"
+
+
+@pytest.mark.parametrize(("named", "accepted"), [(None, False), (0.05, True), (0.005, False)])
+def test_a_method_names_the_tolerance_of_its_own_graph(model, named, accepted, monkeypatch, tmp_path):
+    """A graph that differs by 1 %, as integer kernels that round elsewhere do; its entry keeps whose it is for later versions."""
+    monkeypatch.setenv("VITARIUM_CACHE", str(tmp_path))
+    changed = vitarium.apply(copy.deepcopy(model), "int8", quiet=True)
+    kind = type(changed.methods[-1].method)
+
+    def write(self, given, runtime, path, image_size):
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in other.head.parameters():
+                parameter.mul_(1.01)
+        making.export(other, path)
+        return True
+
+    monkeypatch.setattr(kind, "write_graph", write, raising=False)
+    if named is not None:
+        monkeypatch.setattr(kind, "graph_tolerance", named, raising=False)
+    if not accepted:
+        with pytest.raises(CheckpointError, match=rf"differ by 0.0\d+ of .*accepted: {named or making.TOLERANCE:g}"):
+            run_with(changed, "onnxruntime")
+        return
+    run_with(changed, "onnxruntime")
+    [entry] = tmp_path.rglob("*-forward-onnxruntime.json")
+    assert json.loads(entry.read_text())["own"]
+    monkeypatch.setattr(making, "version_of", lambda runtime: f"{runtime} of tomorrow")
+    run_with(changed, "onnxruntime")
+    monkeypatch.setattr(kind, "graph_tolerance", 1.0)
+    with pytest.raises(ValueError, match=r"graph_tolerance must be above 0 and at most 0.2, got 1"):
+        run_with(changed, "onnxruntime")
+
+
+@pytest.mark.parametrize("runtime", GRAPHS)
+@pytest.mark.parametrize("method", ["int8", "int4w"])
+def test_a_quantized_model_gives_its_outputs(model, method, runtime):
+    changed = vitarium.apply(copy.deepcopy(model), method, quiet=True)
+    assert_same(changed, run_with(changed, runtime))
+
+
+@pytest.mark.skipif(find_spec("openvino") is None, reason="no openvino")
+def test_a_graph_that_openvino_does_not_take_and_onnxruntime_does_is_refused_with_both_facts(model, monkeypatch, tmp_path):
+    monkeypatch.setenv("VITARIUM_CACHE", str(tmp_path))
+    plain = opening.SESSIONS["openvino"]
+
+    def empty(content, threads):
+        session = plain(content, threads)
+        return lambda *values: [output[:0] for output in session(*values)]
+
+    monkeypatch.setitem(opening.SESSIONS, "openvino", empty)
+    with pytest.raises(CheckpointError, match=r"openvino returns outputs of other shapes.*; --runtime eager and onnxruntime work, and"):
+        run_with(model, "openvino")
 
 
 def test_compile_gives_the_outputs_and_refuses_the_rest(monkeypatch):

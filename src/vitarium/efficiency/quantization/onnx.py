@@ -2,10 +2,13 @@
 
     static input     QuantizeLinear, DequantizeLinear (QDQ) around the product with DequantizeLinear(weight): onnxruntime fuses them to
                      an integer product
-    input per token  QuantizeLinear with a step per row, MatMulInteger, DequantizeLinear of its int32 sums with the weight's steps
+    input per token  its codes by Div, Round and Clip, MatMulInteger, DequantizeLinear of its int32 sums with the weight's steps
     two regions      two such products
     float input      the product with DequantizeLinear(weight), transposed, so that onnxruntime (1.32) does not round the input to int8
     convolution      QDQ
+
+QuantizeLinear with a step per row would be the shorter form of the codes per token. ONNX Runtime takes as long for it, and OpenVINO 2026.4
+returns an empty tensor for it if the number of rows varies.
 
 Codes of fewer bits than 8 are stored as int8, with the same steps. Before tracing, `exportable` replaces the
 quantized layers of a copy of the model by `ExportedLayer`s, which call operators that `translations` maps to these nodes.
@@ -167,9 +170,14 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     op: Any = opset18  # its annotations describe scripts, not the calls of a tracer
 
+    def constant(kind: int, shape: list[int], value: float) -> Any:
+        return op.Constant(value=helper.make_tensor("constant", kind, shape, [value]))
+
     def quantize(x: Any, step: Any) -> Any:
-        zero = op.Constant(value=helper.make_tensor("zero", TensorProto.INT8, [1], [0]))
-        return op.QuantizeLinear(x, step, op.Expand(zero, op.Shape(step)) if len(step.shape) else op.Squeeze(zero), axis=0)
+        if not len(step.shape):
+            return op.QuantizeLinear(x, step, constant(TensorProto.INT8, [], 0))
+        codes = op.Round(op.Div(x, op.Unsqueeze(step, constant(TensorProto.INT64, [1], 1))))
+        return op.Cast(op.Clip(codes, constant(TensorProto.FLOAT, [], -128), constant(TensorProto.FLOAT, [], 127)), to=TensorProto.INT8)
 
     def dequantize(codes: Any, step: Any, axis: int) -> Any:
         return op.DequantizeLinear(codes, step, axis=axis)

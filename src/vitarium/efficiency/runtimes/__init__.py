@@ -13,10 +13,17 @@ runtime does not take is refused with the reason.
 
 A method that has a graph of its own for a runtime, such as a quantizer that leaves the choice of integer kernels to it, defines
 
-    def write_graph(self, model: nn.Module, runtime: str, path: Path, image_size: int) -> float | None
+    graph_tolerance: ClassVar[float] = 0.02
+    def write_graph(self, model: nn.Module, runtime: str, path: Path, image_size: int) -> bool
 
-which writes an ONNX file to `path` and returns its error (see `vitarium.efficiency.export.Exported`), or returns None to have the model
-exported as usual. It is called for the last method of `model.methods` when a graph is made.
+which writes an ONNX file to `path` and returns True, or returns False to have the model exported as usual. It is called for the last method
+of `model.methods` when a graph is made. `model` is the model with its methods, in eval mode; the graph has its inputs and outputs, in their
+order, and takes any batch.
+
+Every graph is compared with the model in its runtime, by the root mean square of (graph - model) over that of the model's outputs. A graph
+of the usual export has to be within `making.TOLERANCE`. A method's own graph may differ by its nature, because its kernels round at other
+places: the median over random samples has to be within the method's `graph_tolerance`, and no sample may be beyond `export.WORST`. Without
+`graph_tolerance`, `making.TOLERANCE` holds.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ class Entry:
         single: whether the model's output is one tensor.
         checked: runtime with its version -> error of its outputs (see `vitarium.efficiency.export.Exported`).
         about: facts on the model for answers without it (see `vitarium.efficiency.runtimes.making`).
+        own: whether the model's last method wrote the graph (see `vitarium.efficiency.runtimes`).
     """
 
     model: str
@@ -55,6 +56,7 @@ class Entry:
     single: bool
     checked: dict[str, float] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+    own: bool = False
 
 
 @dataclass(frozen=True)

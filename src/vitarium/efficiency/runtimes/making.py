@@ -17,7 +17,7 @@ from vitarium.catalog.answers import FORMS
 from vitarium.catalog.calling import call, example_inputs
 from vitarium.catalog.create import preprocessing_of
 from vitarium.catalog.states import fingerprint
-from vitarium.efficiency.export import compare, export
+from vitarium.efficiency.export import WORST, compare, export
 from vitarium.efficiency.quantization.layers import QuantizedLayer
 from vitarium.efficiency.runtimes.cache import Entry, Slot, digest_of, exporters, own_name, put, slot_beside, slot_in_cache
 from vitarium.efficiency.runtimes.graph import KeptGraph
@@ -27,7 +27,8 @@ from vitarium.errors import CheckpointError, MissingExtra, UsageError, VitariumE
 from vitarium.files import sha256
 
 TOLERANCE = 1e-3
-"""Largest relative error of a graph (root mean square; see `vitarium.efficiency.export.Exported`)."""
+"""Largest relative error of a graph (root mean square; see `vitarium.efficiency.export.Exported`). A method that writes its own graph may
+name another."""
 Notify = Callable[[str], None]
 
 
@@ -59,12 +60,13 @@ def find_graph(model: nn.Module, runtime: str, *, source: str | os.PathLike[str]
                 entry = _make(model, reads, runtime, slot, Entry(digest, versions, "", [], [], None, True))
             if this not in entry.checked or not file:
                 notify(f"Comparing the graph with the model in {runtime}")
-                entry.checked[this] = _check(module, runtime, slot, entry)
+                entry.checked[this] = _check(module, runtime, slot, entry, _tolerance(model) if entry.own else TOLERANCE)
         except MissingExtra:
             raise
         except VitariumError as error:
             reason = str(error).partition("; --format")[0]  # advice for an export
-            raise type(error)(f"{runtime} does not take this model: {reason}; --runtime eager works, and compile may") from error
+            others = "eager and onnxruntime work" if entry is not None and _works_in_onnxruntime(entry) else "eager works"
+            raise type(error)(f"{runtime} does not take this model: {reason}; --runtime {others}, and compile may") from error
         slot.write(entry)
     return KeptGraph(slot.path, entry.graph, entry.inputs, entry.shapes, entry.batch, entry.single)
 
@@ -99,7 +101,8 @@ def _make(model: nn.Module, reads: Reads | None, runtime: str, slot: Slot, entry
     inputs, size = example_inputs(module, 2), preprocessing_of(model).image_size
     temporary = slot.path.with_suffix(f".{os.getpid()}.onnx")
     try:
-        if write is None or write(model, runtime, temporary, size) is None:
+        entry.own = write is not None and write(model, runtime, temporary, size)
+        if not entry.own:
             entry.batch, error = _export(module, temporary)
             entry.checked[version_of("onnxruntime")] = error
         put(slot.path, temporary.read_bytes())
@@ -112,10 +115,22 @@ def _make(model: nn.Module, reads: Reads | None, runtime: str, slot: Slot, entry
     return entry
 
 
-def _writer(model: nn.Module, reads: Reads | None) -> Callable[..., float | None] | None:
+def _writer(model: nn.Module, reads: Reads | None) -> Callable[..., bool] | None:
     """Return the function by which the last method writes its own graph of the model's forward (see `vitarium.efficiency.runtimes`)."""
     reports = getattr(model, "methods", None) or []
     return getattr(reports[-1].method, "write_graph", None) if reports and reads is None else None
+
+
+def _tolerance(model: nn.Module) -> float:
+    """Return the largest error of the graph that the last method writes."""
+    found = getattr(model.methods[-1].method, "graph_tolerance", TOLERANCE)  # type: ignore[index,union-attr]
+    if not 0 < found <= WORST:
+        raise ValueError(f"graph_tolerance must be above 0 and at most {WORST:g}, got {found}")
+    return found
+
+
+def _works_in_onnxruntime(entry: Entry) -> bool:
+    return any(name.startswith("onnxruntime ") for name in entry.checked)
 
 
 def _export(module: nn.Module, path: Path) -> tuple[int | None, float]:
@@ -129,12 +144,12 @@ def _export(module: nn.Module, path: Path) -> tuple[int | None, float]:
     return done.batch, done.error
 
 
-def _check(module: nn.Module, runtime: str, slot: Slot, entry: Entry) -> float:
+def _check(module: nn.Module, runtime: str, slot: Slot, entry: Entry, tolerance: float) -> float:
     """Return the error of a graph's outputs in a runtime.
 
     Raises:
         UsageError: the runtime cannot open it.
-        CheckpointError: the error is above `TOLERANCE`.
+        CheckpointError: the error is above the tolerance.
     """
     try:
         session = open_session(runtime, slot.path.read_bytes())
@@ -142,7 +157,7 @@ def _check(module: nn.Module, runtime: str, slot: Slot, entry: Entry) -> float:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UsageError(f"it cannot open the graph ({first.strip()})") from error
     twin = copy.deepcopy(module).cpu().eval()
-    rounded = any(isinstance(layer, QuantizedLayer) for layer in twin.modules())
+    rounded = entry.own or any(isinstance(layer, QuantizedLayer) for layer in twin.modules())
 
     def run(*values: Tensor) -> Any:
         return [torch.from_numpy(output) for output in session(*(value.numpy() for value in values))]
@@ -150,9 +165,9 @@ def _check(module: nn.Module, runtime: str, slot: Slot, entry: Entry) -> float:
     with torch.no_grad():
         found = compare(run, twin, None, [entry.batch] if entry.batch else [1, 3], rounded=rounded)
     if found == float("inf"):
-        raise CheckpointError("its outputs have other shapes than the model's")
-    if not found <= TOLERANCE:
-        raise CheckpointError(f"the outputs of the graph differ by {found:.2g} of their root mean square (accepted: {TOLERANCE:g})")
+        raise CheckpointError(f"{runtime} returns outputs of other shapes than the model's")
+    if not found <= tolerance:
+        raise CheckpointError(f"the outputs of the graph differ by {found:.2g} of their root mean square (accepted: {tolerance:g})")
     return found
 
 

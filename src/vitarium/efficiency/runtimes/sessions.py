@@ -61,6 +61,7 @@ def _openvino(content: bytes, threads: int) -> Session:
 
     core: Any = openvino.Core()
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+    options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0  # otherwise the inputs of layers with integer weights are rounded to 8 bits
     compiled = core.compile_model(core.read_model(content), "CPU", options)
     request = compiled.create_infer_request()
 
