@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import command_pictures  # mkdocs finds a hook's imports beside it
+import ledger
 import pictures as drawn
 import speed
 from mkdocs.config.defaults import MkDocsConfig
@@ -28,7 +29,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the computed pages to the written ones."""
     pages = {
         "systems.md": systems_page(),
-        "ledger.md": ledger_page(),
+        "ledger.md": ledger.page(),
         "combinations.md": combinations_page(),
         "speed.md": speed.page(),
     }
@@ -90,7 +91,7 @@ def system_pages() -> dict[str, str]:
                 tags = ", ".join(f"`{tag}`" for tag in family.weights.get(variant, {}))
                 parts.append(f"| `{family.name}_{variant}` | {arguments.get('image_size', 224)} | {values} | {tags} |")
             parts.append("")
-        parts += [_claim(system.slug), "## In Python", ""]
+        parts += [ledger.claim_section(system.slug), "## In Python", ""]
         classes = [cls for _, cls in inspect.getmembers(module, inspect.isclass) if _belongs(cls, name) and cls.__doc__]
         parts += [f"::: {name}.{cls.__name__}\n    options:\n      members: false\n" for cls in sorted(classes, key=_line)]
         pages[f"systems/{system.slug}.md"] = "\n".join(parts)
@@ -174,38 +175,6 @@ def gallery_pages() -> dict[str, str]:
         *rows,
     ]
     return {"gallery/index.md": "\n".join(page), "gallery/report.html": render(found, gallery_images(found, digits))}
-
-
-def ledger_page() -> str:
-    """Return the page of all claims' outcomes."""
-    from vitarium.claims import read_ledger
-
-    entries = read_ledger()
-    if not entries:
-        return "# Ledger\n\nNo claim has been run yet."
-    rows = [f"| [`{e.slug}`](systems/{e.slug}.md) | {e.says} | **{e.verdict}** | {e.seconds:.0f} s | {e.date} |" for e in entries]
-    head = ["# Ledger", "", "Outcomes of the small experiments on the papers' main claims, held or not."]
-    table = ["", "| system | claim | verdict | time | date |", "|---|---|---|---|---|", *rows, ""]
-    return "\n".join([*head, *table, *(_entry(e) for e in entries)])
-
-
-def _claim(slug: str) -> str:
-    from vitarium.claims import read_ledger
-
-    found = [e for e in read_ledger() if e.slug == slug]
-    return "\n".join(["## Its claim, measured", "", *(_entry(e, heading=False) for e in found)]) if found else ""
-
-
-def _entry(entry: object, *, heading: bool = True) -> str:
-    e = entry
-    title = [f"## {e.slug}", ""] if heading else []
-    lines = [*title, f"*{e.says[0].upper()}{e.says[1:]}*: **{e.verdict}**.", "", e.method, ""]
-    lines += ["| comparison | method | baseline | gain ± standard error | needed | verdict |", "|---|---|---|---|---|---|"]
-    for c in e.comparisons:
-        arms = [f"{a['label']}: {a['mean']:.4g} {a['unit']}" if a else "" for a in (c["method"], c["baseline"])]
-        lines.append(f"| {c['says']} | {arms[0]} | {arms[1]} | {c['gain']:.3g} ± {c['error']:.2g} | {c['at_least']:g} | {c['verdict']} |")
-    machine = e.machine
-    return "\n".join([*lines, "", f"{machine['processor']}, {machine['cores']} cores; torch {machine['torch']}; commit {e.commit}.", ""])
 
 
 def command_pages() -> dict[str, str]:

@@ -54,9 +54,9 @@ def test_bench_refuses(run, arguments):
 def swin_claims(monkeypatch):
     """A world in which one claim is written, and holds."""
     arm = {"label": "windows", "values": [97.0, 98.0], "mean": 97.5, "unit": "%"}
-    comparison = dict(
-        says="windows beat none", method=arm, baseline=arm | {"label": "none"}, gain=1.5, error=0.2, at_least=0.0, verdict="held"
-    )
+    arms = {"method": arm, "baseline": arm | {"label": "none"}}
+    judged = {"gain": 1.5, "error": 0.2, "interval": [0.9, 2.1], "at_least": 0.0, "uncalibrated": "", "verdict": "held"}
+    comparison = {"says": "windows beat none", **arms, **judged}
 
     def measure_claim(slug, file, progress):
         progress("windows, seed 0: 97.0 %")
@@ -71,7 +71,7 @@ def test_a_claim_shows_its_numbers_and_stands_in_the_ledger(run, swin_claims, tm
     assert result.code == 0, result.err
     assert "swin: held" in result.out
     assert "97 98" in result.out
-    assert "+1.5 ± 0.2 (needed: 0)  held" in result.out
+    assert "+1.5 [0.9, 2.1], needed at least 0  held" in result.out
     assert "seed 0" in result.err
     shown = run("claim", "--out", tmp_path / "ledger").out
     assert "windows matter" in shown

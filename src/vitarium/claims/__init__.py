@@ -5,7 +5,20 @@ budget, seeds and training loop.
 """
 
 from vitarium.claims.experiment import Arm, Comparison, Measured, claim, claimed_slugs, find_claim
+from vitarium.claims.judging import Range
 from vitarium.claims.ledger import Entry, read_ledger
 from vitarium.claims.run import run_claim, run_claims
 
-__all__ = ["Arm", "Comparison", "Entry", "Measured", "claim", "claimed_slugs", "find_claim", "read_ledger", "run_claim", "run_claims"]
+__all__ = [
+    "Arm",
+    "Comparison",
+    "Entry",
+    "Measured",
+    "Range",
+    "claim",
+    "claimed_slugs",
+    "find_claim",
+    "read_ledger",
+    "run_claim",
+    "run_claims",
+]

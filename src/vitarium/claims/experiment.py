@@ -5,16 +5,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from vitarium.catalog import find_system, systems
+from vitarium.claims.judging import Range
 from vitarium.errors import UsageError
-
-Verdict = Literal["held", "not held", "inconclusive"]
-
 
 TO_THE_END = ("objective.loss.label_smoothing=0.1", "objective.mixing.until=1.0")
 """Changes of the recipe "pico" under which the claims were calibrated: smoothed labels, and mixing to the end of the training."""
@@ -72,67 +69,71 @@ class Measured:
         label: name in the ledger.
         values: the measurements.
         unit: unit of the values, such as "x faster" or "MACs ratio".
+        exact: the values were counted and do not depend on chance (MACs, parameters, an identity).
+        images: number of held-out images behind each value; None where that is no question.
     """
 
     label: str
     values: Sequence[float]
     unit: str = ""
+    exact: bool = False
+    images: int | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
     """A question: does the method's value exceed the baseline's by `at_least`? Higher is better.
 
+    It is answered only if it is calibrated: the better arm reaches a floor, no arm a ceiling, the test part is large enough, and there are
+    enough seeds for the gain (see `judging.uncalibrated`). Exact values need no calibration.
+
     Args:
         says: the comparison in a few words.
         method: the arm that the paper proposes.
         baseline: the other arm; None compares the method's values with `at_least` itself.
         at_least: the gain that the paper claims, in the unit of the values; negative for "no worse than".
+        within: floor and ceiling of the arms' values.
+        margin: asks instead whether the two are equal, up to this difference.
+
+    Raises:
+        ValueError: both `at_least` and `margin`, or a margin without a baseline.
     """
 
     says: str
     method: Arm | Measured
     baseline: Arm | Measured | None = None
     at_least: float = 0.0
+    within: Range | None = None
+    margin: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.margin is not None and (self.at_least or self.baseline is None or self.margin <= 0):
+            raise ValueError(f"{self.says!r}: a margin is positive, needs a baseline and excludes at_least")
 
-def gain_and_error(method: Sequence[float], baseline: Sequence[float] | None) -> tuple[float, float]:
-    """Return the mean gain and its standard error, paired by seed or round if both have as many values, else of independent means."""
-    if baseline is None:
-        return statistics.mean(method), _standard_error(method)
-    if len(method) == len(baseline):
-        differences = [m - b for m, b in zip(method, baseline, strict=True)]
-        return statistics.mean(differences), _standard_error(differences)
-    error = (_standard_error(method) ** 2 + _standard_error(baseline) ** 2) ** 0.5
-    return statistics.mean(method) - statistics.mean(baseline), error
-
-
-def _standard_error(values: Sequence[float]) -> float:
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-
-
-def judge(gain: float, error: float, at_least: float) -> Verdict:
-    """Return "held" if the gain exceeds the required one by two standard errors, "not held" if below by two, else "inconclusive"."""
-    if gain - 2 * error >= at_least:
-        return "held"
-    return "not held" if gain + 2 * error < at_least else "inconclusive"
-
-
-def together(verdicts: Sequence[Verdict]) -> Verdict:
-    """Return the verdict of several comparisons: held if all hold, not held if one does not."""
-    if "not held" in verdicts:
-        return "not held"
-    return "held" if all(v == "held" for v in verdicts) else "inconclusive"
+    @property
+    def exact(self) -> bool:
+        """Whether no value depends on chance."""
+        return all(isinstance(arm, Measured) and arm.exact for arm in (self.method, self.baseline) if arm is not None)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A registered claim: its sentence, its expected time on two cores, and the function that defines the comparisons."""
+    """A registered claim.
+
+    Attributes:
+        says: the sentence that is checked.
+        minutes: expected on two cores.
+        compare: function that measures or defines the comparisons.
+        task: what is learned, and why it needs the mechanism; "" if nothing is trained.
+        weights: pretrained weights that it uses; "" for none.
+    """
 
     slug: str
     says: str
     minutes: float
     compare: Callable[[], list[Comparison]]
+    task: str = ""
+    weights: str = ""
 
     @property
     def method(self) -> str:
@@ -144,14 +145,16 @@ _CLAIMS: dict[str, Claim] = {}
 
 
 def claim(
-    slug: str, *, says: str, minutes: float
+    slug: str, *, says: str, minutes: float, task: str = "", weights: str = ""
 ) -> Callable[[Callable[[], Sequence[Comparison | Arm]]], Callable[[], Sequence[Comparison | Arm]]]:
     """Register a system's claim.
 
     Args:
         slug: the system.
         says: the sentence that is checked.
-        minutes: expected on two CPU cores; at most about three.
+        minutes: expected on two CPU cores; about 5, at most 15.
+        task: what is learned, and why it needs the mechanism.
+        weights: pretrained weights that it uses.
 
     The function returns comparisons, or two arms for the one question whether the first is better. Its docstring describes the measurement
     and the result that would refute the claim.
@@ -166,7 +169,7 @@ def claim(
             return found  # type: ignore[return-value]
 
         compare.__doc__ = function.__doc__
-        _CLAIMS[slug] = Claim(slug, says, minutes, compare)
+        _CLAIMS[slug] = Claim(slug, says, minutes, compare, task, weights)
         return function
 
     return register

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from vitarium.catalog import systems
-from vitarium.claims.experiment import Verdict
+from vitarium.claims.judging import Verdict
 from vitarium.errors import DataError
 from vitarium.files import write_json
+
+OLD = "measured before claims named a floor and a ceiling"
 
 
 @dataclass(frozen=True)
@@ -19,10 +21,13 @@ class Entry:
     """Result of one claim.
 
     Attributes:
-        comparisons: a dict each: says, method and baseline (label, values, mean, unit), gain, error (standard), at_least, verdict.
+        comparisons: a dict each: says, method and baseline (label, values, mean, unit), gain, error (standard), interval (95 %, or None
+            for a single value), at_least, margin, range (floor and ceiling), exact, uncalibrated (why it says nothing, or ""), verdict.
         seconds: wall time of the run.
         machine: as engine.machine describes it.
         commit: of the code, with "+" if files were changed since; "" outside a checkout.
+        task: what was learned, and why it needs the mechanism.
+        weights: pretrained weights that were used; "" for none.
     """
 
     slug: str
@@ -34,6 +39,18 @@ class Entry:
     date: str
     machine: dict[str, Any]
     commit: str
+    task: str = ""
+    weights: str = ""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether every comparison was calibrated; false for entries that were measured before claims had a floor and a ceiling."""
+        return all(c.get("uncalibrated", OLD) == "" for c in self.comparisons)
+
+    @property
+    def word(self) -> str:
+        """The verdict, with the remark that the claim was not calibrated where that is so."""
+        return self.verdict if self.calibrated else f"{self.verdict}: not calibrated"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry as a dictionary for JSON."""

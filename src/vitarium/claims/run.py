@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import math
 import shutil
 import subprocess
 import tempfile
@@ -13,7 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitarium.claims.experiment import TO_THE_END, Arm, Comparison, Measured, find_claim, gain_and_error, judge, together
+from vitarium.claims.experiment import TO_THE_END, Arm, Comparison, Measured, find_claim
+from vitarium.claims.judging import gain_of, judge, judge_equal, together, uncalibrated
 from vitarium.claims.ledger import Entry, read_ledger, write_entry
 from vitarium.engine import Engine, Job, RunEvent, as_engine, run_all
 from vitarium.files import write_json
@@ -72,6 +74,8 @@ def measure_claim(slug: str, file: Path | None = None, progress: Progress = sile
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         machine=describe_machine(),
         commit=_commit(),
+        task=claim.task,
+        weights=claim.weights,
     )
 
 
@@ -157,16 +161,41 @@ class _Recorder:
 def _compare(comparison: Comparison, trainer: _Trainer) -> dict[str, Any]:
     method = trainer.values(comparison.method)
     baseline = None if comparison.baseline is None else trainer.values(comparison.baseline)
-    gain, error = gain_and_error(method["values"], baseline["values"] if baseline else None)
+    arms = [arm for arm in (method, baseline) if arm is not None]
+    gain = gain_of(method["values"], baseline["values"] if baseline else None, exact=comparison.exact)
+    within, margin = comparison.within, comparison.margin
+    reason = "" if comparison.exact else uncalibrated(
+        within,
+        [arm["mean"] for arm in arms],
+        unit=method["unit"],
+        at_least=comparison.at_least if margin is None else margin,
+        counts=[len(arm["values"]) for arm in arms],
+        images=[held_out(arm) for arm in (comparison.method, comparison.baseline) if arm is not None],
+    )  # fmt: skip
+    verdict = judge(gain, comparison.at_least) if margin is None else judge_equal(gain, margin)
     return {
         "says": comparison.says,
         "method": method,
         "baseline": baseline,
-        "gain": gain,
-        "error": error,
+        "gain": gain.mean,
+        "error": gain.error,
+        "interval": None if math.isinf(gain.low) else [gain.low, gain.high],
         "at_least": comparison.at_least,
-        "verdict": judge(gain, error, comparison.at_least),
+        "margin": margin,
+        "range": None if within is None else [within.floor, within.ceiling],
+        "exact": comparison.exact,
+        "uncalibrated": reason,
+        "verdict": "inconclusive" if reason else verdict,
     }
+
+
+def held_out(arm: Arm | Measured) -> int | None:
+    """Return the number of held-out images behind the values of an arm; None where that is no question."""
+    if isinstance(arm, Measured):
+        return arm.images
+    from vitarium.data import open_data
+
+    return len(open_data(arm.data, val_fraction=arm.val_fraction).val)
 
 
 class _Trainer:

@@ -51,20 +51,21 @@ def say(line: str) -> None:
 
 def show(found: Claims) -> None:
     """Print one claim with its numbers."""
-    from vitarium.verbs.claim import arm_table, gain_of
+    from vitarium.verbs.claim import arm_table, gain_of, verdict_of
 
     entry, console = found.entries[0], out()
-    console.print(f"[bold]{entry.slug}[/]: {styled(entry.verdict)}")
-    console.print(f"{escape(entry.says)}\n[dim]{escape(entry.method)}[/]", highlight=False)
+    console.print(f"[bold]{entry.slug}[/]: {styled(entry.word)}")
+    about = [entry.method, *([f"Task: {entry.task}"] if entry.task else []), *([f"Weights: {entry.weights}"] if entry.weights else [])]
+    console.print(f"{escape(entry.says)}\n[dim]{escape(chr(10).join(about))}[/]", highlight=False)
     print_tables([arm_table(entry)])
     console.print()
-    console.print(pairs({c["says"]: Text.from_markup(f"{gain_of(c)}  {styled(c['verdict'])}") for c in entry.comparisons}))
+    console.print(pairs({c["says"]: Text.from_markup(f"{gain_of(c)}  {styled(verdict_of(c))}") for c in entry.comparisons}))
     console.print(f"\n{entry.seconds:.0f} s, {entry.date}, {entry.commit or 'no commit'}", style="dim")
 
 
 def styled(verdict: str) -> str:
     """Return a verdict in its colour."""
-    return f"[{STYLES[verdict]}]{verdict}[/]"
+    return f"[{STYLES[verdict.partition(':')[0]]}]{escape(verdict)}[/]"
 
 
 def summary(found: Claims) -> None:
@@ -72,7 +73,7 @@ def summary(found: Claims) -> None:
     rows = table("system", "verdict", "~claim", ">time", "date")
     entries: list[Entry] = found.entries
     for e in entries:
-        rows.add_row(e.slug, styled(e.verdict), escape(e.says), f"{e.seconds:.0f} s", e.date)
+        rows.add_row(e.slug, styled(e.word), escape(e.says), f"{e.seconds:.0f} s", e.date)
     console = out()
     if entries:
         console.print(rows)

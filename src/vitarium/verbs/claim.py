@@ -36,14 +36,14 @@ class Claims(Result):
     def facts(self) -> dict[str, Any]:
         if len(self.entries) == 1:
             (entry,) = self.entries
-            return {entry.slug: entry.verdict, "claim": entry.says}
-        verdicts = [entry.verdict for entry in self.entries]
+            return {entry.slug: entry.word, "claim": entry.says}
+        verdicts = [entry.word for entry in self.entries]
         return {"claims": len(verdicts)} | {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)}
 
     def tables(self) -> list[TableData]:
         if len(self.entries) == 1:
             return [arm_table(self.entries[0]), comparison_table(self.entries[0])]
-        rows = [[e.slug, e.verdict, e.says, f"{e.seconds:.0f} s", e.date] for e in self.entries]
+        rows = [[e.slug, e.word, e.says, f"{e.seconds:.0f} s", e.date] for e in self.entries]
         return [TableData("", ["system", "verdict", "~claim", ">time", "date"], rows)]
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,11 +109,27 @@ def arm_table(entry: Entry) -> TableData:
 
 
 def comparison_table(entry: Entry) -> TableData:
-    """Return gain, standard error, needed gain and verdict of each comparison."""
-    rows = [[c["says"], gain_of(c), c["verdict"]] for c in entry.comparisons]
+    """Return gain, interval, needed gain and verdict of each comparison."""
+    rows = [[c["says"], gain_of(c), verdict_of(c)] for c in entry.comparisons]
     return TableData("Compared", ["~comparison", ">gain", "verdict"], rows)
 
 
 def gain_of(comparison: dict[str, Any]) -> str:
-    """Return gain, standard error and needed gain as text."""
-    return f"{comparison['gain']:+.3g} ± {comparison['error']:.2g} (needed: {comparison['at_least']:g})"
+    """Return gain, 95 % interval and needed gain of a comparison of an entry, as text."""
+    if comparison.get("exact"):
+        spread = ""
+    elif interval := comparison.get("interval"):
+        spread = f" [{interval[0]:.3g}, {interval[1]:.3g}]"
+    else:
+        spread = f" ± {comparison['error']:.2g}" if comparison["error"] else " (one value)"
+    margin = comparison.get("margin")
+    needed = f"at least {comparison['at_least']:g}" if margin is None else f"within ±{margin:g}"
+    return f"{comparison['gain']:+.3g}{spread}, needed {needed}"
+
+
+def verdict_of(comparison: dict[str, Any]) -> str:
+    """Return the verdict of a comparison of an entry; for one that was not calibrated with the reason."""
+    from vitarium.claims.ledger import OLD
+
+    reason = comparison.get("uncalibrated", OLD)
+    return f"{comparison['verdict']}: not calibrated ({reason})" if reason else str(comparison["verdict"])
