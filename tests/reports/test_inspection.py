@@ -79,6 +79,17 @@ def test_copies_near_copies_and_contradictions_are_found_and_named(messy: ImageD
     assert "with another label" in contradiction
 
 
+def test_the_number_of_contradictions_does_not_depend_on_the_order():
+    import itertools
+
+    image = drawn(0)
+    for labels in set(itertools.permutations([0, 1, 1, 1, 2])):
+        data = ImageData("equal", Shown("train", [image] * 4, list(labels[:4])), Shown("val", [image], [labels[4]]), ["a", "b", "c"])
+        found = find_duplicates(data, look(data))
+        assert found.contradicting == 2
+        assert all("b" in pair["labels"] and pair["labels"][0] != pair["labels"][1] for pair in found.contradictions)
+
+
 def test_similar_drawings_and_flat_images_are_no_duplicates():
     digits = open_data("digits")
     assert find_duplicates(digits, look(digits, most=600)).sentences() == []

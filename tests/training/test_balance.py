@@ -74,6 +74,29 @@ def test_the_loss_is_a_mean_over_images_however_they_are_divided():
     assert torch.allclose(learner.criterion(logits, F.one_hot(target, 4).float()), expected), "mixed targets are weighted, too"
 
 
+def test_balancing_twice_is_refused():
+    recipe = tiny_recipe("objective.loss.class_weights=balanced", "sampling=balanced")
+    with pytest.raises(UsageError, match="would count twice"):
+        ClassificationLearner.create(tiny_net(), tiny_data(), recipe)
+    ClassificationLearner.create(tiny_net(), tiny_data(), tiny_recipe("objective.loss.class_weights={a: 2}", "sampling=balanced"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("{7: -5}", "loss.class_weights: the factor of class 7 must be a number of 0 or more, got -5"),
+        ("{a: yes}", "the factor of class a must be a number of 0 or more, got True"),
+        ("balance", "loss.class_weights: takes balanced, or a factor for each"),
+        ("7", "takes balanced, or a factor for each"),
+    ],
+)
+def test_weights_that_cannot_be_are_refused_in_one_line(given, message):
+    with pytest.raises(UsageError) as error:
+        load_recipe("pico", [f"objective.loss.class_weights={given}"]).settings_of(ClassificationLearner)
+    assert message in str(error.value)
+    assert "literal" not in str(error.value)
+
+
 def test_settings_that_cannot_be_are_refused():
     with pytest.raises(UsageError, match="cross_entropy"):
         load_recipe("pico", ["objective.loss={name: binary, class_weights: balanced}"])

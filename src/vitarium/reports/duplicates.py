@@ -10,6 +10,7 @@ where their thumbnails agree up to `DIFFERENCE` of their contrast, so that merel
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -40,7 +41,7 @@ class Duplicates:
         looked, total: images that were looked at, and all.
         equal, near: images that repeat an earlier one, pixel by pixel or nearly.
         leaked: held-out images with an equal or near training image.
-        contradicting: images with an equal one of another label.
+        contradicting: images whose label differs from the most frequent one of their equals: the least number of wrong labels.
         leaks, contradictions, pairs: the first of each, {"first", "second", "kind"}; contradictions with "labels".
     """
 
@@ -101,7 +102,7 @@ def find_duplicates(data: ImageData, looked: Looked) -> Duplicates:
     leaks: dict[int, tuple[int, int, str]] = {}
     for a, b, kind in _across(looked, every):
         leaks.setdefault(b, (a, b, kind))
-    against = [(a, b) for a, b in equal if min(targets[a], targets[b]) >= 0 and targets[a] != targets[b]]
+    against = _against(equal, targets)
     label = lambda i: data.classes[targets[i]] if targets[i] < len(data.classes) else str(targets[i])
     return Duplicates(
         looked=len(looked),
@@ -114,6 +115,28 @@ def find_duplicates(data: ImageData, looked: Looked) -> Duplicates:
         contradictions=[dict(pair(a, b, "equal"), labels=[label(a), label(b)]) for a, b in against[:SHOWN]],
         pairs=[pair(*one) for one in every[:SHOWN]],
     )
+
+
+def _against(equal: list[tuple[int, int]], targets: list[int]) -> list[tuple[int, int]]:
+    """Return (image, image of another label) of equal images; the second are those that differ from their group's most frequent label.
+
+    Their number does not depend on the order of the images.
+
+    Args:
+        equal: (first, other) for each image whose pixels an earlier one has.
+        targets: class numbers; -1 where there is none.
+    """
+    groups: dict[int, list[int]] = {}
+    for a, b in equal:
+        groups.setdefault(a, [a]).append(b)
+    found = []
+    for group in groups.values():
+        labelled = [i for i in group if targets[i] >= 0]
+        if len({targets[i] for i in labelled}) > 1:
+            [(usual, _)] = Counter(targets[i] for i in labelled).most_common(1)
+            one = next(i for i in labelled if targets[i] == usual)
+            found += [(one, i) for i in labelled if targets[i] != usual]
+    return found
 
 
 def _label(targets: Any, index: int) -> int:

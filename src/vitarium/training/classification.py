@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +20,18 @@ from vitarium.training.settings import Section, Share
 if TYPE_CHECKING:
     from vitarium.data import ImageData
     from vitarium.training.recipe import Recipe
+
+
+def _weights(value: Any) -> Any:
+    """Return class weights as they were given; raises ValueError for anything else."""
+    if value is None or value == "balanced":
+        return value
+    if not isinstance(value, dict):
+        raise ValueError("takes balanced, or a factor for each of some classes as {NAME: FACTOR, ...}")
+    for name, factor in value.items():
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor < math.inf:
+            raise ValueError(f"the factor of class {name} must be a number of 0 or more, got {factor!r}")
+    return {str(name): factor for name, factor in value.items()}  # YAML reads the name 7 as a number
 
 
 class Loss(Section):
@@ -33,7 +46,7 @@ class Loss(Section):
 
     name: Literal["cross_entropy", "binary"] = "cross_entropy"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(ge=0)]] | None = None
+    class_weights: Annotated[Literal["balanced"] | dict[str, float] | None, BeforeValidator(_weights)] = None
 
     @model_validator(mode="after")
     def _weights_have_their_loss(self) -> Loss:
@@ -107,6 +120,11 @@ class ClassificationLearner(Learner):
         """Create the learner with its model, and the weights of the classes from the training data; see `Learner.create`."""
         learner = super().create(name, data, recipe, pretrained=pretrained, checkpoint=checkpoint)
         if isinstance(learner, ClassificationLearner) and (wanted := learner.criterion_settings.class_weights) is not None:
+            if wanted == "balanced" == recipe.sampling:
+                raise UsageError(
+                    "sampling: balanced already shows every class equally often; with class_weights: balanced rare classes would count "
+                    "twice. Leave one of them out (balanced sampling for rare classes that need to be seen more often, else the weights)"
+                )
             learner.class_weights = class_weights(wanted, data.train.targets, data.classes)
         return learner
 
