@@ -56,6 +56,13 @@ def test_a_table_says_how_it_is_sorted():
     assert "24 November 2026" in html
 
 
+def test_what_is_wider_than_the_window_says_that_it_scrolls():
+    text = page(plots=False)
+    assert 'for (const box of document.querySelectorAll(".scroll"))' in text
+    assert '.wide::before { content: "Scroll to the side' in text
+    assert ".more { mask-image" in text
+
+
 def test_plotly_comes_only_with_plots():
     assert "plotly" not in page().lower().replace("plotly.purge", "")
     assert len(page(plots=True)) > 1_000_000

@@ -49,6 +49,12 @@ def test_draws_switches_sorts_and_fits(browser, tmp_path, width):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     if width == 1280:  # every column is visible without scrolling
         assert page.evaluate("[...document.querySelectorAll('.scroll')].every((box) => box.scrollWidth <= box.clientWidth)")
+    boxes = "[...document.querySelectorAll('.scroll')]"
+    assert page.evaluate(f"{boxes}.every((box) => box.classList.contains('wide') === box.scrollWidth > box.clientWidth + 1)")
+    if width == 390:  # the table of numbers is cut, which is shown until its end is reached
+        assert page.evaluate(f"{boxes}[0].className") == "scroll wide more"
+        page.evaluate(f"{boxes}[0].scrollLeft = 1e6")
+        page.wait_for_function(f"!{boxes}[0].classList.contains('more')")
     assert page.locator("#scatter .textpoint").count() == 6
     assert "Latency" in page.evaluate(TICKS)
     page.get_by_text("Memory", exact=True).first.click()

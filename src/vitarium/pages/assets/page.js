@@ -40,6 +40,18 @@ function sortBy(header) {
 
 document.querySelectorAll("table.sortable thead button").forEach((button) => button.addEventListener("click", () => sortBy(button.closest("th"))));
 
+// ---- what is wider than its place scrolls, and says so
+
+function markWide() {
+  for (const box of document.querySelectorAll(".scroll")) {
+    box.classList.toggle("wide", box.scrollWidth > box.clientWidth + 1);
+    box.classList.toggle("more", box.scrollLeft + box.clientWidth < box.scrollWidth - 1);
+  }
+}
+document.querySelectorAll(".scroll").forEach((box) => box.addEventListener("scroll", markWide, { passive: true }));
+addEventListener("resize", markWide);
+markWide();
+
 // ---- plots: drawn at once, and again whenever the window or the colours change
 
 const drawings = [];
