@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import vitarium
-from vitarium.efficiency.bench import paired
 from vitarium.efficiency.profiler import peak_memory, weight_bytes
+from vitarium.efficiency.timing import paired
 from vitarium.ops.scan import choose, selective_scan
 
 

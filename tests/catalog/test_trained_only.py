@@ -105,7 +105,7 @@ def test_published_weights_are_asked_for_by_name(base, tmp_path, monkeypatch):
         asked.update(options, name=name)
         return vitarium.load(base) if options.get("pretrained") else vit()
 
-    monkeypatch.setattr("vitarium.catalog.saving.create_model", create)
+    monkeypatch.setattr("vitarium.catalog.bases.create_model", create)
     vitarium.save(model, tmp_path / "a.safetensors", trained_only=True)
     assert (asked["name"], asked["pretrained"]) == ("timm/vit_pico", True)
     with pytest.raises(CheckpointError, match=r"weights from pretrained: .*in no cache.*checkpoint=FILE.*fetch=True"):

@@ -11,6 +11,7 @@ from torch import nn
 import vitarium
 from vitarium.catalog import create_model, find_model
 from vitarium.efficiency import bench as module
+from vitarium.efficiency import contest as contests
 from vitarium.efficiency.bench import OutputsDiffer, Row, bench, measure, paired, peer_of, prepare
 from vitarium.efficiency.export import export
 from vitarium.errors import CheckpointError, UsageError
@@ -47,7 +48,7 @@ def test_arms_take_turns_in_changing_order():
 def test_a_model_beside_itself(monkeypatch: pytest.MonkeyPatch):
     """The whole path on a tiny model, with a copy of the family as its peer."""
     family, _ = find_model("convnext_pico")
-    monkeypatch.setattr(module, "peer_of", lambda *_: "convnext_pico")
+    monkeypatch.setattr(contests, "peer_of", lambda *_: "convnext_pico")
     monkeypatch.setitem(family.dialects, "timm", lambda state: state)
     rows = list(bench(["convnext_pico"], kinds=("inference", "training"), batches=(1, 2), rounds=3))
     assert [(r.kind, r.batch) for r in rows] == [("inference", 1), ("inference", 2), ("training", 2)]
@@ -59,17 +60,17 @@ def test_different_outputs_are_not_timed():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
     other = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
     with pytest.raises(OutputsDiffer, match="nothing is timed"):
-        module._difference(model, other, 2)
+        contests._difference(model, other, 2)
 
 
 def test_a_reference_stands_in_for_a_public_peer_and_a_yardstick_runs_along():
-    def reference(model: nn.Module) -> nn.Module | module.Forward:
+    def reference(model: nn.Module) -> nn.Module | contests.Forward:
         return lambda image: model.head(model.forward_head(model.forward_features(image), pre_logits=True))
 
     contest = prepare("van_pico", reference=reference)
     yardstick = create_model("swin_pico", image_size=32)
     row = measure(contest, "inference", 1, rounds=3, yardstick=yardstick, yardstick_name="swin_pico")
-    assert (row.peer, row.yardstick, row.error < 1e-4) == (module.WRITTEN_OUT, "swin_pico", True)
+    assert (row.peer, row.yardstick, row.error < 1e-4) == (contests.WRITTEN_OUT, "swin_pico", True)
     assert 0 < row.share_low <= row.share <= row.share_high
     assert row.peer_share > 0
     assert not any(isinstance(part, nn.BatchNorm2d) for part in contest.ours.stages[0].downsample.modules())  # it is fused
@@ -114,7 +115,7 @@ def test_models_of_many_inputs_and_of_others_are_timed(name: str):
 
 
 def test_a_reference_is_called_with_the_inputs_in_order():
-    def reference(model: nn.Module) -> module.Forward:
+    def reference(model: nn.Module) -> contests.Forward:
         return lambda noisy, times, classes: model(noisy, times, classes)
 
     assert prepare("sit_flow_pico", reference=reference).error == 0
@@ -143,10 +144,10 @@ def test_saved_files_are_timed_with_their_methods(tmp_path):
 def test_exported_graphs_beside_the_peers(monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("onnxscript")
     family, _ = find_model("convnext_pico")
-    monkeypatch.setattr(module, "peer_of", lambda *_: "convnext_pico")
+    monkeypatch.setattr(contests, "peer_of", lambda *_: "convnext_pico")
     monkeypatch.setitem(family.dialects, "timm", lambda state: state)
     exports = []
-    monkeypatch.setattr(module, "export", lambda *given, **options: exports.append(given[0]) or export(*given, **options))
+    monkeypatch.setattr(contests, "export", lambda *given, **options: exports.append(given[0]) or export(*given, **options))
     rows = list(bench(["convnext_pico"], kinds=["onnxruntime"], batches=(1, 3), rounds=3))
     assert [(r.kind, r.batch, r.peer) for r in rows] == [("onnxruntime", 1, "convnext_pico"), ("onnxruntime", 3, "convnext_pico")]
     assert all(r.ratio > 0 and r.aa > 0 for r in rows)

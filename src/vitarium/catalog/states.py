@@ -16,6 +16,7 @@ import re
 import struct
 import threading
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -357,3 +358,12 @@ def _is_wrapped(state: State, prefix: str) -> bool:
     wrapped = [name.removeprefix(prefix) for name in state if name.startswith(prefix)]
     clashes = any(name in state for name in wrapped)
     return len(wrapped) >= NEARLY_ALL * len(state) and not clashes and "" not in wrapped
+
+
+def usual_dtype(state: Mapping[str, Tensor]) -> torch.dtype | None:
+    """Return the dtype of most floating-point values; None if there are none."""
+    sizes = Counter[torch.dtype]()
+    for tensor in state.values():
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] += tensor.numel()
+    return sizes.most_common(1)[0][0] if sizes else None

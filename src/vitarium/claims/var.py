@@ -171,7 +171,7 @@ def _distance(real: Tensor, made: Tensor) -> float:
 
 def _speedups(ways: dict[str, tuple[Way, Any]], batch: int) -> list[float]:
     """Return the ratio of the sampling time in raster order to that by scales, one value per round."""
-    from vitarium.efficiency.bench import paired
+    from vitarium.efficiency.timing import paired
 
     calls: dict[str, Callable[[], Any]] = {
         label: functools.partial(_sampled, way, model, [3] * batch, 0) for label, (way, model) in ways.items()

@@ -59,7 +59,7 @@ def _mixers() -> tuple[nn.Module, nn.Module]:
 
 def _time_growth() -> list[tuple[float, float]]:
     """Return the time at 4,096 tokens over the time at 1,024, of the scan and of attention, one value per round."""
-    from vitarium.efficiency.bench import paired
+    from vitarium.efficiency.timing import paired
 
     def call(mixer: nn.Module, tokens: int) -> Callable[[], None]:
         x = torch.randn(1, tokens, DIM)

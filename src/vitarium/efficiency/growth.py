@@ -20,7 +20,7 @@ from vitarium.catalog.applying import apply
 from vitarium.catalog.calling import example_image
 from vitarium.catalog.create import create_model
 from vitarium.catalog.methods import Method
-from vitarium.efficiency.bench import paired
+from vitarium.efficiency.timing import paired
 from vitarium.errors import UsageError
 
 RUNGS = ((64, 64), (128, 96), (192, 160), (384, 224), (768, 224))

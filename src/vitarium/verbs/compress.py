@@ -245,9 +245,9 @@ def timed(original: nn.Module, changed: nn.Module, batch: int, compiled: bool, l
     import torch
 
     from vitarium.catalog.calling import arguments, example_inputs
-    from vitarium.efficiency.bench import paired
     from vitarium.efficiency.limits import time_limit
     from vitarium.efficiency.profiler import device_of
+    from vitarium.efficiency.timing import paired
 
     inputs = example_inputs(original, batch)
     found: dict[str, Any] = {}
