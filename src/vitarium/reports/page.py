@@ -13,6 +13,7 @@ from vitarium.pages import Cell, Column, Row, counted, embed_image, lasting, ren
 from vitarium.pages.page import HUES
 from vitarium.reports.baselines import PIXELS
 from vitarium.reports.data_section import describe
+from vitarium.reports.doubts import possible_wrong_labels
 from vitarium.reports.recommend import pareto_front
 from vitarium.reports.results import Comparison, Trial
 from vitarium.training.tasks import ConfusionData, GalleryData, Metric, ReportSection, TableData
@@ -55,9 +56,10 @@ def write_report(comparison: Comparison, images: Images, examples: Images = EMPT
 
 
 def sections_of(comparison: Comparison) -> list[ReportSection]:
-    """Return what the task shows of the best model."""
-    best = comparison.best
-    return comparison.parsed_task().sections(best.name, best.extras, comparison.classes)
+    """Return what the task shows of the best model, and the labels that several models doubt."""
+    best, doubts = comparison.best, possible_wrong_labels(comparison)
+    shown = comparison.parsed_task().sections(best.name, best.extras, comparison.classes)
+    return [*shown, doubts] if doubts else shown
 
 
 def render(comparison: Comparison, images: Images, examples: Images = EMPTY) -> str:
