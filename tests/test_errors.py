@@ -30,6 +30,10 @@ def test_nearest():
     assert nearest("photo", ["photos", "photos"]) == "; did you mean photos?"
     assert nearest("vnex", names) == "; did you mean convnext_tiny?"
     assert nearest("xyz", names) == ""
+    assert nearest("photos", ["hornet"]) == ""
+    assert nearest("run", ["sparse_prune"]) == ""
+    assert nearest("run", ["my_run"]) == "; did you mean my_run?"
+    assert nearest("onnx", ["eager", "onnxruntime", "openvino"]) == "; did you mean onnxruntime?"
     assert nearest("", names) == ""
 
 

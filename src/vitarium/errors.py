@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
@@ -94,10 +95,21 @@ class TrainingStopped(VitariumError, RuntimeError):
     exit_code = 5
 
 
+SHORT = 3
+"""Characters up to which a name is looked for at the beginning of a part only, in `nearest`."""
+
+
 def nearest(name: str, names: Iterable[str], *, count: int = 3) -> str:
-    """Return '; did you mean a, b?' for a misspelt name, or '' if no name is similar, as the end of an error message."""
+    """Return '; did you mean a, b?' for a misspelt name, or '' if no name is similar, as the end of an error message.
+
+    Similar are names of mostly the same letters, else those that contain it: at the beginning of a part ("run" not in "sparse_prune") if
+    it is short.
+    """
     names = list(dict.fromkeys(names))
-    near = difflib.get_close_matches(name, names, n=count, cutoff=0.5) or [n for n in names if name and name.lower() in n.lower()][:count]
+    near = difflib.get_close_matches(name, names, n=count, cutoff=0.5)
+    if not difflib.get_close_matches(name, near, n=1, cutoff=0.6):  # "hornet" has half of the letters of "photos"
+        begin = "" if len(name) > SHORT else r"(?:^|[\W_])"
+        near = [n for n in names if name and re.search(begin + re.escape(name), n, re.IGNORECASE)][:count]
     return f"; did you mean {', '.join(near)}?" if near else ""
 
 

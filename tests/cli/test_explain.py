@@ -70,6 +70,7 @@ def test_a_class_by_name_and_by_number(run, files):
         (["pictures/broken.png"], 3, "no image could be explained"),
         (["absent.png"], 3, "no such file"),
         (["out"], 3, "holds no images"),
+        (["absent", "--method", "nope", "--model", "absent"], 2, "unknown explanation method 'nope' (explanation methods: grad_cam, "),
         (["pictures", "-o", "vit.safetensors"], 2, "is a file"),
     ],
 )
@@ -78,6 +79,21 @@ def test_mistakes(run, files, arguments, code, message):
     result = run("explain", *arguments, "--model", "vit.safetensors", *(() if "-o" in arguments else ("-o", "out")))
     assert result.code == code, result.err
     assert message in result.err
+
+
+def test_an_unknown_method_is_reported_before_a_missing_output(run, files):
+    result = run("explain", "pictures", "--method", "rolout", "--model", "vit.safetensors")
+    assert result.code == 2
+    assert "error: unknown explanation method 'rolout'; did you mean rollout? (" in result.err
+
+
+def test_a_method_that_does_not_fit_names_those_that_do(run, files):
+    vitarium.save(vitarium.create_model("convnext_pico", num_classes=3, image_size=16), files / "convnext.safetensors")
+    result = run("explain", "pictures", "--method", "rollout", "--model", "convnext.safetensors", "-o", "out")
+    assert result.code == 2
+    assert "rollout does not work on this model: " in result.err
+    assert "Methods that work on it: grad_cam, gradient_input, " in result.err
+    assert "rollout" not in result.err.partition("Methods that work")[2]
 
 
 def test_results_inside_the_input_are_no_input_of_the_next_call(run, files):

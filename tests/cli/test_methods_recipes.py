@@ -87,6 +87,10 @@ def test_recipes_are_chosen_by_model_and_task():
         vitarium.recipes(task="panoptik")
     with pytest.raises(UsageError, match="did you mean swin_pico"):
         vitarium.recipes("swim_pico")
+    with pytest.raises(UsageError, match="photos is a data set, neither a recipe nor a model: every recipe takes it with --data photos"):
+        vitarium.recipes("photos")
+    with pytest.raises(UsageError, match=r"no recipe and no model is called 'run' \("):
+        vitarium.recipes("run")
 
 
 @pytest.mark.parametrize("name", list_recipes())

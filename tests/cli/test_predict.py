@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -56,3 +57,34 @@ def test_what_was_computed_is_printed_when_its_file_cannot_be_written(run, files
     assert f"error: cannot write {given[1]}: No space left on device; " in result.err
     assert not (files / given[1]).exists()
     assert len(json.loads(result.out)["images"]) == 23 if "--json" in given else result.out.count("image_22.png") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["model.safetensors", "--model", "one.png"],
+            "model.safetensors is a file of weights, and images are wanted here: give it as --model",
+        ),
+        (["one.png", "--model", "one.png"], "one.png is an image, and a model is wanted here"),
+        (["one.png", "model.safetensors"], "model.safetensors is a model, not an image: write --model model.safetensors"),
+        (["one.png", "--model", "run"], "run is the folder of a training that has not ended"),
+        (["one.png", "--model", "run/model.safetensors"], "The command that began it resumes it (vitarium train ... --out run)"),
+        (["one.png", "--model", "run/last.ckpt"], "last.ckpt is its state, from which no command opens a model"),
+        (["one.png", "--model", "done"], "done is a folder; name its file: done"),
+        (["one.png", "--model", "done/last.ckpt"], "holds the state of a training, not a model; name its file: done"),
+        (
+            ["one.png", "--model", "model.safetensors", "--runtime", "onnx"],
+            "'onnx' is not one of eager, compile, onnxruntime, openvino; did",
+        ),
+    ],
+)
+def test_mistakes_name_what_was_meant(run, files, arguments, message):
+    put(files / "one.png")
+    for folder in ("run", "done"):
+        (files / folder).mkdir()
+        (files / folder / "last.ckpt").write_bytes(b"x")
+    shutil.copy(files / "model.safetensors", files / "done")
+    result = run("predict", *arguments)
+    assert result.code == 2
+    assert message in " ".join(result.err.replace("│", " ").split())

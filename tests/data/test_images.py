@@ -1,3 +1,4 @@
+import errno
 import os
 import resource
 import sys
@@ -154,9 +155,27 @@ def test_asks_a_flaky_disk_again(tmp_path, monkeypatch):
     assert len(tries) == 4
 
 
-def test_gives_a_file_up_that_is_gone(tmp_path):
-    with pytest.raises(BrokenImage, match=r"gone\.png: no such file or directory \(tried 4 times\)"):
-        open_image(tmp_path / "gone.png")
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.EACCES, errno.EISDIR])
+def test_gives_a_file_up_at_once_that_is_gone_or_closed(monkeypatch, code):
+    tries = []
+
+    def refused(*args, **kwargs):
+        tries.append(args)
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(images, "open_regular", refused)
+    with pytest.raises(BrokenImage, match=rf"gone\.png: {os.strerror(code).lower()}$"):
+        open_image("gone.png")
+    assert len(tries) == 1
+
+
+def test_gives_up_a_disk_that_fails(monkeypatch):
+    def failing(*args, **kwargs):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(images, "open_regular", failing)
+    with pytest.raises(BrokenImage, match=r"a\.png: input/output error \(tried 4 times\)$"):
+        open_image("a.png")
 
 
 def test_refuses_a_file_larger_than_any_picture(tmp_path):

@@ -55,6 +55,26 @@ def until(condition):
 # ---- answers
 
 
+def test_an_unknown_parameter_is_refused_with_the_known_ones(served):
+    for path in ("/predict", "/draw"):
+        response = served.post(png(0), f"{path}?topk=2")
+        assert response.status_code == 422
+        assert response.json()["error"].startswith("unknown parameter 'topk'; did you mean top_k? (parameters: top_k, draw)")
+
+
+@pytest.mark.parametrize("content", [png(0).replace(b"\r", b"").replace(b"\n", b""), b"one.png", b""])
+def test_what_curl_data_sends_is_refused_with_the_right_command(served, content):
+    response = served.post(content, headers={"Content-Type": "application/x-www-form-urlencoded"})
+    assert response.status_code in (415, 422)
+    assert response.json()["error"].endswith(f"send it with: curl -F file=@IMAGE {served.url}/predict")
+
+
+def test_requests_of_all_routes_are_counted(model):
+    with running(model) as one:
+        assert [one.get(path).status_code for path in ("/info", "/nothing", "/predict")] == [200, 404, 405]
+        until(lambda: one.state.metrics.by_status() == {200: 1, 404: 1, 405: 1})
+
+
 def test_32_parallel_images_get_their_single_answers_bit_by_bit(served, model, tmp_path):
     contents = [png(seed) for seed in range(32)]
     wanted = [single_answer(model, tmp_path, content) for content in contents]

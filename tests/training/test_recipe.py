@@ -16,9 +16,11 @@ from vitarium.catalog import Preprocessing, find_model
 from vitarium.data.loader import Loader
 from vitarium.errors import UsageError
 from vitarium.training import Recipe, list_recipes, load_recipe
+from vitarium.training.boards import KINDS
 from vitarium.training.opening import with_changes
 from vitarium.training.schedules import Rates
 from vitarium.training.settings import check, override, parse_yaml
+from vitarium.training.shorthands import LOGGERS, names_of_loggers
 
 
 @pytest.mark.parametrize("name", list_recipes())
@@ -302,3 +304,15 @@ def test_extreme_settings_are_refused_or_cost_nothing():
         recipe.eval_every.steps(total, per_epoch)
         assert time.perf_counter() - began < 2, assignments
     assert accepted > 20
+
+
+@pytest.mark.parametrize(("given", "near"), [("foo", ""), ("none", ""), (["wandbb"], "; did you mean wandb\\?")])
+def test_an_unknown_logger(given, near):
+    with pytest.raises(UsageError, match=rf"^unknown logger '\w+'{near} \(loggers: tensorboard, wandb, mlflow; '' is log.csv alone\)$"):
+        names_of_loggers(given)
+
+
+def test_loggers_are_those_of_recipes():
+    assert names_of_loggers("tensorboard, mlflow") == ["tensorboard", "mlflow"]
+    assert names_of_loggers("") == []
+    assert set(LOGGERS) == set(KINDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shlex
 import sys
 from typing import Annotated, Any
@@ -37,8 +38,8 @@ from vitarium.cli import (
 from vitarium.cli.console import err, out, pairs, prepare_output, print_json, print_tables
 from vitarium.cli.explain import explain as explain_images
 from vitarium.cli.interrupts import MESSAGE, settle
-from vitarium.errors import UsageError, VitariumError, WriteError
-from vitarium.files import FULL, write_error
+from vitarium.errors import UsageError, VitariumError, WriteError, nearest
+from vitarium.files import FULL, MODEL_ENDINGS, write_error
 from vitarium.texts import printable
 
 SEVERAL = ". Names of one option are separated by commas, as in --models a,b; a path with blanks needs quotes."
@@ -107,8 +108,21 @@ def _safe(error: Exception) -> Exception:
     """Return an error of typer with a message that is safe to print: it quotes arguments, which may be names of files of others."""
     if isinstance(message := getattr(error, "message", None), str):
         hint = SEVERAL if message.startswith("Got unexpected extra argument") else ""
-        error.message = printable(message) + hint  # type: ignore[attr-defined]
+        error.message = printable(_helpful(error, message)) + hint  # type: ignore[attr-defined]
     return error
+
+
+def _helpful(error: Any, message: str) -> str:
+    """Return the message of a usage error with what typer does not know: near names of a choice, and a model among the images."""
+    param, ctx = getattr(error, "param", None), getattr(error, "ctx", None)
+    found = re.fullmatch(r"(?:Value error, )?'(.*)' is not one of (.*?)\.?", message, re.DOTALL)
+    if found:
+        choices = re.findall(r"'([^']*)'", found[2])
+        return f"{found[1]!r} is not one of {', '.join(choices)}{nearest(found[1], choices)}"
+    models = [str(path) for path in (ctx.params.get("images") if ctx else None) or [] if str(path).endswith(MODEL_ENDINGS)]
+    if models and getattr(param, "name", "") == "model":
+        return f"{models[0]} is a model, not an image: write --model {models[0]}"
+    return message
 
 
 def explain(error: Exception, *, debug: bool = False) -> None:

@@ -7,8 +7,24 @@ from typing import Annotated
 
 import typer
 
+from vitarium.catalog.index import read_index
+from vitarium.cli.completion import complete_explainer
 from vitarium.cli.console import err, print_json, print_tables, status
 from vitarium.cli.options import Apply, Checkpoint, Device, ModelOption
+from vitarium.errors import UsageError, nearest
+
+
+def known(methods: list[str] | None) -> list[str] | None:
+    """Check the names of methods, before typer reports options that are missing.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    names = read_index().names("explainers")
+    for text in methods or []:
+        if (name := text.partition(":")[0]) not in names:
+            raise UsageError(f"unknown explanation method {name!r}{nearest(name, names)} (explanation methods: {', '.join(names)})")
+    return methods
 
 
 def explain(
@@ -17,7 +33,13 @@ def explain(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder for overlays and explanations.json.")],
     method: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME[:KEY=VALUE,...]", help="How to explain, as rise:masks=500. Repeatable.", show_default="grad_cam"),
+        typer.Option(
+            metavar="NAME[:KEY=VALUE,...]",
+            help="How to explain, as rise:masks=500. Repeatable.",
+            show_default="grad_cam",
+            callback=known,
+            autocompletion=complete_explainer,
+        ),
     ] = None,
     target: Annotated[
         str | None, typer.Option(metavar="LABEL", help="Class to explain, by name, or by number from 0 as #3.", show_default="predicted")

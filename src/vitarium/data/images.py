@@ -179,6 +179,8 @@ def read_bytes(path: str | os.PathLike[str], offset: int = 0, size: int | None =
                 content = file.read(wanted)
         except NotRegular as error:
             raise BrokenImage(path, str(error.strerror)) from error
+        except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:  # another attempt finds the same
+            raise BrokenImage(path, str(error.strerror).lower()) from error
         except OSError as error:
             if pause is None:
                 tries = f"(tried {len(PAUSES) + 1} times)"

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from typing import Annotated, Any
 
@@ -16,7 +16,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from vitarium.catalog.create import preprocessing_of
-from vitarium.errors import UsageError, VitariumError
+from vitarium.errors import UsageError, VitariumError, nearest
 from vitarium.serving.answers import Answer, answer_jobs, warm_up_image
 from vitarium.serving.guard import Guard
 from vitarium.serving.limits import LONGEST_RANKING
@@ -25,6 +25,7 @@ from vitarium.serving.refusals import Gone, Refusal
 from vitarium.serving.state import State
 from vitarium.serving.uploads import Upload, check_image, entered, read_uploads
 from vitarium.serving.worker import Job, Worker
+from vitarium.texts import printable
 from vitarium.version import __version__
 
 IMAGE_BODY: dict[str, Any] = {
@@ -110,7 +111,8 @@ def routes(state: State) -> dict[str, Callable[..., Any]]:
         with `Accept: image/png` gives the drawing itself."""
         if "image/png" in request.headers.get("accept", ""):
             return await drawing(request, top_k)
-        with entered(state) as share:
+        check_query(request, "top_k", "draw")
+        with entered(state) as share, sent_by_curl(request):
             uploads = await read_uploads(request, share)
             answers = await answers_for(state, request, uploads, top_k or state.limits.top_k, draw)
         rows = [{"image": upload.name, **values_of(answer)} for upload, answer in zip(uploads, answers, strict=True)]
@@ -118,7 +120,8 @@ def routes(state: State) -> dict[str, Callable[..., Any]]:
 
     async def drawing(request: Request, top_k: TopK = None) -> Response:
         """Answer one image with the drawing as PNG: segments over it, or the restored image."""
-        with entered(state) as share:
+        check_query(request, "top_k", "draw")
+        with entered(state) as share, sent_by_curl(request):
             uploads = await read_uploads(request, share)
             if len(uploads) > 1:
                 raise Refusal(422, f"a drawing shows one image, got {len(uploads)}; send them one by one")
@@ -135,6 +138,32 @@ def routes(state: State) -> dict[str, Callable[..., Any]]:
         "/predict": predict,
         "/draw": drawing,
     }
+
+
+def check_query(request: Request, *known: str) -> None:
+    """Check the names of the parameters in a request's address.
+
+    Raises:
+        Refusal: an unknown one (422).
+    """
+    for name in request.query_params:
+        if name not in known:
+            shown = printable(name[:100], "")
+            raise Refusal(422, f"unknown parameter {shown!r}{nearest(shown, known)} (parameters: {', '.join(known)})")
+
+
+@contextlib.contextmanager
+def sent_by_curl(request: Request) -> Iterator[None]:
+    """Add the right command to a refusal of the bytes that `curl --data` sends, which strips the line ends of a file, or sends its name."""
+    try:
+        yield
+    except Refusal as refusal:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if refusal.status not in (415, 422) or kind != "application/x-www-form-urlencoded":
+            raise
+        address = f"{request.url.scheme}://{request.url.netloc}{request.url.path}"
+        advice = f"curl --data changes the bytes of a file; send it with: curl -F file=@IMAGE {printable(address, '')}"
+        raise Refusal(refusal.status, f"{refusal.reason}; {advice}") from None
 
 
 async def answers_for(state: State, request: Request, uploads: list[Upload], top_k: int, draw: bool) -> list[Answer]:

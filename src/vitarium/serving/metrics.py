@@ -64,12 +64,11 @@ class Metrics:
             self._dropped += 1
 
     def by_status(self) -> dict[int, int]:
-        """Return the number of requests for answers by status."""
+        """Return the number of requests of all routes by status."""
         with self._lock:
             found: Counter[int] = Counter()
-            for (route, status), count in self._requests.items():
-                if route in ("/predict", "/draw"):
-                    found[status] += count
+            for (_, status), count in self._requests.items():
+                found[status] += count
             return dict(sorted(found.items()))
 
     def text(self, waiting: int) -> str:

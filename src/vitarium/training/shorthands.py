@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vitarium.assignments import split_assignment
-from vitarium.errors import UsageError
+from vitarium.errors import UsageError, nearest
 
 KEYS = {
     "epochs": "budget.epochs",
@@ -17,6 +17,8 @@ KEYS = {
     "log": "log",
 }
 """Option -> the key of a recipe that it sets."""
+LOGGERS = ("tensorboard", "wandb", "mlflow")
+"""Names that a recipe accepts under `log`. A test compares them with the recipe."""
 
 FORM = "a change has the form KEY=VALUE, such as optimizer.lr=1e-4"
 
@@ -51,8 +53,18 @@ def _text(value: Any) -> str:
 
 
 def names_of_loggers(log: Sequence[str] | str | None) -> list[str] | None:
-    """Return the names of loggers from a list, or from text with commas."""
-    return [name.strip() for name in log.split(",") if name.strip()] if isinstance(log, str) else None if log is None else list(log)
+    """Return the names of loggers from a list, or from text with commas.
+
+    Raises:
+        UsageError: there is no such logger.
+    """
+    if log is None:
+        return None
+    names = [name.strip() for name in log.split(",") if name.strip()] if isinstance(log, str) else list(log)
+    for name in names:
+        if name not in LOGGERS:
+            raise UsageError(f"unknown logger {name!r}{nearest(name, LOGGERS)} (loggers: {', '.join(LOGGERS)}; '' is log.csv alone)")
+    return names
 
 
 def batch_number(text: str | None) -> int | str | None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitarium.errors import DataError, UsageError
+from vitarium.assignments import parse_call
+from vitarium.errors import DataError, UnsupportedModel, UsageError, VitariumError
 from vitarium.files import check_output, save_image
 from vitarium.training.tasks.base import TableData
 from vitarium.verbs.opening import Notify, apply_methods, find_device, find_images, name_of, open_model, quiet
@@ -105,7 +106,7 @@ def explain(
         CheckpointError: weights that are not available.
     """
     from vitarium.catalog.heads import require_head
-    from vitarium.explanation.explainers import class_number, create_explainer, target_numbers
+    from vitarium.explanation.explainers import class_number, find_explainer, target_numbers
     from vitarium.files import write_json
 
     folder = Path(output)
@@ -114,6 +115,8 @@ def explain(
     texts = list(dict.fromkeys([method] if isinstance(method, str) else method))
     if not texts:
         raise UsageError("no method to explain by; name one, such as grad_cam")
+    for text in texts:
+        find_explainer(parse_call(text)[0])
     files = find_images(images, folder, notify)
     overlays = overlay_names(files, texts)
     check_output(folder / REPORT, *(folder / name for names in overlays for name in names.values()))
@@ -123,7 +126,7 @@ def explain(
     number = None if target is None else class_number(opened, target)
     if number is not None:
         target_numbers(opened, number, 1)
-    explainers = {text: create_explainer(text, opened) for text in texts}
+    explainers = {text: explainer_of(text, opened) for text in texts}
     notify(f"Explaining {len(files)} images")
     rows = explain_files(opened, explainers, files, number, folder, batch_size, measure=measure)
     found = Explanations(name_of(model), folder, rows, means(rows) if measure else None)
@@ -132,6 +135,28 @@ def explain(
     with kept(found):
         write_json(folder / REPORT, found.to_dict())
     return found
+
+
+def explainer_of(text: str, model: nn.Module) -> Explainer:
+    """Create an explainer (see `create_explainer`).
+
+    Raises:
+        UnsupportedModel: it does not support this model; the message names those that do.
+    """
+    from vitarium.explanation.explainers import create_explainer, list_explainers
+
+    def works(name: str) -> bool:
+        try:
+            create_explainer(name, model)
+        except (VitariumError, ImportError):
+            return False
+        return True
+
+    try:
+        return create_explainer(text, model)
+    except UnsupportedModel as error:
+        others = ", ".join(name for name in list_explainers() if works(name))
+        raise UnsupportedModel(f"{text} does not work on this model: {error}. Methods that work on it: {others or 'none'}") from error
 
 
 def explain_files(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitarium.errors import DataError, UsageError
-from vitarium.files import is_model_file
+from vitarium.files import MODEL_ENDINGS, is_model_file
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 CALIBRATION_IMAGES = 256
 """Largest number of training images for calibration."""
+
+MODEL = "model.safetensors"
+"""File that a training writes into its folder."""
 
 Source = "str | os.PathLike[str] | nn.Module"
 Notify = Callable[[str], None]
@@ -54,9 +57,7 @@ def open_model(source: str | os.PathLike[str] | nn.Module, checkpoint: str | Non
 
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         return vitarium.load(fetch(os.fspath(source), remedy=in_place_of(os.fspath(source))), checkpoint=checkpoint)
-    inside = Path(source) / "model.safetensors"
-    if inside.is_file():
-        raise UsageError(f"{source} is a folder; name its file: {inside}")
+    check_no_model(os.fspath(source))
     if is_model_file(source):
         from vitarium.catalog.saving import is_partial
 
@@ -65,6 +66,31 @@ def open_model(source: str | os.PathLike[str] | nn.Module, checkpoint: str | Non
         return vitarium.load(os.fspath(source), checkpoint=checkpoint)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each attempt is logged; the final error is sufficient
     return vitarium.create_model(os.fspath(source), checkpoint=checkpoint, pretrained=checkpoint is None, **options).eval()
+
+
+def check_no_model(source: str) -> None:
+    """Refuse what is given as a model and cannot be one: an image, a folder, or the folder or checkpoint of a training that has not ended.
+
+    Raises:
+        UsageError: it is one; the message says what to give.
+    """
+    from vitarium.data.images import is_image_file
+    from vitarium.training.checkpoint import LAST
+
+    path = Path(source)
+    if path.is_file() and is_image_file(path):
+        raise UsageError(f"{path} is an image, and a model is wanted here: give the image as an argument and the model with --model FILE")
+    folder = path if path.is_dir() else path.parent if path.name in (LAST, MODEL) else None
+    if folder is None or (path.name == MODEL and path.is_file()):
+        return
+    if path.name != MODEL and (folder / MODEL).is_file():
+        what = "is a folder" if path.is_dir() else "holds the state of a training, not a model"
+        raise UsageError(f"{path} {what}; name its file: {folder / MODEL}")
+    if (folder / LAST).is_file():
+        raise UsageError(
+            f"{folder} is the folder of a training that has not ended: {MODEL} is written at its end. The command that began it resumes it "
+            f"(vitarium train ... --out {folder}); {LAST} is its state, from which no command opens a model"
+        )
 
 
 def name_of(source: str | os.PathLike[str] | nn.Module) -> str:
@@ -212,6 +238,10 @@ def find_images(
     results = None if output is None else os.path.abspath(output)
     for path in [Path(p) for p in ([paths] if isinstance(paths, str | os.PathLike) else paths)]:
         if not path.is_dir():
+            if path.name.endswith(MODEL_ENDINGS):
+                raise UsageError(
+                    f"{path} is a file of weights, and images are wanted here: give it as --model {path}, and images as arguments"
+                )
             found.append(str(path))
             continue
         below = scan([path], path)

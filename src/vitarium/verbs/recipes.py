@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vitarium.catalog.index import read_index
+from vitarium.catalog.index import lacking, read_index
 from vitarium.catalog.recipes import RecipeRow, recipe_rows, task_of_name
-from vitarium.catalog.search import unknown_model
 from vitarium.errors import UsageError, nearest
 from vitarium.pages.tables import TableData
 from vitarium.verbs.result import Result
@@ -90,9 +89,15 @@ def recipes(name: str | None = None, *, task: str | None = None) -> Recipes:
     wanted = {task} - {None}
     if name is not None:
         if (own := task_of_name(name)) is None:
+            from vitarium.data.opening import EMBEDDED
+
+            if name in EMBEDDED:
+                raise UsageError(f"{name} is a data set, neither a recipe nor a model: every recipe takes it with --data {name}")
             if near := nearest(name, [*(row.name for row in rows), *read_index().models]):
                 raise UsageError(f"no recipe and no model is called {name!r}{near}")
-            raise unknown_model(name)
+            raise UsageError(
+                f"no recipe and no model is called {name!r}{lacking(name)} ('vitarium recipes' and 'vitarium models' list them)"
+            )
         wanted |= {own}
     return Recipes([row for row in rows if wanted <= {row.task}])
 

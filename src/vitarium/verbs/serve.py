@@ -28,7 +28,7 @@ class Served(Result):
     Attributes:
         model: file or name.
         address: it had.
-        requests: number of requests for answers by status of HTTP; 499: the client had gone.
+        requests: number of requests, of all routes, by status of HTTP; 499: the client had gone.
         seconds: it ran.
     """
 
