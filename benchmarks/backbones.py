@@ -40,10 +40,11 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # the references are in tests/
 
 import vitarium  # noqa: E402
-from benchmarks.deployed import RUNTIMES, Graphs  # noqa: E402
+from benchmarks.deployed import Graphs  # noqa: E402
 from vitarium.catalog import Family, families, find_model  # noqa: E402
 from vitarium.efficiency.bench import KINDS, Contest, OutputsDiffer, measure, paired, prepare  # noqa: E402
 from vitarium.efficiency.profiler import count_params, example_image, peak_memory, weight_bytes  # noqa: E402
+from vitarium.efficiency.runtimes import GRAPHS  # noqa: E402
 from vitarium.engine.machine import describe_machine  # noqa: E402
 from vitarium.files import write_json  # noqa: E402
 from vitarium.nn import Backbone  # noqa: E402
@@ -241,7 +242,7 @@ def run(cells: Sequence[Cell], results: Results, rounds: int, until: float) -> I
                 else:
                     if contest is None:
                         contest, remark = open_contest(model, dtype, cell.device)
-                    if cell.kind in RUNTIMES:
+                    if cell.kind in GRAPHS:
                         graphs = graphs or Graphs(contest)
                         row = graphs.measure(cell.kind, cell.batch, rounds) | {"remark": remark}
                     else:
@@ -258,7 +259,7 @@ def run(cells: Sequence[Cell], results: Results, rounds: int, until: float) -> I
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", help="default: one of each system")
-    parser.add_argument("--kinds", nargs="+", choices=[*KINDS, *RUNTIMES, SCALING])
+    parser.add_argument("--kinds", nargs="+", choices=[*KINDS, SCALING])
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--batches", nargs="+", type=int)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each arm (two fewer for growth)")
@@ -269,7 +270,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="only say what would be measured")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    deployed = bool(options.kinds) and set(options.kinds) <= set(RUNTIMES)
+    deployed = bool(options.kinds) and set(options.kinds) <= set(GRAPHS)
     models = options.models or (list(EXPORTED) if deployed else default_models())
     cells = plan(models, options.device)
     if options.kinds or options.dtypes or options.batches:

@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-RUNTIMES = ("onnxruntime", "openvino")
+from vitarium.efficiency.runtimes.sessions import open_session
+
 IDLE = {"Const", "Input", "Output"}
 """Nodes of OpenVINO's that do nothing."""
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -110,7 +111,11 @@ def _process(kind: str, file: Path, shape: tuple[int, ...]) -> Iterator[Callable
 def work(kind: str, file: str, shape: tuple[int, ...]) -> None:
     """Answer each line of the standard input: the first with the outputs for the first image, the others with the seconds of a call."""
     image = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    run = {"onnxruntime": _onnxruntime, "openvino": _openvino}[kind](file)
+    session = open_session(kind, Path(file).read_bytes(), threads=1)
+
+    def run(image: np.ndarray) -> np.ndarray:
+        return session(image)[0]
+
     sys.stdin.readline()
     run(image)
     print(*run(image)[0].ravel().tolist(), flush=True)
@@ -120,44 +125,22 @@ def work(kind: str, file: str, shape: tuple[int, ...]) -> None:
         print(time.process_time() - start, flush=True)
 
 
-def _session(file: str, optimized: str = "") -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    if optimized:
-        options.optimized_model_filepath = optimized
-    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-
-
-def _onnxruntime(file: str) -> Callable[[np.ndarray], np.ndarray]:
-    session = _session(file)
-    name = session.get_inputs()[0].name
-    return lambda image: session.run(None, {name: image})[0]
-
-
-def _compiled(file: str) -> Any:
-    import openvino
-
-    return openvino.Core().compile_model(file, "CPU", OPENVINO)
-
-
-def _openvino(file: str) -> Callable[[np.ndarray], np.ndarray]:
-    model = _compiled(file)
-    request = model.create_infer_request()
-    return lambda image: request.infer([image])[model.output(0)]
-
-
 def count_nodes(kind: str, file: Path) -> dict[str, int]:
     """Return the number of nodes of each type that a runtime executes, the most frequent first."""
     if kind == "openvino":
-        types = [op.get_rt_info()["layerType"].astype(str) for op in _compiled(str(file)).get_runtime_model().get_ops()]
+        import openvino
+
+        compiled = openvino.Core().compile_model(str(file), "CPU", OPENVINO)
+        types = [op.get_rt_info()["layerType"].astype(str) for op in compiled.get_runtime_model().get_ops()]
     else:
         import onnx
+        import onnxruntime
 
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
         with tempfile.TemporaryDirectory() as folder:
-            _session(str(file), f"{folder}/optimized.onnx")
+            options.optimized_model_filepath = f"{folder}/optimized.onnx"
+            onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
             types = [node.op_type for node in onnx.load(f"{folder}/optimized.onnx", load_external_data=False).graph.node]
     return dict(Counter(name for name in types if name not in IDLE).most_common())
 

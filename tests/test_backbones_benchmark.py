@@ -32,6 +32,14 @@ def growth(model: str, time: float, memory: float, cost: str) -> dict:
     return vars(Cell(model, "scaling", "float32", 1, "cpu")) | where | dict(time_exponent=time, memory_exponent=memory) | values
 
 
+def test_each_kind_is_offered_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr("sys.argv", ["backbones.py", "--kinds", "no such kind"])
+    with pytest.raises(SystemExit):
+        backbones.main()
+    offered = capsys.readouterr().err.partition("choose from ")[2]
+    assert (offered.count("onnxruntime"), offered.count("openvino"), offered.count("scaling")) == (1, 1, 1)
+
+
 def test_exponents():
     assert exponent([1, 4, 16], [3, 12, 48]) == pytest.approx(1)
     assert exponent([1, 4, 16], [3, 48, 768]) == pytest.approx(2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 from importlib import metadata
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from vitarium.cli.console import out, pairs, print_json, table
+from vitarium.cores import core_count
 
 EXTRAS_OF_DEVELOPERS = ("all", "dev", "docs")
 
@@ -46,7 +46,7 @@ def describe() -> dict[str, Any]:
         "system": {
             "python": platform.python_version(),
             "platform": platform.platform(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": core_count(),
             "threads": torch.get_num_threads(),
         },
         "versions": versions,

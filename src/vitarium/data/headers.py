@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
-import os
 from collections.abc import Iterable
 from typing import Any
 
+from vitarium.cores import core_count
 from vitarium.data.bad_files import BadFiles, BrokenImage
 from vitarium.data.image_set import files_of, size_of
 from vitarium.data.images import check_header, is_image_file
@@ -45,7 +45,7 @@ def check_headers(data: Any, bad_files: BadFiles) -> None:
 def broken_headers(files: Iterable[str]) -> dict[str, str]:
     """Return {path: reason} of those image files whose headers cannot be read, in the given order."""
     images = [file for file in dict.fromkeys(files) if is_image_file(file)]
-    with concurrent.futures.ThreadPoolExecutor(min(THREADS, 4 * (os.cpu_count() or 1))) as pool:
+    with concurrent.futures.ThreadPoolExecutor(min(THREADS, 4 * core_count())) as pool:
         found = pool.map(_reason, images, chunksize=1)
         return {file: reason for file, reason in zip(images, found, strict=True) if reason is not None}
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from vitarium.cores import core_count
 from vitarium.engine.jobs import Job, Message
 from vitarium.engine.settings import Engine
 from vitarium.engine.worker import execute, portable, prepare, wait_until_free
@@ -62,8 +63,7 @@ class Processes:
         self.handle = handle
 
         self.jobs = engine.jobs or 1
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.threads = max(1, int(engine.cpus or cores / self.jobs))
+        self.threads = max(1, int(engine.cpus or core_count() / self.jobs))
         self.devices = 0 if "CUDA_VISIBLE_DEVICES" in os.environ else torch.cuda.device_count()
         self.context = multiprocessing.get_context("spawn")
         self.running: dict[Connection, tuple[int, Any, int]] = {}

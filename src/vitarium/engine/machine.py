@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from vitarium.cores import core_count
 from vitarium.version import __version__
 
 BUSY_FIELDS = (0, 1, 2, 5, 6, 7)
@@ -21,7 +22,7 @@ def describe_machine() -> dict[str, Any]:
 
     return {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": core_count(),
         "threads": torch.get_num_threads(),
         "accelerator": _accelerator(),
         "system": platform.platform(terse=True),
@@ -52,7 +53,7 @@ class OtherPrograms:
         (busy, own, wall), now = self.begin, self._read()
         if busy is None or now[0] is None:
             return 0.0
-        return round(min(1.0, max(0.0, (now[0] - busy) - (now[1] - own)) / max(1e-9, (now[2] - wall) * len(os.sched_getaffinity(0)))), 2)
+        return round(min(1.0, max(0.0, (now[0] - busy) - (now[1] - own)) / max(1e-9, (now[2] - wall) * core_count())), 2)
 
     @staticmethod
     def _read() -> tuple[float | None, float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -18,3 +19,12 @@ class TableData:
     title: str
     columns: list[str]
     rows: list[list[str]] = field(default_factory=list)
+
+    @property
+    def headers(self) -> list[tuple[str, bool]]:
+        """Headers without their marks, and whether each column is aligned to the right."""
+        return [(name.lstrip("~>"), name.startswith(">")) for name in self.columns]
+
+    def values(self) -> dict[str, Any]:
+        """Return the table as values of a page's template."""
+        return dict(kind="table", title=self.title, columns=self.headers, rows=self.rows)

@@ -325,9 +325,7 @@ def _sections(comparison: Comparison, images: Images) -> list[dict[str, Any]]:
                 shown = [dict(vars(one), image=embed_image(images.get(one.index))) for one in section.images]
                 entry |= dict(kind="gallery", words=section.words, images=shown)
             case TableData():
-                entry |= dict(
-                    kind="table", columns=[(name.lstrip("~>"), name.startswith(">")) for name in section.columns], rows=section.rows
-                )
+                entry |= section.values()
         found.append(entry)
     return found
 

@@ -16,6 +16,7 @@ from lightning_fabric import Fabric
 
 from vitarium.catalog.create import preprocessing_of
 from vitarium.catalog.record import training_of
+from vitarium.cores import core_count
 from vitarium.data.bad_files import BadFiles
 from vitarium.data.headers import check_headers
 from vitarium.data.image_set import ImageData, size_of
@@ -358,10 +359,10 @@ def _result_of(processes: int, learner: Learner, data: ImageData, recipe: Recipe
 
 def _workers(recipe: Recipe, data: ImageData, fabric: Fabric) -> int:
     if recipe.num_workers is not None:
-        return min(recipe.num_workers, max(MOST_WORKERS, WORKERS_PER_CORE * (os.cpu_count() or 1)))
+        return min(recipe.num_workers, max(MOST_WORKERS, WORKERS_PER_CORE * core_count()))
     if data.image_size is not None and data.image_size <= TINY:
         return 0
-    return max(1, min(8, (os.cpu_count() or 1) // max(1, fabric.world_size) - 1))
+    return max(1, min(8, core_count() // max(1, fabric.world_size) - 1))
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from vitarium.errors import TrainingStopped
 from vitarium.files import write_json
 from vitarium.training.base import Batch
 from vitarium.training.checkpoint import LAST
+from vitarium.training.held_out import evaluate
 from vitarium.training.processes import same_on_all
 from vitarium.training.run import Run
 from vitarium.training.turns import Outcome, Seat, StepBatches, Turn, kept_buffers, restore_buffers, seed_step
@@ -64,7 +65,7 @@ def train(run: Run) -> None:
     run.report(None)  # the first step may take long
     while True:
         if run.evaluation_due:
-            run.evaluate()
+            evaluate(run)
         if state.step == state.total_steps or run.stalled:
             break
         run.enter(state.step)

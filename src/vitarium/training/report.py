@@ -187,9 +187,7 @@ def _values(section: ReportSection, data: ImageData) -> dict[str, Any]:
             shown = [dict(vars(one), image=embed_image(_image(data, one.index))) for one in section.images]
             return dict(kind="gallery", title=section.title, words=section.words, images=shown)
         case TableData():
-            return dict(
-                kind="table", title=section.title, columns=[(n.lstrip("~>"), n.startswith(">")) for n in section.columns], rows=section.rows
-            )
+            return section.values()
 
 
 def _confusion_rows(section: ConfusionData) -> list[dict[str, Any]]:

@@ -1,8 +1,7 @@
-"""State of one training process, and its operations between steps: phases, evaluation, checkpoints, progress."""
+"""State of one training process, and its operations between steps: phases, checkpoints, progress."""
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import time
@@ -17,14 +16,10 @@ from torch import Tensor, nn
 
 from vitarium.catalog.create import preprocessing_of
 from vitarium.data.bad_files import BadFiles
-from vitarium.data.loader import Loader, generators_kept, seed_generators
+from vitarium.data.loader import Loader
 from vitarium.errors import TrainingStopped
-from vitarium.files import atomic_path
-from vitarium.nn.modes import evaluating
-from vitarium.training import statistics
 from vitarium.training.base import Batch, Learner
 from vitarium.training.checkpoint import LAST, RunState, save_run
-from vitarium.training.evaluation import run_evaluation, to_device
 from vitarium.training.logs import Logs, Meters
 from vitarium.training.optim import Average, create_optimizer
 from vitarium.training.phases import Plan, hold_norms, require_gradients
@@ -33,8 +28,7 @@ from vitarium.training.progress import PROGRESS_SECONDS, Progress, line_of, prog
 from vitarium.training.recipe import Recipe
 from vitarium.training.sharding import gather_model, restore_whole, whole_states
 from vitarium.training.signals import StopSignals
-from vitarium.training.stopping import best_of, is_over, save_best
-from vitarium.training.tasks import Task
+from vitarium.training.stopping import is_over
 from vitarium.training.turns import Outcome, Seat, foreign_buffers
 
 log = logging.getLogger("vitarium")
@@ -200,76 +194,6 @@ class Run:
         """Return whether the recipe stops the training early, after the last evaluation."""
         stopping = self.recipe.stopping
         return stopping is not None and is_over(self.state.history, *self.learner.primary_metric, stopping)
-
-    def evaluate(self) -> None:
-        """Evaluate the moving average, or the model if there is none, in the phase of the previous step, and record the metrics."""
-        state = self.state
-        self.enter(max(0, state.step - 1), state.step)
-        model = self.model_to_evaluate()
-        before = self.estimate_statistics(model)
-        values = run_evaluation(
-            self.learner,
-            model,
-            self.val_loader.epoch(0),
-            device=self.fabric.device,
-            autocast=self.fabric.autocast,
-            between=self.stop_if_asked,
-        )
-        numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
-        means = {f"train_{name}": value for name, value in self.means("evaluation").items()}
-        lr = self.lr(self.seats[0], state.step - 1)
-        state.history.append({"step": state.step, "epoch": self.epoch, "seconds": state.seconds, "lr": lr, **means, **numbers})
-        state.evaluated = state.step
-        name, better = self.learner.primary_metric
-        if name in numbers:
-            state.best = (max if better == "max" else min)(numbers[name], numbers[name] if state.best is None else state.best)
-        self.note_bad_files(everywhere=True)
-        if self.recipe.stopping is not None and self.logs and best_of(state.history, name, better) == len(state.history) - 1:
-            save_best(self.folder, state.step, model)
-        if self.logs:
-            self.logs.evaluation(state.history)
-            self.draw(model)
-        if state.step < state.total_steps:
-            statistics.restore(before)  # training goes on with the running averages
-        self.report(None)
-
-    def estimate_statistics(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        """Estimate the statistics of batch norms in the model to evaluate, where the recipe's rule says so; called in all processes.
-
-        Returns:
-            (buffer, former values) of all that was changed.
-        """
-        names = statistics.names_to_estimate(self.learner, self.recipe, self.state.total_steps)
-        if not names:
-            return []
-        if self.recipe.batch_norm.estimate == "auto" and self.logs and not self.state.history:
-            statistics.report(self.learner, names, self.state.total_steps)
-        sample = self.make_sample()
-        count = max(1, statistics.IMAGES // (self.recipe.batch_size * self.fabric.world_size))
-        batches = itertools.islice(sample.epoch(0), count)
-        before = statistics.estimate(self.learner, model, names, batches, self.fabric, autocast=self.fabric.autocast)
-        sample.close()
-        if self.whole is not None and self.state.step == self.state.total_steps:  # checkpoints hold the sharded model
-            statistics.copy_statistics(model, self.learner.eval_model(), names)
-        return before
-
-    def draw(self, model: nn.Module) -> None:
-        """Write the learner's drawings of the first held-out batch to `pictures/NAME-STEP.png`."""
-        if type(self.learner).pictures is Learner.pictures and type(self.learner.task).sheets is Task.sheets:
-            return  # neither learner nor task has drawings
-        batch = next(self.val_loader.epoch(0))
-        if not len(batch["index"]):
-            return
-        with evaluating(model, inference=True), generators_kept():
-            seed_generators(self.recipe.seed)
-            drawn = self.learner.pictures(model, to_device(batch, self.fabric.device))
-        try:
-            (self.folder / "pictures").mkdir(exist_ok=True)
-            for name, drawing in drawn.items():
-                with atomic_path(self.folder / "pictures" / f"{name}-{self.state.step:06d}.png") as temporary:
-                    drawing.save(temporary, format="png")
-        except OSError as error:
-            log.warning("cannot write the drawings of step %d (%s); training continues", self.state.step, error.strerror or error)
 
     def model_to_evaluate(self) -> nn.Module:
         """Return the moving average, the gathered weights, or the model itself; called in all processes."""

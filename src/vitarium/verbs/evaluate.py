@@ -164,14 +164,7 @@ def evaluate(
         raise UsageError(f"several processes for images (jobs={where.jobs}) are Ray's: give engine='ray' (--engine ray) with them")
     if corruptions and where.kind != "local":
         raise UsageError("corruptions are measured by the local engine only; leave out corruptions or engine")
-    opened = execute(
-        opened,
-        runtime,
-        device=device if where.kind == "local" else None,
-        task=task,
-        source=None if apply else model,
-        notify=notify,
-    )
+    opened = execute(opened, runtime, device=device, engine=where, task=task, source=None if apply else model, notify=notify)
     part = images.val
     seen = trained_on(opened, part)
     fitted = calibrated(opened, images, seen, seed or 0, batch_size, notify) if calibrate else None

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vitarium.data import ImageData
+    from vitarium.engine import Engine
     from vitarium.training.tasks.base import Task
 
 CALIBRATION_IMAGES = 256
@@ -176,6 +177,7 @@ def execute(
     runtime: str = "eager",
     *,
     device: str | None = "auto",
+    engine: Engine | None = None,
     task: Task | None = None,
     reads: Callable[..., Any] | None = None,
     source: Any = None,
@@ -186,7 +188,8 @@ def execute(
     Args:
         model: in eval mode, with its methods applied.
         runtime: "eager", "compile", "onnxruntime" or "openvino".
-        device: "auto", "cpu", "cuda", ...; None: an engine chooses it, and the model stays where it is.
+        device: "auto", "cpu", "cuda", ...; None: the model stays where it is.
+        engine: where it runs later; another one than the local one chooses the device.
         task: whose answers or metrics are computed; it names what they read from the model.
         reads: function of (model, images) that is needed, without a task.
         source: the file that the model was loaded from, if no method was applied since: its graph is kept beside it. Another value is
@@ -201,6 +204,7 @@ def execute(
     from vitarium.efficiency.runtimes import GRAPHS, check_runtime, run_with
 
     check_runtime(runtime)
+    device = None if engine is not None and engine.kind != "local" else device
     if runtime == "eager":
         return model if device is None else model.to(find_device(device))
     if task is not None and task.eager_only:

@@ -163,14 +163,7 @@ def _answers(
     if task.result_kind is None:
         raise UsageError(task.refusal())
     apply_methods(opened, apply, None, notify)
-    opened = execute(
-        opened,
-        runtime,
-        device=device if where.kind == "local" else None,
-        task=task,
-        source=None if apply else model,
-        notify=notify,
-    )
+    opened = execute(opened, runtime, device=device, engine=where, task=task, source=None if apply else model, notify=notify)
     folder = path.absolute() if path is not None and not path.suffix else None
     size = batch_size * PART_BATCHES
     given: dict[str, Any] = {}
