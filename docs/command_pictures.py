@@ -103,9 +103,9 @@ GAP = 62
 
 def info() -> Figure:
     """Draw ConvNeXt-T's maps as boxes, to scale."""
-    from vitarium.cli.info import describe
+    import vitarium
 
-    found = describe("convnext_tiny")
+    found = vitarium.info("convnext_tiny").report
     side = found["image_size"]
     figure, axes = _sheet(2.1)
     x, unit = 0.0, 1 / 7

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from vitarium.verbs.find_lr import find_lr as find_lr
     from vitarium.verbs.generate import generate as generate
     from vitarium.verbs.index import index as index
+    from vitarium.verbs.info import info as info
     from vitarium.verbs.methods import methods as methods
     from vitarium.verbs.predict import predict as predict
     from vitarium.verbs.probe import probe as probe
@@ -58,6 +59,7 @@ VERBS = (
     "export",
     "generate",
     "index",
+    "info",
     "methods",
     "predict",
     "probe",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Sequence
 
@@ -46,3 +47,8 @@ def _escape(character: str) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # Python's form of a byte that could not be decoded
         code -= 0xDC00
     return SHORT.get(character) or (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
+
+
+def first_paragraph(doc: str | None) -> str:
+    """Return the first paragraph of a docstring on one line."""
+    return " ".join(inspect.cleandoc(doc or "").split("\n\n")[0].split())

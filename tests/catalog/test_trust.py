@@ -21,8 +21,9 @@ from tests.catalog.forging import forge, forge_text, record_of
 from vitarium.catalog.create import ModelSpec
 from vitarium.catalog.rebuilding import Contents, Limits, TooLarge, rebuilding
 from vitarium.catalog.registry import families
-from vitarium.cli.info_file import describe_file, print_file
+from vitarium.cli.info import print_file
 from vitarium.errors import CheckpointError, UsageError, VitariumError
+from vitarium.verbs.info import describe_file, info
 
 SMALL = {"var": "var_pico", "kmax_deeplab": "kmax_deeplab_pico", "t_tame": "t_tame_pico", "vpt_proxies": "vpt_proxies_pico"}
 """Families whose models hold another registered model; a test compares this with all families."""
@@ -323,7 +324,7 @@ def test_the_command_info_reads_the_record_in_the_same_way(tmp_path):
     path = saved("convnext_pico", tmp_path, num_classes=3)
     report = describe_file(str(path))
     assert report["model"]["name"] == "convnext_pico"
-    print_file(report)
+    print_file(info(path))
     forge(path, labels=3)
     with pytest.raises(CheckpointError, match="labels: "):
         describe_file(str(path))

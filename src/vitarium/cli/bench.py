@@ -12,8 +12,8 @@ from rich.markup import escape
 from vitarium.cli.completion import complete_model
 from vitarium.cli.config import configurable
 from vitarium.cli.console import err, out, print_json, table
-from vitarium.cli.opening import quiet
 from vitarium.cli.options import Device, RuntimeKind
+from vitarium.verbs.measuring import quiet
 
 if TYPE_CHECKING:
     from vitarium.efficiency.bench import Row

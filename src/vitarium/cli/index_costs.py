@@ -17,6 +17,7 @@ from vitarium.catalog.calling import call, example_inputs
 from vitarium.catalog.index import REFUSED, Law, interpolate
 from vitarium.efficiency.profiler import count_params, peak_memory, weight_bytes
 from vitarium.errors import VitariumError
+from vitarium.verbs.measuring import stages_of
 
 SIZES = (32, 64, 128, 256, 384)
 """Image sizes in pixels at which every model is measured, in addition to its own."""
@@ -214,13 +215,6 @@ def _remade(made: Any) -> Any:
     if made[0] is Tensor:
         return torch.empty_strided(made[1], made[2], dtype=made[3], device=made[4])
     return tuple(_remade(m) for m in made[1])
-
-
-def stages_of(model: Any) -> list[dict[str, Any]]:
-    """Return the feature maps of a model: module, channels, stride in pixels."""
-    found = getattr(model, "feature_info", None) or []
-    rows = found if isinstance(found, list) else found.info  # timm wraps its list
-    return [{"module": r["module"], "channels": r["num_chs"], "stride": r["reduction"]} for r in rows]
 
 
 def plain(value: Any) -> Any:

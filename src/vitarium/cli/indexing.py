@@ -27,6 +27,7 @@ from vitarium.catalog.systems import systems
 from vitarium.cli.index_costs import described, plain, variant_sizes
 from vitarium.errors import UsageError, VitariumError, nearest
 from vitarium.files import write_text
+from vitarium.texts import first_paragraph
 
 ROOMS = ("training", "backbones", "efficiency", "generation", "perception", "pretraining", "explanation", "robustness")
 FOREIGN = "vitarium.catalog.foreign"
@@ -300,11 +301,6 @@ def foreign_models(known: dict[str, Any]) -> dict[str, Any]:
 
 
 # ---- docstrings
-
-
-def first_paragraph(doc: str | None) -> str:
-    """Return the first paragraph of a docstring on one line."""
-    return " ".join(inspect.cleandoc(doc or "").split("\n\n")[0].split())
 
 
 def documented_arguments(doc: str | None) -> dict[str, str]:

@@ -74,7 +74,7 @@ def _costs(
             try:
                 cost = None if measure else cost_of(name, image_size)
                 if cost is None:
-                    from vitarium.cli.measuring import measure_cost
+                    from vitarium.verbs.measuring import measure_cost
 
                     status.update(f"Building {name} without weights")
                     cost = measure_cost(name, image_size, conditions=conditions)

@@ -1,14 +1,18 @@
-"""Measurement of costs that the index does not hold, on a model without weights."""
+"""Models without weights, and their costs that the index does not hold."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from vitarium.catalog.filters import Condition
 from vitarium.catalog.index import Cost
 from vitarium.catalog.search import holds
-from vitarium.cli.opening import describe_model
 from vitarium.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def measure_cost(name: str, image_size: int | None = None, *, memory: bool = False, conditions: Sequence[Condition] = ()) -> Cost:
@@ -38,3 +42,30 @@ def measure_cost(name: str, image_size: int | None = None, *, memory: bool = Fal
         return cost
     peak = peak_memory(model, example_inputs(model, 1, size)) if memory else None
     return Cost(size, cost.params, cost.bytes, macs, peak)
+
+
+def stages_of(model: Any) -> list[dict[str, Any]]:
+    """Return the feature maps of a model: module, channels, stride in pixels."""
+    found = getattr(model, "feature_info", None) or []
+    rows = found if isinstance(found, list) else found.info  # timm wraps its list
+    return [{"module": r["module"], "channels": r["num_chs"], "stride": r["reduction"]} for r in rows]
+
+
+def describe_model(name: str, **options: Any) -> nn.Module:
+    """Create a model on the meta device, for its shapes and its cost."""
+    import torch
+
+    import vitarium
+
+    with torch.device("meta"), quiet():
+        return vitarium.create_model(name, **options)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Suppress warnings of other libraries."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
