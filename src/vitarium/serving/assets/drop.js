@@ -73,7 +73,7 @@ async function send(file) {
     fail(`${file.name} has ${(file.size / 1e6).toFixed(1)} MB; at most ${results.megabytes} MB are accepted.`);
     return;
   }
-  running?.abort(); // the server drops what nobody waits for
+  running?.abort(); // the server drops images whose request was aborted
   const mine = running = new AbortController();
   $("zone").classList.add("busy");
   URL.revokeObjectURL(shownUrl);
