@@ -89,7 +89,8 @@ def unbeaten(models: Sequence[Measured], baselines: Sequence[Baseline], metric: 
     """Return the best of the baselines if no model is better by more than one standard error of the difference; None otherwise."""
     if not baselines:
         return None
-    best, strongest = (min(rows, key=lambda row: metric.rank(row.score)) for rows in (models, baselines))
+    best = min(models, key=lambda model: metric.rank(model.score))
+    strongest = min(baselines, key=lambda baseline: metric.rank(baseline.score))
     lead = metric.rank(strongest.score) - metric.rank(best.score)
     return None if lead > error_of_difference(best, strongest, metric) else strongest
 
