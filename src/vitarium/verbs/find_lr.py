@@ -96,7 +96,9 @@ def find_lr(
     job = open_job(recipe, data, model, pretrained, checkpoint, given, apply, val_fraction, out, notify)
     sweep = sweep_rates(job.learner, job.images, job.recipe, steps=steps, accelerator=accelerator)
     weights = dict(model=model, pretrained=pretrained, checkpoint=checkpoint)
-    options = dict(batch_size=batch_size, image_size=image_size, changes=changes, apply=apply, out=out, accelerator=accelerator)
+    options: dict[str, Any] = dict(
+        batch_size=batch_size, image_size=image_size, changes=changes, apply=apply, out=out, accelerator=accelerator
+    )
     options["val_fraction"] = val_fraction if val_fraction != VAL_FRACTION else None
     use = command_with(sweep.suggestion, recipe, data, weights, options)
     page = write_rate_page(job.folder, job.name, job.images.name, sweep, job.recipe, use)
