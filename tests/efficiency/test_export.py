@@ -119,7 +119,7 @@ def test_missing_onnx_names_the_line_that_installs_it(model, tmp_path, monkeypat
 @pytest.mark.parametrize("method", ["evit:keep=0.7,blocks=[0]", "tome:r=2", "pitome:keep=0.9"])
 def test_a_model_with_fewer_tokens_is_exported(method, tmp_path):
     torch.manual_seed(0)
-    model = vitarium.create_model("timm/vit_pico", num_classes=10, image_size=16).eval()
+    model = vitarium.create_model("timm/vit_pico", num_classes=10, image_size=16, depth=2).eval()
     vitarium.apply(model, method, quiet=True)
     assert export(model, tmp_path / "reduced.onnx").error < 1e-5
 

@@ -59,13 +59,13 @@ class Result:
 
 def html_table(table: TableData) -> str:
     """Return a table as HTML, with all text escaped."""
-    right = [name.startswith(">") for name in table.columns]
+    right = [aligned for _, aligned in table.headers]
 
     def row(cells: Sequence[str], tag: str) -> str:
         aligned = [" style='text-align: right'" if i < len(right) and right[i] else "" for i in range(len(cells))]
         return "<tr>" + "".join(f"<{tag}{a}>{html.escape(c)}</{tag}>" for a, c in zip(aligned, cells, strict=True)) + "</tr>"
 
-    head = row([name.lstrip(">~") for name in table.columns], "th") if table.columns else ""
+    head = row([name for name, _ in table.headers], "th") if table.columns else ""
     caption = f"<caption>{html.escape(table.title)}</caption>" if table.title else ""
     more = len(table.rows) - SHOWN_ROWS
     rest = f"<tr><td colspan='{max(1, len(table.columns))}'>and {more} more</td></tr>" if more > 0 else ""
