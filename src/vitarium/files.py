@@ -70,8 +70,8 @@ READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 """Numbers of the errors of a place in which nothing may be written."""
 
 
-def _failure_of(temporary: Path, error: Exception) -> OSError | None:
-    """Return the system's error by which the writing of a temporary file failed; None for an error of another kind.
+def _failure_of(temporary: Path, error: Exception) -> Exception | None:
+    """Return the error by which the writing of a temporary file failed, the system's if it is known; None for an error of another kind.
 
     The writers of torch, safetensors and Pillow do not pass on the number of the system's error; one more write shows it.
     """

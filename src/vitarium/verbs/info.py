@@ -36,7 +36,7 @@ class Info(Result):
 
     @property
     def is_file(self) -> bool:
-        """Whether this is a file of weights."""
+        """Return whether this is a file of weights."""
         return "file" in self.report
 
     def facts(self) -> dict[str, Any]:
