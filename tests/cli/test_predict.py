@@ -75,7 +75,7 @@ def test_what_was_computed_is_printed_when_its_file_cannot_be_written(run, files
         (["one.png", "--model", "done/last.ckpt"], "holds the state of a training, not a model; name its file: done"),
         (
             ["one.png", "--model", "model.safetensors", "--runtime", "onnx"],
-            "'onnx' is not one of eager, compile, onnxruntime, openvino; did",
+            "'compile', 'onnxruntime', 'openvino'; did you mean onnxruntime?",
         ),
     ],
 )

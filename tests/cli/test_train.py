@@ -87,7 +87,7 @@ def test_short_options_change_the_recipe(run, tmp_path):
         (["--batch-size", "auto", "--set", "batch_size=4"], "--batch-size is short for"),
         (["--batch-size", "many"], "whole number from 1 up, or auto"),
         (["--epochs", 0], "budget.epochs"),
-        (["--log", "tensorbord"], "log.0"),
+        (["--log", "tensorbord"], "unknown logger 'tensorbord'; did you mean tensorboard? (loggers: tensorboard, wandb, mlflow"),
         (["--find-lr", "--steps", 5], "leave out --steps"),
         (["--find-lr", "--batch-size", "auto"], "leave out --batch-size auto"),
     ],

@@ -118,7 +118,7 @@ def _helpful(error: Any, message: str) -> str:
     found = re.fullmatch(r"(?:Value error, )?'(.*)' is not one of (.*?)\.?", message, re.DOTALL)
     if found:
         choices = re.findall(r"'([^']*)'", found[2])
-        return f"{found[1]!r} is not one of {', '.join(choices)}{nearest(found[1], choices)}"
+        return f"{found[1]!r} is not one of {found[2]}{nearest(found[1], choices)}"
     models = [str(path) for path in (ctx.params.get("images") if ctx else None) or [] if str(path).endswith(MODEL_ENDINGS)]
     if models and getattr(param, "name", "") == "model":
         return f"{models[0]} is a model, not an image: write --model {models[0]}"
