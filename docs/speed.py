@@ -35,7 +35,7 @@ def page(rows: Sequence[Row] | None = None) -> str:
     devices = dict.fromkeys(r["device"] for r in timed)
     for device in devices:
         parts += [*_goals([r for r in timed if r["device"] == device], device), ""]
-    parts += [*_deployed(deployed), "", *_growth(grown), "", *(_left_out(timed, failed) if rows else []), ""]
+    parts += [*_deployed(deployed), "", *_compiled(timed), "", *_growth(grown), "", *(_left_out(timed, failed) if rows else []), ""]
     for model in dict.fromkeys(r["model"] for r in timed):
         parts += [*_details([r for r in timed if r["model"] == model]), ""]
     return "\n".join(parts)
@@ -195,6 +195,23 @@ def _deployed(rows: Sequence[Row]) -> list[str]:
         slower = [r for r in some if r["ratio_high"] < 1]
         lines += [f"- Slower: `{r['model']}`; {r.get('reason') or 'the node counts are above'}." for r in slower]
     return lines
+
+
+def _compiled(timed: Sequence[Row]) -> list[str]:
+    """Return the table of torch.compile at batch 8, of the models whose exported graphs are compared."""
+    some = [r for r in timed if (r["kind"], r["dtype"], r["batch"], r["device"]) == ("compiled", "float32", 8, "cpu") and r["rounds"] >= 21]
+    if not some:
+        return []
+    body = []
+    for r in sorted(some, key=lambda r: -r["ratio"]):
+        spreads = (_spread(r[k], r[f"{k}_low"], r[f"{k}_high"]) for k in ("ratio", "aa"))
+        body.append([f"`{r['model']}`", _peer(r), f"{r['ours_ms']:.0f} ms", *spreads, str(r["rounds"]), f"{r['load']:.1f}"])
+    head = ["model", "peer", "ours", "peer / ours", "ours / ours", "rounds", "load"]
+    middle = statistics.median(r["ratio"] for r in some)
+    about = (
+        f"Both sides compiled, in turns of one process. Median over {len(some)} pairs: {middle:.2f}. The load is that of other programs."
+    )
+    return ["### torch.compile", "", about, "", *_table(head, body)]
 
 
 def _moves(ours: dict[str, int], peer: dict[str, int]) -> str:
