@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 
 from vitarium.cli.console import out, pairs, print_json, table
-from vitarium.cores import core_count
 
 EXTRAS_OF_DEVELOPERS = ("all", "dev", "docs")
 
@@ -38,6 +37,8 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead
 def describe() -> dict[str, Any]:
     """Return the report as plain values."""
     import torch
+
+    from vitarium.cores import core_count
 
     versions = {
         name: version(name) or "missing" for name in ("vitarium", "torch", "torchvision", "timm", "lightning-fabric", "safetensors")
