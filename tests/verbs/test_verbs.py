@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 import vitarium
+from vitarium.claims import Range
 from vitarium.claims.experiment import Claim, Comparison, Measured
 from vitarium.errors import DataError, UsageError
 from vitarium.verbs.result import Result
@@ -195,7 +196,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def compare() -> list[Comparison]:
         """Compare two measured arms."""
-        return [Comparison("the method is better", Measured("ours", [3.0, 3.2], "dB"), Measured("other", [1.0, 1.1], "dB"))]
+        ours, other = Measured("ours", [3.0, 3.2], "dB"), Measured("other", [1.0, 1.1], "dB")
+        return [Comparison("the method is better", ours, other, within=Range(2, 10))]
 
     monkeypatch.setattr("vitarium.claims.run.find_claim", lambda slug: Claim(slug, "windows matter", 1, compare))
 

@@ -206,7 +206,7 @@ class Results(Part):
 
 
 class CalibrationRecord(Part):
-    """What a temperature did to the probabilities, on held-out images that it was not fitted on.
+    """The effect of a temperature on the probabilities, on held-out images that it was not fitted on.
 
     Attributes:
         fitted, measured: numbers of images of the fit, and of the others, on which the rest was measured.

@@ -112,7 +112,7 @@ class Comparison:
 
     @property
     def exact(self) -> bool:
-        """Whether no value depends on chance."""
+        """Return whether no value depends on chance."""
         return all(isinstance(arm, Measured) and arm.exact for arm in (self.method, self.baseline) if arm is not None)
 
 

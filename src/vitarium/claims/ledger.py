@@ -44,7 +44,7 @@ class Entry:
 
     @property
     def calibrated(self) -> bool:
-        """Whether every comparison was calibrated; false for entries that were measured before claims had a floor and a ceiling."""
+        """Return whether every comparison was calibrated; false for entries that were measured before claims had a floor and a ceiling."""
         return all(c.get("uncalibrated", OLD) == "" for c in self.comparisons)
 
     @property

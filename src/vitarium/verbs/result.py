@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 SHOWN_ROWS = 50
 """Number of rows of a table in a notebook; further ones are counted."""
+LONGEST_FACT = 160
+"""Characters of a value in the text of a result; warnings may be longer."""
 SHOWN_DRAWINGS, SHOWN_SIDE = 12, 320
 """Largest number of drawings in a notebook, and the longest side of one in pixels."""
 
@@ -48,7 +50,9 @@ class Result:
         return asdict(self)  # type: ignore[call-overload]
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}: {value}' for name, value in self.facts().items())})"
+        facts = {name: str(value) for name, value in self.facts().items()}
+        shown = (f"{name}: {text if len(text) <= LONGEST_FACT else f'{text[:LONGEST_FACT]}...'}" for name, text in facts.items())
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def _repr_html_(self) -> str:
         """Return the facts and tables as HTML; Jupyter shows it."""
