@@ -5,8 +5,14 @@ import pytest
 
 from vitarium.data import open_data
 from vitarium.data.scenes import ANSWERS, CATEGORIES, STUFF, THINGS, Scenes
+from vitarium.data.scenes.far_sum import draw_far_sum, far_sum_label, handwriting
 from vitarium.data.scenes.same_shape import CELLS, MARKS, draw_same_shape, same_shape_label
 from vitarium.data.scenes.shapes import FEET, SHAPES
+from vitarium.data.scenes.size_transfer import draw_size_transfer
+from vitarium.data.scenes.tasks import TASKS
+from vitarium.data.scenes.textures import draw_textures
+from vitarium.data.scenes.tissue import draw_tissue
+from vitarium.data.scenes.two_scales import LETTERS, RADII
 from vitarium.errors import UsageError
 
 SCENES = [Scenes(image_size=32, seed=5)[index] for index in range(48)]
@@ -208,3 +214,95 @@ def test_one_mark_alone_carries_no_information():
         first = rng.integers(len(MARKS))
         shapes[same_shape_label(index)].append(first)
     assert abs(np.mean(shapes[0]) - np.mean(shapes[1])) < 0.15
+
+
+# ---- tasks that need a mechanism
+
+NEEDING = ("far_sum", "textures", "two_scales", "size_transfer", "fine_parts", "tissue")
+SHOWN = {"size_transfer": 0.16, "two_scales": 0.1}
+"""Accuracy above chance that colours may give where shapes cover different areas; else 0.06."""
+
+
+@pytest.mark.parametrize("task", NEEDING)
+def test_images_of_a_task_are_a_function_of_seed_and_index(task):
+    data, again = (open_data(f"scenes:task={task},length=200") for _ in range(2))
+    other = open_data(f"scenes:task={task},length=200", seed=1)
+    assert data.image_size == 32
+    assert len(data.classes) == len(set(data.classes))
+    for one, two in ((data.train, again.train), (data.val, again.val)):
+        assert np.ptp(np.bincount(one.targets, minlength=len(data.classes))) <= 1, "classes are balanced"
+        assert np.array_equal(np.asarray(one[3][0]), np.asarray(two[3][0]))
+    assert not np.array_equal(np.asarray(other.train[3][0]), np.asarray(data.train[3][0]))
+    everything = {part[i][0].tobytes() for part in (data.train, data.val) for i in range(len(part))}
+    assert len(everything) == 200, "no image is in both parts, or twice in one"
+    assert TASKS[task].draw(10**12, 0, 64).shape == (64, 64, 3), "there are images without end, of other sizes"
+
+
+@pytest.mark.parametrize("task", NEEDING)
+def test_colours_do_not_show_the_class(task):
+    """Mean and spread of each colour, with their products, are classified hardly better than by chance."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import PolynomialFeatures, StandardScaler
+
+    images = np.stack([TASKS[task].draw(index, 0, 32) for index in range(3000)]) / 255
+    seen = np.concatenate([images.mean((1, 2)), images.std((1, 2))], 1)
+    labels = [TASKS[task].label(index) for index in range(3000)]
+    model = make_pipeline(StandardScaler(), PolynomialFeatures(2), LogisticRegression(max_iter=300)).fit(seen[:2000], labels[:2000])
+    chance = 1 / len(TASKS[task].classes)
+    assert model.score(seen[2000:], labels[2000:]) < chance + SHOWN.get(task, 0.06)
+
+
+def test_digits_of_far_sum_are_other_handwriting_in_each_part():
+    for training, held_out in zip(handwriting(False), handwriting(True), strict=True):
+        assert len(training) > 3 * len(held_out) > 60
+        assert not {digit.tobytes() for digit in training} & {digit.tobytes() for digit in held_out}
+    data = open_data("scenes:task=far_sum,length=100")
+    assert np.array_equal(np.asarray(data.train[7][0]), draw_far_sum(7, 0, 32))
+    assert np.array_equal(np.asarray(data.val[7][0]), draw_far_sum(87, 0, 32, held_out=True))
+    assert not np.array_equal(np.asarray(data.val[7][0]), draw_far_sum(87, 0, 32))
+
+
+def test_letters_of_two_scales_have_the_same_cells():
+    """All letters fill as many cells, and the small shapes have equal areas: neither cells one by one nor their means show both."""
+    assert {sum(line.count("#") for line in lines) for lines in LETTERS.values()} == {7}
+    v, u = np.meshgrid(*2 * [np.linspace(-0.5, 0.5, 801, dtype=np.float32)], indexing="ij")
+    areas = [(SHAPES[shape](u / radius, v / radius) < 0).mean() for shape, radius in RADII.items()]
+    assert max(areas) < 1.02 * min(areas)
+
+
+def test_only_the_canvas_of_size_transfer_grows():
+    areas = {}
+    for size in (32, 64):
+        images = np.stack([draw_size_transfer(index, 0, size) for index in range(2400)])
+        areas[size] = (images.min(-1) > 145).mean()
+    assert areas[64] == pytest.approx(areas[32], rel=0.06)
+
+
+def test_a_quarter_of_the_side_does_not_show_textures():
+    """Means of squares of four pixels have the same spread in all classes."""
+    images = np.stack([draw_textures(index, 0, 32).mean(-1) for index in range(1200)])
+    reduced = images.reshape(-1, 8, 4, 8, 4).mean((2, 4))
+    spread = reduced.std((1, 2)).reshape(200, -1).mean(0)
+    assert spread.max() < 1.1 * spread.min()
+
+
+def test_nuclei_of_all_classes_cover_the_same_area():
+    images = np.stack([draw_tissue(index, 0, 32).mean(-1) for index in range(1200)])
+    covered = (images < np.median(images, (1, 2), keepdims=True) - 25).mean((1, 2)).reshape(300, -1).mean(0)
+    assert covered.min() > 0.08
+    assert covered.max() < 1.15 * covered.min()
+
+
+def test_one_digit_of_far_sum_shows_little():
+    """Each digit lies in a quadrant of its own, on one diagonal, and logistic regression on the pixels stays near chance."""
+    from sklearn.linear_model import LogisticRegression
+
+    images = np.stack([draw_far_sum(index, 0, 32).min(-1) for index in range(3000)]) / 255
+    inked = (images.reshape(-1, 2, 16, 2, 16) > 0.55).any((2, 4))
+    assert (inked.sum((1, 2)) <= 2).all()
+    assert (inked[:, 0, 0] & inked[:, 1, 1]).any()
+    assert (inked[:, 0, 1] & inked[:, 1, 0]).any()
+    labels = [far_sum_label(index) for index in range(3000)]
+    model = LogisticRegression(C=0.1, max_iter=200).fit(images[:2000].reshape(2000, -1), labels[:2000])
+    assert model.score(images[2000:].reshape(1000, -1), labels[2000:]) < 0.32

@@ -8,6 +8,8 @@
 | language.py | captions, questions and answers |
 | scene.py | `Scenes`, and `Scene` with all labels |
 | same_shape.py | images of the task same_shape |
+| far_sum.py, textures.py, two_scales.py | images of the tasks of these names, each of which needs a mechanism |
+| size_transfer.py, fine_parts.py, tissue.py | more of them |
 | actions.py | clips of the task action |
 | thorax.py | X-rays of the task thorax |
 | tasks.py | scenes as image sets for classification |

@@ -13,11 +13,23 @@ from numpy.typing import NDArray
 from vitarium.assignments import split_assignment, split_options
 from vitarium.data.image_set import ImageData
 from vitarium.data.scenes.actions import ACTIONS, action_label, draw_action
+from vitarium.data.scenes.far_sum import CLASSES as FAR_SUM_CLASSES
+from vitarium.data.scenes.far_sum import draw_far_sum, far_sum_label
+from vitarium.data.scenes.fine_parts import CLASSES as FINE_PARTS_CLASSES
+from vitarium.data.scenes.fine_parts import draw_fine_parts, fine_parts_label
 from vitarium.data.scenes.layout import THINGS
 from vitarium.data.scenes.same_shape import CLASSES, draw_same_shape, same_shape_label
 from vitarium.data.scenes.scene import Scenes
+from vitarium.data.scenes.size_transfer import CLASSES as SIZE_TRANSFER_CLASSES
+from vitarium.data.scenes.size_transfer import draw_size_transfer, size_transfer_label
+from vitarium.data.scenes.textures import CLASSES as TEXTURES_CLASSES
+from vitarium.data.scenes.textures import draw_textures, textures_label
 from vitarium.data.scenes.thorax import CLASSES as THORAX_CLASSES
 from vitarium.data.scenes.thorax import draw_thorax, thorax_label
+from vitarium.data.scenes.tissue import CLASSES as TISSUE_CLASSES
+from vitarium.data.scenes.tissue import draw_tissue, tissue_label
+from vitarium.data.scenes.two_scales import CLASSES as TWO_SCALES_CLASSES
+from vitarium.data.scenes.two_scales import draw_two_scales, two_scales_label
 from vitarium.errors import UsageError, nearest
 
 if TYPE_CHECKING:
@@ -37,17 +49,27 @@ class Task:
         label: index -> class number, without rendering.
         draw: (number, seed, image_size) -> uint8 (image_size, image_size, 3), or of a clip (frames, image_size, image_size, 3).
         length: default number of images in both parts.
+        image_size: default side of the images, pixels.
+        draw_held_out: draws the held-out images where they are made of other material than the training images; None: `draw` does.
     """
 
     classes: Sequence[str]
     label: Callable[[int], int]
     draw: Callable[[int, int, int], NDArray[np.uint8]]
     length: int = 2000
+    image_size: int = IMAGE_SIZE
+    draw_held_out: Callable[[int, int, int], NDArray[np.uint8]] | None = None
 
 
 TASKS = {
     "class": Task(THINGS, Scenes().label, lambda index, seed, size: Scenes(size, seed)[index].image),
     "same_shape": Task(CLASSES, same_shape_label, draw_same_shape, length=10_000),  # fewer images would be memorised
+    "far_sum": Task(FAR_SUM_CLASSES, far_sum_label, draw_far_sum, 10_000, 32, functools.partial(draw_far_sum, held_out=True)),
+    "textures": Task(TEXTURES_CLASSES, textures_label, draw_textures, 10_000, 32),
+    "two_scales": Task(TWO_SCALES_CLASSES, two_scales_label, draw_two_scales, 10_000, 32),
+    "size_transfer": Task(SIZE_TRANSFER_CLASSES, size_transfer_label, draw_size_transfer, 10_000, 32),
+    "fine_parts": Task(FINE_PARTS_CLASSES, fine_parts_label, draw_fine_parts, 10_000, 32),
+    "tissue": Task(TISSUE_CLASSES, tissue_label, draw_tissue, 10_000, 32),
     "action": Task(ACTIONS, action_label, draw_action),
     "thorax": Task(THORAX_CLASSES, thorax_label, draw_thorax),
 }
@@ -56,8 +78,8 @@ TASKS = {
 class DrawnImages:
     """The images of a task with indices in a range, rendered on first access."""
 
-    def __init__(self, task: str, numbers: range, *, seed: int, image_size: int):
-        self.task, self.numbers, self.seed, self.image_size = task, numbers, seed, image_size
+    def __init__(self, task: str, numbers: range, *, seed: int, image_size: int, held_out: bool = False):
+        self.task, self.numbers, self.seed, self.image_size, self.held_out = task, numbers, seed, image_size, held_out
         self.targets = [TASKS[task].label(number) for number in numbers]
         self._kept: dict[int, NDArray[np.uint8]] = {}
         self._room = MEMORY_BYTES
@@ -70,7 +92,9 @@ class DrawnImages:
 
         pixels = self._kept.get(index)
         if pixels is None:
-            pixels = TASKS[self.task].draw(self.numbers[index], self.seed, self.image_size)
+            task = TASKS[self.task]
+            draw = task.draw_held_out if self.held_out and task.draw_held_out else task.draw
+            pixels = draw(self.numbers[index], self.seed, self.image_size)
             if pixels.nbytes <= self._room:
                 self._kept[index] = pixels
                 self._room -= pixels.nbytes
@@ -86,9 +110,12 @@ def open_scenes(options: str = "", *, image_size: int | None = None, seed: int =
     """Open rendered images for classification.
 
     Args:
-        options: "KEY=VALUE,..." of image_size (pixels, 64), length (images in both parts; else the task's own), task ("class": the
-            kind of the nearest object; "same_shape": whether two marks far apart have the same shape; "action": clips, the kind of motion;
-            "thorax": X-rays, whether there is a nodule).
+        options: "KEY=VALUE,..." of image_size (pixels; else the task's own, 64 or 32), length (images in both parts; else the task's own),
+            task ("class": the kind of the nearest object; "same_shape": whether two marks far apart have the same shape; "action": clips,
+            the kind of motion; "thorax": X-rays, whether there is a nodule). Others are meant for experiments, each needs a mechanism:
+            "far_sum": the sum of two digits in opposite corners, modulo 4; "textures": orientation and frequency of a grating;
+            "two_scales": a large letter of small shapes, and which; "size_transfer": a shape of constant size in pixels, whatever the
+            image_size; "fine_parts": the direction of a short line on a body; "tissue": size and elongation of nuclei.
         image_size: used if the options do not set it.
         seed: of all random numbers.
         val_fraction: share that is held out.
@@ -100,7 +127,7 @@ def open_scenes(options: str = "", *, image_size: int | None = None, seed: int =
     task = values.get("task", "class")
     if task not in TASKS:
         raise UsageError(f"scenes have no task {task!r}{nearest(task, TASKS)} (accepted: {', '.join(TASKS)})")
-    size = _number("image_size", values.get("image_size", image_size or IMAGE_SIZE), least=16)
+    size = _number("image_size", values.get("image_size", image_size or TASKS[task].image_size), least=16)
     classes = list(TASKS[task].classes)
     length = _number("length", values.get("length", TASKS[task].length), least=2 * len(classes))
     if not 0 < val_fraction < 1:
@@ -108,7 +135,7 @@ def open_scenes(options: str = "", *, image_size: int | None = None, seed: int =
     border = min(max(round(length * (1 - val_fraction)), len(classes)), length - len(classes))
     part = functools.partial(DrawnImages, task, seed=seed, image_size=size)
     name = "scenes" if task == "class" else f"scenes-{task}"
-    return ImageData(name, part(range(border)), part(range(border, length)), classes, size)
+    return ImageData(name, part(range(border)), part(range(border, length), held_out=True), classes, size)
 
 
 def _parse(
