@@ -2,6 +2,9 @@
 
 The image has CELLS x CELLS cells, and every letter fills as many of them as the others: cells seen one by one show the small shape and not
 the letter. The shapes have equal areas, so that an image reduced to one pixel a cell shows the letter and not the shape.
+
+A ResNet of 0.3 M parameters reaches 95 % of the nine classes in 300 steps of 64 (25 seconds on one core), 34 % on the cells one by one,
+with the mean of their logits, and 25 % on the means of cells: one scale alone leaves three classes (`benchmarks/scenes.py`).
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ def draw_two_scales(index: int, seed: int, size: int) -> NDArray[np.uint8]:
     noise, (top, left) = clouds_of(2 * size), rng.integers(0, size, 2)
     ground = rng.uniform(90, 165, 3).astype(np.float32)
     sign = 1 - 2 * rng.integers(2)  # brighter or darker than the ground, or single pixels would show the letter
-    step = sign * rng.uniform(15, 55, 3).astype(np.float32)
+    step = sign * rng.uniform(17, 62, 3).astype(np.float32)
     image = ground + 12 * np.clip(noise[top : top + size, left : left + size, None], -2, 2)
     image += rng.normal(0, 14, image.shape).astype(np.float32)
     scale = rng.uniform(0.85, 1.1)
