@@ -69,7 +69,7 @@ CALIBRATIONS = {
             Control("64 reduced to 32", options="image_size=64", reduced=True),
         ),
     ),
-    "fine_parts": Calibration(400, (WHOLE, FLAT)),
+    "fine_parts": Calibration(500, (WHOLE, FLAT)),
     "tissue": Calibration(300, (WHOLE, FLAT)),
 }
 

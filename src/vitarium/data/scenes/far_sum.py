@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitarium.data.scenes.render import clouds_of, to_uint8
+from vitarium.data.scenes.shapes import Field
 
 MODULUS = 4
 CLASSES = tuple(f"sum {rest} mod {MODULUS}" for rest in range(MODULUS))
@@ -27,12 +28,12 @@ HELD_OUT = 5
 
 
 @functools.cache
-def handwriting(held_out: bool) -> tuple[NDArray[np.float32], ...]:
+def handwriting(held_out: bool) -> tuple[Field, ...]:
     """Return the images of each digit below MODULUS, (count, 8, 8) of 0 to 1; the two parts share none."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
-    of_digit = (np.float32(found.images[found.target == digit] / 16) for digit in range(MODULUS))
+    of_digit = ((found.images[found.target == digit] / 16).astype(np.float32) for digit in range(MODULUS))
     return tuple(images[(np.arange(len(images)) % HELD_OUT == 0) == held_out] for images in of_digit)
 
 
@@ -59,14 +60,14 @@ def draw_far_sum(index: int, seed: int, size: int, *, held_out: bool = False) ->
     return to_uint8(image)
 
 
-def enlarge(image: NDArray[np.float32], side: int) -> NDArray[np.float32]:
+def enlarge(image: Field, side: int) -> Field:
     """Resize a square image to side x side, linearly between its pixels."""
     weights = _weights(len(image), side)
     return weights @ image @ weights.T
 
 
 @functools.cache
-def _weights(source: int, target: int) -> NDArray[np.float32]:
+def _weights(source: int, target: int) -> Field:
     """Return the weights of each source pixel in each pixel of the target, (target, source)."""
     at = np.clip((np.arange(target) + 0.5) * source / target - 0.5, 0, source - 1)
-    return np.float32(np.clip(1 - np.abs(at[:, None] - np.arange(source)), 0, None))
+    return np.clip(1 - np.abs(at[:, None] - np.arange(source)), 0, None).astype(np.float32)

@@ -35,7 +35,7 @@ def draw_fine_parts(index: int, seed: int, size: int) -> NDArray[np.uint8]:
     centre = size / 2 + rng.uniform(-1, 1, 2) * (size / 2 - radius)
     skin = rng.uniform(140, 230, 3).astype(np.float32)
     ink = skin - rng.uniform(60, 130, 3).astype(np.float32)
-    window, u, v = around(*centre, radius, 0.0, size)
+    window, u, v = around(centre[0], centre[1], radius, 0.0, size)
     image[window] += (skin - image[window]) * np.clip(0.5 - circle(u, v) * np.float32(radius), 0, 1)[..., None]
     special = rng.integers(len(PLACES))
     for place, offset in enumerate(PLACES):

@@ -35,5 +35,5 @@ def draw_textures(index: int, seed: int, size: int) -> NDArray[np.uint8]:
     phase = wave * (np.cos(angle) * axis + np.sin(angle) * axis[:, None]) + rng.uniform(0, 2 * np.pi)
     noise, (top, left) = clouds_of(2 * size), rng.integers(0, size, 2)
     ground = 20 * np.clip(noise[top : top + size, left : left + size], -2, 2) + rng.normal(0, 16, (size, size))
-    grey = np.float32(rng.uniform(6.5, 20) * np.sin(phase) + ground)
+    grey = (rng.uniform(6.5, 20) * np.sin(phase) + ground).astype(np.float32)
     return to_uint8(rng.uniform(90, 165, 3).astype(np.float32) + grey[..., None] * rng.uniform(0.7, 1.0, 3).astype(np.float32))

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitarium.data.scenes.render import clouds_of, to_uint8
+from vitarium.data.scenes.shapes import Field
 
 SIZES = (2.0, 3.0)
 """Radius of a circle of a nucleus' area, pixels at REFERENCE."""
@@ -39,7 +40,7 @@ def draw_tissue(index: int, seed: int, size: int) -> NDArray[np.uint8]:
     stretch = np.sqrt(ELONGATIONS[long] * rng.uniform(0.9, 1.1, count))
     distance = _distances(rng.uniform(0, size, (count, 2)), radii * stretch, radii / stretch, rng.uniform(0, np.pi, count), size)
     noise, (top, left) = clouds_of(2 * size), rng.integers(0, size, 2)
-    image = np.array((225, 165, 195), np.float32) + rng.uniform(-25, 25, 3).astype(np.float32)
+    image: Field = np.array((225, 165, 195), np.float32) + rng.uniform(-25, 25, 3).astype(np.float32)
     image = image + 14 * np.clip(noise[top : top + size, left : left + size, None], -2, 2)
     nucleus = np.array((95, 60, 140), np.float32) + rng.uniform(-30, 30, 3).astype(np.float32)
     cover = np.clip(0.5 - distance, 0, 1)[..., None] * rng.uniform(0.7, 1.0)
@@ -50,11 +51,11 @@ def draw_tissue(index: int, seed: int, size: int) -> NDArray[np.uint8]:
 
 def _distances(
     places: NDArray[np.float64], across: NDArray[np.float64], down: NDArray[np.float64], angles: NDArray[np.float64], size: int
-) -> NDArray[np.float32]:
+) -> Field:
     """Return the distance of each pixel to the nearest of the ellipses, (size, size), negative inside (exact for circles)."""
     axis = np.arange(size, dtype=np.float32) + 0.5
     u, v = (axis[None, None, :] - places[:, 0, None, None], axis[None, :, None] - places[:, 1, None, None])
     cosine, sine = np.cos(angles)[:, None, None], np.sin(angles)[:, None, None]
     a, b = across[:, None, None], down[:, None, None]
     share = np.sqrt(((cosine * u + sine * v) / a) ** 2 + ((cosine * v - sine * u) / b) ** 2)
-    return np.float32(((share - 1) * np.minimum(a, b)).min(0))
+    return ((share - 1) * np.minimum(a, b)).min(0).astype(np.float32)
