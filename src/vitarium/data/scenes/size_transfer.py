@@ -4,7 +4,7 @@ Only the canvas grows: the shapes keep their pixels, and their number is proport
 over the image keep their values. (Images that are resized enlarge the objects, too.)
 
 A ResNet of 0.3 M parameters, trained at 32 pixels in 500 steps of 64 (30 seconds on one core), reaches 99.8 % of the six classes there,
-95 % at 64, 66 % at 48 (its strides do not divide it), and 29 % where images of 64 pixels are resized to its own 32
+95 % at 64, 66 % at 48, and 29 % where images of 64 pixels are resized to its own 32
 (`benchmarks/scenes.py`).
 """
 
