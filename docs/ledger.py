@@ -15,6 +15,7 @@ The bar of a plot is the 95 % interval of the gain (Student's t), the brown line
 def page() -> str:
     """Return the page of all claims' outcomes."""
     from vitarium.claims import read_ledger
+    from vitarium.claims.ledger import LEGEND, counts_of
 
     entries = read_ledger()
     if not entries:
@@ -30,14 +31,14 @@ def page() -> str:
             f"{e.seconds / 60:.1f}",
         ]
         rows.append(f"| {' | '.join(cells)} |")
-    words = [e.word for e in entries]
-    counts = ", ".join(f"{words.count(word)} {word}" for word in sorted(set(words), key=words.count, reverse=True))
     head = [
         "# Ledger",
         "",
-        f"Outcomes of the small experiments on the papers' main claims, held or not: {counts}.",
+        f"Outcomes of the small experiments on the papers' main claims, held or not: {counts_of(entries)}.",
         "",
         ABOUT,
+        "",
+        f"{LEGEND[0].upper()}{LEGEND[1:]}.",
         "",
     ]
     table = ["| system | claim | verdict | gains | weights | minutes |", "|---|---|---|---|---|---|", *rows, ""]

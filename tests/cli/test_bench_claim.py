@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vitarium.claims.ledger import Entry
+from vitarium.claims.ledger import Entry, write_entry
 from vitarium.efficiency.bench import Row
 
 ROW = dict(batch=8, image_size=224, dtype="float32", device="cpu", threads=1, params=28_000_000, bytes=1, macs=4_490_000_000, error=1e-6)
@@ -84,6 +84,31 @@ def test_all_claims(run, swin_claims, tmp_path):
     shown = run("claim", "convnext", "swin", "--out", tmp_path / "ledger").out
     assert "2 claims" in shown
     assert "not run yet" not in shown
+
+
+def old(slug, verdict, calibrated=False):
+    """An entry; those that were measured before claims named a range lack the key "uncalibrated"."""
+    arm = {"label": "a", "values": [1.0], "mean": 1.0, "unit": "%"}
+    comparison = {"says": "a", "method": arm, "baseline": arm, "gain": 1.0, "error": 0.0, "at_least": 0.0, "verdict": verdict}
+    says = "a mechanism of a paper works as its authors say, on a task that needs it, at the same budget as without it"
+    return Entry(slug, says, "", verdict, [comparison | ({"uncalibrated": ""} if calibrated else {})], 1234.0, "2026-01-01", {}, "abc")
+
+
+def test_the_ledger_explains_old_entries_on_80_columns(run, tmp_path, monkeypatch):
+    for entry in (old("dependencyvit", "inconclusive"), old("swin", "held"), old("vim", "held", True), old("evit", "not held")):
+        write_entry(entry, tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = run("claim", "--out", tmp_path).out
+    assert "4 claims: 2 held (1 not calibrated), 1 not held (1 not calibrated), 1 inconclusive" in " ".join(shown.split())
+    assert "* not calibrated: measured before claims named a range, or outside of it;" in shown
+    assert "held: not calibrated" not in shown
+    assert "inconclusive *  a mechanism of a paper works" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_a_ledger_of_calibrated_entries_has_no_legend(run, tmp_path):
+    write_entry(old("vim", "held", True), tmp_path)
+    assert "calibrated" not in run("claim", "--out", tmp_path).out
 
 
 def test_claim_refuses(run):

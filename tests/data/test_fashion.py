@@ -40,6 +40,7 @@ def test_parts_and_fewer_images():
     assert len(open_data("fashion", split="all").val) == 10_000
     assert len(open_data("fashion", split="train").val) == 8000
     assert len(open_data("fashion:test=20", split="test").val) == 20
+    assert len(open_data("fashion:").train) == 8000
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,10 @@ def test_parts_and_fewer_images():
         ("fashion:test=2010", "to 2000"),
         ("fashion:test=x", "got 'x'"),
         ("fashion:train", "KEY=VALUE"),
-        ("fashion:all,test=10", "takes no other options"),
+        ("fashion:all,test=10", "no other options"),
+        ("fashion:all=yes", "takes no value"),
+        ("fashion:train=200,train=300", "sets train twice"),
+        ("fashion:train=200,train=200", "sets train twice"),
     ],
 )
 def test_wrong_options(spec, message):
@@ -100,6 +104,7 @@ def test_without_a_copy_all_names_three_ways(tmp_path, monkeypatch):
         open_data("fashion:all")
     for way in ("apt install dataset-fashion-mnist", "torchvision.datasets.FashionMNIST", "t10k-labels-idx1-ubyte.gz"):
         assert way in str(error.value)
+    assert "  " not in str(error.value).replace("\n  ", "\n")
 
 
 @pytest.mark.parametrize(

@@ -260,6 +260,8 @@ def test_a_separator_can_be_set(tmp_path: Path):
         open_data(f"csv:{path},separator=;", task="multilabel")
     with pytest.raises(UsageError, match="tables have no option 'seperator=comma'; did you mean separator"):
         open_data(f"csv:{path},seperator=comma", task="multilabel")
+    with pytest.raises(UsageError, match="sets separator twice"):
+        open_data(f"csv:{path},separator=comma,separator=none", task="multilabel")
 
 
 @pytest.mark.parametrize("column", ["PatientID", "patient_id", "Patient ID", "subject_id", "Subject"])

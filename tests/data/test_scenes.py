@@ -179,6 +179,7 @@ def test_scenes_as_data():
         ("image_size=8", "at least 16, got '8'"),
         ("length=many", "whole number of at least 16, got 'many'"),
         ("length=3", "at least 16"),
+        ("length=40,length=50", "set length twice"),
     ],
 )
 def test_says_which_options_there_are(options, message):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from vitarium.catalog import systems
 from vitarium.claims.judging import Verdict
@@ -14,6 +15,20 @@ from vitarium.errors import DataError
 from vitarium.files import write_json
 
 OLD = "measured before claims named a floor and a ceiling"
+MARK = "*"
+"""Follows the verdict of a claim that was not calibrated, in a table; below it stands `LEGEND`."""
+LEGEND = "not calibrated: measured before claims named a range, or outside of it; `vitarium claim SLUG` shows the reason and measures again"
+
+
+def counts_of(entries: Sequence[Entry]) -> str:
+    """Return the number of entries of each verdict, such as "7 held (5 not calibrated), 1 not held"; "" without entries."""
+    texts = []
+    for verdict in get_args(Verdict):
+        found = [entry for entry in entries if entry.verdict == verdict]
+        old = sum(not entry.calibrated for entry in found)
+        remark = f" ({'all' if old == len(found) > 1 else old} not calibrated)" if old else ""
+        texts += [f"{len(found)} {verdict}{remark}"] if found else []
+    return ", ".join(texts)
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,11 @@ class Entry:
     def word(self) -> str:
         """The verdict, with the remark that the claim was not calibrated where that is so."""
         return self.verdict if self.calibrated else f"{self.verdict}: not calibrated"
+
+    @property
+    def short_word(self) -> str:
+        """The verdict, with `MARK` where the claim was not calibrated."""
+        return self.verdict if self.calibrated else f"{self.verdict} {MARK}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry as a dictionary for JSON."""

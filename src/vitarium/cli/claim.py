@@ -65,16 +65,21 @@ def show(found: Claims) -> None:
 
 def styled(verdict: str) -> str:
     """Return a verdict in its colour."""
-    return f"[{STYLES[verdict.partition(':')[0]]}]{escape(verdict)}[/]"
+    return f"[{STYLES[verdict.partition(':')[0].removesuffix(' *')]}]{escape(verdict)}[/]"
 
 
 def summary(found: Claims) -> None:
     """Print the ledger, or the claims that were run, a line per claim; and the claims that are not in the ledger yet."""
-    rows = table("system", "verdict", "~claim", ">time", "date")
+    from vitarium.claims.ledger import LEGEND, MARK, counts_of
+
+    rows = table("system", "verdict", "~claim", ">time")
     entries: list[Entry] = found.entries
     for e in entries:
-        rows.add_row(e.slug, styled(e.word), escape(e.says), f"{e.seconds:.0f} s", e.date)
+        rows.add_row(e.slug, styled(e.short_word), escape(e.says), f"{e.seconds:.0f} s")
     console = out()
     if entries:
         console.print(rows)
-    console.print(f"\n{len(entries)} claims" + (f"; not run yet: {', '.join(found.missing)}" if found.missing else ""))
+    counts = f": {counts_of(entries)}" if entries else ""
+    console.print(f"\n{len(entries)} claims{counts}" + (f"; not run yet: {', '.join(found.missing)}" if found.missing else ""))
+    if not all(e.calibrated for e in entries):
+        console.print(f"{MARK} {LEGEND}", style="dim", markup=False)

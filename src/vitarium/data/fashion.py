@@ -44,9 +44,9 @@ FILES = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"), "test"
 LARGEST = 64 * 2**20
 """Bytes of a file after decompression above which it is refused; the largest of the four has 47 MB."""
 HELP = """the 70,000 images of Fashion-MNIST are not on this machine; there are three ways to get them:
-  apt install dataset-fashion-mnist                                       (Debian, Ubuntu)
-  torchvision.datasets.FashionMNIST("DIR", download=True)                 (Python), then VITARIUM_DATA=DIR
-  the four files {files}, in a folder,    then VITARIUM_DATA=DIR
+  apt install dataset-fashion-mnist (Debian, Ubuntu)
+  torchvision.datasets.FashionMNIST("DIR", download=True) in Python, then VITARIUM_DATA=DIR
+  the files {files} in a folder DIR, then VITARIUM_DATA=DIR
 the embedded 10,000 need no download: --data fashion"""
 Part = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
@@ -72,18 +72,20 @@ def open_fashion(options: str = "") -> ImageData:
 
 def _counts(options: str) -> dict[str, int]:
     """Return the number of images of each part."""
-    counts = dict(SIZES)
+    counts: dict[str, int] = {}
     for option in split_options(options):
-        if option == "all":
-            raise UsageError(f"fashion:all takes no other options, got {options!r}")
+        if option.partition("=")[0].strip() == "all":
+            raise UsageError(f"fashion:all takes no value and no other options, got {options!r}; write fashion:all")
         key, value = split_assignment(option, "fashion takes all, or KEY=VALUE")
         if key not in SIZES:
             raise UsageError(f"fashion has no option {key!r}{nearest(key, SIZES)} (accepted: all, train=8000, test=2000)")
         most = SIZES[key]
         if not value.isdecimal() or not 0 < int(value) <= most or int(value) % len(CLASSES):
             raise UsageError(f"{key} of fashion must be a multiple of 10 from 10 to {most} (as many of each class), got {value!r}")
+        if key in counts:
+            raise UsageError(f"fashion:{options} sets {key} twice; leave one out")
         counts[key] = int(value)
-    return counts
+    return SIZES | counts
 
 
 def _first(part: Part, count: int) -> Part:

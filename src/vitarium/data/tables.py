@@ -51,7 +51,7 @@ def parse_options(text: str) -> tuple[Path, TableOptions]:
     """Parse "FILE,KEY=VALUE,..." after "csv:".
 
     Raises:
-        UsageError: an option that does not exist.
+        UsageError: an option that does not exist, or is given twice.
     """
     if Path(text).exists():
         return Path(text), TableOptions()
@@ -63,6 +63,8 @@ def parse_options(text: str) -> tuple[Path, TableOptions]:
         key, value = split_assignment(assignment, accepted)
         if key not in known or not value:
             raise UsageError(f"tables have no option {assignment!r}{nearest(key, known)} ({accepted})")
+        if key in values:
+            raise UsageError(f"csv:{text} sets {key} twice; leave one out")
         values[key] = value
     return Path(name), TableOptions(**values)
 

@@ -149,6 +149,8 @@ def _parse(
         key, value = split_assignment(option, f"scenes have no option {option!r} ({accepted})")
         if key not in known or not value:
             raise UsageError(f"scenes have no option {option!r}{nearest(key, known) if key not in known else ''} ({accepted})")
+        if key in values:
+            raise UsageError(f"the options {options!r} of scenes set {key} twice; leave one out")
         values[key] = value
     return values
 
