@@ -8,8 +8,9 @@ import re
 import pytest
 from PIL import Image
 
-from vitarium.pages import Cell, Column, Row, counted, dated, embed_image, lasting, render_page, three
+from vitarium.pages import Cell, Column, Row, counted, dated, embed_image, lasting, listed, render_page, three
 from vitarium.pages.page import script_json
+from vitarium.pages.words import unbroken
 
 TEMPLATE = """{% extends "page" %}{% import "parts" as parts %}{% block main %}
 <h2 id="all">All</h2>{{ parts.sortable_table(columns, rows, [], "all") }}{{ parts.figures(figures) }}{{ parts.definitions(figures) }}
@@ -92,4 +93,12 @@ def test_three_digits(value, text):
 def test_words():
     assert [counted(v) for v in (15134.2, 99.4)] == ["15,100", "99.4"]
     assert [lasting(s) for s in (12, 600, 9000)] == ["12 seconds", "10 minutes", "2.5 hours"]
+    assert [lasting(s) for s in (0.2, 0.9, 1.4, 60, 3600)] == ["0 seconds", "1 second", "1 second", "60 seconds", "60 minutes"]
     assert dated("2026-01-31T23:00:00") == "31 January 2026"
+    assert unbroken("65 %, 5 of 6 models") == "65\N{NO-BREAK SPACE}%, 5 of 6 models"
+
+
+def test_settings_are_words():
+    objective = {"name": "classification", "label_smoothing": 0.1, "mixup": {"alpha": 0.8, "modes": ["a", "b"]}, "none": {}, "hard": False}
+    words = "name: classification, label smoothing: 0.1, mixup alpha: 0.8, mixup modes: a b, none: none, hard: no"
+    assert listed(objective) == words

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.reports.fixtures import NUMBERS, make_comparison, make_images, make_troubled
+from vitarium.reports.data_section import MOST_CLASSES
+from vitarium.reports.inspection import Inspection
 from vitarium.reports.page import render
 from vitarium.reports.results import Comparison
 
@@ -121,3 +123,20 @@ def test_says_what_was_left_out_of_the_data(tmp_path):
     assert "3 files are left out, such as <b>x.heic." in text
     assert "<b>x.heic" not in page.split("<script", 1)[0]
     assert Comparison.from_dict(comparison.to_dict(), tmp_path).notes == comparison.notes
+
+
+def test_all_rows_of_the_classes_are_visible_without_an_inner_scroll_bar(tmp_path):
+    classes = [f"class {i}" for i in range(MOST_CLASSES + 30)]
+    comparison = make_comparison(tmp_path, classes=classes, inspection=Inspection(counts=[[140, 36]] * len(classes)))
+    page = render(replace(comparison, trials=[replace(t, extras={"mistakes": [], "confusion": []}) for t in comparison.trials]), {})
+    (rule,) = re.findall(r"\.data \.scroll \{[^}]*\}", page)
+    assert "height" not in rule
+    table = page.split('id="data"')[1].split("</table>")[0]
+    assert table.count('<th scope="row"') == MOST_CLASSES + 1
+
+
+def test_a_percentage_of_a_caption_stays_on_one_line(troubled):
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", troubled, re.S)
+    shares = [text for text in captions if "%" in text]
+    assert shares
+    assert all(re.search(r"\d\N{NO-BREAK SPACE}%", text) for text in shares)

@@ -4,6 +4,6 @@ A package that writes a report provides a template that extends "page", the styl
 """
 
 from vitarium.pages.page import Cell, Column, Row, embed_image, render_page
-from vitarium.pages.words import counted, dated, lasting, percent, three
+from vitarium.pages.words import counted, dated, lasting, listed, percent, three
 
-__all__ = ["Cell", "Column", "Row", "counted", "dated", "embed_image", "lasting", "percent", "render_page", "three"]
+__all__ = ["Cell", "Column", "Row", "counted", "dated", "embed_image", "lasting", "listed", "percent", "render_page", "three"]

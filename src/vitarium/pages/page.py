@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from vitarium.pages.words import dated
+from vitarium.pages.words import dated, unbroken
 from vitarium.version import __version__
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def render_page(
 
     Args:
         template: text of a Jinja template that extends "page" and fills its block "main"; "parts" holds macros for tables, figures,
-            definitions and switches.
+            definitions and switches. The filter "unbroken" keeps a number and its percent sign on one line.
         kind: what the page shows, such as "comparison"; in the line above the title.
         title: heading and title of the window.
         created: ISO 8601 time.
@@ -113,6 +113,7 @@ def render_page(
     assets = resources.files("vitarium.pages") / "assets"
     skeleton = {name: (assets / f"{name}.html.jinja").read_text(encoding="utf-8") for name in ("page", "parts")}
     environment = Environment(loader=DictLoader({**skeleton, "template": template}), autoescape=True, trim_blocks=False)
+    environment.filters["unbroken"] = unbroken
     code = {f"page_{ending}": (assets / f"page.{ending}").read_text(encoding="utf-8") for ending in ("css", "js")}
     code |= {"css": css, "js": js, "payload": script_json(data), "plotly": _plotly() if plots else ""}
     common = dict(kind=kind, title=title, created=created, date=dated(created), facts=facts, version=__version__)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import re
+from collections.abc import Mapping
+from typing import Any
 
 
 def three(value: float) -> str:
@@ -31,4 +34,28 @@ def dated(created: str) -> str:
 
 def lasting(seconds: float) -> str:
     """Return a duration in the largest unit that keeps it readable: 5400 -> "1.5 hours"."""
-    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+    size, unit, digits = (1, "second", 0) if seconds < 90 else (60, "minute", 0) if seconds < 5400 else (3600, "hour", 1)
+    amount = f"{seconds / size:.{digits}f}"
+    return f"{amount} {unit}" if amount == "1" else f"{amount} {unit}s"
+
+
+def unbroken(text: str) -> str:
+    """Return a text in which no line breaks between a number and its percent sign."""
+    return re.sub(r"(?<=\d) (?=%)", "\N{NO-BREAK SPACE}", text)
+
+
+def listed(settings: Mapping[str, Any], prefix: str = "") -> str:
+    """Return settings as words, nested ones with both names: {"mixup": {"alpha": 0.8}} -> "mixup alpha: 0.8"."""
+    parts = []
+    for key, value in settings.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        match value:
+            case {}:
+                parts.append(listed(value, f"{name} ") or f"{name}: none")
+            case list() | tuple():
+                parts.append(f"{name}: {' '.join(map(str, value)) or 'none'}")
+            case None | bool():
+                parts.append(f"{name}: {'yes' if value else 'no'}" if value is not None else f"{name}: none")
+            case _:
+                parts.append(f"{name}: {value}")
+    return ", ".join(parts)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitarium.errors import DataError
 from vitarium.files import write_text
-from vitarium.pages import embed_image, lasting, render_page
+from vitarium.pages import embed_image, lasting, listed, render_page
 from vitarium.training.lengths import Budget
 from vitarium.training.recipe import Recipe
 from vitarium.training.tasks import ConfusionData, GalleryData, ReportSection, TableData, Task
@@ -249,7 +249,7 @@ def _method(data: ImageData, recipe: Recipe, result: FitResult) -> list[dict[str
         "Optimizer": f"{optimizer.name}, lr {optimizer.lr:g}, weight decay {optimizer.weight_decay:g}; schedule {recipe.schedule.name}",
         "Average": f"moving average of the weights, decay {average.decay:g}" if average else "none: the last weights",
         "Input": f"{recipe.image_size} x {recipe.image_size} pixels" if recipe.image_size else "the model's own size",
-        "Objective": ", ".join(f"{key}: {value}" for key, value in recipe.objective.items()),
+        "Objective": listed(recipe.objective),
         "Seed": str(recipe.seed),
         "Images left out": f"{len(result.bad_files)} that could not be read, listed in bad_files.txt" if result.bad_files else "none",
     }

@@ -3,6 +3,8 @@ const results = JSON.parse(document.getElementById("results").textContent);
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const hue = (item) => css(`--hue-${item.colour}`);
 const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
+// an axis of shares: decimals only where the ticks need them, and nothing beyond 0 and 100 %
+const percentAxis = { tickformat: ".3~%", autorangeoptions: { clipmin: 0, clipmax: 1 } };
 const escapeHtml = (text) => text.replace(/[&<>]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;" })[c]);
 const config = { displayModeBar: false, responsive: false, doubleClick: "reset" };
 

@@ -1,6 +1,6 @@
 "use strict";
 const { models, costs, classes, confusion, metric } = results;
-const axisFormat = metric.percent ? ".0%" : ""; // of the metric's values
+const metricAxis = metric.percent ? percentAxis : {};
 const unit = metric.percent || !metric.unit ? "" : ` ${metric.unit}`;
 
 // ---- metric against cost
@@ -26,10 +26,14 @@ function horizontal(values) { // a logarithmic axis where the costs differ by mu
   return { type: "linear", range: [Math.max(0, low - pad), high + pad], nticks: 7, at: (value) => value };
 }
 
+const errorAbove = (m) => (metric.percent ? Math.min(m.error, 1 - m.score) : m.error); // no share is above 100 % or below 0
+const errorBelow = (m) => (metric.percent ? Math.min(m.error, m.score) : m.error);
+
 function vertical() {
-  const low = Math.min(...models.map((m) => m.score - m.error)), high = Math.max(...models.map((m) => m.score + m.error));
-  const pad = 0.12 * (high - low || Math.abs(high) || 0.1);
-  return metric.percent ? [Math.max(-0.01, low - pad), Math.min(1.01, high + pad)] : [low - pad, high + pad];
+  const low = Math.min(...models.map((m) => m.score - errorBelow(m))), high = Math.max(...models.map((m) => m.score + errorAbove(m)));
+  const span = high - low || Math.abs(high) || 0.1, pad = 0.12 * span
+  const room = 0.05 * span; // for a point at the end, too little for a tick
+  return metric.percent ? [Math.max(-room, low - pad), Math.min(1 + room, high + pad)] : [low - pad, high + pad];
 }
 
 const MOST_NAMES = 12; // beside the points; more cover one another
@@ -92,7 +96,10 @@ function drawScatter() {
       size: 12, color: models.map(hue), opacity: 1,
       line: { width: models.map((_, i) => (front.includes(i) ? 2.5 : 0)), color: css("--card") },
     },
-    error_y: { array: models.map((m) => m.error), visible: models.some((m) => m.error > 0), color: css("--soft"), thickness: 1, width: 3 },
+    error_y: {
+      type: "data", symmetric: false, array: models.map(errorAbove), arrayminus: models.map(errorBelow),
+      visible: models.some((m) => m.error > 0), color: css("--soft"), thickness: 1, width: 3,
+    },
     customdata: models.map((m) => `<b>${escapeHtml(m.name)}</b><br>${m.hover.map(escapeHtml).join("<br>")}`),
     hovertemplate: "%{customdata}<extra></extra>",
   };
@@ -103,7 +110,7 @@ function drawScatter() {
   Plotly.react(scatter, [line, rings, marks], layout({
     margin: { l: 56, r: 16, t: 10, b: 52 },
     xaxis: { ...xaxis, title: { text: cost.title, standoff: 12 }, tickformat: cost.format, fixedrange: true, automargin: false },
-    yaxis: { range: y, tickformat: axisFormat, ticksuffix: unit, fixedrange: true, nticks: 7, automargin: false },
+    yaxis: { ...metricAxis, range: y, ticksuffix: unit, fixedrange: true, nticks: 7, automargin: false },
   }), config);
 }
 
@@ -115,7 +122,7 @@ function drawCurves(id, key, format) {
   const traces = models.map((m, i) => {
     const points = m.history.filter((point) => Number.isFinite(point[key]));
     return {
-      x: points.map((p) => p.step), y: points.map((p) => p[key]), name: escapeHtml(m.name), mode: points.length > 1 ? "lines" : "markers",
+      x: points.map((p) => p.step), y: points.map((p) => p[key]), name: escapeHtml(m.name), mode: points.length > 1 ? "lines" : "markers", cliponaxis: false,
       line: { color: hue(m), width: 2, dash: ["solid", "dash", "dot"][Math.floor(i / 8) % 3] }, marker: { color: hue(m) }, visible: !hiddenModels.has(i),
       hovertemplate: `%{y:${format}}<extra>${escapeHtml(m.name)}</extra>`,
     };
@@ -123,7 +130,7 @@ function drawCurves(id, key, format) {
   Plotly.react(id, traces, layout({
     hovermode: "x unified", margin: { l: 48, r: 10, t: 8, b: 42 },
     xaxis: { title: { text: "step", standoff: 8 }, fixedrange: true, rangemode: "tozero", nticks: 6 },
-    yaxis: { tickformat: key === metric.key ? axisFormat : "", fixedrange: true, nticks: 6, ...(key === metric.key ? {} : { rangemode: "tozero" }) },
+    yaxis: { fixedrange: true, nticks: 6, ...(key === metric.key ? metricAxis : { rangemode: "tozero" }) },
   }), config);
 }
 

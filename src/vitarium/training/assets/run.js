@@ -2,7 +2,7 @@
 function drawPlots() {
   results.plots.forEach((plot) => {
     const traces = plot.lines.map((line, i) => ({
-      x: line.x, y: line.y, name: escapeHtml(line.name), mode: line.x.length > 1 ? "lines" : "markers",
+      x: line.x, y: line.y, name: escapeHtml(line.name), mode: line.x.length > 1 ? "lines" : "markers", cliponaxis: false,
       line: { color: css(`--hue-${i % 8}`), width: i ? 2.5 : 2, dash: line.faint ? "dot" : "solid" }, marker: { color: css(`--hue-${i % 8}`) },
       hovertemplate: `%{y:${plot.format}}<extra>${escapeHtml(line.name)}</extra>`,
     }));
@@ -17,7 +17,7 @@ function drawPlots() {
       hovermode: "x unified", margin: { l: 52, r: 12, t: 24, b: plot.lines.length > 1 ? 64 : 44 }, shapes, annotations, showlegend: plot.lines.length > 1,
       legend: { orientation: "h", x: 0, y: -0.3 },
       xaxis: { title: { text: plot.axis, standoff: 8 }, fixedrange: true, nticks: 6, type: plot.logarithmic ? "log" : "linear", exponentformat: "power" },
-      yaxis: { tickformat: plot.percent ? ".0%" : "", fixedrange: true, nticks: 6 },
+      yaxis: { ...(plot.percent ? percentAxis : {}), fixedrange: true, nticks: 6 },
     }), config);
   });
 }
