@@ -228,7 +228,7 @@ def test_refuses_labels_of_another_head(model, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(format=FORMAT + 1, vitarium="9.9", novelty=1), r"written by vitarium 9\.9 \(format 5\).*pip install --upgrade"),
+        (dict(format=FORMAT + 1, vitarium="9.9", novelty=1), r"written by vitarium 9\.9 \(format 6\).*pip install --upgrade"),
         (dict(methods=[{"slug": "pitom", "options": {}}]), "unknown method 'pitom'; did you mean pitome"),
         (dict(methods=[{"slug": "pitome", "options": {"kep": 0.9}}]), "pitome has no option 'kep'; did you mean keep"),
         (dict(methods=[{"slug": "pitome", "options": {}}]), "has no plain vision transformer in it"),

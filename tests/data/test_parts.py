@@ -310,3 +310,11 @@ def test_links_to_other_places_are_followed(tmp_path):
     found = scan([root / "a", root / "b"], root)
     assert [len(found.images[root / kind]) for kind in "ab"] == [3, 3]
     assert found.links == [str(root / "b/twice.png")] or found.links == [str(root / "b/linked.png")]
+
+
+def test_data_say_whether_the_held_out_part_was_drawn(tmp_path):
+    fill(tmp_path / "apart", *(f"{part}/{kind}/{i}.png" for part in ("train", "test") for kind in "ab" for i in range(4)))
+    fill(tmp_path / "one", *(f"{kind}/{i}.png" for kind in "ab" for i in range(4)))
+    for task in ("class", "image", "pairs"):
+        assert [open_data(tmp_path / name, task=task).drawn for name in ("apart", "one")] == [False, True]
+    assert [open_data(name).drawn for name in ("digits", "photos", "fashion")] == [True, True, False]

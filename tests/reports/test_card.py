@@ -7,9 +7,9 @@ import torch
 import yaml
 
 import vitarium
-from vitarium.catalog.record import DataRecord, Results, training_of
+from vitarium.catalog.record import CalibrationRecord, DataRecord, Results, training_of
 from vitarium.errors import CheckpointError
-from vitarium.reports.card import CARD_MARK, card_path, escaped, fenced, write_card
+from vitarium.reports.card import CARD_MARK, card_path, code, escaped, fenced, write_card
 
 HOSTILE = "x\n---\nlicense: mit\n# head | cell <script>alert(1)</script> ![i](http://evil/i.png) `code` \x1b[31m ``` end: \"'{}"
 
@@ -62,13 +62,54 @@ def test_a_compressed_file_has_its_own_numbers_or_says_whose_they_are(trained, t
     text = (tmp_path / "small.README.md").read_text()
     [result] = head_of(text)["model-index"][0]["results"]
     assert result["metrics"] == [{"type": "accuracy", "name": "accuracy", "value": made.after["accuracy"]}]
-    assert "- int8" in text
+    assert "- `int8`" in text
     assert "before" not in text.partition("## Measured")[2].partition("## Data")[0]
     vitarium.compress(trained.file, ["int8"], tmp_path / "other.safetensors")
     text = (tmp_path / "other.README.md").read_text()
     assert "model-index" not in head_of(text)
     assert "**before** the methods below were applied" in text
     assert "measure again" in text
+
+
+def test_a_card_names_the_split_that_was_used(trained, tmp_path):
+    assert "| held out | 20 % at random (seed 0) |" in vitarium.card(trained.file)
+    assert "20 % held out at random, seed 0" in vitarium.info(trained.file).facts()["trained on"]
+    model = vitarium.load(trained.file)
+    for held_out, card, info in (
+        ("test", "the data's own part test", "(held out: the data's own part test)"),
+        (None, "unless the data has a held-out part", "if the data has no held-out part"),  # files of earlier versions
+    ):
+        training_of(model).data.held_out = held_out
+        vitarium.save(model, tmp_path / "model.safetensors")
+        assert card in vitarium.card(tmp_path / "model.safetensors")
+        assert info in vitarium.info(tmp_path / "model.safetensors").facts()["trained on"]
+
+
+def test_options_are_printed_as_the_command_line_takes_them(trained, tmp_path):
+    model = vitarium.load(trained.file)
+    vitarium.apply(model, "int8:skip=[head]", quiet=True)
+    vitarium.save(model, tmp_path / "some.safetensors")
+    assert "\n- `int8:skip=[head]`\n" in vitarium.card(tmp_path / "some.safetensors")
+    assert vitarium.info(tmp_path / "some.safetensors").facts()["methods"] == "int8:skip=[head]"
+    model = vitarium.load(trained.file)
+    vitarium.apply(model, "int8", quiet=True)
+    vitarium.save(model, tmp_path / "plain.safetensors")
+    text = vitarium.card(tmp_path / "plain.safetensors")
+    assert "\n- `int8`\n" in text
+    assert "| mean | 0.485, 0.456, 0.406 |" in text
+    assert "[" not in vitarium.info(tmp_path / "plain.safetensors").facts()["preprocessing"]
+
+
+def test_the_calibration_of_a_card_is_whole_sentences(trained, tmp_path):
+    model = vitarium.load(trained.file)
+    record = training_of(model)
+    record.temperature = 0.5
+    record.calibration = CalibrationRecord(fitted=1, measured=2000, error_before=0.2, error_after=0.1, loss_before=2, loss_after=1)
+    vitarium.save(model, tmp_path / "model.safetensors")
+    assert (
+        "before the softmax; it was fitted on 1 held-out image. The numbers under Measured were taken without it. "
+        "On the other 2,000 held-out images:\n\n| metric | without | with |" in vitarium.card(tmp_path / "model.safetensors")
+    )
 
 
 def test_foreign_texts_cannot_leave_their_place(tmp_path):
@@ -117,5 +158,6 @@ def test_a_readme_of_the_user_is_never_replaced(tmp_path):
 
 
 def test_markdown_helpers():
+    assert code("a`b`") == "`` a`b` ``"
     assert escaped("a_b *c*") == "a\\_b \\*c\\*"
     assert fenced("a\n```\nb", "text") == "````text\na\n```\nb\n````"

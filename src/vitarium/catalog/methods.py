@@ -147,12 +147,7 @@ class Method:
 
     def __str__(self) -> str:
         """Return the text that `parse_method` parses: "pitome:keep=0.9"; options at their defaults are left out."""
-        given = [
-            f"{f.name}={_text(getattr(self, f.name))}"
-            for f in dataclasses.fields(self)
-            if f.metadata.get("saved", True) and getattr(self, f.name) != f.default
-        ]
-        return self.slug + (":" + ",".join(given) if given else "")
+        return call_text(self.slug, self.options(), defaults_of(type(self)))
 
 
 def without_values(model: nn.Module) -> nn.Module:
@@ -168,9 +163,37 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def _text(value: Any) -> str:
+def defaults_of(cls: type[Method]) -> dict[str, Any]:
+    """Return the defaults of a method's options as plain values; options without one are left out."""
+    found = {
+        f.name: f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        for f in dataclasses.fields(cls)
+        if f.metadata.get("saved", True)
+    }
+    return {name: _plain(value) for name, value in found.items() if value is not dataclasses.MISSING}
+
+
+def call_text(slug: str, options: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> str:
+    """Return a method as `parse_method` parses it: "pitome:keep=0.9"; options at their defaults are left out.
+
+    Args:
+        slug: of the method.
+        options: plain values, such as those of a file's record.
+        defaults: of the options; None: those of the method's class, or none if the method is not known here.
+    """
+    if defaults is None:
+        try:
+            defaults = defaults_of(find_method(slug))
+        except UsageError:  # a method of the user's own code
+            defaults = {}
+    given = [f"{name}={option_text(value)}" for name, value in options.items() if name not in defaults or defaults[name] != value]
+    return slug + (":" + ",".join(given) if given else "")
+
+
+def option_text(value: Any) -> str:
+    """Return a plain value as an option is written on the command line: [3,6,9], true, 0.9."""
     if isinstance(value, list | tuple):
-        return f"[{','.join(map(_text, value))}]"
+        return f"[{','.join(map(option_text, value))}]"
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -17,9 +17,9 @@ from vitarium.catalog.preprocessing import Preprocessing
 from vitarium.errors import CheckpointError, UsageError, nearest
 from vitarium.version import __version__
 
-FORMAT = 4
+FORMAT = 5
 """Version of the record in a file. Raised when older versions of vitarium cannot read the file: 1 whole models, 2 files without base
-weights, 3 task, learner, data and temperature, 4 run and results."""
+weights, 3 task, learner, data and temperature, 4 run and results, 5 the way in which the held-out part was chosen."""
 LONGEST_RECORD = 2**24
 """Largest record in characters."""
 DEEPEST = 16
@@ -138,7 +138,8 @@ class DataRecord(Part):
     Attributes:
         source: as it was given to `open_data`.
         name: of the data.
-        seed, val_fraction: of the split.
+        seed, val_fraction: of the split, where the held-out part was drawn at random.
+        held_out: "random", or the part of the data that was held out, such as "test"; None: unknown (files of earlier versions).
         fingerprint: digest of names, classes, targets and sample names of both parts.
         images: fingerprint of the images of the training part; None: unknown (files of earlier versions).
     """
@@ -147,6 +148,7 @@ class DataRecord(Part):
     name: Words
     seed: int = 0
     val_fraction: float = Field(default=0.2, ge=0, le=1)
+    held_out: Words | None = None
     fingerprint: Words = ""
     images: ImagesRecord | None = None
 

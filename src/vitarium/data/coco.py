@@ -103,7 +103,7 @@ def open_coco(
     if split is None and not kept:
         raise DataError(f"{name} holds no images with annotations for training")
     train, val = (Samples(part, read=read_sample, name=_file_of) for part in (kept, found.val))
-    return SegmentedData(name, train, val, first.classes, notes=tuple(notes), part=found.part, things=first.things)
+    return SegmentedData(name, train, val, first.classes, notes=tuple(notes), part=found.part, drawn=found.drawn, things=first.things)
 
 
 def _chosen_files(path: Path, kind: Kind) -> dict[str, Path]:

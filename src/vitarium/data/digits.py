@@ -30,4 +30,4 @@ def open_digits(*, seed: int = 0, val_fraction: float = 0.2) -> ImageData:
     images, targets = _images()
     digits = Samples(range(len(images)), targets, read=lambda number: images[number].copy(), name=lambda number: f"digits #{number}")
     train, val = stratified_split(digits.targets, val_fraction, seed)
-    return ImageData("digits", Subset(digits, train), Subset(digits, val), [str(d) for d in range(10)], IMAGE_SIZE)
+    return ImageData("digits", Subset(digits, train), Subset(digits, val), [str(d) for d in range(10)], IMAGE_SIZE, drawn=True)

@@ -67,7 +67,7 @@ def open_fashion(options: str = "") -> ImageData:
         counts = _counts(options)
         parts = {part: _first(_embedded()[part], count) for part, count in counts.items()}
     train, test = (_image_set(part, *parts[part]) for part in SIZES)
-    return ImageData("fashion", train, test, list(CLASSES), IMAGE_SIZE, part="test")
+    return ImageData("fashion", train, test, list(CLASSES), IMAGE_SIZE, part="test", drawn=False)
 
 
 def _counts(options: str) -> dict[str, int]:

@@ -39,6 +39,7 @@ class ImageData:
         image_size: side of the images, pixels, if it is the same for all.
         notes: what was left out, ignored or assumed when the data was opened, a sentence each.
         part: which part of the data `val` is: "val", "test", or in an evaluation also "train" or "all".
+        drawn: whether `val` was held out at random from the training images; False: the data has such a part; None: not known.
     """
 
     name: str
@@ -48,6 +49,7 @@ class ImageData:
     image_size: int | None = None
     notes: tuple[str, ...] = ()
     part: str = "val"
+    drawn: bool | None = None
 
     def __post_init__(self) -> None:
         """Escape what is not UTF-8 in names of folders, because both names go into files."""

@@ -84,7 +84,7 @@ def open_mask_folder(
     )
     train, val = (Samples(part, read=read, name=lambda pair: pair.file) for part in (chosen.train, chosen.val))
     notes = (*listed.notes(path / "images"), *absent, *chosen.notes)
-    return SegmentedData(name, train, val, classes, notes=notes, part=chosen.part)
+    return SegmentedData(name, train, val, classes, notes=notes, part=chosen.part, drawn=chosen.drawn)
 
 
 def _check_classes(

@@ -154,7 +154,7 @@ def open_multilabel(
     sets = [FileImages([files[i] for i in part], [rows.labels[i] for i in part]) for part in (found.train, found.val)]  # type: ignore[misc]
     name = path.resolve().parent.name if path.stem.startswith("Data_Entry") or path.name == "lists" else path.stem
     notes = (*rows.notes, *by_part, *by_group, *table.unused(rows.classes), *found.notes)
-    return ImageData(name, sets[0], sets[1], rows.classes, notes=notes, part=found.part)
+    return ImageData(name, sets[0], sets[1], rows.classes, notes=notes, part=found.part, drawn=found.drawn)
 
 
 def _table_of(spec: str, path: Path) -> Path:

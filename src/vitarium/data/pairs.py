@@ -6,12 +6,13 @@ import operator
 import os
 import random
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitarium.data.image_set import ImageData, Samples, Subset, View
 from vitarium.data.images import open_image
-from vitarium.data.parts import divide, few, find_parts, natural_order, part_in
+from vitarium.data.parts import Divided, divide, few, find_parts, natural_order, part_in
 from vitarium.data.photos import sample_photos
 from vitarium.data.scan import find_images, subfolders
 from vitarium.data.unlabelled import image_parts
@@ -111,20 +112,20 @@ def open_pairs(
     if paired := _paired_parts(path, scale):
         pairs, ratio = _checked_pairs(name, paired)
         divided = divide(name, pairs, random_split, val_fraction=val_fraction, split=split)
-        return _data(name, PairedImages(divided.train, ratio), PairedImages(divided.val, ratio), divided.notes, divided.part)
+        return _data(name, PairedImages(divided.train, ratio), PairedImages(divided.val, ratio), divided, ())
     parts, notes = image_parts(path)
     if not any(parts.values()):
         raise DataError(f"{path} holds no images\n{ACCEPTED}")
     ordered = {part: sorted(files, key=natural_order) for part, files in parts.items()}
     divided = divide(name, ordered, random_split, val_fraction=val_fraction, split=split)
-    return _data(name, HighImages(divided.train), HighImages(divided.val), (*notes, *divided.notes), divided.part)
+    return _data(name, HighImages(divided.train), HighImages(divided.val), divided, notes)
 
 
 def _open_photos(seed: int, val_fraction: float, split: str | None) -> ImageData:
     photos = {name: photo for name, photo in sample_photos() if name not in NOT_SCENERY}
     train, val = _split(sorted(photos), val_fraction, seed, "photos")
     found = divide("photos", {"train": train, "val": val}, lambda samples: (samples, samples), split=split)
-    return ImageData("photos", _photo_squares(found.train, photos), _photo_squares(found.val, photos), [], part=found.part)
+    return ImageData("photos", _photo_squares(found.train, photos), _photo_squares(found.val, photos), [], part=found.part, drawn=True)
 
 
 def _checked_pairs(name: str, folders: dict[str, tuple[Path, Path]]) -> tuple[dict[str, list[tuple[str, str]]], int]:
@@ -137,10 +138,10 @@ def _checked_pairs(name: str, folders: dict[str, tuple[Path, Path]]) -> tuple[di
     return {part: pairs for part, (pairs, _) in checked.items()}, next(iter(scales.values()))
 
 
-def _data(name: str, train: Samples, val: Samples, notes: tuple[str, ...], part: str) -> ImageData:
+def _data(name: str, train: Samples, val: Samples, divided: Divided, notes: Iterable[str]) -> ImageData:
     times = -(-CROPS // len(train)) if len(train) else 1
     repeated = Subset(train, [*range(len(train))] * times) if times > 1 else train
-    return ImageData(name, repeated, val, [], notes=notes, part=part)
+    return ImageData(name, repeated, val, [], notes=(*notes, *divided.notes), part=divided.part, drawn=divided.drawn)
 
 
 def scale_of(images: object) -> int | None:

@@ -39,12 +39,14 @@ class Listing(NamedTuple):
 
 
 class Divided(NamedTuple):
-    """Samples of the two parts, the name of the one that is evaluated ("val", "test", "train" or "all"), and notes for the user."""
+    """Samples of the two parts, the name of the one that is evaluated ("val", "test", "train" or "all"), notes for the user, and whether a
+    training drew the evaluated one at random."""
 
     train: list[Any]
     val: list[Any]
     part: str
     notes: tuple[str, ...]
+    drawn: bool = False
 
 
 def part_of(name: str) -> str | None:
@@ -133,7 +135,7 @@ def _for_training(name: str, parts: Mapping[str, Sequence[T]], random_split: Cal
     if not 0 < val_fraction < 1:
         raise DataError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
     kept, held = random_split(list(whole))
-    return Divided(kept, held, "val", ())
+    return Divided(kept, held, "val", (), drawn=True)
 
 
 def _others(parts: Mapping[str, Sequence[Any]], used: set[str]) -> tuple[str, ...]:
@@ -207,7 +209,7 @@ def assemble(
         for part, samples in (("training", found.train), ("held-out", found.val)):
             _check_all_present(name, part, samples, classes)
     sets = [make([sample for sample, _ in part], [numbers[label] for _, label in part]) for part in (found.train, found.val)]
-    return ImageData(name, sets[0], sets[1], classes, notes=(*notes, *found.notes), part=found.part)
+    return ImageData(name, sets[0], sets[1], classes, notes=(*notes, *found.notes), part=found.part, drawn=found.drawn)
 
 
 def natural_order(name: str) -> list[tuple[int, int, str]]:

@@ -68,7 +68,7 @@ def open_photos(*, image_size: int | None = None, seed: int = 0, val_fraction: f
         listing.labels.extend([name] * len(tiles))
     make = functools.partial(Samples, read=functools.partial(_tile, image_size=image_size), name=_name_of_tile)
     data = assemble("photos", make, {"": listing}, seed=seed, val_fraction=val_fraction)
-    return ImageData(data.name, data.train, data.val, data.classes, image_size)
+    return ImageData(data.name, data.train, data.val, data.classes, image_size, drawn=data.drawn)
 
 
 @functools.cache

@@ -34,7 +34,7 @@ def open_images(
     if not listed or not (any(listed.values()) or spec.startswith("folder:")):
         data = open_classes(spec, seed=seed, val_fraction=val_fraction, image_size=image_size, split=split)
         train, val = (View(part, targets=[0] * len(part)) for part in (data.train, data.val))
-        return ImageData(data.name, train, val, [], data.image_size, data.notes, data.part)
+        return ImageData(data.name, train, val, [], data.image_size, data.notes, data.part, data.drawn)
     count = sum(map(len, listed.values()))
     if count < 2 and split is None:
         raise DataError(f"{path} holds {count or 'no'} image{'' if count == 1 else 's'}; at least two are needed, one of them held out")
@@ -48,7 +48,7 @@ def open_images(
     if not found.val:
         raise DataError(f"{path} holds no images in the part {found.part}")
     sets = [FileImages(files, [0] * len(files)) for files in (found.train, found.val)]
-    return ImageData(name, sets[0], sets[1], [], notes=(*notes, *found.notes), part=found.part)
+    return ImageData(name, sets[0], sets[1], [], notes=(*notes, *found.notes), part=found.part, drawn=found.drawn)
 
 
 def image_parts(path: Path) -> tuple[dict[str, list[str]], tuple[str, ...]]:

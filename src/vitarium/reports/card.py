@@ -16,7 +16,7 @@ from vitarium.files import write_text
 from vitarium.texts import printable
 
 if TYPE_CHECKING:
-    from vitarium.catalog.record import Record
+    from vitarium.catalog.record import DataRecord, Record
     from vitarium.training.tasks.base import Task
 
 CARD_MARK = "<!-- written by vitarium from the file's record; remove this line to keep changes of your own -->"
@@ -187,7 +187,7 @@ def measured(facts: Facts) -> str:
     if results is None or not results.metrics:
         return ""
     before = "" if results.methods == slugs(facts) else f" **before** the methods below were applied (then: {listed(results.methods)})"
-    where = f"On {results.images:,} images of the part {escaped(results.part)}{before}:"
+    where = f"On {counted(results.images, 'image')} of the part {escaped(results.part)}{before}:"
     return f"{where}\n\n{table([(title, text) for _, title, _, text in shown_metrics(facts)], ('metric', 'value'))}"
 
 
@@ -204,10 +204,11 @@ def calibration_words(facts: Facts) -> str:
         ("cross entropy", f"{found.loss_before:.4f}", f"{found.loss_after:.4f}"),
     ]
     results = facts.record.results
-    earlier = " The same metrics above were measured without it." if results and not facts.record.methods else ""
-    return f"{words}; it was fitted on {found.fitted:,} held-out images. On the other {found.measured:,} of them:{earlier}\n\n" + table(
-        rows, ("metric", "without", "with")
+    earlier = " The numbers under Measured were taken without it." if results and results.metrics and not facts.record.methods else ""
+    where = (
+        f"it was fitted on {counted(found.fitted, 'held-out image')}.{earlier} On the other {counted(found.measured, 'held-out image')}:"
     )
+    return f"{words}; {where}\n\n" + table(rows, ("metric", "without", "with"))
 
 
 def data_words(facts: Facts) -> str:
@@ -216,13 +217,20 @@ def data_words(facts: Facts) -> str:
     rows: list[tuple[str, str]] = []
     if data is not None:
         count = f"{data.images.count:,}" if data.images else "unknown"
-        split = f"{100 * data.val_fraction:g} % held out at random (seed {data.seed}), unless the data has a held-out part of its own"
         source = data.source if "/" not in data.source and "\\" not in data.source else Path(data.source.replace("\\", "/")).name
-        rows += [("data", data.name), ("source", source), ("training images", count), ("split", split)]
+        rows += [("data", data.name), ("source", source), ("training images", count), ("held out", split_words(data))]
     if labels:
         more = f", ... ({len(labels)})" if len(labels) > SHOWN_LABELS else ""
         rows.append(("classes", ", ".join(labels[:SHOWN_LABELS]) + more))
     return table(rows) if rows else ""
+
+
+def split_words(data: DataRecord) -> str:
+    """Return how the held-out part was chosen; for a file that does not say, both ways."""
+    drawn = f"{100 * data.val_fraction:g} % at random (seed {data.seed})"
+    if data.held_out is None:
+        return f"{drawn}, unless the data has a held-out part of its own"
+    return drawn if data.held_out == "random" else f"the data's own part {data.held_out}"
 
 
 def training_words(facts: Facts) -> str:
@@ -237,12 +245,10 @@ def training_words(facts: Facts) -> str:
 
 
 def method_words(facts: Facts) -> str:
-    """Return the methods with their options."""
-    lines = []
-    for method in facts.record.methods:
-        options = ", ".join(f"{key}={value}" for key, value in method.options.items())
-        lines.append(f"- {escaped(method.slug)}{f': {escaped(options)}' if options else ''}")
-    return "\n".join(lines)
+    """Return the methods as --apply takes them; options at their defaults are left out."""
+    from vitarium.catalog.methods import call_text
+
+    return "\n".join(f"- {code(call_text(method.slug, method.options))}" for method in facts.record.methods)
 
 
 def size_rows(facts: Facts) -> list[tuple[str, str]]:
@@ -253,7 +259,8 @@ def size_rows(facts: Facts) -> list[tuple[str, str]]:
 def input_rows(facts: Facts) -> list[tuple[str, str]]:
     """Return rows on the preprocessing."""
     fields = facts.record.preprocessing or {}
-    return [(name.replace("_", " "), str(value)) for name, value in fields.items() if value is not None]
+    texts = {name: ", ".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for name, v in fields.items() if v is not None}
+    return [(name.replace("_", " "), text) for name, text in texts.items()]
 
 
 def use_words(facts: Facts, repository: str | None) -> str:
@@ -311,6 +318,19 @@ def fenced(text: str, language: str) -> str:
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def code(text: str) -> str:
+    """Return a text of others as code within a line, in which nothing is Markdown."""
+    text = plain(text)
+    mark = "`" * (1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{mark}{space}{text}{space}{mark}"
+
+
+def counted(number: int, name: str) -> str:
+    """Return a number with its noun: "1 image", "2,000 images"."""
+    return f"{number:,} {name}{'' if number == 1 else 's'}"
 
 
 def escaped(text: str) -> str:

@@ -38,6 +38,7 @@ def record_training(learner: Learner, data: ImageData, *, source: str | None = N
     known = before.images if before is not None and before.fingerprint == digest else None  # `fit` has recorded this training already
     images = known or fingerprint_images(data.train)
     where: dict[str, Any] = {"source": encodable(source or data.name), "name": data.name, "seed": seed, "val_fraction": val_fraction}
+    where["held_out"] = None if data.drawn is None else "random" if data.drawn else data.part
     record.data = DataRecord(**where, fingerprint=digest, images=images)
     return record
 

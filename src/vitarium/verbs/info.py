@@ -220,6 +220,8 @@ def family_facts(report: dict[str, Any]) -> dict[str, str]:
 
 def file_facts(report: dict[str, Any]) -> dict[str, str]:
     """Return the contents of a file (see `describe_file`) by readable names."""
+    from vitarium.catalog.methods import call_text, option_text
+
     record = report["model"]
     rows = {
         "size": f"{report['bytes'] / 1e6:.1f} MB",
@@ -231,10 +233,10 @@ def file_facts(report: dict[str, Any]) -> dict[str, str]:
     labels, pre = record["labels"] or [], record["preprocessing"]
     rows |= {
         "model": record["name"],
-        "arguments": ", ".join(f"{k}={v}" for k, v in record["arguments"].items()) or "the variant's",
+        "arguments": ", ".join(f"{k}={option_text(v)}" for k, v in record["arguments"].items()) or "the variant's",
         "labels": ", ".join(labels[:10]) + (f" ... ({len(labels)})" if len(labels) > 10 else "") if labels else "none",
-        "preprocessing": "none" if pre is None else ", ".join(f"{k} {v}" for k, v in pre.items()),
-        "methods": ", ".join(m["slug"] for m in record["methods"]) or "none",
+        "preprocessing": "none" if pre is None else ", ".join(f"{k} {preparation_text(v)}" for k, v in pre.items() if v is not None),
+        "methods": ", ".join(call_text(m["slug"], m["options"]) for m in record["methods"]) or "none",
         "trained on": _data(record["data"]),
     }
     return rows | ({"calibration": _calibration(record)} if record["temperature"] is not None else {})
@@ -243,6 +245,11 @@ def file_facts(report: dict[str, Any]) -> dict[str, str]:
 def numbers(values: Any) -> str:
     """Join numbers with spaces: (0.485, 0.456) -> "0.485 0.456"."""
     return " ".join(f"{v:g}" for v in values)
+
+
+def preparation_text(value: Any) -> str:
+    """Return a value of a preprocessing as text; lists of numbers with spaces."""
+    return numbers(value) if isinstance(value, list) else str(value)
 
 
 def value_text(value: Any) -> str:
@@ -264,4 +271,9 @@ def _data(record: dict[str, Any] | None) -> str:
     if record is None:
         return "unknown"
     images = f"{record['images']['count']} images of " if record["images"] else ""
-    return f"{images}{record['source']} (seed {record['seed']}, {100 * record['val_fraction']:g} % held out if it has no parts)"
+    drawn, held_out = f"{100 * record['val_fraction']:g} % held out at random, seed {record['seed']}", record["held_out"]
+    if held_out is None:
+        split = f"{drawn}, if the data has no held-out part"
+    else:
+        split = drawn if held_out == "random" else f"held out: the data's own part {held_out}"
+    return f"{images}{record['source']} ({split})"
