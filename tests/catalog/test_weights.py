@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import vitarium
 from tests.catalog.toys import assert_unchanged, officially_named
-from vitarium.catalog.weights import fetch, fetch_pretrained
+from vitarium.catalog.weights import fetch, fetch_pretrained, has_published
 from vitarium.errors import CheckpointError, UsageError
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -100,6 +100,12 @@ def test_unknown_tags_and_models_without_weights():
         vitarium.create_model("toy_small.in22")
     with pytest.raises(UsageError, match=r"no published weights of toy_wide are known; those of the family with weights: toy_small"):
         vitarium.create_model("toy_wide", pretrained=True)
+
+
+def test_which_models_have_published_weights():
+    having = ["toy_small", "toy_small.in22k", "timm/vit_small_patch16_224", "hf/owner/name"]
+    lacking = ["toy_wide", "toy_small.in22", "timm/vit_pico", "timm/no_such_model"]
+    assert [name for name in [*having, *lacking] if has_published(name)] == having
 
 
 @pytest.mark.parametrize("source", ["hf:", "hf:someone", "hf:/x", "hf:some one/toy", "https://example.org/", "https://example.org/w#md5=1"])

@@ -122,6 +122,22 @@ def test_models_of_clips_on_images_are_refused_before_training(tmp_path, recipe,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("names", "pretrained", "words"),
+    [
+        (["swin_pico", "swin_tiny", "timm/vit_pico"], True, "no published weights are known of swin_pico, timm/vit_pico; leave"),
+        (["swin_pico.in1k", "timm/vit_pico"], False, "no published weights are known of swin_pico.in1k; leave"),
+    ],
+)
+def test_models_without_published_weights_are_refused_at_once(tmp_path, recipe, monkeypatch, names, pretrained, words):
+    monkeypatch.setattr(module, "open_data", lambda *_, **__: pytest.fail("the data were opened"))
+    with pytest.raises(UsageError) as refused:
+        compare("images", names, recipe=recipe, pretrained=pretrained, out=tmp_path / "out")
+    assert words in str(refused.value)
+    assert "checkpoint=" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
 def test_all_models_failing_is_an_error(tmp_path, recipe, images, monkeypatch):
     def stop(*_, **__):
         raise TrainingStopped("loss was not finite")

@@ -185,9 +185,9 @@ def test_what_speaks_against_the_numbers_is_said_everywhere(tmp_path: Path, mess
     assert "up to 40 % of the processor while swin_pico were timed" in load
     assert not any("no model is better" in text for text in comparison.warnings)
     weak = replace(comparison, inspection=replace(comparison.inspection, baselines=[{"name": "regression", "accuracy": 0.999}]))
-    (below,) = [text for text in weak.warnings if "no model is better" in text]
-    assert below.startswith("no model is better than regression (99.9")
-    assert "train longer" in below
+    assert weak.warnings == comparison.warnings  # it stands in the recommendation
+    assert weak.recommendation.sentence.startswith("No model is better than regression (99.9")
+    assert "Train longer" in weak.recommendation.sentence
     every = replace(quiet, trials=[replace(trial, load=0.4) for trial in quiet.trials])
     assert "while the models were timed" in every.warnings[0]
     assert "timed under load" not in render(every, make_images(every)), "no news in the table"

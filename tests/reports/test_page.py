@@ -117,6 +117,37 @@ def test_mentions_machines_that_differ_and_models_at_a_time(tmp_path):
     assert "Several models ran at a time" in text
 
 
+def unbeaten(folder: Path, **changes) -> Comparison:
+    """A comparison whose models are all worse than a baseline."""
+    return make_comparison(folder, inspection=Inspection(baselines=[{"name": "regression", "accuracy": 0.999}]), **changes)
+
+
+def test_a_model_that_is_not_recommended_is_not_put_forward(tmp_path):
+    comparison = unbeaten(tmp_path)
+    page = render(comparison, make_images(comparison))
+    text = Elements(page).text
+    assert text.count("No model is better than regression") == 1
+    assert "no model is better than regression" not in text
+    box = page.split('id="recommendation"')[1].split("</section>")[0]
+    assert comparison.recommendation.sentence.split(" (")[0] in box
+    assert "<dl" not in box
+    assert "vitarium.load" not in page.split("<script", 1)[0]
+    good = render(make_comparison(tmp_path), make_images(comparison)).split('id="recommendation"')[1].split("</section>")[0]
+    assert "<dl" in good
+    assert "vitarium.load" in good
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "advised"), [("swin_pico", False, False), ("swin_tiny", False, True), ("swin_tiny", True, False)]
+)
+def test_published_weights_are_advised_for_models_that_have_some(tmp_path, name, pretrained, advised):
+    comparison = unbeaten(tmp_path)
+    trials = [replace(comparison.trials[0], name=name), *comparison.trials[1:]]
+    changed = replace(comparison, trials=trials, settings={**comparison.settings, "pretrained": pretrained})
+    assert ("--pretrained" in changed.recommendation.sentence) == advised
+    assert not any("--pretrained" in text for text in changed.warnings)
+
+
 def test_says_what_was_left_out_of_the_data(tmp_path):
     comparison = make_comparison(tmp_path, notes=["digits: 3 files are left out, such as <b>x.heic"])
     text = Elements(page := render(comparison, {})).text

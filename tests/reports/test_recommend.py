@@ -72,6 +72,13 @@ def test_a_lead_within_the_noise_is_none(score, beaten):
         assert not any(word in choice.sentence for word in ("Use a", "most accurate", "reaches"))
 
 
+def test_published_weights_are_advised_where_there_are_some():
+    weak, above = [Model("a", 0.5, 1.0)], [Baseline("constant", 0.6, 400)]
+    assert recommend(weak, baselines=above).sentence.endswith(". Train longer or give more images; and check the labels.")
+    advised = recommend(weak, baselines=above, published=True).sentence
+    assert advised.endswith(". Train longer, start from published weights (--pretrained), or give more images; and check the labels.")
+
+
 def test_a_lead_of_one_image_is_told_with_its_error():
     sentence = recommend([Model("a", 19 / 30, 1.0, 30), Model("b", 0.4, 1.0, 30)], baselines=[Baseline("regression", 0.6, 30)]).sentence
     assert sentence.startswith("No model is clearly better than regression (60.00 % against 63.33 % of a, the best; ")

@@ -57,7 +57,8 @@ def create_timm(name: str, *, pretrained: bool = False, image_size: int | None =
     except (TypeError, AssertionError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
         raise UsageError(f"timm refuses {name!r} with {arguments or 'no arguments'}: {error}") from error
     except OSError as error:
-        raise CheckpointError(f"cannot fetch timm's weights of {name!r}: {error}; pass checkpoint=PATH to a file you have") from error
+        remedy = "pass checkpoint=PATH (--checkpoint PATH) to a file you have"
+        raise CheckpointError(f"cannot fetch timm's weights of {name!r}: {error}; {remedy}") from error
     cfg = timm.data.resolve_data_config({}, model=model)
     size = image_size or (extra.get("img_size", 16) if name in TIMM_PICO else cfg["input_size"][-1])
     channels = arguments.get("in_chans", 3)

@@ -61,7 +61,7 @@ def advice(repository: str, reason: str) -> str:
 
     return (
         f"cannot reach the hub {constants.ENDPOINT} ({reason}), and not all files of {repository} are in its cache: with a network, run "
-        f"'hf download {repository}' and copy {constants.HF_HUB_CACHE} here, or pass checkpoint=PATH to a file you have"
+        f"'hf download {repository}' and copy {constants.HF_HUB_CACHE} here, or pass checkpoint=PATH (--checkpoint PATH) to a file you have"
     )
 
 

@@ -40,7 +40,7 @@ def fetch_pretrained(name: str, tag: str | None = None) -> Path | str:
     if not tags:
         having = [f"{family.name}_{v}" for v, table in family.weights.items() if table]
         others = f"; those of the family with weights: {', '.join(having)}" if having else ""
-        raise UsageError(f"no published weights of {name} are known{others}; pass checkpoint=PATH to a file you have")
+        raise UsageError(f"no published weights of {name} are known{others}; pass checkpoint=PATH (--checkpoint PATH) to a file you have")
     if tag is not None and tag not in tags:
         raise UsageError(f"{name} has no weights {tag!r}{nearest(tag, tags)} (there are {', '.join(tags)})")
     sources = tags[tag] if tag is not None else next(iter(tags.values()))
@@ -129,6 +129,31 @@ def published_sources(name: str, tag: str | None) -> list[str]:
     family, variant = find_model(name)
     tags = family.weights.get(variant, {})
     return list(tags.get(tag, ()) if tag else next(iter(tags.values()), ()))
+
+
+def has_published(name: str) -> bool:
+    """Return whether published weights of a model are known, those of its tag if the name has one. Makes no request.
+
+    Args:
+        name: one of our models, "timm/NAME", or "hf/OWNER/NAME", whose weights are those of its repository.
+
+    Raises:
+        UsageError: no model has this name.
+    """
+    if name.startswith("hf/"):
+        return True
+    if name.startswith("timm/"):
+        import timm
+
+        from vitarium.catalog.foreign import TIMM_PICO
+
+        bare = name.removeprefix("timm/")
+        cfg = timm.models.get_pretrained_cfg(bare) if bare not in TIMM_PICO and timm.is_model(bare) else None
+        return cfg is not None and bool(cfg.has_weights)
+    model, _, tag = name.partition(".")
+    family, variant = find_model(model)
+    tags = family.weights.get(variant, {})
+    return tag in tags if tag else bool(tags)
 
 
 def _split_digest(source: str) -> tuple[str, str]:

@@ -37,7 +37,7 @@ from vitarium.reports.events import Event, Listener
 from vitarium.reports.folder import ERROR, claim, default_folder, plan_of, slug
 from vitarium.reports.inspection import Inspection, inspect
 from vitarium.reports.looking import still
-from vitarium.reports.names import DEFAULT_MODELS, check_kind, check_names, default_models, task_of_recipe
+from vitarium.reports.names import DEFAULT_MODELS, check_kind, check_names, check_weights, default_models, task_of_recipe
 from vitarium.reports.page import sections_of, write_report
 from vitarium.reports.results import Comparison, Failure, Trial
 from vitarium.reports.trial import MEASURING_BATCH, MODEL, DataSource, Devices, is_main_process, run_trial, started_together
@@ -109,7 +109,8 @@ def compare(
         notify: called with sentences before the training: duplicates in the data, the expected time, and ways to shorten a long one.
 
     Raises:
-        UsageError: unknown names (all at once), more than one budget, or a folder that holds another comparison or is in use.
+        UsageError: unknown names, or names without the published weights asked for (all at once); more than one budget; a folder that holds
+            another comparison or is in use.
         DataError: data that cannot be used; before any model is built.
         TrainingStopped: every model failed.
         KeyboardInterrupt: the message says that the same call continues.
@@ -118,6 +119,7 @@ def compare(
     settings = _recipe(recipe, pixels=image_size, seed=seed, steps=steps, epochs=epochs, minutes=minutes, batch_size=batch_size)
     names = list(models) if models is not None else default_models(settings)
     check_names(names)
+    check_weights(names, pretrained)
     check_runtime(runtime)
     where, task = as_engine(engine, address=address, jobs=jobs), task_of_recipe(settings)
     _check_engine(where, devices * num_nodes, out)

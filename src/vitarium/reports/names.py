@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 from vitarium.catalog import find_model
+from vitarium.catalog.weights import has_published
 from vitarium.data import ImageData
 from vitarium.data.clips import holds_clips
 from vitarium.errors import UsageError, VitariumError, nearest
@@ -55,6 +57,35 @@ def check_names(names: Sequence[str]) -> None:
             problems.append(str(error))
     if problems:
         raise UsageError("\n".join(problems))
+
+
+def check_weights(names: Sequence[str], pretrained: bool) -> None:
+    """Refuse models that are to start from published weights, of which none are known, before anything is opened or built.
+
+    Args:
+        names: known ones; a tag such as that of "swin_tiny.in22k" asks for published weights as `pretrained` does.
+
+    Raises:
+        UsageError: with the names of all of them.
+    """
+    wanted = names if pretrained else [name for name in names if _tagged(name)]
+    if lacking := [name for name in wanted if not has_published(name)]:
+        way = "compare without --pretrained, from random weights" if pretrained else "name them without what follows the dot"
+        raise UsageError(f"no published weights are known of {', '.join(lacking)}; leave these models out (--models), or {way}")
+
+
+def _tagged(name: str) -> bool:
+    """Return whether one of our models is named with a tag of its weights."""
+    return "." in name and not name.startswith(("timm/", "hf/"))
+
+
+def may_start_better(names: Sequence[str]) -> bool:
+    """Return whether published weights are known of one of the models that start from random ones without `pretrained`."""
+    for name in names:
+        with contextlib.suppress(VitariumError):  # a model of a package that is not installed here
+            if not _tagged(name) and has_published(name):
+                return True
+    return False
 
 
 def check_kind(names: Sequence[str], images: ImageData) -> None:

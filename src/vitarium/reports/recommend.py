@@ -102,19 +102,23 @@ def error_of_difference(model: Measured, baseline: Baseline, metric: Metric) -> 
     return math.hypot(standard_error(model.score, model.evaluated), standard_error(baseline.score, baseline.evaluated))
 
 
-def recommend(models: Sequence[Measured], metric: Metric = ACCURACY, baselines: Sequence[Baseline] = ()) -> Recommendation:
+def recommend(
+    models: Sequence[Measured], metric: Metric = ACCURACY, baselines: Sequence[Baseline] = (), *, published: bool = False
+) -> Recommendation:
     """Return the recommended model.
 
     Args:
         models: at least one, evaluated on the same images.
         metric: of their scores.
         baselines: answers that a model must beat.
+        published: whether one of the models could start from published weights instead, which is then advised.
     """
     best = min(models, key=lambda m: (metric.rank(m.score), m.latency_ms))
     if (above := unbeaten(models, baselines, metric)) is not None:
-        advice = "Train longer, start from published weights (--pretrained), or give more images; and check the labels"
+        ways = ["train longer", *(["start from published weights (--pretrained)"] if published else []), "or give more images"]
+        advice = (", " if published else " ").join(ways) + "; and check the labels"
         words = not_better(best, above, metric)
-        return Recommendation(best.name, f"{words[0].upper()}{words[1:]}. {advice}.", beats_baselines=False)
+        return Recommendation(best.name, f"{words[0].upper()}{words[1:]}. {advice[0].upper()}{advice[1:]}.", beats_baselines=False)
     if len(models) == 1:
         reached = metric.short(best.score) if metric.share_of_images else f"{metric.label} {metric.short(best.score)}"
         return Recommendation(best.name, f"{best.name} reaches {reached}; there is no other model to compare it with.")

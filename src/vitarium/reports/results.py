@@ -11,7 +11,8 @@ from typing import Any
 from vitarium.files import write_json, write_text
 from vitarium.reports.curves import still_improving
 from vitarium.reports.inspection import Inspection
-from vitarium.reports.recommend import Baseline, Recommendation, not_better, recommend, standard_error, unbeaten
+from vitarium.reports.names import may_start_better
+from vitarium.reports.recommend import Baseline, Recommendation, recommend, standard_error
 from vitarium.training.tasks import Metric, Task, parse_task
 from vitarium.training.tasks.classify import ACCURACY
 
@@ -179,7 +180,9 @@ class Comparison:
     def recommendation(self) -> Recommendation:
         """Model to use, and why; by the latency of the runtime that was asked for, where it takes every model."""
         deployed = [replace(t, latency_ms=t.runtime_latency_ms) for t in self.trials if t.runtime_latency_ms is not None]
-        return recommend(deployed if len(deployed) == len(self.trials) else self.trials, self.metric, baselines_of(self))
+        models = deployed if len(deployed) == len(self.trials) else self.trials
+        published = not self.settings.get("pretrained") and may_start_better([trial.name for trial in self.trials])
+        return recommend(models, self.metric, baselines_of(self), published=published)
 
     @property
     def runtime(self) -> str:
@@ -280,7 +283,7 @@ def baselines_of(comparison: Comparison) -> list[Baseline]:
 
 def warnings_of(comparison: Comparison) -> list[str]:
     """Return the sentences of `Comparison.warnings`."""
-    found = _small_input(comparison) + comparison.inspection.duplicates.sentences() + _below_baseline(comparison)
+    found = _small_input(comparison) + comparison.inspection.duplicates.sentences()
     if rising := [trial for trial in comparison.trials if trial.still_improving is not None]:
         ((unit, amount),) = comparison.budget.items()
         names = ", ".join(trial.name for trial in rising)
@@ -294,12 +297,6 @@ def warnings_of(comparison: Comparison) -> list[str]:
             f"other programs used up to {100 * most:.0f} % of the processor while {which} were timed: they look slower than they are"
         )
     return found
-
-
-def _below_baseline(comparison: Comparison) -> list[str]:
-    """Return a sentence if no model is better than an answer that no model gives, by more than chance."""
-    above = unbeaten(comparison.trials, baselines_of(comparison), comparison.metric)
-    return [] if above is None else [f"{not_better(comparison.best, above, comparison.metric)}: train longer, or check the labels"]
 
 
 def _small_input(comparison: Comparison) -> list[str]:
