@@ -93,7 +93,7 @@ def test_three_digits(value, text):
 def test_words():
     assert [counted(v) for v in (15134.2, 99.4)] == ["15,100", "99.4"]
     assert [lasting(s) for s in (12, 600, 9000)] == ["12 seconds", "10 minutes", "2.5 hours"]
-    assert [lasting(s) for s in (0.2, 0.9, 1.4, 60, 3600)] == ["0 seconds", "1 second", "1 second", "60 seconds", "60 minutes"]
+    assert [lasting(s) for s in (0.2, 0.9, 1.4, 60, 3600)] == ["under 1 second", "1 second", "1 second", "60 seconds", "60 minutes"]
     assert dated("2026-01-31T23:00:00") == "31 January 2026"
     assert unbroken("65 %, 5 of 6 models") == "65\N{NO-BREAK SPACE}%, 5 of 6 models"
 

@@ -103,6 +103,25 @@ def test_finished_models_are_kept(tmp_path, recipe, images):
     assert len(again.table()) == 2
 
 
+def test_further_models_join_a_finished_comparison(tmp_path, recipe, images):
+    out, events = tmp_path / "out", []
+    first = compare("images", MODELS[:1], recipe=recipe, out=out)
+    with pytest.raises(UsageError, match=r"recipe\.seed: 0 there, 1 now"):
+        compare("images", MODELS, recipe=recipe, out=out, seed=1)
+    both = compare("images", MODELS[::-1], recipe=recipe, out=out, progress=events.append)
+    assert [(e.model, e.kind) for e in events if e.kind in ("kept", "finished")] == [(MODELS[0], "kept"), (MODELS[1], "finished")]
+    assert [trial.name for trial in both.trials] == MODELS[::-1]
+    assert both.trials[1] == first.trials[0]
+    assert [m["name"] for m in json.loads((out / "results.json").read_text())["models"]] == MODELS[::-1]
+    events.clear()
+    compare("images", MODELS[::-1], recipe=recipe, out=out, progress=events.append)
+    assert {e.kind for e in events} == {"kept"}
+    with pytest.raises(
+        UsageError, match=r"choose another folder \(--out\).*models: convnext_iso_pico, timm/vit_pico there, timm/vit_pico now"
+    ):
+        compare("images", MODELS[:1], recipe=recipe, out=out)
+
+
 def test_model_that_fails_is_named_and_the_others_continue(tmp_path, recipe, images):
     names = ["timm/vit_small_patch32_224", "timm/vit_pico"]  # patches larger than the images
     result = compare("images", names, recipe=recipe, out=tmp_path / "out")

@@ -34,6 +34,8 @@ def dated(created: str) -> str:
 
 def lasting(seconds: float) -> str:
     """Return a duration in the largest unit that keeps it readable: 5400 -> "1.5 hours"."""
+    if seconds < 0.5:
+        return "under 1 second"
     size, unit, digits = (1, "second", 0) if seconds < 90 else (60, "minute", 0) if seconds < 5400 else (3600, "hour", 1)
     amount = f"{seconds / size:.{digits}f}"
     return f"{amount} {unit}" if amount == "1" else f"{amount} {unit}s"

@@ -82,7 +82,8 @@ def compare(
 
     Interrupted or killed at any point and called again with the same arguments, it continues, whichever engine worked before: finished
     models stay as they are, others resume from their last checkpoints. A model that fails, or loses its process or machine, is tried once
-    more and then named in the report. Models that failed are tried again by the next call.
+    more and then named in the report. Models that failed are tried again by the next call. With further models, everything else as before
+    and the same `out`, those that are finished are kept and the others are trained.
 
     Args:
         data: "digits", "photos", "scenes", or a path, see `vitarium.open_data`; by default the recipe's, else the default of its task.

@@ -66,19 +66,30 @@ def _like(there: Any, plan: dict[str, Any], images: ImageData) -> dict[str, Any]
 
 
 def claim(folder: Path, plan: dict[str, Any], images: ImageData) -> None:
-    """Record a comparison in its folder, or check that the folder records the same one. One that has trained nothing is replaced.
+    """Record a comparison in its folder, or check that the folder records the same one, or one of fewer models with the same settings.
+    One that has trained nothing is replaced.
 
     Raises:
         UsageError: it holds another comparison (the message names the differences), or other files.
     """
     there = read_json(folder / PLAN)
     if there is not None and _has_trained(folder):
-        return check_same_run(folder, there, _like(there, plan, images), OPTIONS)
+        here = _like(there, plan, images)
+        check_same_run(folder, {**there, "models": here["models"]} if _adds_models(there, here) else there, here, OPTIONS)
+        return None if here == there else write_json(folder / PLAN, here)
     for path in folder.glob(f"models/*/{ERROR}"):  # of a comparison that failed before its first step
         path.unlink()
     if there is None and any(not path.name.startswith(".lock") and not path.name.endswith(".tmp") for path in folder.iterdir()):
         raise UsageError(f"{folder} holds other files and no comparison; choose a new or empty folder")
     write_json(folder / PLAN, plan)
+
+
+def _adds_models(there: Any, here: dict[str, Any]) -> bool:
+    """Return whether a plan has all models of a recorded one, and further ones."""
+    if not isinstance(there, dict):
+        return False
+    recorded, wanted = (set(str(plan.get("models", "")).split(", ")) for plan in (there, here))
+    return recorded < wanted
 
 
 def _has_trained(folder: Path) -> bool:
