@@ -1,5 +1,6 @@
 """Tests of the command line application: public names, error messages and exit codes, import time."""
 
+import os
 import subprocess
 import sys
 
@@ -138,3 +139,24 @@ def test_debug_shows_the_traceback_and_keeps_the_exit_code(run, monkeypatch):
 def test_a_closed_pipe_is_quiet():
     done = subprocess.run(["bash", "-c", f"{sys.executable} -m vitarium --help | true"], capture_output=True, text=True, check=False)
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["info", "swin_pico"],
+        ["info", "swin_pico", "--json"],
+        ["systems"],
+        ["systems", "--json"],
+        ["env"],
+        ["--version"],
+        ["info", "--help"],
+    ],
+)
+def test_an_output_that_cannot_be_written_is_named(arguments):
+    command = [sys.executable, "-c", "from vitarium.cli import main; main()", *arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: cannot write the output (standard output): No space left on device; send it to another place\n"

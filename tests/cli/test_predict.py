@@ -56,6 +56,7 @@ def test_what_was_computed_is_printed_when_its_file_cannot_be_written(run, files
     assert result.code == 2
     assert f"error: cannot write {given[1]}: No space left on device; " in result.err
     assert not (files / given[1]).exists()
+    assert "not readable" not in result.out, "no summary beside the table"
     assert len(json.loads(result.out)["images"]) == 23 if "--json" in given else result.out.count("image_22.png") == 1
 
 

@@ -1,6 +1,7 @@
 """A runtime gives the model's answers or refuses for a stated reason; graphs are kept, found again, and made again where they must be."""
 
 import copy
+import errno
 import json
 import os
 import pickle
@@ -18,7 +19,7 @@ from vitarium.catalog.features import pooled_features
 from vitarium.catalog.states import fingerprint
 from vitarium.efficiency.runtimes import cache, making, run_with
 from vitarium.efficiency.runtimes import sessions as opening
-from vitarium.errors import CheckpointError, InputError, MissingExtra, UsageError
+from vitarium.errors import CheckpointError, InputError, MissingExtra, UsageError, WriteError
 from vitarium.perception.retrieval.embedding import embeddings_of
 
 pytest.importorskip("onnxscript")
@@ -89,7 +90,7 @@ def test_a_graph_is_made_once_and_again_for_a_changed_or_damaged_one(file, model
     run_with(model, "onnxruntime", source=file)
     assert not exports
     [graph] = place.glob("*.onnx")
-    found_again = lambda: cache.slot_beside(file, "forward").read(cache.digest_of(file), cache.exporters())
+    found_again = lambda: cache.slots_of(file, "forward")[0].read(cache.digest_of(file), cache.exporters())
     whole = graph.read_bytes()
     for damaged in (b"", whole[:-100], b"x" * len(whole)):
         graph.write_bytes(damaged)
@@ -129,15 +130,15 @@ def test_a_graph_that_was_not_made_here_is_not_used(file, model, exports, tmp_pa
     run_with(model, "onnxruntime", source=path)
     assert len(exports) == 1
     monkeypatch.setenv("VITARIUM_CACHE", str(tmp_path / "ours"))
-    assert cache.slot_beside(path, "forward").read(cache.digest_of(path), cache.exporters()) is None
+    assert cache.slots_of(path, "forward")[0].read(cache.digest_of(path), cache.exporters()) is None
     run_with(model, "onnxruntime", source=path)
     assert len(exports) == 2
-    assert cache.slot_beside(path, "forward").read(cache.digest_of(path), cache.exporters()) is not None
+    assert cache.slots_of(path, "forward")[0].read(cache.digest_of(path), cache.exporters()) is not None
     record = path.with_name("model.safetensors.vitarium") / "forward.json"
     values = json.loads(record.read_text())
     values["checked"] = dict.fromkeys(["onnxruntime of tomorrow", *values["checked"]], 0.0)
     record.write_text(json.dumps(values))
-    assert cache.slot_beside(path, "forward").read(cache.digest_of(path), cache.exporters()) is None
+    assert cache.slots_of(path, "forward")[0].read(cache.digest_of(path), cache.exporters()) is None
 
 
 def test_a_graph_that_is_replaced_after_its_check_is_not_opened(file, model):
@@ -171,6 +172,32 @@ def test_a_folder_that_cannot_be_written_leaves_the_graph_in_the_cache(file, mod
     fast = run_with(model, "onnxruntime", source=file)
     assert fast.graph.path.parent == tmp_path / "cache/graphs"
     assert_same(model, fast)
+
+
+@pytest.mark.parametrize("failing", [".onnx", ".json"])
+def test_a_full_disk_leaves_the_graph_in_the_cache(exports, tmp_path, monkeypatch, failing):
+    monkeypatch.setenv("VITARIUM_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "full/model.safetensors"
+    vitarium.save(vitarium.create_model("swin_pico", num_classes=3), file)
+    model, replace, notes = vitarium.load(file), os.replace, []
+
+    def full(source, target):
+        if "full/" in str(target) and str(target).endswith(failing):
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    fast = run_with(model, "onnxruntime", source=file, notify=notes.append)
+    assert fast.graph.path.parent == tmp_path / "cache/graphs"
+    assert any("cannot write" in note and "the graph is kept in" in note for note in notes)
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["model.safetensors"]
+    count = len(exports)
+    run_with(model, "onnxruntime", source=file)
+    assert len(exports) == count, "the graph in the cache is found again"
+    monkeypatch.setenv("VITARIUM_CACHE", str(tmp_path / "full/cache"))
+    with pytest.raises(WriteError) as caught:
+        run_with(model, "onnxruntime", source=file)
+    assert "onnxruntime" not in str(caught.value)
 
 
 @pytest.mark.parametrize("reads", [pooled_features, embeddings_of])

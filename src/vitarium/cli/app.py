@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import shlex
 import sys
+import tempfile
 from typing import Annotated, Any
 
 import typer
@@ -35,7 +37,7 @@ from vitarium.cli import (
     systems,
     train,
 )
-from vitarium.cli.console import err, out, pairs, prepare_output, print_json, print_tables
+from vitarium.cli.console import err, out, output_failed, pairs, prepare_output, print_json, print_tables
 from vitarium.cli.explain import explain as explain_images
 from vitarium.cli.interrupts import MESSAGE, settle
 from vitarium.errors import UsageError, VitariumError, WriteError, nearest
@@ -51,12 +53,16 @@ class Commands(TyperGroup):
     def make_context(self, *arguments: Any, **options: Any) -> Any:
         try:
             return super().make_context(*arguments, **options)
+        except OSError as error:  # of the output of --help or --version
+            explain(_of_disk(error))
+            raise typer.Exit(2) from None
         except Exception as error:  # an unknown option before the command
             raise _safe(error) from None
 
     def invoke(self, ctx: Any) -> Any:
         try:
             done = super().invoke(ctx)
+            sys.stdout.flush()  # here, where a failure still has a message
             settle()
             return done
         except KeyboardInterrupt as interrupt:  # the message of a training has the step at which it stopped and the command to continue
@@ -68,7 +74,10 @@ class Commands(TyperGroup):
                 raise _safe(error) from None  # typer's exits and its usage errors (exit code 2)
             shown = _of_disk(error)
             if isinstance(shown, WriteError) and shown.result is not None:  # what was computed is not lost
-                print_result(shown.result, as_json=ctx.meta.get(AS_JSON, False))
+                with contextlib.suppress(OSError):
+                    print_result(shown.result, as_json=ctx.meta.get(AS_JSON, False))
+                    sys.stdout.flush()
+            output_failed()
             explain(shown, debug=ctx.params.get("debug", False))
             raise typer.Exit(shown.exit_code if isinstance(shown, VitariumError) else 1) from None
 
@@ -82,14 +91,20 @@ AS_JSON = "vitarium.cli.json"
 
 
 def _of_disk(error: Exception) -> Exception:
-    """Return the error of a full or read-only disk, or of a missing permission, as one that says what to do; others as they are.
+    """Return the error of standard output, of a disk, or of a missing permission as one that says what to do; others as they are.
 
     The files of a result have theirs from `atomic_path`; these are of other files, such as temporary ones.
     """
     if not isinstance(error, OSError) or isinstance(error, VitariumError):
         return error
+    if error.filename is None and output_failed():
+        reason = os.strerror(error.errno) if error.errno is not None else str(error)
+        return WriteError(f"cannot write the output (standard output): {reason}; send it to another place", error.errno, reason)
     if error.errno in (*FULL, errno.EROFS):
-        return write_error(os.fsdecode(error.filename) if error.filename is not None else "a file", error)
+        if error.filename is None:
+            advice = f"make room on its disk, or choose another place; temporary files are in {tempfile.gettempdir()} (TMPDIR)"
+            return WriteError(f"cannot write a file: {error.strerror}; {advice}", error.errno, error.strerror)
+        return write_error(os.fsdecode(error.filename), error)
     if isinstance(error, PermissionError) and error.filename is not None:
         return UsageError(f"{os.fsdecode(error.filename)}: {error.strerror}; choose another file, or change who may read and write it")
     return error
@@ -100,7 +115,8 @@ def print_result(result: Any, *, as_json: bool) -> None:
     if as_json:
         print_json(result.to_dict())
     else:
-        out().print(pairs(result.facts()))
+        if result.facts_beside_tables or not result.tables():
+            out().print(pairs(result.facts()))
         print_tables(result.tables())
 
 

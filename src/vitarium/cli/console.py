@@ -45,11 +45,63 @@ class _LogLines(logging.Handler):
         err().print(record.getMessage(), markup=False, soft_wrap=True)
 
 
+class Output:
+    """Standard output that remembers whether writing failed: the error itself does not name its file.
+
+    Args:
+        stream: the process's.
+
+    Attributes:
+        failed: whether writing failed.
+    """
+
+    def __init__(self, stream: Any):
+        self._stream, self.failed = stream, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write text; raises OSError as the stream does."""
+        with self._watched():
+            count = self._stream.write(text)
+        return int(count)
+
+    def flush(self) -> None:
+        """Write what is buffered; raises OSError as the stream does."""
+        with self._watched():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self.failed = True
+            raise
+
+    def drop(self) -> None:
+        """Send what is left to nowhere: Python would write it at the end of the process, and replace the command's exit code."""
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, self._stream.fileno())
+        os.close(nothing)
+
+
+def output_failed() -> bool:
+    """Return whether standard output could not be written, such as a file on a full disk; what is left of it is then dropped."""
+    stream = sys.stdout
+    if not isinstance(stream, Output) or not stream.failed:
+        return False
+    stream.drop()
+    return True
+
+
 def prepare_output() -> None:
     """Make the streams print texts that their encoding lacks as escapes (an ASCII locale), and the library's warnings pass a console."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    sys.stdout = Output(sys.stdout)  # type: ignore[assignment]
     logging.getLogger("vitarium").addHandler(_LogLines())
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitarium.catalog.answers import FORMS, Form, class_names
 from vitarium.catalog.preprocessing import Preprocessing
-from vitarium.efficiency.runtimes.cache import Entry, digest_of, exporters, own_name, slot_beside
+from vitarium.efficiency.runtimes.cache import Entry, digest_of, exporters, own_name, slots_of
 from vitarium.efficiency.runtimes.sessions import Session, open_session, version_of
 from vitarium.errors import VitariumError
 from vitarium.verbs.opening import Notify
@@ -37,8 +37,10 @@ def predict(
     if not os.path.isfile(model) or any(map(is_video_file, files)):
         return None
     digest, versions = digest_of(model), exporters()
-    kept = next(filter(None, (slot_beside(model, name).read(digest, versions) for name in (own_name(runtime), "forward"))), None)
-    if kept is None or version_of(runtime) not in kept[0].checked:
+    slots = [slot for name in (own_name(runtime), "forward") for slot in slots_of(model, name)]
+    found = filter(None, (slot.read(digest, versions) for slot in slots))
+    kept = next((one for one in found if version_of(runtime) in one[0].checked), None)
+    if kept is None:
         return None
     entry, content = kept
     try:

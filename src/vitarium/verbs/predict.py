@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vitarium.training.tasks.base import Task
 
 ENDINGS, ANSWERS = (".csv", ".json"), "answers.json"
-FIRST, SHORT = 3, 40
+FIRST, SHORT = 3, 30
 """Answers in the text of a result, and the largest number of characters of a name and of an answer there."""
 
 
@@ -44,6 +44,7 @@ class Predictions(Result):
     model: str
     rows: list[dict[str, Any]]
     task: Task | Form = field(repr=False)
+    facts_beside_tables = False
 
     @property
     def broken(self) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import html
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vitarium.errors import WriteError
 from vitarium.pages.tables import TableData
@@ -36,6 +36,9 @@ def kept(result: Result) -> Iterator[None]:
 
 class Result:
     """Base of all results. A subclass is a dataclass; it overrides `facts`, and `tables` if it has any."""
+
+    facts_beside_tables: ClassVar[bool] = True
+    """Whether the facts hold more than the tables, so that a command prints both."""
 
     def facts(self) -> dict[str, Any]:
         """Return the most important values by readable names."""

@@ -109,20 +109,32 @@ class Slot:
             newest = sorted(self.folder.glob("*.json"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
             _remove(newest[KEPT:])
 
+    def remove(self, *, graph: bool = True) -> None:
+        """Remove a graph whose writing failed, and the folder beside the model's file if it is empty.
+
+        Args:
+            graph: whether the graph's files are removed; False: they are those of an earlier call, and stay.
+        """
+        if graph:
+            _remove([self.path.with_suffix(".json")])
+        if self.folder.suffix == ENDING:
+            with contextlib.suppress(OSError):  # not empty, or missing
+                self.folder.rmdir()
+
 
 def own_name(runtime: str) -> str:
     """Return the name of the forward's graph that a method writes itself for one runtime (see `vitarium.efficiency.runtimes`)."""
     return f"forward-{runtime}"
 
 
-def slot_beside(source: str | os.PathLike[str], name: str) -> Slot:
-    """Return the place of a file's graph: beside it, or in the user's cache where its folder cannot be written."""
+def slots_of(source: str | os.PathLike[str], name: str) -> list[Slot]:
+    """Return the places of a file's graph, the preferred one first: beside it, unless its folder is read-only, and in the user's cache, in
+    case that nothing can be written there (a full disk)."""
     path = Path(source).resolve()
     folder = path.with_name(path.name + ENDING)
-    if os.access(folder if folder.is_dir() else path.parent, os.W_OK):
-        return Slot(folder, name)
     digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-    return slot_in_cache(f"{name}-{digest}")
+    beside = [Slot(folder, name)] if os.access(folder if folder.is_dir() else path.parent, os.W_OK) else []
+    return [*beside, slot_in_cache(f"{name}-{digest}")]
 
 
 def slot_in_cache(name: str) -> Slot:

@@ -6,7 +6,8 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from vitarium.catalog.create import preprocessing_of
 from vitarium.catalog.states import fingerprint
 from vitarium.efficiency.export import WORST, compare, export
 from vitarium.efficiency.quantization.layers import QuantizedLayer
-from vitarium.efficiency.runtimes.cache import Entry, Slot, digest_of, exporters, own_name, put, slot_beside, slot_in_cache
+from vitarium.efficiency.runtimes.cache import Entry, Slot, digest_of, exporters, own_name, put, slot_in_cache, slots_of
 from vitarium.efficiency.runtimes.graph import KeptGraph
 from vitarium.efficiency.runtimes.running import Reads, executed
 from vitarium.efficiency.runtimes.sessions import open_session, version_of
-from vitarium.errors import CheckpointError, MissingExtra, UsageError, VitariumError
+from vitarium.errors import CheckpointError, MissingExtra, UsageError, VitariumError, WriteError
 from vitarium.files import sha256
 
 TOLERANCE = 1e-3
@@ -39,36 +40,90 @@ def find_graph(model: nn.Module, runtime: str, *, source: str | os.PathLike[str]
 
     Raises:
         UsageError, CheckpointError: the runtime does not take the model; the message has the reason.
+        WriteError: the graph can be kept neither beside the file nor in the user's cache.
     """
     name, file = reads.__name__ if reads is not None else "forward", source is not None
     if _writer(model, reads) is not None:  # its graph is of one runtime
         name = own_name(runtime)
     _check_dtype(model, runtime)
     if source is not None:
-        digest, slot = digest_of(source), slot_beside(source, name)
+        digest, slots = digest_of(source), slots_of(source, name)
     else:
         digest = _identity(model)
-        slot = slot_in_cache(f"{digest[:16]}-{name}")
+        slots = [slot_in_cache(f"{digest[:16]}-{name}")]
     versions, this = exporters(), version_of(runtime)
+    places = [(slot, _kept(slot, digest, versions, runtime)) for slot in slots]
+    found = next(((slot, entry) for slot, entry in places if file and entry is not None and this in entry.checked), None)
+    if found is None:
+        blank = Entry(digest, versions, "", [], [], None, True)
+        found = _Making(model, reads, runtime, notify, blank, always=not file).in_first(places)
+    slot, entry = found
+    return KeptGraph(slot.path, entry.graph, entry.inputs, entry.shapes, entry.batch, entry.single)
+
+
+def _kept(slot: Slot, digest: str, versions: dict[str, str], runtime: str) -> Entry | None:
+    """Return the entry of a place whose graph opens in a runtime; None if there is none."""
     kept = slot.read(digest, versions)
-    entry = kept[0] if kept is not None and _opens(runtime, kept[1]) else None
-    if entry is None or this not in entry.checked or not file:
-        module = executed(model, reads)
+    return kept[0] if kept is not None and _opens(runtime, kept[1]) else None
+
+
+@dataclass(frozen=True)
+class _Making:
+    """What a graph is made of.
+
+    Attributes:
+        model, reads, runtime, notify: see `run_with`.
+        blank: the entry of a new graph.
+        always: whether a graph that was checked before is compared again.
+    """
+
+    model: nn.Module
+    reads: Reads | None
+    runtime: str
+    notify: Notify
+    blank: Entry
+    always: bool
+
+    def in_first(self, places: Sequence[tuple[Slot, Entry | None]]) -> tuple[Slot, Entry]:
+        """Make or check the graph in the first place that can be written, of places with their entries.
+
+        Raises:
+            WriteError: none can be written.
+            VitariumError: see `written`.
+        """
+        *others, (last, kept) = places
+        for slot, entry in others:
+            try:
+                return slot, self.written(slot, entry)
+            except WriteError as error:
+                slot.remove(graph=entry is None)
+                self.notify(f"{error}; the graph is kept in {last.folder} instead\n")
+        return last, self.written(last, kept)
+
+    def written(self, slot: Slot, entry: Entry | None) -> Entry:
+        """Return the written entry of a graph that was compared with the model; the graph is made if there is no entry.
+
+        Raises:
+            WriteError: the place cannot be written.
+            VitariumError: the runtime does not take the model.
+        """
+        module, this = executed(self.model, self.reads), version_of(self.runtime)
         try:
             if entry is None:
-                notify(f"Exporting the graph for {runtime} (once)")
-                entry = _make(model, reads, runtime, slot, Entry(digest, versions, "", [], [], None, True))
-            if this not in entry.checked or not file:
-                notify(f"Comparing the graph with the model in {runtime}")
-                entry.checked[this] = _check(module, runtime, slot, entry, _tolerance(model) if entry.own else TOLERANCE)
-        except MissingExtra:
+                self.notify(f"Exporting the graph for {self.runtime} (once)")
+                entry = _make(self.model, self.reads, self.runtime, slot, copy.deepcopy(self.blank))
+            if this not in entry.checked or self.always:
+                self.notify(f"Comparing the graph with the model in {self.runtime}")
+                tolerance = _tolerance(self.model) if entry.own else TOLERANCE
+                entry.checked[this] = _check(module, self.runtime, slot, entry, tolerance)
+        except (MissingExtra, WriteError):  # no fault of the model
             raise
         except VitariumError as error:
             reason = str(error).partition("; --format")[0]  # advice for an export
             others = "eager and onnxruntime work" if entry is not None and _works_in_onnxruntime(entry) else "eager works"
-            raise type(error)(f"{runtime} does not take this model: {reason}; --runtime {others}, and compile may") from error
+            raise type(error)(f"{self.runtime} does not take this model: {reason}; --runtime {others}, and compile may") from error
         slot.write(entry)
-    return KeptGraph(slot.path, entry.graph, entry.inputs, entry.shapes, entry.batch, entry.single)
+        return entry
 
 
 def _check_dtype(model: nn.Module, runtime: str) -> None:
