@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import pytest
 import torch
@@ -124,9 +125,13 @@ def test_a_rate_is_found_and_nothing_is_trained(run, tmp_path):
     assert 1e-5 < rate < 1
     command = f"vitarium train pico --model timm/resnet_pico --val-fraction 0.3 --lr {rate:.2g} --out r"
     assert command in result.out, "the same model on the same data"
-    assert command in (tmp_path / "r" / "find_lr.html").read_text(encoding="utf-8")
+    page = (tmp_path / "r" / "find_lr.html").read_text(encoding="utf-8")
+    assert command in re.sub(r'<span class="option">(.*?)</span>', r"\1", page)
+    assert '<span class="option">--model</span>' in page
+    assert re.search(r"the recipe's lr +0.003", result.out)
     assert [path.name for path in (tmp_path / "r").iterdir()] == ["find_lr.html"]
-    assert "optimizer.lr" in (tmp_path / "r" / "find_lr.html").read_text(encoding="utf-8")
+    assert "optimizer.lr" in page
+    assert '"vertical":"loss"' in page.replace('": ', '":')
 
 
 def test_training_goes_to_a_folder_of_its_own_by_default(run, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vitarium.pages import Cell, Column, Row, counted, dated, embed_image, lasting, listed, render_page, three
-from vitarium.pages.page import script_json
+from vitarium.pages.page import command, script_json
 from vitarium.pages.words import unbroken
 
 TEMPLATE = """{% extends "page" %}{% import "parts" as parts %}{% block main %}
@@ -95,6 +95,8 @@ def test_words():
     assert [lasting(s) for s in (12, 600, 9000)] == ["12 seconds", "10 minutes", "2.5 hours"]
     assert [lasting(s) for s in (0.2, 0.9, 1.4, 60, 3600)] == ["under 1 second", "1 second", "1 second", "60 seconds", "60 minutes"]
     assert dated("2026-01-31T23:00:00") == "31 January 2026"
+    found = command("a --model <b> -o c-d")
+    assert found == 'a <span class="option">--model</span> &lt;b&gt; <span class="option">-o</span> c-d'
     assert unbroken("65 %, 5 of 6 models") == "65\N{NO-BREAK SPACE}%, 5 of 6 models"
 
 

@@ -9,7 +9,9 @@ import re
 import pytest
 
 import vitarium
-from vitarium.training.report import MOST_CLASSES, _confusion_rows, frequent_confusions, write_run_report
+from vitarium.training import load_recipe
+from vitarium.training.rate_finder import judged
+from vitarium.training.report import MOST_CLASSES, _confusion_rows, frequent_confusions, useful_range, write_rate_page, write_run_report
 from vitarium.training.tasks import ConfusionData
 
 
@@ -34,6 +36,21 @@ def test_the_page_has_curves_confusion_and_mistakes(trained):
     assert text.count('<img src="data:image/png;base64') == 12
     assert not re.search(r'(src|href)="https?:', re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL))
     assert str(trained.to_dict()["page"]).endswith("report.html")
+
+
+@pytest.mark.parametrize("spike", [99, 40])
+def test_one_step_that_diverged_leaves_the_useful_range_of_a_sweep_readable(tmp_path, spike):
+    losses = [2.3 - 0.02 * step for step in range(70)] + [0.9 + 0.05 * step for step in range(30)]
+    losses[spike] = 900.0
+    sweep = judged([10 ** (-5 + 0.05 * step) for step in range(100)], losses)
+    low, high = useful_range(sweep)
+    assert low < min(losses)
+    assert 2.3 < high < 3.0
+    text = write_rate_page(tmp_path, "m", "d", sweep, load_recipe("pico"), "vitarium train").read_text(encoding="utf-8")
+    assert re.search(r"shows the useful range; \d+ steps? with losses up to 900 lie", text)
+    [plot] = json.loads(re.search(r'id="results">(.*?)</script>', text, re.DOTALL)[1])["plots"]
+    assert (plot["vertical"], plot["axis"]) == ("loss", "learning rate (optimizer.lr)")
+    assert [mark["text"].partition(":")[0] for mark in plot["marks"]] == ["found", "the recipe's"]
 
 
 def test_the_page_of_a_finished_run_is_kept(trained):

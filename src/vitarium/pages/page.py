@@ -94,7 +94,8 @@ def render_page(
 
     Args:
         template: text of a Jinja template that extends "page" and fills its block "main"; "parts" holds macros for tables, figures,
-            definitions and switches. The filter "unbroken" keeps a number and its percent sign on one line.
+            definitions and switches. The filter "unbroken" keeps a number and its percent sign on one line, "command" each option
+            of a command.
         kind: what the page shows, such as "comparison"; in the line above the title.
         title: heading and title of the window.
         created: ISO 8601 time.
@@ -114,10 +115,19 @@ def render_page(
     skeleton = {name: (assets / f"{name}.html.jinja").read_text(encoding="utf-8") for name in ("page", "parts")}
     environment = Environment(loader=DictLoader({**skeleton, "template": template}), autoescape=True, trim_blocks=False)
     environment.filters["unbroken"] = unbroken
+    environment.filters["command"] = command
     code = {f"page_{ending}": (assets / f"page.{ending}").read_text(encoding="utf-8") for ending in ("css", "js")}
     code |= {"css": css, "js": js, "payload": script_json(data), "plotly": _plotly() if plots else ""}
     common = dict(kind=kind, title=title, created=created, date=dated(created), facts=facts, version=__version__)
     return environment.get_template("template").render(**values, **common, **{name: Markup(text) for name, text in code.items()})
+
+
+def command(text: str) -> Any:
+    """Return a command as HTML in which no line breaks inside an option, as a browser would after the hyphens of --model."""
+    from markupsafe import Markup, escape
+
+    words = (Markup('<span class="option">{}</span>').format(word) if word.startswith("-") else escape(word) for word in text.split(" "))
+    return Markup(" ").join(words)
 
 
 def _plotly() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 import math
+import statistics
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -104,8 +105,15 @@ def write_rate_page(folder: Path, name: str, data: str, sweep: Sweep, recipe: Re
         OSError: it cannot be written.
     """
     lines = [dict(name="loss of a step", x=sweep.rates, y=sweep.losses, faint=True), dict(name="mean", x=sweep.rates, y=sweep.means)]
-    marks = [dict(x=sweep.suggestion, text=f"{sweep.suggestion:.2g}")]
-    plot = dict(id="sweep", axis="optimizer.lr", lines=lines, marks=marks, percent=False, format=".4~g", logarithmic=True)
+    marks = [dict(x=sweep.suggestion, text=f"found: {sweep.suggestion:.2g}")]
+    if sweep.rates[0] <= recipe.optimizer.lr <= sweep.rates[-1]:
+        marks.append(dict(x=recipe.optimizer.lr, text=f"the recipe's: {recipe.optimizer.lr:g}", faint=True))
+    shown = useful_range(sweep)
+    plot = dict(id="sweep", axis="learning rate (optimizer.lr)", vertical="loss", range=shown, lines=lines, marks=marks, percent=False)
+    plot |= dict(format=".4~g", logarithmic=True)
+    above = [loss for loss in sweep.losses if loss > shown[1]]
+    steps = f"{len(above)} step{'' if len(above) == 1 else 's'}"
+    clipped = f"The vertical axis shows the useful range; {steps} with losses up to {max(above):.4g} lie above it." if above else ""
     doubt = "" if sweep.clear else " The loss did not fall clearly during the sweep, so that this rate may be chance."
     text = _render(
         "rate",
@@ -115,10 +123,23 @@ def write_rate_page(folder: Path, name: str, data: str, sweep: Sweep, recipe: Re
         data={"plots": [plot]},
         verdict=f"Learning rate {sweep.suggestion:.2g}; the recipe has {recipe.optimizer.lr:g}.{doubt}",
         use=use,
+        clipped=clipped,
     )
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / RATE_PAGE, text)
     return folder / RATE_PAGE
+
+
+def useful_range(sweep: Sweep) -> list[float]:
+    """Return the least and the largest loss that the plot of a sweep shows.
+
+    The losses up to the minimum of their mean count, without the largest twentieth: one step that diverges, of a loss a hundred times as
+    large, would leave a flat line of all others.
+    """
+    useful = sweep.losses[: max(2, sweep.means.index(min(sweep.means)) + 1)]
+    low, high = min(sweep.losses), max(sweep.losses[0], statistics.quantiles(useful, n=20, method="inclusive")[-1])
+    pad = 0.1 * (high - low) or 0.1
+    return [low - pad, high + pad]
 
 
 def _render(template: str, **values: Any) -> str:

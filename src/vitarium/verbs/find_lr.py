@@ -35,6 +35,7 @@ class FoundRate(Result):
         rates, losses, means: of the sweep's steps: rate, loss, and exponential mean of the losses.
         page: the curve, a self-contained HTML page.
         use: the command that trains with this rate what the search trained.
+        recipe_lr: the rate of the recipe.
     """
 
     lr: float
@@ -44,10 +45,12 @@ class FoundRate(Result):
     means: list[float] = field(repr=False)
     page: Path
     use: str = ""
+    recipe_lr: float | None = None
 
     def facts(self) -> dict[str, Any]:
         note = {} if self.clear else {"note": "the loss did not fall clearly during the sweep, so that this rate may be chance"}
-        return {"lr": f"{self.lr:.2g}", **note, "curve": self.page}
+        own = {} if self.recipe_lr is None else {"the recipe's lr": f"{self.recipe_lr:g}"}
+        return {"lr": f"{self.lr:.2g}", **own, **note, "curve": self.page}
 
     def tables(self) -> list[TableData]:
         places = range(0, len(self.rates), max(1, len(self.rates) // SHOWN))
@@ -55,7 +58,8 @@ class FoundRate(Result):
         return [TableData("Sweep", [">lr", ">loss", ">mean"], rows)]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"lr": self.lr, "clear": self.clear, "rates": self.rates, "losses": self.losses, "means": self.means, "page": str(self.page)}
+        found = {"lr": self.lr, "recipe_lr": self.recipe_lr, "clear": self.clear, "page": str(self.page)}
+        return {**found, "rates": self.rates, "losses": self.losses, "means": self.means}
 
 
 def find_lr(
@@ -102,7 +106,7 @@ def find_lr(
     options["val_fraction"] = val_fraction if val_fraction != VAL_FRACTION else None
     use = command_with(sweep.suggestion, recipe, data, weights, options)
     page = write_rate_page(job.folder, job.name, job.images.name, sweep, job.recipe, use)
-    return FoundRate(sweep.suggestion, sweep.clear, sweep.rates, sweep.losses, sweep.means, page, use)
+    return FoundRate(sweep.suggestion, sweep.clear, sweep.rates, sweep.losses, sweep.means, page, use, job.recipe.optimizer.lr)
 
 
 def command_with(lr: float, recipe: Any, data: Any, weights: dict[str, Any], options: dict[str, Any]) -> str:

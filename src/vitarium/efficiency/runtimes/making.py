@@ -97,7 +97,8 @@ class _Making:
                 return slot, self.written(slot, entry)
             except WriteError as error:
                 slot.remove(graph=entry is None)
-                self.notify(f"{error}; the graph is kept in {last.folder} instead\n")
+                fault = str(error).partition("; ")[0]
+                self.notify(f"{fault}; the graph is kept in {last.folder} instead\n")
         return last, self.written(last, kept)
 
     def written(self, slot: Slot, entry: Entry | None) -> Entry:
