@@ -134,6 +134,19 @@ def test_a_rate_is_found_and_nothing_is_trained(run, tmp_path):
     assert '"vertical":"loss"' in page.replace('": ', '":')
 
 
+@pytest.mark.parametrize(("size", "said"), [(128, True), (16, False)])
+def test_an_input_much_smaller_than_the_images_is_said(run, tmp_path, size, said):
+    for label in ("cat", "dog"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (size, size + number), (60 * number, 0, 0)).save(tmp_path / "images" / label / f"{number}.png")
+    given = ["--set", "budget.steps=1", "--set", "batch_size=2", "--set", "num_workers=0", "--out", "r"]
+    result = run("train", "pico", "--data", "images", "--model", "timm/resnet_pico", *given)
+    if size == 128:
+        assert "the model sees 16x16 pixels, and the images have 128x129 (median): a larger input (--image-size 128)" in result.err
+    assert ("the model sees" in result.err) is said
+
+
 def test_training_goes_to_a_folder_of_its_own_by_default(run, tmp_path):
     assert run("train", "pico", "--model", "timm/resnet_pico", "--set", "budget.steps=1").code == 0
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["pico-timm-resnet_pico-digits"]

@@ -107,9 +107,30 @@ def test_stretches(text, steps):
     assert load_recipe("pico", [f"eval_every={text}"]).eval_every.steps(1000, 100) == steps
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("swin_pico", "swin_pico is a model: vitarium train pico --model swin_pico --data DIR"),
+        ("timm/resnet18", "timm/resnet18 is a model: vitarium train pico --model timm/resnet18"),
+        ("dit_pico", "dit_pico is a model: vitarium train "),
+        ("fashion", "fashion is a data set, not a recipe: vitarium train pico --data fashion"),
+        ("my photos", "my photos is a folder, not a recipe: vitarium train pico --data 'my photos'"),
+        ("m.safetensors", "m.safetensors is a file of a model: vitarium train RECIPE --model m.safetensors"),
+    ],
+)
+def test_a_model_or_data_in_place_of_a_recipe(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my photos").mkdir()
+    with pytest.raises(UsageError) as caught:
+        load_recipe(name)
+    assert str(caught.value).startswith(message)
+    assert "'vitarium recipes' lists all recipes" in str(caught.value)
+
+
 def test_an_unknown_recipe_and_an_unreadable_file(tmp_path):
-    with pytest.raises(UsageError, match=r"no recipe 'pikko'.*there are: .*pico"):
+    with pytest.raises(UsageError, match=r"no recipe 'pikko'; did you mean pico.*'vitarium recipes' lists all") as caught:
         load_recipe("pikko")
+    assert len(str(caught.value)) < 200
     with pytest.raises(UsageError, match="cannot read"):
         load_recipe(tmp_path / "none.yaml")
     (tmp_path / "big.yaml").write_text("# " + "x" * 70_000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -304,9 +305,24 @@ def _small_input(comparison: Comparison) -> list[str]:
     reduced = [trial for trial in comparison.trials if median and trial.image_size < min(median)]
     if not median or not reduced:
         return []
-    sides = sorted({trial.image_size for trial in reduced})
     which = "the models see" if len(reduced) == len(comparison.trials) else f"some models ({', '.join(t.name for t in reduced)}) see"
+    return [input_sentence(which, sorted({trial.image_size for trial in reduced}), median)]
+
+
+def larger_input(median: Sequence[int]) -> int:
+    """Return the side of a usual input for images of a median width and height, pixels."""
+    return min(min(median), USUAL_SIDE) // 32 * 32
+
+
+def input_sentence(which: str, sides: Sequence[int], median: Sequence[int]) -> str:
+    """Return the sentence on models whose input is smaller than the images.
+
+    Args:
+        which: the models, with the verb: "the models see".
+        sides: of their inputs, pixels.
+        median: width and height of the images, pixels.
+    """
     pixels = " or ".join(f"{side}x{side}" for side in sides)
-    larger = min(min(median), USUAL_SIDE) // 32 * 32
+    larger = larger_input(median)
     advice = f"a larger input (--image-size {larger}) costs time and may score better" if larger > max(sides) else "small details are lost"
-    return [f"{which} {pixels} pixels, and the images have {median[0]}x{median[1]} (median): {advice}"]
+    return f"{which} {pixels} pixels, and the images have {median[0]}x{median[1]} (median): {advice}"

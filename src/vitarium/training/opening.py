@@ -8,14 +8,18 @@ The library's recipes are in `training/recipes/`; each begins with its command, 
 from __future__ import annotations
 
 import re
+import shlex
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from vitarium.errors import UsageError, nearest
+from vitarium.files import is_model_file
 from vitarium.training.learners import find_learner
 from vitarium.training.recipe import EARLIER_KEYS, Recipe, earlier_keys_moved
 from vitarium.training.settings import check, override, read_settings
+
+LISTED = "'vitarium recipes' lists all recipes"
 
 
 def list_recipes() -> list[str]:
@@ -43,9 +47,28 @@ def load_recipe(name_or_path: str | Path, overrides: list[str] | None = None) ->
     elif name.endswith((".yaml", ".yml")):
         values = read_settings(name)
     else:
-        hint = nearest(name, list_recipes())
-        raise UsageError(f"no recipe {name!r}{hint} (there are: {', '.join(list_recipes())}; or give a path that ends in .yaml)")
+        raise unknown_recipe(name)
     return _checked(values, list(overrides or []), f"recipe {name}")
+
+
+def unknown_recipe(name: str) -> UsageError:
+    """Return the error for a name that is no recipe: with similar ones, or where a model, a file of one or data were named, the options
+    that take them."""
+    from vitarium.catalog.recipes import recipe_rows, task_of_name
+    from vitarium.data.opening import EMBEDDED
+
+    text, task = shlex.quote(name), task_of_name(name)
+    if is_model_file(name):
+        return UsageError(f"{name} is a file of a model: vitarium train RECIPE --model {text} --data DIR ({LISTED})")
+    if name in EMBEDDED or Path(name).is_dir():
+        what = "a data set" if name in EMBEDDED else "a folder"
+        return UsageError(f"{name} is {what}, not a recipe: vitarium train pico --data {text} ({LISTED})")
+    if task is not None:
+        fitting = sorted(
+            (row.name for row in recipe_rows() if row.task == task), key=lambda recipe: (recipe != "pico", "pico" not in recipe)
+        )
+        return UsageError(f"{name} is a model: vitarium train {fitting[0] if fitting else 'RECIPE'} --model {text} --data DIR ({LISTED})")
+    return UsageError(f"no recipe {name!r}{nearest(name, list_recipes())} ({LISTED}; or give a path that ends in .yaml)")
 
 
 def with_changes(recipe: Recipe, overrides: list[str]) -> Recipe:

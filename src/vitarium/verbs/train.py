@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from vitarium.training import FitResult, Learner, Progress, Recipe
 
 
+LOOKED_AT = 32
+"""Number of images, evenly spaced, whose size is compared with that of the input."""
+RESIZING = ("classify", "multilabel", "retrieve", "segment")
+"""Tasks that reduce whole images to the input."""
+
+
 @dataclass(repr=False)
 class Trained(Result):
     """A trained model.
@@ -263,7 +269,34 @@ def open_job(
         images = matched(source_model, task, images, pretrained, name)
     learner = kind.create(source_model, images, settings, pretrained=pretrained, checkpoint=checkpoint)
     apply_methods(learner.model, settings.apply if apply is None else apply, images, notify)
+    if (sentence := small_input(learner, task, images, settings.image_size)) is not None:
+        notify(f"{sentence}\n")
     return Job(settings, learner, images, task, name, source, folder)
+
+
+def small_input(learner: Learner, task: Task, images: ImageData, image_size: int | None) -> str | None:
+    """Return the sentence on an input that is much smaller than the images, from `LOOKED_AT` of them; None if it is not.
+
+    Args:
+        image_size: the recipe's, pixels; None: the model's own.
+    """
+    import statistics
+
+    from vitarium.catalog import preprocessing_of
+    from vitarium.reports.results import input_sentence, larger_input
+
+    side = image_size or preprocessing_of(learner.model).image_size
+    if task.name not in RESIZING or side is None:
+        return None
+    sizes: list[tuple[int, int]] = []
+    for index in range(0, len(images.train), max(1, len(images.train) // LOOKED_AT)):
+        with contextlib.suppress(DataError):  # broken images are the training's to report
+            size = getattr(images.train[index][0], "size", None)
+            sizes += [size] if isinstance(size, tuple) and len(size) == 2 else []
+    if not sizes:
+        return None
+    median = [int(statistics.median(sides)) for sides in zip(*sizes, strict=True)]
+    return input_sentence("the model sees", [side], median) if larger_input(median) > side else None
 
 
 def no_recipe(model: Any) -> str:
