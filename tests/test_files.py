@@ -12,7 +12,7 @@ import textwrap
 import pytest
 
 from vitarium.errors import UsageError, WriteError
-from vitarium.files import atomic_path, lock_folder, sha256, write_json, write_text
+from vitarium.files import atomic_path, check_output, lock_folder, sha256, write_json, write_text
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="POSIX")
 
@@ -146,6 +146,15 @@ def test_a_place_without_permission_is_named(tmp_path, monkeypatch, code):
     monkeypatch.setattr(os, "open", failing(OSError(code, os.strerror(code))))
     with pytest.raises(WriteError, match="cannot write"), lock_folder(tmp_path / "run"):
         pass
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    check_output(tmp_path / "new/folder/x.json", None, tmp_path)
+    assert list(tmp_path.iterdir()) == [], "nothing is left"
+    monkeypatch.setattr(tempfile, "mkstemp", failing(OSError(errno.EROFS, os.strerror(errno.EROFS))))
+    for path in (tmp_path / "x.json", tmp_path / "new/folder/x.json", tmp_path):
+        with pytest.raises(WriteError, match=rf"^cannot write {path}: Read-only file system; choose a place where you may write$"):
+            check_output(path)
 
 
 def test_errors_of_other_files_stay_as_they_are(tmp_path):

@@ -217,16 +217,41 @@ _LOOKED_AT = 2**20  # bytes at the beginning and at the end of a file
 
 
 def check_output(*paths: str | os.PathLike[str] | None) -> None:
-    """Check that files may be written: each is missing, a folder, or was written by a command before. The rule of all commands.
+    """Check, before the work, that files may and can be written: each is missing, a folder, or was written by a command before, and see
+    `check_writable`. The rule of all commands.
 
     Raises:
         UsageError: a path is an image, a model or another file that no command has written; nothing is replaced.
+        WriteError: the folder is read-only, or a permission is missing.
     """
     for path in paths:
         if path is not None and os.path.isfile(path) and not written_by_us(path):
             raise UsageError(
                 f"{path} exists and was not written by vitarium, so it is not replaced; choose another output, or remove the file first"
             )
+    check_writable(*paths)
+
+
+def check_writable(*paths: str | os.PathLike[str] | None) -> None:
+    """Check that files can be made in the folders of paths, or where a folder is missing, in the first one above it that exists.
+
+    A temporary file shows it: os.access does not see every disk that is mounted read-only, nor the permissions of a network.
+
+    Raises:
+        WriteError: one cannot.
+    """
+    tried: set[Path] = set()
+    for path in [Path(path) for path in paths if path is not None]:
+        folder = next((place for place in (path.absolute(), *path.absolute().parents) if place.is_dir()), None)
+        if folder is None or folder in tried:
+            continue
+        tried.add(folder)
+        try:
+            handle, name = tempfile.mkstemp(dir=folder, prefix=".vitarium.", suffix=".tmp")
+        except OSError as error:
+            raise write_error(path, error) from error
+        os.close(handle)
+        _remove(Path(name))
 
 
 def written_by_us(path: str | os.PathLike[str]) -> bool:

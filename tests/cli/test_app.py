@@ -160,3 +160,10 @@ def test_an_output_that_cannot_be_written_is_named(arguments):
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: cannot write the output (standard output): No space left on device; send it to another place\n"
+
+
+@pytest.mark.parametrize("command", ["info", "evaluate", "bench"])
+def test_a_missing_model_points_to_the_list(run, command):
+    result = run(command)
+    assert result.code == 2
+    assert "'vitarium models' lists the names" in result.err

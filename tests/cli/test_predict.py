@@ -10,6 +10,7 @@ import torch
 
 import vitarium
 from tests.data.pictures import put
+from vitarium.errors import CheckpointError
 
 
 @pytest.fixture
@@ -58,6 +59,37 @@ def test_what_was_computed_is_printed_when_its_file_cannot_be_written(run, files
     assert not (files / given[1]).exists()
     assert "not readable" not in result.out, "no summary beside the table"
     assert len(json.loads(result.out)["images"]) == 23 if "--json" in given else result.out.count("image_22.png") == 1
+
+
+@pytest.mark.parametrize(("pattern", "folder"), [("images/*.jpg", "images"), ("*/a.png", "."), ("im[0-9].png", ".")])
+def test_a_pattern_that_was_quoted_is_explained(run, files, pattern, folder):
+    result = run("predict", pattern, "--model", "model.safetensors")
+    assert result.code == 2
+    wanted = f"there is no file {pattern}: patterns are expanded by the shell, not here; leave out the quotes, or give the folder {folder}"
+    assert wanted in result.err
+
+
+def test_a_file_with_the_signs_of_a_pattern_is_read(run, files):
+    put(files / "one[1].png")
+    result = run("predict", "one[1].png", "--model", "model.safetensors")
+    assert result.code == 0, result.err
+
+
+def test_the_folder_of_kept_graphs_is_no_near_name(files):
+    (files / "m.safetensors.vitarium").mkdir(exist_ok=True)
+    with pytest.raises(CheckpointError) as caught:
+        vitarium.predict(files / "images", files / "m.safetensors")
+    assert ".vitarium" not in str(caught.value)
+
+
+def test_no_work_is_done_for_a_place_that_cannot_be_written(run, files, monkeypatch):
+    def read_only(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("tempfile.mkstemp", read_only)
+    result = run("predict", "images", "--model", "model.safetensors", "--output", "a.csv")
+    assert (result.code, result.out) == (2, "")
+    assert "cannot write a.csv: Read-only file system" in result.err
 
 
 @pytest.mark.parametrize(

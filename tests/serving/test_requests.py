@@ -69,6 +69,12 @@ def test_what_curl_data_sends_is_refused_with_the_right_command(served, content)
     assert response.json()["error"].endswith(f"send it with: curl -F file=@IMAGE {served.url}/predict")
 
 
+def test_a_truncated_image_of_data_binary_is_not_blamed_on_curl(served):
+    response = served.post(png(0)[:40], headers={"Content-Type": "application/x-www-form-urlencoded"})
+    assert response.status_code in (415, 422)
+    assert "curl" not in response.json()["error"]
+
+
 def test_requests_of_all_routes_are_counted(model):
     with running(model) as one:
         assert [one.get(path).status_code for path in ("/info", "/nothing", "/predict")] == [200, 404, 405]

@@ -40,6 +40,8 @@ CONTAINERS = ("state_dict_ema", "model_ema", "params_ema", "ema", "teacher", "mo
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.", "model.")
 NEARLY_ALL = 0.9
 """Share of the tensors that must have a prefix for it to be removed as a wrapper's."""
+GRAPHS = ".vitarium"
+"""Ending of the folder of kept graphs beside a file (see `efficiency.runtimes.cache`), which is no name that is meant."""
 DEPTH_LIMIT = 4
 """Largest depth of nested containers."""
 HEADER_LIMIT = 100 * 2**20
@@ -104,7 +106,7 @@ def existing(path: str | Path) -> Path:
         inside = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".pth", ".pt", ".bin"))
         raise CheckpointError(f"{path} is a folder; name the file in it" + (f": {', '.join(inside[:5])}" if inside else ""))
     if not path.is_file():
-        names = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
+        names = sorted(p.name for p in path.parent.iterdir() if not p.name.endswith(GRAPHS)) if path.parent.is_dir() else []
         where = "" if path.parent.is_dir() else f" (there is no folder {path.parent})"
         raise CheckpointError(f"there is no file {path}{where}{nearest(path.name, names)}")
     with _reading(path), open(path, "rb") as file:

@@ -129,7 +129,8 @@ def _safe(error: Exception) -> Exception:
 
 
 def _helpful(error: Any, message: str) -> str:
-    """Return the message of a usage error with what typer does not know: near names of a choice, and a model among the images."""
+    """Return the message of a usage error with what typer does not know: near names of a choice, a model among the images, the list of
+    models."""
     param, ctx = getattr(error, "param", None), getattr(error, "ctx", None)
     found = re.fullmatch(r"(?:Value error, )?'(.*)' is not one of (.*?)\.?", message, re.DOTALL)
     if found:
@@ -138,6 +139,8 @@ def _helpful(error: Any, message: str) -> str:
     models = [str(path) for path in (ctx.params.get("images") if ctx else None) or [] if str(path).endswith(MODEL_ENDINGS)]
     if models and getattr(param, "name", "") == "model":
         return f"{models[0]} is a model, not an image: write --model {models[0]}"
+    if type(error).__name__ == "MissingParameter" and getattr(param, "name", "") in ("model", "models"):
+        return f"{message}{' ' if message else ''}'vitarium models' lists the names; the file of a trained model will do, too"
     return message
 
 

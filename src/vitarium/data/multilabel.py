@@ -165,7 +165,7 @@ def _table_of(spec: str, path: Path) -> Path:
             raise DataError(f"{path} holds {few([t.name for t in tables]) or 'no CSV file'}; one is needed\n{ACCEPTED}")
         return tables[0]
     if path.suffix.lower() != ".csv" or not path.is_file():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        siblings = [p.name for p in path.parent.iterdir() if not p.name.startswith(".")] if path.parent.is_dir() else []
         raise DataError(f"{spec!r} does not hold several labels per image{nearest(path.name, siblings)}\n{ACCEPTED}")
     return path
 

@@ -154,12 +154,15 @@ def check_query(request: Request, *known: str) -> None:
 
 @contextlib.contextmanager
 def sent_by_curl(request: Request) -> Iterator[None]:
-    """Add the right command to a refusal of the bytes that `curl --data` sends, which strips the line ends of a file, or sends its name."""
+    """Add the right command to a refusal of the bytes that `curl --data` sends, which strips the line ends of a file, or sends its name.
+
+    `--data-binary` announces the same type, and sends the bytes as they are.
+    """
     try:
         yield
     except Refusal as refusal:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if refusal.status not in (415, 422) or kind != "application/x-www-form-urlencoded":
+        if refusal.status not in (415, 422) or kind != "application/x-www-form-urlencoded" or not getattr(request.state, "stripped", True):
             raise
         address = f"{request.url.scheme}://{request.url.netloc}{request.url.path}"
         advice = f"curl --data changes the bytes of a file; send it with: curl -F file=@IMAGE {printable(address, '')}"

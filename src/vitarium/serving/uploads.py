@@ -109,7 +109,9 @@ async def read_uploads(request: Request, share: Share) -> list[Upload]:
         async with asyncio.timeout(limits.body_timeout):
             if multipart:
                 return await _parts(request, share)
-            return [Upload("", b"".join([chunk async for chunk in _chunks(request, share)]))]
+            content = b"".join([chunk async for chunk in _chunks(request, share)])
+            request.state.stripped = b"\r" not in content and b"\n" not in content  # as `curl --data` sends a file
+            return [Upload("", content)]
     except TimeoutError:
         raise Refusal(408, f"the body did not arrive within {limits.body_timeout:g} seconds") from None
     except ClientDisconnect:

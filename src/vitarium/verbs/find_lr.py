@@ -92,12 +92,14 @@ def find_lr(
     Raises:
         UsageError, DataError, CheckpointError: as for `vitarium.train`; several players; or a loss that is never finite.
     """
+    from vitarium.files import check_writable
     from vitarium.training.rate_finder import sweep_rates
     from vitarium.training.report import write_rate_page
     from vitarium.training.shorthands import with_shorthands
 
     given = with_shorthands(list(changes or []), dict(batch_size=batch_size, image_size=image_size))
     job = open_job(recipe, data, model, pretrained, checkpoint, given, apply, val_fraction, out, notify)
+    check_writable(job.folder)
     sweep = sweep_rates(job.learner, job.images, job.recipe, steps=steps, accelerator=accelerator)
     weights = dict(model=model, pretrained=pretrained, checkpoint=checkpoint)
     options: dict[str, Any] = dict(

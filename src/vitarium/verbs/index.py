@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitarium.errors import DataError
-from vitarium.files import is_model_file
+from vitarium.files import check_writable, is_model_file
 from vitarium.numbers import clock
 from vitarium.training.tasks.base import TableData
 from vitarium.verbs.opening import Notify, execute, find_images, name_of, open_model, quiet
@@ -111,6 +111,7 @@ def index(
     from vitarium.perception.retrieval.index import model_fingerprint, update
 
     path, where = Path(output), as_engine(engine, address=address, jobs=jobs)
+    check_writable(path)
     files = list(dict.fromkeys(map(os.path.abspath, find_images(images))))
     opened = open_model(model, checkpoint)
     print_of = model_fingerprint(opened)

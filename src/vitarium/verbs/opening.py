@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -230,7 +231,7 @@ def find_images(
         notify: called with a note about what was left out.
 
     Raises:
-        UsageError: something other than paths, or an output that is one of the folders.
+        UsageError: something other than paths, a pattern that is no file, or an output that is one of the folders.
         DataError: a folder without images.
     """
     from vitarium.data.scan import scan
@@ -245,6 +246,12 @@ def find_images(
             if path.name.endswith(MODEL_ENDINGS):
                 raise UsageError(
                     f"{path} is a file of weights, and images are wanted here: give it as --model {path}, and images as arguments"
+                )
+            if re.search(r"[*?\[]", str(path)) and not path.exists():
+                parents = (place for place in path.parents if not re.search(r"[*?\[]", str(place)))
+                raise UsageError(
+                    f"there is no file {path}: patterns are expanded by the shell, not here; leave out the quotes, or give the folder "
+                    f"{next(parents, Path())}"
                 )
             found.append(str(path))
             continue
