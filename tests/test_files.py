@@ -138,6 +138,34 @@ def test_a_full_disk_is_named_with_its_room(tmp_path, monkeypatch, writer):
     assert (str(again), again.errno) == (message, errno.ENOSPC)
 
 
+def test_the_number_of_the_error_is_read_from_the_message_of_another_language(tmp_path):
+    error = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with (
+        pytest.raises(WriteError, match=r"No space left on device; .* MB are free in .*; make room there") as caught,
+        atomic_path(tmp_path / "x"),
+    ):
+        raise error
+    assert caught.value.errno == errno.ENOSPC
+    assert "serializing" not in str(caught.value)
+
+
+def test_room_is_measured_without_what_was_written(tmp_path):
+    """A writer keeps its file open, as torch's does until the error is gone; a removed file that is open still takes its room."""
+    opened = []
+
+    def write() -> None:
+        with atomic_path(tmp_path / "x") as temporary:
+            opened.append(open(temporary, "wb"))  # noqa: SIM115
+            opened[0].write(bytes(100_000))
+            opened[0].flush()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(WriteError):
+        write()
+    assert os.fstat(opened[0].fileno()).st_size == 0
+    opened[0].close()
+
+
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
 def test_a_place_without_permission_is_named(tmp_path, monkeypatch, code):
     monkeypatch.setattr(tempfile, "mkstemp", failing(OSError(code, os.strerror(code))))

@@ -95,6 +95,19 @@ class TrainingStopped(VitariumError, RuntimeError):
     exit_code = 5
 
 
+class NotSaved(TrainingStopped):
+    """The last checkpoint of a training cannot be written, as on a full disk.
+
+    Attributes:
+        result: the `FitResult` if the training is over, so that the learner has the final weights; None: it is not over, or the weights are
+            in other processes.
+        reason: message of the checkpoint's `WriteError`.
+    """
+
+    result: Any = None
+    reason = ""
+
+
 SHORT = 3
 """Characters up to which a name is looked for at the beginning of a part only, in `nearest`."""
 

@@ -51,7 +51,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync_folder(path.parent)
     except Exception as error:
         failure = _failure_of(temporary, error)
-        _remove(temporary)  # before its room is measured
+        with contextlib.suppress(OSError):
+            os.truncate(temporary, 0)  # the writer may keep it open, and with it the room that is measured
+        _remove(temporary)
         if failure is None:
             raise
         raise write_error(path, failure) from error
@@ -80,6 +82,8 @@ def _failure_of(temporary: Path, error: Exception) -> Exception | None:
     if isinstance(error, OSError) and error.errno is not None:
         elsewhere = error.filename is not None and Path(os.fsdecode(error.filename)).parent != temporary.parent
         return None if elsewhere and error.errno not in FULL else error
+    if number := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors', of Rust
+        return OSError(int(number[1]), os.strerror(int(number[1])))
     try:
         with open(temporary, "ab") as file:
             file.write(bytes(2**16))

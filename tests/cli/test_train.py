@@ -1,6 +1,7 @@
 """Tests of `train`, `evaluate` and `predict`: from a recipe to a saved file, its metrics and predictions."""
 
 import csv
+import errno
 import json
 import re
 
@@ -150,6 +151,28 @@ def test_an_input_much_smaller_than_the_images_is_said(run, tmp_path, size, said
 def test_training_goes_to_a_folder_of_its_own_by_default(run, tmp_path):
     assert run("train", "pico", "--model", "timm/resnet_pico", "--set", "budget.steps=1").code == 0
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["pico-timm-resnet_pico-digits"]
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_model_is_saved_where_its_checkpoint_does_not_fit(run, tmp_path, monkeypatch, caplog, fits):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("torch.save", full)
+    if not fits:
+        monkeypatch.setattr("safetensors.torch.save_file", full)
+    result = run("train", "pico", "--model", "timm/resnet_pico", "--steps", 1, "--out", "full")
+    assert (tmp_path / "full" / "model.safetensors").exists() == fits
+    messages = caplog.text + result.err
+    assert messages.count("MB are free") == 1
+    assert "training continues" not in messages
+    if fits:
+        assert result.code == 0, result.err
+        assert "full/model.safetensors is complete, but not the run's checkpoint: cannot write full/last.ckpt: No space left" in messages
+        assert "steps" in result.out
+    else:
+        assert result.code == 5
+        assert "error: the last checkpoint is not saved: cannot write full/last.ckpt: No space left" in result.err
 
 
 def test_options_reach_the_training(run, monkeypatch):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ import torch
 from tests.engine.work import part, run
 from vitarium.engine import Engine, Job, RunEvent, as_engine, map_images, run_all
 from vitarium.engine.images import finished_parts, raise_lasting
+from vitarium.engine.runs import worth_a_retry
 from vitarium.engine.worker import portable
-from vitarium.errors import DataError, MissingExtra, TrainingStopped, UsageError
+from vitarium.errors import DataError, MissingExtra, NotSaved, TrainingStopped, UsageError
+from vitarium.files import write_error
 
 
 def jobs_of(folder: Path, *settings: dict[str, Any]) -> list[Job]:
@@ -44,6 +48,18 @@ def test_failures_are_retried_once_then_named_and_finished_runs_are_kept(tmp_pat
     assert [o.kept for o in again] == [True, True, False, False]
     assert [e.kind for e in events if e.position < 2] == ["kept", "kept"]
     assert again[2].value == {"value": 2, "pairs": [[2, 3]]}  # its third attempt
+
+
+def test_a_full_disk_is_not_retried_and_the_result_is_in_the_error(tmp_path, monkeypatch):
+    def full(path, value):
+        raise write_error(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+
+    monkeypatch.setattr("vitarium.engine.worker.write_json", full)
+    events: list[RunEvent] = []
+    (outcome,) = run_all(jobs_of(tmp_path, {}), progress=events.append)
+    assert [e.kind for e in events] == ["started", "progress", "failed"]
+    assert outcome.error.result == {"value": 0, "pairs": [[0, 1]]}
+    assert not worth_a_retry(NotSaved("the last checkpoint is not saved"))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")

@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.test_fit import lines, timeless, train
-from tests.training.tiny import assert_same_weights
-from vitarium.errors import TrainingStopped, VitariumError
+from tests.training.test_fit import Breaks, lines, timeless, train, weights
+from tests.training.tiny import assert_same_weights, tiny_data, tiny_net, tiny_recipe
+from vitarium.errors import NotSaved, TrainingStopped, VitariumError
+from vitarium.training import fit
 from vitarium.training.checkpoint import load_run
+from vitarium.training.fitting import fit_saved_or_not
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and forks of POSIX")
 EAGER = "checkpoint_minutes=1e-9"  # a checkpoint after each step, so that many kills hit one
@@ -139,6 +141,49 @@ def test_a_full_disk_from_the_beginning_is_reported_as_it_is(tmp_path, monkeypat
         train(tmp_path, EAGER)
     assert "training continues without a checkpoint" in caplog.text
     assert "intact" not in caplog.text
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """No checkpoint fits on the disk."""
+
+    def save(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", save)
+
+
+def test_a_disk_that_is_full_at_the_end_is_reported_once(tmp_path, unbroken, full, caplog):
+    """Not as a training that continues; the result is in the error, and the learner has the final weights."""
+    recipe = tiny_recipe("checkpoint_minutes=60")
+    learner = Breaks.create(tiny_net(norm=True), tiny_data(), recipe)
+    with pytest.raises(NotSaved) as caught:
+        fit(learner, tiny_data(), recipe, tmp_path / "first")
+    assert str(caught.value).count("MB are free") == 1
+    assert caplog.text == ""
+    assert (caught.value.result.steps, caught.value.result.earlier) == (24, 0)
+    assert timeless(caught.value.result.history) == timeless(unbroken[1].history)
+    assert_same_weights(weights(learner.model), unbroken[2])
+    result, error = fit_saved_or_not(learner, tiny_data(), recipe, tmp_path / "second")
+    assert result.steps == 24
+    assert error.reason.startswith("cannot write ")
+
+
+def test_of_checkpoints_in_a_row_that_do_not_fit_the_first_is_a_warning(tmp_path, full, caplog):
+    with pytest.raises(NotSaved):
+        train(tmp_path, EAGER)
+    assert caplog.text.count("training continues") == 1
+
+
+def test_after_an_error_a_state_that_does_not_fit_is_not_called_saved(tmp_path, full, caplog):
+    def fault(learner, losses):
+        raise ArithmeticError("of a layer")
+
+    with pytest.raises(ArithmeticError):
+        train(tmp_path, at=[3], fault=fault)
+    assert "the state could not be saved: the last checkpoint is not saved: cannot write " in caplog.text
+    assert "resumes from there" not in caplog.text
+    assert "training continues without" not in caplog.text
 
 
 def test_two_runs_at_once_in_one_folder(tmp_path):

@@ -73,7 +73,7 @@ class Commands(TyperGroup):
             if type(error).__module__.split(".")[0] in ("typer", "click") or isinstance(error, BrokenPipeError):
                 raise _safe(error) from None  # typer's exits and its usage errors (exit code 2)
             shown = _of_disk(error)
-            if isinstance(shown, WriteError) and shown.result is not None:  # what was computed is not lost
+            if isinstance(shown, WriteError) and hasattr(shown.result, "facts"):  # what was computed is not lost
                 with contextlib.suppress(OSError):
                     print_result(shown.result, as_json=ctx.meta.get(AS_JSON, False))
                     sys.stdout.flush()

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from vitarium.engine.jobs import RESULT, Backend, Job, Message
 from vitarium.engine.settings import Engine, as_engine
-from vitarium.errors import TrainingStopped, UsageError, VitariumError
+from vitarium.errors import NotSaved, TrainingStopped, UsageError, VitariumError
 
 RETRIES = 1
 """Number of further attempts at a run that failed or lost its process or machine."""
@@ -165,8 +165,8 @@ class _Batch:
 
 
 def worth_a_retry(error: Exception) -> bool:
-    """Return whether a second attempt may succeed: not if the input, the data or the installation is wrong."""
-    return not isinstance(error, VitariumError) or isinstance(error, TrainingStopped)
+    """Return whether a second attempt may succeed: not if the input, the data or the installation is wrong, or the disk is full."""
+    return not isinstance(error, VitariumError) or (isinstance(error, TrainingStopped) and not isinstance(error, NotSaved))
 
 
 def result_of(job: Job) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitarium.engine.jobs import RESULT
-from vitarium.errors import UsageError
+from vitarium.errors import UsageError, WriteError
 from vitarium.files import lock_folder, write_json
 
 if TYPE_CHECKING:
@@ -27,11 +27,16 @@ def execute(job: Job, report: Report) -> dict[str, Any] | None:
     """Run a job in this process; its result is written last.
 
     Raises:
+        WriteError: the result cannot be written; `error.result` is the result.
         any error of the job's function.
     """
     value = job.function(job.folder, report, **job.settings)
     if value is not None:
-        write_json(job.folder / RESULT, value)
+        try:
+            write_json(job.folder / RESULT, value)
+        except WriteError as error:
+            error.result = value
+            raise
     return value
 
 

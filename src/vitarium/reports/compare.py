@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -31,8 +30,10 @@ from vitarium.data.opening import embedded
 from vitarium.efficiency.runtimes import check_runtime
 from vitarium.engine import Engine, Job, Outcome, RunEvent, as_engine, run_all
 from vitarium.engine.machine import describe_machine
-from vitarium.errors import DataError, InputError, TrainingStopped, UsageError, VitariumError
+from vitarium.engine.runs import result_of
+from vitarium.errors import DataError, InputError, NotSaved, TrainingStopped, UsageError, VitariumError, WriteError
 from vitarium.files import atomic_path, lock_folder, write_text
+from vitarium.reports.disk import measured, of_disk
 from vitarium.reports.events import Event, Listener
 from vitarium.reports.folder import ERROR, claim, default_folder, plan_of, slug
 from vitarium.reports.inspection import Inspection, inspect
@@ -115,6 +116,7 @@ def compare(
         DataError: data that cannot be used; before any model is built.
         TrainingStopped: every model failed.
         KeyboardInterrupt: the message says that the same call continues.
+        WriteError: the disk is full or read-only; `error.result` is the comparison of the models that were measured, if any.
         MissingExtra: engine="ray" without Ray, or a runtime that is not installed.
     """
     settings = _recipe(recipe, pixels=image_size, seed=seed, steps=steps, epochs=epochs, minutes=minutes, batch_size=batch_size)
@@ -141,12 +143,18 @@ def compare(
             announce(inspection, names, images, settings, folder, where, accelerator, notify)
         given = dict(source=source, recipe=settings, pretrained=pretrained, devices=Devices(devices, num_nodes, strategy, accelerator))
         given["runtime"] = runtime
-        trials, failures = _run(names, folder, given, where, progress or (lambda event: None))
+        trials, failures, full = _run(names, folder, given, where, progress or (lambda event: None))
         if not main:
             raise SystemExit(0)  # a helper process has nothing to return
         shared = dict(recipe=str(recipe), pretrained=pretrained, devices=devices * num_nodes, accelerator=accelerator)
         comparison = _compared(folder, images, settings, task, trials, failures, inspection, _settings(shared, settings, where))
-        finish(comparison, images)
+        try:
+            if full is not None:
+                raise full
+            finish(comparison, images)
+        except WriteError as error:
+            error.result = comparison
+            raise
     return comparison
 
 
@@ -217,7 +225,6 @@ def announce(
     notify: Callable[[str], None],
 ) -> None:
     """Send what is known before the training: duplicates, and the expected time of models that are trained here one after the other."""
-    from vitarium.engine.runs import result_of
     from vitarium.reports.estimate import estimate
 
     for sentence in inspection.duplicates.sentences():
@@ -283,21 +290,27 @@ def _recipe(name: str | Path, *, pixels: int | None, seed: int, **given: Any) ->
 
 def _run(
     names: Sequence[str], folder: Path, settings: dict[str, Any], engine: Engine, listener: Listener
-) -> tuple[list[Trial], list[Failure]]:
-    """Run all models that are not finished, and return the trials and the failures.
+) -> tuple[list[Trial], list[Failure], WriteError | None]:
+    """Run all models that are not finished, and return the trials, the failures, and the error of a disk that ended the comparison.
 
     Raises:
         UsageError, TrainingStopped: every model failed; the message has the reason of each.
-        DataError, KeyboardInterrupt, OSError (disk full): what would stop the next model as well.
+        DataError, KeyboardInterrupt, WriteError (disk full before any model was measured): what would stop the next model as well.
     """
     jobs = [_job(name, folder, settings) for name in names]
     retries = 0 if engine.in_process and started_together() else 1  # processes of one training stay in step
-    outcomes = run_all(jobs, engine, progress=_Translator(len(names), listener), fatal=stops_all, retries=retries)
+    try:
+        outcomes = run_all(jobs, engine, progress=_Translator(len(names), listener), fatal=stops_all, retries=retries)
+    except (OSError, NotSaved) as error:
+        if not of_disk(error):
+            raise
+        return measured(jobs, error)
     failed = {o.job.name: o.error for o in outcomes if o.error is not None}
     if len(failed) == len(names):
         kind = UsageError if all(isinstance(e, UsageError | InputError) for e in failed.values()) else TrainingStopped
         raise kind("no model could be compared:\n" + "\n".join(f"  {name}: {_reason(error)}" for name, error in failed.items()))
-    return [trial_of(o) for o in outcomes if o.value is not None], [Failure(name, _reason(error)) for name, error in failed.items()]
+    failures = [Failure(name, _reason(error)) for name, error in failed.items()]
+    return [trial_of(o) for o in outcomes if o.value is not None], failures, None
 
 
 def _job(name: str, folder: Path, settings: dict[str, Any]) -> Job:
@@ -358,8 +371,7 @@ def _scored(metric: Metric, score: float | None) -> dict[str, Any]:
 
 def stops_all(error: Exception) -> bool:
     """Return whether an error would stop every other model too: data that cannot be used, or a disk that is full."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-    return full or isinstance(error, DataError)
+    return of_disk(error) or isinstance(error, DataError)
 
 
 class _Translator:
@@ -391,7 +403,8 @@ class _Translator:
         verb = "failed" if event.kind == "failed" else "failed and is tried once more"
         assert event.error is not None
         log.warning("%s %s: %s (more in %s)", event.job.name, verb, _reason(event.error), path)
-        write_text(path, event.traceback or str(event.error))
+        with contextlib.suppress(OSError):  # the message is above
+            write_text(path, event.traceback or str(event.error))
 
 
 def _reason(error: Exception) -> str:

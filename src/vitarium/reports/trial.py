@@ -22,10 +22,11 @@ from vitarium.data.image_set import size_of
 from vitarium.efficiency.profiler import Profile, count_macs, profile
 from vitarium.efficiency.runtimes import run_with
 from vitarium.engine.machine import OtherPrograms, describe_device
-from vitarium.errors import DataError, TrainingStopped, UsageError, VitariumError
+from vitarium.errors import DataError, TrainingStopped, UsageError, VitariumError, WriteError
 from vitarium.nn.modes import evaluating
 from vitarium.reports.results import Trial
-from vitarium.training import Learner, Progress, Recipe, evaluate, find_learner, fit
+from vitarium.training import Learner, Progress, Recipe, evaluate, find_learner
+from vitarium.training.fitting import fit_saved_or_not
 from vitarium.training.identity import fingerprint, in_words
 from vitarium.training.learners import check_suits
 from vitarium.training.recording import record_training
@@ -135,6 +136,7 @@ def run_trial(
     Raises:
         UsageError: the learner measures nothing on held-out images.
         TrainingStopped: the primary metric of the trained model is missing or not finite.
+        WriteError: its file cannot be written; `error.result` is the result as plain values.
         whatever `create_model`, `fit` and the model itself raise.
     """
     kind = find_learner(recipe.objective["name"])
@@ -143,7 +145,7 @@ def run_trial(
     metric = metric_of(learner)
     report = None if progress is None else lambda at: progress(at, metric)
     with suitable_threads(count_macs(learner.eval_model())):
-        fitted = fit(learner, data, recipe, folder, **asdict(devices), progress=report)
+        fitted, _ = fit_saved_or_not(learner, data, recipe, folder, **asdict(devices), progress=report)
         if not is_main_process():
             return None
         measuring()
@@ -155,9 +157,7 @@ def run_trial(
         cost, threads, load = measure(model), torch.get_num_threads(), others.share()
     if source is not None:
         record_training(learner, data, source=source.spec, seed=source.seed, val_fraction=source.val_fraction)
-    save(model, folder / MODEL)
-    timed = {} if runtime == "eager" else runtime_times(model, runtime, folder / MODEL, learner.task)
-    return Trial(
+    trial = Trial(
         name=name,
         score=numbers[metric.name],
         metrics=numbers,
@@ -181,8 +181,13 @@ def run_trial(
         inputs=list(example_inputs(model)),
         extras=extras,
         runtime=runtime,
-        **timed,
     )
+    try:
+        save(model, folder / MODEL)
+    except WriteError as error:
+        error.result = trial.to_dict()
+        raise
+    return trial if runtime == "eager" else replace(trial, **runtime_times(model, runtime, folder / MODEL, learner.task))
 
 
 def metric_of(learner: Learner) -> Metric:

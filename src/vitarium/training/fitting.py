@@ -21,7 +21,7 @@ from vitarium.data.bad_files import BadFiles
 from vitarium.data.headers import check_headers
 from vitarium.data.image_set import ImageData, size_of
 from vitarium.data.loader import Loader
-from vitarium.errors import DataError, TrainingStopped, UsageError
+from vitarium.errors import DataError, NotSaved, TrainingStopped, UsageError
 from vitarium.files import lock_folder
 from vitarium.texts import printable
 from vitarium.training.base import Learner
@@ -115,7 +115,8 @@ def fit(
         DataError: no data, fewer images than a batch, or too many that cannot be read (for sets of up to `CHECKED_FILES`, before the first
             step; otherwise the state is saved first).
         CheckpointError: last.ckpt is damaged.
-        TrainingStopped: losses were not finite, memory ran out, a process was lost, or the last checkpoint could not be written.
+        TrainingStopped: losses were not finite, memory ran out, or a process was lost.
+        NotSaved: the last checkpoint could not be written; `error.result` is what would be returned, if the training is over.
         KeyboardInterrupt: SIGINT or SIGTERM was received; the state is saved.
     """
     folder = Path(folder)
@@ -141,6 +142,20 @@ def fit(
     return result
 
 
+def fit_saved_or_not(learner: Learner, data: ImageData, recipe: Recipe, folder: Path, **options: Any) -> tuple[FitResult, NotSaved | None]:
+    """Run `fit` with its options; if only the last checkpoint could not be written, return the result with that error.
+
+    Raises:
+        whatever `fit` raises; NotSaved only if the training is not over, or its weights are in other processes.
+    """
+    try:
+        return fit(learner, data, recipe, folder, **options), None
+    except NotSaved as error:
+        if error.result is None:
+            raise
+        return error.result, error
+
+
 def _fit_here(
     fabric: Fabric, learner: Learner, data: ImageData, recipe: Recipe, folder: Path, progress: Callable[[Progress], None] | None
 ) -> FitResult:
@@ -162,7 +177,13 @@ def _fit_here(
                 check_headers(data, run.bad_files)
             set_up_run(run, tensors)
             train(run)
-    return replace(_finish(run), earlier=earlier)
+    result = replace(_finish(run), earlier=earlier)
+    try:
+        run.check_saved()
+    except NotSaved as error:
+        error.result = result
+        raise
+    return result
 
 
 @contextlib.contextmanager

@@ -56,7 +56,7 @@ def train(run: Run) -> None:
     """Take the remaining steps; evaluate, log and save at intervals and at the end.
 
     Raises:
-        TrainingStopped: losses or gradients were not finite repeatedly, or the last checkpoint could not be written.
+        TrainingStopped: losses or gradients were not finite repeatedly.
         KeyboardInterrupt: after SIGINT or SIGTERM; the state is saved.
         DataError: samples cannot be read (see `Loader.epoch`).
     """
@@ -85,8 +85,7 @@ def train(run: Run) -> None:
         if step.save:
             run.save()
     state.finished = True
-    run.save()
-    run.check_saved()
+    run.save(last=True)
 
 
 def take_step(run: Run, batches: Iterator[Batch]) -> Step:
@@ -177,13 +176,14 @@ def give_up(run: Run, suspects: list[dict[str, Any]]) -> TrainingStopped:
     """Write the batches of the skipped turns to a file beside the last good checkpoint, and return the error that ends the run."""
     last = suspects[-1]
     if not run.fabric.broadcast((run.folder / LAST).exists()):  # an existing one is kept: it is older than the bad steps
-        run.save()
+        run.save(last=True)
     path = run.folder / f"not_finite_step{last['step']}_rank{run.fabric.global_rank}.json"
     write_json(path, suspects)
     who = f" of the player {last['player']}" if len(run.seats) > 1 else ""
     key = f"players.{last['player']}." if len(run.seats) > 1 else ""
+    kept = f"no checkpoint is kept: {run.save_error}" if run.save_error else "the last good checkpoint is kept"
     return TrainingStopped(
         f"loss or gradient{who} was not finite in {PATIENCE} steps in a row, up to step {last['step']} (loss {last['loss']}, gradient norm "
-        f"{last['grad_norm']}, lr {last['lr']:.3g}); the batches are listed in {path}, the last good checkpoint is kept. "
+        f"{last['grad_norm']}, lr {last['lr']:.3g}); the batches are listed in {path}, {kept}. "
         f"A lower {key}optimizer.lr, a longer {key}schedule.warmup, {key}clip.norm or precision=32-true often helps"
     )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vitarium.catalog.create import preprocessing_of
 from vitarium.data.bad_files import BadFiles
 from vitarium.data.loader import Loader
-from vitarium.errors import TrainingStopped
+from vitarium.errors import NotSaved
 from vitarium.training.base import Batch, Learner
 from vitarium.training.checkpoint import LAST, RunState, save_run
 from vitarium.training.logs import Logs, Meters
@@ -238,8 +238,12 @@ class Run:
         """Return whether a checkpoint is due; only in the first process."""
         return self.fabric.is_global_zero and time.monotonic() - self.last_saved > 60 * self.recipe.checkpoint_minutes
 
-    def save(self) -> None:
-        """Write last.ckpt from the first process. If that fails, the old one is kept, and training continues to the next interval."""
+    def save(self, *, last: bool = False) -> None:
+        """Write last.ckpt from the first process. If that fails, the old one is kept, and training continues to the next interval.
+
+        Args:
+            last: training does not continue; a failure is left to `check_saved`. Else the first failure in a row is a warning.
+        """
         self.last_saved = time.monotonic()
         tensors = self.tensors()
         if not self.fabric.is_global_zero:
@@ -250,9 +254,10 @@ class Run:
             save_run(self.folder / LAST, self.state, tensors)
             self.save_error, self._saved = None, self.state.step
         except OSError as error:
-            self.save_error = str(error)
+            before, self.save_error = self.save_error, str(error)
             kept = "with the old checkpoint intact" if (self.folder / LAST).exists() else "without a checkpoint"
-            log.warning("%s; training continues %s", error, kept)
+            if not last and before is None:
+                log.warning("%s; training continues %s", error, kept)
 
     def save_after_error(self) -> None:
         """Write last.ckpt from the first process after an error, unless that would replace a better one or need the other processes."""
@@ -260,7 +265,8 @@ class Run:
         if unready or self._saved == self.state.step or (self.changed and (self.folder / LAST).exists()):
             return
         try:
-            self.save()
+            self.save(last=True)
+            self.check_saved()
         except Exception as error:  # the first error is the one to report
             log.warning("the state could not be saved: %s", error)
         else:
@@ -301,9 +307,9 @@ class Run:
 
         Raises:
             KeyboardInterrupt: always, unless
-            TrainingStopped: the state could not be saved.
+            NotSaved: the state could not be saved.
         """
-        self.save()
+        self.save(last=True)
         self.fabric.barrier()  # the others wait, because the first process to end would end the writing one
         self.check_saved()
         raise KeyboardInterrupt(f"interrupted at step {self.state.step} of {self.state.total_steps}; the same command resumes from there")
@@ -312,12 +318,14 @@ class Run:
         """Check the result of the last checkpoint.
 
         Raises:
-            TrainingStopped: it could not be written.
+            NotSaved: it could not be written.
         """
         if self.save_error:
             kept = (self.folder / LAST).exists()
             after = "training continues from the previous checkpoint" if kept else "it begins again, as there is no earlier checkpoint"
-            raise TrainingStopped(f"the last checkpoint is not saved: {self.save_error}. Then run the same command: {after}")
+            error = NotSaved(f"the last checkpoint is not saved: {self.save_error}. Then run the same command: {after}")
+            error.reason = self.save_error
+            raise error
 
     # ---- logs and progress
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
-from vitarium.errors import UsageError, nearest
+from vitarium.errors import UsageError, WriteError, nearest
 from vitarium.numbers import short
 from vitarium.reports.results import Comparison
 from vitarium.training.tasks.base import Metric, TableData
@@ -19,12 +20,15 @@ if TYPE_CHECKING:
     from vitarium.engine import Engine
     from vitarium.reports.events import Listener
 
+P = ParamSpec("P")
+
 
 class Compared(Result, Comparison):
     """A comparison (see `vitarium.reports.results.Comparison`) as the result of a verb."""
 
     def facts(self) -> dict[str, Any]:
-        rows: dict[str, Any] = {"recommendation": self.recommendation.sentence, "report": self.report}
+        rows: dict[str, Any] = {"recommendation": self.recommendation.sentence}
+        rows |= {"report": self.report} if self.report.exists() else {}
         rows |= {"warnings": "; ".join(self.warnings)} if self.warnings else {}
         return rows | ({"failed": ", ".join(failure.name for failure in self.failures)} if self.failures else {})
 
@@ -35,6 +39,27 @@ class Compared(Result, Comparison):
         return Comparison.to_dict(self)
 
 
+def keeping_result(verb: Callable[P, Compared]) -> Callable[P, Compared]:
+    """Return `compare` with the comparison in the error of a full disk as its result (see `vitarium.verbs.result.kept`)."""
+
+    @functools.wraps(verb)
+    def kept(*args: P.args, **options: P.kwargs) -> Compared:
+        try:
+            return verb(*args, **options)
+        except WriteError as error:
+            if isinstance(error.result, Comparison):
+                error.result = as_result(error.result)
+            raise
+
+    return kept
+
+
+def as_result(found: Comparison) -> Compared:
+    """Return a comparison as the result of a verb."""
+    return Compared(**{field.name: getattr(found, field.name) for field in fields(Comparison)})
+
+
+@keeping_result
 def compare(
     data: str | os.PathLike[str] | None = None,
     models: str | Sequence[str] | None = None,
@@ -89,6 +114,7 @@ def compare(
         UsageError: unknown names (all at once), a pattern that nothing matches, more than one budget, or a folder of another comparison.
         DataError: data that cannot be used; before any model is built.
         TrainingStopped: every model failed.
+        WriteError: the disk is full; `error.result` is the comparison of the models that were measured, if any.
         MissingExtra: engine="ray" without Ray, or a runtime that is not installed.
     """
     from vitarium.reports.compare import compare as run
@@ -117,7 +143,7 @@ def compare(
         progress=progress,
         notify=notify,
     )
-    return Compared(**{field.name: getattr(found, field.name) for field in fields(Comparison)})
+    return as_result(found)
 
 
 def chosen(models: str | Sequence[str], recipe: str = "pico") -> list[str]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitarium.errors import CheckpointError, DataError, UsageError
+from vitarium.errors import CheckpointError, DataError, NotSaved, UsageError, WriteError
 from vitarium.files import is_model_file
 from vitarium.training.tasks.base import TableData, Task
 from vitarium.verbs.opening import Notify, apply_methods, name_of, open_model, quiet
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
     from vitarium.data import ImageData
     from vitarium.training import FitResult, Learner, Progress, Recipe
+
+log = logging.getLogger("vitarium")
 
 
 LOOKED_AT = 32
@@ -171,14 +174,14 @@ def train(
         UsageError: no such recipe, model, setting or method; a setting that is given twice; or the folder holds another run.
         DataError: the data cannot be used, or has labels that a given model does not have.
         CheckpointError: the weights cannot be used.
-        TrainingStopped: see `fit`.
+        TrainingStopped: see `fit`. Where only the last checkpoint does not fit on the disk, the model is saved, with a warning.
         KeyboardInterrupt: the run was interrupted; its state is saved.
     """
     import vitarium
     from vitarium.catalog.saving import check_trained_only
     from vitarium.reports.card import write_card
     from vitarium.reports.trial import is_main_process
-    from vitarium.training import fit
+    from vitarium.training.fitting import fit_saved_or_not
     from vitarium.training.phases import settled
     from vitarium.training.recording import record_results, record_run, record_training
     from vitarium.training.report import write_run_report
@@ -198,7 +201,7 @@ def train(
         job.recipe = _with_batch(job, accelerator, devices * num_nodes, notify)
     report = None if progress is None else lambda at: progress(job.name, job.task, at)
     where: dict[str, Any] = dict(devices=devices, num_nodes=num_nodes, strategy=strategy, accelerator=accelerator)
-    result = fit(learner, images, job.recipe, folder, **where, progress=report)
+    result, unsaved = fit_saved_or_not(learner, images, job.recipe, folder, **where, progress=report)
     if not is_main_process():
         return None
     record_training(learner, images, source=job.source or job.task.default_data, seed=job.recipe.seed, val_fraction=val_fraction)
@@ -208,11 +211,28 @@ def train(
     record_results(trained, {key: value for key, value in result.metrics.items() if key != "train_loss"}, images)
     if result.earlier >= result.steps:
         keep_calibration(trained, file)
-    vitarium.save(trained, file, trained_only=trained_only)
+    with checkpoint_or_model(unsaved, file):
+        vitarium.save(trained, file, trained_only=trained_only)
     write_card(file)
     page = write_run_report(folder, job.name, trained, job.task, images, job.recipe, result)
     use = (learner.usage or job.task.usage).format(file=shlex.quote(str(file)))
     return Trained(trained, file, result, job.task, use, images.notes, page)
+
+
+@contextlib.contextmanager
+def checkpoint_or_model(unsaved: NotSaved | None, file: Path) -> Iterator[None]:
+    """Warn of a last checkpoint that could not be written once the model is saved inside; raise its error if the model cannot be, either.
+
+    Args:
+        unsaved: the error of the checkpoint, if any.
+        file: of the model.
+    """
+    try:
+        yield
+    except WriteError as error:
+        raise unsaved or error from None
+    if unsaved is not None:
+        log.warning("%s is complete, but not the run's checkpoint: %s; the same command would train again", file, unsaved.reason)
 
 
 def keep_calibration(model: nn.Module, file: Path) -> None:
