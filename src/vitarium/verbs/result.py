@@ -38,7 +38,7 @@ class Result:
     """Base of all results. A subclass is a dataclass; it overrides `facts`, and `tables` if it has any."""
 
     facts_beside_tables: ClassVar[bool] = True
-    """Whether the facts hold more than the tables, so that a command prints both."""
+    """True if the facts hold more than the tables, so that a command prints both."""
 
     def facts(self) -> dict[str, Any]:
         """Return the most important values by readable names."""

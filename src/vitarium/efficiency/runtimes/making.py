@@ -69,7 +69,7 @@ def _kept(slot: Slot, digest: str, versions: dict[str, str], runtime: str) -> En
 
 @dataclass(frozen=True)
 class _Making:
-    """What a graph is made of.
+    """The making of a graph in one of several places.
 
     Attributes:
         model, reads, runtime, notify: see `run_with`.
