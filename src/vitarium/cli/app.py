@@ -103,7 +103,7 @@ def _of_disk(error: Exception) -> Exception:
     if error.errno in (*FULL, errno.EROFS):
         if error.filename is None:
             advice = f"make room on its disk, or choose another place; temporary files are in {tempfile.gettempdir()} (TMPDIR)"
-            return WriteError(f"cannot write a file: {error.strerror}; {advice}", error.errno, error.strerror)
+            return WriteError(f"cannot write a file: {error.strerror}; {advice}", error.errno, error.strerror or "")
         return write_error(os.fsdecode(error.filename), error)
     if isinstance(error, PermissionError) and error.filename is not None:
         return UsageError(f"{os.fsdecode(error.filename)}: {error.strerror}; choose another file, or change who may read and write it")
