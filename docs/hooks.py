@@ -136,7 +136,7 @@ def combinations_page() -> str:
 
 
 def gallery_pages() -> dict[str, str]:
-    """Return gallery.md and its report: `vitarium compare --models '*_pico'`, drawn again from its results.json."""
+    """Return gallery.md and its report: `vitarium compare --data digits --models '*_pico'`, drawn again from its results.json."""
     from vitarium.data import open_data
     from vitarium.reports.compare import gallery_images
     from vitarium.reports.page import render
@@ -158,7 +158,7 @@ def gallery_pages() -> dict[str, str]:
         f"16 x 16, {found.images['val']} held out) for {found.budget['steps']} steps under one recipe; {minutes:.0f} minutes of training.",
         "",
         "```",
-        "vitarium compare --models '*_pico'",
+        "vitarium compare --data digits --models '*_pico'",
         "```",
         "",
         f"{found.recommendation.sentence}",

@@ -228,6 +228,7 @@ def order_of_blocks(convolutions: int, fusions: int) -> list[bool]:
     "fmvit",
     variants={
         "pico": dict(dims=(32, 64), convolutions=(1, 1), fusions=(0, 1), stem_dims=(16, 32), stem_strides=(2, 1), image_size=16),
+        "micro": dict(dims=(32, 64), convolutions=(1, 1), fusions=(0, 1), stem_dims=(16, 32), stem_strides=(2, 2), image_size=28),
         # the paper's accuracies, this library's sizes
         "t": dict(dims=(32, 64, 160, 256), convolutions=(1, 1, 2, 1), fusions=(0, 1, 1, 1), stem_dims=(16, 32)),  # 2.0 M, 72.9 %
         "s": dict(dims=(32, 96, 256, 512), convolutions=(2, 2, 2, 1), fusions=(0, 1, 1, 1), stem_dims=(16, 32)),  # 6.3 M, 78.5 %

@@ -164,6 +164,7 @@ class HybridPerceptionBlock(nn.Module):
     "s2aformer",
     variants={
         "pico": dict(dims=(24, 48), depths=(1, 2), num_heads=(2, 4), sr_ratios=(2, 1), stem_stride=1, image_size=16),
+        "micro": dict(dims=(24, 48), depths=(1, 2), num_heads=(2, 4), sr_ratios=(2, 1), stem_stride=2, image_size=28),
         # the paper's accuracies, this library's sizes
         "mini": dict(dims=(32, 64, 96, 384), depths=(1, 1, 2, 2)),  # 4.7 M, 75.1 % top-1
         "t": dict(dims=(40, 80, 120, 400), depths=(1, 1, 4, 2)),  # 5.7 M, 77.7 %

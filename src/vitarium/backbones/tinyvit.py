@@ -201,6 +201,7 @@ _TAGS = ("dist_in22k_ft_in1k", "in1k", "dist_in22k")
     "tinyvit",
     variants={
         "pico": dict(dims=(16, 32, 64), depths=(1, 2, 2), window_sizes=(4, 4), head_dim=16, stem_strides=(1, 1), image_size=16),
+        "micro": dict(dims=(16, 32, 64), depths=(1, 2, 2), window_sizes=(7, 4), head_dim=16, stem_strides=(2, 1), image_size=28),
         "5m": dict(dims=(64, 128, 160, 320)),  # 5.4 M, 79.1 % top-1, 80.7 % from 22K
         "11m": dict(dims=(64, 128, 256, 448), drop_path_rate=0.1),  # 11.0 M, 81.5 %, 83.2 %
         "21m": _21,  # 21.2 M, 83.1 %, 84.8 %

@@ -23,7 +23,7 @@ BUDGET, OUTPUT = "Budget of each model (one of them)", "Output"
 @configurable
 def compare(
     data: Annotated[
-        str | None, typer.Option(help=DATA_HELP, autocompletion=complete_data, show_default="the recipe's, else digits")
+        str | None, typer.Option(help=DATA_HELP, autocompletion=complete_data, show_default="the recipe's, else fashion")
     ] = None,
     models: Annotated[
         str | None,
@@ -34,7 +34,14 @@ def compare(
         ),
     ] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from published weights.")] = False,
-    recipe: Annotated[str, typer.Option(help="How to train: a recipe's name, or a YAML file.", autocompletion=complete_recipe)] = "pico",
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="How to train: a recipe's name, or a YAML file.",
+            autocompletion=complete_recipe,
+            show_default="fashion for these images, else pico",
+        ),
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.", rich_help_panel=BUDGET)] = None,
     epochs: Annotated[float | None, typer.Option(min=0, help="Passes over the training images.", rich_help_panel=BUDGET)] = None,
     minutes: Annotated[float | None, typer.Option(min=0, help="Minutes of training.", rich_help_panel=BUDGET)] = None,
@@ -59,11 +66,12 @@ def compare(
     Interrupted or killed, the same command continues, on either engine.
     """
     from vitarium.cli.board import Board
-    from vitarium.reports.names import default_models
+    from vitarium.reports.names import default_models, default_recipe
     from vitarium.training import load_recipe
     from vitarium.verbs.compare import chosen
     from vitarium.verbs.compare import compare as run
 
+    recipe = recipe or default_recipe(data)
     names = chosen(models, recipe) if models is not None else None
     with Board(names or default_models(load_recipe(recipe))) as board:
         comparison = run(

@@ -38,7 +38,15 @@ from vitarium.reports.events import Event, Listener
 from vitarium.reports.folder import ERROR, claim, default_folder, plan_of, slug
 from vitarium.reports.inspection import Inspection, inspect
 from vitarium.reports.looking import still
-from vitarium.reports.names import DEFAULT_MODELS, check_kind, check_names, check_weights, default_models, task_of_recipe
+from vitarium.reports.names import (
+    DEFAULT_MODELS,
+    check_kind,
+    check_names,
+    check_weights,
+    default_models,
+    default_recipe,
+    task_of_recipe,
+)
 from vitarium.reports.page import sections_of, write_report
 from vitarium.reports.results import Comparison, Failure, Trial
 from vitarium.reports.trial import MEASURING_BATCH, MODEL, DataSource, Devices, is_main_process, run_trial, started_together
@@ -62,7 +70,7 @@ def compare(
     epochs: float | None = None,
     minutes: float | None = None,
     image_size: int | None = None,
-    recipe: str | Path = "pico",
+    recipe: str | Path | None = None,
     batch_size: int | None = None,
     val_fraction: float = 0.2,
     pretrained: bool = False,
@@ -87,12 +95,14 @@ def compare(
     and the same `out`, those that are finished are kept and the others are trained.
 
     Args:
-        data: "digits", "photos", "scenes", or a path, see `vitarium.open_data`; by default the recipe's, else the default of its task.
+        data: "fashion", "digits", "photos", "scenes", or a path, see `vitarium.open_data`; by default the recipe's ("fashion" without a
+            recipe), else the default of its task.
         models: names as `create_model` takes them; by default six small classifiers of different families, or the recipe's model where
             the recipe's task is another one.
         steps, epochs, minutes: the training of each model, at most one of them; the recipe's own budget by default.
         image_size: side of the input, pixels; by default the images' own, else each model's own.
-        recipe: name or YAML file of everything else about training; it also decides the task.
+        recipe: name or YAML file of everything else about training; it also decides the task. By default "fashion" without data or for
+            `data="fashion"`, else "pico".
         batch_size: images a step; the recipe's by default.
         val_fraction: share held out of data that is not split yet.
         pretrained: start from published weights.
@@ -119,6 +129,7 @@ def compare(
         WriteError: the disk is full or read-only; `error.result` is the comparison of the models that were measured, if any.
         MissingExtra: engine="ray" without Ray, or a runtime that is not installed.
     """
+    recipe = default_recipe(data) if recipe is None else recipe
     settings = _recipe(recipe, pixels=image_size, seed=seed, steps=steps, epochs=epochs, minutes=minutes, batch_size=batch_size)
     names = list(models) if models is not None else default_models(settings)
     check_names(names)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 
 from vitarium.catalog import find_model
 from vitarium.catalog.weights import has_published
 from vitarium.data import ImageData
 from vitarium.data.clips import holds_clips
+from vitarium.data.opening import EMBEDDED_PREFIX
 from vitarium.errors import UsageError, VitariumError, nearest
 from vitarium.training import Recipe, find_learner
 from vitarium.training.tasks import Task, parse_task
 
 DEFAULT_MODELS = ("swin_pico", "convnext_pico", "swin_mlp_pico", "convnext_iso_pico", "timm/vit_pico", "timm/resnet_pico")
 """Six of different families, small enough to learn the embedded digits in seconds."""
+FASHION_MODELS = ("timm/resnet_pico", "tinyvit_micro", "fmvit_micro", "s2aformer_micro", "convnext_pico", "timm/vit_pico")
+"""Six of different families for 28x28 images: a network of convolutions, hybrids, and a plain vision transformer."""
 
 
 def task_of_recipe(recipe: Recipe) -> Task:
@@ -23,14 +27,20 @@ def task_of_recipe(recipe: Recipe) -> Task:
     return learner.task_for(recipe.settings_of(learner))
 
 
+def default_recipe(data: str | os.PathLike[str] | None) -> str:
+    """Return the name of the recipe of a comparison that names none: "fashion" for these images and without data, else "pico"."""
+    name = "fashion" if data is None else os.fspath(data).removeprefix(EMBEDDED_PREFIX).partition(":")[0]
+    return "fashion" if name == "fashion" else "pico"
+
+
 def default_models(recipe: Recipe) -> list[str]:
-    """Return the models that are compared where none are named: those of `DEFAULT_MODELS`, or the recipe's for another task than theirs.
+    """Return the models that are compared where none are named: six small classifiers, or the recipe's for another task than theirs.
 
     Raises:
         UsageError: the recipe names no model.
     """
     if trains_like(recipe, "classification"):
-        return list(DEFAULT_MODELS)
+        return list(FASHION_MODELS if recipe.data == "fashion" else DEFAULT_MODELS)
     if recipe.model is None:
         raise UsageError(f"name the models to compare (--models); the recipe names none, and is for the task {task_of_recipe(recipe).name}")
     return [recipe.model]

@@ -68,7 +68,7 @@ def compare(
     epochs: float | None = None,
     minutes: float | None = None,
     image_size: int | None = None,
-    recipe: str | os.PathLike[str] = "pico",
+    recipe: str | os.PathLike[str] | None = None,
     batch_size: int | None = None,
     val_fraction: float = 0.2,
     pretrained: bool = False,
@@ -91,12 +91,12 @@ def compare(
     comparison continues when the same call is made again, on either engine.
 
     Args:
-        data: as for `vitarium.open_data`; None: the recipe's, else the default of its task, "digits" for classification.
+        data: as for `vitarium.open_data`; None: the recipe's, "fashion" without a recipe, else the default of its task.
         models: names and patterns, as "swin_pico,*_pico" or ["swin_pico", "timm/vit_pico"]; a pattern stands for the models of the
             recipe's task. None: six small classifiers of different families, or the recipe's model for another task.
         steps, epochs, minutes: of training each model, at most one of them; None: the recipe's budget.
         image_size: side of the input, pixels; None: the images' own, else each model's own.
-        recipe: a recipe's name or a YAML file.
+        recipe: a recipe's name or a YAML file; None: "fashion" for these images and without data, else "pico".
         batch_size: images a step; None: the recipe's.
         val_fraction: share held out of data that has no val/ part.
         pretrained: start from published weights.
@@ -118,7 +118,9 @@ def compare(
         MissingExtra: engine="ray" without Ray, or a runtime that is not installed.
     """
     from vitarium.reports.compare import compare as run
+    from vitarium.reports.names import default_recipe
 
+    recipe = default_recipe(data) if recipe is None else recipe
     found = run(
         None if data is None else os.fspath(data),
         None if models is None else chosen(models, os.fspath(recipe)),
