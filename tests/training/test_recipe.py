@@ -113,7 +113,7 @@ def test_stretches(text, steps):
         ("swin_pico", "swin_pico is a model: vitarium train pico --model swin_pico --data DIR"),
         ("timm/resnet18", "timm/resnet18 is a model: vitarium train pico --model timm/resnet18"),
         ("dit_pico", "dit_pico is a model: vitarium train "),
-        ("fashion", "fashion is a data set, not a recipe: vitarium train pico --data fashion"),
+        ("digits", "digits is a data set, not a recipe: vitarium train pico --data digits"),
         ("my photos", "my photos is a folder, not a recipe: vitarium train pico --data 'my photos'"),
         ("m.safetensors", "m.safetensors is a file of a model: vitarium train RECIPE --model m.safetensors"),
     ],
