@@ -33,7 +33,7 @@ def test_confident_answers_of_half_of_the_models_are_shown(tmp_path):
     assert section.images[0].note == "80 %, 3 of 4 models"
     page = render(comparison, {7: Image.new("RGB", (16, 16)), 8: None})
     assert "Possible wrong labels" in page
-    assert "80 %, 3 of 4 models" in page
+    assert "80\u00a0%, 3 of 4 models" in page  # no line break before the sign
 
 
 def test_one_model_and_agreement_of_too_few_are_no_reason(tmp_path):

@@ -12,9 +12,9 @@ from vitarium.data import ImageData
 from vitarium.reports.looking import Looked
 
 PIXELS = "logistic regression on pixels"
-MOST_TRAINING = 3_000
+MOST_TRAINING = 8_000
 """Training images of the regression."""
-MOST_PRODUCTS = 4e7
+MOST_PRODUCTS = 8e7
 """Images times pixels times classes; thumbnails are reduced until a step of the solver costs no more."""
 STEPS = 100
 """Steps of the solver, each two products of that size."""
