@@ -68,7 +68,6 @@ def published(tmp_path, monkeypatch):
     monkeypatch.setattr(fashion, "SYSTEM_COPY", str(tmp_path / "none"))
     monkeypatch.setenv("VITARIUM_DATA", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    fashion._published.cache_clear()
     folder = tmp_path / "FashionMNIST" / "raw"
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
@@ -78,8 +77,7 @@ def published(tmp_path, monkeypatch):
         labels = (np.arange(count) % 10).astype(np.uint8)
         (folder / images_name).write_bytes(idx(images))
         (folder / f"{labels_name}.gz").write_bytes(gzip.compress(idx(labels)))
-    yield folder
-    fashion._published.cache_clear()
+    return folder
 
 
 def idx(values):
@@ -95,11 +93,21 @@ def test_all_reads_the_published_files(published):
     assert np.asarray(data.train[7][0])[..., 1].tolist() == images[7].tolist()
 
 
+def test_another_folder_is_read_in_the_same_process(published, tmp_path, monkeypatch):
+    first = open_data("fashion:all").train[0][0].tobytes()
+    other = tmp_path / "other" / "FashionMNIST" / "raw"
+    other.mkdir(parents=True)
+    for file in published.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    (other / "train-images-idx3-ubyte").write_bytes(idx(np.zeros((30, 28, 28), np.uint8)))
+    monkeypatch.setenv("VITARIUM_DATA", str(tmp_path / "other"))
+    assert open_data("fashion:all").train[0][0].tobytes() == bytes(3 * 28 * 28) != first
+
+
 def test_without_a_copy_all_names_three_ways(tmp_path, monkeypatch):
     monkeypatch.setattr(fashion, "SYSTEM_COPY", str(tmp_path / "none"))
     monkeypatch.delenv("VITARIUM_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
-    fashion._published.cache_clear()
     with pytest.raises(DataError) as error:
         open_data("fashion:all")
     for way in ("apt install dataset-fashion-mnist", "torchvision.datasets.FashionMNIST", "t10k-labels-idx1-ubyte.gz"):

@@ -62,7 +62,8 @@ def open_fashion(options: str = "") -> ImageData:
         DataError: "all", and no copy is found; or files that are not those of Fashion-MNIST.
     """
     if options == "all":
-        parts = {part: _published(part) for part in SIZES}
+        folder = find_published().resolve()
+        parts = {part: read_published(folder, part) for part in SIZES}
     else:
         counts = _counts(options)
         parts = {part: _first(_embedded()[part], count) for part, count in counts.items()}
@@ -117,16 +118,6 @@ def _embedded() -> dict[str, Part]:
         return {part: (arrays[f"{part}_images"], arrays[f"{part}_labels"].astype(np.int64)) for part in SIZES}
 
 
-@functools.cache
-def _published(part: str) -> Part:
-    """Return all images and labels of a part, from the first folder that has its files.
-
-    Raises:
-        DataError: no folder has them, or a file is not what its name says.
-    """
-    return read_published(find_published(), part)
-
-
 def find_published() -> Path:
     """Return the folder of the four published files: below $VITARIUM_DATA, below ./data as in torchvision's examples, or Debian's.
 
@@ -141,6 +132,7 @@ def find_published() -> Path:
     raise DataError(HELP.format(files=", ".join(f"{name}.gz" for names in FILES.values() for name in names)))
 
 
+@functools.cache
 def read_published(folder: Path, part: str) -> Part:
     """Read a published part: uint8 images (N, 28, 28) and class numbers (N,).
 
