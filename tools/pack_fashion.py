@@ -5,6 +5,7 @@ VITARIUM_DATA=DIR python tools/pack_fashion.py            # with torchvision's f
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,8 @@ SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 
 def main() -> None:
     """Write the first images of each class of both parts, in their original order, with their numbers there."""
-    folder, arrays = find_published(), {"license": np.array(LICENSE)}
+    folder = find_published()
+    arrays: dict[str, Any] = {"license": np.array(LICENSE)}
     for part, count in SIZES.items():
         images, labels = read_published(folder, part)
         kept = first_of_each(labels, count)
